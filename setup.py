@@ -1,4 +1,4 @@
-"""What is installed: the package, its command, and what it depends on; constraints.txt has the exact versions tested."""
+"""What is installed: the package, its command, what it depends on. constraints.txt has the exact versions tested."""
 
 from setuptools import find_packages, setup
 

@@ -1,0 +1,125 @@
+"""The floor checker finds each kind of violation in a small tree, and nothing in the product."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.check_floors import check
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCSTRING = '"""What it holds."""\n'
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        for folder in path.relative_to(root).parents:
+            if folder.parts[:1] == ("megatron_sfr",):
+                (root / folder / "__init__.py").touch()
+    return root
+
+
+VIOLATIONS = {
+    "upwards": (
+        {"megatron_sfr/data/a.py": DOCSTRING + "from megatron_sfr.training.b import c\n"},
+        "megatron_sfr/data/a.py:2: data (floor 1) may not import megatron_sfr.training",
+    ),
+    "upwards, inside a function": (
+        {"megatron_sfr/flow/a.py": DOCSTRING + "def f():\n    from megatron_sfr import model\n    return model\n"},
+        "megatron_sfr/flow/a.py:3: flow (floor 1) may not import megatron_sfr.model (floor 2)",
+    ),
+    "upwards, relative": (
+        {"megatron_sfr/model/a.py": DOCSTRING + "from ..training import step\n"},
+        "megatron_sfr/model/a.py:2: model (floor 2) may not import megatron_sfr.training (floor 3)",
+    ),
+    "sideways": (
+        {"megatron_sfr/hf/a.py": DOCSTRING + "import megatron_sfr.evaluation.b\n"},
+        "megatron_sfr/hf/a.py:2: hf (floor 3) may not import megatron_sfr.evaluation.b (floor 3)",
+    ),
+    "a floorless part": (
+        {"megatron_sfr/utils/a.py": DOCSTRING},
+        "megatron_sfr/utils/__init__.py:1: utils has no floor",
+    ),
+    "an import of nothing we have": (
+        {"megatron_sfr/model/a.py": DOCSTRING + "from megatron_sfr.models import b\n"},
+        "megatron_sfr/model/a.py:2: imports megatron_sfr.models, and models has no floor",
+    ),
+    "megatron under objectives": (
+        {"megatron_sfr/objectives/a.py": DOCSTRING + "def f():\n    from megatron.core import mpu\n    return mpu\n"},
+        "megatron_sfr/objectives/a.py:3: objectives/ imports no megatron, but this imports megatron.core",
+    ),
+    "torch.cuda by attribute": (
+        {"megatron_sfr/model/a.py": DOCSTRING + "import torch\n\nn = torch.cuda.device_count()\n"},
+        "megatron_sfr/model/a.py:4: torch.cuda belongs under runtime/",
+    ),
+    "torch.cuda by import": (
+        {"megatron_sfr/hf/a.py": DOCSTRING + "from torch import cuda\n"},
+        "megatron_sfr/hf/a.py:2: torch.cuda belongs under runtime/",
+    ),
+    "a tensor sent to cuda": (
+        {"megatron_sfr/hf/a.py": DOCSTRING + "def f(x):\n    return x.cuda()\n"},
+        "megatron_sfr/hf/a.py:3: torch.cuda belongs under runtime/",
+    ),
+    "a circle": (
+        {
+            "megatron_sfr/data/a.py": DOCSTRING + "from megatron_sfr.data import b\n",
+            "megatron_sfr/data/b.py": DOCSTRING + "def f():\n    from megatron_sfr.data.a import g\n    return g\n",
+        },
+        "megatron_sfr/data/b.py:3: import circle megatron_sfr.data.a -> megatron_sfr.data.b -> megatron_sfr.data.a",
+    ),
+    "a long file": (
+        {"tools/a.py": DOCSTRING + "x = 1\n" * 300},
+        "tools/a.py:301: 301 lines: split it",
+    ),
+    "a long function": (
+        {"tests/test_a.py": DOCSTRING + "def test_f():\n" + "    x = 1\n" * 50},
+        "tests/test_a.py:2: test_f has 51 lines: split it",
+    ),
+    "no docstring": ({"examples/a.py": "x = 1\n"}, "examples/a.py:1: opens without a docstring"),
+}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_found_where_it_stands(name: str, tmp_path: Path) -> None:
+    files, expected = VIOLATIONS[name]
+    violations = [str(v) for v in check(write_tree(tmp_path, files))]
+    assert len(violations) == 1, violations
+    assert violations[0].startswith(expected)
+
+
+def test_a_folder_without_init_is_found(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"megatron_sfr/data/a.py": DOCSTRING})
+    (tmp_path / "megatron_sfr/data/__init__.py").unlink()
+    assert [str(v) for v in check(tmp_path)] == [
+        "megatron_sfr/data/a.py:1: megatron_sfr/data has no __init__.py: it would not be installed"
+    ]
+
+
+def test_what_is_allowed_stays_silent(tmp_path: Path) -> None:
+    allowed = {
+        "megatron_sfr/runtime/a.py": DOCSTRING + "import torch\n\nn = torch.cuda.device_count()\n",
+        "megatron_sfr/data/chat.py": DOCSTRING + "from megatron_sfr.data import prepared\n",
+        "megatron_sfr/data/prepared.py": DOCSTRING,
+        "megatron_sfr/model/a.py": DOCSTRING + "from megatron.core import mpu\nfrom megatron_sfr.flow import b\n",
+        "megatron_sfr/commands/demo.py": DOCSTRING + "from megatron_sfr.demo import world\n",
+        "megatron_sfr/config.py": DOCSTRING + "from megatron_sfr.training import step\n",
+        "tests/test_a.py": DOCSTRING + "from megatron_sfr import cli\n",
+    }
+    assert check(write_tree(tmp_path, allowed)) == []
+
+
+def test_the_product_is_clean() -> None:
+    done = subprocess.run([sys.executable, "tools/check_floors.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "floors: clean\n")
+
+
+def test_the_command_fails_on_a_violation(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"examples/a.py": "x = 1\n"})
+    command = [sys.executable, "tools/check_floors.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "floors: 1 violations"
