@@ -1,0 +1,147 @@
+"""Manifests: the JSON file, written last, that makes a folder whole; and how a folder is built aside and published."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypedDict, TypeVar
+
+NAME = "manifest.json"
+
+
+class FileRecord(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class InputRecord(TypedDict):
+    path: str
+    sha256: str
+
+
+class Manifest(Protocol):
+    """A frozen dataclass of JSON values; `kind` and `version` say which one wrote a file."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    kind: ClassVar[str]
+    version: ClassVar[int]
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Written under a temporary name, flushed, renamed: it is there whole or not at all."""
+    content = {"kind": manifest.kind, "version": manifest.version, **asdict(manifest)}
+    temporary = folder / f".{NAME}.partial"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path, cls: type[M], remedy: str) -> M:
+    """The manifest of a folder; ValueError ending in `remedy` where it is missing, damaged or of another version."""
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind, version = content.pop("kind"), content.pop("version")
+    except FileNotFoundError as error:
+        missing = "has no manifest.json: it is incomplete" if folder.is_dir() else "does not exist"
+        raise ValueError(f"{folder} {missing}; {remedy}") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; {remedy}") from error
+    if kind != cls.kind:
+        raise ValueError(f"{folder} holds {kind}, not {cls.kind}; {remedy}")
+    if version != cls.version:
+        raise ValueError(f"{path} is of version {version}, this program reads version {cls.version}; {remedy}")
+    if content.keys() != {field.name for field in fields(cls)}:
+        raise ValueError(f"{path} is damaged; {remedy}")
+    return cls(**content)
+
+
+def check_sizes(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:
+    """Cheap: that each file is there with its size. What changed inside is found by `check_contents`."""
+    for name, record in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != record["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {record['bytes']}"
+            raise ValueError(f"{path} {found}; {remedy}")
+
+
+def check_contents(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:
+    """Reads every file whole."""
+    check_sizes(folder, files, remedy)
+    for name, record in files.items():
+        if sha256_of(folder / name) != record["sha256"]:
+            raise ValueError(f"{folder / name} is not what was written (its sha256 differs); {remedy}")
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staging(output: Path, *, keep: bool) -> Iterator[Path]:
+    """A folder beside `output` to write in, for one process at a time.
+
+    It must be gone, by `publish`, when the block ends. After an error it is removed, or left for a later run (`keep`).
+    """
+    folder = output.parent / f".{output.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing {output}; wait for it, or stop it") from error
+        try:
+            if not keep:
+                _empty(folder)
+            yield folder
+        except BaseException:
+            if not keep:
+                shutil.rmtree(folder)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Puts the finished files of `folder` into `output`, the manifest last; other files there stay."""
+    if not output.exists():
+        folder.rename(output)
+    else:
+        (output / NAME).unlink(missing_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == NAME):
+            path.replace(output / path.name)
+        folder.rmdir()
+    sync_folder(output.parent)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,152 @@
+"""The prepared folder: memory-mapped tokens, loss masks and anchors, read-only and cheap to open on every rank.
+
+    manifest.json                      written last
+    tokens.bin int32, mask.bin uint8   all samples after one another; offsets.bin int64 [samples + 1]
+    personas.bin int32 [samples]       index into the manifest's personas
+    anchors.bin int32 [anchors, 5]     one after another; anchor_offsets.bin int64 [samples + 1]
+    segments.jsonl                     one JSON string a distinct segment; segment_offsets.bin int64 [segments + 1]
+    rejected.jsonl                     rows set aside by --skip-bad-rows, with the reason; only for reading
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+
+DTYPES = {
+    "tokens.bin": np.int32,
+    "mask.bin": np.uint8,
+    "offsets.bin": np.int64,
+    "personas.bin": np.int32,
+    "anchors.bin": np.int32,
+    "anchor_offsets.bin": np.int64,
+    "segments.jsonl": np.uint8,
+    "segment_offsets.bin": np.int64,
+}
+
+
+@dataclass(frozen=True)
+class PreparedManifest:
+    """What a prepared folder holds and what it was made from."""
+
+    kind: ClassVar[str] = "prepared data"
+    version: ClassVar[int] = 1
+
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    anchors: int
+    max_anchors: int  # in one sample
+    segments: int  # distinct
+    rejected: int
+    personas: dict[str, int]  # name: samples; "" has those without a persona
+    seq_length: int
+    stride: int
+    segment_length: int
+    min_segment_length: int
+    vocab_size: int  # len(tokenizer)
+    tokenizer: str
+    tokenizer_sha256: str
+    segments_sha256: str
+    inputs: list[InputRecord]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Positions of one sample that have a target, int32 [A] each.
+
+    position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
+    segment   row of the target store: the text of tokens i + 1 ... i + segment_length, cut at the end of the reply
+    response  which assistant turn of the sample, from 0
+    ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
+    length    number of supervised tokens of that reply
+    """
+
+    position: np.ndarray
+    segment: np.ndarray
+    response: np.ndarray
+    ordinal: np.ndarray
+    length: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: tokens [n] int32 with n <= seq_length + 1, loss_mask [n] uint8 (1 = predict this token)."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    anchors: Anchors
+    persona: str
+
+
+class PreparedData:
+    """The samples of a prepared folder. `open` checks the manifest and the sizes, `verify` every byte."""
+
+    def __init__(self, folder: Path, manifest: PreparedManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._personas = list(manifest.personas)
+        self._tokens = self._map("tokens.bin")
+        self._mask = self._map("mask.bin")
+        self._offsets = self._map("offsets.bin")
+        self._persona = self._map("personas.bin")
+        self._anchors = self._map("anchors.bin").reshape(-1, 5)
+        self._anchor_offsets = self._map("anchor_offsets.bin")
+        self._segments = self._map("segments.jsonl")
+        self._segment_offsets = self._map("segment_offsets.bin")
+
+    @classmethod
+    def open(cls, folder: Path) -> PreparedData:
+        """ValueError where the folder is incomplete, damaged or of another version."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, PreparedManifest, remedy(folder))
+        check_sizes(folder, manifest.files, remedy(folder))
+        return cls(folder, manifest)
+
+    def verify(self) -> None:
+        """Reads everything; ValueError names the file that is not what was written."""
+        check_contents(self.folder, self.manifest.files, remedy(self.folder))
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start, end = self._offsets[index : index + 2]
+        first, last = self._anchor_offsets[index : index + 2]
+        # Copies: torch takes no read-only memory without a warning, and a sample is small.
+        columns = self._anchors[first:last].T.copy()
+        return Sample(
+            tokens=self._tokens[start:end].copy(),
+            loss_mask=self._mask[start:end].copy(),
+            anchors=Anchors(*columns),
+            persona=self._personas[self._persona[index]],
+        )
+
+    def segment_text(self, row: int) -> str:
+        if not 0 <= row < self.manifest.segments:
+            raise IndexError(f"segment {row} of {self.manifest.segments}")
+        start, end = self._segment_offsets[row : row + 2]
+        return json.loads(self._segments[start:end].tobytes())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files again: pickling a memory map would copy all of it.
+        return PreparedData.open, (self.folder,)
+
+    def _map(self, name: str) -> np.ndarray:
+        dtype = DTYPES[name]
+        if self.manifest.files[name]["bytes"] == 0:  # the system maps no empty file
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(self.folder / name, dtype, mode="r"))
+
+
+def remedy(folder: Path) -> str:
+    return f"run `megatron-sfr prepare --output {folder} --force` on its JSONL files again"
