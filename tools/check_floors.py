@@ -105,18 +105,23 @@ def check_layout(source: Source, paths: frozenset[Path]) -> Iterator[Violation]:
         yield Violation(source.path, 1, f"{source.path.parent} has no __init__.py: it would not be installed")
 
 
+def names_cuda(node: ast.expr | ast.stmt) -> bool:
+    match node:
+        case ast.Attribute(value=ast.Name(id="torch"), attr="cuda") | ast.Call(func=ast.Attribute(attr="cuda")):
+            return True
+        case ast.Import(names=names):
+            return any(alias.name.startswith("torch.cuda") for alias in names)
+        case ast.ImportFrom(module="torch", names=names):
+            return any(alias.name == "cuda" for alias in names)
+        case ast.ImportFrom(module=str(module)):
+            return module.startswith("torch.cuda")
+    return False
+
+
 def check_cuda(source: Source) -> Iterator[Violation]:
     """torch.cuda by attribute, by import and by .cuda(): only runtime/ knows devices."""
     for node in ast.walk(source.tree):
-        by_attribute = isinstance(node, ast.Attribute) and node.attr == "cuda"
-        of_torch = by_attribute and isinstance(node.value, ast.Name) and node.value.id == "torch"
-        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda"
-        plain = isinstance(node, ast.Import) and any(a.name.startswith("torch.cuda") for a in node.names)
-        from_torch = isinstance(node, ast.ImportFrom) and (
-            (node.module or "").startswith("torch.cuda")
-            or (node.module == "torch" and any(a.name == "cuda" for a in node.names))
-        )
-        if of_torch or called or plain or from_torch:
+        if isinstance(node, ast.expr | ast.stmt) and names_cuda(node):
             yield Violation(source.path, node.lineno, "torch.cuda belongs under runtime/: ask runtime for the device")
 
 
