@@ -1,0 +1,27 @@
+"""Train a recipe on this machine: starts torchrun and shows a progress bar."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `megatron-sfr train`; whatever is not listed here goes to Megatron."""
+    parser.add_argument("recipe", type=Path, help="YAML file of Megatron's flag names and ours")
+    parser.add_argument("--nproc", type=int, default=1, help="processes to start (default 1)")
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's output instead of a progress bar")
+    parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and stop")
+    parser.set_defaults(passes_flags_on=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; the flags that this command does not know are in args.flags."""
+    from megatron_sfr import launcher
+
+    if args.nproc < 1:
+        raise ValueError(f"--nproc {args.nproc}: at least one process is needed")
+    if args.dry_run:
+        launcher.read_run(args.recipe, args.flags)
+        print(launcher.show(args.recipe, args.nproc, args.flags))
+        return 0
+    launcher.train(args.recipe, args.nproc, args.flags, verbose=args.verbose, title=args.recipe.stem)
+    return 0

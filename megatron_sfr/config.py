@@ -1,0 +1,241 @@
+"""One set of options from three places: our defaults, a YAML recipe and Megatron's flags; later ones win."""
+
+import argparse
+import difflib
+import enum
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.model.builder import SFRModelConfig
+from megatron_sfr.model.flow_head import FlowHeadOptions
+from megatron_sfr.model.local_spec import local_block_spec
+from megatron_sfr.objectives.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr import SFROptions
+from megatron_sfr.runtime.backend import BackendOptions, adapt_config_to_cpu, adapt_flags_to_cpu, choose
+from megatron_sfr.training.dataset import DataOptions
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint written before the head existed is read."""
+
+    sfr_fresh_head: bool = False
+    """Start the head afresh where a pretrained checkpoint has none (with --finetune or --pretrained-checkpoint). Any
+    other parameter that is missing in the checkpoint stays an error."""
+
+
+PARTS = (DataOptions, SFROptions, ScheduleOptions, FlowHeadOptions, LoadOptions, BackendOptions)
+
+DEFAULTS: dict[str, Any] = {
+    "tokenizer-type": "NullTokenizer",  # data arrive as token ids; --vocab-size says how many there are
+    "calculate-per-token-loss": True,  # every term is a sum that the global number of tokens divides
+    "hidden-dropout": 0.0,  # upstream's 0.1 is a relic that no current model family uses
+    "attention-dropout": 0.0,
+    "exit-signal-handler": True,  # SIGTERM and Ctrl-C end the run with a whole checkpoint
+    "log-interval": 1,
+    "eval-interval": 1000,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Upstream's arguments and ours; an error is a ValueError that names the nearest flag."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="megatron_sfr.train", allow_abbrev=False)
+        add_options(add_megatron_arguments(self))
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def read(self, flags: Sequence[str]) -> argparse.Namespace:
+        """Parses flags; ValueError for the first that nobody knows."""
+        args, unknown = self.parse_known_args(list(flags))
+        if unknown:
+            wrong = unknown[0].split("=")[0]
+            raise ValueError(f"unknown flag {wrong}{nearest(wrong, self._option_string_actions)}")
+        return args
+
+    def named(self, key: str) -> tuple[argparse.Action, str | None]:
+        """The action that a recipe key means and, where the key is itself a flag's name, that flag."""
+        name = key.replace("_", "-")
+        if (action := self._option_string_actions.get(f"--{name}")) is not None:
+            return action, f"--{name}"
+        for action in self._actions:
+            if action.dest.replace("_", "-") == name:
+                return action, None
+        names = {option.removeprefix("--").replace("-", "_") for option in self._option_string_actions}
+        raise ValueError(f"unknown key {key!r}{nearest(key.replace('-', '_'), names)}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds our options to a parser: upstream's extra_args_provider."""
+    for part in PARTS:
+        ArgumentGroupFactory(part).build_group(parser, title=part.__name__)
+    return parser
+
+
+def nearest(wrong: str, names: Any) -> str:
+    """'; did you mean X?' or nothing."""
+    close = difflib.get_close_matches(wrong, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe; ValueError where it is not a flat YAML mapping."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of Megatron's flag names to values")
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {key}: recipes are flat; give each option a line of its own")
+    return {str(key).replace("_", "-"): value for key, value in recipe.items()}
+
+
+def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
+    """Flags that say what a recipe says. A value of null leaves upstream's default."""
+    flags: list[str] = []
+    for key, value in recipe.items():
+        action, flag = parser.named(key)
+        if value is None:
+            continue
+        if action.nargs == 0:  # a switch: its flag turns it on or, for --no-x and --disable-x, off
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}: {value!r} is neither true nor false")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                flags.append(action.option_strings[0 if value else -1])
+            elif value == (getattr(action, "const", True) if flag is None else True):
+                flags.append(flag or action.option_strings[0])
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [flag or action.option_strings[0], *(str(v) for v in values)]
+    return flags
+
+
+def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
+    """A recipe of everything that differs from upstream's defaults; reading it gives the same arguments."""
+    recipe: dict[str, Any] = {}
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest == "help" or value == action.default:
+            continue
+        value = value.name if isinstance(value, enum.Enum) else value
+        name = action.option_strings[0].removeprefix("--").replace("-", "_")
+        recipe[name] = True if action.nargs == 0 else value
+    return recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run was asked to do: flags for upstream's parser, the recipe they amount to, the backend."""
+
+    flags: list[str]
+    recipe: dict[str, Any]
+    backend: str
+    changes: list[str]
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Merges defaults, --recipe and flags, and adapts them to the backend. ValueError in one line for what is wrong."""
+    parser = Parser()
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--recipe", type=Path)
+    ours, flags = own.parse_known_args(list(argv))
+    recipe = read_recipe(ours.recipe) if ours.recipe else {}
+    try:
+        flags = to_flags(DEFAULTS | recipe, parser) + flags
+        args = parser.read(flags)
+    except ValueError as error:
+        raise ValueError(f"{ours.recipe}: {error}" if ours.recipe else str(error)) from error
+    if args.save and not args.tensorboard_dir:
+        flags += ["--tensorboard-dir", os.path.join(args.save, "tensorboard")]
+    if not args.valid_data_path and not args.data_path:
+        flags += ["--eval-iters", "0"]
+    changes: list[str] = []
+    if (backend := choose(args.sfr_backend)) == "cpu":
+        extra, changes = adapt_flags_to_cpu(args)
+        flags += extra
+    args = parser.read(flags)
+    check(args)
+    return Settings(flags, resolved(args, parser), backend, changes)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What upstream does not check: ValueError for arguments that contradict the objectives or each other."""
+    for part in PARTS:
+        options(part, args)
+    if args.sfr and args.context_parallel_size > 1:
+        raise ValueError("--sfr does not work with context parallelism yet: set context_parallel_size to 1")
+    if args.sfr and not args.calculate_per_token_loss:
+        raise ValueError("--sfr needs --calculate-per-token-loss: its terms are sums over the global batch")
+    if args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint):
+        raise ValueError("--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR")
+    if args.vocab_size is None:
+        raise ValueError("--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it")
+    if not (args.train_data_path or args.data_path):
+        raise ValueError("no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote")
+
+
+def options[Options](part: type[Options], args: argparse.Namespace) -> Options:
+    """One part's options from parsed arguments; ValueError where the part refuses them."""
+    return part(**{f.name: getattr(args, f.name) for f in fields(part)})  # type: ignore[arg-type]
+
+
+def parse(settings: Settings) -> argparse.Namespace:
+    """Upstream's parsed, validated and globally set arguments."""
+    sys.argv = [sys.argv[0], *settings.flags]
+    try:
+        return parse_and_validate_args(extra_args_provider=add_options)
+    except AssertionError as error:
+        unset_num_microbatches_calculator()
+        raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or 'an assertion'}") from error
+
+
+def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
+    """The model to build. Opens the first target store to learn its dimension, unless --sfr-target-dim says it."""
+    config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
+    if backend == "cpu":
+        adapt_config_to_cpu(config.transformer)
+    if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
+        config.transformer_layer_spec = local_block_spec
+    if args.sfr:
+        head = options(FlowHeadOptions, args)
+        config.head = FlowHeadOptions(_target_dim(args), head.sfr_head_width, head.sfr_head_depth)
+        config.head_weight, config.head_seed = args.sfr_weight or 1.0, args.seed
+        starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
+        config.head_fresh = bool(args.sfr_fresh_head and starts_from_other)
+    return config
+
+
+def _target_dim(args: argparse.Namespace) -> int:
+    paths = [x for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends interleave weights
+    dims = set()
+    for path in paths:
+        dims.add(TargetStore.open(Path(path) / args.sfr_target_store, PreparedData.open(Path(path))).dim)
+    if len(dims) > 1 or args.sfr_target_dim not in (None, *dims):
+        raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")
+    return dims.pop()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""Upstream's local layer spec with a norm that also works under sequence parallelism.
+
+Without Apex upstream offers torch's norm and asserts against sequence parallelism (megatron-core 0.19.2); a norm whose
+parameters are marked sequence_parallel is all that it takes: their gradients are then summed over the tensor group.
+"""
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.training.models.gpt import GPTModelConfig
+from torch import nn
+
+
+class LocalNorm:
+    """torch's RMSNorm or LayerNorm, as the config names it, built with upstream's signature."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
+        norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
+        for p in norm.parameters():
+            p.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Spec of the decoder layers of one stage, for GPTModelConfig.transformer_layer_spec; dense models only."""
+    transformer = config.transformer
+    spec = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = LocalNorm
+    if transformer.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = LocalNorm
+    layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LocalNorm)

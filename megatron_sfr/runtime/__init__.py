@@ -1,0 +1,1 @@
+"""What the machine is: devices, process groups, random numbers. Nothing outside this folder asks."""

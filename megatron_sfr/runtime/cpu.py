@@ -1,0 +1,174 @@
+"""Unmodified megatron-core on CPU and gloo: every upstream name that is replaced, and why. A no-op where CUDA is used.
+
+Each row of ROWS has a contract test that fails when upstream moves the name (written against VERSIONS).
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+VERSIONS = {"torch": "2.13.0", "megatron-core": "0.19.2"}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One replaced name: module and attribute path, what stands there on CPU, and why."""
+
+    module: str
+    name: str
+    replacement: Any
+    why: str
+
+    def owner(self) -> Any:
+        """The object whose attribute is replaced."""
+        return functools.reduce(getattr, self.name.split(".")[:-1], importlib.import_module(self.module))
+
+    def apply(self) -> None:
+        """Replaces the name; AttributeError where upstream has it no longer."""
+        owner, leaf = self.owner(), self.name.split(".")[-1]
+        original = getattr(owner, leaf)
+        wraps = getattr(self.replacement, "wraps_original", False)
+        setattr(owner, leaf, self.replacement(original) if wraps else self.replacement)
+
+
+def wrapper(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Marks a replacement that is made from the original."""
+    make.wraps_original = True  # type: ignore[attr-defined]
+    return make
+
+
+class NullStream:
+    """Stream and event in one: on CPU everything has happened once it was called."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in ("wait_stream", "wait_event", "wait", "synchronize", "record"):
+            return lambda *_, **__: None
+        if name == "record_event":
+            return lambda *_: self
+        if name == "query":
+            return lambda: True
+        if name == "elapsed_time":
+            return lambda _: 0.0
+        raise AttributeError(name)
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Reads device="cuda" and its kin as CPU, in whatever torch function they appear."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # optimizers and gradient clipping ask: param.type() == "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+
+
+def _properties(_: Any = None) -> types.SimpleNamespace:
+    return types.SimpleNamespace(major=9, minor=0, name="cpu", total_memory=0, multi_processor_count=1)
+
+
+@wrapper
+def _no_cuda_needed(initialize: Any) -> Any:
+    return functools.partial(initialize, allow_no_cuda=True)
+
+
+@wrapper
+def _compile_only_if_missing(compile_helpers: Any) -> Any:
+    def ensure() -> None:
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            compile_helpers()
+
+    return ensure
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+RANDOM = "megatron.core.tensor_parallel.random"
+TRAINING = "megatron.training.training"
+
+TORCH_ROWS = (
+    Row("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() at some sixty places"),
+    Row("torch.cuda", "set_device", _nothing, "initialisation pins each rank to its GPU"),
+    Row("torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only where a GPU is counted"),
+    Row("torch.cuda", "get_device_properties", _properties, "argument validation asks for the architecture"),
+    Row("torch.cuda", "get_device_capability", lambda _=None: (9, 0), "argument validation asks for the architecture"),
+    Row("torch.cuda", "synchronize", _nothing, "p2p, timers and checkpointing"),
+    Row("torch.cuda", "empty_cache", _nothing, "warm-up and checkpointing"),
+    Row("torch.cuda", "Stream", NullStream, "side streams of DDP, p2p and checkpointing"),
+    Row("torch.cuda", "Event", NullStream, "timers and asynchronous saving"),
+    Row("torch.cuda", "current_stream", NullStream, "side streams wait for the current one"),
+    Row("torch.cuda", "default_stream", NullStream, "side streams wait for the current one"),
+    Row("torch.cuda", "stream", lambda _: contextlib.nullcontext(), "side streams"),
+    # torch.manual_seed itself calls torch.cuda.manual_seed_all: replacing that one too would never end.
+    Row("torch.cuda", "manual_seed", _manual_seed, "the dropout tracker seeds the device's generator"),
+    Row("torch.cuda", "get_rng_state", _rng_state, "the dropout tracker and checkpoints"),
+    Row("torch.cuda", "set_rng_state", _set_rng_state, "the dropout tracker and checkpoints"),
+)
+MEGATRON_ROWS = (
+    Row(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
+    Row(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
+    Row(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA unless allow_no_cuda is passed"),
+    Row(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
+    Row(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        _compile_only_if_missing,
+        "runs make in a folder without a Makefile and exits, though the wheel ships the module compiled",
+    ),
+)
+ROWS = TORCH_ROWS + MEGATRON_ROWS
+
+
+def install() -> None:
+    """Applies every row and enters the function mode for the rest of the process. Call it once, before training."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
+    # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.
+    importlib.import_module("torch._dynamo")
+    for row in TORCH_ROWS + MEGATRON_ROWS:
+        row.apply()
+    # The tracker warns when the CPU generator moves inside a fork; here the CPU generator is the one that is forked.
+    logging.getLogger(RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    CudaMeansCpu().__enter__()

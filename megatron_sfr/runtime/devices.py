@@ -1,0 +1,40 @@
+"""What accelerators this machine has: questions asked before any backend is chosen, by commands that only look."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device; memory in bytes, capability as (major, minor): Hopper is (9, 0)."""
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+def gpus() -> list[Gpu]:
+    with warnings.catch_warnings():  # an old driver makes torch warn; an empty list says the same
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [Gpu(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def driver_is_there() -> bool:
+    """True if this machine has an NVIDIA driver and its devices were not hidden on purpose."""
+    return NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def backends() -> list[str]:
+    """The collective backends that this build of torch can use."""
+    there = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
+    return [name for name, is_available in there.items() if dist.is_available() and is_available()]

@@ -1,0 +1,57 @@
+"""Where this process stands: the few questions about stages, shards and groups that the package asks upstream."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+def is_first_stage(vp_stage: int | None = None) -> bool:
+    """Whether this chunk of the model embeds tokens."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+
+
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """Whether this chunk of the model (or, without a chunk named, any chunk of this rank) computes the loss."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+
+
+def tensor_group() -> dist.ProcessGroup | None:
+    """The tensor-parallel group; None where it has one rank."""
+    one = parallel_state.get_tensor_model_parallel_world_size() == 1
+    return None if one else parallel_state.get_tensor_model_parallel_group()
+
+
+def tensor_rank() -> int:
+    """This process's place in its tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def sum_over_data(x: Tensor) -> Tensor:
+    """In-place sum over the data-parallel (and context-parallel) group."""
+    dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return x
+
+
+def sum_over_tensor(x: Tensor) -> Tensor:
+    """In-place sum over the tensor-parallel group. No gradient passes."""
+    if (group := tensor_group()) is not None:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce forward, identity backward: each rank holds a part of a loss that all differentiate."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return sum_over_tensor(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def sum_parts(x: Tensor) -> Tensor:
+    """Sum over the tensor-parallel group whose backward is the identity."""
+    return _SumForward.apply(x)

@@ -1,0 +1,78 @@
+"""The entry of torchrun: upstream's `pretrain` with our model, data and forward step.
+
+torchrun --nproc-per-node 2 -m megatron_sfr.train --recipe FILE.yaml [any of Megatron's flags]
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ERROR = "megatron-sfr train: error:"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the flags say; ValueError for what the user can mend."""
+    from megatron_sfr.config import model_config, options, parse, read_settings
+    from megatron_sfr.objectives.schedule import ScheduleOptions
+    from megatron_sfr.objectives.sfr import SFROptions
+    from megatron_sfr.runtime import backend
+    from megatron_sfr.training.dataset import build_datasets
+    from megatron_sfr.training.step import ForwardStep
+
+    settings = read_settings(argv)
+    backend.start(settings.backend)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(f"backend: {settings.backend}", *settings.changes, sep="\n  ", flush=True)
+    args = parse(settings)
+    config = model_config(args, settings.backend)
+    if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
+    if rank == 0 and args.save:
+        save_recipe(settings.recipe, Path(args.save))
+    lines = log_as_json_lines(args)
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    step = ForwardStep(args.vocab_size, options(SFROptions, args) if args.sfr else None, options(ScheduleOptions, args))
+    try:
+        pretrain(pretrain_cfg_container_from_args(args, config), build_datasets, ModelType.encoder_or_decoder, step)
+    finally:
+        if lines is not None:
+            lines.flush()
+
+
+def save_recipe(recipe: dict[str, Any], folder: Path) -> None:
+    """Writes the resolved recipe to FOLDER/recipe.yaml, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".recipe.yaml"
+    partial.write_text(yaml.safe_dump(recipe, sort_keys=True), encoding="utf-8")
+    partial.replace(folder / "recipe.yaml")
+
+
+def log_as_json_lines(args: Any) -> Any:
+    """On the rank that has upstream's TensorBoard writer: the same scalars to SAVE/metrics.jsonl."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    from megatron_sfr.training.metrics import JsonLines
+
+    writer = get_tensorboard_writer()
+    if writer is None or not args.save:
+        return None
+    Path(args.save).mkdir(parents=True, exist_ok=True)
+    return JsonLines(writer, Path(args.save) / "metrics.jsonl")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"{ERROR} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""What upstream's training loop asks of us: datasets, the forward step, the loss terms, their metrics."""
