@@ -15,21 +15,6 @@ import numpy as np
 
 from megatron_sfr.data.template import RowError, reply_spans
 
-__all__ = [
-    "BadRow",
-    "Conversation",
-    "Encoded",
-    "Message",
-    "Row",
-    "RowError",
-    "encode",
-    "parse_row",
-    "persona_turn",
-    "prompt_of",
-    "read_conversations",
-    "read_rows",
-]
-
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]

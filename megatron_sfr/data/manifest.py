@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypedDict, TypeVar
+from typing import Any, ClassVar, Protocol, TypedDict
 
 NAME = "manifest.json"
 
@@ -34,9 +34,6 @@ class Manifest(Protocol):
     version: ClassVar[int]
 
 
-M = TypeVar("M", bound=Manifest)
-
-
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -55,7 +52,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     sync_folder(folder)
 
 
-def read_manifest(folder: Path, cls: type[M], remedy: str) -> M:
+def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
     """The manifest of a folder; ValueError ending in `remedy` where it is missing, damaged or of another version."""
     path = folder / NAME
     try:

@@ -1,11 +1,11 @@
-"""The prepared folder: memory-mapped tokens, loss masks and anchors, read-only and cheap to open on every rank.
+"""The prepared folder: tokens, loss masks and anchors, memory-mapped, read-only and cheap to open on every rank.
 
-    manifest.json                      written last
-    tokens.bin int32, mask.bin uint8   all samples after one another; offsets.bin int64 [samples + 1]
-    personas.bin int32 [samples]       index into the manifest's personas
-    anchors.bin int32 [anchors, 5]     one after another; anchor_offsets.bin int64 [samples + 1]
-    segments.jsonl                     one JSON string a distinct segment; segment_offsets.bin int64 [segments + 1]
-    rejected.jsonl                     rows set aside by --skip-bad-rows, with the reason; only for reading
+- manifest.json: written last
+- tokens.bin (int32), mask.bin (uint8): all samples one after another; offsets.bin (int64 [samples + 1]) divides them
+- personas.bin (int32 [samples]): index into the manifest's personas
+- anchors.bin (int32 [anchors, 5]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
+- segments.jsonl: one JSON string a distinct segment; segment_offsets.bin (int64 [segments + 1])
+- rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from megatron_sfr.data.flat import map_flat
 from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 
 DTYPES = {
@@ -142,11 +143,8 @@ class PreparedData:
         return PreparedData.open, (self.folder,)
 
     def _map(self, name: str) -> np.ndarray:
-        dtype = DTYPES[name]
-        if self.manifest.files[name]["bytes"] == 0:  # the system maps no empty file
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(self.folder / name, dtype, mode="r"))
+        return map_flat(self.folder / name, DTYPES[name])
 
 
 def remedy(folder: Path) -> str:
-    return f"run `megatron-sfr prepare --output {folder} --force` on its JSONL files again"
+    return f"run: megatron-sfr prepare --input FILE --tokenizer DIR --output {folder} --force"

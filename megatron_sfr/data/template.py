@@ -8,6 +8,8 @@ are checked against the whole rendering, in text and in tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,7 +24,7 @@ class RowError(ValueError):
 
 
 def load_tokenizer(tokenizer: str) -> Any:
-    """A tokenizer with a chat template, from a local folder or by name; its code is never run from there."""
+    """A fast tokenizer with a chat template, from a local folder or by name; no code of its folder is run."""
     from transformers import AutoTokenizer
 
     try:
@@ -30,9 +32,17 @@ def load_tokenizer(tokenizer: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"no tokenizer at {tokenizer} ({reason}); give a folder that has tokenizer.json") from error
+    if not loaded.is_fast:
+        raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
     if not loaded.chat_template:
         raise ValueError(f"the tokenizer at {tokenizer} has no chat template; put a chat_template.jinja beside it")
     return loaded
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what decides token ids and masks: the tokenizer's own JSON, its special tokens and its chat template."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.get_chat_template()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def reply_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
@@ -92,7 +102,7 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, li
             )
         except TemplateError as error:
             raise RowError(f"the chat template refuses the conversation ({error}); change its turns") from error
-        return texts[0], blocks[0]
+        return texts[0], blocks[0] if blocks else []
 
     text, blocks = render(messages, return_assistant_tokens_mask=marked)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

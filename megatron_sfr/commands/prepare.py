@@ -1,0 +1,49 @@
+"""Turn JSONL conversations into memory-mapped tokens, loss masks and anchors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL: messages, and persona if any"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's tokenizer, with a chat template")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--seq-length", type=int, default=2048, help="longest conversation, in tokens (%(default)s)")
+    parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
+    parser.add_argument("--segment-length", type=int, default=256, help="tokens of future a target (%(default)s)")
+    parser.add_argument(
+        "--min-segment-length", type=int, default=16, help="an anchor with less future is left out (%(default)s)"
+    )
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"
+    )
+    parser.add_argument("--force", action="store_true", help="replace prepared data that is there already")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.preparation import PrepareOptions, prepare
+
+    options = PrepareOptions(
+        seq_length=args.seq_length,
+        stride=args.stride,
+        segment_length=args.segment_length,
+        min_segment_length=args.min_segment_length,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    result = prepare(args.input, args.output, args.tokenizer, options, force=args.force)
+    print(
+        f"{args.output}: {result.samples:,} conversations, {result.tokens:,} tokens ({result.supervised_tokens:,} "
+        f"supervised), {result.anchors:,} anchors, {result.segments:,} distinct segments, "
+        f"{len(result.personas.keys() - {''})} personas"
+    )
+    if result.rejected:
+        print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
+    if result.segments:
+        print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
+    else:
+        print("no reply is long enough for an anchor: SFR has nothing to learn here (see --min-segment-length)")
+    return 0

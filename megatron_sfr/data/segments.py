@@ -1,0 +1,65 @@
+"""Anchors and their future segments: what a position is to foresee (SFR, arXiv 2605.27971).
+
+A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
+ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last
+prompt position for j = 0), the target is the embedding of the text of y_j ... y_{j+k-1}, cut at y_{N-1}. So a target
+holds no token up to its position and nothing of another turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One anchor: the condition is at input position `position`, the target is tokens[position + 1 : end]."""
+
+    position: int
+    end: int
+    response: int
+    ordinal: int
+    length: int
+
+
+def future_segments(
+    replies: Sequence[tuple[int, int]], *, stride: int, segment_length: int, min_segment_length: int
+) -> Iterator[Segment]:
+    """The segments of replies [start, end); those with less than `min_segment_length` tokens of future are left out."""
+    for response, (start, end) in enumerate(replies):
+        for first in range(start, end - min_segment_length + 1, stride):
+            yield Segment(
+                position=first - 1,
+                end=min(first + segment_length, end),
+                response=response,
+                ordinal=first - start,
+                length=end - start,
+            )
+
+
+def segment_text(tokens: np.ndarray, segment: Segment, tokenizer: Any) -> str:
+    """The text of a segment as the encoder reads it: no special tokens, no tidying of spaces."""
+    ids = tokens[segment.position + 1 : segment.end].tolist()
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class DistinctTexts:
+    """Numbers texts by content from 0; remembers a digest of 128 bits of each, not the text."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, text: str) -> tuple[int, bool]:
+        """The number of the text, and whether it is new."""
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        known = len(self._rows)
+        row = self._rows.setdefault(digest, known)
+        return row, row == known
