@@ -1,0 +1,87 @@
+"""Convert weights between Hugging Face folders and Megatron checkpoints, strictly and bit for bit."""
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("import", help="Hugging Face folder -> checkpoint that --load takes in any TP/PP layout")
+    verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, for --load")
+    verb.add_argument("--check", action="store_true", help="read everything back and compare it bit for bit")
+    verb.add_argument("--force", action="store_true", help="replace an existing output")
+
+    verb = verbs.add_parser("export", help="checkpoint -> folder that transformers and vLLM load")
+    verb.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="--save folder (newest) or iter_N")
+    verb.add_argument("--like", type=Path, required=True, metavar="HF_DIR", help="folder with the config and tokenizer")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    verb.add_argument("--check", type=Path, metavar="HF_DIR", help="compare logits with this model's")
+    verb.add_argument("--tolerance", type=float, help="of --check, as a share of the largest logit (default 1e-5)")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
+    verb.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default 5)")
+    verb.add_argument("--force", action="store_true", help="replace an existing output")
+
+    verb = verbs.add_parser("recipe", help="print the model part of a recipe")
+    verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
+
+
+def run(args: argparse.Namespace) -> int:
+    {"import": _import, "export": _export, "recipe": _recipe}[args.verb](args)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> None:
+    from megatron_sfr.hf.importer import import_hf
+
+    report = import_hf(args.hf, args.output, check=args.check, force=args.force)
+    checked = ", read back bit for bit" if report.checked else ""
+    print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}{checked}")
+    print(f"train from it with: load: {report.output}, finetune: true, and what `convert recipe --hf {args.hf}` prints")
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_sfr.hf.check import TOLERANCE, check_logits
+    from megatron_sfr.hf.exporter import export_hf
+
+    if args.tolerance is not None and args.check is None:
+        raise ValueError("--tolerance says how close --check must be: give --check HF_DIR too")
+    report = export_hf(
+        args.checkpoint,
+        args.output,
+        like=args.like,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        shard_bytes=int(args.max_shard_gb * 1e9),
+        force=args.force,
+    )
+    files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
+    print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}, in {files}")
+    print(f"from {report.checkpoint}; {report.padding} rows of vocabulary padding cut off")
+    print(f"left behind: {', '.join(report.dropped) or 'nothing'}")
+    if args.check:
+        check = check_logits(args.output, args.check, tolerance=TOLERANCE if args.tolerance is None else args.tolerance)
+        print(f"checked against {args.check}: {check.logits} logits, the largest {check.largest:.3g}")
+        print(f"largest difference {check.difference:.3g}")
+
+
+def _recipe(args: argparse.Namespace) -> None:
+    import yaml
+
+    from megatron_sfr.hf.families import megatron_flags
+    from megatron_sfr.hf.folder import read_config
+
+    print(f"# model, from {args.hf}/config.json")
+    print(yaml.safe_dump(megatron_flags(read_config(args.hf)), sort_keys=False), end="")
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def _names(dtypes: tuple[object, ...]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,1 @@
+"""Weights to and from Hugging Face's format, strictly: every tensor is mapped, or the conversion fails by name."""

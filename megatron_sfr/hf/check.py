@@ -1,0 +1,50 @@
+"""Whether two HF folders are the same model: their logits on random tokens, by transformers on CPU in fp32."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5
+"""Largest difference that passes, as a share of the largest logit: fp32's rounding, nothing more."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The largest difference of any logit, the largest logit, and how many were compared."""
+
+    difference: float
+    largest: float
+    logits: int
+
+
+def check_logits(
+    folder: Path, reference: Path, *, tolerance: float = TOLERANCE, sequences: int = 4, length: int = 32, seed: int = 0
+) -> CheckReport:
+    """Compares `folder` with `reference`; ValueError where they differ by more than tolerance times the largest logit.
+
+    Both are computed in fp32, whatever their dtype, one after the other, so that one model is in memory at a time.
+    """
+    wanted = _logits(reference, sequences, length, seed)
+    found = _logits(folder, sequences, length, seed)
+    if found.shape != wanted.shape:
+        raise ValueError(f"{folder} has {found.shape[-1]} logits a token, {reference} has {wanted.shape[-1]}")
+    report = CheckReport((found - wanted).abs().max().item(), wanted.abs().max().item(), wanted.numel())
+    if not report.difference <= tolerance * report.largest:
+        raise ValueError(
+            f"{folder} is not the model of {reference}: logits differ by {report.difference:.3g}, "
+            f"more than {tolerance:g} of the largest, {report.largest:.3g}"
+        )
+    return report
+
+
+@torch.no_grad()
+def _logits(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
+    logits: Tensor = model(tokens).logits
+    return logits

@@ -1,0 +1,181 @@
+"""Megatron's torch_dist checkpoints read and written by one process, without a process group and without the model.
+
+The format is torch.distributed.checkpoint's: boxes of named tensors in .distcp files, a `.metadata` that says where
+each box lies, and Megatron's `metadata.json`, written last. It knows no layout: any TP, PP, VPP reads what it needs.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_sfr.hf.pickles import read_common_state, read_metadata
+
+TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
+COMMON = "common_state/shard_0_1"
+"""Where megatron-core keeps what is no tensor: the arguments, the iteration, versions."""
+CHUNK_BYTES = 128 << 20
+"""Size of the boxes that we write: a reader loads whole boxes, so a tensor-parallel rank reads little but its part."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one complete checkpoint, from that folder or from the --save folder that names its newest."""
+    tracker = path / TRACKER
+    if tracker.is_file():
+        said = tracker.read_text().strip()
+        if said != "release" and not said.isdecimal():
+            raise ValueError(f"{tracker}: {said!r} is neither an iteration nor 'release'")
+        folder = path / (said if said == "release" else f"iter_{int(said):07d}")
+    elif path.name == "release" or path.name.startswith("iter_") or (path / METADATA).is_file():
+        folder = path
+    else:
+        raise ValueError(f"{path}: no checkpoint here (no {TRACKER}): wrong folder, or its first save is not finished")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist")
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(f"{folder}: saved with --ckpt-format torch; load and save it with --ckpt-format torch_dist")
+    for name in (METADATA, CONFIG):  # upstream writes metadata.json last, also after an asynchronous save
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: still being written, or its save was cut off{_whole(folder)}")
+    backend = json.loads((folder / CONFIG).read_text()).get("sharded_backend")
+    if backend != "torch_dist":
+        raise ValueError(f"{folder}: its format is {backend}; only torch_dist is read")
+    return folder
+
+
+def _whole(folder: Path) -> str:
+    whole = sorted(x.parent.name for x in folder.parent.glob(f"*/{CONFIG}"))
+    return f"; complete: {', '.join(whole)}" if whole else ""
+
+
+class Checkpoint:
+    """A checkpoint open for reading; `tensors` says what it holds, `read` gives any box of one of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metadata = read_metadata(folder / METADATA)
+        stored = self._metadata.state_dict_metadata
+        self.tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+        self.objects = frozenset(k for k, v in stored.items() if isinstance(v, BytesStorageMetadata))
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else 0
+            if size < end:
+                raise ValueError(f"{path} has {size} of {end} bytes: the checkpoint is not whole")
+
+    def read(self, key: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The box of that size at that offset, reading only the stored boxes that it touches."""
+        tensor = self.tensors[key]
+        out = torch.empty(tuple(size), dtype=tensor.properties.dtype)
+        box = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+        items = create_read_items_for_chunk_list(key, tensor, [box])
+        if sum(prod(item.lengths) for item in items) != out.numel():
+            raise ValueError(f"{self.folder}: parts of {key} are not stored: the checkpoint is not whole")
+        self._reader.read_data(LoadPlan(items), _Box(out)).wait()
+        return out
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments of the run that wrote it; empty where it keeps none, as ours from a Hugging Face folder."""
+        info = self._metadata.storage_data.get(MetadataIndex(COMMON))
+        if info is None:
+            return {}
+        with (self.folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            stored = BytesIO(file.read(info.length))
+        common = read_common_state(stored)
+        return vars(common["args"]) if "args" in common else {}
+
+
+class _Box(DefaultLoadPlanner):
+    """Reads into one given tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor to be written, made when its turn has come."""
+
+    key: str
+    whole: tuple[int, ...]
+    dtype: torch.dtype
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_checkpoint(folder: Path, pieces: Iterable[Piece], objects: Mapping[str, Any]) -> None:
+    """Writes one torch_dist checkpoint; tensors are made, written and let go one by one."""
+    planner = _Stream(tuple(pieces), objects)
+    # per_thread_copy_ahead = 0: else a machine with CUDA looks ahead and holds more than one tensor.
+    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = writer.prepare_global_plan(plans)
+    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+    (folder / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+class _Stream(DefaultSavePlanner):
+    """Plans the writing of pieces, and makes each when the writer asks for it."""
+
+    def __init__(self, pieces: tuple[Piece, ...], objects: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = {MetadataIndex(x.key, x.offset): x for x in pieces}
+        self._objects = objects
+
+    def create_local_plan(self) -> SavePlan:
+        tensors = [
+            WriteItem(
+                index,
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(torch.Size(x.offset), torch.Size(x.size)),
+                    TensorProperties(dtype=x.dtype),
+                    torch.Size(x.whole),
+                ),
+            )
+            for index, x in self._pieces.items()
+        ]
+        self.plan = SavePlan([*(WriteItem(MetadataIndex(k), WriteItemType.BYTE_IO) for k in self._objects), *tensors])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        if write_item.type == WriteItemType.SHARD:
+            piece = self._pieces[write_item.index]
+            tensor = piece.make()
+            assert tensor.shape == torch.Size(piece.size), f"{piece.key}: {tuple(tensor.shape)} is not {piece.size}"
+            return tensor.contiguous()
+        stream = BytesIO()
+        torch.save([self._objects[write_item.index.fqn]], stream)  # a list: as upstream stores its ShardedObjects
+        return stream

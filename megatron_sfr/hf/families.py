@@ -1,0 +1,23 @@
+"""The families that can be converted: one line each."""
+
+from megatron_sfr.hf import qwen3
+from megatron_sfr.hf.rows import Config, Family
+
+FAMILIES: dict[str, Family] = {
+    "Qwen3ForCausalLM": qwen3.FAMILY,
+}
+
+
+def family_of(config: Config) -> Family:
+    """The family that an HF config names; ValueError listing the known ones where it is another."""
+    architectures = config.get("architectures") or []
+    for name in architectures:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    said = ", ".join(architectures) or f"model_type {config.get('model_type', 'missing')}"
+    raise ValueError(f"architecture {said}: not converted; known: {', '.join(FAMILIES)}")
+
+
+def megatron_flags(config: Config) -> dict[str, object]:
+    """A recipe's keys for the shape of the model that an HF config.json describes (booleans: store_true flags)."""
+    return family_of(config).flags(config)

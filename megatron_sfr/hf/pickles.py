@@ -1,0 +1,82 @@
+"""Reads the two pickles of a checkpoint without running what they say.
+
+A pickle names functions and calls them; from a folder that somebody sent, any function. Here `.metadata` may name only
+the classes that it is made of, and in the common state any class but a namespace is replaced by one that does nothing.
+"""
+
+import pickle
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+_METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, x in vars(torch).items() if isinstance(x, torch.dtype))},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+}
+_PLAIN = {("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections", "OrderedDict")}
+
+
+def read_metadata(path: Path) -> Metadata:
+    """`.metadata` of torch.distributed.checkpoint: which tensors there are, and where their boxes lie."""
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as e:
+        raise ValueError(f"{path}: damaged, or no metadata of torch.distributed.checkpoint ({e})") from e
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path}: no metadata of torch.distributed.checkpoint")
+    return metadata
+
+
+def read_common_state(stored: BytesIO) -> dict[str, Any]:
+    """What megatron-core keeps beside the tensors, of which the plain values are true."""
+    (common,) = torch.load(stored, map_location="cpu", weights_only=False, pickle_module=_INERT)
+    return common
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Inert:
+    """Stands for an object of any other class: takes whatever the pickle gives, does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+    def append(self, _: object) -> None: ...
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if (module, name) in _PLAIN else _Inert
+
+
+_INERT = SimpleNamespace(__name__="inert", Unpickler=_InertUnpickler)

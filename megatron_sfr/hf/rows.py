@@ -1,0 +1,205 @@
+"""A weight is a row: its name in Megatron's checkpoint, its names in Hugging Face's, and the invertible map between.
+
+A family of models is a table of rows (one file a family), so that import, export and checks are the same code for all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+LAYER = "{layer}"
+Config = dict[str, Any]
+"""An HF config.json as read."""
+
+
+def need(config: Config, key: str) -> Any:
+    """A value of config.json that has no default."""
+    if config.get(key) is None:
+        raise ValueError(f"config.json has no {key!r}: is it the config of the whole model?")
+    return config[key]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a model, from its HF config; rows name them."""
+
+    layers: int
+    vocab: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        return self.groups * self.head_dim
+
+    def shape(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """("vocab", "hidden") -> (151936, 4096)."""
+        return tuple(getattr(self, name) for name in names)
+
+
+class Row(Protocol):
+    """What every kind of row offers; `{layer}` in its names is the index of the layer."""
+
+    @property
+    def megatron(self) -> str:
+        """Megatron's name; a checkpoint stacks its layers under the name without `layers.{layer}`'s index."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face's names of the parts."""
+
+    @property
+    def tp_dim(self) -> int | None:
+        """The axis of Megatron's tensor that tensor parallelism cuts; None: every rank has all of it."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether Megatron may have more rows than the vocabulary, to divide them over its ranks."""
+
+    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parts, in the order of `names`."""
+
+    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
+        """Shape of the whole in Megatron, without padding."""
+
+    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        """Hugging Face's parts -> Megatron's tensor."""
+
+    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same tensor under another name."""
+
+    megatron: str
+    names: tuple[str]
+    size: tuple[str, ...]
+    tp_dim: int | None = None
+    padded: bool = False
+
+    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
+        return (d.shape(self.size),)
+
+    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
+        return d.shape(self.size)
+
+    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        (tensor,) = parts
+        return tensor
+
+    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projections, which Megatron keeps in one tensor, group by group: q...q k v, q...q k v, ...
+
+    A group is one key-value head with the query heads that share it, so tensor parallelism cuts between groups.
+    """
+
+    megatron: str
+    names: tuple[str, str, str]
+    columns: tuple[str, ...]
+    """("hidden",) for a weight, () for a bias."""
+    tp_dim: int | None = 0
+    padded: bool = False
+
+    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
+        return tuple(d.shape((rows, *self.columns)) for rows in ("query", "key_value", "key_value"))
+
+    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
+        return (d.query + 2 * d.key_value, *d.shape(self.columns))
+
+    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        columns = d.shape(self.columns)
+        return torch.cat([x.reshape(d.groups, -1, *columns) for x in parts], dim=1).reshape(-1, *columns)
+
+    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        columns = d.shape(self.columns)
+        sizes = [d.query // d.groups, d.head_dim, d.head_dim]
+        parts = tensor.reshape(d.groups, -1, *columns).split(sizes, dim=1)
+        return tuple(x.reshape(-1, *columns) for x in parts)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """Gate and up projections, which Megatron stacks; its checkpoint holds the whole gate, then the whole up."""
+
+    megatron: str
+    names: tuple[str, str]
+    tp_dim: int | None = 0
+    padded: bool = False
+
+    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
+        return ((d.ffn, d.hidden), (d.ffn, d.hidden))
+
+    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
+        return (2 * d.ffn, d.hidden)
+
+    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        return torch.cat(parts)
+
+    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        return tensor.split(d.ffn)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models; each callable reads an HF config and raises ValueError for what Megatron cannot do alike."""
+
+    dimensions: Callable[[Config], Dimensions]
+    rows: Callable[[Config], tuple[Row, ...]]
+    flags: Callable[[Config], dict[str, object]]
+    """Megatron's flags for the shape of the model, as keys of a recipe."""
+    extra_states: tuple[str, ...]
+    """Modules for which Megatron asks a checkpoint for an extra state (empty but under fp8), local or TE specs."""
+    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    """A copy that some folders of tied models carry, and the tensor that it must equal."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row at one layer (None: outside the layers)."""
+
+    row: Row
+    layer: int | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name.replace(LAYER, str(self.layer)) for name in self.row.names)
+
+    @property
+    def stacked(self) -> str:
+        """Key of a checkpoint that stacks the layers along a first axis."""
+        return self.row.megatron.replace(f"{LAYER}.", "")
+
+    @property
+    def single(self) -> str:
+        """Key of a checkpoint that keeps each layer apart, as Megatron does where layers differ."""
+        return self.row.megatron.replace(LAYER, str(self.layer))
+
+
+def entries(rows: tuple[Row, ...], layers: int) -> list[Entry]:
+    """Every row at every layer, in the order of the model: before the layers, the layers, after them."""
+    repeated = [LAYER in row.megatron for row in rows]
+    first = repeated.index(True)
+    last = len(rows) - repeated[::-1].index(True)
+    assert all(repeated[first:last]), "a family lists the rows of its layers together"
+    return [
+        *(Entry(row, None) for row in rows[:first]),
+        *(Entry(row, layer) for layer in range(layers) for row in rows[first:last]),
+        *(Entry(row, None) for row in rows[last:]),
+    ]

@@ -1,0 +1,116 @@
+"""The model inside a Megatron checkpoint, checked name by name against an HF config before anything is read of it."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sfr.hf.checkpoint import Checkpoint
+from megatron_sfr.hf.families import family_of
+from megatron_sfr.hf.rows import Config, Entry, entries
+
+AUXILIARY = ("flow_head.",)
+"""Prefixes of what helps the training and is no part of the model that leaves."""
+TRAINING_STATE = re.compile(
+    r"optimizer\.|chained_\d+\.|(rng_state|rerun_state_machine_state|common_state)/|.*\._extra_state(/|$)"
+)
+"""What a checkpoint keeps to go on training; the extra states are Transformer Engine's fp8 scales."""
+COMPARED = {
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "kv_channels": "kv_channels",
+    "qk_layernorm": "qk_layernorm",
+    "swiglu": "swiglu",
+    "normalization": "normalization",
+    "norm_epsilon": "layernorm_epsilon",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+}
+"""Flags that change what a model computes but no shape of its weights, and where Megatron's arguments keep them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps an entry: a box of one of its tensors."""
+
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+class StoredModel:
+    """The tensors of a checkpoint under their HF names; ValueError where checkpoint and config do not agree."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
+        family = family_of(config)
+        self.checkpoint = checkpoint
+        self.dimensions = family.dimensions(config)
+        self.entries = entries(family.rows(config), self.dimensions.layers)
+        _agree(checkpoint, family.flags(config))
+        self._places = {entry: self._find(entry) for entry in self.entries}
+        known = {place.key for place in self._places.values()}
+        rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
+        self.dropped = tuple(key for key in rest if key.startswith(AUXILIARY))
+        unknown = [key for key in rest if not key.startswith(AUXILIARY) and not TRAINING_STATE.match(key)]
+        missing = sorted(known - checkpoint.tensors.keys())
+        if unknown or missing:
+            raise ValueError(f"{checkpoint.folder}: {_disagreement(unknown, missing)}")
+        self.padding = max(self._check_shape(entry) for entry in self.entries)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self.checkpoint.tensors[self._places[entry].key].properties.dtype
+
+    def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        """The HF tensors of an entry, without padding."""
+        place = self._places[entry]
+        tensor = self.checkpoint.read(place.key, place.offset, place.size)
+        return entry.row.split(tensor.reshape(entry.row.megatron_shape(self.dimensions)), self.dimensions)
+
+    def _find(self, entry: Entry) -> Place:
+        size = entry.row.megatron_shape(self.dimensions)
+        if entry.layer is None or entry.single in self.checkpoint.tensors:
+            return Place(entry.single, (0,) * len(size), size)
+        return Place(entry.stacked, (entry.layer, *(0 for _ in size)), (1, *size))
+
+    def _check_shape(self, entry: Entry) -> int:
+        """Number of padding rows; ValueError if the stored tensor is not the one that the config describes."""
+        place = self._places[entry]
+        stored = tuple(self.checkpoint.tensors[place.key].size)
+        stacked = place.key != entry.single
+        wanted = (self.dimensions.layers, *place.size[1:]) if stacked else place.size
+        if entry.row.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
+            return stored[0] - wanted[0]
+        if stored != wanted:
+            raise ValueError(
+                f"{self.checkpoint.folder}: {place.key} is {list(stored)}, the config means {list(wanted)}: "
+                "this config is of another model"
+            )
+        return 0
+
+
+def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
+    arguments = checkpoint.arguments()
+    for flag, name in COMPARED.items():
+        if flag in flags and name in arguments and arguments[name] != flags[flag]:
+            raise ValueError(
+                f"{checkpoint.folder}: trained with {flag} {arguments[name]}, but the config means {flags[flag]}: "
+                "the exported model would not compute what was trained"
+            )
+
+
+def _disagreement(unknown: list[str], missing: list[str]) -> str:
+    said = []
+    if missing:
+        said.append(f"missing {_list(missing)}")
+    if unknown:
+        said.append(f"cannot be named in Hugging Face's terms: {_list(unknown)}")
+    if "output_layer.weight" in [*unknown, *missing]:
+        said.append("(tie_word_embeddings of the config is not that of the training)")
+    return "; ".join(said)
+
+
+def _list(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
