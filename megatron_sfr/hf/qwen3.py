@@ -58,7 +58,6 @@ def is_tied(config: Config) -> bool:
 def flags(config: Config) -> dict[str, object]:
     refuse(config)
     d = dimensions(config)
-    tied: dict[str, object] = {} if is_tied(config) else {"untie_embeddings_and_output_weights": True}
     return {
         "num_layers": d.layers,
         "hidden_size": d.hidden,
@@ -77,7 +76,7 @@ def flags(config: Config) -> dict[str, object]:
         "max_position_embeddings": config.get("max_position_embeddings", 32768),
         "vocab_size": d.vocab,
         "make_vocab_size_divisible_by": 128,
-        **tied,
+        "untie_embeddings_and_output_weights": not is_tied(config),
         "attention_dropout": float(config.get("attention_dropout", 0.0)),
         "hidden_dropout": 0.0,
         "init_method_std": config.get("initializer_range", 0.02),
