@@ -5,6 +5,7 @@ import difflib
 import enum
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "exit-signal-handler": True,  # SIGTERM and Ctrl-C end the run with a whole checkpoint
     "log-interval": 1,
     "eval-interval": 1000,
+    "save-interval": 1000,
 }
 
 
@@ -163,6 +165,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
         args = parser.read(flags)
     except ValueError as error:
         raise ValueError(f"{ours.recipe}: {error}" if ours.recipe else str(error)) from error
+    if args.save and not args.load:  # a run that is started again goes on where it was
+        flags += ["--load", args.save]
     if args.save and not args.tensorboard_dir:
         flags += ["--tensorboard-dir", os.path.join(args.save, "tensorboard")]
     if not args.valid_data_path and not args.data_path:
@@ -201,10 +205,14 @@ def parse(settings: Settings) -> argparse.Namespace:
     """Upstream's parsed, validated and globally set arguments."""
     sys.argv = [sys.argv[0], *settings.flags]
     try:
-        return parse_and_validate_args(extra_args_provider=add_options)
+        args = parse_and_validate_args(extra_args_provider=add_options)
     except AssertionError as error:
         unset_num_microbatches_calculator()
-        raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or 'an assertion'}") from error
+        assertion = traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or assertion}") from error
+    # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.
+    args.sfr = args.sfr and (args.sfr_weight > 0 or args.sfr_weight_control == "ratio")
+    return args
 
 
 def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:

@@ -125,8 +125,31 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
+@wrapper
+def _primed(sharded_state_dict: Any) -> Any:
+    def primed(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+        return sharded_state_dict(self, model_state, is_loading, *args, **kwargs)
+
+    return primed
+
+
+@wrapper
+def _own_steps(load_state_dict: Any) -> Any:
+    def with_own_steps(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    return with_own_steps
+
+
 RANDOM = "megatron.core.tensor_parallel.random"
 TRAINING = "megatron.training.training"
+DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
 TORCH_ROWS = (
     Row("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() at some sixty places"),
@@ -152,6 +175,18 @@ MEGATRON_ROWS = (
     Row(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA unless allow_no_cuda is passed"),
     Row(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
     Row(
+        DISTRIBUTED,
+        "DistributedOptimizer.sharded_state_dict",
+        _primed,
+        "a load reads the state of a torch Adam that has made none yet, and asserts",
+    ),
+    Row(
+        DISTRIBUTED,
+        "DistributedOptimizer.load_state_dict",
+        _own_steps,
+        "all parameters of torch Adam get one step tensor, which each of them then increments",
+    ),
+    Row(
         "megatron.core.datasets.utils",
         "compile_helpers",
         _compile_only_if_missing,
@@ -161,8 +196,9 @@ MEGATRON_ROWS = (
 ROWS = TORCH_ROWS + MEGATRON_ROWS
 
 
+@functools.cache  # once a process
 def install() -> None:
-    """Applies every row and enters the function mode for the rest of the process. Call it once, before training."""
+    """Applies every row and enters the function mode for the rest of the process."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.

@@ -58,7 +58,7 @@ class GradientMeasurement:
             self._finish(sum_over_data(self.total), measured)
 
     def _finish(self, total: Tensor, measured: Measured) -> None:
-        cross_entropy, g_1, g_2, dot = total.clamp(min=torch.finfo(total.dtype).tiny).unbind()
+        cross_entropy, g_1, g_2, dot = total.unbind()
         ratio = (g_1 / cross_entropy).sqrt()
         # <g_1, g_2> estimates the power of the expectation; the rest of |g|^2 averages out over noise draws.
         signal = (dot / (g_1 * g_2).sqrt()).clamp(0.0, 1.0)
@@ -66,6 +66,8 @@ class GradientMeasurement:
         first = measured.ratio == 0
         weight = torch.where(first, wanted, measured.weight ** (1 - SMOOTHING) * wanted**SMOOTHING)
         low, high = self.base_weight / LARGEST_CHANGE, self.base_weight * LARGEST_CHANGE
-        measured.weight.copy_(weight.clamp(low, high))
-        measured.ratio.copy_(ratio)
-        measured.signal.copy_(signal)
+        # A head that still answers 0 pulls at nothing: there is no ratio yet, and what is there stays.
+        found = {"weight": weight.clamp(low, high), "ratio": ratio, "signal": signal}
+        for name, value in found.items():
+            buffer = getattr(measured, name)
+            buffer.copy_(torch.where((g_1 > 0) & (cross_entropy > 0), value, buffer))

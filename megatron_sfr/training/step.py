@@ -32,6 +32,8 @@ class ForwardStep:
     def __init__(self, vocab_size: int, sfr: SFROptions | None, schedule: ScheduleOptions) -> None:
         self.vocab_size, self.sfr, self.schedule = vocab_size, sfr, schedule
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
+        self.known_at = -1
+        self.known: dict[str, Tensor] = {}  # what was measured before this step began: equal for all its microbatches
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
@@ -40,14 +42,21 @@ class ForwardStep:
         batch = _to_device(next(data_iterator)) if first or last else {}
         hook: dict[str, Any] = {}
         if last:
-            hook = {"output_processor": self.terms, "output_processor_context": (self._head(model), batch)}
+            head = self._head(model)
+            self._begin(head)
+            hook = {"output_processor": self.terms, "output_processor_context": (head, batch)}
         output = model(
             batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels") if last else None, **hook
         )
-        return output, partial(self.loss, batch, model)
+        return output, partial(self.loss, batch)
 
     def _head(self, model: GPTModel) -> FlowHead | None:
         return get_attr_wrapped_model(model, "flow_head") if self.sfr is not None else None
+
+    def _begin(self, head: FlowHead | None) -> None:
+        if head is not None and self.known_at != get_args().curr_iteration:
+            self.known_at = get_args().curr_iteration
+            self.known = {name: buffer.clone() for name, buffer in head.measured.named_buffers()}
 
     def _phase(self) -> Phase:
         args = get_args()
@@ -116,23 +125,23 @@ class ForwardStep:
         interval = self.schedule.sfr_measure_interval
         return interval > 0 and get_args().curr_iteration % interval == 0
 
-    def loss(self, batch: Batch, model: GPTModel, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
+    def loss(self, batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the sum to differentiate, the tokens that divide it, and {name: [sum, count]}."""
         cross_entropy_BS, flow = output
         mask_BS = batch["loss_mask"]
         tokens = mask_BS.sum()
         total = cross_entropy = (cross_entropy_BS.float() * mask_BS).sum()
         report = {"lm loss": pair(cross_entropy, tokens)}
-        if (head := self._head(model)) is not None:
+        if self.sfr is not None:
             phase = self._phase()
             steered = self.schedule.sfr_weight_control == "ratio"
-            weight = phase.share * (head.measured.weight.clone() if steered else self.schedule.sfr_weight)
+            weight = phase.share * (self.known["weight"] if steered else self.schedule.sfr_weight)
             total = phase.cross_entropy * cross_entropy + weight * flow
             report["sfr loss"] = pair(flow, batch["anchor_weight"].sum().clamp(min=1e-20))
             report["sfr weight"] = pair(weight * tokens, tokens)
             if self.schedule.sfr_measure_interval > 0:  # as last measured, at this step's weight
-                report["sfr grad ratio"] = pair(weight * head.measured.ratio * tokens, tokens)
-                report["sfr grad signal"] = pair(head.measured.signal * tokens, tokens)
+                report["sfr grad ratio"] = pair(weight * self.known["ratio"] * tokens, tokens)
+                report["sfr grad signal"] = pair(self.known["signal"] * tokens, tokens)
         if get_args().check_for_nan_in_loss_and_grad:
             get_rerun_state_machine().validate_result(
                 result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True

@@ -1,0 +1,85 @@
+"""A tiny prepared corpus and the recipe of a tiny model, shared by the tests that train for real."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sfr.data.embedding import EmbedOptions, embed
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+
+SEQ_LENGTH = 80
+WORDS = "red green blue quick slow river stone cloud bird song winter summer light shadow gentle bright old new".split()
+
+
+def write_corpus(folder: Path, rows: int = 40) -> Path:
+    """JSONL of conversations of unlike lengths, some of two turns, some with replies too short for an anchor."""
+    rng = random.Random(5)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    lines = []
+    for i in range(rows):
+        messages = []
+        for _ in range(1 + i % 2):
+            messages.append({"role": "user", "content": words(1, 3)})
+            messages.append({"role": "assistant", "content": words(1, 9)})
+        lines.append(json.dumps({"messages": messages, "persona": f"voice {i % 3}"}))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "corpus.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_prepared(folder: Path) -> Path:
+    """Prepared data with real MiniLM targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
+    corpus = write_corpus(folder)
+    save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
+    options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, segment_length=8, min_segment_length=2)
+    prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
+    embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
+    return folder / "prepared"
+
+
+def recipe(prepared: Path, **changes: Any) -> dict[str, Any]:
+    """Four layers, an odd vocabulary, grouped queries; deterministic and small."""
+    return {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 4,
+        "kv_channels": 12,
+        "ffn_hidden_size": 48,
+        "qk_layernorm": True,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": True,
+        "vocab_size": 501,
+        "make_vocab_size_divisible_by": 8,
+        "seq_length": SEQ_LENGTH,
+        "max_position_embeddings": SEQ_LENGTH,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "train_iters": 3,
+        "lr": 1e-3,
+        "lr_decay_style": "constant",
+        "num_workers": 0,
+        "train_data_path": [str(prepared)],
+        "sfr": True,
+        "sfr_head_width": 24,
+        "sfr_measure_interval": 2,
+        "sfr_draws": 2,
+    } | changes
+
+
+def write_recipe(path: Path, prepared: Path, **changes: Any) -> Path:
+    """The recipe above as a file."""
+    path.write_text(yaml.safe_dump(recipe(prepared, **changes)), encoding="utf-8")
+    return path
