@@ -99,6 +99,7 @@ def parse_row(row: Row) -> Conversation:
         _check_text(persona, "the persona")
         if not persona.strip():
             raise RowError("the persona is blank; name it, or leave the field out")
+        persona = persona.strip()
         if messages[0]["role"] != "system":
             messages = [persona_turn(persona), *messages]
     return Conversation(row.source, row.line, messages, persona)
@@ -106,9 +107,8 @@ def parse_row(row: Row) -> Conversation:
 
 def persona_turn(persona: str) -> Message:
     """The system turn of a persona: whole sentences are used as they stand, a name or a phrase is put into one."""
-    text = persona.strip()
-    is_prose = "\n" in text or text.endswith((".", "!", "?", "。", "！", "？", "…"))
-    return {"role": "system", "content": text if is_prose else f"Answer in this persona: {text}."}
+    is_prose = "\n" in persona or persona.endswith((".", "!", "?", "。", "！", "？", "…"))
+    return {"role": "system", "content": persona if is_prose else f"Answer in this persona: {persona}."}
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
@@ -162,5 +162,7 @@ def _check_message(message: Any, number: int) -> None:
 def _check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
         raise RowError(f"{what} is not a string; write plain text")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RowError(f"{what} has half of a surrogate pair; write the character itself")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} has half of a surrogate pair; write the character itself") from error

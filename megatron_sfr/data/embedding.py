@@ -51,7 +51,8 @@ def embed(
     exists = (output / NAME).exists()
     if not data.manifest.segments:
         raise ValueError(f"{data.folder} has no segments to embed; prepare it with a smaller --min-segment-length")
-    if not exists and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    ours = exists or (output / VECTORS).exists()
+    if not ours and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is no target store; choose another output folder")
     model = Encoder(encoder, options)
     if exists and not force:

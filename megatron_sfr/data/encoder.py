@@ -103,9 +103,9 @@ def _load(name: str, options: EncoderOptions) -> Any:
 def _set_pooling(model: Any, mode: str, name: str) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    for key, module in model.named_children():
+    for index, module in enumerate(model):
         if isinstance(module, Pooling):
-            model[int(key)] = Pooling(module.embedding_dimension, mode, module.include_prompt)
+            model[index] = Pooling(module.embedding_dimension, mode, module.include_prompt)
             return
     raise ValueError(f"the encoder {name} has no pooling to set; use --pooling own")
 

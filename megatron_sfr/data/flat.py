@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -13,24 +14,29 @@ from megatron_sfr.data.manifest import FileRecord
 
 
 class FlatWriter:
-    """Appends arrays of one dtype and keeps the checksum of what it wrote."""
+    """Appends arrays of one dtype to a new file and keeps the checksum of what it wrote."""
 
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
-        self._file = open(path, "wb")  # noqa: SIM115  closed by `close`; a writer lives as long as its folder is written
+        self._file = open(path, "wb")  # noqa: SIM115  closed on leaving the writer's own `with`
         self._sha256 = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def append(self, values: ArrayLike) -> None:
         data = np.asarray(values, self._dtype).tobytes()
         self._file.write(data)
         self._sha256.update(data)
 
-    def close(self) -> FileRecord:
+    def finish(self) -> FileRecord:
+        """Flushes to the disk and says what is there."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
-        return {"bytes": size, "sha256": self._sha256.hexdigest()}
+        return {"bytes": self._file.tell(), "sha256": self._sha256.hexdigest()}
 
 
 def map_flat(path: Path, dtype: DTypeLike) -> np.ndarray:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.chat import BadRow, Conversation, Encoded, RowError, encode, parse_row, read_rows
+from megatron_sfr.data.chat import BadRow, Conversation, Encoded, encode, parse_row, read_rows
 from megatron_sfr.data.flat import FlatWriter
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments import DistinctTexts, future_segments, segment_text
-from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.template import RowError, load_tokenizer, tokenizer_sha256
 
 REJECTED = "rejected.jsonl"
 
@@ -85,8 +86,9 @@ def prepare(
         if progress:
             print(f"{output} is up to date")
         return done
-    with staging(output, keep=False) as folder:
-        writer = _Writer(folder, loaded, origin)
+    with staging(output, keep=False) as folder, ExitStack() as stack:
+        files = {name: stack.enter_context(FlatWriter(folder / name, dtype)) for name, dtype in DTYPES.items()}
+        writer = _Writer(folder, files, loaded, origin)
         for conversation, encoded in _good_rows(inputs, loaded, options, writer, progress):
             writer.add(conversation, encoded)
         manifest = writer.finish(str(tokenizer))
@@ -100,7 +102,8 @@ def prepare(
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another output folder")
-    if output.is_dir() and not (output / NAME).exists() and any(output.iterdir()):
+    ours = any((output / name).exists() for name in (NAME, "tokens.bin"))
+    if output.is_dir() and not ours and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and is no prepared folder; choose another one or empty it")
 
 
@@ -153,11 +156,11 @@ def _encode(conversation: Conversation, tokenizer: Any, seq_length: int) -> Enco
 class _Writer:
     """The files of a prepared folder while they are written; memory grows only with the number of distinct segments."""
 
-    def __init__(self, folder: Path, tokenizer: Any, origin: Origin) -> None:
+    def __init__(self, folder: Path, files: dict[str, FlatWriter], tokenizer: Any, origin: Origin) -> None:
         self._folder = folder
+        self._files = files
         self._tokenizer = tokenizer
         self._origin = origin
-        self._files = {name: FlatWriter(folder / name, dtype) for name, dtype in DTYPES.items()}
         self._segments = DistinctTexts()
         self._personas: Counter[str] = Counter()
         self._persona_index: dict[str, int] = {}
@@ -195,7 +198,7 @@ class _Writer:
         if not self._personas:
             first = f"; the first of {self._rejected} bad rows: {self._first_bad}" if self._first_bad else ""
             raise ValueError(f"no usable rows in {', '.join(r['path'] for r in self._origin.inputs)}{first}")
-        files = {name: file.close() for name, file in self._files.items()}
+        files = {name: file.finish() for name, file in self._files.items()}
         return PreparedManifest(
             samples=self._personas.total(),
             tokens=self._tokens,

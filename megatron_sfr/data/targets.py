@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.manifest import FileRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.data.manifest import NAME, FileRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.prepared import PreparedData
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
@@ -54,19 +54,18 @@ class TargetStore:
     def open(cls, folder: Path, prepared: PreparedData) -> TargetStore:
         """ValueError where the store is missing, damaged, or belongs to other segments than `prepared` has."""
         folder = Path(folder)
-        manifest = read_manifest(folder, TargetManifest, remedy(folder, prepared.folder))
+        manifest = read_manifest(folder, TargetManifest, _remedy(folder, prepared))
         if manifest.segments_sha256 != prepared.manifest.segments_sha256:
             raise ValueError(
                 f"{folder} is stale: it holds embeddings of other segments than {prepared.folder} has now "
-                f"(prepared again since?); {remedy(folder, prepared.folder, manifest.encoder)} --force"
+                f"(prepared again since?); {_remedy(folder, prepared, manifest)}"
             )
-        check_sizes(folder, manifest.files, remedy(folder, prepared.folder, manifest.encoder) + " --force")
+        check_sizes(folder, manifest.files, _remedy(folder, prepared, manifest))
         return cls(folder, prepared, manifest)
 
     def verify(self) -> None:
         """Reads everything; ValueError where a byte is not what was written."""
-        again = remedy(self.folder, self.prepared.folder, self.manifest.encoder) + " --force"
-        check_contents(self.folder, self.manifest.files, again)
+        check_contents(self.folder, self.manifest.files, _remedy(self.folder, self.prepared, self.manifest))
 
     def __len__(self) -> int:
         return self.manifest.segments
@@ -80,6 +79,14 @@ class TargetStore:
         return TargetStore.open, (self.folder, self.prepared)
 
 
-def remedy(folder: Path, prepared: Path, encoder: str = "ENCODER") -> str:
-    output = "" if folder == prepared / DEFAULT else f" --output {folder}"
-    return f"run: megatron-sfr embed --data {prepared} --encoder {encoder}{output}"
+def _remedy(folder: Path, prepared: PreparedData, old: TargetManifest | None = None) -> str:
+    """The command that makes the store, again as it was made where that is known."""
+    command = f"run: megatron-sfr embed --data {prepared.folder}"
+    if folder != prepared.folder / DEFAULT:
+        command += f" --output {folder}"
+    if old is None:
+        command += " --encoder ENCODER"
+    else:
+        length = f" --max-length {old.max_length}" if old.max_length else ""
+        command += f" --encoder {old.encoder} --pooling {old.pooling}{length} --dtype {old.dtype}"
+    return command + (" --force" if (folder / NAME).exists() else "")

@@ -71,7 +71,7 @@ def reply_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[lis
         if not head or ids[: len(head)] != head:
             raise RowError(
                 f"the tokenizer joins the start of reply {number} to the text before it, so no mask is exact; "
-                "remove the white space at the start of the reply"
+                "remove white space at the start of the reply, or change the template's text there"
             )
         last = next(i for i in range(len(head), len(ids)) if ids[i] in control_ids)
         spans.append((len(head), last + 1))

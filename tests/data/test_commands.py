@@ -1,0 +1,77 @@
+"""`megatron-sfr prepare` and `embed` as they are typed."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.commands import embed, prepare
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.targets import TargetStore
+from tests.data.rows import turns, write_rows
+
+
+def command(module, *arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
+    good = [{"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey " * 2)}]
+    rows = [write_rows(tmp_path / name, good * count) for name, count in (("a.jsonl", 1), ("b.jsonl", 2))]
+    with open(rows[1], "a") as file:
+        file.write("not a row\n")
+    data = tmp_path / "data"
+    typed = ("--input", *rows, "--tokenizer", tokenizer_folder, "--output", data, "--stride", 2)
+    typed += ("--seq-length", 120, "--segment-length", 9, "--min-segment-length", 4)
+
+    with pytest.raises(ValueError, match=r"b\.jsonl:3: not JSON"):
+        command(prepare, *typed)
+    assert not data.exists()
+    capsys.readouterr()
+
+    assert command(prepare, *typed, "--skip-bad-rows") == 0
+    manifest = PreparedData.open(data).manifest
+    cut = (manifest.seq_length, manifest.stride, manifest.segment_length, manifest.min_segment_length)
+    assert cut == (120, 2, 9, 4)
+    out, err = capsys.readouterr()
+    assert f"{data}: 3 conversations, {manifest.tokens} tokens ({manifest.supervised_tokens} supervised)" in out
+    assert f"1 bad rows set aside with their reasons in {data / 'rejected.jsonl'}" in out
+    assert f"megatron-sfr embed --data {data}" in out
+    assert "prepare: 100%" in err
+
+    assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--batch-size", 4) == 0
+    out, err = capsys.readouterr()
+    assert f"{data / 'targets'}: {manifest.segments} targets of dimension 384 by minilm (mean pooling" in out
+    assert "segment/s" in err
+    other = tmp_path / "other"
+    typed_other = ("--data", data, "--encoder", "minilm", "--device", "cpu", "--output", other)
+    assert command(embed, *typed_other, "--pooling", "cls", "--max-length", 64, "--dtype", "bfloat16") == 0
+    store = TargetStore.open(other, PreparedData.open(data)).manifest
+    assert (store.pooling, store.max_length, store.dtype) == ("cls", 64, "bfloat16")
+
+    capsys.readouterr()
+    assert command(prepare, *typed, "--skip-bad-rows") == 0
+    assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu") == 0
+    out, _ = capsys.readouterr()
+    assert f"{data} is up to date" in out
+    assert f"{data / 'targets'} is up to date" in out
+
+
+def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
+
+    assert command(prepare, "--input", rows, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data") == 0
+    assert "no reply is long enough for an anchor" in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, megatron_sfr.commands.prepare, megatron_sfr.commands.embed, megatron_sfr.data.prepared\n"
+        "print({'torch', 'transformers', 'sentence_transformers', 'megatron'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,292 @@
+"""The prepared folder: it gives back what was put in, and refuses what is not whole or not the same."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sfr.data import preparation
+from megatron_sfr.data.chat import encode, read_conversations
+from megatron_sfr.data.manifest import staging
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepared import DTYPES, PreparedData
+from megatron_sfr.data.segments import future_segments, segment_text
+from megatron_sfr.data.template import load_tokenizer
+from tests.data.rows import turns, write_rows
+
+OPTIONS = PrepareOptions(seq_length=200, stride=4, segment_length=12, min_segment_length=4)
+ROWS = [
+    {"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey")},
+    {"persona": "wild", "messages": turns("the sea", "is GREY!", "and the sky", "the sky is blue and the sea is grey")},
+    {"messages": turns("the sky", "is blue and the sky is grey")},
+    {"persona": "calm", "messages": turns("is the sea blue", "no")},
+]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    prepare([write_rows(tmp_path / "rows.jsonl", ROWS)], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    return tmp_path / "out"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder: Path):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    data = PreparedData.open(prepared)
+
+    for index, conversation in enumerate(read_conversations(prepared.parent / "rows.jsonl")):
+        encoded, sample = encode(conversation, tokenizer), data[index]
+        assert (sample.tokens == encoded.tokens).all()
+        assert (sample.loss_mask == encoded.loss_mask).all()
+        assert sample.persona == (conversation.persona or "")
+        anchors = sample.anchors
+        cut = {"stride": 4, "segment_length": 12, "min_segment_length": 4}
+        segments = list(future_segments(encoded.replies, **cut))
+        assert anchors.position.tolist() == [s.position for s in segments]
+        assert anchors.response.tolist() == [s.response for s in segments]
+        assert anchors.ordinal.tolist() == [s.ordinal for s in segments]
+        assert anchors.length.tolist() == [s.length for s in segments]
+        texts = [segment_text(encoded.tokens, s, tokenizer) for s in segments]
+        assert [data.segment_text(row) for row in anchors.segment] == texts
+        assert (sample.loss_mask[anchors.position + 1] == 1).all()
+    assert len(data) == len(ROWS)
+    with pytest.raises(IndexError):
+        data[len(ROWS)]
+
+
+def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Path):
+    data = PreparedData.open(prepared)
+    samples = [data[i] for i in range(len(data))]
+    manifest = data.manifest
+
+    assert manifest.tokens == sum(len(s.tokens) for s in samples)
+    assert manifest.supervised_tokens == sum(int(s.loss_mask.sum()) for s in samples)
+    assert manifest.anchors == sum(len(s.anchors.position) for s in samples)
+    assert manifest.max_anchors == max(len(s.anchors.position) for s in samples)
+    assert manifest.personas == {"calm": 2, "wild": 1, "": 1}
+    assert manifest.vocab_size == len(load_tokenizer(str(tokenizer_folder)))
+    assert (manifest.samples, manifest.rejected) == (4, 0)
+
+
+def test_equal_segments_are_stored_once(prepared: Path):
+    data = PreparedData.open(prepared)
+    texts = [data.segment_text(row) for row in range(data.manifest.segments)]
+
+    assert len(set(texts)) == len(texts)
+    assert (data[0].anchors.segment == data[2].anchors.segment).all(), "one reply under two prompts"
+    assert len(data[0].anchors.segment) > 1
+    with pytest.raises(IndexError):
+        data.segment_text(len(texts))
+
+
+def test_a_reply_that_is_too_short_has_no_anchor(prepared: Path):
+    assert len(PreparedData.open(prepared)[3].anchors.position) == 0
+
+
+def test_data_without_any_anchor_can_be_read(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
+    manifest = prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+
+    assert (manifest.anchors, manifest.max_anchors, manifest.segments) == (0, 0, 0)
+    assert len(PreparedData.open(tmp_path / "out")[0].anchors.position) == 0
+
+
+def test_opens_again_in_another_process(prepared: Path):
+    data = PreparedData.open(prepared)
+    dumped = pickle.dumps(data)
+
+    assert len(dumped) < 1000, "the folder's name, not its content"
+    assert (pickle.loads(dumped)[1].tokens == data[1].tokens).all()
+
+
+def test_two_runs_are_equal_and_the_second_does_nothing(prepared: Path, tokenizer_folder: Path, monkeypatch):
+    rows, before = prepared.parent / "rows.jsonl", files_of(prepared)
+    again = prepared.parent / "again"
+    prepare([rows], again, tokenizer_folder, OPTIONS, progress=False)
+    assert files_of(again) == before
+
+    moved = rows.rename(rows.with_name("moved.jsonl"))
+    monkeypatch.setattr(preparation, "staging", None)  # nothing is written
+    assert prepare([moved], prepared, tokenizer_folder, OPTIONS, progress=False).samples == 4
+
+
+def test_other_content_is_replaced_only_by_force(prepared: Path, make_tokenizer, tokenizer_folder: Path):
+    rows = write_rows(prepared.parent / "other.jsonl", ROWS[:2])
+    before = files_of(prepared)
+    (prepared / "targets").mkdir()
+    template = (tokenizer_folder / "chat_template.jinja").read_text() + "\n"
+    longer = PrepareOptions(seq_length=300, stride=5, segment_length=12, min_segment_length=4)
+    changes = [
+        (rows, tokenizer_folder, OPTIONS, "inputs"),
+        (prepared.parent / "rows.jsonl", make_tokenizer(template), OPTIONS, "tokenizer_sha256"),
+        (prepared.parent / "rows.jsonl", tokenizer_folder, longer, "seq_length, stride"),
+    ]
+    for path, tokenizer, options, what in changes:
+        with pytest.raises(ValueError, match=f"prepared with other values of {what}; .*--force"):
+            prepare([path], prepared, tokenizer, options, progress=False)
+        assert files_of(prepared) == before
+
+    (prepared / "rejected.jsonl").write_text("of an earlier run")
+    assert prepare([rows], prepared, tokenizer_folder, OPTIONS, force=True, progress=False).samples == 2
+    assert len(PreparedData.open(prepared)) == 2
+    assert (prepared / "targets").is_dir()
+    assert not (prepared / "rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "manifest.json"])
+def test_a_folder_that_is_cut_or_damaged_is_refused(prepared: Path, name: str):
+    PreparedData.open(prepared).verify()
+    path = prepared / name
+    content = path.read_bytes()
+
+    path.write_bytes(content[:-1] if name != "manifest.json" else content[:-2])
+    with pytest.raises(ValueError, match=f"{re.escape(name)} .*; run: megatron-sfr prepare .*--output"):
+        PreparedData.open(prepared)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*; run: megatron-sfr prepare .*--output"):
+        PreparedData.open(prepared)
+    if name != "manifest.json":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(ValueError, match="is not what was written"):
+            PreparedData.open(prepared).verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": 99}, "is of version 99, this program reads version 1"),
+        ({"kind": "a target store"}, "holds a target store, not prepared data"),
+        ({"extra": 1}, "is damaged"),
+    ],
+)
+def test_another_kind_or_version_is_refused(prepared: Path, change: dict, reason: str):
+    path = prepared / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    with pytest.raises(ValueError, match=reason):
+        PreparedData.open(prepared)
+
+
+def test_a_missing_folder_and_one_of_someone_else_are_refused(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match="does not exist; run: megatron-sfr prepare"):
+        PreparedData.open(tmp_path / "none")
+    with pytest.raises(ValueError, match="is not empty and is no prepared folder"):
+        prepare([rows], tmp_path, tokenizer_folder, OPTIONS, force=True, progress=False)
+    with pytest.raises(ValueError, match="is a file"):
+        prepare([rows], rows, tokenizer_folder, OPTIONS, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_a_folder_that_lost_its_manifest_is_written_again(prepared: Path, tokenizer_folder: Path):
+    before = files_of(prepared)
+    (prepared / "manifest.json").unlink()
+
+    prepare([prepared.parent / "rows.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
+
+    assert files_of(prepared) == before
+
+
+BAD = {
+    "not a row": ("{", "not JSON"),
+    "too long": (json.dumps({"messages": turns("the sea", "sky " * 999)}), "tokens, which is over sequence length 200"),
+    "no mask": (json.dumps({"messages": turns("the sea", "\n\nsky")}), "the tokenizer joins the start of reply 1"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(tmp_path: Path, tokenizer_folder: Path, row, reason):
+    good = tmp_path / "good.jsonl"
+    rows = tmp_path / "rows.jsonl"
+    write_rows(good, ROWS)
+    rows.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n" + json.dumps(ROWS[1]))
+    skip = PrepareOptions(200, 4, 12, 4, skip_bad_rows=True)
+
+    with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
+        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "rows.jsonl"]
+
+    manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip, progress=False)
+    assert (manifest.samples, manifest.rejected) == (6, 1)
+    (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
+    assert reason in rejected["reason"]
+    with pytest.raises(ValueError, match=reason):  # not "up to date"
+        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    assert len(PreparedData.open(tmp_path / "out")) == 6
+
+
+def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[1:2])
+    length = prepare([rows], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
+
+    exact = PrepareOptions(length - 1, 4, 12, 4)
+    assert prepare([rows], tmp_path / "exact", tokenizer_folder, exact, progress=False).tokens == length
+    with pytest.raises(ValueError, match=f"{length} tokens, which is over sequence length {length - 2}"):
+        prepare([rows], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, 12, 4), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("", "rows.jsonl$"), ("\n\n", "rows.jsonl$"), ("{\n{\n", "rows.jsonl; the first of 2 bad rows: .*:1: not JSON")],
+)
+def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer_folder: Path, content: str, reason: str):
+    (tmp_path / "rows.jsonl").write_text(content)
+    skip = PrepareOptions(skip_bad_rows=True)
+
+    with pytest.raises(ValueError, match=f"no usable rows in .*{reason}"):
+        prepare([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer_folder, skip, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_only_one_process_writes_a_folder(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with staging(tmp_path / "out", keep=False) as folder:
+        with pytest.raises(ValueError, match="another process is writing"):
+            prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+        assert folder.is_dir()
+        shutil.rmtree(folder)
+
+
+def test_what_a_killed_run_left_is_cleared(prepared: Path, tokenizer_folder: Path):
+    before = files_of(prepared)
+    shutil.rmtree(prepared)
+    left = prepared.parent / ".out.partial"
+    (left / "folder").mkdir(parents=True)
+    (left / "tokens.bin").write_bytes(b"half")
+
+    prepare([prepared.parent / "rows.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
+
+    assert files_of(prepared) == before
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"stride": 0}, "stride is 0"),
+        ({"seq_length": -1}, "seq_length is -1"),
+        ({"segment_length": 8, "min_segment_length": 9}, "min_segment_length 9 is above segment_length 8"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        PrepareOptions(**options)
+
+
+def test_arrays_can_be_written_to_and_leave_the_files_alone(prepared: Path):
+    data = PreparedData.open(prepared)
+    before = data[0].tokens.copy()
+    data[0].tokens[:] = 0
+    data[0].anchors.position[:] = 0
+
+    assert (data[0].tokens == before).all()
+    assert data[0].tokens.dtype == data[0].anchors.segment.dtype == np.int32
+    assert data[0].loss_mask.dtype == np.uint8
