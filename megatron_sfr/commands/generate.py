@@ -1,0 +1,96 @@
+"""Sample replies from Hugging Face models.
+
+One prompt is answered on the terminal; a file of prompts is answered into a JSONL file. Equal commands give equal
+replies, and several models share their random numbers.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="one user turn, answered on the terminal")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL: prompt or messages, and persona if any")
+    parser.add_argument("--persona", metavar="NAME", help="who answers --prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that sampling always has, shared with `evaluate`."""
+    parser.add_argument(
+        "--model", nargs="+", required=True, metavar="NAME=DIR", help="Hugging Face folders; NAME= may be left out"
+    )
+    parser.add_argument("--samples", type=int, default=8, help="replies to each prompt (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens that hold p (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the random numbers (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="replies at a time (%(default)s)")
+    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import contextlib
+    import json
+
+    from tqdm import tqdm
+
+    from megatron_sfr.evaluation.prompts import ask, read_prompts
+    from megatron_sfr.evaluation.sampling import load_model, record, sample
+    from megatron_sfr.evaluation.tables import whole
+
+    if args.prompts is not None and args.persona is not None:
+        raise ValueError("--persona goes with --prompt; in a file each row names its own")
+    if args.prompts is not None and args.output is None:
+        raise ValueError("--prompts needs --output FILE for the replies")
+    prompts = read_prompts(args.prompts) if args.prompts else [ask(args.prompt, args.persona)]
+    options = sampling_options(args)
+    folders = model_folders(args.model)
+    total = len(folders) * len(prompts) * options.samples
+    with (
+        whole(args.output) if args.output else contextlib.nullcontext() as file,
+        tqdm(total=total, unit="reply", disable=args.prompt is not None, dynamic_ncols=True) as bar,
+    ):
+        for name, folder in folders.items():
+            bar.set_description(name)
+            model = load_model(name, folder, device=args.device, dtype=args.dtype)
+            for p, reply in sample(model, prompts, options):
+                if file is not None:
+                    file.write(json.dumps(record(name, prompts[p], options, reply), ensure_ascii=False) + "\n")
+                if args.prompt is not None:
+                    print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
+                bar.update()
+    if args.output:
+        print(f"{args.output}: {total:,} replies")
+    return 0
+
+
+def model_folders(given: list[str]) -> dict[str, Path]:
+    """{NAME: DIR} of `NAME=DIR` or `DIR` arguments; ValueError where a name comes twice."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        path = Path(folder) if equals else Path(text)
+        name = name if equals else path.resolve().name
+        if not name or name in folders:
+            raise ValueError(f"--model {text}: the name {name!r} is taken or empty; write NAME=DIR, each name once")
+        folders[name] = path
+    return folders
+
+
+def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import
+    from megatron_sfr.evaluation.sampling import SamplingOptions
+
+    return SamplingOptions(
+        samples=args.samples,
+        temperature=getattr(args, "temperature", 1.0),
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )

@@ -1,0 +1,118 @@
+"""Prompts and the replies that are known to be right: read from JSONL, grouped so that personas share a prompt."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_sfr.data.chat import ROLES, Conversation, Message, persona_turn, prompt_of, read_conversations, read_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one persona is asked: the turns before the reply, a persona's system turn among them."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    persona: str | None = None
+
+    @property
+    def shared(self) -> str:
+        """Names what is asked, whoever answers: equal for prompts that differ in the system turn alone."""
+        return _digest([turn for turn in self.messages if turn[0] != "system"]).hex()[:12]
+
+    @property
+    def key(self) -> int:
+        """48 bits that name persona and turns: they choose the random numbers of the replies."""
+        return int.from_bytes(_digest([self.persona, self.messages])[:6])
+
+    @property
+    def question(self) -> str:
+        """The last user turn."""
+        return self.messages[-1][1]
+
+    def turns(self) -> list[Message]:
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and the replies that the data hold for it."""
+
+    prompt: Prompt
+    references: list[Conversation] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [conversation.messages[-1]["content"] for conversation in self.references]
+
+
+def ask(text: str, persona: str | None = None) -> Prompt:
+    """The prompt of one user turn."""
+    return _prompt([{"role": "user", "content": text}], persona)
+
+
+def group(conversations: Iterable[Conversation]) -> list[Asked]:
+    """One entry for each (prompt, persona) in order of appearance, with all its replies."""
+    found: dict[Prompt, Asked] = {}
+    for conversation in conversations:
+        prompt = _prompt(prompt_of(conversation.messages), conversation.persona)
+        found.setdefault(prompt, Asked(prompt)).references.append(conversation)
+    return list(found.values())
+
+
+def read_asked(path: Path) -> list[Asked]:
+    """Prompts with their references, from a file of conversations."""
+    return group(read_conversations(path))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The distinct prompts of a JSONL file: `{"prompt": text}` or `{"messages": [...]}`, each with an optional persona.
+
+    The reply of a conversation that ends on one is left away. Raises ValueError `file:line: reason`.
+    """
+    prompts: dict[Prompt, None] = {}
+    for row in read_rows(path):
+        try:
+            prompts[_parse(row.text)] = None
+        except ValueError as error:
+            raise ValueError(f"{row.source}:{row.line}: {error}") from error
+    if not prompts:
+        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
+    return list(prompts)
+
+
+def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
+    """The entries of at most this many shared prompts, evenly spaced over the order of appearance."""
+    order = list(dict.fromkeys(entry.prompt.shared for entry in asked))
+    count = min(shared_prompts, len(order))
+    kept = {order[i * len(order) // count] for i in range(count)}
+    return [entry for entry in asked if entry.prompt.shared in kept]
+
+
+def _parse(text: bytes) -> Prompt:
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
+    turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
+    for turn in turns if isinstance(turns, list) else [turns]:
+        well_formed = isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
+        if not well_formed or not turn["content"].strip():
+            raise ValueError(f"{turn!r} is no turn; write a role ({', '.join(ROLES)}) and its text")
+    persona = fields.get("persona")
+    if persona is not None and (not isinstance(persona, str) or not persona.strip()):
+        raise ValueError("the persona is no text; name it, or leave the field out")
+    asked = prompt_of(turns)
+    if not asked or asked[-1]["role"] != "user":
+        raise ValueError("no user turn to reply to; end the prompt on one")
+    return _prompt(asked, persona)
+
+
+def _prompt(messages: Sequence[Message], persona: str | None) -> Prompt:
+    if persona is not None and messages[0]["role"] != "system":
+        messages = [persona_turn(persona), *messages]
+    return Prompt(tuple((message["role"], message["content"]) for message in messages), persona)
+
+
+def _digest(content: object) -> bytes:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).digest()

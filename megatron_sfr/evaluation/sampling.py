@@ -1,0 +1,238 @@
+"""Replies sampled from a Hugging Face model, in batches, with random numbers that belong to the reply.
+
+Token s of sample i for a prompt is drawn by one uniform number u(seed, prompt, i, s) through the inverse of the model's
+cumulative distribution. So a reply does not depend on what else is in its batch (but for rounding), and all models and
+temperatures share random numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.evaluation.prompts import Prompt
+from megatron_sfr.runtime.devices import gpus
+from megatron_sfr.runtime.noise import uniform
+
+STREAM = 2  # training uses 0 and 1 of the same generator
+MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How replies are drawn. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing off."""
+
+    samples: int = 8
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} replies a prompt can be told apart")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One reply. logprob: sum of ln p over its tokens (the end token among them) at temperature 1, nothing cut off."""
+
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    finished: bool  # False: cut off at max_new_tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model in evaluation, with its tokenizer and the tokens that end a reply."""
+
+    name: str
+    network: Any
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+
+
+def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
+    """The model and tokenizer of a Hugging Face folder; none of its code is run. device None: a GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load the model in {folder}: {str(error).strip().splitlines()[0]}") from error
+    ends = network.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        raise ValueError(f"{folder} names no end token; set eos_token_id in generation_config.json")
+    network.to(device or ("cuda" if gpus() else "cpu")).eval()
+    return Model(name, network, tokenizer, tuple(ends) if isinstance(ends, list) else (ends,))
+
+
+def sample(model: Model, prompts: Sequence[Prompt], options: SamplingOptions) -> Iterator[tuple[int, Sampled]]:
+    """(index of the prompt, reply), `options.samples` of each prompt, batch by batch; short prompts come first."""
+    ids = [_token_ids(model, prompt) for prompt in prompts]
+    rows = [(p, s) for p in sorted(range(len(prompts)), key=lambda p: len(ids[p])) for s in range(options.samples)]
+    for start in range(0, len(rows), options.batch_size):
+        batch = rows[start : start + options.batch_size]
+        yield from zip((p for p, _ in batch), _sample_batch(model, prompts, ids, batch, options), strict=True)
+
+
+def sample_all(
+    model: Model, prompts: Sequence[Prompt], options: SamplingOptions, bar: tqdm | None = None
+) -> list[list[Sampled]]:
+    """The replies to each prompt, in the order of the prompts and of the samples. The bar counts replies."""
+    replies: list[list[Sampled]] = [[] for _ in prompts]
+    for p, reply in sample(model, prompts, options):
+        replies[p].append(reply)
+        if bar is not None:
+            bar.update()
+    return replies
+
+
+def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
+    """A reply as a row of JSONL."""
+    return {
+        "model": name,
+        "prompt": prompt.shared,
+        "question": prompt.question,
+        "persona": prompt.persona,
+        "sample": reply.sample,
+        "temperature": options.temperature,
+        "text": reply.text,
+        "tokens": len(reply.tokens),
+        "logprob": round(reply.logprob, 4),
+        "finished": reply.finished,
+    }
+
+
+def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """Tokens [B] and their ln p at temperature 1 [B]: the inverse of the cumulative distribution at u in (0, 1)."""
+    log_p_BV = logits_BV.float().log_softmax(dim=-1)
+    if options.temperature == 0:
+        token_B = log_p_BV.argmax(dim=-1)
+    else:
+        p_BV = _cut((log_p_BV / options.temperature).softmax(dim=-1), options).double()
+        total_BV = p_BV.cumsum(dim=-1)
+        # right=True passes over tokens of probability 0; u < 1 keeps the last one with any in reach.
+        token_B = torch.searchsorted(total_BV, u_B.double()[:, None] * total_BV[:, -1:], right=True)[:, 0]
+    return token_B, log_p_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
+    """Zero outside the top_k likeliest tokens and outside the fewest likeliest tokens that hold top_p."""
+    if not options.top_k and options.top_p == 1:
+        return p_BV
+    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
+    keep_BV = before_BV < options.top_p
+    if options.top_k:
+        keep_BV[:, options.top_k :] = False
+    return torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
+
+
+def _token_ids(model: Model, prompt: Prompt) -> list[int]:
+    text = model.tokenizer.apply_chat_template(prompt.turns(), tokenize=False, add_generation_prompt=True)
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: Model,
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
+    rows: Sequence[tuple[int, int]],
+    options: SamplingOptions,
+) -> list[Sampled]:
+    """Replies for rows (prompt, sample): each prompt is read once, then all rows advance together until they end."""
+    device = model.network.device
+    distinct = list(dict.fromkeys(p for p, _ in rows))
+    row_B = torch.tensor([distinct.index(p) for p, _ in rows], device=device)
+    state = _read([ids[p] for p in distinct], model)
+    state.select(row_B)
+    key_B = torch.tensor([prompts[p].key for p, _ in rows], device=device)
+    draw_B = torch.tensor([s for _, s in rows], device=device)
+    ends = torch.tensor(model.end_tokens, device=device)
+    tokens: list[list[int]] = [[] for _ in rows]
+    logprobs = [0.0] * len(rows)
+    live_B = torch.arange(len(rows), device=device)
+    for step in range(options.max_new_tokens):
+        u_B = uniform(options.seed, key_B[live_B], torch.full_like(live_B, step), draw_B[live_B], stream=STREAM)
+        token_B, logp_B = choose(state.logits_BV, u_B, options)
+        for row, token, logp in zip(live_B.tolist(), token_B.tolist(), logp_B.tolist(), strict=True):
+            tokens[row].append(token)
+            logprobs[row] += logp
+        goes_on = (~torch.isin(token_B, ends)).nonzero()[:, 0]
+        if not len(goes_on) or step + 1 == options.max_new_tokens:
+            break
+        if len(goes_on) < len(live_B):
+            state.select(goes_on)
+            live_B, token_B = live_B[goes_on], token_B[goes_on]
+        state.advance(token_B, model)
+    texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [
+        Sampled(s, text, tuple(row), logprob, row[-1] in model.end_tokens)
+        for (_, s), text, row, logprob in zip(rows, texts, tokens, logprobs, strict=True)
+    ]
+
+
+@dataclass
+class _State:
+    """What the model has read so far in each row: its key-value cache, which positions are not padding, next logits."""
+
+    cache: Any
+    mask_BL: Tensor
+    logits_BV: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may come more than once."""
+        self.cache.batch_select_indices(rows)
+        self.mask_BL, self.logits_BV = self.mask_BL[rows], self.logits_BV[rows]
+
+    def advance(self, token_B: Tensor, model: Model) -> None:
+        """Reads one more token in each row."""
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(token_B), 1)], dim=1)
+        place_B1 = self.mask_BL.sum(dim=1, keepdim=True) - 1
+        self.logits_BV = _forward(model, token_B[:, None], place_B1, self.mask_BL, self.cache)
+
+
+def _read(ids: Sequence[list[int]], model: Model) -> _State:
+    """Reads prompts side by side, padded on the left so that all of them end together."""
+    from transformers import DynamicCache
+
+    length = max(map(len, ids))
+    device = model.network.device
+    tokens_BL = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=device)
+    mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    place_BL = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.network.config)
+    return _State(cache, mask_BL, _forward(model, tokens_BL, place_BL, mask_BL, cache))
+
+
+def _forward(model: Model, tokens_BL: Tensor, place_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+    """Logits [B, V] after the last token."""
+    output = model.network(
+        input_ids=tokens_BL,
+        attention_mask=mask_BL,
+        position_ids=place_BL,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

@@ -1,0 +1,68 @@
+"""Diversity metrics against values counted by hand, and their extremes."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sfr.evaluation.diversity import bleu, cross_style_bleu, distinct_n, embedding_spread, self_bleu
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the mat", "a bird flew over the house"]
+
+
+def test_distinct_n_counted_by_hand() -> None:
+    assert distinct_n(["a b a b", "a b c"], 1) == 3 / 7  # a b c of 4 + 3 words
+    assert distinct_n(["a b a b", "a b c"], 2) == 3 / 5  # ab ba bc of ab ba ab ab bc
+    assert distinct_n(["a"], 2) != distinct_n(["a"], 2)  # NaN: no bigram at all
+
+
+@given(st.lists(st.text("abc ", max_size=20), max_size=6), st.integers(1, 3))
+def test_distinct_n_is_a_share_and_falls_when_all_is_said_twice(texts: list[str], n: int) -> None:
+    once, twice = distinct_n(texts, n), distinct_n(texts * 2, n)
+    assert math.isnan(once) or (0 < once <= 1 and twice == pytest.approx(once / 2))
+
+
+def test_bleu_1_counted_by_hand() -> None:
+    assert bleu(TEXTS[0], TEXTS[1], 1) == pytest.approx(5 / 6)  # the sat on the mat; equal lengths, no penalty
+    assert bleu("the cat", "the cat sat on", 1) == pytest.approx(math.exp(1 - 4 / 2))  # precision 1, half as long
+    assert bleu(TEXTS[0], TEXTS[1], 2) == pytest.approx(math.sqrt(5 / 6 * 3 / 5))  # sat-on on-the the-mat of 5
+
+
+def test_self_bleu_is_the_mean_over_ordered_pairs() -> None:
+    pairs = [bleu(a, b, 2) for a in TEXTS for b in TEXTS if a is not b]
+    assert self_bleu(TEXTS, 2, pairs=100, seed=0) == pytest.approx(np.mean(pairs))
+    assert self_bleu([TEXTS[0]] * 4, 4, pairs=100, seed=0) == pytest.approx(1)
+    assert math.isnan(self_bleu(TEXTS[:1], 4, pairs=100, seed=0))
+
+
+def test_capped_pairs_are_drawn_by_seed() -> None:
+    texts = [f"{a} {b} {a} end" for a in "abcd" for b in "wxyz"]
+    drawn = [self_bleu(texts, 1, pairs=10, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_cross_style_bleu_compares_personas_and_never_one_with_itself() -> None:
+    same_within = {"x": ["one two three"] * 3, "y": ["four five six"] * 3}
+    same_across = {"x": ["one two three", "four five six"], "y": ["one two three", "four five six"], "z": []}
+    apart = cross_style_bleu(same_within, 1, pairs=8, seed=0)
+    assert apart < 0.3  # sacrebleu smooths a match of nothing to a little above 0
+    assert cross_style_bleu({**same_within, "y": same_within["x"]}, 1, pairs=8, seed=0) == pytest.approx(1)
+    assert cross_style_bleu(same_across, 1, pairs=200, seed=0) == pytest.approx((1 + apart) / 2, abs=0.1)
+    assert math.isnan(cross_style_bleu({"x": ["one"]}, 1, pairs=8, seed=0))
+
+
+def test_spread_of_known_angles() -> None:
+    assert embedding_spread(np.eye(4)) == pytest.approx(1)  # all at right angles
+    assert embedding_spread(np.ones((5, 1))) == pytest.approx(0)
+    assert embedding_spread(np.array([[1.0, 0], [-1.0, 0]])) == pytest.approx(2)
+    assert math.isnan(embedding_spread(np.eye(1)))
+
+
+@given(st.integers(2, 6), st.integers(0, 1000))
+def test_spread_is_the_mean_over_pairs(n: int, seed: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(n, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairs = [1 - vectors[i] @ vectors[j] for i in range(n) for j in range(n) if i != j]
+    assert embedding_spread(vectors) == pytest.approx(np.mean(pairs))
