@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Trains a recipe on this one machine:  launch/local.sh [--dry-run] RECIPE.yaml [any flag of Megatron or megatron-sfr]
+# The same as `megatron-sfr train`, without its progress bar; start from here for a launcher of your own.
+set -euo pipefail
+
+# ---- site: edit these, or set them in the environment ----
+PYTHON=${PYTHON:-.venv/bin/python}   # of the environment that has megatron-sfr
+NPROC=${NPROC:-}                     # processes; empty: one for each GPU
+MAX_RESTARTS=${MAX_RESTARTS:-0}      # times that torchrun starts all processes again after one of them failed
+GRACE_S=${GRACE_S:-600}              # seconds for the last checkpoint after SIGTERM or Ctrl-C
+# ----------------------------------------------------------
+
+DRY_RUN=
+if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; shift; fi
+RECIPE=${1:?usage: launch/local.sh [--dry-run] RECIPE.yaml [flags]}
+shift
+[[ -r $RECIPE ]] || { echo "$RECIPE: no such recipe" >&2; exit 2; }
+if [[ -z $NPROC ]]; then
+    NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+    ((NPROC > 0)) || { echo "no GPU found: say how many processes share the CPU, for example NPROC=2" >&2; exit 2; }
+fi
+
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # up to Hopper, Megatron asks for 1 with TP
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+DISTRIBUTED_ARGS=(
+    --standalone
+    --nproc-per-node "$NPROC"
+    --max-restarts "$MAX_RESTARTS"
+    --shutdown-timeout "$GRACE_S"
+)
+MODEL_ARGS=(--recipe "$RECIPE") # shape, layout and precision are in the recipe
+DATA_ARGS=()                    # for example: --train-data-path /data/personas/train
+TRAINING_ARGS=(--exit-signal-handler "$@")
+
+COMMAND=(
+    "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}"
+    -m megatron_sfr.train "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}"
+)
+if [[ $DRY_RUN ]]; then
+    printf '%q ' "${COMMAND[@]}"
+    echo
+    exit
+fi
+exec "${COMMAND[@]}"

@@ -1,0 +1,111 @@
+"""The recipes for H100 clusters: upstream's parser takes every flag and its checks pass for the cluster's size.
+
+What this does not exercise: Transformer Engine, FP8, NCCL, memory, speed. They have not run on such a cluster.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_sfr.hf.families import megatron_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+QWEN3, CODER = "examples/qwen3_32b_personas/recipe.yaml", "examples/qwen2.5_coder_7b/recipe.yaml"
+SHARED = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+QWEN3_CONFIG = SHARED | {  # Qwen/Qwen3-32B, config.json
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+}
+CODER_SHAPE = {  # Qwen/Qwen2.5-Coder-7B, config.json, in Megatron's names
+    "num_layers": 28,
+    "hidden_size": 3584,
+    "ffn_hidden_size": 18944,
+    "num_attention_heads": 28,
+    "num_query_groups": 4,
+    "kv_channels": 3584 // 28,
+    "add_qkv_bias": True,
+    "norm_epsilon": 1e-6,
+    "rotary_base": 1000000,
+    "max_position_embeddings": 32768,
+    "vocab_size": 152064,
+    "untie_embeddings_and_output_weights": True,
+}
+
+
+def validate(processes: int, recipe: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.house.validate_recipe", str(processes), recipe, *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("processes", "recipe", "data_parallel", "layers"),
+    [(64, QWEN3, 4, [17, 16, 16, 15]), (8, CODER, 2, [15, 13])],
+)
+def test_upstream_accepts_the_recipe(processes: int, recipe: str, data_parallel: int, layers: list[int]) -> None:
+    done = validate(processes, recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "data_parallel": data_parallel,
+        "layers": layers,
+        "fp8": ["hybrid", "tensorwise", True],
+        "sequence_parallel": True,
+        "per_token_loss": True,
+        "implementation": "transformer_engine",
+    }
+
+
+def test_upstream_refuses_a_layout_that_does_not_fit() -> None:
+    done = validate(64, QWEN3, "--tensor-model-parallel-size", "3")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Megatron refuses these flags: world size (64)")
+
+
+def read(recipe: str) -> dict[str, object]:
+    return yaml.safe_load((ROOT / recipe).read_text())
+
+
+def test_the_32b_recipe_has_the_shape_that_convert_recipe_prints() -> None:
+    printed = megatron_flags(QWEN3_CONFIG)
+    assert {key: read(QWEN3).get(key) for key in printed} == printed
+
+
+def test_the_coder_recipe_has_the_published_shape() -> None:
+    assert {key: read(CODER).get(key) for key in CODER_SHAPE} == CODER_SHAPE
+
+
+@pytest.mark.parametrize("recipe", [QWEN3, CODER])
+def test_fp8_shapes_are_multiples_of_16(recipe: str) -> None:
+    r = read(recipe)
+    tp = r["tensor_model_parallel_size"]
+    qkv = (r["num_attention_heads"] + 2 * r["num_query_groups"]) * r["kv_channels"]
+    for size in (qkv, r["num_attention_heads"] * r["kv_channels"], r["ffn_hidden_size"], r["seq_length"]):
+        assert size % (16 * tp) == 0
+    assert r["hidden_size"] % 16 == 0
+
+
+@pytest.mark.parametrize("recipe", [QWEN3, CODER])
+def test_the_readme_says_that_it_has_not_run(recipe: str) -> None:
+    text = (ROOT / recipe).with_name("README.md").read_text()
+    assert "has not been run" in text
+    assert recipe in text
