@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, or brings it up to date: the package (editable) with its demo and dev extras, at constraints.txt's versions.
 # The Python is the one .python-version names (pyenv), else python3.12, else python3 where that is 3.12 or newer.
-set -euo pipefail
+set -eEuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 is_right_python() {
@@ -26,6 +26,7 @@ install() { # pip, down to one line a package; all it says is in .venv/install.l
         tee -a .venv/install.log |
         sed -u -n -E -e 's/^(Collecting [^ ]+).*/  \1/p' -e 's/^Installing collected packages:.*/  Installing/p' -e '/^ERROR/p'
 }
+
 if [[ -x .venv/bin/python ]]; then
     if ! is_right_python .venv/bin/python; then
         echo ".venv has no working Python 3.12: remove it (make clean) and run this again" >&2
