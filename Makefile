@@ -26,6 +26,7 @@ test: $(ENV)
 
 check: $(ENV)
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python tools/check_floors.py
 
