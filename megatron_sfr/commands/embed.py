@@ -1,4 +1,7 @@
-"""Encode each distinct future segment once into the store of SFR's targets."""
+"""Encode each distinct future segment once into the store of SFR's targets.
+
+A run that was stopped goes on where it was when the same command is typed again.
+"""
 
 from __future__ import annotations
 

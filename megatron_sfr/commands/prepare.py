@@ -1,4 +1,9 @@
-"""Turn JSONL conversations into memory-mapped tokens, loss masks and anchors."""
+"""Turn JSONL conversations into memory-mapped tokens, loss masks and anchors.
+
+A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, with
+"persona": "..." beside it if there is one: it becomes the system turn of a conversation that has none.
+The loss is on the assistant's turns, each with its end token. Nothing is written unless all of it is.
+"""
 
 from __future__ import annotations
 

@@ -107,8 +107,9 @@ def parse_row(row: Row) -> Conversation:
 
 def persona_turn(persona: str) -> Message:
     """The system turn of a persona: whole sentences are used as they stand, a name or a phrase is put into one."""
-    is_prose = "\n" in persona or persona.endswith((".", "!", "?", "。", "！", "？", "…"))
-    return {"role": "system", "content": persona if is_prose else f"Answer in this persona: {persona}."}
+    text = persona.strip()
+    is_prose = "\n" in text or text.endswith((".", "!", "?", "。", "！", "？", "…"))
+    return {"role": "system", "content": text if is_prose else f"Answer in this persona: {text}."}
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:

@@ -80,7 +80,7 @@ def prepare(
         min_segment_length=options.min_segment_length,
         vocab_size=len(loaded),
         tokenizer_sha256=tokenizer_sha256(loaded),
-        inputs=[{"path": str(path), "sha256": sha256_of(path)} for path in inputs],
+        inputs=[{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in inputs],
     )
     if not force and (output / NAME).exists() and (done := _up_to_date(output, origin, options.skip_bad_rows)):
         if progress:
@@ -91,7 +91,7 @@ def prepare(
         writer = _Writer(folder, files, loaded, origin)
         for conversation, encoded in _good_rows(inputs, loaded, options, writer, progress):
             writer.add(conversation, encoded)
-        manifest = writer.finish(str(tokenizer))
+        manifest = writer.finish(str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else str(tokenizer))
         write_manifest(folder, manifest)
         if not manifest.rejected:
             (output / REJECTED).unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def prepare(
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another output folder")
-    ours = any((output / name).exists() for name in (NAME, "tokens.bin"))
+    ours = any((output / name).exists() for name in (NAME, "segment_offsets.bin"))
     if output.is_dir() and not ours and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and is no prepared folder; choose another one or empty it")
 

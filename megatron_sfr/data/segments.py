@@ -44,7 +44,7 @@ def future_segments(
 
 def segment_text(tokens: np.ndarray, segment: Segment, tokenizer: Any) -> str:
     """The text of a segment as the encoder reads it: no special tokens, no tidying of spaces."""
-    ids = tokens[segment.position + 1 : segment.end].tolist()
+    ids = tokens[segment.position + 1 : segment.end]  # an array: decode checks a list element by element
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

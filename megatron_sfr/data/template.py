@@ -75,6 +75,11 @@ def reply_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[lis
             )
         last = next(i for i in range(len(head), len(ids)) if ids[i] in control_ids)
         spans.append((len(head), last + 1))
+    if len(ends := {ids[end - 1] for _, end in spans}) > 1:  # one of them is the header of the turn that follows
+        raise RowError(
+            f"the replies end on different control tokens, {tokenizer.convert_ids_to_tokens(sorted(ends))}; "
+            "let the template write eos_token after each reply"
+        )
     return ids, spans
 
 

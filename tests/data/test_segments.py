@@ -23,6 +23,7 @@ CUTS = st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)).map(
 )
 
 
+@settings(deadline=None)
 @given(replies(), CUTS)
 def test_anchors_stand_at_every_stride_that_has_enough_future(conversation, cut):
     _, spans = conversation

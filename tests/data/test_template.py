@@ -129,6 +129,12 @@ REFUSED = {
         ("hi", "yes"),
         "no control token after reply 1",
     ),
+    "an end token for the last reply alone": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+        ("hi", "yes", "hi", "yes"),
+        "the replies end on different control tokens, ['<|im_start|>', '<|im_end|>']",
+    ),
     "control token before the reply": (
         CHATML.replace("{{ m.content }}", "<|channel|>{{ m.content }}"),
         ("hi", "yes"),
