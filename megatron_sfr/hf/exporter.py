@@ -123,6 +123,7 @@ def _write_weights(
                 shard[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
                 bar.update(shard[name].nbytes)
             save_file(shard, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod((folder / CONFIG).stat().st_mode)  # safetensors 0.8 writes for the owner alone
 
 
 def _write_config(config: Config, dtypes: tuple[torch.dtype, ...], path: Path) -> None:

@@ -59,13 +59,11 @@ def import_hf(
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
     _check_stacks(source, dtypes)
     size = sum(prod(entry.row.megatron_shape(d)) * dtype.itemsize for entry, dtype in dtypes.items())
-    with (
-        new_folder(output, mark=TRACKER, force=force) as folder,
-        tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar,
-    ):
-        joined = _Joined(weights, d, bar)
-        pieces = (piece for entry in todo for piece in _pieces(entry, d, dtypes[entry], joined))
-        write_checkpoint(folder / RELEASE, pieces, _objects(family, d))
+    with new_folder(output, mark=TRACKER, force=force) as folder:
+        with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
+            joined = _Joined(weights, d, bar)
+            pieces = (piece for entry in todo for piece in _pieces(entry, d, dtypes[entry], joined))
+            write_checkpoint(folder / RELEASE, pieces, _objects(family, d))
         (folder / TRACKER).write_text(RELEASE)
         if check:
             check_import(folder / RELEASE, config, weights, progress=progress)
@@ -140,9 +138,7 @@ def _check_names(weights: Weights, todo: list[Entry], family: Family) -> None:
     if missing:
         raise ValueError(f"{weights.folder}: missing {', '.join(missing)}, which config.json implies")
     if unknown:
-        raise ValueError(
-            f"{weights.folder}: {', '.join(unknown)}: no weight of the architecture that config.json names"
-        )
+        raise ValueError(f"{weights.folder}: {', '.join(unknown)}: no weight of config.json's architecture")
 
 
 def _check_entry(weights: Weights, entry: Entry, d: Dimensions) -> torch.dtype:

@@ -106,9 +106,8 @@ def _disagreement(unknown: list[str], missing: list[str]) -> str:
         said.append(f"missing {_list(missing)}")
     if unknown:
         said.append(f"cannot be named in Hugging Face's terms: {_list(unknown)}")
-    if "output_layer.weight" in [*unknown, *missing]:
-        said.append("(tie_word_embeddings of the config is not that of the training)")
-    return "; ".join(said)
+    tied = "output_layer.weight" in [*unknown, *missing]
+    return "; ".join(said) + (" (tie_word_embeddings of the config is not that of the training)" if tied else "")
 
 
 def _list(names: Iterable[str], most: int = 8) -> str:

@@ -1,0 +1,196 @@
+"""What is exported is the model and nothing else: every tensor is mapped, declared the head's, or refused by name."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.exporter import export_hf
+from megatron_sfr.hf.folder import CONFIG, INDEX, Weights
+
+
+def rewrite(source, target, *, without=(), add=None, objects=None, pad=0):
+    """A checkpoint made from another: tensors left out or added, the vocabulary padded."""
+    checkpoint = Checkpoint(source)
+    tensors = {
+        key: checkpoint.read(key, [0] * len(stored.size), stored.size)
+        for key, stored in checkpoint.tensors.items()
+        if key not in without
+    } | (add or {})
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[key] = torch.cat([tensors[key], torch.full((pad, tensors[key].shape[1]), torch.nan)])
+    pieces = [
+        Piece(key, tuple(x.shape), x.dtype, (0,) * x.ndim, tuple(x.shape), lambda x=x: x) for key, x in tensors.items()
+    ]
+    write_checkpoint(target, pieces, objects or {})
+    return target
+
+
+@pytest.fixture
+def release(imported):
+    return imported / "release"
+
+
+def exported(checkpoint, output, like, **options):
+    return export_hf(checkpoint, output, like=like, progress=False, **options)
+
+
+def test_transformers_loads_it_and_computes_the_same(imported, untied, tmp_path):
+    exported(imported, tmp_path / "out", untied, shard_bytes=100_000)
+    found, wanted = (AutoModelForCausalLM.from_pretrained(x) for x in (tmp_path / "out", untied))
+    tokens = torch.arange(40)[None] * 12
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+    assert found.generation_config.temperature == 0.7
+
+
+def test_shards_are_filled_up_to_their_size_and_indexed(imported, untied, tmp_path):
+    report = exported(imported, tmp_path / "out", untied, shard_bytes=100_000)
+    assert report.files == tuple(f"model-{i + 1:05d}-of-00004.safetensors" for i in range(4))
+    assert all((tmp_path / "out" / file).stat().st_size < 110_000 for file in report.files)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert (
+        index["metadata"]["total_size"] == report.bytes == sum(Weights(untied)[x].nbytes for x in index["weight_map"])
+    )
+
+
+def test_weights_can_be_read_by_whoever_reads_the_config(imported, untied, tmp_path):
+    exported(imported, tmp_path / "out", untied)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / CONFIG).stat().st_mode
+
+
+def test_head_and_training_state_stay_behind(release, untied, tmp_path):
+    head = {"flow_head.output.weight": torch.ones(3, 2), "flow_head.measured.ratio": torch.ones(1)}
+    bucket = "gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param"
+    state = {
+        "optimizer.state.exp_avg.output_layer.weight": torch.ones(2),
+        f"optimizer.distributed.dp_group_idx_0.{bucket}": torch.ones(2),
+        "chained_0.optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(2),
+    }
+    objects = {
+        "rng_state/shard_0.0_1.1": None,
+        "rerun_state_machine_state/shard_0_1": None,
+        "decoder.layers.self_attention.core_attention._extra_state/shard_0_4": None,
+        COMMON: {"args": argparse.Namespace(num_layers=4)},
+    }
+    report = exported(rewrite(release, tmp_path / "iter_1", add=head | state, objects=objects), tmp_path / "a", untied)
+    assert report.dropped == tuple(sorted(head))
+    exported(release, tmp_path / "b", untied)
+    with_head, without = Weights(tmp_path / "a"), Weights(tmp_path / "b")
+    assert with_head.files.keys() == without.files.keys()
+    assert all(torch.equal(with_head[name], without[name]) for name in without.files)
+
+
+def test_vocabulary_padding_is_cut(release, untied, tmp_path):
+    report = exported(rewrite(release, tmp_path / "iter_1", pad=9), tmp_path / "out", untied)
+    assert report.padding == 9
+    assert Weights(tmp_path / "out").shape("lm_head.weight") == (503, 36)
+    assert torch.equal(Weights(tmp_path / "out")["lm_head.weight"], Weights(untied)["lm_head.weight"])
+
+
+def test_layers_that_are_kept_apart(release, untied, tmp_path):
+    checkpoint = Checkpoint(release)
+    stacked = {key: x.size for key, x in checkpoint.tensors.items() if key.startswith("decoder.layers.")}
+    apart = {
+        key.replace("layers.", f"layers.{i}."): layer
+        for key, size in stacked.items()
+        for i, layer in enumerate(checkpoint.read(key, [0] * len(size), size))
+    }
+    exported(rewrite(release, tmp_path / "iter_1", without=stacked, add=apart), tmp_path / "out", untied)
+    found, wanted = Weights(tmp_path / "out"), Weights(untied)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted.files)
+
+
+def refused(checkpoint, like, tmp_path, match):
+    with pytest.raises(ValueError, match=match):
+        exported(checkpoint, tmp_path / "out", like)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_tensor(release, untied, tmp_path):
+    changed = rewrite(release, tmp_path / "iter_1", add={"mtp.layers.0.eh_proj.weight": torch.ones(2)})
+    refused(changed, untied, tmp_path, r"cannot be named in Hugging Face's terms: mtp\.layers\.0\.eh_proj\.weight")
+
+
+def test_unknown_object(release, untied, tmp_path):
+    changed = rewrite(release, tmp_path / "iter_1", objects={"decoder.surprise/shard_0_1": 1})
+    refused(changed, untied, tmp_path, r"decoder\.surprise/shard_0_1")
+
+
+def test_missing_tensor(release, untied, tmp_path):
+    changed = rewrite(release, tmp_path / "iter_1", without=["decoder.layers.self_attention.q_layernorm.weight"])
+    refused(changed, untied, tmp_path, r"missing decoder\.layers\.self_attention\.q_layernorm\.weight")
+
+
+def test_head_under_another_name_is_unknown(release, untied, tmp_path):
+    changed = rewrite(release, tmp_path / "iter_1", add={"my_flow_head.weight": torch.ones(2)})
+    refused(changed, untied, tmp_path, r"my_flow_head\.weight")
+
+
+def test_tied_config_for_an_untied_model(release, tied, tmp_path):
+    refused(release, tied, tmp_path, r"output_layer\.weight \(tie_word_embeddings")
+
+
+def change_config(like, folder, **values):
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(json.loads((like / CONFIG).read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"vocab_size": 600}, r"embedding\.word_embeddings\.weight is \[503, 36\], the config means \[600, 36\]"),
+        ({"intermediate_size": 40}, r"linear_fc1\.weight is \[4, 88, 36\], the config means \[4, 80, 36\]"),
+        ({"num_hidden_layers": 3}, r"is \[4, 36\], the config means \[3, 36\]"),
+    ],
+)
+def test_config_of_another_shape(release, untied, tmp_path, values, match):
+    refused(release, change_config(untied, tmp_path / "like", **values), tmp_path, match)
+
+
+def test_config_that_would_compute_something_else(release, untied, tmp_path):
+    trained = rewrite(release, tmp_path / "iter_1", objects={COMMON: {"args": argparse.Namespace(rotary_base=10000)}})
+    refused(trained, untied, tmp_path, "trained with rotary_base 10000, but the config means 50000")
+
+
+def test_dtype_is_the_checkpoints_unless_asked_for(imported, untied, tmp_path):
+    like = change_config(untied, tmp_path / "like", dtype="bfloat16")
+    exported(imported, tmp_path / "kept", like)
+    assert Weights(tmp_path / "kept").dtype("lm_head.weight") == torch.float32
+    assert json.loads((tmp_path / "kept" / CONFIG).read_text())["dtype"] == "float32"
+    exported(imported, tmp_path / "cast", like, dtype=torch.bfloat16)
+    cast, wanted = Weights(tmp_path / "cast"), Weights(untied)
+    assert all(torch.equal(cast[name], wanted[name].bfloat16()) for name in wanted.files)
+    assert json.loads((tmp_path / "cast" / CONFIG).read_text())["dtype"] == "bfloat16"
+
+
+def test_companions_are_copied_and_weights_are_not(imported, untied, tmp_path):
+    like = change_config(untied, tmp_path / "like", torch_dtype="bfloat16")
+    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "merges.txt")
+    for name in (*kept, "README.md", "model-00001-of-00009.safetensors", "optimizer.pt"):
+        (like / name).write_text(name)
+    (like / "additional_chat_templates").mkdir()
+    (like / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    exported(imported, tmp_path / "out", like)
+    found = {str(x.relative_to(tmp_path / "out")) for x in (tmp_path / "out").rglob("*") if x.is_file()}
+    assert found == {*kept, "additional_chat_templates/rag.jinja", CONFIG, "model.safetensors"}
+    config, source = (json.loads((x / CONFIG).read_text()) for x in (tmp_path / "out", like))
+    assert config == source | {"torch_dtype": "float32"}
+
+
+def test_existing_output_is_kept(imported, untied, tmp_path):
+    exported(imported, tmp_path / "out", untied)
+    (tmp_path / "out" / "notes").touch()
+    with pytest.raises(ValueError, match="--force"):
+        exported(imported, tmp_path / "out", untied)
+    assert (tmp_path / "out" / "notes").exists()
+    exported(imported, tmp_path / "out", untied, force=True)
+    assert not (tmp_path / "out" / "notes").exists()
+
+
+def test_the_reference_is_never_the_output(imported, untied):
+    with pytest.raises(ValueError, match="is the folder of --like"):
+        exported(imported, untied, untied, force=True)

@@ -1,0 +1,116 @@
+"""HF folders that are not whole are refused by name, and a new folder appears whole or not at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_sfr.hf.folder import INDEX, SINGLE, Weights, new_folder, read_config
+from tests.hf.models import save_model
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("sharded") / "hf", max_shard_size="100KB")
+
+
+@pytest.fixture
+def folder(sharded, tmp_path):
+    return shutil.copytree(sharded, tmp_path / "hf")
+
+
+def test_shards_read_as_the_single_file(folder, untied):
+    shards, single = Weights(folder), Weights(untied)
+    assert len(set(shards.files.values())) > 1
+    assert shards.files.keys() == single.files.keys()
+    assert all(torch.equal(shards[name], single[name]) for name in shards.files)
+
+
+def test_missing_shard(folder):
+    (folder / Weights(folder).files["lm_head.weight"]).unlink()
+    with pytest.raises(ValueError, match=r"missing model-0000\d-of-0000\d.safetensors"):
+        Weights(folder)
+
+
+def test_truncated_shard(folder):
+    shard = folder / Weights(folder).files["lm_head.weight"]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged or cut off"):
+        Weights(folder)
+
+
+def test_index_of_other_files(folder):
+    index = json.loads((folder / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = next(x for x in files if x != index["weight_map"]["model.norm.weight"])
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is not in model-"):
+        Weights(folder)
+
+
+def test_index_that_is_not_json(folder):
+    (folder / INDEX).write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        Weights(folder)
+
+
+def test_folder_without_safetensors(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="only safetensors are read"):
+        Weights(tmp_path)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        read_config(tmp_path)
+
+
+def test_quantised_dtype(tmp_path):
+    save_file({"w": torch.zeros(3, dtype=torch.float8_e4m3fn)}, tmp_path / SINGLE)
+    with pytest.raises(ValueError, match="w is F8_E4M3"):
+        Weights(tmp_path).dtype("w")
+
+
+def test_new_folder_appears_at_the_end(tmp_path):
+    output = tmp_path / "out"
+    with new_folder(output, mark="mark", force=False) as folder:
+        (folder / "mark").write_text("new")
+        assert not output.exists()
+    assert (output / "mark").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_failure_leaves_nothing(tmp_path):
+    def fail(folder):
+        (folder / "mark").touch()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", mark="mark", force=False) as folder:
+        fail(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_is_replaced_only_by_force_and_only_at_the_end(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mark").write_text("old")
+    with pytest.raises(ValueError, match="--force"), new_folder(output, mark="mark", force=False):
+        pass
+    with pytest.raises(RuntimeError), new_folder(output, mark="mark", force=True):
+        raise RuntimeError
+    assert (output / "mark").read_text() == "old"
+    with new_folder(output, mark="mark", force=True) as folder:
+        (folder / "mark").write_text("new")
+    assert (output / "mark").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_force_does_not_replace_what_no_conversion_wrote(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    with (
+        pytest.raises(ValueError, match="replaces only what a conversion has written"),
+        new_folder(tmp_path / "thesis", mark="mark", force=True),
+    ):
+        pass

@@ -1,0 +1,143 @@
+"""What is imported gives back the very bits; what config and weights do not agree on is refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sfr.hf import importer
+from megatron_sfr.hf.checkpoint import TRACKER, Checkpoint, find_checkpoint
+from megatron_sfr.hf.exporter import export_hf
+from megatron_sfr.hf.families import FAMILIES
+from megatron_sfr.hf.folder import SINGLE, Weights
+from megatron_sfr.hf.importer import import_hf
+from tests.hf.models import save_model
+
+
+def same_bits(a, b):
+    a, b = Weights(a), Weights(b)
+    assert a.files.keys() == b.files.keys()
+    for name in a.files:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip_is_bit_equal(tmp_path, architecture, dtype, tied):
+    source = save_model(tmp_path / "hf", architecture, dtype=dtype, tie_word_embeddings=tied, max_shard_size="100KB")
+    report = import_hf(source, tmp_path / "megatron", check=True, progress=False)
+    assert (report.dtypes, report.checked) == ((dtype,), True)
+    export_hf(tmp_path / "megatron", tmp_path / "back", like=source, progress=False)
+    same_bits(source, tmp_path / "back")
+
+
+def test_round_trip_in_many_boxes(tmp_path, untied, monkeypatch):
+    monkeypatch.setattr(importer, "CHUNK_BYTES", 1000)
+    import_hf(untied, tmp_path / "megatron", check=True, progress=False)
+    tensors = Checkpoint(tmp_path / "megatron" / "release").tensors
+    assert len(tensors["output_layer.weight"].chunks) == 73  # 503 * 36 * 4 bytes in thousands
+    proj = tensors["decoder.layers.self_attention.linear_proj.weight"]
+    assert {tuple(chunk.sizes) for chunk in proj.chunks} <= {(1, 36, 6), (1, 36, 7)}  # cut where TP cuts
+    export_hf(tmp_path / "megatron", tmp_path / "back", like=untied, progress=False)
+    same_bits(untied, tmp_path / "back")
+
+
+def test_it_is_a_release_that_starts_training_afresh(imported):
+    assert (imported / TRACKER).read_text() == "release"
+    assert find_checkpoint(imported) == imported / "release"
+
+
+def test_existing_output_is_refused_and_kept(imported, untied):
+    with pytest.raises(ValueError, match="exists: choose another --output"):
+        import_hf(untied, imported, progress=False)
+    assert find_checkpoint(imported).is_dir()
+
+
+@pytest.fixture
+def folder(untied, tmp_path):
+    """A model in one file, whose tensors and config a test may change."""
+    (tmp_path / "hf").mkdir()
+    for file in untied.iterdir():
+        (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "hf"
+
+
+def refused(folder, match):
+    with pytest.raises(ValueError, match=match):
+        import_hf(folder, folder.parent / "megatron", progress=False)
+    assert not (folder.parent / "megatron").exists()
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_missing_tensor(folder):
+    change_tensors(folder, lambda x: x.pop("model.layers.2.mlp.up_proj.weight"))
+    refused(folder, r"missing model\.layers\.2\.mlp\.up_proj\.weight")
+
+
+def test_unknown_tensor(folder):
+    change_tensors(folder, lambda x: x.update({"model.layers.0.self_attn.sinks": torch.zeros(6)}))
+    refused(folder, r"model\.layers\.0\.self_attn\.sinks: no weight of config\.json's architecture")
+
+
+def test_config_of_another_size(folder):
+    change_config(folder, intermediate_size=48)
+    refused(folder, r"gate_proj\.weight is \[44, 36\], config\.json means \[48, 36\]")
+
+
+def test_config_of_another_depth(folder):
+    change_config(folder, num_hidden_layers=3)
+    refused(folder, r"model\.layers\.3\.input_layernorm\.weight")
+
+
+def test_dtypes_that_one_tensor_cannot_hold(folder):
+    def halve(tensors):
+        name = "model.layers.1.self_attn.k_proj.weight"
+        tensors[name] = tensors[name].bfloat16()
+
+    change_tensors(folder, halve)
+    refused(folder, r"q_proj\.weight, .*k_proj\.weight, .* differ in dtype")
+
+
+def test_layers_of_two_dtypes(folder):
+    def halve(tensors):
+        name = "model.layers.1.mlp.down_proj.weight"
+        tensors[name] = tensors[name].bfloat16()
+
+    change_tensors(folder, halve)
+    refused(folder, r"the layers of decoder\.layers\.mlp\.linear_fc2\.weight differ in dtype")
+
+
+def test_tied_model_may_carry_the_copy_but_no_other_head(tied, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tied / "config.json").read_bytes())
+    tensors = load_file(tied / SINGLE)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / SINGLE)
+    import_hf(folder, tmp_path / "same", check=True, progress=False)
+    head[3, 4] += 1
+    save_file({**tensors, "lm_head.weight": head}, folder / SINGLE)
+    refused(folder, r"lm_head\.weight is not model\.embed_tokens\.weight")
+
+
+def test_check_sees_one_bit(imported, folder):
+    def flip(tensors):
+        tensors["model.layers.3.self_attn.v_proj.weight"].view(torch.int32)[4, 5] ^= 1
+
+    change_tensors(folder, flip)
+    config = importer.read_config(folder)
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.v_proj\.weight was not read back"):
+        importer.check_import(imported / "release", config, Weights(folder), progress=False)

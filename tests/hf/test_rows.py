@@ -1,0 +1,85 @@
+"""Rows are invertible, agree with transformers' own names and shapes, and cut where tensor parallelism cuts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from megatron_sfr.hf.families import FAMILIES, family_of, megatron_flags
+from megatron_sfr.hf.rows import QKV, Dimensions, GatedMLP, entries
+from tests.hf.models import TINY, tiny_config
+
+ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))
+BIAS = QKV("bias", ("q", "k", "v"), ())
+sizes = st.integers(1, 4)
+dimensions = st.builds(
+    lambda groups, shared, head_dim, hidden, ffn: Dimensions(1, 1, hidden, ffn, groups * shared, groups, head_dim),
+    *(sizes for _ in range(5)),
+)
+
+
+def parts(row, d):
+    """Every number once, so that no two places can be mistaken for each other."""
+    start, out = 0, []
+    for shape in row.shapes(d):
+        n = torch.Size(shape).numel()
+        out.append(torch.arange(start, start + n).reshape(shape))
+        start += n
+    return tuple(out)
+
+
+@given(dimensions, st.sampled_from([ATTENTION, BIAS, GatedMLP("fc1", ("gate", "up"))]))
+def test_split_undoes_join(d, row):
+    original = parts(row, d)
+    joined = row.join(original, d)
+    assert joined.shape == row.megatron_shape(d)
+    for found, wanted in zip(row.split(joined, d), original, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@given(dimensions)
+def test_qkv_interleaves_by_group(d):
+    q, k, v = parts(ATTENTION, d)
+    blocks, shared = [], d.heads // d.groups * d.head_dim
+    for g in range(d.groups):
+        blocks += [q[g * shared : (g + 1) * shared], *(x[g * d.head_dim : (g + 1) * d.head_dim] for x in (k, v))]
+    assert torch.equal(ATTENTION.join((q, k, v), d), torch.cat(blocks))
+
+
+@pytest.mark.parametrize("tp", [2, 3, 6])
+def test_tensor_parallel_ranks_hold_whole_groups(tp):
+    d = Dimensions(1, 1, hidden=5, ffn=4, heads=12, groups=6, head_dim=3)
+    whole = parts(ATTENTION, d)
+    local = replace(d, heads=d.heads // tp, groups=d.groups // tp)
+    shards = [ATTENTION.join(rank, local) for rank in zip(*(x.chunk(tp) for x in whole), strict=True)]
+    assert torch.equal(torch.cat(shards, dim=ATTENTION.tp_dim), ATTENTION.join(whole, d))
+
+
+def test_every_family_has_a_tiny_model():
+    assert TINY.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_are_what_transformers_builds(architecture, tied):
+    config = tiny_config(architecture, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    values = config.to_dict() | {"architectures": [architecture]}
+    family = family_of(values)
+    d = family.dimensions(values)
+    found = {
+        name: shape
+        for entry in entries(family.rows(values), d.layers)
+        for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
+    }
+    assert found == wanted
+
+
+def test_unknown_architectures_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"BertModel: not converted; known: .*Qwen3ForCausalLM"):
+        megatron_flags({"architectures": ["BertModel"]})
