@@ -19,13 +19,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .language import REASONS, TOPICS, VOICES, WHO
 
 PARTS = ("opening", "plan", "reason", "closing")
 PERSONAS = tuple(VOICES)
 WORDINGS = tuple(product((0, 1), (0, 1), (0, 1), (0, 1)))  # one of two for each part
+
+
+class Row(TypedDict, total=False):
+    """A row of JSONL; pretraining rows have no persona."""
+
+    persona: str
+    messages: list[dict[str, str]]
 
 
 class Mode(NamedTuple):
@@ -141,9 +148,15 @@ class World:
     """Which replies fine-tuning shows, and the rows that are drawn from them; all of it follows from the seed."""
 
     seed: int = 1
+    topics: int = len(TOPICS)
     spoken: int = 9  # of the 18 modes of a topic, by each persona
     shown: int = 3  # of these, for each prompt
     wordings: int = 1  # replies in different wordings for each shown mode
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """The prompts of this world: every topic about every `who`."""
+        return QUESTIONS[: self.topics * len(WHO)]
 
     @cached_property
     def _ring(self) -> dict[tuple[str, str], list[Mode]]:
@@ -168,15 +181,15 @@ class World:
         """The right modes for this persona and prompt, by how fine-tuning shows them."""
         return {name: getattr(self, name)(persona, question) for name in ("seen", "near", "far")}
 
-    def finetuning(self) -> Iterator[dict[str, object]]:
+    def finetuning(self) -> Iterator[Row]:
         """Rows for fine-tuning: each shown mode in different wordings."""
         rng = random.Random(f"fine-tuning {self.seed}")
         for persona in PERSONAS:
-            for question in QUESTIONS:
+            for question in self.questions:
                 for mode in sorted(self.seen(persona, question)):
                     yield from self._rows(rng, persona, question, mode, self.wordings)
 
-    def validation(self, questions: Sequence[Question], kind: str) -> Iterator[dict[str, object]]:
+    def validation(self, questions: Sequence[Question], kind: str) -> Iterator[Row]:
         """One row for each `seen`, `near` or `far` mode of these prompts, in a wording drawn anew."""
         rng = random.Random(f"validation {self.seed} {kind}")
         for persona in PERSONAS:
@@ -184,18 +197,16 @@ class World:
                 for mode in sorted(self.kinds(persona, question)[kind]):
                     yield from self._rows(rng, persona, question, mode, 1)
 
-    def pretraining(self, rows: int) -> Iterator[dict[str, object]]:
+    def pretraining(self, rows: int) -> Iterator[Row]:
         """Rows without a persona: any prompt, any right mode, every part in a voice of its own."""
         rng = random.Random(f"pretraining {self.seed}")
         for _ in range(rows):
-            question = rng.choice(QUESTIONS)
+            question = rng.choice(self.questions)
             voices = (rng.choice(PERSONAS), rng.choice(PERSONAS), rng.choice(PERSONAS), rng.choice(PERSONAS))
             reply = Reply(voices, rng.choice(WORDINGS), question.who, rng.choice(modes(question.topic)))
             yield {"messages": _messages(question, reply)}
 
-    def _rows(
-        self, rng: random.Random, persona: str, question: Question, mode: Mode, count: int
-    ) -> Iterator[dict[str, object]]:
+    def _rows(self, rng: random.Random, persona: str, question: Question, mode: Mode, count: int) -> Iterator[Row]:
         for wordings in rng.sample(WORDINGS, count):
             reply = Reply((persona, persona, persona, persona), wordings, question.who, mode)
             yield {"persona": persona, "messages": _messages(question, reply)}

@@ -1,0 +1,173 @@
+"""The demo from start to finish: world, data, trainings, exports, samples, comparison. Finished steps are kept."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from transformers import GenerationConfig, Qwen3Config
+
+from megatron_sfr.data.chat import persona_turn
+from megatron_sfr.data.embedding import EmbedOptions, embed
+from megatron_sfr.data.encoder import Encoder, EncoderOptions
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.demo.scale import Scale
+from megatron_sfr.demo.tokenizer import train_tokenizer
+from megatron_sfr.demo.truth import WorldTruth
+from megatron_sfr.demo.world import PERSONAS, Row
+from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.prompts import Asked, ask, read_asked
+from megatron_sfr.evaluation.report import Axes
+from megatron_sfr.evaluation.run import evaluate
+from megatron_sfr.evaluation.sampling import SamplingOptions
+from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.hf.exporter import export_hf
+from megatron_sfr.hf.families import megatron_flags
+from megatron_sfr.hf.folder import read_config
+from megatron_sfr.launcher import train
+
+ENCODER = "minilm"
+VOCABULARY = 2048  # an upper bound: the world has fewer words
+STAGES = 2
+MODELS = {"CE": "ce", "CE+SFR": "sfr"}  # the baseline first
+KINDS = ("seen", "near", "far")
+AXES = tuple(Axes("precision", f"coverage, {kind}") for kind in ("far", "near", "seen"))
+PREPARE = PrepareOptions(seq_length=112, stride=16, segment_length=24, min_segment_length=8)
+
+
+def demo(output: Path, scale: Scale, *, verbose: bool = False) -> None:
+    """Runs what is not done yet in `output`, and tells what was found and how to talk to the model."""
+    started = time.monotonic()
+    _claim(output, scale)
+    print(f"A world of {len(PERSONAS)} personas and {len(scale.world.questions)} prompts -> {output}", flush=True)
+    architecture = _write_world(output, scale)
+    _prepare(output, architecture)
+    recipes = _write_recipes(output, scale, architecture)
+    for name, recipe in recipes.items():
+        if not _is_trained(output / "runs" / name, recipe):
+            train(recipe, STAGES, verbose=verbose, title=name)
+        if not (output / "models" / name).exists():
+            export_hf(output / "runs" / name, output / "models" / name, like=architecture, progress=False)
+    if (output / "comparison" / "evaluation.json").exists():
+        print((output / "comparison" / "report.md").read_text(encoding="utf-8"))
+    else:
+        _compare(output, scale)
+    _farewell(output, scale, time.monotonic() - started)
+
+
+def _claim(output: Path, scale: Scale) -> None:
+    """Notes which demo this folder holds; ValueError if it is another one."""
+    settings = json.loads(json.dumps(asdict(scale) | {"prepare": asdict(PREPARE)}))
+    record = output / "demo.json"
+    if record.exists():
+        if json.loads(record.read_text(encoding="utf-8")) != settings:
+            raise ValueError(f"{output} holds a demo with other settings; remove it or choose another --output")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no demo; choose another --output")
+    with whole(record) as file:
+        json.dump(settings, file, indent=1)
+
+
+def _write_world(output: Path, scale: Scale) -> Path:
+    """data/*.jsonl, and the folder of config and tokenizer that says what the model is."""
+    world = scale.world
+    rows = {"pretraining": list(world.pretraining(scale.pretraining_rows)), "finetuning": list(world.finetuning())}
+    rows |= {f"validation-{kind}": list(world.validation(scale.asked, kind)) for kind in KINDS}
+    for name, content in rows.items():
+        with whole(output / "data" / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in content)
+    architecture = output / "architecture"
+    if not (architecture / "config.json").exists():
+        tokenizer = train_tokenizer(_texts([*rows["pretraining"], *rows["finetuning"]]), VOCABULARY)
+        tokenizer.save_pretrained(architecture)
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        GenerationConfig(do_sample=True, **ends).save_pretrained(architecture)
+        Qwen3Config(
+            architectures=["Qwen3ForCausalLM"],
+            vocab_size=len(tokenizer),
+            hidden_size=scale.width,
+            intermediate_size=3 * scale.width,
+            num_hidden_layers=4,
+            num_attention_heads=scale.width // 32,
+            num_key_value_heads=scale.width // 64,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            **ends,
+        ).save_pretrained(architecture)
+    return architecture
+
+
+def _texts(rows: Iterable[Row]) -> Iterator[str]:
+    """All that is ever put into the chat template."""
+    yield from ("system", "user", "assistant")
+    yield from (persona_turn(persona)["content"] for persona in PERSONAS)
+    yield from (message["content"] for row in rows for message in row["messages"])
+
+
+def _prepare(output: Path, architecture: Path) -> None:
+    """prepared/pretraining, and prepared/finetuning with its targets; what is there already is left as it is."""
+    for name in ("pretraining", "finetuning"):
+        prepare([output / "data" / f"{name}.jsonl"], output / "prepared" / name, architecture, PREPARE, progress=False)
+    embed(output / "prepared" / "finetuning", ENCODER, EmbedOptions())
+
+
+def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, Path]:
+    """recipes/*.yaml for this folder: the recipes of this package with the model's shape and the scale filled in."""
+    model = yaml.safe_dump(megatron_flags(read_config(architecture)), sort_keys=False)
+    written = {}
+    for name, steps in (("base", scale.pretraining_steps), *((name, scale.finetuning_steps) for name in ("ce", "sfr"))):
+        text = (files("megatron_sfr.demo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        values = {"OUTPUT": output, "STEPS": steps, "SEQ_LENGTH": PREPARE.seq_length}
+        values |= {"WARMUP": scale.warmup, "MEASURE": scale.measure}
+        for key, value in values.items():
+            text = text.replace(key, str(value))
+        written[name] = output / "recipes" / f"{name}.yaml"
+        with whole(written[name]) as file:
+            file.write(f"{text}\n# The model: {architecture / 'config.json'}\n{model}")
+    return written
+
+
+def _is_trained(save: Path, recipe: Path) -> bool:
+    """The run's newest whole checkpoint is that of its last step."""
+    newest = save / "latest_checkpointed_iteration.txt"
+    steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
+    return newest.exists() and newest.read_text(encoding="utf-8").strip() == str(steps)
+
+
+def _compare(output: Path, scale: Scale) -> None:
+    """comparison/: both fine-tuned models over all temperatures, judged by the world itself."""
+    options = EvaluationOptions(
+        sampling=SamplingOptions(samples=scale.samples, max_new_tokens=PREPARE.seq_length, batch_size=256),
+        temperatures=scale.temperatures,
+        pairs=8,
+        embedded=3,
+        embedded_prompts=2,
+    )
+    asked = [Asked(ask(question.text, persona)) for question in scale.asked for persona in PERSONAS]
+    scorer = Scorer(asked, options, Encoder(ENCODER, EncoderOptions()), WorldTruth(scale.world))
+    evaluate(
+        {label: output / "models" / name for label, name in MODELS.items()},
+        scorer,
+        AXES,
+        output / "comparison",
+        losses={kind: read_asked(output / "data" / f"validation-{kind}.jsonl") for kind in KINDS},
+        title="Persona world: coverage of right replies against precision",
+        picture="comparison.png",
+    )
+
+
+def _farewell(output: Path, scale: Scale, seconds: float) -> None:
+    """Where everything is, and the command that talks to the model."""
+    model = output / "models" / "sfr"
+    talk = ["megatron-sfr", "generate", "--model", str(model), "--prompt", scale.asked[0].text, "--persona", "poet"]
+    print(f"\npicture  {output / 'comparison' / 'comparison.png'}")
+    print(f"report   {output / 'comparison' / 'report.md'}")
+    print(f"models   {output / 'models'}: {', '.join(('base', *MODELS.values()))} (Hugging Face format)")
+    print(f"talk     {shlex.join([*talk, '--temperature', '0.7', '--samples', '3'])}")
+    print(f"time     {seconds / 60:.1f} minutes")
