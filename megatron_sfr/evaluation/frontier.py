@@ -46,14 +46,14 @@ def best(quality_T: np.ndarray, diversity_T: np.ndarray, at_G: np.ndarray) -> np
 
 
 def shared_range(quality_a: np.ndarray, quality_b: np.ndarray) -> tuple[float, float]:
-    """Qualities that both curves reach; empty (low > high) where the curves lie apart."""
+    """Qualities that both curves reach; low > high where the curves lie apart."""
     return max(quality_a.min(), quality_b.min()), min(quality_a.max(), quality_b.max())
 
 
 def gap(curve_a: Line, curve_b: Line) -> float:
-    """Mean of best_b - best_a over the shared range of quality; NaN if there is none."""
+    """Mean of best_b - best_a over the shared range of quality; NaN if that has no width."""
     low, high = shared_range(curve_a[0], curve_b[0])
-    if not low <= high:
+    if not low < high:
         return float("nan")
     grid = np.linspace(low, high, GRID)
     return float(np.mean(best(*curve_b, grid) - best(*curve_a, grid)))

@@ -102,7 +102,7 @@ def _parse(text: bytes) -> Prompt:
     persona = fields.get("persona")
     if persona is not None and (not isinstance(persona, str) or not persona.strip()):
         raise ValueError("the persona is no text; name it, or leave the field out")
-    asked = prompt_of(turns)
+    asked = prompt_of(turns) if turns and turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] != "user":
         raise ValueError("no user turn to reply to; end the prompt on one")
     return _prompt(asked, persona)

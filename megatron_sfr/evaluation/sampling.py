@@ -69,10 +69,12 @@ class Model:
 def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
     """The model and tokenizer of a Hugging Face folder; none of its code is run. device None: a GPU if there is one."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
     tokenizer = load_tokenizer(str(folder))
+    disable_progress_bar()
     try:
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -35,7 +35,9 @@ def whole(path: Path) -> Iterator[IO[str]]:
 def terminal(report: Report) -> str:
     """The table for the terminal (mean ± half the interval), the losses, and what the comparison says."""
     names = _columns(report)
-    rows = [["model", "T", *names], *_rows(report, _short)]
+    heads = [name.rpartition(" ") for name in names]  # "coverage, far" takes two lines
+    rows = [["", "", *(head[0] for head in heads)], ["model", "T", *(head[2] for head in heads)]]
+    rows += _rows(report, _short)
     losses = _losses(report, _short)
     parts = [_aligned(rows), "± is half of the interval. " + INTERVALS.format(n=report.prompts), *report.notes]
     if losses:
@@ -83,8 +85,8 @@ def _losses(report: Report, show: Any) -> list[list[str]]:
 def _short(estimate: Estimate) -> str:
     if not estimate.n:
         return "-"
-    half = f"{(estimate.high - estimate.low) / 2:.3f}".removeprefix("0")
-    return f"{estimate.mean:.3f}±{half}"
+    mean, half = (f"{value:.3f}".removeprefix("0") for value in (estimate.mean, (estimate.high - estimate.low) / 2))
+    return f"{mean}±{half}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

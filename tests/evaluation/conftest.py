@@ -14,7 +14,7 @@ from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: two layers, width 32."""
     folder = tmp_path_factory.mktemp("tiny")
-    replies = [row["messages"][-1]["content"] for row in World().validation(QUESTIONS[:2], hidden=False)]
+    replies = [row["messages"][-1]["content"] for row in World().validation(QUESTIONS[:2], "seen")]
     tokenizer = train_tokenizer([*replies, *PERSONAS, *(question.text for question in QUESTIONS)], 400)
     torch.manual_seed(1)
     network = Qwen3ForCausalLM(
