@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
@@ -43,13 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_sfr.runtime.devices import backends, driver_is_there, gpus
 
-    found_gpus = gpus()
+    found = gpus()
+    where = f"on {len(found)} GPUs (NCCL)" if found else "on CPU (gloo)"
+    return report(findings(args.folder, found, backends(), driver_is_there()), where)
+
+
+def report(findings: Iterable[Finding], where: str) -> int:
+    """Prints each finding as soon as it is made, then the verdict; returns the exit code."""
     problems = 0
-    for finding in findings(args.folder, found_gpus, backends(), driver_is_there()):
+    for finding in findings:
         print(finding, flush=True)
         problems += finding.mark == "problem"
-    where = f"on {len(found_gpus)} GPUs (NCCL)" if found_gpus else "on CPU (gloo)"
-    print(f"training would not work: {problems} problems" if problems else f"training works here, {where}")
+    print(f"training would not work: problems: {problems}" if problems else f"training works here, {where}")
     return 2 if problems else 0
 
 

@@ -32,10 +32,11 @@ def test_training_works_on_the_machine_that_runs_the_tests(capsys: pytest.Captur
 
 
 def test_a_problem_is_told_with_its_remedy_and_fails(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    assert doctor.run(argparse.Namespace(folder=tmp_path / "absent")) == 2
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"problem  {tmp_path}/absent does not exist: make it, or name another --folder"
-    assert last == "training would not work: 1 problems"
+    findings = [doctor.python_finding(), doctor.disk_finding(tmp_path / "absent"), doctor.disk_finding(tmp_path)]
+    assert doctor.report(findings, "on CPU (gloo)") == 2
+    _, problem, _, last = capsys.readouterr().out.splitlines()
+    assert problem == f"problem  {tmp_path}/absent does not exist: make it, or name another --folder"
+    assert last == "training would not work: problems: 1"
 
 
 def test_another_megatron_core_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ def make_checkout(folder: Path) -> Path:
 
 
 def make(checkout: Path, target: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", target], cwd=checkout, env=os.environ | variables, capture_output=True, text=True)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # as of `make test`
+    return subprocess.run(["make", target], cwd=checkout, env=outside | variables, capture_output=True, text=True)
 
 
 def programs(folder: Path, **scripts: str) -> str:

@@ -106,7 +106,8 @@ def stop_at_the_first_step(command: list[str], variables: dict[str, str], save: 
     with log.open("w") as sink:
         job = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=sink, stderr=sink, start_new_session=True)
     try:
-        while not (save / "metrics.jsonl").exists():
+        metrics = save / "metrics.jsonl"
+        while not (metrics.exists() and "lm loss" in metrics.read_text()):  # before, handlers may not be in place
             assert job.poll() is None, log.read_text()[-3000:]
             time.sleep(0.2)
         job.send_signal(signal.SIGTERM)
