@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # float16 would turn large weights into infinities
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -122,7 +123,10 @@ def _write_weights(
                 # A copy: parts of one tensor share memory, which safetensors refuses.
                 shard[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
                 bar.update(shard[name].nbytes)
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except SafetensorError as e:  # a full disk
+                raise OSError(f"{folder / file}: {e}") from e
             (folder / file).chmod((folder / CONFIG).stat().st_mode)  # safetensors 0.8 writes for the owner alone
 
 

@@ -19,9 +19,7 @@ TRAINING_STATE = re.compile(
 """What a checkpoint keeps to go on training; the extra states are Transformer Engine's fp8 scales."""
 COMPARED = {
     "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_query_groups",
     "kv_channels": "kv_channels",
-    "qk_layernorm": "qk_layernorm",
     "swiglu": "swiglu",
     "normalization": "normalization",
     "norm_epsilon": "layernorm_epsilon",

@@ -1,30 +1,35 @@
-"""megatron-sfr convert: what it prints, and one line where something is wrong."""
+"""megatron-sfr convert: what it prints, and one line with exit code 2 where something is wrong."""
 
-import argparse
+import resource
 
 import pytest
 import yaml
 
-from megatron_sfr.commands import convert
+from megatron_sfr.cli import main
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
 from tests.hf.models import save_model
 
 
-def run(*words) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    return convert.run(parser.parse_args([str(word) for word in words]))
+def convert(*words) -> int:
+    return main(["convert", *(str(word) for word in words)])
+
+
+def refused(capsys, match, *words):
+    assert convert(*words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("megatron-sfr convert: error: ")
+    assert match in line
 
 
 def test_there_and_back(untied, tmp_path, capsys):
-    assert run("import", "--hf", untied, "--output", tmp_path / "megatron", "--check") == 0
+    assert convert("import", "--hf", untied, "--output", tmp_path / "megatron", "--check") == 0
     said = capsys.readouterr()
     assert "47 tensors, 0.31 MB, float32, read back bit for bit" in said.out
     assert f"load: {tmp_path / 'megatron'}, finetune: true" in said.out
     assert "import: 100%" in said.err
     export = ("export", "--checkpoint", tmp_path / "megatron", "--like", untied, "--output", tmp_path / "hf")
-    assert run(*export, "--check", untied, "--max-shard-gb", "0.0001") == 0
+    assert convert(*export, "--check", untied, "--max-shard-gb", "0.0001") == 0
     said = capsys.readouterr()
     assert "47 tensors, 0.31 MB, float32, in 4 files" in said.out
     assert "0 rows of vocabulary padding cut off\nleft behind: nothing" in said.out
@@ -32,17 +37,37 @@ def test_there_and_back(untied, tmp_path, capsys):
     assert "export: 100%" in said.err
 
 
-def test_a_check_that_fails_is_an_error(imported, untied, tmp_path):
+def test_what_cannot_be_read_is_one_line(untied, tmp_path, capsys):
+    refused(capsys, "config.json does not exist", "import", "--hf", tmp_path, "--output", tmp_path / "out")
+    export = ("export", "--like", untied, "--output", tmp_path / "out", "--checkpoint", tmp_path)
+    refused(capsys, "no checkpoint here", *export)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_that_fails_is_an_error(imported, untied, tmp_path, capsys):
     other = save_model(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="is not the model of"):
-        run("export", "--checkpoint", imported, "--like", untied, "--output", tmp_path / "hf", "--check", other)
+    export = ("export", "--checkpoint", imported, "--like", untied, "--output", tmp_path / "hf", "--check", other)
+    refused(capsys, "is not the model of", *export)
 
 
-def test_tolerance_of_no_check_is_an_error(imported, untied, tmp_path):
-    with pytest.raises(ValueError, match="give --check"):
-        run("export", "--checkpoint", imported, "--like", untied, "--output", tmp_path / "hf", "--tolerance", 1)
+def test_tolerance_of_no_check_is_an_error(imported, untied, tmp_path, capsys):
+    export = ("export", "--checkpoint", imported, "--like", untied, "--output", tmp_path / "hf", "--tolerance", 1)
+    refused(capsys, "give --check", *export)
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(imported, untied, tmp_path, capsys, verb):
+    """A limit on the size of a file stands for the disk."""
+    source = ("--hf", untied) if verb == "import" else ("--checkpoint", imported, "--like", untied)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused(capsys, "File too large", verb, *source, "--output", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recipe_is_yaml_of_the_flags(untied, capsys):
-    assert run("recipe", "--hf", untied) == 0
+    assert convert("recipe", "--hf", untied) == 0
     assert yaml.safe_load(capsys.readouterr().out) == megatron_flags(read_config(untied))
