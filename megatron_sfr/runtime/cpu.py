@@ -113,6 +113,20 @@ def _compile_only_if_missing(compile_helpers: Any) -> Any:
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
+@wrapper
+def _state_without_step(set_states: Any) -> Any:
+    def without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        with torch.no_grad():
+            set_states(self, model_param, {**tensors, "step": None})
+
+    return without_step
+
+
+@functools.lru_cache(maxsize=32)
+def _causal_mask(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
 def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
@@ -185,6 +199,18 @@ MEGATRON_ROWS = (
         "DistributedOptimizer.load_state_dict",
         _own_steps,
         "all parameters of torch Adam get one step tensor, which each of them then increments",
+    ),
+    Row(
+        DISTRIBUTED,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        _state_without_step,
+        "a load copies a placeholder over the step that was loaded, and in fp32 copies into views of leaves",
+    ),
+    Row(
+        "megatron.core.fusions.fused_softmax",
+        "get_default_causal_mask",
+        _causal_mask,
+        "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
     ),
     Row(
         "megatron.core.datasets.utils",

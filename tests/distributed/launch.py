@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+
+from megatron_sfr.hf.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUN_MANY = Path(__file__).with_name("run_many.py")
@@ -21,7 +22,8 @@ def torchrun(nproc: int, *command: str, check: bool = True, timeout: float = 600
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=timeout)
     if check and done.returncode:
-        raise AssertionError(f"torchrun {command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        raised = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "error:" in line]
+        raise AssertionError("\n".join([f"torchrun {command} failed:", *(raised[-30:] or [done.stderr[-6000:]])]))
     return done
 
 
@@ -34,11 +36,9 @@ def train_many(nproc: int, runs: list[list[str]], folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a torch_dist checkpoint, whole."""
-    reader = dcp.FileSystemReader(str(folder))
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items() if hasattr(m, "size")}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
+    checkpoint = Checkpoint(folder)
+    sizes = {name: entry.size for name, entry in checkpoint.tensors.items()}
+    return {name: checkpoint.read(name, [0] * len(size), size) for name, size in sizes.items()}
 
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 
-SEQ_LENGTH = 80
+SEQ_LENGTH, VOCAB_SIZE = 80, 501
 WORDS = "red green blue quick slow river stone cloud bird song winter summer light shadow gentle bright old new".split()
 
 
@@ -61,7 +61,7 @@ def recipe(prepared: Path, **changes: Any) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
         "untie_embeddings_and_output_weights": True,
-        "vocab_size": 501,
+        "vocab_size": VOCAB_SIZE,
         "make_vocab_size_divisible_by": 8,
         "seq_length": SEQ_LENGTH,
         "max_position_embeddings": SEQ_LENGTH,
@@ -69,6 +69,7 @@ def recipe(prepared: Path, **changes: Any) -> dict[str, Any]:
         "global_batch_size": 8,
         "train_iters": 3,
         "lr": 1e-3,
+        "adam_eps": 1e-5,  # at 1e-8 Adam turns rounding in near-zero gradients into whole steps
         "lr_decay_style": "constant",
         "num_workers": 0,
         "train_data_path": [str(prepared)],
