@@ -136,26 +136,19 @@ def prepare(args: argparse.Namespace) -> dict[str, Fields]:
         raise ValueError(f"a validation share of {args.validation_share} leaves one side empty: choose another one")
     table = report(readings, books, train, validation)
     summary = {"personas": table, "train rows left out because validation holds their text": leaked, "seed": args.seed}
-    asked = [
-        {"messages": [as_question(word)], "persona": persona, "references": answers}
-        for persona, word, answers in prompts(validation, args.prompts, args.seed)
-    ]
-    files = {"train.jsonl": map(as_chat, train), "validation.jsonl": map(as_chat, validation), "prompts.jsonl": asked}
-    texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in files.items()}
+    sides = {"train": train, "validation": validation, "prompts": prompts(validation, args.prompts, args.seed)}
+    texts = {
+        f"{name}.jsonl": "".join(json.dumps(as_chat(row), ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in sides.items()
+    }
     write(args.output, {**texts, "report.json": json.dumps(summary, indent=2) + "\n"})
     return table
 
 
-def as_question(word: str) -> Fields:
-    """The user's turn, the same for every persona."""
-    return {"role": "user", "content": f"Define: {word}"}
-
-
 def as_chat(row: Row) -> Fields:
-    return {
-        "messages": [as_question(row.headword), {"role": "assistant", "content": row.reply}],
-        "persona": row.persona,
-    }
+    """The question is the same for every persona."""
+    question = {"role": "user", "content": f"Define: {row.headword}"}
+    return {"messages": [question, {"role": "assistant", "content": row.reply}], "persona": row.persona}
 
 
 def print_table(table: dict[str, Fields]) -> None:

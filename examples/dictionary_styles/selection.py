@@ -63,11 +63,11 @@ def split(books: Books, validation_share: float, seed: int) -> tuple[list[Row], 
     return train, sides[1], len(sides[0]) - len(train)
 
 
-def prompts(validation: list[Row], most: int, seed: int) -> list[tuple[str, str, list[str]]]:
-    """(persona, headword, its right replies) for up to `most` headwords of the validation side, those that most
-    personas define first: what to sample from."""
-    answers: dict[str, dict[str, list[str]]] = {}
-    for row in validation:
-        answers.setdefault(row.headword, {}).setdefault(row.persona, []).append(row.reply)
-    words = sorted(answers, key=lambda word: (-len(answers[word]), draw(seed, "prompt", word), word))[:most]
-    return [(persona, word, sorted(answers[word][persona])) for word in words for persona in sorted(answers[word])]
+def prompts(validation: list[Row], most: int, seed: int) -> list[Row]:
+    """The validation rows of up to `most` headwords, those that most personas define first: what to sample from."""
+    asked = {(row.headword, row.persona) for row in validation}
+    personas = Counter(word for word, _ in asked)
+    words = sorted(personas, key=lambda word: (-personas[word], draw(seed, "prompt", word), word))[:most]
+    place = {word: number for number, word in enumerate(words)}
+    chosen = [row for row in validation if row.headword in place]
+    return sorted(chosen, key=lambda row: (place[row.headword], row.persona, row.reply))

@@ -1,0 +1,62 @@
+"""The example's recipes, parsed by the trainer's own reader; the model that make_model writes; the two arms alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from examples.dictionary_styles import make_model
+from megatron_sfr.config import Parser, read_recipe, to_flags
+from megatron_sfr.hf.families import megatron_flags
+from megatron_sfr.hf.folder import read_config
+
+FOLDER = Path(make_model.__file__).parent
+RECIPES = ("base.yaml", "ce.yaml", "sfr.yaml")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that make_model writes, of made-up words that are many enough for the vocabulary."""
+    folder = tmp_path_factory.mktemp("model")
+    words = [
+        f"{a}{b}{c}" for a in "abcdefghijklmnopqrst" for b in "aeiouy" for c in ("ng", "rd", "sk", "lt", "mp", "nd")
+    ]
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for i, word in enumerate(words):
+            reply = " ".join(f"{word}{other}" for other in words[i % 7 :: 7])
+            turns = [{"role": "user", "content": f"Define: {word}"}, {"role": "assistant", "content": reply}]
+            file.write(json.dumps({"messages": turns, "persona": "webster"}) + "\n")
+    assert make_model.main(["--text", str(folder / "train.jsonl"), "--output", str(folder / "model")]) == 0
+    return folder / "model"
+
+
+def test_the_tokenizer_speaks_chatml_and_marks_replies(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    turns = [{"role": "user", "content": "Define: ang"}, {"role": "assistant", "content": "angard angask"}]
+    encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    said = [i for i, own in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if own]
+    assert tokenizer.decode(said) == "angard angask<|im_end|>"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_readable_and_of_this_model(name: str, model: Path) -> None:
+    recipe = yaml.safe_load((FOLDER / name).read_text())
+    args = Parser().read(to_flags(read_recipe(FOLDER / name), Parser()))
+    assert args.train_iters == recipe["train_iters"]
+    assert {key: recipe.get(key) for key in megatron_flags(read_config(model))} == megatron_flags(read_config(model))
+
+
+def test_the_arms_differ_in_the_objective_alone() -> None:
+    ce, sfr = (yaml.safe_load((FOLDER / name).read_text()) for name in ("ce.yaml", "sfr.yaml"))
+    different = {key for key in {*ce, *sfr} if ce.get(key) != sfr.get(key)}
+    assert {key for key in different if not key.startswith("sfr")} == {"save"}
+    assert sfr["sfr_warmup"] == "detached"  # cross-entropy trains in every step of both arms
+
+
+def test_too_short_a_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "Define: x"}], "persona": "p"}\n')
+    assert make_model.main(["--text", str(tmp_path / "train.jsonl"), "--output", str(tmp_path / "model")]) == 2
+    assert "too short a text" in capsys.readouterr().err
