@@ -4,8 +4,9 @@ A prompt is a topic and a person asked about (`who`). A right reply has four par
 plan, reason, closing. Its *mode*, what it says, is (plan, reason): the plan must answer the topic, the reason must hold
 for the plan. Six plans with three reasons each: 18 equally right modes for every persona and prompt.
 
-Held out, yet inferable. For each persona and topic the seed draws `spoken` of the 18 modes, laid on a ring; each
-of the six `who` is shown a window of `shown` neighbours on it. That leaves two kinds of unseen modes for a prompt:
+Held out, yet inferable. On each topic, shuffled decks of the 18 modes are dealt to the personas, nine to each, so that
+every mode is spoken by four or five of them. A persona's nine lie on a ring, and each of the six `who` is shown a
+window of three neighbours on it. That leaves two kinds of unseen modes for a prompt:
 - near: the persona says it in fine-tuning, but about somebody else. Whether a plan is right never depends on `who`.
 - far: the persona never says it. Other personas do, for the same prompt, and pretraining says it as often as any other.
 A model that keeps voice, content and slot apart finds both; one that repeats its training set finds neither.
@@ -25,6 +26,8 @@ from .language import REASONS, TOPICS, VOICES, WHO
 
 PARTS = ("opening", "plan", "reason", "closing")
 PERSONAS = tuple(VOICES)
+SPOKEN = 9  # modes of a topic that a persona says in fine-tuning
+SHOWN = 3  # of these, for each prompt
 WORDINGS = tuple(product((0, 1), (0, 1), (0, 1), (0, 1)))  # one of two for each part
 
 
@@ -121,23 +124,20 @@ def parse(text: str) -> Reply | None:
 @cache
 def _sentences() -> dict[str, dict[str, tuple[str, int, tuple[str, ...]]]]:
     """For each part, every sentence there is and its (persona, wording, slots)."""
-    plans = [plan for topic in TOPICS.values() for plan in topic.plans]
-    slots: dict[str, list[dict[str, str]]] = {
-        "opening": [{}],
-        "plan": [{"who": who, "plan": plan} for who in WHO for plan in plans],
-        "reason": [{"reason": key} for key in REASONS],
-        "closing": [{}],
+    fillings: dict[str, dict[tuple[str, ...], dict[str, str]]] = {
+        "opening": {(): {}},
+        "plan": {
+            (who, plan): {"who": who, "plan": plan} for who in WHO for topic in TOPICS.values() for plan in topic.plans
+        },
+        "reason": {(key,): {"reason": text} for key, text in REASONS.items()},
+        "closing": {(): {}},
     }
     return {
         part: {
-            frame.format(**filled | ({"reason": REASONS[filled["reason"]]} if "reason" in filled else {})): (
-                persona,
-                wording,
-                tuple(filled.values()),
-            )
+            frame.format(**words): (persona, wording, slots)
             for persona, voice in VOICES.items()
             for wording, frame in enumerate(getattr(voice, part))
-            for filled in slots[part]
+            for slots, words in fillings[part].items()
         }
         for part in PARTS
     }
@@ -149,9 +149,6 @@ class World:
 
     seed: int = 1
     topics: int = len(TOPICS)
-    spoken: int = 9  # of the 18 modes of a topic, by each persona
-    shown: int = 3  # of these, for each prompt
-    wordings: int = 1  # replies in different wordings for each shown mode
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
@@ -161,13 +158,19 @@ class World:
     @cached_property
     def _ring(self) -> dict[tuple[str, str], list[Mode]]:
         rng = random.Random(f"ring {self.seed}")
-        return {(persona, topic): rng.sample(modes(topic), self.spoken) for persona in PERSONAS for topic in TOPICS}
+        rings = {}
+        for topic in TOPICS:
+            deck: list[Mode] = []
+            for persona in PERSONAS:
+                deck = deck or rng.sample(modes(topic), len(modes(topic)))
+                rings[persona, topic], deck = deck[:SPOKEN], deck[SPOKEN:]
+        return rings
 
     def seen(self, persona: str, question: Question) -> frozenset[Mode]:
         """The modes that fine-tuning shows for this persona and prompt."""
         ring = self._ring[persona, question.topic]
         start = WHO.index(question.who) * len(ring) // len(WHO)
-        return frozenset(ring[(start + i) % len(ring)] for i in range(self.shown))
+        return frozenset(ring[(start + i) % len(ring)] for i in range(SHOWN))
 
     def near(self, persona: str, question: Question) -> frozenset[Mode]:
         """The modes that fine-tuning shows for this persona and topic, but only about somebody else."""
@@ -182,20 +185,12 @@ class World:
         return {name: getattr(self, name)(persona, question) for name in ("seen", "near", "far")}
 
     def finetuning(self) -> Iterator[Row]:
-        """Rows for fine-tuning: each shown mode in different wordings."""
-        rng = random.Random(f"fine-tuning {self.seed}")
-        for persona in PERSONAS:
-            for question in self.questions:
-                for mode in sorted(self.seen(persona, question)):
-                    yield from self._rows(rng, persona, question, mode, self.wordings)
+        """Rows for fine-tuning: each seen mode of each persona and prompt, in one wording."""
+        return self._rows(self.questions, "seen", random.Random(f"fine-tuning {self.seed}"))
 
     def validation(self, questions: Sequence[Question], kind: str) -> Iterator[Row]:
         """One row for each `seen`, `near` or `far` mode of these prompts, in a wording drawn anew."""
-        rng = random.Random(f"validation {self.seed} {kind}")
-        for persona in PERSONAS:
-            for question in questions:
-                for mode in sorted(self.kinds(persona, question)[kind]):
-                    yield from self._rows(rng, persona, question, mode, 1)
+        return self._rows(questions, kind, random.Random(f"validation {self.seed} {kind}"))
 
     def pretraining(self, rows: int) -> Iterator[Row]:
         """Rows without a persona: any prompt, any right mode, every part in a voice of its own."""
@@ -206,10 +201,11 @@ class World:
             reply = Reply(voices, rng.choice(WORDINGS), question.who, rng.choice(modes(question.topic)))
             yield {"messages": _messages(question, reply)}
 
-    def _rows(self, rng: random.Random, persona: str, question: Question, mode: Mode, count: int) -> Iterator[Row]:
-        for wordings in rng.sample(WORDINGS, count):
-            reply = Reply((persona, persona, persona, persona), wordings, question.who, mode)
-            yield {"persona": persona, "messages": _messages(question, reply)}
+    def _rows(self, questions: Sequence[Question], kind: str, rng: random.Random) -> Iterator[Row]:
+        for persona, question in product(PERSONAS, questions):
+            for mode in sorted(self.kinds(persona, question)[kind]):
+                reply = Reply((persona, persona, persona, persona), rng.choice(WORDINGS), question.who, mode)
+                yield {"persona": persona, "messages": _messages(question, reply)}
 
 
 def _messages(question: Question, reply: Reply) -> list[dict[str, str]]:

@@ -23,8 +23,9 @@ def draw(report: Report, path: Path, title: str) -> None:
         panel.set_ylabel(f"{axes.label}  (more diverse →)")
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, loc="best")
+        panel.margins(x=0.12)  # room for the labels
     figure.suptitle(title, fontsize=11)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format="png")
@@ -41,12 +42,15 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
         x, y, xerr=_arms(quality), yerr=_arms(diversity), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45
     )
     panel.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.5, label=model)
+    side = -1 if i % 2 == 0 else 1  # labels of neighbouring models stand on either side
     for temperature, at_x, at_y in zip(report.temperatures, x, y, strict=True):
         panel.annotate(
             f"T {temperature:g}",
             (at_x, at_y),
             textcoords="offset points",
-            xytext=(6, 6 if i % 2 == 0 else -12),
+            xytext=(7 * side, 8 * side),
+            ha="right" if side < 0 else "left",
+            va="center",
             fontsize=7.5,
             color=colour,
         )

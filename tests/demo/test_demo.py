@@ -1,0 +1,64 @@
+"""The demo as a stranger runs it, with a few steps: every file is there, the model talks, a second call rests."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_sfr.cli import main
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "output"
+    assert main(["demo", "--tiny", "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_demo_leaves_models_and_a_comparison(output: Path) -> None:
+    for name in ("base", "ce", "sfr"):
+        network = AutoModelForCausalLM.from_pretrained(output / "models" / name)
+        assert not any("flow_head" in parameter for parameter, _ in network.named_parameters())
+    comparison = output / "comparison"
+    assert (comparison / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((comparison / "evaluation.json").read_text())
+    assert list(found["scores"]) == ["CE", "CE+SFR"]
+    assert {"precision", "fidelity", "coverage, seen", "coverage, near", "coverage, far"} <= found["scores"][
+        "CE"
+    ].keys()
+    assert found["losses"]["CE"] != found["losses"]["CE+SFR"]
+    assert len(found["verdicts"]) == 3
+    metrics = [json.loads(line) for line in (output / "runs" / "sfr" / "metrics.jsonl").read_text().splitlines()]
+    assert any("sfr loss" in row for row in metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_second_call_trains_nothing_and_tells_the_same(output: Path, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
+    assert main(["demo", "--tiny", "--output", str(output)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
+    out = capsys.readouterr().out
+    assert (output / "comparison" / "report.md").read_text() in out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_model_talks(output: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["generate", "--model", str(output / "models" / "sfr"), "--prompt", "Why?", "--persona", "poet"]
+    assert main([*command, "--samples", "2", "--max-new-tokens", "8"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    assert main(["demo", "--tiny", "--output", str(tmp_path)]) == 2
+    assert "holds no demo" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "demo.json").write_text("{}")
+    assert main(["demo", "--tiny", "--output", str(tmp_path / "other")]) == 2
+    assert "other settings" in capsys.readouterr().err
