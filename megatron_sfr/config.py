@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -132,11 +132,13 @@ def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
 
 def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
     """A recipe of everything that differs from upstream's defaults; reading it gives the same arguments."""
-    recipe: dict[str, Any] = {}
+    defaults, recipe = vars(parser.read([])), {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest == "help" or value == action.default:
+        if action.dest not in defaults or value == defaults[action.dest]:
             continue
+        if action.nargs == 0 and getattr(action, "const", None) != value:
+            continue  # of several switches for one argument, the one that sets this value
         value = value.name if isinstance(value, enum.Enum) else value
         name = action.option_strings[0].removeprefix("--").replace("-", "_")
         recipe[name] = True if action.nargs == 0 else value
@@ -149,7 +151,7 @@ class Settings:
 
     flags: list[str]
     recipe: dict[str, Any]
-    backend: str
+    backend: Literal["cpu", "cuda"]
     changes: list[str]
 
 

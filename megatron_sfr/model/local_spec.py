@@ -11,14 +11,12 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import nn
 
 
-class LocalNorm:
-    """torch's RMSNorm or LayerNorm, as the config names it, built with upstream's signature."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
-        norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
-        for p in norm.parameters():
-            p.sequence_parallel = config.sequence_parallel
-        return norm
+def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
+    """torch's RMSNorm or LayerNorm, as the config names it; upstream builds norms with this signature."""
+    norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
+    for p in norm.parameters():
+        p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
 
 
 def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -26,8 +24,8 @@ def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Tra
     transformer = config.transformer
     spec = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = LocalNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
     if transformer.qk_layernorm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = LocalNorm
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = local_norm
     layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LocalNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=local_norm)

@@ -1,5 +1,7 @@
 """Where this process stands: the few questions about stages, shards and groups that the package asks upstream."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -44,11 +46,11 @@ class _SumForward(torch.autograd.Function):
     """All-reduce forward, identity backward: each rank holds a part of a loss that all differentiate."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return sum_over_tensor(x.clone())
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 

@@ -83,7 +83,7 @@ class PreparedDataset(MegatronDataset):
         """Sample idx of the whole run: arrays of fixed shapes, and idx itself, which keys the noise."""
         epoch, place = divmod(int(idx), len(self.indices))
         sample = self.dataset[int(self.order(epoch)[place])]
-        item = pad_sample(sample.tokens, sample.loss_mask, self.config.sequence_length)
+        item: dict[str, Any] = dict(pad_sample(sample.tokens, sample.loss_mask, self.config.sequence_length))
         if self.targets is not None:
             item |= pad_anchors(sample.anchors, self.dataset.manifest.max_anchors, self.targets)
             item["sample_index"] = np.int64(idx)

@@ -83,7 +83,7 @@ class ForwardStep:
         )
         logits_SBV = self._without_padding(scale_logits(logits_SBV))
         flow = hidden_states.new_zeros((), dtype=torch.float32)
-        if head is not None:
+        if head is not None and self.sfr is not None:
             phase = self._phase()
             if head.training and self._measured_step():
                 weight_VH = output_layer.weight if output_weight is None else output_weight

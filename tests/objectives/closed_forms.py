@@ -1,0 +1,18 @@
+"""Optimal velocities of the straight path that are known exactly (systems: P3 to P5), in any dtype."""
+
+import torch
+from torch import Tensor
+
+
+def gaussian_mixture_velocity(x: Tensor, t: Tensor, w: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    """E[x_1 - x_0 | x_t = x] for x_0 ~ N(0, I) and x_1 ~ sum_j w_j N(mu_j, s_j^2 I).
+
+    With var_j = t^2 s_j^2 + (1 - t)^2 and r_j proportional to w_j N(x; t mu_j, var_j I):
+    v* = sum_j r_j [mu_j + (t s_j^2 - (1 - t)) / var_j (x - t mu_j)].  x: [..., D], t: [..., 1], w, s: [J], mu: [J, D].
+    """
+    t = t[..., None]
+    var = t**2 * s[:, None] ** 2 + (1 - t) ** 2  # [..., J, 1]
+    away = x[..., None, :] - t * mu  # [..., J, D]
+    log_r = w.log()[:, None] - 0.5 * x.shape[-1] * var.log() - 0.5 * (away**2).sum(-1, keepdim=True) / var
+    r = torch.softmax(log_r, dim=-2)
+    return (r * (mu + (t * s[:, None] ** 2 - (1 - t)) / var * away)).sum(-2)

@@ -1,0 +1,66 @@
+"""Each upstream name that the CPU backend replaces is still there, with the shape that the replacement counts on."""
+
+import importlib.metadata
+import inspect
+
+import pytest
+import torch
+
+from megatron_sfr.runtime import cpu
+from megatron_sfr.runtime.backend import CPU_CHANGES, CPU_REFUSALS, choose
+
+
+@pytest.mark.parametrize("package", cpu.VERSIONS)
+def test_the_rows_are_written_for_the_installed_version(package: str) -> None:
+    assert importlib.metadata.version(package).split("+")[0] == cpu.VERSIONS[package]
+
+
+@pytest.mark.parametrize("row", cpu.ROWS, ids=lambda row: f"{row.module}.{row.name}")
+def test_upstream_still_has_the_name(row: cpu.Row) -> None:
+    assert callable(getattr(row.owner(), row.name.split(".")[-1]))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [
+        (cpu.TRAINING, "initialize_megatron", ["allow_no_cuda"]),
+        (cpu.DISTRIBUTED, "DistributedOptimizer.sharded_state_dict", ["self", "model_sharded_state_dict", "is_loading"]),
+        (cpu.DISTRIBUTED, "DistributedOptimizer.load_state_dict", ["self", "state_dict"]),
+        (cpu.DISTRIBUTED, "DistributedOptimizer._set_main_param_and_optimizer_states", ["self", "model_param", "tensors"]),
+    ],
+)
+def test_wrapped_names_take_what_the_wrapper_passes(module: str, name: str, parameters: list[str]) -> None:
+    row = next(r for r in cpu.ROWS if (r.module, r.name) == (module, name))
+    assert list(inspect.signature(getattr(row.owner(), name.split(".")[-1])).parameters)[: len(parameters)] == parameters
+
+
+def test_cuda_is_read_as_cpu_inside_the_mode_only() -> None:
+    with cpu.CudaMeansCpu():
+        made = [
+            torch.zeros(2, device="cuda"),
+            torch.tensor([1.0], device=torch.device("cuda", 0)),
+            torch.empty(2, pin_memory=True),
+            torch.ones(2).cuda(),
+            torch.ones(2).to("cuda:0"),
+        ]
+        assert {x.device.type for x in made} == {"cpu"}
+        assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+        assert torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+    assert torch.ones(1).type() == "torch.FloatTensor"
+
+
+def test_changes_and_refusals_name_arguments_that_exist() -> None:
+    from megatron_sfr.config import Parser
+
+    parser = Parser()
+    dests = {action.dest for action in parser._actions}
+    assert {c.dest for c in CPU_CHANGES} | {r.dest for r in CPU_REFUSALS} <= dests
+    for change in CPU_CHANGES:
+        assert getattr(parser.read(change.flags), change.dest) == change.value
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")
+def test_cuda_that_is_not_there_is_refused_in_one_line() -> None:
+    assert choose("auto") == "cpu"
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        choose("cuda")
