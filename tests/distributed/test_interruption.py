@@ -1,0 +1,89 @@
+"""A run that is stopped or killed loses at most the step or the save it was in, and says where to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sfr.hf.checkpoint import find_checkpoint
+
+from .launch import ROOT, read_checkpoint, read_metrics
+from .tiny import write_prepared, write_recipe
+
+pytestmark = pytest.mark.distributed
+FOREVER = 100_000
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interruption")
+    return write_recipe(folder / "tiny.yaml", write_prepared(folder / "data"), train_iters=FOREVER)
+
+
+def start(recipe: Path, save: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_sfr.cli", "train", str(recipe), "--nproc", "2", "--save", str(save)]
+    parallel = ["--pipeline-model-parallel-size", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *parallel, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.05)
+
+
+def steps(save: Path) -> int:
+    return len(read_metrics(save)) if (save / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start(recipe, tmp_path / "run")
+    wait_for(lambda: steps(tmp_path / "run") >= 2, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    assert "the same command goes on" in output
+    checkpoint = find_checkpoint(tmp_path / "run")
+    assert "flow_head.output.weight" in read_checkpoint(checkpoint)
+    assert int(checkpoint.name.removeprefix("iter_")) == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    process = start(recipe, save, "--save-interval", "1")
+    wait_for(lambda: (save / "iter_0000003").is_dir(), process)  # made first, filled and marked later
+    for child in psutil.Process(process.pid).children(recursive=True):  # torchrun and its workers, not the launcher
+        child.kill()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, output
+    assert "training failed" in output
+    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 2
+    assert read_checkpoint(find_checkpoint(save))
+    again = start(recipe, save, "--exit-interval", "1")
+    output = again.communicate(timeout=180)[0]
+    assert again.returncode == 0, output
+    assert int((save / "latest_checkpointed_iteration.txt").read_text()) == saved + 1
+
+
+def test_a_failure_is_one_line_that_says_what_to_do(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path / "run", "--train-data-path", str(tmp_path / "absent"))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("megatron-sfr train: error:")
+    assert str(tmp_path / "absent") in last
+    assert "Traceback" not in output

@@ -1,0 +1,51 @@
+"""What the launcher knows before anything is started."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr import cli
+from megatron_sfr.launcher import read_run
+
+SIZES = "train-iters: 7\nmicro_batch_size: 2\nglobal_batch_size: 8\nseq_length: 16\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, SIZES + "save: here\n"), ["--train-iters", "9", "--lr", "1", "--save", "there"])
+    assert (run.save, run.train_iters, run.tokens_per_step) == (Path("there"), 9, 8 * 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(SIZES, "save is missing"), ("a: [", "not a YAML mapping"), ("- a\n", "not a YAML mapping")]
+)
+def test_what_is_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_run(write(tmp_path, text), [])
+
+
+def test_dry_run_prints_the_torchrun_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = write(tmp_path, SIZES + "save: here\n")
+    assert cli.main(["train", str(recipe), "--nproc", "2", "--dry-run", "--bf16"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch.distributed.run --standalone --nproc-per-node 2" in printed
+    assert printed.strip().endswith(f"-m megatron_sfr.train --recipe {recipe} --bf16")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "absent.yaml", "--nproc", "1"], "absent.yaml: no such recipe"),
+        (["train", "absent.yaml", "--nproc", "0"], "at least one process"),
+    ],
+)
+def test_wrong_calls_end_with_2_and_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
