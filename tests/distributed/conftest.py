@@ -75,7 +75,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     phases = [run(plain, name, *flags) for name, flags in PHASES.items()]
     start = run(recipe, "start", "--train-iters", "1")
     fresh = ("--pretrained-checkpoint", str(folder / "plain"), "--sfr-fresh-head")
+    validation = ("--valid-data-path", str(prepared), "--eval-iters", "2", "--eval-interval", "1")
     others = [
+        run(recipe, "validated", "--pretrained-checkpoint", str(folder / "start"), *validation),
         run(tied, "tied"),
         run(recipe, "fresh-head", *fresh),
         run(recipe, "asynchronous", "--async-save", "--pretrained-checkpoint", str(folder / "start")),

@@ -33,3 +33,10 @@ def test_tp2_checkpoint_resumes_as_pp2(runs: Path) -> None:
 def test_asynchronous_saving_writes_the_same_checkpoint(runs: Path) -> None:
     single, other = (read_checkpoint(runs / run / "iter_0000003") for run in ("single", "asynchronous"))
     assert all(torch.equal(single[key], other[key]) for key in single)
+
+
+def test_validating_between_steps_changes_nothing_and_is_logged(runs: Path) -> None:
+    single, other = (read_checkpoint(runs / run / "iter_0000003") for run in ("single", "validated"))
+    assert all(torch.equal(single[key], other[key]) for key in single)
+    rows = read_metrics(runs / "validated")
+    assert [0 < row["lm loss validation"] < 7 and 1 < row["sfr loss validation"] < 3 for row in rows] == [True] * 3

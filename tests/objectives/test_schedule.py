@@ -21,7 +21,9 @@ def test_phase_b_rises_from_nothing() -> None:
     assert {p.cross_entropy for p in phases} == {1.0}
 
 
-@pytest.mark.parametrize(("decay", "shares"), [("constant", (1, 1, 1)), ("linear", (1, 0.5, 0)), ("cosine", (1, 0.5, 0))])
+@pytest.mark.parametrize(
+    ("decay", "shares"), [("constant", (1, 1, 1)), ("linear", (1, 0.5, 0)), ("cosine", (1, 0.5, 0))]
+)
 def test_phase_c_decays_over_the_steps_that_remain(decay: str, shares: tuple[float, ...]) -> None:
     options = ScheduleOptions(sfr_decay=decay, **OPTIONS)
     found = [phase_at(step, 114, options).share for step in (14, 64, 114)]

@@ -24,14 +24,24 @@ def test_upstream_still_has_the_name(row: cpu.Row) -> None:
     ("module", "name", "parameters"),
     [
         (cpu.TRAINING, "initialize_megatron", ["allow_no_cuda"]),
-        (cpu.DISTRIBUTED, "DistributedOptimizer.sharded_state_dict", ["self", "model_sharded_state_dict", "is_loading"]),
+        (
+            cpu.DISTRIBUTED,
+            "DistributedOptimizer.sharded_state_dict",
+            ["self", "model_sharded_state_dict", "is_loading"],
+        ),
         (cpu.DISTRIBUTED, "DistributedOptimizer.load_state_dict", ["self", "state_dict"]),
-        (cpu.DISTRIBUTED, "DistributedOptimizer._set_main_param_and_optimizer_states", ["self", "model_param", "tensors"]),
+        (
+            cpu.DISTRIBUTED,
+            "DistributedOptimizer._set_main_param_and_optimizer_states",
+            ["self", "model_param", "tensors"],
+        ),
     ],
 )
 def test_wrapped_names_take_what_the_wrapper_passes(module: str, name: str, parameters: list[str]) -> None:
     row = next(r for r in cpu.ROWS if (r.module, r.name) == (module, name))
-    assert list(inspect.signature(getattr(row.owner(), name.split(".")[-1])).parameters)[: len(parameters)] == parameters
+    assert (
+        list(inspect.signature(getattr(row.owner(), name.split(".")[-1])).parameters)[: len(parameters)] == parameters
+    )
 
 
 def test_cuda_is_read_as_cpu_inside_the_mode_only() -> None:
