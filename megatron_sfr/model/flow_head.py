@@ -50,8 +50,8 @@ class Measured(nn.Module):
             self.register_buffer(name, torch.tensor([value]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Measured":
-        # Float16Module casts every buffer of the model; these three stay fp32 wherever they are moved.
-        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+        # Float16Module casts every buffer of the model; these three are moved with it, and stay fp32.
+        return super()._apply(lambda x: x.to(fn(x).device), recurse)
 
 
 class ResidualBlock(nn.Module):

@@ -78,7 +78,7 @@ def draw_noise(
 def flow_matching_loss(
     velocity: Velocity, h_BAH: Tensor, x_1_BAD: Tensor, weight_BA: Tensor, x_0_BAKD: Tensor, t_BAK1: Tensor
 ) -> Tensor:
-    """sum_a w_a mean_k mean_d (v(x_t, t, h_a) - (x_1 - x_0))^2, a scalar; path, error and sums in fp32.
+    """sum_a w_a mean_k mean_d (v(x_t, t, h_a) - (x_1 - x_0))^2, a scalar, in the dtype of the noise (fp32).
 
     A head that answers 0 costs E|x_1 - x_0|^2 / D an anchor: 1 + 1/D for unit-length targets, 2 for sqrt_d. The optimum
     is v* = E[x_1 - x_0 | x_t, h]: stochastic x_0 makes the head model the distribution of futures, not their mean.
@@ -86,5 +86,5 @@ def flow_matching_loss(
     Args: velocity: (x_t [B, A, K, D], t [B, A, K, 1], h [B, A, 1, H]) -> [B, A, K, D]. Anchors of weight 0 are padding.
     """
     x_t, v = interpolate(x_0_BAKD, x_1_BAD[:, :, None], t_BAK1)
-    error = velocity(x_t, t_BAK1, h_BAH[:, :, None]).float() - v
+    error = velocity(x_t, t_BAK1, h_BAH[:, :, None]).to(v.dtype) - v
     return (weight_BA * error.square().mean(dim=(-2, -1))).sum()

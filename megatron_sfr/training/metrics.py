@@ -20,8 +20,7 @@ class JsonLines:
 
     def __init__(self, writer: Any, path: Path) -> None:
         self._add_scalar = writer.add_scalar
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._step, self._row = 0, dict[str, float]()
+        self._path, self._step, self._row = path, 0, dict[str, float]()
         writer.add_scalar = self.add_scalar
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
@@ -37,5 +36,7 @@ class JsonLines:
     def flush(self) -> None:
         """Writes the row in progress."""
         if self._row:
-            self._file.write(json.dumps({"step": self._step, "time": round(time.time(), 3), **self._row}) + "\n")
+            line = json.dumps({"step": self._step, "time": round(time.time(), 3), **self._row})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
             self._row = {}
