@@ -1,0 +1,85 @@
+"""The report: it says no more than its intervals allow, and its files are whole or absent."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sfr.evaluation.bootstrap import Estimate
+from megatron_sfr.evaluation.curves import Curve, Loss
+from megatron_sfr.evaluation.frontier import Gap
+from megatron_sfr.evaluation.plot import draw
+from megatron_sfr.evaluation.report import Axes, Report, summarise, verdict
+from megatron_sfr.evaluation.tables import as_json, markdown, terminal, whole
+
+GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
+
+
+def curve(name: str, lift: float) -> Curve:
+    """Two temperatures, six prompts; no value for relevance."""
+    prompts = np.linspace(-0.05, 0.05, 6)
+    scores = {
+        "precision": np.array([[0.9], [0.5]]) + prompts,
+        "CS-SB-1": np.array([[0.6], [0.4]]) - lift + prompts,
+        "relevance": np.full((2, 6), np.nan),
+    }
+    return Curve(name, (0.5, 1.0), scores, {"held-out": Loss(np.full(6, 30.0), np.full(6, 20.0))})
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return summarise([curve("CE", 0.0), curve("SFR", 0.1)], [Axes("precision", "CS-SB-1")], ["A note."])
+
+
+def test_lower_bleu_is_more_diversity(report: Report) -> None:
+    [gap] = report.gaps
+    assert gap.diversity == "1 − CS-SB-1"
+    assert (gap.estimate.mean, gap.estimate.n) == (pytest.approx(0.1), 6)
+    assert gap.range == pytest.approx((0.5, 0.9))
+
+
+def test_verdicts_say_what_intervals_allow() -> None:
+    assert verdict(GAP).endswith("+0.020 [+0.010, +0.030]: SFR is ahead.")
+    assert "at equal precision (0.50 to 0.90)" in verdict(GAP)
+    assert verdict(replace(GAP, estimate=Estimate(-0.02, -0.03, -0.01, 20))).endswith("CE is ahead.")
+    assert verdict(replace(GAP, estimate=Estimate(0.02, -0.001, 0.04, 20))).endswith("no difference beyond noise.")
+    nothing = float("nan")
+    assert "cannot be compared" in verdict(replace(GAP, estimate=Estimate(nothing, nothing, nothing, 20)))
+
+
+def test_the_table_shows_what_has_a_value_with_its_interval(report: Report) -> None:
+    text = terminal(report)
+    assert "relevance" not in text
+    assert f".900±{(report.scores['CE']['precision'][0].high - 0.9):.3f}".replace("±0", "±") in text
+    assert "1.500±.000" in text  # the loss: 30 nats over 20 tokens
+    assert "6 prompts" in text
+    assert "A note." in text
+    page = markdown(report, "Title", "picture.png")
+    assert f"| SFR | 1 | {report.scores['SFR']['precision'][1]} | {report.scores['SFR']['CS-SB-1'][1]} |" in page
+    assert "![frontiers](picture.png)" in page
+
+
+def test_json_holds_everything_and_no_nan(report: Report) -> None:
+    found = json.loads(as_json(report), parse_constant=pytest.fail)
+    assert found["scores"]["SFR"]["relevance"][0] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert found["verdicts"] == [verdict(gap) for gap in report.gaps]
+
+
+def test_the_picture_has_a_panel_for_each_pair_of_axes(report: Report, tmp_path: Path) -> None:
+    draw(report, tmp_path / "one.png", "One")
+    draw(replace(report, axes=report.axes * 2), tmp_path / "two.png", "Two")
+    widths = [int.from_bytes((tmp_path / name).read_bytes()[16:20]) for name in ("one.png", "two.png")]
+    assert widths[1] == 2 * widths[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with whole(path) as file:
+        file.write("first")
+    with pytest.raises(TypeError), whole(path) as file:
+        file.writelines(["half of the sec", None])
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
