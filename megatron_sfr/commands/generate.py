@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that sampling always has, shared with `evaluate`."""
     parser.add_argument(
-        "--model", nargs="+", required=True, metavar="NAME=DIR", help="Hugging Face folders; NAME= may be left out"
+        "--model",
+        nargs="+",
+        action="extend",  # a second --model adds to the first
+        required=True,
+        metavar="NAME=DIR",
+        help="Hugging Face folders; NAME= may be left out",
     )
     parser.add_argument("--samples", type=int, default=8, help="replies to each prompt (%(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (%(default)s)")
