@@ -157,7 +157,7 @@ def _failure(log: Path) -> str:
         return found[0]
     raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
     reason = raised[0] if raised else "no Python error was printed (out of memory?)"
-    return f"training failed: {reason}; see {log}"
+    return f"training failed: {reason[:300]}; see {log}"
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:

@@ -40,13 +40,26 @@ def main(argv: Sequence[str]) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.distributed.checkpoint.api import CheckpointException
 
     step = ForwardStep(args.vocab_size, options(SFROptions, args) if args.sfr else None, options(ScheduleOptions, args))
     try:
         pretrain(pretrain_cfg_container_from_args(args, config), build_datasets, ModelType.encoder_or_decoder, step)
+    except CheckpointException as error:
+        raise _missing(error, args.pretrained_checkpoint or args.load) from error
     finally:
         if lines is not None:
             lines.flush()
+
+
+def _missing(error: Any, checkpoint: str) -> Exception:
+    """What upstream says of a parameter that a checkpoint lacks, without its list of all that is there."""
+    for failure, _ in error.failures.values():
+        name, found, _ = str(failure).strip("\"'").partition(" from model not in state dict")
+        if found:
+            remedy = "add --sfr-fresh-head to start one" if name.startswith("flow_head.") else "it is of another model"
+            return ValueError(f"the checkpoint in {checkpoint} has no {name}: {remedy}")
+    return error
 
 
 def save_recipe(recipe: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launch import read_checkpoint, read_metrics
+from .launch import read_checkpoint, read_metrics, torchrun
 from .test_layouts import MOMENT
 
 pytestmark = pytest.mark.distributed
@@ -51,3 +51,19 @@ def test_fresh_head_joins_a_backbone_that_had_none(runs: Path) -> None:
     assert not any(map(is_head, plain))
     assert fresh["flow_head.output.weight"].any()
     assert read_metrics(runs / "fresh-head")[0]["lm loss"] < read_metrics(runs / "plain")[0]["lm loss"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--bf16", "has no flow_head.time_in.weight: add --sfr-fresh-head to start one"),
+        ("--add-qkv-bias", "has no decoder.layers.self_attention.linear_qkv.bias: it is of another model"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_named(runs: Path, tmp_path: Path, flag: str, message: str) -> None:
+    source = ("--recipe", str(runs / "recipe.yaml"), "--pretrained-checkpoint", str(runs / "plain"))
+    fresh = ("--sfr-fresh-head",) if "another" in message else ()
+    flags = ("--save", str(tmp_path / "run"), flag, *fresh)
+    done = torchrun(1, "-m", "megatron_sfr.train", *source, *flags, check=False)
+    assert done.returncode != 0
+    assert f"megatron-sfr train: error: the checkpoint in {runs / 'plain'} {message}" in done.stderr
