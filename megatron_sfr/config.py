@@ -24,7 +24,7 @@ from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.local_spec import local_block_spec
 from megatron_sfr.objectives.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.runtime.backend import BackendOptions, adapt_config_to_cpu, adapt_flags_to_cpu, choose
+from megatron_sfr.runtime.backend import BackendOptions, adapt_config_to_cpu, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
 
 
@@ -173,10 +173,9 @@ def read_settings(argv: Sequence[str]) -> Settings:
         flags += ["--tensorboard-dir", os.path.join(args.save, "tensorboard")]
     if not args.valid_data_path and not args.data_path:
         flags += ["--eval-iters", "0"]
-    changes: list[str] = []
-    if (backend := choose(args.sfr_backend)) == "cpu":
-        extra, changes = adapt_flags_to_cpu(args)
-        flags += extra
+    backend = choose(args.sfr_backend)
+    extra, changes = adapt_flags(backend, args)
+    flags += extra
     args = parser.read(flags)
     check(args)
     return Settings(flags, resolved(args, parser), backend, changes)

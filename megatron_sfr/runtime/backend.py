@@ -1,5 +1,6 @@
 """Chooses CPU with gloo or CUDA with NCCL, once a process, and says what the choice changes in Megatron's flags."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,7 +44,7 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Change:
-    """A Megatron argument that CPU needs otherwise: its name, the value that works, the flags that set it."""
+    """A Megatron argument that is needed otherwise: its name, the value that works, the flags that set it."""
 
     dest: str
     value: Any
@@ -59,11 +60,12 @@ class Refusal:
     reason: str
 
 
+UNFUSED = Change("gradient_accumulation_fusion", False, ("--no-gradient-accumulation-fusion",))
 CPU_CHANGES = (
     Change("transformer_impl", "local", ("--transformer-impl", "local")),
     Change("distributed_backend", "gloo", ("--distributed-backend", "gloo")),
     Change("use_cpu_initialization", True, ("--use-cpu-initialization",)),
-    Change("gradient_accumulation_fusion", False, ("--no-gradient-accumulation-fusion",)),
+    UNFUSED,
     Change("no_persist_layer_norm", True, ("--no-persist-layer-norm",)),
     Change("apply_rope_fusion", False, ("--no-rope-fusion",)),
     Change("masked_softmax_fusion", False, ("--no-masked-softmax-fusion",)),
@@ -86,12 +88,17 @@ CPU_REFUSALS = (
 )
 
 
-def adapt_flags_to_cpu(args: Any) -> tuple[list[str], list[str]]:
-    """What CPU changes in parsed arguments: flags to add, and lines that say so. ValueError if none can help."""
-    for refusal in CPU_REFUSALS:
-        if not refusal.works(getattr(args, refusal.dest)):
-            raise ValueError(f"--{refusal.dest.replace('_', '-')} cannot work on CPU: {refusal.reason}")
-    changes = [c for c in CPU_CHANGES if getattr(args, c.dest) != c.value]
+def adapt_flags(backend: Literal["cpu", "cuda"], args: Any) -> tuple[list[str], list[str]]:
+    """What the backend changes in parsed arguments: flags to add, lines that say so. ValueError if none can help."""
+    changes: tuple[Change, ...] = ()
+    if backend == "cpu":
+        changes = CPU_CHANGES
+        for refusal in CPU_REFUSALS:
+            if not refusal.works(getattr(args, refusal.dest)):
+                raise ValueError(f"--{refusal.dest.replace('_', '-')} cannot work on CPU: {refusal.reason}")
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        changes = (UNFUSED,)  # on by default upstream, whose LM head then raises where Apex's extension is not built
+    changes = tuple(c for c in changes if getattr(args, c.dest) != c.value)
     flags = [flag for change in changes for flag in change.flags]
     return flags, [f"{c.dest}: {getattr(args, c.dest)} -> {c.value}" for c in changes]
 

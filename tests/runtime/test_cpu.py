@@ -1,13 +1,14 @@
 """Each upstream name that the CPU backend replaces is still there, with the shape that the replacement counts on."""
 
 import importlib.metadata
+import importlib.util
 import inspect
 
 import pytest
 import torch
 
 from megatron_sfr.runtime import cpu
-from megatron_sfr.runtime.backend import CPU_CHANGES, CPU_REFUSALS, choose
+from megatron_sfr.runtime.backend import CPU_CHANGES, CPU_REFUSALS, adapt_flags, choose
 
 
 @pytest.mark.parametrize("package", cpu.VERSIONS)
@@ -67,6 +68,15 @@ def test_changes_and_refusals_name_arguments_that_exist() -> None:
     assert {c.dest for c in CPU_CHANGES} | {r.dest for r in CPU_REFUSALS} <= dests
     for change in CPU_CHANGES:
         assert getattr(parser.read(change.flags), change.dest) == change.value
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="Apex is here")
+def test_cuda_switches_off_the_fusion_that_needs_apex_and_says_so() -> None:
+    from megatron_sfr.config import Parser
+
+    flags, lines = adapt_flags("cuda", Parser().read([]))
+    assert flags == ["--no-gradient-accumulation-fusion"]
+    assert lines == ["gradient_accumulation_fusion: True -> False"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")
