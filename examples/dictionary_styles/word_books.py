@@ -61,17 +61,16 @@ def _webster_items(record: str) -> tuple[str, list[tuple[int, str]]]:
             if number == 0 or _ITEM.match(line):
                 items.append((indent(line), []))
             items[-1][1].append(line)
-    head = unwrap(items[0][1])
-    name = re.match(r"[^\\,(\[]*", head)
-    position = name.end() if name else 0
-    head = _nested_to_flat(head)
+    head = _flat(unwrap(items[0][1]))
+    name = re.split(r"[\\,(\[]", head, maxsplit=1)[0]
+    position = len(name)
     while piece := _HEAD.match(head, position):
         position = piece.end()
-    return head[: name.end() if name else 0].strip(), [(0, head[position:]), *((m, unwrap(t)) for m, t in items[1:])]
+    return name.strip(), [(0, head[position:]), *((margin, unwrap(lines)) for margin, lines in items[1:])]
 
 
-def _nested_to_flat(text: str) -> str:
-    """Brackets inside brackets become braces-free words, so that an etymology is one bracket."""
+def _flat(text: str) -> str:
+    """Without the inner ones of nested brackets (their text stays), so that an etymology is one bracket."""
     while (flat := re.sub(r"(\[[^\[\]]*)\[([^\[\]]*)\]", r"\1\2", text)) != text:
         text = flat
     return text
