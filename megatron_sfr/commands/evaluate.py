@@ -22,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", default="minilm", metavar="NAME_OR_DIR", help="sentence encoder (%(default)s)")
     parser.add_argument("--pairs", type=int, default=16, help="BLEU comparisons a prompt and persona (%(default)s)")
     parser.add_argument("--embedded", type=int, default=4, help="replies embedded a prompt and persona (%(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="models side by side, for CPUs (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.encoder import Encoder, EncoderOptions
+    from megatron_sfr.evaluation.answers import Hardware
     from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
     from megatron_sfr.evaluation.prompts import limit, read_asked
     from megatron_sfr.evaluation.report import Axes
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         pairs=args.pairs,
         embedded=args.embedded,
     )
-    scorer = Scorer(asked, options, Encoder(args.encoder, EncoderOptions(device=args.device)))
+    encoder = Encoder(args.encoder, EncoderOptions(device=args.device))
+    scorer = Scorer(asked, {"held-out replies": asked}, options, encoder)
     personas = {entry.prompt.persona for entry in asked}
     axes = [Axes("relevance", "self-BLEU-4"), *([Axes("style", "CS-SB-1")] if len(personas) > 1 else [])]
     evaluate(
@@ -51,10 +54,8 @@ def run(args: argparse.Namespace) -> int:
         scorer,
         axes,
         args.output,
-        losses={"held-out replies": asked},
         title=f"{args.data.name}: diversity against quality",
         picture="frontier.png",
-        device=args.device,
-        dtype=args.dtype,
+        hardware=Hardware(args.device, args.dtype, args.processes),
     )
     return 0

@@ -19,6 +19,7 @@ from megatron_sfr.demo.scale import Scale
 from megatron_sfr.demo.tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
 from megatron_sfr.demo.world import PERSONAS, Row
+from megatron_sfr.evaluation.answers import Hardware
 from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
 from megatron_sfr.evaluation.prompts import Asked, ask, read_asked
 from megatron_sfr.evaluation.report import Axes
@@ -150,15 +151,16 @@ def _compare(output: Path, scale: Scale) -> None:
         embedded_prompts=2,
     )
     asked = [Asked(ask(question.text, persona)) for question in scale.asked for persona in PERSONAS]
-    scorer = Scorer(asked, options, Encoder(ENCODER, EncoderOptions()), WorldTruth(scale.world))
+    sets = {kind: read_asked(output / "data" / f"validation-{kind}.jsonl") for kind in KINDS}
+    scorer = Scorer(asked, sets, options, Encoder(ENCODER, EncoderOptions()), WorldTruth(scale.world))
     evaluate(
         {label: output / "models" / name for label, name in MODELS.items()},
         scorer,
         AXES,
         output / "comparison",
-        losses={kind: read_asked(output / "data" / f"validation-{kind}.jsonl") for kind in KINDS},
         title="Persona world: coverage of right replies against precision",
         picture="comparison.png",
+        hardware=Hardware(device="cpu", processes=len(MODELS)),
     )
 
 

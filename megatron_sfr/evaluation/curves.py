@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_sfr.data.encoder import Encoder
+from megatron_sfr.evaluation.answers import Answers, Questions
 from megatron_sfr.evaluation.diversity import cross_style_bleu, distinct_n, embedding_spread, self_bleu
 from megatron_sfr.evaluation.prompts import Asked
-from megatron_sfr.evaluation.quality import Truth, negative_log_likelihood, relevance, style_match, true_scores
-from megatron_sfr.evaluation.sampling import Model, Sampled, SamplingOptions, sample_all
+from megatron_sfr.evaluation.quality import Truth, relevance, style_match, true_scores
+from megatron_sfr.evaluation.sampling import SamplingOptions
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
 
@@ -61,9 +61,16 @@ class Scorer:
     """Everything about the data that does not depend on a model: the grouping by shared prompt, references embedded."""
 
     def __init__(
-        self, asked: Sequence[Asked], options: EvaluationOptions, encoder: Encoder, truth: Truth | None = None
+        self,
+        asked: Sequence[Asked],
+        sets: Mapping[str, Sequence[Asked]],
+        options: EvaluationOptions,
+        encoder: Encoder,
+        truth: Truth | None = None,
     ) -> None:
-        self.asked, self.options, self._encoder, self._truth = asked, options, encoder, truth
+        """asked: the prompts, with the replies that relevance and style refer to; sets: replies for the loss."""
+        self.asked, self.options = asked, options
+        self._sets, self._encoder, self._truth = sets, encoder, truth
         self._cells: dict[str, list[int]] = defaultdict(list)
         for i, entry in enumerate(asked):
             self._cells[entry.prompt.shared].append(i)
@@ -72,6 +79,15 @@ class Scorer:
         self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
         texts = [entry.texts if entry.prompt.shared in self._embedded else [] for entry in asked]
         self._references = self._embed(texts)
+
+    def questions(self) -> Questions:
+        """What every model is asked."""
+        options = self.options
+        return Questions(
+            prompts=[entry.prompt for entry in self.asked],
+            sweep=[replace(options.sampling, temperature=temperature) for temperature in options.temperatures],
+            sets={name: [c for entry in asked for c in entry.references] for name, asked in self._sets.items()},
+        )
 
     def notes(self) -> list[str]:
         """What the numbers are made of, and how much of it the capped scores look at."""
@@ -94,12 +110,17 @@ class Scorer:
         rows = [self._score_prompt(cells, replies, vectors) for cells in self._cells.values()]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
-    def loss(self, model: Model, asked: Sequence[Asked]) -> Loss:
-        """The loss of a model on the references of `asked`, gathered by this scorer's shared prompts."""
+    def curve(self, answers: Answers) -> Curve:
+        """Every score of a model at every temperature, and its losses."""
+        scores = [self.scores([[reply.text for reply in row] for row in rows]) for rows in answers.replies]
+        stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
+        losses = {name: self._loss(self._sets[name], *found) for name, found in answers.losses.items()}
+        return Curve(answers.model, self.options.temperatures, stacked, losses)
+
+    def _loss(self, asked: Sequence[Asked], nll: np.ndarray, tokens: np.ndarray) -> Loss:
+        """Losses of a set's replies, gathered by shared prompt."""
         place = {shared: i for i, shared in enumerate(self.prompts)}
-        conversations = [(place[e.prompt.shared], c) for e in asked for c in e.references]
-        nll, tokens = negative_log_likelihood(model, [c for _, c in conversations])
-        index = np.array([i for i, _ in conversations])
+        index = np.array([place[entry.prompt.shared] for entry in asked for _ in entry.references], dtype=int)
         return Loss(*(np.bincount(index, values, len(place)) for values in (nll, tokens)))
 
     def _score_prompt(
@@ -136,20 +157,6 @@ class Scorer:
             vector |= dict(zip(batch, self._encoder.encode(batch), strict=True))
         empty = np.zeros((0, self._encoder.identity.dim), np.float32)
         return [np.stack([vector[text] for text in row]) if row else empty for row in texts]
-
-
-def measure(
-    model: Model, scorer: Scorer, losses: Mapping[str, Sequence[Asked]], bar: tqdm | None = None
-) -> tuple[Curve, list[tuple[SamplingOptions, list[list[Sampled]]]]]:
-    """A model's curve, and for each temperature how it was sampled and its replies [entries][samples]."""
-    options = scorer.options
-    prompts = [entry.prompt for entry in scorer.asked]
-    sweep = [replace(options.sampling, temperature=temperature) for temperature in options.temperatures]
-    replies = [(sampling, sample_all(model, prompts, sampling, bar)) for sampling in sweep]
-    scores = [scorer.scores([[reply.text for reply in row] for row in rows]) for _, rows in replies]
-    stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
-    measured = {name: scorer.loss(model, asked) for name, asked in losses.items()}
-    return Curve(model.name, options.temperatures, stacked, measured), replies
 
 
 def _mean(values: Sequence[float]) -> float:

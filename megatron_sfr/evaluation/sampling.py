@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.evaluation.prompts import Prompt
@@ -20,6 +19,7 @@ from megatron_sfr.runtime.devices import gpus
 from megatron_sfr.runtime.noise import uniform
 
 STREAM = 2  # training uses 0 and 1 of the same generator
+KEPT = 0.75  # ended rows are dropped once fewer than this share go on: dropping copies the whole cache
 MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
 
@@ -96,18 +96,6 @@ def sample(model: Model, prompts: Sequence[Prompt], options: SamplingOptions) ->
         yield from zip((p for p, _ in batch), _sample_batch(model, prompts, ids, batch, options), strict=True)
 
 
-def sample_all(
-    model: Model, prompts: Sequence[Prompt], options: SamplingOptions, bar: tqdm | None = None
-) -> list[list[Sampled]]:
-    """The replies to each prompt, in the order of the prompts and of the samples. The bar counts replies."""
-    replies: list[list[Sampled]] = [[] for _ in prompts]
-    for p, reply in sample(model, prompts, options):
-        replies[p].append(reply)
-        if bar is not None:
-            bar.update()
-    return replies
-
-
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
     """A reply as a row of JSONL."""
     return {
@@ -173,19 +161,21 @@ def _sample_batch(
     ends = torch.tensor(model.end_tokens, device=device)
     tokens: list[list[int]] = [[] for _ in rows]
     logprobs = [0.0] * len(rows)
-    live_B = torch.arange(len(rows), device=device)
+    held_B = torch.arange(len(rows), device=device)
+    live_B = torch.ones_like(held_B, dtype=torch.bool)
     for step in range(options.max_new_tokens):
-        u_B = uniform(options.seed, key_B[live_B], torch.full_like(live_B, step), draw_B[live_B], stream=STREAM)
+        u_B = uniform(options.seed, key_B[held_B], torch.full_like(held_B, step), draw_B[held_B], stream=STREAM)
         token_B, logp_B = choose(state.logits_BV, u_B, options)
-        for row, token, logp in zip(live_B.tolist(), token_B.tolist(), logp_B.tolist(), strict=True):
+        drawn = (x[live_B].tolist() for x in (held_B, token_B, logp_B))
+        for row, token, logp in zip(*drawn, strict=True):
             tokens[row].append(token)
             logprobs[row] += logp
-        goes_on = (~torch.isin(token_B, ends)).nonzero()[:, 0]
-        if not len(goes_on) or step + 1 == options.max_new_tokens:
+        live_B = live_B & ~torch.isin(token_B, ends)
+        if not live_B.any() or step + 1 == options.max_new_tokens:
             break
-        if len(goes_on) < len(live_B):
-            state.select(goes_on)
-            live_B, token_B = live_B[goes_on], token_B[goes_on]
+        if live_B.float().mean() <= KEPT:
+            state.select(live_B.nonzero()[:, 0])
+            held_B, token_B, live_B = held_B[live_B], token_B[live_B], live_B[live_B]
         state.advance(token_B, model)
     texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [

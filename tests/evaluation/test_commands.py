@@ -74,7 +74,8 @@ def test_evaluate_writes_table_numbers_and_picture(
 ) -> None:
     fixed = ["--data", str(data), "--samples", "3", "--max-new-tokens", "12", "--limit", "2", "--embedded", "2"]
     sweep = ["--temperatures", "1.2", "0.6", "--pairs", "4", "--output", str(tmp_path)]
-    assert main(["evaluate", "--model", f"a={tiny_model}", f"b={tiny_model}", *fixed, *sweep]) == 0
+    models = ["--model", f"a={tiny_model}", f"b={tiny_model}", "--processes", "2"]
+    assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         *("evaluation.json", "report.md", "samples.jsonl", "frontier.png"),
     }
@@ -83,9 +84,11 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert found["temperatures"] == [0.6, 1.2]
     assert found["scores"]["a"] == found["scores"]["b"]
     assert found["scores"]["a"].keys() == {"relevance", "style", "distinct-2", "self-BLEU-4", "spread", "CS-SB-1"}
-    assert [gap["estimate"]["mean"] for gap in found["gaps"]] == [0, 0]  # one model under two names
+    # One model under two names; noise has the same style at every temperature, so that axis has no width.
+    assert [gap["estimate"]["mean"] for gap in found["gaps"]] == [0, None]
     out = capsys.readouterr().out
-    assert out.count("no difference beyond noise") == 2
+    assert "no difference beyond noise" in out
+    assert "cannot be compared" in out
     assert "held-out replies" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "| model | temperature |" in (tmp_path / "report.md").read_text()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.evaluation.prompts import Prompt, ask
-from megatron_sfr.evaluation.sampling import Model, SamplingOptions, choose, load_model, sample_all
+from megatron_sfr.evaluation.sampling import Model, Sampled, SamplingOptions, choose, load_model, sample
 
 PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birthday present?"), ask("Why?", "robot")]
 OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)
@@ -18,6 +18,14 @@ OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Model:
     return load_model("tiny", tiny_model, device="cpu")
+
+
+def sample_all(model: Model, prompts: list[Prompt], options: SamplingOptions) -> list[list[Sampled]]:
+    """The replies to each prompt, in the order of the prompts."""
+    replies: list[list[Sampled]] = [[] for _ in prompts]
+    for p, reply in sample(model, prompts, options):
+        replies[p].append(reply)
+    return replies
 
 
 def ids_of(model: Model, prompt: Prompt) -> list[int]:
