@@ -82,7 +82,8 @@ def verdict(gap: Gap) -> str:
     if not gap.is_beyond_noise:
         judged = "no difference beyond noise"
     else:
-        judged = f"{gap.model if gap.estimate.mean > 0 else gap.baseline} is ahead"
+        higher = gap.model if gap.estimate.mean > 0 else gap.baseline
+        judged = f"{higher} lies higher, beyond sampling noise; one run of each cannot tell it from the training seed"
     return (
         f"{gap.diversity}, {gap.model} against {gap.baseline} at equal {gap.quality} "
         f"({low:.2f} to {high:.2f}): {found}: {judged}."

@@ -41,9 +41,10 @@ def test_lower_bleu_is_more_diversity(report: Report) -> None:
 
 
 def test_verdicts_say_what_intervals_allow() -> None:
-    assert verdict(GAP).endswith("+0.020 [+0.010, +0.030]: SFR is ahead.")
+    assert verdict(GAP).split("): ")[1].startswith("+0.020 [+0.010, +0.030]: SFR lies higher")
     assert "at equal precision (0.50 to 0.90)" in verdict(GAP)
-    assert verdict(replace(GAP, estimate=Estimate(-0.02, -0.03, -0.01, 20))).endswith("CE is ahead.")
+    assert verdict(replace(GAP, estimate=Estimate(-0.02, -0.03, -0.01, 20))).count("CE lies higher") == 1
+    assert "training seed" in verdict(GAP)  # an interval over prompts knows nothing of it
     assert verdict(replace(GAP, estimate=Estimate(0.02, -0.001, 0.04, 20))).endswith("no difference beyond noise.")
     nothing = float("nan")
     assert "cannot be compared" in verdict(replace(GAP, estimate=Estimate(nothing, nothing, nothing, 20)))
