@@ -1,4 +1,4 @@
-"""Optimal velocities of the straight path that are known exactly (systems: P3 to P5), in any dtype."""
+"""Optimal velocities of the straight path that are known exactly, in any dtype."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""SFR's loss against closed forms in float64: the numbers in the names are the properties of systems.md 1.9."""
+"""SFR's loss against closed forms, and the properties that a right implementation has (numbered P)."""
 
 import math
 
