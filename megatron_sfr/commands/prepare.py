@@ -19,9 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seq-length", type=int, default=2048, help="longest conversation, in tokens (%(default)s)")
     parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
-    parser.add_argument("--segment-length", type=int, default=256, help="tokens of future a target (%(default)s)")
     parser.add_argument(
-        "--min-segment-length", type=int, default=16, help="an anchor with less future is left out (%(default)s)"
+        "--horizons",
+        nargs="+",
+        default=["1:256"],
+        metavar="OFFSET:LENGTH",
+        help="the tokens of future a target, from where and how many; an anchor has one target for each (1:256)",
+    )
+    parser.add_argument(
+        "--min-segment-length", type=int, default=16, help="a target cut to fewer tokens is left out (%(default)s)"
     )
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"
@@ -30,19 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.horizons import parse_horizons
     from megatron_sfr.data.preparation import PrepareOptions, prepare
 
     options = PrepareOptions(
         seq_length=args.seq_length,
         stride=args.stride,
-        segment_length=args.segment_length,
+        horizons=parse_horizons(args.horizons),
         min_segment_length=args.min_segment_length,
         skip_bad_rows=args.skip_bad_rows,
     )
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force)
+    horizons = f" at {len(result.horizons)} horizons" if len(result.horizons) > 1 else ""
     print(
         f"{args.output}: {result.samples:,} conversations, {result.tokens:,} tokens ({result.supervised_tokens:,} "
-        f"supervised), {result.anchors:,} anchors, {result.segments:,} distinct segments, "
+        f"supervised), {result.anchors:,} anchors{horizons}, {result.segments:,} distinct segments, "
         f"{len(result.personas.keys() - {''})} personas"
     )
     if result.rejected:

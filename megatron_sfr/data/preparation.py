@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_sfr.data.chat import BadRow, Conversation, Encoded, encode, parse_row, read_rows
 from megatron_sfr.data.flat import FlatWriter
+from megatron_sfr.data.horizons import Horizon, check_horizons
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments import DistinctTexts, future_segments, segment_text
@@ -28,18 +29,15 @@ class PrepareOptions:
 
     seq_length: int = 2048
     stride: int = 32
-    segment_length: int = 256
+    horizons: tuple[Horizon, ...] = ((1, 256),)
     min_segment_length: int = 16
     skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "stride", "segment_length", "min_segment_length"):
+        for name in ("seq_length", "stride", "min_segment_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.min_segment_length > self.segment_length:
-            raise ValueError(
-                f"min_segment_length {self.min_segment_length} is above segment_length {self.segment_length}; lower it"
-            )
+        check_horizons(self.horizons)
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Origin:
 
     seq_length: int
     stride: int
-    segment_length: int
+    horizons: list[list[int]]
     min_segment_length: int
     vocab_size: int
     tokenizer_sha256: str
@@ -76,7 +74,7 @@ def prepare(
     origin = Origin(
         seq_length=options.seq_length,
         stride=options.stride,
-        segment_length=options.segment_length,
+        horizons=[list(horizon) for horizon in options.horizons],
         min_segment_length=options.min_segment_length,
         vocab_size=len(loaded),
         tokenizer_sha256=tokenizer_sha256(loaded),
@@ -165,6 +163,7 @@ class _Writer:
         self._personas: Counter[str] = Counter()
         self._persona_index: dict[str, int] = {}
         self._tokens = self._supervised = self._anchors = self._max_anchors = self._segment_bytes = 0
+        self._max_response_tokens = 0
         self._first_bad: BadRow | None = None
         self._rejected = 0
         for name in ("offsets.bin", "anchor_offsets.bin", "segment_offsets.bin"):
@@ -174,7 +173,9 @@ class _Writer:
         persona = conversation.persona or ""
         self._personas[persona] += 1
         self._tokens += len(encoded.tokens)
-        self._supervised += int(encoded.loss_mask.sum())
+        supervised = int(encoded.loss_mask.sum())
+        self._supervised += supervised
+        self._max_response_tokens = max(self._max_response_tokens, supervised)
         anchors = self._anchor_rows(encoded)
         self._anchors += len(anchors)
         self._max_anchors = max(self._max_anchors, len(anchors))
@@ -203,6 +204,7 @@ class _Writer:
             samples=self._personas.total(),
             tokens=self._tokens,
             supervised_tokens=self._supervised,
+            max_response_tokens=self._max_response_tokens,
             anchors=self._anchors,
             max_anchors=self._max_anchors,
             segments=len(self._segments),
@@ -214,14 +216,14 @@ class _Writer:
             **{name: getattr(self._origin, name) for name in asdict(self._origin)},
         )
 
-    def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, int, int, int, int]]:
-        """One row of anchors.bin for each anchor of a sample; segments not met before are written."""
+    def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, ...]]:
+        """Rows of anchors.bin, one for each anchor of a sample and horizon; segments not met before are written."""
         cut = self._origin
         rows = []
         for segment in future_segments(
             encoded.replies,
             stride=cut.stride,
-            segment_length=cut.segment_length,
+            horizons=cut.horizons,
             min_segment_length=cut.min_segment_length,
         ):
             text = segment_text(encoded.tokens, segment, self._tokenizer)
@@ -233,5 +235,5 @@ class _Writer:
                 self._segment_bytes += len(line)
                 self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
                 self._files["segment_offsets.bin"].append(self._segment_bytes)
-            rows.append((segment.position, row, segment.response, segment.ordinal, segment.length))
+            rows.append((segment.position, row, segment.response, segment.ordinal, segment.length, segment.horizon))
         return rows

@@ -3,7 +3,7 @@
 - manifest.json: written last
 - tokens.bin (int32), mask.bin (uint8): all samples one after another; offsets.bin (int64 [samples + 1]) divides them
 - personas.bin (int32 [samples]): index into the manifest's personas
-- anchors.bin (int32 [anchors, 5]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
+- anchors.bin (int32 [anchors, 6]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
 - segments.jsonl: one JSON string a distinct segment; segment_offsets.bin (int64 [segments + 1])
 - rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
 """
@@ -37,19 +37,20 @@ class PreparedManifest:
     """What a prepared folder holds and what it was made from."""
 
     kind: ClassVar[str] = "prepared data"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     samples: int
     tokens: int
     supervised_tokens: int
-    anchors: int
+    max_response_tokens: int  # supervised, in all replies of one sample
+    anchors: int  # an anchor counts once for each horizon that it has a target at
     max_anchors: int  # in one sample
     segments: int  # distinct
     rejected: int
     personas: dict[str, int]  # name: samples; "" has those without a persona
     seq_length: int
     stride: int
-    segment_length: int
+    horizons: list[list[int]]  # [offset, length] each
     min_segment_length: int
     vocab_size: int  # len(tokenizer)
     tokenizer: str
@@ -61,13 +62,16 @@ class PreparedManifest:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Positions of one sample that have a target, int32 [A] each.
+    """Positions of one sample that have a target, once for each horizon they have one at; int32 [A] each.
 
     position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
-    segment   row of the target store: the text of tokens i + 1 ... i + segment_length, cut at the end of the reply
+    segment   row of the target store: the text of tokens i + o ... i + o + L - 1, cut at the end of the reply
     response  which assistant turn of the sample, from 0
     ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
     length    number of supervised tokens of that reply
+    horizon   index of (o, L) among the manifest's horizons
+
+    They are ordered by position, then horizon.
     """
 
     position: np.ndarray
@@ -75,6 +79,7 @@ class Anchors:
     response: np.ndarray
     ordinal: np.ndarray
     length: np.ndarray
+    horizon: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class PreparedData:
         self._mask = self._map("mask.bin")
         self._offsets = self._map("offsets.bin")
         self._persona = self._map("personas.bin")
-        self._anchors = self._map("anchors.bin").reshape(-1, 5)
+        self._anchors = self._map("anchors.bin").reshape(-1, 6)
         self._anchor_offsets = self._map("anchor_offsets.bin")
         self._segments = self._map("segments.jsonl")
         self._segment_offsets = self._map("segment_offsets.bin")

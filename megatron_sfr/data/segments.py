@@ -2,8 +2,8 @@
 
 A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
 ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last
-prompt position for j = 0), the target is the embedding of the text of y_j ... y_{j+k-1}, cut at y_{N-1}. So a target
-holds no token up to its position and nothing of another turn.
+prompt position for j = 0). Its target at the horizon (o, L) is the embedding of the text of y_{j+o-1} ... y_{j+o+L-2},
+cut at y_{N-1}. So a target holds no token up to its position and nothing of another turn.
 """
 
 from __future__ import annotations
@@ -18,33 +18,49 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Segment:
-    """One anchor: the condition is at input position `position`, the target is tokens[position + 1 : end]."""
+    """An anchor at one horizon: the condition is at input position `position`, the target is tokens[start:end]."""
 
     position: int
+    start: int
     end: int
     response: int
     ordinal: int
-    length: int
+    length: int  # of the reply
+    horizon: int
 
 
 def future_segments(
-    replies: Sequence[tuple[int, int]], *, stride: int, segment_length: int, min_segment_length: int
+    replies: Sequence[tuple[int, int]],
+    *,
+    stride: int,
+    horizons: Sequence[Sequence[int]],
+    min_segment_length: int,
 ) -> Iterator[Segment]:
-    """The segments of replies [start, end); those with less than `min_segment_length` tokens of future are left out."""
+    """The segments of replies [start, end) at each horizon, by position, then horizon.
+
+    Left out are those of fewer than `min_segment_length` tokens that are not whole either: of a horizon (o, L) at least
+    min(min_segment_length, L) tokens must be there.
+    """
     for response, (start, end) in enumerate(replies):
-        for first in range(start, end - min_segment_length + 1, stride):
-            yield Segment(
-                position=first - 1,
-                end=min(first + segment_length, end),
-                response=response,
-                ordinal=first - start,
-                length=end - start,
-            )
+        for anchor in range(start, end, stride):
+            for horizon, (offset, length) in enumerate(horizons):
+                first = anchor + offset - 1
+                if end - first < min(min_segment_length, length):
+                    continue
+                yield Segment(
+                    position=anchor - 1,
+                    start=first,
+                    end=min(first + length, end),
+                    response=response,
+                    ordinal=anchor - start,
+                    length=end - start,
+                    horizon=horizon,
+                )
 
 
 def segment_text(tokens: np.ndarray, segment: Segment, tokenizer: Any) -> str:
     """The text of a segment as the encoder reads it: no special tokens, no tidying of spaces."""
-    ids = tokens[segment.position + 1 : segment.end]  # an array: decode checks a list element by element
+    ids = tokens[segment.start : segment.end]  # an array: decode checks a list element by element
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

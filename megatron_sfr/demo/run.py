@@ -37,7 +37,7 @@ STAGES = 2
 MODELS = {"CE": "ce", "CE+SFR": "sfr"}  # the baseline first
 KINDS = ("seen", "near", "far")
 AXES = tuple(Axes("precision", f"coverage, {kind}") for kind in ("far", "near", "seen"))
-PREPARE = PrepareOptions(seq_length=112, stride=16, segment_length=24, min_segment_length=8)
+PREPARE = PrepareOptions(seq_length=112, stride=16, horizons=((1, 24),), min_segment_length=8)
 
 
 def demo(output: Path, scale: Scale, *, verbose: bool = False) -> None:

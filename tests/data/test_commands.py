@@ -26,7 +26,7 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
         file.write("not a row\n")
     data = tmp_path / "data"
     typed = ("--input", *rows, "--tokenizer", tokenizer_folder, "--output", data, "--stride", 2)
-    typed += ("--seq-length", 120, "--segment-length", 9, "--min-segment-length", 4)
+    typed += ("--seq-length", 120, "--horizons", "1:9", "3:2", "--min-segment-length", 4)
 
     with pytest.raises(ValueError, match=r"b\.jsonl:3: not JSON"):
         command(prepare, *typed)
@@ -35,8 +35,8 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
 
     assert command(prepare, *typed, "--skip-bad-rows") == 0
     manifest = PreparedData.open(data).manifest
-    cut = (manifest.seq_length, manifest.stride, manifest.segment_length, manifest.min_segment_length)
-    assert cut == (120, 2, 9, 4)
+    cut = (manifest.seq_length, manifest.stride, manifest.horizons, manifest.min_segment_length)
+    assert cut == (120, 2, [[1, 9], [3, 2]], 4)
     out, err = capsys.readouterr()
     assert f"{data}: 3 conversations, {manifest.tokens} tokens ({manifest.supervised_tokens} supervised)" in out
     assert f"1 bad rows set aside with their reasons in {data / 'rejected.jsonl'}" in out

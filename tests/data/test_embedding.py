@@ -18,7 +18,7 @@ from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.targets import VECTORS, TargetStore
 from tests.data.rows import turns, write_rows
 
-CUT = PrepareOptions(seq_length=200, stride=4, segment_length=12, min_segment_length=4)
+CUT = PrepareOptions(seq_length=200, stride=4, horizons=((1, 12),), min_segment_length=4)
 BLOCKS = EmbedOptions(batch_size=2, block_rows=3, device="cpu")
 ROWS = [
     {"messages": turns("the sea", "is blue and the sky is grey and so on")},

@@ -18,7 +18,8 @@ from megatron_sfr.data.segments import future_segments, segment_text
 from megatron_sfr.data.template import load_tokenizer
 from tests.data.rows import turns, write_rows
 
-OPTIONS = PrepareOptions(seq_length=200, stride=4, segment_length=12, min_segment_length=4)
+HORIZONS = ((1, 12), (7, 3), (2, 20))
+OPTIONS = PrepareOptions(seq_length=200, stride=4, horizons=HORIZONS, min_segment_length=4)
 ROWS = [
     {"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey")},
     {"persona": "wild", "messages": turns("the sea", "is GREY!", "and the sky", "the sky is blue and the sea is grey")},
@@ -47,12 +48,13 @@ def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder
         assert (sample.loss_mask == encoded.loss_mask).all()
         assert sample.persona == (conversation.persona or "")
         anchors = sample.anchors
-        cut = {"stride": 4, "segment_length": 12, "min_segment_length": 4}
+        cut = {"stride": 4, "horizons": HORIZONS, "min_segment_length": 4}
         segments = list(future_segments(encoded.replies, **cut))
         assert anchors.position.tolist() == [s.position for s in segments]
         assert anchors.response.tolist() == [s.response for s in segments]
         assert anchors.ordinal.tolist() == [s.ordinal for s in segments]
         assert anchors.length.tolist() == [s.length for s in segments]
+        assert anchors.horizon.tolist() == [s.horizon for s in segments]
         texts = [segment_text(encoded.tokens, s, tokenizer) for s in segments]
         assert [data.segment_text(row) for row in anchors.segment] == texts
         assert (sample.loss_mask[anchors.position + 1] == 1).all()
@@ -70,6 +72,8 @@ def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Pat
     assert manifest.supervised_tokens == sum(int(s.loss_mask.sum()) for s in samples)
     assert manifest.anchors == sum(len(s.anchors.position) for s in samples)
     assert manifest.max_anchors == max(len(s.anchors.position) for s in samples)
+    assert manifest.max_response_tokens == max(int(s.loss_mask.sum()) for s in samples) == int(data[1].loss_mask.sum())
+    assert manifest.horizons == [list(horizon) for horizon in HORIZONS]
     assert manifest.personas == {"calm": 2, "wild": 1, "": 1}
     assert manifest.vocab_size == len(load_tokenizer(str(tokenizer_folder)))
     assert (manifest.samples, manifest.rejected) == (4, 0)
@@ -88,6 +92,17 @@ def test_equal_segments_are_stored_once(prepared: Path):
 
 def test_a_reply_that_is_too_short_has_no_anchor(prepared: Path):
     assert len(PreparedData.open(prepared)[3].anchors.position) == 0
+
+
+def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+    options = PrepareOptions(seq_length=200, stride=1, horizons=((1, 9), (2, 1)), min_segment_length=1)
+    prepare([rows], tmp_path / "out", tokenizer_folder, options, progress=False)
+    sample = PreparedData.open(tmp_path / "out")[0]
+
+    last = int(sample.loss_mask.sum()) - 1  # of the reply: its end token, which has no text
+    found = list(zip(sample.anchors.ordinal.tolist(), sample.anchors.horizon.tolist(), strict=True))
+    assert found == [(j, horizon) for j in range(last) for horizon in (0, 1) if (j, horizon) != (last - 1, 1)]
 
 
 def test_data_without_any_anchor_can_be_read(tmp_path: Path, tokenizer_folder: Path):
@@ -122,11 +137,12 @@ def test_other_content_is_replaced_only_by_force(prepared: Path, make_tokenizer,
     before = files_of(prepared)
     (prepared / "targets").mkdir()
     template = (tokenizer_folder / "chat_template.jinja").read_text() + "\n"
-    longer = PrepareOptions(seq_length=300, stride=5, segment_length=12, min_segment_length=4)
+    longer = PrepareOptions(seq_length=300, stride=5, horizons=HORIZONS, min_segment_length=4)
     changes = [
         (rows, tokenizer_folder, OPTIONS, "inputs"),
         (prepared.parent / "rows.jsonl", make_tokenizer(template), OPTIONS, "tokenizer_sha256"),
         (prepared.parent / "rows.jsonl", tokenizer_folder, longer, "seq_length, stride"),
+        (prepared.parent / "rows.jsonl", tokenizer_folder, PrepareOptions(200, 4, HORIZONS[:2], 4), "horizons"),
     ]
     for path, tokenizer, options, what in changes:
         with pytest.raises(ValueError, match=f"prepared with other values of {what}; .*--force"):
@@ -161,7 +177,8 @@ def test_a_folder_that_is_cut_or_damaged_is_refused(prepared: Path, name: str):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 99}, "is of version 99, this program reads version 1"),
+        ({"version": 99}, "is of version 99, this program reads version 2; run: megatron-sfr prepare .*--force"),
+        ({"version": 1}, "is of version 1, this program reads version 2; run: megatron-sfr prepare .*--force"),
         ({"kind": "a target store"}, "holds a target store, not prepared data"),
         ({"extra": 1}, "is damaged"),
     ],
@@ -207,7 +224,7 @@ def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(tmp_path: Path, toke
     rows = tmp_path / "rows.jsonl"
     write_rows(good, ROWS)
     rows.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n" + json.dumps(ROWS[1]))
-    skip = PrepareOptions(200, 4, 12, 4, skip_bad_rows=True)
+    skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
 
     with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
         prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
@@ -227,10 +244,10 @@ def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_f
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[1:2])
     length = prepare([rows], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
 
-    exact = PrepareOptions(length - 1, 4, 12, 4)
+    exact = PrepareOptions(length - 1, 4, HORIZONS, 4)
     assert prepare([rows], tmp_path / "exact", tokenizer_folder, exact, progress=False).tokens == length
     with pytest.raises(ValueError, match=f"{length} tokens, which is over sequence length {length - 2}"):
-        prepare([rows], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, 12, 4), progress=False)
+        prepare([rows], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, HORIZONS, 4), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +290,8 @@ def test_what_a_killed_run_left_is_cleared(prepared: Path, tokenizer_folder: Pat
     [
         ({"stride": 0}, "stride is 0"),
         ({"seq_length": -1}, "seq_length is -1"),
-        ({"segment_length": 8, "min_segment_length": 9}, "min_segment_length 9 is above segment_length 8"),
+        ({"min_segment_length": 0}, "min_segment_length is 0"),
+        ({"horizons": ()}, "0 horizons; give 1 to 16"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, reason: str):

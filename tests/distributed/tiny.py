@@ -39,7 +39,7 @@ def write_prepared(folder: Path) -> Path:
     """Prepared data with real MiniLM targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
     corpus = write_corpus(folder)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
-    options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, segment_length=8, min_segment_length=2)
+    options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=((1, 8),), min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
     embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
     return folder / "prepared"

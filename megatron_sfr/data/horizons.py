@@ -1,0 +1,61 @@
+"""Horizons: the stretches of the future that an anchor has targets for, as they are typed, checked and kept.
+
+A horizon is (offset, length) in tokens, offset 1 being the token to predict next; (1, 256) is the paper's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_sfr.data.prepared import PreparedData
+
+Horizon = tuple[int, int]
+MOST_HORIZONS = 16
+
+
+def parse_horizons(texts: Iterable[str]) -> tuple[Horizon, ...]:
+    """Horizons written as OFFSET:LENGTH; ValueError for one that is not, and for what `check_horizons` refuses."""
+    horizons = []
+    for text in texts:
+        numbers = re.fullmatch(r"(-?[0-9]{1,9}):(-?[0-9]{1,9})", text)
+        if numbers is None:
+            raise ValueError(f"horizon {text!r} is not OFFSET:LENGTH; give two whole numbers, such as 1:256")
+        horizons.append((int(numbers[1]), int(numbers[2])))
+    check_horizons(horizons)
+    return tuple(horizons)
+
+
+def check_horizons(horizons: Sequence[Horizon]) -> None:
+    """ValueError for horizons that mean nothing, or the same twice."""
+    if not 1 <= len(horizons) <= MOST_HORIZONS:
+        raise ValueError(f"{len(horizons)} horizons; give 1 to {MOST_HORIZONS} of them, such as 1:256")
+    for number, (offset, length) in enumerate(horizons):
+        text = format_horizons([(offset, length)])
+        if offset < 1:
+            raise ValueError(f"horizon {text} begins before the token to predict; give an offset of at least 1")
+        if length < 1:
+            raise ValueError(f"horizon {text} holds no token; give a length of at least 1")
+        if (offset, length) in horizons[:number]:
+            raise ValueError(f"horizon {text} is given twice; give each horizon once")
+
+
+def format_horizons(horizons: Iterable[Sequence[int]]) -> str:
+    """As `parse_horizons` reads them, with blanks between."""
+    return " ".join(f"{offset}:{length}" for offset, length in horizons)
+
+
+def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
+    """The horizons that all these prepared folders have; ValueError where they differ."""
+    found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
+    for path in paths:
+        manifest = PreparedData.open(Path(path)).manifest
+        found.setdefault(tuple((offset, length) for offset, length in manifest.horizons), str(path))
+    if len(found) > 1:
+        differ = ", ".join(f"{path} has {format_horizons(horizons)}" for horizons, path in found.items())
+        raise ValueError(
+            f"prepared folders of one run differ in their horizons: {differ}; prepare them with the same --horizons"
+        )
+    (horizons,) = found
+    return horizons
