@@ -12,9 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
-from megatron_sfr.data.manifest import NAME, publish, sha256_of, staging, write_manifest
+from megatron_sfr.data.flat import FlatWriter, map_flat
+from megatron_sfr.data.manifest import NAME, FileRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import PreparedData
-from megatron_sfr.data.targets import DEFAULT, VECTORS, EncoderIdentity, TargetManifest, TargetStore
+from megatron_sfr.data.statistics import statistics_of
+from megatron_sfr.data.targets import DEFAULT, STATISTICS, VECTORS, EncoderIdentity, TargetManifest, TargetStore
 
 JOURNAL = "journal.txt"  # a line that says of what, then one checksum a block
 
@@ -67,7 +69,10 @@ def embed(
             **asdict(model.identity),
             segments=data.manifest.segments,
             segments_sha256=data.manifest.segments_sha256,
-            files={VECTORS: {"bytes": vectors.stat().st_size, "sha256": sha256_of(vectors)}},
+            files={
+                VECTORS: {"bytes": vectors.stat().st_size, "sha256": sha256_of(vectors)},
+                STATISTICS: _write_statistics(folder, model.identity.dim),
+            },
         )
         write_manifest(folder, manifest)
         publish(folder, output)
@@ -123,6 +128,15 @@ def _encode_block(texts: list[str], model: Encoder, batch_size: int, bar: Any) -
         block[batch] = model.encode([texts[i] for i in batch])
         bar.update(len(batch))
     return block
+
+
+def _write_statistics(folder: Path, dim: int) -> FileRecord:
+    """Mean and standard deviation of the rows as they are stored, in fp16."""
+    statistics = statistics_of(map_flat(folder / VECTORS, np.float16).reshape(-1, dim))
+    with FlatWriter(folder / STATISTICS, np.float32) as file:
+        file.append(statistics.mean)
+        file.append(statistics.std)
+        return file.finish()
 
 
 def _resume(vectors: BinaryIO, journal: BinaryIO, head: dict[str, Any], block_bytes: int) -> int:

@@ -1,4 +1,9 @@
-"""The target store: one fp16 row of length 1 for each distinct segment, memory-mapped, tied to its data by hash."""
+"""The target store: one fp16 row of length 1 for each distinct segment, memory-mapped, tied to its data by hash.
+
+- manifest.json: written last
+- vectors.bin (fp16 [segments, D])
+- statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension over these rows
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from megatron_sfr.data.prepared import PreparedData
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
 VECTORS = "vectors.bin"
+STATISTICS = "statistics.bin"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class TargetManifest(EncoderIdentity):
     """Whose embeddings a store holds, of which segments."""
 
     kind: ClassVar[str] = "a target store"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     segments: int
     segments_sha256: str  # of the prepared data they belong to
@@ -41,7 +47,10 @@ class TargetManifest(EncoderIdentity):
 
 
 class TargetStore:
-    """Embeddings by segment row. `open` checks the manifest, the pair and the sizes, `verify` every byte."""
+    """Embeddings by segment row. `open` checks the manifest, the pair and the sizes, `verify` every byte.
+
+    `mean` and `std` are float32 [D], read-only: of all rows, each distinct segment once.
+    """
 
     def __init__(self, folder: Path, prepared: PreparedData, manifest: TargetManifest) -> None:
         self.folder = folder
@@ -49,6 +58,9 @@ class TargetStore:
         self.manifest = manifest
         self.dim = manifest.dim
         self._vectors = map_flat(folder / VECTORS, np.float16).reshape(manifest.segments, manifest.dim)
+        statistics = np.fromfile(folder / STATISTICS, np.float32).reshape(2, manifest.dim)
+        statistics.flags.writeable = False
+        self.mean, self.std = statistics
 
     @classmethod
     def open(cls, folder: Path, prepared: PreparedData) -> TargetStore:

@@ -15,7 +15,7 @@ from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.manifest import NAME
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import PreparedData
-from megatron_sfr.data.targets import VECTORS, TargetStore
+from megatron_sfr.data.targets import STATISTICS, VECTORS, TargetStore
 from tests.data.rows import turns, write_rows
 
 CUT = PrepareOptions(seq_length=200, stride=4, horizons=((1, 12),), min_segment_length=4)
@@ -64,6 +64,12 @@ def test_each_distinct_segment_is_encoded_once_into_its_row(prepared: Path, enco
     expected = Encoder("minilm", EncoderOptions(device="cpu")).encode([texts[row] for row in rows])
     np.testing.assert_allclose(vectors, expected, atol=5e-4)  # half a unit in the last place of fp16 below 1
     assert len(store) == len(texts)
+    every = store[np.arange(len(store))].astype(np.float64)
+    assert (store.mean.dtype, store.std.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(store.mean, every.mean(axis=0), rtol=1e-7, atol=1e-12)  # half an fp32 unit
+    np.testing.assert_allclose(store.std, every.std(axis=0), rtol=1e-7)
+    assert not store.mean.flags.writeable
+    assert not store.std.flags.writeable
     store.verify()
 
 
@@ -189,7 +195,7 @@ def test_another_pooling_needs_another_folder_or_force(prepared: Path):
     assert [store.manifest.pooling for store in stores] == ["cls", "cls"]
 
 
-@pytest.mark.parametrize("name", [VECTORS, NAME])
+@pytest.mark.parametrize("name", [VECTORS, STATISTICS, NAME])
 def test_a_store_that_is_cut_or_damaged_is_refused(prepared: Path, name: str):
     path = run(prepared) / name
     data = PreparedData.open(prepared)
@@ -198,13 +204,23 @@ def test_a_store_that_is_cut_or_damaged_is_refused(prepared: Path, name: str):
     path.write_bytes(content[:-2])
     with pytest.raises(ValueError, match=f"{name} .*; run: megatron-sfr embed --data {prepared} .*--force"):
         TargetStore.open(prepared / "targets", data)
-    if name == VECTORS:
+    if name != NAME:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         store = TargetStore.open(prepared / "targets", data)
         with pytest.raises(ValueError, match="is not what was written"):
             store.verify()
     run(prepared, force=True)
     TargetStore.open(prepared / "targets", data).verify()
+
+
+def test_a_store_of_an_older_version_is_refused(prepared: Path):
+    path = run(prepared) / NAME
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+
+    with pytest.raises(
+        ValueError, match=f"is of version 1, .* version 2; run: megatron-sfr embed --data {prepared} .*"
+    ):
+        TargetStore.open(prepared / "targets", PreparedData.open(prepared))
 
 
 def test_opens_again_in_another_process(prepared: Path):
