@@ -1,12 +1,12 @@
 """Prepared conversations as one of upstream's datasets, so that upstream blends, samples and resumes them.
 
-Letters: S sequence length, A most anchors of a sample, D dimension of the embeddings.
+Letters: S sequence length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -16,26 +16,32 @@ from megatron.core.datasets.utils import Split
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_sfr.data.prepared import Anchors, PreparedData
+from megatron_sfr.data.horizons import horizons_of
+from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.targets import TargetStore
-from megatron_sfr.objectives.sfr import anchor_weights
+from megatron_sfr.training.anchor_arrays import AnchorSizes, Fill, anchor_arrays, anchor_sizes
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the targets of the flow-matching loss are."""
+    """Where the targets of the flow-matching loss are, and which positions have them."""
 
     sfr: bool = False
     """Train with the flow head; without it the run is plain cross-entropy on the same data."""
     sfr_target_store: str = "targets"
     """Folder of the target store inside each prepared data folder; written by `megatron-sfr embed`."""
+    sfr_anchors: Literal["anchors_only", "nearest"] = "anchors_only"
+    """'anchors_only': each target where it begins; 'nearest': every position of a reply has the target of the nearest
+    anchor, as in the authors' code, some tokens of which it may have read already."""
 
 
 @dataclass
 class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
-    """Upstream's dataset configuration, and the store to read in each prepared folder (None: no targets)."""
+    """Upstream's dataset configuration; the store to read in each prepared folder (None: no targets), and how."""
 
     target_store: str | None = None
+    fill: Fill = "anchors_only"
+    sizes: AnchorSizes = field(default_factory=AnchorSizes)  # of the whole run: samples of all folders are collated
 
 
 class PreparedDataset(MegatronDataset):
@@ -85,7 +91,7 @@ class PreparedDataset(MegatronDataset):
         sample = self.dataset[int(self.order(epoch)[place])]
         item: dict[str, Any] = dict(pad_sample(sample.tokens, sample.loss_mask, self.config.sequence_length))
         if self.targets is not None:
-            item |= pad_anchors(sample.anchors, self.dataset.manifest.max_anchors, self.targets)
+            item |= anchor_arrays(sample.anchors, self.targets, self.config.fill, self.config.sizes)
             item["sample_index"] = np.int64(idx)
         return item
 
@@ -105,21 +111,8 @@ def pad_sample(tokens: np.ndarray, loss_mask: np.ndarray, length: int) -> dict[s
     }
 
 
-def pad_anchors(anchors: Anchors, most: int, targets: TargetStore) -> dict[str, np.ndarray]:
-    """Anchors as arrays [A] and targets [A, D] in fp16; padding has weight 0, position 0 and target 0."""
-    n = len(anchors.position)
-    position, weight = np.zeros(most, dtype=np.int64), np.zeros(most, dtype=np.float32)
-    target = np.zeros((most, targets.dim), dtype=np.float16)
-    position[:n] = anchors.position
-    weight[:n] = anchor_weights(anchors.ordinal, anchors.length, anchors.response)
-    target[:n] = targets[anchors.segment]
-    return {"anchor_position": position, "anchor_weight": weight, "anchor_target": target}
-
-
-def build_datasets(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
-    """Upstream's train_valid_test_datasets_provider, for every rank."""
-    del vp_stage  # each virtual stage reads the same samples
-    args = get_args()
+def dataset_config(args: Any) -> PreparedDatasetConfig:
+    """Upstream's configuration; with SFR, also the sizes that fit every folder of train, valid and test."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = PreparedDatasetConfig(
         random_seed=args.seed,
@@ -129,8 +122,19 @@ def build_datasets(num_samples: tuple[int, int | None, int], vp_stage: int | Non
         split=args.split,
         path_to_cache=args.data_cache_path,
         full_validation=args.full_validation,
-        target_store=args.sfr_target_store if args.sfr else None,
     )
+    if args.sfr:
+        paths = [path for part in (blend, *(blend_per_split or ())) if part is not None for path in part[0]]
+        horizons_of(paths)  # one head has the horizons of all
+        config.target_store, config.fill = args.sfr_target_store, args.sfr_anchors
+        config.sizes = anchor_sizes([PreparedData.open(Path(path)).manifest for path in paths], args.sfr_anchors)
+    return config
+
+
+def build_datasets(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
+    """Upstream's train_valid_test_datasets_provider, for every rank."""
+    del vp_stage  # each virtual stage reads the same samples
+    config = dataset_config(get_args())
     return BlendedMegatronDatasetBuilder(PreparedDataset, list(num_samples), lambda: True, config).build()
 
 

@@ -108,7 +108,7 @@ class ForwardStep:
         here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
         sample_B = torch.arange(h_SBH.shape[1], device=h_SBH.device)
         h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B[:, None]]
-        x_1_BAD = scale_targets(batch["anchor_target"], self.sfr)
+        x_1_BAD = scale_targets(batch["target"][sample_B[:, None], batch["anchor_row"]], self.sfr)
         x_0, t = draw_noise(batch["sample_index"], position_BA, x_1_BAD.shape[-1], first_draw, self.sfr)
         return flow_matching_loss(head, h_BAH, x_1_BAD, weight_BA * here_BA, x_0, t)
 

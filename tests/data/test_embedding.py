@@ -217,9 +217,7 @@ def test_a_store_of_an_older_version_is_refused(prepared: Path):
     path = run(prepared) / NAME
     path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
 
-    with pytest.raises(
-        ValueError, match=f"is of version 1, .* version 2; run: megatron-sfr embed --data {prepared} .*"
-    ):
+    with pytest.raises(ValueError, match=f"is of version 1, .*; run: megatron-sfr embed --data {prepared} .*--force"):
         TargetStore.open(prepared / "targets", PreparedData.open(prepared))
 
 

@@ -35,11 +35,11 @@ def write_corpus(folder: Path, rows: int = 40) -> Path:
     return path
 
 
-def write_prepared(folder: Path) -> Path:
+def write_prepared(folder: Path, rows: int = 40, horizons: tuple[tuple[int, int], ...] = ((1, 8),)) -> Path:
     """Prepared data with real MiniLM targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
-    corpus = write_corpus(folder)
+    corpus = write_corpus(folder, rows)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
-    options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=((1, 8),), min_segment_length=2)
+    options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
     embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
     return folder / "prepared"

@@ -1,0 +1,95 @@
+"""The arrays of a sample's anchors against plain loops: which position has which target, at which weight."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sfr.data.prepared import Anchors
+from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays, entries_of_nearest
+
+DIM, HORIZONS = 3, 3
+
+
+@st.composite
+def samples(draw) -> Anchors:
+    """Replies with anchors at every stride, of which any may lack any horizon."""
+    rows, at = [], 0
+    stride = draw(st.integers(1, 7))
+    for response, length in enumerate(draw(st.lists(st.integers(1, 25), min_size=1, max_size=3))):
+        at += draw(st.integers(1, 5))
+        for j in range(0, length, stride):
+            for horizon in range(HORIZONS):
+                if draw(st.booleans()):
+                    rows.append((at + j - 1, draw(st.integers(0, 99)), response, j, length, horizon))
+        at += length
+    return Anchors(*np.array(rows, np.int32).reshape(-1, 6).T.copy())
+
+
+def nearest_by_loops(anchors: Anchors) -> list[tuple[int, int]]:
+    """Row and ordinal of every entry, as the definition says it."""
+    entries = []
+    for response in np.unique(anchors.response):
+        for horizon in range(HORIZONS):
+            rows = np.flatnonzero((anchors.response == response) & (anchors.horizon == horizon))
+            for j in range(anchors.length[rows[0]] if len(rows) else 0):
+                nearest = min(rows, key=lambda row: (abs(anchors.ordinal[row] - j), anchors.ordinal[row]))
+                entries.append((int(nearest), j))
+    return entries
+
+
+@given(samples())
+def test_every_position_has_the_nearest_anchor_the_earlier_on_a_tie(anchors: Anchors):
+    rows, ordinals = entries_of_nearest(anchors)
+
+    assert list(zip(rows.tolist(), ordinals.tolist(), strict=True)) == nearest_by_loops(anchors)
+
+
+def test_a_tie_goes_to_the_earlier_anchor():
+    columns = np.array([[9, 0, 0, 0, 7, 0], [13, 1, 0, 4, 7, 0]], np.int32).T
+    rows, ordinals = entries_of_nearest(Anchors(*columns))
+
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert ordinals.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
+@given(anchors=samples(), spare=st.integers(0, 4))
+def test_arrays_say_position_target_and_weight_of_each_entry(fill: str, anchors: Anchors, spare: int):
+    n = len(anchors.position)
+    store = np.random.default_rng(0).standard_normal((100, DIM)).astype(np.float16)
+    entries = nearest_by_loops(anchors) if fill == "nearest" else [(row, anchors.ordinal[row]) for row in range(n)]
+    sizes = AnchorSizes(n + spare, len(entries) + spare)
+
+    arrays = anchor_arrays(anchors, store, fill, sizes)
+
+    types = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    whole = ("int64", (sizes.entries,))
+    assert types.pop("target") == ("float16", (sizes.rows, DIM))
+    assert types.pop("anchor_weight") == ("float32", (sizes.entries,))
+    assert types == {"anchor_position": whole, "anchor_row": whole, "anchor_horizon": whole}
+    assert (arrays["target"][:n] == store[anchors.segment]).all()
+    for array, used in ((arrays.pop("target"), n), *((array, len(entries)) for array in arrays.values())):
+        assert not array[used:].any()
+    for i, (row, j) in enumerate(entries):
+        assert arrays["anchor_row"][i] == row
+        assert arrays["anchor_horizon"][i] == anchors.horizon[row]
+        assert arrays["anchor_position"][i] == anchors.position[row] - anchors.ordinal[row] + j
+    check_weights(arrays["anchor_weight"], anchors, entries)
+
+
+def check_weights(weights: np.ndarray, anchors: Anchors, entries: list[tuple[int, int]]) -> None:
+    """(N - j) / N, scaled to sum to N over all positions and horizons of a reply."""
+    for response in np.unique(anchors.response):
+        mine = [i for i, (row, _) in enumerate(entries) if anchors.response[row] == response]
+        length = anchors.length[anchors.response == response][0]
+        raw = np.array([(length - entries[i][1]) / length for i in mine])
+        np.testing.assert_allclose(weights[mine], raw * length / raw.sum(), rtol=1e-6)
+        assert weights[mine].sum() == pytest.approx(length, rel=1e-5)
+
+
+def test_a_sample_without_anchors_is_all_padding():
+    none = Anchors(*np.zeros((6, 0), np.int32))
+    for fill in ("anchors_only", "nearest"):
+        arrays = anchor_arrays(none, np.ones((4, DIM), np.float16), fill, AnchorSizes(2, 5))
+        assert not any(array.any() for array in arrays.values())

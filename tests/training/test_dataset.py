@@ -1,0 +1,97 @@
+"""A blend of prepared folders: samples of one shape whatever folder they are from, and one set of horizons."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.utils import Split
+from torch.utils.data import default_collate
+
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.training.dataset import PreparedDataset, dataset_config
+from tests.distributed.tiny import SEQ_LENGTH, write_prepared
+
+HORIZONS = ((1, 8), (5, 3))
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's configuration logs on rank 0 and warns where it finds no rank."""
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders whose samples have unlike numbers of anchors and of supervised tokens."""
+    folder = tmp_path_factory.mktemp("blend")
+    return [write_prepared(folder / str(rows), rows, HORIZONS) for rows in (3, 40)]
+
+
+def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) -> Namespace:
+    """Those of upstream's arguments that the datasets read."""
+    read: dict[str, Any] = {
+        **dict.fromkeys(("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")),
+        **dict.fromkeys(("split", "data_cache_path")),
+        "train_data_path": train,
+        "valid_data_path": valid,
+        "seed": 1,
+        "seq_length": SEQ_LENGTH,
+        "full_validation": False,
+        "sfr": True,
+        "sfr_target_store": "targets",
+        "sfr_anchors": "anchors_only",
+    }
+    return Namespace(**read | changes)
+
+
+@pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
+def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], fill: str):
+    manifests = [PreparedData.open(folder).manifest for folder in folders]
+    assert manifests[0].max_anchors < manifests[1].max_anchors
+    assert manifests[0].max_response_tokens < manifests[1].max_response_tokens
+    blend = [0.5, str(folders[0]), 0.5, str(folders[1])]
+
+    config = dataset_config(arguments([*map(str, blend)], [str(folders[0])], sfr_anchors=fill))
+    train, valid, _ = BlendedMegatronDatasetBuilder(PreparedDataset, [24, 3, 0], lambda: True, config).build()
+
+    rows = manifests[1].max_anchors
+    entries = rows if fill == "anchors_only" else manifests[1].max_response_tokens * len(HORIZONS)
+    batch = default_collate([train[i] for i in range(24)])
+    assert set(batch["dataset_id"].tolist()) == {0, 1}
+    for name, array in default_collate([valid[i] for i in range(3)]).items():
+        assert array.shape[1:] == batch[name].shape[1:], name
+    assert batch["target"].shape == (24, rows, 384)
+    for name in ("anchor_position", "anchor_row", "anchor_horizon", "anchor_weight"):
+        assert batch[name].shape == (24, entries)
+    assert batch["anchor_horizon"].unique().tolist() == [0, 1]
+    weighed = batch["anchor_weight"].sum(1)
+    assert (weighed <= batch["loss_mask"].sum(1) + 1e-3).all(), "a reply without anchors weighs nothing"
+    assert weighed.max() > 0
+
+
+def test_a_target_is_the_text_of_its_horizon(folders: list[Path]):
+    config = dataset_config(arguments([str(folders[1])]))
+    data = PreparedData.open(folders[1])
+    dataset = PreparedDataset(data, str(folders[1]), np.arange(len(data)), None, Split.train, config)
+    store = TargetStore.open(folders[1] / "targets", data)
+
+    for place, index in enumerate(dataset.order(0)):
+        anchors, item = data[int(index)].anchors, dataset[place]
+        target = item["target"][item["anchor_row"]]
+        n = len(anchors.position)
+        assert (target[:n] == store[anchors.segment]).all()
+        assert (item["anchor_position"][:n] == anchors.position).all()
+        assert (item["anchor_horizon"][:n] == anchors.horizon).all()
+
+
+def test_folders_of_unlike_horizons_are_refused(folders: list[Path], tmp_path: Path):
+    other = write_prepared(tmp_path, 3)
+
+    with pytest.raises(ValueError, match=f"{folders[0]} has 1:8 5:3, {other} has 1:8; .* the same --horizons"):
+        dataset_config(arguments([str(folders[0])], [str(other)]))
+    plain = dataset_config(arguments([str(folders[0])], [str(other)], sfr=False))
+    assert plain.target_store is None
