@@ -219,7 +219,7 @@ class _Writer:
     def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, ...]]:
         """Rows of anchors.bin, one for each anchor of a sample and horizon; segments not met before are written."""
         cut = self._origin
-        rows = []
+        rows: list[tuple[int, ...]] = []
         for segment in future_segments(
             encoded.replies,
             stride=cut.stride,

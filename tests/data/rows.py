@@ -1,8 +1,10 @@
-"""A chat template, conversations and files of rows, shared by the data tests."""
+"""A chat template, conversations, how they are cut, and files of rows, shared by the data tests."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from megatron_sfr.data.preparation import PrepareOptions
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -18,3 +20,13 @@ def turns(*contents: str) -> list[dict[str, str]]:
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+HORIZONS = ((1, 12), (7, 3), (2, 20))
+OPTIONS = PrepareOptions(seq_length=200, stride=4, horizons=HORIZONS, min_segment_length=4)
+ROWS = [
+    {"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey")},
+    {"persona": "wild", "messages": turns("the sea", "is GREY!", "and the sky", "the sky is blue and the sea is grey")},
+    {"messages": turns("the sky", "is blue and the sky is grey")},
+    {"persona": "calm", "messages": turns("is the sea blue", "no")},
+]

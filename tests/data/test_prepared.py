@@ -16,16 +16,7 @@ from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import DTYPES, PreparedData
 from megatron_sfr.data.segments import future_segments, segment_text
 from megatron_sfr.data.template import load_tokenizer
-from tests.data.rows import turns, write_rows
-
-HORIZONS = ((1, 12), (7, 3), (2, 20))
-OPTIONS = PrepareOptions(seq_length=200, stride=4, horizons=HORIZONS, min_segment_length=4)
-ROWS = [
-    {"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey")},
-    {"persona": "wild", "messages": turns("the sea", "is GREY!", "and the sky", "the sky is blue and the sea is grey")},
-    {"messages": turns("the sky", "is blue and the sky is grey")},
-    {"persona": "calm", "messages": turns("is the sea blue", "no")},
-]
+from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 
 
 @pytest.fixture
@@ -92,17 +83,6 @@ def test_equal_segments_are_stored_once(prepared: Path):
 
 def test_a_reply_that_is_too_short_has_no_anchor(prepared: Path):
     assert len(PreparedData.open(prepared)[3].anchors.position) == 0
-
-
-def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
-    options = PrepareOptions(seq_length=200, stride=1, horizons=((1, 9), (2, 1)), min_segment_length=1)
-    prepare([rows], tmp_path / "out", tokenizer_folder, options, progress=False)
-    sample = PreparedData.open(tmp_path / "out")[0]
-
-    last = int(sample.loss_mask.sum()) - 1  # of the reply: its end token, which has no text
-    found = list(zip(sample.anchors.ordinal.tolist(), sample.anchors.horizon.tolist(), strict=True))
-    assert found == [(j, horizon) for j in range(last) for horizon in (0, 1) if (j, horizon) != (last - 1, 1)]
 
 
 def test_data_without_any_anchor_can_be_read(tmp_path: Path, tokenizer_folder: Path):
@@ -211,58 +191,6 @@ def test_a_folder_that_lost_its_manifest_is_written_again(prepared: Path, tokeni
     assert files_of(prepared) == before
 
 
-BAD = {
-    "not a row": ("{", "not JSON"),
-    "too long": (json.dumps({"messages": turns("the sea", "sky " * 999)}), "tokens, which is over sequence length 200"),
-    "no mask": (json.dumps({"messages": turns("the sea", "\n\nsky")}), "the tokenizer joins the start of reply 1"),
-}
-
-
-@pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(tmp_path: Path, tokenizer_folder: Path, row, reason):
-    good = tmp_path / "good.jsonl"
-    rows = tmp_path / "rows.jsonl"
-    write_rows(good, ROWS)
-    rows.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n" + json.dumps(ROWS[1]))
-    skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
-
-    with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
-        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "rows.jsonl"]
-
-    manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip, progress=False)
-    assert (manifest.samples, manifest.rejected) == (6, 1)
-    (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
-    assert reason in rejected["reason"]
-    with pytest.raises(ValueError, match=reason):  # not "up to date"
-        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
-    assert len(PreparedData.open(tmp_path / "out")) == 6
-
-
-def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS[1:2])
-    length = prepare([rows], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
-
-    exact = PrepareOptions(length - 1, 4, HORIZONS, 4)
-    assert prepare([rows], tmp_path / "exact", tokenizer_folder, exact, progress=False).tokens == length
-    with pytest.raises(ValueError, match=f"{length} tokens, which is over sequence length {length - 2}"):
-        prepare([rows], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, HORIZONS, 4), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [("", "rows.jsonl$"), ("\n\n", "rows.jsonl$"), ("{\n{\n", "rows.jsonl; the first of 2 bad rows: .*:1: not JSON")],
-)
-def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer_folder: Path, content: str, reason: str):
-    (tmp_path / "rows.jsonl").write_text(content)
-    skip = PrepareOptions(skip_bad_rows=True)
-
-    with pytest.raises(ValueError, match=f"no usable rows in .*{reason}"):
-        prepare([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer_folder, skip, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
-
-
 def test_only_one_process_writes_a_folder(tmp_path: Path, tokenizer_folder: Path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     with staging(tmp_path / "out", keep=False) as folder:
@@ -283,20 +211,6 @@ def test_what_a_killed_run_left_is_cleared(prepared: Path, tokenizer_folder: Pat
 
     assert files_of(prepared) == before
     assert not left.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"stride": 0}, "stride is 0"),
-        ({"seq_length": -1}, "seq_length is -1"),
-        ({"min_segment_length": 0}, "min_segment_length is 0"),
-        ({"horizons": ()}, "0 horizons; give 1 to 16"),
-    ],
-)
-def test_impossible_options_are_refused(options: dict, reason: str):
-    with pytest.raises(ValueError, match=reason):
-        PrepareOptions(**options)
 
 
 def test_arrays_can_be_written_to_and_leave_the_files_alone(prepared: Path):

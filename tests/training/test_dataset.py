@@ -73,7 +73,7 @@ def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], 
     assert weighed.max() > 0
 
 
-def test_a_target_is_the_text_of_its_horizon(folders: list[Path]):
+def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
     config = dataset_config(arguments([str(folders[1])]))
     data = PreparedData.open(folders[1])
     dataset = PreparedDataset(data, str(folders[1]), np.arange(len(data)), None, Split.train, config)
