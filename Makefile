@@ -22,7 +22,7 @@ demo: $(ENV)
 	@HF_HUB_OFFLINE=1 $(BIN)/megatron-sfr demo $(ARGS)
 
 test: $(ENV)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(ENV)
 	@$(BIN)/ruff check .

@@ -1,10 +1,31 @@
-"""For all tests: nothing is downloaded, and tests marked gpu are skipped where there is no CUDA device."""
+"""For all tests: no downloads, gpu tests only where there is a CUDA device, and what is shared is made once."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+SHARE_RUNS = ("test_layouts", "test_objectives", "test_phases", "test_resume")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+hypothesis.settings.register_profile("house", deadline=None)  # no timing in tests: another process may have the cores
+hypothesis.settings.load_profile("house")
+
+
+class ByWhatIsShared(LoadFileScheduling):
+    """A file's tests stay in one process, and so do those of the files that look at the same training runs."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "runs" if Path(file).stem in SHARE_RUNS and "distributed" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
+    return ByWhatIsShared(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,3 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not gpus():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process as the only rank, with Megatron's process groups on gloo."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

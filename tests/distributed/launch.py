@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 RUN_MANY = Path(__file__).with_name("run_many.py")
 
 
-def torchrun(nproc: int, *command: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess:
+def torchrun(nproc: int, *command: str, check: bool = True, timeout: float = 1800) -> subprocess.CompletedProcess:
     """Runs `torchrun ... command` on gloo; a failure shows the end of its output."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
@@ -31,6 +31,8 @@ def train_many(nproc: int, runs: list[list[str]], folder: Path) -> None:
     """Trains each argument list of `megatron_sfr.train` in turn, in one start of nproc processes."""
     listing = folder / f"runs-{nproc}.json"
     listing.write_text(json.dumps(runs), encoding="utf-8")
+    for port in folder.glob(f"{listing.stem}.*.port"):  # of an earlier start
+        port.unlink()
     torchrun(nproc, str(RUN_MANY), str(listing))
 
 
