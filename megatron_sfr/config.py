@@ -13,18 +13,19 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
+from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
-from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_sfr.data.prepared import PreparedData
-from megatron_sfr.data.targets import TargetStore
-from megatron_sfr.model.builder import SFRModelConfig
+from megatron_sfr.conflicts import contradiction
 from megatron_sfr.model.flow_head import FlowHeadOptions
-from megatron_sfr.model.local_spec import local_block_spec
+from megatron_sfr.objectives.gate import GateOptions
+from megatron_sfr.objectives.gem import GEMOptions
 from megatron_sfr.objectives.schedule import ScheduleOptions
+from megatron_sfr.objectives.sed import SEDOptions
 from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.runtime.backend import BackendOptions, adapt_config_to_cpu, adapt_flags, choose
+from megatron_sfr.objectives.table import ObjectiveOptions
+from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
 
 
@@ -37,7 +38,42 @@ class LoadOptions:
     other parameter that is missing in the checkpoint stays an error."""
 
 
-PARTS = (DataOptions, SFROptions, ScheduleOptions, FlowHeadOptions, LoadOptions, BackendOptions)
+@dataclass(frozen=True)
+class PresetOptions:
+    """Settings that belong together."""
+
+    sfr_preset: Literal["reference"] | None = None
+    """'reference': the term as the authors' public code and YAML have it (arXiv 2605.27971); recipe and flags override
+    single options. `megatron-sfr prepare` cuts as they do by default. By default ours."""
+
+
+PARTS = (
+    *(ObjectiveOptions, GEMOptions, SEDOptions),
+    *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions),
+    *(LoadOptions, BackendOptions),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "sfr-anchors": "nearest",
+        "sfr-target-scale": "l2",
+        "sfr-time": "uniform",
+        "sfr-time-per": "sequence",
+        "sfr-draws": 1,
+        "sfr-weight": 1.0,
+        "sfr-decay": "constant",
+        "sfr-head": "mlp",
+        "sfr-head-width": 1024,
+        "sfr-head-depth": 1,
+        "sfr-time-scale": 1.0,
+        "sfr-ema": "smooth",
+        "sfr-ema-decay": 0.999,
+        "sfr-gate": "dynamic",
+        "sfr-gate-ratio": 1.5,
+        "sfr-gate-decay": 0.99,
+        "sfr-gate-bins": 1,
+    }
+}
 
 DEFAULTS: dict[str, Any] = {
     "tokenizer-type": "NullTokenizer",  # data arrive as token ids; --vocab-size says how many there are
@@ -156,17 +192,22 @@ class Settings:
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
-    """Merges defaults, --recipe and flags, and adapts them to the backend. ValueError in one line for what is wrong."""
+    """Merges defaults, a preset, each --recipe in turn and flags, and adapts them to the backend.
+
+    ValueError in one line for what is wrong.
+    """
     parser = Parser()
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--recipe", type=Path)
+    own.add_argument("--recipe", type=Path, action="append", default=[])
     ours, flags = own.parse_known_args(list(argv))
-    recipe = read_recipe(ours.recipe) if ours.recipe else {}
+    recipe = {key: value for path in ours.recipe for key, value in read_recipe(path).items()}
     try:
-        flags = to_flags(DEFAULTS | recipe, parser) + flags
+        args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
+        flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
         args = parser.read(flags)
     except ValueError as error:
-        raise ValueError(f"{ours.recipe}: {error}" if ours.recipe else str(error)) from error
+        where = " + ".join(str(path) for path in ours.recipe)
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
     if args.save and not args.load:  # a run that is started again goes on where it was
         flags += ["--load", args.save]
     if args.save and not args.tensorboard_dir:
@@ -185,16 +226,8 @@ def check(args: argparse.Namespace) -> None:
     """What upstream does not check: ValueError for arguments that contradict the objectives or each other."""
     for part in PARTS:
         options(part, args)
-    if args.sfr and args.context_parallel_size > 1:
-        raise ValueError("--sfr does not work with context parallelism yet: set context_parallel_size to 1")
-    if args.sfr and not args.calculate_per_token_loss:
-        raise ValueError("--sfr needs --calculate-per-token-loss: its terms are sums over the global batch")
-    if args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint):
-        raise ValueError("--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR")
-    if args.vocab_size is None:
-        raise ValueError("--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it")
-    if not (args.train_data_path or args.data_path):
-        raise ValueError("no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote")
+    if found := contradiction(args):
+        raise ValueError(found)
 
 
 def options[Options](part: type[Options], args: argparse.Namespace) -> Options:
@@ -214,37 +247,3 @@ def parse(settings: Settings) -> argparse.Namespace:
     # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.
     args.sfr = args.sfr and (args.sfr_weight > 0 or args.sfr_weight_control == "ratio")
     return args
-
-
-def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
-    """The model to build. Opens the first target store to learn its dimension, unless --sfr-target-dim says it."""
-    config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
-    if backend == "cpu":
-        adapt_config_to_cpu(config.transformer)
-    if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
-        config.transformer_layer_spec = local_block_spec
-    if args.sfr:
-        head = options(FlowHeadOptions, args)
-        config.head = FlowHeadOptions(_target_dim(args), head.sfr_head_width, head.sfr_head_depth)
-        config.head_weight, config.head_seed = args.sfr_weight or 1.0, args.seed
-        starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
-        config.head_fresh = bool(args.sfr_fresh_head and starts_from_other)
-    return config
-
-
-def _target_dim(args: argparse.Namespace) -> int:
-    paths = [x for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends interleave weights
-    dims = set()
-    for path in paths:
-        dims.add(TargetStore.open(Path(path) / args.sfr_target_store, PreparedData.open(Path(path))).dim)
-    if len(dims) > 1 or args.sfr_target_dim not in (None, *dims):
-        raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")
-    return dims.pop()
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

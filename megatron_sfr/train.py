@@ -17,12 +17,10 @@ ERROR = "megatron-sfr train: error:"
 
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
-    from megatron_sfr.config import model_config, options, parse, read_settings
-    from megatron_sfr.objectives.schedule import ScheduleOptions
-    from megatron_sfr.objectives.sfr import SFROptions
+    from megatron_sfr.assembly import forward_step, model_config
+    from megatron_sfr.config import parse, read_settings
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import build_datasets
-    from megatron_sfr.training.step import ForwardStep
 
     settings = read_settings(argv)
     backend.start(settings.backend)
@@ -42,9 +40,9 @@ def main(argv: Sequence[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    step = ForwardStep(args.vocab_size, options(SFROptions, args) if args.sfr else None, options(ScheduleOptions, args))
+    container = pretrain_cfg_container_from_args(args, config)
     try:
-        pretrain(pretrain_cfg_container_from_args(args, config), build_datasets, ModelType.encoder_or_decoder, step)
+        pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step(args))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     finally:

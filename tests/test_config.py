@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_sfr.config import DEFAULTS, Parser, read_settings, to_flags
+from megatron_sfr.config import DEFAULTS, PRESETS, Parser, read_settings, to_flags
 
 BASE = {
     "num_layers": 2,
@@ -75,12 +75,51 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"sfr_fresh_head": True}, [], "goes with --load DIR --finetune"),
         ({"vocab_size": None}, [], "--vocab-size is missing"),
         ({"train_data_path": None}, [], "no training data"),
+        ({"calculate_per_token_loss": False}, [], "every term here is a sum over the global batch"),
+        ({"objective": "jem"}, [], "invalid choice: 'jem'"),
+        ({"objective": "sed"}, [], "needs --sed-threshold: `megatron-sfr calibrate-sed` finds it"),
+        ({"gem_beta": 1.5}, [], "gem_beta = 1.5: choose above 0 and up to 1"),
+        ({"gem_slope": 0}, [], "gem_slope = 0.0: the logsigmoid needs a slope above 0"),
+        ({"sed_top_k": 0}, [], "sed_top_k = 0: choose 1 to 128"),
+        ({"sed_weight": -1}, [], "sed_weight = -1.0: must not be negative"),
+        ({"sfr": True, "sfr_source": "zero"}, [], r"leaks the target \(x_1 = x_t / t\): set sfr_time to zero"),
+        ({"sfr_ema_decay": 1}, [], "sfr_ema_decay = 1.0: choose 0 up to, but not, 1"),
+        ({"sfr_layer": 0}, [], "sfr_layer = 0: layers count from 1"),
+        ({"sfr_whiten_decay": 1}, [], "sfr_whiten_decay = 1.0"),
+        ({"sfr_gate_ratio": 0.5}, [], "sfr_gate_ratio = 0.5: below 1 the gate would close on every step"),
+        ({"sfr_gate_bins": 0}, [], "sfr_gate_bins = 0"),
+        ({"sfr": True, "sfr_loss": "cka", "sfr_gate": "static"}, [], "sfr_loss = cka has no head"),
+        ({"sfr": True, "sfr_ema": "smooth"}, [], "averages the head from the end of phase A on"),
+        (
+            {"sfr": True, "sfr_ema": "smooth", "sfr_warmup_steps": 1, "optimizer_cpu_offload": True},
+            [],
+            "neither use_precision_aware_optimizer nor optimizer_cpu_offload",
+        ),
+        ({"sfr": True, "sfr_layer": 2, "sfr_weight_control": "ratio"}, [], "leave sfr_layer out"),
+        ({"sfr": True, "sfr_layer": 2, "recompute_granularity": "full"}, [], "full recomputation drops"),
+        ({"mtp_num_layers": 1, "sequence_parallel": True}, [], "mtp_num_layers with sequence_parallel needs"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, changes: dict, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_settings([*write(tmp_path, **changes), *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_yields_to_the_recipe_and_the_recipe_to_flags(tmp_path: Path) -> None:
+    flags = ["--sfr-preset", "reference", "--sfr-gate", "none"]
+    recipe = read_settings([*write(tmp_path, sfr=True, sfr_draws=2), *flags]).recipe
+    assert (recipe["sfr_target_scale"], recipe["sfr_time_per"]) == ("l2", "sequence")
+    assert recipe["sfr_draws"] == 2
+    assert "sfr_gate" not in recipe  # its default again
+    for options in PRESETS["reference"]:
+        assert options.replace("-", "_") in vars(Parser().read([]))
+
+
+def test_of_two_recipes_the_later_wins(tmp_path: Path) -> None:
+    (tmp_path / "arm.yaml").write_text("lr: 0.5\nobjective: gem\n")
+    recipe = read_settings([*write(tmp_path), "--recipe", str(tmp_path / "arm.yaml")]).recipe
+    assert (recipe["lr"], recipe["objective"], recipe["train_iters"]) == (0.5, "gem", 5)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "just words"])

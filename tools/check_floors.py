@@ -11,14 +11,14 @@ from pathlib import Path
 
 PACKAGE = "megatron_sfr"
 FLOORS = {
-    **dict.fromkeys(("data", "flow", "runtime"), 1),
-    **dict.fromkeys(("model", "objectives", "kernels"), 2),
-    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics"), 3),
+    **dict.fromkeys(("data", "flow", "kernels", "runtime"), 1),
+    **dict.fromkeys(("model", "objectives"), 2),
+    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "conflicts"), 3),
     "config": 4,
-    **dict.fromkeys(("cli", "train", "launcher", "commands", "demo"), 5),
+    **dict.fromkeys(("cli", "train", "assembly", "launcher", "commands", "demo"), 5),
 }
 TOP = max(FLOORS.values())
-WITHOUT_MEGATRON = ("data", "flow", "objectives")
+WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives")
 FOLDERS = (PACKAGE, "tests", "tools", "examples")
 MOST_FILE_LINES = 300
 MOST_FUNCTION_LINES = 50

@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
+from megatron_sfr.model.flow_head import FlowHead, FlowHeadPlan
 
 
 @dataclass(kw_only=True)
@@ -15,13 +15,7 @@ class SFRModelConfig(GPTModelConfig):
     """A GPT with a flow head (head = None: without one, which is upstream's own model)."""
 
     builder: ClassVar[str] = "megatron_sfr.model.builder.SFRModelBuilder"
-    head: FlowHeadOptions | None = field(default=None)
-    head_weight: float = 1.0
-    """Where the steered weight of the loss starts."""
-    head_seed: int = 1234
-    """Seed of the head's initial weights."""
-    head_fresh: bool = False
-    """Whether the checkpoint to be loaded may lack the head."""
+    head: FlowHeadPlan | None = field(default=None)
 
 
 class SFRModelBuilder(GPTModelBuilder):
@@ -34,15 +28,15 @@ class SFRModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
-        """One stage of the model; arguments as upstream's."""
+        """One stage of the model; arguments as upstream's. ValueError where sfr_layer is not on the last stage."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         config: SFRModelConfig = self._model_config
         if model.post_process and config.head is not None:
-            model.flow_head = FlowHead(
-                config.transformer,
-                config.head,
-                weight=config.head_weight,
-                seed=config.head_seed,
-                fresh=config.head_fresh,
-            )
+            model.flow_head = FlowHead(config.transformer, config.head)
+            if (number := config.head.options.sfr_layer) is not None:
+                layers = {layer.layer_number: layer for layer in model.decoder.layers}
+                if number not in layers:
+                    here = f"{min(layers)} to {max(layers)}" if layers else "no layer"
+                    raise ValueError(f"sfr_layer = {number} does not live on the last stage, which has {here}")
+                layers[number].register_forward_hook(model.flow_head.catch)
         return model

@@ -1,133 +1,144 @@
 """The flow head: predicts the velocity of a future's embedding from its noised value, the time and the hidden state.
 
 Replicated over tensor-parallel ranks, lives on the last pipeline stage only, and is dropped at inference.
-Letters: B samples, A anchors, K noise draws, D dimension of the embedding, H of the hidden state, W width of the head.
+Letters: B samples, A anchors, K noise draws, D dimension of the embedding, H of the hidden state.
 """
 
-import math
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-TIME_SCALE = 1000.0  # t in [0, 1] on a sinusoid of base 10000 would have almost no resolution
+from megatron_sfr.model.state import FlowState
+from megatron_sfr.model.velocity import VELOCITIES
 
 
 @dataclass(frozen=True)
 class FlowHeadOptions:
-    """Shape of the flow head."""
+    """The flow head."""
 
+    sfr_head: Literal["mlp", "adaln"] = "mlp"
+    """'mlp': x_t, t and h concatenated, as SFR's authors have it; 'adaln': t and h modulate the residual blocks, as in
+    MAR (arXiv 2406.11838)."""
+    sfr_head_width: int = 1024
+    """Width of the head; the authors' 1024, which MAR has too."""
+    sfr_head_depth: int = 1
+    """Residual blocks of the head; the authors' three layers are one block, MAR has 3."""
+    sfr_time_scale: float = 1000.0
+    """What t in [0, 1] is multiplied by before its sines and cosines of base 10000: at the authors' 1 near times look
+    alike."""
+    sfr_layer: int | None = None
+    """Layer, from 1, whose output the head reads, as HF counts `hidden_states`; it must live on the last stage. By
+    default the last one, after the final norm."""
+    sfr_ema: Literal["none", "smooth", "teacher"] = "none"
+    """Running average of the head from the end of phase A on. 'smooth': written back into the head after each step (on
+    in the authors' YAML); 'teacher': it supplies the backbone's gradient, while the head learns on detached states."""
+    sfr_ema_decay: float = 0.999
+    """Share of the average that a step keeps; the authors' 0.999. 0 is no averaging."""
     sfr_target_dim: int | None = None
     """Dimension of the sentence embeddings; by default that of the target store."""
-    sfr_head_width: int = 1024
-    """Width of the head."""
-    sfr_head_depth: int = 1
-    """Residual blocks of the head."""
 
     def __post_init__(self) -> None:
         if self.sfr_head_width < 1 or self.sfr_head_depth < 0:
             raise ValueError(f"a head of width {self.sfr_head_width} and depth {self.sfr_head_depth} cannot be built")
+        if not 0 <= self.sfr_ema_decay < 1:
+            raise ValueError(f"sfr_ema_decay = {self.sfr_ema_decay}: choose 0 up to, but not, 1")
+        if self.sfr_layer is not None and self.sfr_layer < 1:
+            raise ValueError(f"sfr_layer = {self.sfr_layer}: layers count from 1")
 
 
-class Measured(nn.Module):
-    """What the gradient measurements have found, kept in the checkpoint so that a resumed run steers alike."""
+@dataclass(frozen=True)
+class FlowHeadPlan:
+    """Everything that a head is built from."""
 
-    ratio: Tensor
-    """Norm of SFR's gradient at h, at weight 1, over cross-entropy's; 0 before the first measurement."""
-    signal: Tensor
-    """Share of SFR's gradient power that does not average out over noise draws."""
-    weight: Tensor
-    """The steered weight, for sfr_weight_control = ratio."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        for name, value in (("ratio", 0.0), ("signal", 0.0), ("weight", weight)):
-            self.register_buffer(name, torch.tensor([value]))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Measured":
-        # Float16Module casts every buffer of the model; these three are moved with it, and stay fp32.
-        return super()._apply(lambda x: x.to(fn(x).device), recurse)
-
-
-class ResidualBlock(nn.Module):
-    """x + SiLU(LayerNorm(Linear(x)))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.norm(self.linear(x)))
+    options: FlowHeadOptions
+    dim: int
+    """D."""
+    horizons: int = 1
+    """Futures that an anchor has; with several the head learns an embedding of each."""
+    has_network: bool = True
+    """Whether there is a velocity to learn at all: cka has none."""
+    gate_bins: int = 1
+    weight: float = 1.0
+    """Where the steered weight of the loss starts."""
+    seed: int = 1234
+    """Of the initial weights."""
+    fresh: bool = False
+    """Whether the checkpoint to be loaded may lack the head: the one made here then stays."""
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
+    """Mean and standard deviation of the targets, [D] each."""
 
 
 class FlowHead(MegatronModule):
-    """concat(x_t, emb(t), h) -> Linear -> LayerNorm -> SiLU -> residual blocks -> zero-initialised Linear -> velocity.
+    """The velocity network, its running average where that teaches, and the state of the term.
 
-    emb(t): D sines and cosines -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The head of SFR's authors (arXiv 2605.27971)
-    but for the time's scale. With fresh = True a checkpoint may lack the head: the one made here then stays.
+    The products run in the dtype of the hidden states; average and state are fp32 whatever the model becomes.
     """
 
-    def __init__(
-        self, config: TransformerConfig, options: FlowHeadOptions, *, weight: float, seed: int, fresh: bool = False
-    ) -> None:
-        assert options.sfr_target_dim is not None, "the target dimension is resolved before the model is built"
+    def __init__(self, config: TransformerConfig, plan: FlowHeadPlan) -> None:
         super().__init__(config)
-        D, W = options.sfr_target_dim, options.sfr_head_width
-        self.dim, self.fresh = D, fresh
-        device = torch.get_default_device()
-        with torch.device("meta"):  # made without numbers, so that the backbone's random stream is not touched
-            self.time_in, self.time_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-            self.input, self.norm = nn.Linear(2 * D + config.hidden_size, W), nn.LayerNorm(W)
-            self.blocks = nn.ModuleList(ResidualBlock(W) for _ in range(options.sfr_head_depth))
-            self.output = nn.Linear(W, D)
-        self.to_empty(device=device)
-        self.measured = Measured(weight)
-        self._initialise(seed)
-        for p in self.parameters():  # under sequence parallelism each rank sees its own positions: sum over the ranks
-            p.sequence_parallel = config.sequence_parallel
+        options = plan.options
+        self.dim, self.fresh, self.decay = plan.dim, plan.fresh, options.sfr_ema_decay
+        self.net: nn.Module | None = None
+        self.ema: nn.Module | None = None
+        self.caught: Tensor | None = None
+        if plan.has_network:
+            device = torch.get_default_device()
+            with torch.device("meta"):  # made without numbers, so that the backbone's random stream is not touched
+                net = VELOCITIES[options.sfr_head](
+                    *(plan.dim, config.hidden_size, options.sfr_head_width, options.sfr_head_depth),
+                    *(plan.horizons, options.sfr_time_scale),
+                )
+            net.to_empty(device=device)
+            net.initialise(torch.Generator().manual_seed(plan.seed))
+            for p in net.parameters():  # under sequence parallelism each rank has anchors of its own: sum over them
+                p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.net = net
+            if options.sfr_ema == "teacher":
+                self.ema = copy.deepcopy(net).requires_grad_(False)
+        self.state = FlowState(plan.weight, plan.dim, plan.gate_bins)
+        if plan.statistics is not None:
+            for buffer, value in zip((self.state.target_mean, self.state.target_std), plan.statistics, strict=True):
+                buffer.copy_(torch.from_numpy(value))
         self.register_load_state_dict_pre_hook(_keep_fresh)
         self.register_load_state_dict_post_hook(_loaded)
 
-    def _initialise(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):  # torch's own default: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-                bound = module.in_features**-0.5
-                for p in (module.weight, module.bias):
-                    with torch.no_grad():
-                        p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlowHead":
+        def keep_precision(x: Tensor) -> Tensor:  # Float16Module casts every parameter and buffer of the model
+            moved = fn(x)
+            return x.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
-    def forward(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        for child in self.children():
+            child._apply(fn if child is self.net else keep_precision)
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor, averaged: bool = False) -> Tensor:
         """Velocity [B, A, K, D] from x_t [B, A, K, D], t [B, A, K, 1] in [0, 1] and h [B, A, 1, H].
 
-        Products run in the weights' dtype (bf16 under --bf16); the caller keeps path and loss in fp32.
+        Args: horizon_BA: which future, int64. averaged: answer with the running average of the weights.
         """
-        dtype = self.input.weight.dtype
-        time = self.time_out(F.silu(self.time_in(self.embed_time(t).to(dtype))))
-        # One Linear on the concatenation, computed by parts: h is projected once an anchor, not once a draw.
-        w_x, w_t, w_h = self.input.weight.split([self.dim, self.dim, h.shape[-1]], dim=-1)
-        x = F.linear(x_t.to(dtype), w_x, self.input.bias) + F.linear(time, w_t) + F.linear(h.to(dtype), w_h)
-        x = F.silu(self.norm(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.output(x)
+        net = self.ema if averaged else self.net
+        assert net is not None
+        with torch.autocast(h.device.type, h.dtype, enabled=h.dtype in (torch.bfloat16, torch.float16)):
+            return net(x_t, t, h, horizon_BA)
 
-    def embed_time(self, t: Tensor) -> Tensor:
-        """[..., 1] -> [..., D] in fp32: sines, then cosines, of 1000 t at frequencies from 1 to 1/10000."""
-        half = (self.dim + 1) // 2
-        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)
-        angle = t.float() * TIME_SCALE * frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., : self.dim]
+    @torch.no_grad()
+    def average(self, first: bool) -> None:
+        """One step of the running average, which starts as the weights stand (first)."""
+        assert self.net is not None
+        assert self.ema is not None
+        for p, mean in zip(self.net.parameters(), self.ema.parameters(), strict=True):
+            mean.lerp_(p.to(mean.dtype), 1.0 if first else 1 - self.decay)
+
+    def catch(self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        """Forward hook of the layer that the head reads, where it is not the last one."""
+        self.caught = output[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As upstream's; empty while the head is fresh, so that a checkpoint without a head can be read."""

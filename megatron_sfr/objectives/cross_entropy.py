@@ -1,20 +1,22 @@
-"""Cross-entropy's gradient in the logits, in closed form, for measuring other objectives against it.
+"""Cross-entropy: L = ln sum_i exp(z_i) - z_y,  dL/dz = softmax(z) - e_y."""
 
-The loss itself is upstream's vocab-parallel cross-entropy. Letters: T tokens, V columns of the local shard.
-"""
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.objectives.token_loss import Closed
+from megatron_sfr.objectives.vocab import Rows, Scan
 
 
-@torch.no_grad()
-def logit_gradient(z_TV: Tensor, y_T: Tensor, mask_T: Tensor, vocab: Vocab) -> Tensor:
-    """Gradient of sum_t mask_t CE(z_t, y_t) in the logits: mask (softmax(z) - e_y), fp32 [T, V].
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Plain maximum likelihood."""
 
-    A second pass through upstream's backward is no substitute: it overwrites the softmax that it saved.
-    """
-    g_TV = vocab.softmax(z_TV.float())
-    g_TV -= vocab.one_hot(y_T, z_TV.shape[-1]).to(g_TV.dtype)
-    return g_TV * mask_T[:, None]
+    @property
+    def scan(self) -> Scan:
+        """The plain sum alone."""
+        return Scan()
+
+    def close(self, rows: Rows) -> Closed:
+        """Loss ln u - x_y; gradient exp(x) / u - e_y."""
+        return Closed(rows.u.log() - rows.x_y, 1 / rows.u, torch.ones_like(rows.u))

@@ -12,34 +12,48 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.flow.path import interpolate
+from megatron_sfr.objectives.alignment import cosine_error, linear_cka_error
 from megatron_sfr.runtime import noise
 
 SOURCE_STREAM, TIME_STREAM = 0, 1
+HORIZON_BITS = 24  # positions stay below 2^24; the horizon is counted above them
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SFROptions:
-    """The flow-matching loss."""
+    """The term that looks ahead."""
 
-    sfr_target_scale: Literal["l2", "sqrt_d"] = "sqrt_d"
-    """'l2': unit-length targets as the authors' code has them; 'sqrt_d': times sqrt(D), so that noise and target have
-    the same scale in each dimension."""
+    sfr_loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
+    """'flow': flow matching, the method. The paper's ablations are deterministic: 'mse' regresses the head's answer
+    at x_t = 0, t = 0 on the embedding (flow with source and time zero), 'cosine' turns it there, 'cka' aligns the
+    hidden states themselves over each sample's anchors (linear CKA, at least 4 anchors; the authors: over a batch)."""
+    sfr_source: Literal["normal", "zero"] = "normal"
+    """Source x_0 of the flow: N(0, I), or the degenerate 0, which wants sfr_time = zero: at t > 0 it would leak the
+    target, x_1 = x_t / t."""
+    sfr_time: Literal["uniform", "logit_normal", "zero"] = "uniform"
+    """Law of t: U(0, 1) as the authors' code, sigmoid(N(0, 1)) as Stable Diffusion 3 (arXiv 2403.03206), or 0."""
     sfr_time_per: Literal["anchor", "sequence"] = "anchor"
     """Whether each anchor draws its own t, or all anchors of a sequence share one (as the authors' code does)."""
     sfr_draws: int = 4
-    """Noise draws (x_0, t) an anchor and step; their losses are averaged."""
+    """Noise draws (x_0, t) an anchor and step; their losses are averaged. MAR (arXiv 2406.11838) takes 4, the authors'
+    code 1."""
     sfr_noise_seed: int = 1234
     """Key of the noise, which is a function of (key, sample, anchor, draw) alone."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.sfr_draws <= 1024:
             raise ValueError(f"sfr_draws = {self.sfr_draws}: choose 1 to 1024")
+        if self.sfr_source == "zero" and self.sfr_time != "zero" and self.sfr_loss == "flow":
+            raise ValueError(
+                f"sfr_source = zero with sfr_time = {self.sfr_time} leaks the target (x_1 = x_t / t): "
+                "set sfr_time to zero, or sfr_source to normal"
+            )
 
-
-def scale_targets(x_1: Tensor, options: SFROptions) -> Tensor:
-    """Unit-length embeddings [..., D] to the scale that the flow is trained at; fp32."""
-    return x_1.float() * (x_1.shape[-1] ** 0.5 if options.sfr_target_scale == "sqrt_d" else 1.0)
+    @property
+    def stochastic(self) -> bool:
+        """Whether noise is drawn."""
+        return self.sfr_loss == "flow" and (self.sfr_source == "normal" or self.sfr_time != "zero")
 
 
 def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
@@ -59,32 +73,63 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
 
 
 def draw_noise(
-    sample_B: Tensor, position_BA: Tensor, dim: int, first_draw: int, options: SFROptions
+    sample_B: Tensor, position_BA: Tensor, horizon_BA: Tensor, dim: int, first_draw: int, options: SFROptions
 ) -> tuple[Tensor, Tensor]:
-    """Source points x_0 ~ N(0, I) [B, A, K, D] and times t ~ U(0, 1) [B, A, K, 1], stateless: same keys, same numbers.
+    """Source points x_0 [B, A, K, D] and times t [B, A, K, 1] in fp32, stateless: same keys, same numbers.
 
-    Args: sample_B: global sample indices; position_BA: token positions of the anchors, both int64.
+    Args: sample_B: global sample indices; position_BA, horizon_BA: token position and horizon of the anchors; int64.
         first_draw: number of the first of the K draws, so that a second, independent set can be had.
     """
+    if not options.stochastic:  # one deterministic pair, at the start of the path
+        start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
+        return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
     draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_B.device)
-    sample, position = sample_B[:, None, None], position_BA[:, :, None]
+    sample, place = sample_B[:, None, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
     seed = options.sfr_noise_seed
-    x_0 = noise.normal(seed, sample, position, draw_K, dim, stream=SOURCE_STREAM)
-    place = position if options.sfr_time_per == "anchor" else torch.zeros_like(position)
+    x_0 = noise.normal(seed, sample, place, draw_K, dim, stream=SOURCE_STREAM)
+    if options.sfr_time == "zero":
+        return x_0, torch.zeros_like(x_0[..., :1])
+    place = place if options.sfr_time_per == "anchor" else torch.zeros_like(place)
     t = noise.uniform(seed, sample, place, draw_K, stream=TIME_STREAM)
+    if options.sfr_time == "logit_normal":
+        t = torch.special.ndtri(t).sigmoid()
     return x_0, t[..., None]
 
 
-def flow_matching_loss(
-    velocity: Velocity, h_BAH: Tensor, x_1_BAD: Tensor, weight_BA: Tensor, x_0_BAKD: Tensor, t_BAK1: Tensor
-) -> Tensor:
-    """sum_a w_a mean_k mean_d (v(x_t, t, h_a) - (x_1 - x_0))^2, a scalar, in the dtype of the noise (fp32).
+def flow_matching_error(velocity: Velocity, h_BAH: Tensor, x_1_BAD: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    """mean_d (v(x_t, t, h) - (x_1 - x_0))^2 of each anchor and draw [B, A, K], in the dtype of the noise (fp32).
 
-    A head that answers 0 costs E|x_1 - x_0|^2 / D an anchor: 1 + 1/D for unit-length targets, 2 for sqrt_d. The optimum
-    is v* = E[x_1 - x_0 | x_t, h]: stochastic x_0 makes the head model the distribution of futures, not their mean.
+    A head that answers 0 costs E|x_1 - x_0|^2 / D: 1 + 1/D for unit-length targets, 2 for sqrt_d. The optimum is
+    v* = E[x_1 - x_0 | x_t, h]: a stochastic x_0 makes the head model the distribution of futures, not their mean.
 
-    Args: velocity: (x_t [B, A, K, D], t [B, A, K, 1], h [B, A, 1, H]) -> [B, A, K, D]. Anchors of weight 0 are padding.
+    Args: velocity: (x_t [B, A, K, D], t [B, A, K, 1], h [B, A, 1, H]) -> [B, A, K, D]; x_0, t: as `draw_noise` gives.
     """
-    x_t, v = interpolate(x_0_BAKD, x_1_BAD[:, :, None], t_BAK1)
-    error = velocity(x_t, t_BAK1, h_BAH[:, :, None]).to(v.dtype) - v
-    return (weight_BA * error.square().mean(dim=(-2, -1))).sum()
+    x_t, v = interpolate(x_0, x_1_BAD[:, :, None], t)
+    return (velocity(x_t, t, h_BAH[:, :, None]).to(v.dtype) - v).square().mean(-1)
+
+
+def anchor_errors(
+    velocity: Velocity | None,
+    h_BAH: Tensor,
+    x_1_BAD: Tensor,
+    weight_BA: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    options: SFROptions,
+) -> tuple[Tensor, Tensor]:
+    """Errors [B, A, K] and their weights [B, A, 1] of the loss that the options name; weight 0 is padding.
+
+    cka has one error a sample: [B, 1, 1]. velocity may be None for it alone: it has no head.
+    """
+    if options.sfr_loss == "cka":
+        return linear_cka_error(h_BAH, x_1_BAD, weight_BA)
+    assert velocity is not None
+    if options.sfr_loss == "cosine":
+        answer = velocity(x_0, t, h_BAH[:, :, None]).to(x_1_BAD.dtype)
+        return cosine_error(answer, x_1_BAD[:, :, None]), weight_BA[..., None]
+    return flow_matching_error(velocity, h_BAH, x_1_BAD, x_0, t), weight_BA[..., None]
+
+
+def weighted_sum(error_BAK: Tensor, weight_BA1: Tensor) -> Tensor:
+    """sum_a w_a mean_k error: a scalar."""
+    return (weight_BA1 * error_BAK).sum() / error_BAK.shape[-1]

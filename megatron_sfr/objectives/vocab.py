@@ -1,9 +1,10 @@
-"""The vocabulary axis, whole or sharded over tensor-parallel ranks: reductions that never gather logits.
+"""The vocabulary axis, whole or sharded over tensor-parallel ranks: what one pass over the logits finds of each row.
 
-Letters: T tokens, V columns of the local shard. Padded columns are -inf before they come here.
+Letters: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits kept.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,31 +13,75 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocab:
-    """A shard of the vocabulary: its first column, and the group that holds the others (None: all columns are here)."""
+    """A shard of the vocabulary. Columns from `size` on only pad it: they are never read and get no gradient."""
 
+    size: int
+    """Real columns of the whole vocabulary."""
     start: int = 0
+    """First column of this shard."""
     group: dist.ProcessGroup | None = None
+    """The ranks that hold the other columns; None: all are here."""
 
-    def max(self, x_TV: Tensor) -> Tensor:
-        """Largest value of each row over the whole vocabulary: [T]."""
-        m_T = x_TV.amax(-1)
-        if self.group is not None:
-            dist.all_reduce(m_T, dist.ReduceOp.MAX, group=self.group)
-        return m_T
+    def real(self, z_TV: Tensor) -> Tensor:
+        """The columns of a shard that stand for tokens, a view: [T, width]."""
+        return z_TV[:, : min(max(self.size - self.start, 0), z_TV.shape[-1])]
 
-    def sum(self, x_TV: Tensor) -> Tensor:
-        """Sum of each row over the whole vocabulary: [T]. Not differentiable through the group."""
-        s_T = x_TV.sum(-1)
-        if self.group is not None:
-            dist.all_reduce(s_T, group=self.group)
-        return s_T
+    def local(self, y_T: Tensor, width: int) -> Tensor:
+        """Labels as columns of this shard; -1 where the label is elsewhere or ignored (negative): int64 [T]."""
+        column_T = y_T - self.start
+        return torch.where((y_T >= 0) & (column_T >= 0) & (column_T < width), column_T, -1)
 
-    def softmax(self, z_TV: Tensor) -> Tensor:
-        """This shard's columns of the softmax over the whole vocabulary: [T, V]."""
-        e_TV = (z_TV - self.max(z_TV)[:, None]).exp()
-        return e_TV / self.sum(e_TV)[:, None]
+    def gather(self, x_TN: Tensor) -> Tensor:
+        """Every rank's rows: [R, T, N], in one collective."""
+        if self.group is None:
+            return x_TN[None]
+        rows_RTN = x_TN.new_empty(dist.get_world_size(self.group), *x_TN.shape)
+        # torch 2.13 deprecates all_gather_into_tensor for all_gather_single, which older versions lack.
+        dist.all_gather(list(rows_RTN.unbind()), x_TN.contiguous(), group=self.group)
+        return rows_RTN
 
-    def one_hot(self, y_T: Tensor, width: int) -> Tensor:
-        """This shard's columns of the one-hot rows of the labels y: bool [T, width]."""
-        column_V = torch.arange(self.start, self.start + width, device=y_T.device)
-        return y_T[:, None] == column_V
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over the logits z of a row has to find. With x_i = z_i - m, w_i = 1 or sigmoid(c (z_i - z_y)):"""
+
+    beta: float = 1.0
+    """Temperature of the second sum."""
+    moments: bool = False
+    """Whether the sums at temperature beta are wanted, or only the plain one."""
+    c: float = 0.0
+    """Slope of the weights w; 0: all are 1."""
+    top_k: int = 0
+    """How many of the largest logits to keep."""
+
+
+class Rows(NamedTuple):
+    """What is known of each row over the whole vocabulary; [T] each, top [T, K]. Without moments s = a = u."""
+
+    m: Tensor  # the largest logit
+    u: Tensor  # sum_i exp(x_i)
+    s: Tensor  # sum_i exp(x_i / beta)
+    a: Tensor  # sum_i w_i exp(x_i / beta)
+    a_x: Tensor  # sum_i w_i exp(x_i / beta) x_i
+    x_y: Tensor  # the label's logit, less m; without meaning where it is ignored
+    top: Tensor  # the K largest logits, less m, falling
+
+
+def combine(stats_RTN: Tensor, beta: float) -> Rows:
+    """Rows of the whole vocabulary from each shard's [m, u, s, a, a_x, z_y, top ...], sums relative to its own m."""
+    m_RT, u, s, a, a_x, z_y = stats_RTN[..., :6].unbind(-1)
+    m_T = m_RT.amax(0)
+    d_RT = m_RT - m_T
+    plain, tempered = d_RT.exp(), (d_RT / beta).exp()
+    z_y_T = z_y.amax(0)
+    top_RTK = stats_RTN[..., 6:]
+    top_TK = top_RTK.transpose(0, 1).flatten(1).topk(top_RTK.shape[-1], dim=-1).values
+    return Rows(
+        m=m_T,
+        u=(u * plain).sum(0),
+        s=(s * tempered).sum(0),
+        a=(a * tempered).sum(0),
+        a_x=((a_x + d_RT * a) * tempered).sum(0),
+        x_y=z_y_T - m_T,
+        top=top_TK - m_T[:, None],
+    )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import reduce_scatter_to_sequence_parallel_region
 from torch import Tensor
 
 
@@ -27,6 +28,11 @@ def tensor_group() -> dist.ProcessGroup | None:
 def tensor_rank() -> int:
     """This process's place in its tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tensor_size() -> int:
+    """Ranks of the tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def sum_over_data(x: Tensor) -> Tensor:
@@ -57,3 +63,27 @@ class _SumForward(torch.autograd.Function):
 def sum_parts(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group whose backward is the identity."""
     return _SumForward.apply(x)
+
+
+def spread_rows(x: Tensor) -> Tensor:
+    """Sums [n, ...] over the tensor-parallel group and keeps this rank's n / ranks rows; backward gathers them."""
+    return reduce_scatter_to_sequence_parallel_region(
+        x.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+    )
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor.to(grad.dtype), None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x, whose gradient is multiplied by a factor [1] that stays on the device: no branch, no synchronisation."""
+    return _ScaleGradient.apply(x, factor)

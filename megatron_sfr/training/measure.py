@@ -1,8 +1,9 @@
-"""How strongly SFR pulls at the hidden states h: its gradient norm there against cross-entropy's, and how much of it
-is signal. Everything is summed over the global batch inside the forward pass, so the result is the same on any layout
-and is in the checkpoint of the step that measured it.
+"""How strongly SFR pulls at the hidden states h: its gradient norm there against the token objective's, and how much
+of it is signal. Everything is summed over the global batch inside the forward pass, so the result is the same on any
+layout and is in the checkpoint of the step that measured it.
 
-Letters: S positions (this rank's, under sequence parallelism), B samples, H hidden size, V columns of the shard.
+Letters: S positions (this rank's, under sequence parallelism), B samples, H hidden size, T = S B tokens, V columns of
+the shard.
 """
 
 from collections.abc import Callable
@@ -10,21 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_sfr.model.flow_head import Measured
-from megatron_sfr.objectives.cross_entropy import logit_gradient
+from megatron_sfr.model.state import FlowState
+from megatron_sfr.objectives.token_loss import TokenObjective, logit_gradient
 from megatron_sfr.objectives.vocab import Vocab
-from megatron_sfr.runtime.parallel import sum_over_data, sum_over_tensor, tensor_group, tensor_rank
+from megatron_sfr.runtime.parallel import sum_over_tensor
+from megatron_sfr.training.flow_term import StepSums
 
 SMOOTHING = 0.5  # weight of a new measurement in the steered weight, in the log domain
 LARGEST_CHANGE = 100.0  # the steered weight stays within this factor of --sfr-weight
 
 
-def cross_entropy_power(logits_SBV: Tensor, labels_BS: Tensor, mask_BS: Tensor, weight_VH: Tensor) -> Tensor:
-    """Squared norm over all positions of the gradient of sum(mask * CE) at h, computed apart from autograd."""
-    labels_T, mask_T = labels_BS.t().reshape(-1), mask_BS.t().reshape(-1)
-    z_TV = logits_SBV.flatten(0, 1)
-    vocab = Vocab(start=tensor_rank() * z_TV.shape[-1], group=tensor_group())
-    g_TV = logit_gradient(z_TV, labels_T, mask_T, vocab)
+def token_power(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab, weight_VH: Tensor) -> Tensor:
+    """Squared norm over all positions of the gradient at h of the token objective's sum, apart from autograd."""
+    g_TV = logit_gradient(z_TV, y_T, objective, vocab)
     return sum_over_tensor(g_TV.to(weight_VH.dtype) @ weight_VH.detach()).float().square().sum()
 
 
@@ -41,33 +40,28 @@ def flow_powers(losses: tuple[Callable[[Tensor], Tensor], ...], h_SBH: Tensor, s
 
 
 class GradientMeasurement:
-    """Adds up the microbatches of a measured step; after the last one, writes the result into the head's buffers."""
+    """Adds up the microbatches of a measured step; after the last one, writes the result into the head's state."""
 
     def __init__(self, target_ratio: float, base_weight: float) -> None:
         self.target_ratio, self.base_weight = target_ratio, base_weight
-        self.step, self.seen = -1, 0
-        self.total: Tensor | None = None
+        self.sums = StepSums()
 
-    def add(self, step: int, microbatches: int, powers: Tensor, measured: Measured) -> None:
-        """powers: [|g_CE|^2, |g_1|^2, |g_2|^2, g_1 . g_2] of one microbatch, equal on all tensor-parallel ranks."""
-        if step != self.step:
-            self.step, self.seen, self.total = step, 0, torch.zeros_like(powers)
-        assert self.total is not None
-        self.total, self.seen = self.total + powers, self.seen + 1
-        if self.seen == microbatches:
-            self._finish(sum_over_data(self.total), measured)
+    def add(self, step: int, microbatches: int, powers: Tensor, state: FlowState) -> None:
+        """powers: [|g_token|^2, |g_1|^2, |g_2|^2, g_1 . g_2] of one microbatch, equal on all tensor-parallel ranks."""
+        if (total := self.sums.add(step, microbatches, powers)) is not None:
+            self._finish(total, state)
 
-    def _finish(self, total: Tensor, measured: Measured) -> None:
-        cross_entropy, g_1, g_2, dot = total.unbind()
-        ratio = (g_1 / cross_entropy).sqrt()
+    def _finish(self, total: Tensor, state: FlowState) -> None:
+        token, g_1, g_2, dot = total.unbind()
+        ratio = (g_1 / token).sqrt()
         # <g_1, g_2> estimates the power of the expectation; the rest of |g|^2 averages out over noise draws.
         signal = (dot / (g_1 * g_2).sqrt()).clamp(0.0, 1.0)
         wanted = self.target_ratio / ratio
-        first = measured.ratio == 0
-        weight = torch.where(first, wanted, measured.weight ** (1 - SMOOTHING) * wanted**SMOOTHING)
+        first = state.ratio == 0
+        weight = torch.where(first, wanted, state.weight ** (1 - SMOOTHING) * wanted**SMOOTHING)
         low, high = self.base_weight / LARGEST_CHANGE, self.base_weight * LARGEST_CHANGE
         # A head that still answers 0 pulls at nothing: there is no ratio yet, and what is there stays.
         found = {"weight": weight.clamp(low, high), "ratio": ratio, "signal": signal}
         for name, value in found.items():
-            buffer = getattr(measured, name)
-            buffer.copy_(torch.where((g_1 > 0) & (cross_entropy > 0), value, buffer))
+            buffer = getattr(state, name)
+            buffer.copy_(torch.where((g_1 > 0) & (token > 0), value, buffer))

@@ -1,6 +1,6 @@
-"""The forward step: one microbatch through the model, cross-entropy and the flow-matching loss on its last stage.
+"""The forward step: one microbatch through the model, the token objective and the flow term on its last stage.
 
-Letters: S positions, B samples, H hidden size, V vocabulary columns of the shard, A anchors, D embedding dimension.
+Letters: S positions, B samples, H hidden size, V vocabulary columns of the shard.
 """
 
 from collections.abc import Iterator
@@ -17,52 +17,49 @@ from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.objectives.schedule import Phase, ScheduleOptions, phase_at
-from megatron_sfr.objectives.sfr import SFROptions, draw_noise, flow_matching_loss, scale_targets
+from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, token_loss
+from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import device
-from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, sum_parts, tensor_rank
-from megatron_sfr.training.measure import GradientMeasurement, cross_entropy_power, flow_powers
+from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
+from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
+from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
 
-Batch = dict[str, Tensor]
+# What the last stage computes of one microbatch: objective and cross-entropy [B, S], and the flow term if there is one.
+# Under bf16 upstream's wrapper hands it on as plain tuples.
+Losses = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 class ForwardStep:
-    """Upstream's forward_step_func. Holds options and the measurement in progress, nothing that a checkpoint needs."""
+    """Upstream's forward_step_func. Holds options and sums in progress, nothing that a checkpoint needs."""
 
-    def __init__(self, vocab_size: int, sfr: SFROptions | None, schedule: ScheduleOptions) -> None:
-        self.vocab_size, self.sfr, self.schedule = vocab_size, sfr, schedule
+    def __init__(
+        self, vocab_size: int, name: str, objective: TokenObjective, term: FlowTerm | None, schedule: ScheduleOptions
+    ) -> None:
+        self.vocab_size, self.name, self.objective = vocab_size, name, objective
+        self.term, self.schedule = term, schedule
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
-        self.known_at = -1
-        self.known: dict[str, Tensor] = {}  # what was measured before this step began: equal for all its microbatches
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
         batch = _to_device(next(data_iterator)) if first or last else {}
-        hook: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if last:
-            head = self._head(model)
-            self._begin(head)
-            hook = {"output_processor": self.terms, "output_processor_context": (head, batch)}
-        output = model(
-            batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels") if last else None, **hook
-        )
+            head = get_attr_wrapped_model(model, "flow_head") if self.term is not None else None
+            if self.term is not None and head is not None:
+                self.term.begin(head, get_args().curr_iteration, self.schedule.sfr_warmup_steps)
+            more = {"output_processor": self.losses, "output_processor_context": (head, batch)}
+            more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+        output = model(batch.get("tokens"), batch.get("position_ids"), None, **more)
         return output, partial(self.loss, batch)
-
-    def _head(self, model: GPTModel) -> FlowHead | None:
-        return get_attr_wrapped_model(model, "flow_head") if self.sfr is not None else None
-
-    def _begin(self, head: FlowHead | None) -> None:
-        if head is not None and self.known_at != get_args().curr_iteration:
-            self.known_at = get_args().curr_iteration
-            self.known = {name: buffer.clone() for name, buffer in head.measured.named_buffers()}
 
     def _phase(self) -> Phase:
         args = get_args()
         return phase_at(args.curr_iteration, args.train_iters, self.schedule)
 
-    def terms(
+    def losses(
         self,
         *,
         hidden_states: Tensor,
@@ -70,83 +67,87 @@ class ForwardStep:
         output_weight: Tensor | None,
         labels: Tensor,
         context: tuple[FlowHead | None, Batch],
-        compute_language_model_loss: Any,
         config: Any,
         runtime_gather_output: bool | None,
         scale_logits: Any,
         **_: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Upstream's output_processor: cross-entropy [B, S] and the sum of the flow-matching loss, unweighted."""
+    ) -> Losses:
+        """Upstream's output_processor: objective and cross-entropy of each token, and the flow term's sums."""
         head, batch = context
         logits_SBV, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
-        logits_SBV = self._without_padding(scale_logits(logits_SBV))
-        flow = hidden_states.new_zeros((), dtype=torch.float32)
-        if head is not None and self.sfr is not None:
-            phase = self._phase()
+        z_TV = scale_logits(logits_SBV).flatten(0, 1)
+        y_T = torch.where(batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
+        vocab = Vocab(self.vocab_size, tensor_rank() * z_TV.shape[-1], tensor_group())
+        term = None
+        if head is not None:
             if head.training and self._measured_step():
                 weight_VH = output_layer.weight if output_weight is None else output_weight
-                ce = cross_entropy_power(logits_SBV.detach(), labels, batch["loss_mask"], weight_VH)
-                losses = tuple(
-                    partial(self._flow, head, batch, first_draw=k, sharded=config.sequence_parallel)
-                    for k in (0, self.sfr.sfr_draws)
-                )
-                powers = torch.cat([ce[None], flow_powers(losses, hidden_states, config.sequence_parallel)])
-                self.measurement.add(get_args().curr_iteration, get_num_microbatches(), powers, head.measured)
-            h_SBH = hidden_states.detach() if phase.detach else hidden_states
-            flow = self._flow(head, batch, h_SBH, first_draw=0, sharded=config.sequence_parallel)
-            if config.sequence_parallel:
-                flow = sum_parts(flow)
-        return compute_language_model_loss(labels, logits_SBV), flow
+                power = token_power(z_TV, y_T, self.objective, vocab, weight_VH)
+                self._measure(head, batch, hidden_states, power, config.sequence_parallel)
+            term = self._flow(head, batch, hidden_states, config.sequence_parallel)
+        objective_T, cross_entropy_T = token_loss(z_TV, y_T, self.objective, vocab, overwrite=True)
+        shape = labels.shape[::-1]
+        return objective_T.view(shape).t(), cross_entropy_T.view(shape).t(), term
 
-    def _flow(self, head: FlowHead, batch: Batch, h_SBH: Tensor, *, first_draw: int, sharded: bool) -> Tensor:
-        """Flow-matching sum over the anchors that stand on this rank's positions."""
-        assert self.sfr is not None
-        position_BA, weight_BA = batch["anchor_position"], batch["anchor_weight"]
-        local_BA = position_BA - (tensor_rank() * len(h_SBH) if sharded else 0)
-        here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
-        sample_B = torch.arange(h_SBH.shape[1], device=h_SBH.device)
-        h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B[:, None]]
-        x_1_BAD = scale_targets(batch["target"][sample_B[:, None], batch["anchor_row"]], self.sfr)
-        x_0, t = draw_noise(batch["sample_index"], position_BA, x_1_BAD.shape[-1], first_draw, self.sfr)
-        return flow_matching_loss(head, h_BAH, x_1_BAD, weight_BA * here_BA, x_0, t)
+    def _flow(self, head: FlowHead, batch: Batch, last_SBH: Tensor, sharded: bool) -> Term:
+        assert self.term is not None
+        h_SBH, head.caught = (last_SBH if head.caught is None else head.caught), None
+        return self.term(
+            head, batch, h_SBH, detach=self._phase().detach, sharded=sharded, microbatches=get_num_microbatches()
+        )
 
-    def _without_padding(self, logits_SBV: Tensor) -> Tensor:
-        """Columns that only pad the vocabulary to -inf, so that every tensor-parallel size trains the same model."""
-        columns = logits_SBV.shape[-1]
-        real = min(max(self.vocab_size - tensor_rank() * columns, 0), columns)
-        if real == columns:
-            return logits_SBV
-        padding_V = torch.arange(columns, device=logits_SBV.device) >= real
-        return logits_SBV.masked_fill(padding_V, float("-inf"))
+    def _measure(self, head: FlowHead, batch: Batch, last_SBH: Tensor, power: Tensor, sharded: bool) -> None:
+        """Adds this microbatch to the measured step's powers of the two gradients at the hidden states."""
+        assert self.term is not None
+        h_SBH = last_SBH if head.caught is None else head.caught
+        losses = self.term.losses(head, batch, sharded, self._phase().detach)
+        powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
+        self.measurement.add(get_args().curr_iteration, get_num_microbatches(), powers, head.state)
 
     def _measured_step(self) -> bool:
         interval = self.schedule.sfr_measure_interval
         return interval > 0 and get_args().curr_iteration % interval == 0
 
-    def loss(self, batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict]:
+    def loss(self, batch: Batch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the sum to differentiate, the tokens that divide it, and {name: [sum, count]}."""
-        cross_entropy_BS, flow = output
-        mask_BS = batch["loss_mask"]
-        tokens = mask_BS.sum()
-        total = cross_entropy = (cross_entropy_BS.float() * mask_BS).sum()
-        report = {"lm loss": pair(cross_entropy, tokens)}
-        if self.sfr is not None:
-            phase = self._phase()
-            steered = self.schedule.sfr_weight_control == "ratio"
-            weight = phase.share * (self.known["weight"] if steered else self.schedule.sfr_weight)
-            total = phase.cross_entropy * cross_entropy + weight * flow
-            report["sfr loss"] = pair(flow, batch["anchor_weight"].sum().clamp(min=1e-20))
-            report["sfr weight"] = pair(weight * tokens, tokens)
-            if self.schedule.sfr_measure_interval > 0:  # as last measured, at this step's weight
-                report["sfr grad ratio"] = pair(weight * self.known["ratio"] * tokens, tokens)
-                report["sfr grad signal"] = pair(self.known["signal"] * tokens, tokens)
+        objective_BS, cross_entropy_BS, sums = losses
+        tokens, total = batch["loss_mask"].sum(), objective_BS.sum()
+        report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
+        if self.name != "ce":
+            report[f"{self.name} loss"] = pair(total, tokens)
+        if sums is not None:
+            term, phase = Term(*sums), self._phase()
+            weight = phase.share * self._full_weight()
+            total = phase.cross_entropy * total + weight * term.objective
+            report |= self._report(term, weight, tokens)
         if get_args().check_for_nan_in_loss_and_grad:
             get_rerun_state_machine().validate_result(
                 result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
             )
         return total.view(()), tokens.to(torch.int), report
+
+    def _full_weight(self) -> Tensor | float:
+        assert self.term is not None
+        steered = self.schedule.sfr_weight_control == "ratio"
+        return self.term.known["weight"] if steered else self.schedule.sfr_weight
+
+    def _report(self, term: Term, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
+        """The term's lines on the log; what was measured is told as of the last measurement, at this step's weight."""
+        assert self.term is not None
+        known, options = self.term.known, self.term.options
+        report = {
+            "sfr loss": pair(term.loss, term.weight.clamp(min=1e-20)),
+            "sfr weight": pair(weight * tokens, tokens),
+        }
+        if self.schedule.sfr_measure_interval > 0:
+            if options.head.sfr_layer is None:
+                report["sfr grad ratio"] = pair(weight * known["ratio"] * tokens, tokens)
+            report["sfr grad signal"] = pair(known["signal"] * tokens, tokens)
+        if options.gate.sfr_gate != "none":
+            report["sfr gate"] = pair(known["gate"] * tokens, tokens)
+        return report
 
 
 def _to_device(batch: Batch) -> Batch:

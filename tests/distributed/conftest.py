@@ -1,95 +1,82 @@
 """The training runs that the distributed tests look at: three starts of torchrun serve them all."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from .launch import train_many
+from .settings import LAYOUTS, OBJECTIVE_LAYOUTS, OBJECTIVES, PHASES, PP2, RATIO, RESUMES, TP2, has_layout
 from .tiny import write_prepared, write_recipe
 
-TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
-SP, VPP = "--sequence-parallel", ("--num-layers-per-virtual-pipeline-stage", "1")
-SHARDED_OPTIMIZER = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
-RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
-RATIO = ("--sfr-weight-control", "ratio", "--train-iters", "4")
 
-# Each trains on from the same checkpoint: {processes: {name: flags}}.
-LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
-    1: {"single": (), "micro-batch-4": ("--micro-batch-size", "4"), "recompute": RECOMPUTE},
-    2: {
-        "tp2": TP2,
-        "tp2-sp": (*TP2, SP),
-        "pp2": PP2,
-        "pp2-vpp": (*PP2, *VPP),
-        "dp2": (),
-        "dp2-sharded": (*SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
-    },
-    4: {
-        "tp2-pp2": (*TP2, *PP2),
-        "tp2-pp2-sp": (*TP2, *PP2, SP),
-        "tp2-dp2-sharded": (*TP2, *SHARDED_OPTIMIZER),
-    },
-}
-# Each runs 4 steps straight, and again with a stop after 2.
-RESUMES: dict[int, dict[str, tuple[str, ...]]] = {
-    1: {"resume-single": (), "resume-bf16": ("--bf16",)},
-    2: {
-        "resume-pp2": PP2,
-        "resume-dp2-buckets": ("--use-distributed-optimizer",),
-        "resume-dp2-sharded": SHARDED_OPTIMIZER,
-    },
-}
-# Single-process runs about phases; clipping would couple the backbone to the head's gradient norm.
-PHASES: dict[str, tuple[str, ...]] = {
-    "plain": ("--clip-grad", "0"),
-    "weight-0": ("--sfr", "--sfr-weight", "0", "--clip-grad", "0"),
-    "detached": ("--sfr", "--sfr-warmup", "detached", "--sfr-warmup-steps", "9", "--clip-grad", "0"),
-    "ramp-0": ("--sfr", "--sfr-ramp-steps", "3", "--clip-grad", "0"),
-    "head-only": ("--sfr", "--sfr-warmup-steps", "9", "--weight-decay", "0"),
-}
+@dataclass(frozen=True)
+class Corpus:
+    """The data and recipes in a folder, and the argument lists of runs on them."""
+
+    folder: Path
+    prepared: Path
+    two_horizons: Path
+
+    def recipe(self, name: str) -> Path:
+        return self.folder / f"{name}.yaml"
+
+    def run(self, recipe: str, name: str, *flags: str) -> list[str]:
+        flags = tuple(flag.format(two_horizons=self.two_horizons) for flag in flags)
+        return ["--recipe", str(self.recipe(recipe)), "--save", str(self.folder / name), "--save-interval", "1", *flags]
+
+    def layouts(self, processes: int) -> list[list[str]]:
+        return [self.run("recipe", name, *self.start(), *flags) for name, flags in LAYOUTS[processes].items()]
+
+    def resumes(self, processes: int) -> list[list[str]]:
+        listing = []
+        for name, flags in RESUMES[processes].items():
+            listing.append(self.run("recipe", f"{name}-straight", *RATIO, *flags))
+            listing += [self.run("recipe", name, *RATIO, *flags, "--exit-interval", stop) for stop in ("2", "4")]
+        return listing
+
+    def objectives(self, processes: int) -> list[list[str]]:
+        listing = []
+        for name, flags in OBJECTIVES.items():
+            measured = ("--sfr-measure-interval", "1", "--save-interval", "3")
+            fresh = (*self.start("plain-mtp" if name == "mtp" else "plain"), "--sfr-fresh-head", *measured)
+            for layout, more in OBJECTIVE_LAYOUTS[processes].items():
+                if has_layout(name, layout):
+                    listing.append(self.run("recipe", f"{name}-{layout}", *fresh, *flags, *more))
+        return listing
+
+    def start(self, name: str = "start") -> tuple[str, str]:
+        return "--pretrained-checkpoint", str(self.folder / name)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all runs, a folder each; checkpoints of every step."""
+    """Folder of all runs, a folder each; checkpoints of every step, but for the objectives, which have the last."""
     folder = tmp_path_factory.mktemp("runs")
-    prepared = write_prepared(folder / "data")
-    recipe = write_recipe(folder / "recipe.yaml", prepared)
-    plain = write_recipe(folder / "plain.yaml", prepared, sfr=False)
-    tied = write_recipe(folder / "tied.yaml", prepared, untie_embeddings_and_output_weights=False)
-
-    def run(source: Path, name: str, *flags: str) -> list[str]:
-        return ["--recipe", str(source), "--save", str(folder / name), "--save-interval", "1", *flags]
-
-    def layouts(processes: int) -> list[list[str]]:
-        start = ("--pretrained-checkpoint", str(folder / "start"))
-        return [run(recipe, name, *start, *flags) for name, flags in LAYOUTS[processes].items()]
-
-    def resumes(processes: int) -> list[list[str]]:
-        listing = []
-        for name, flags in RESUMES[processes].items():
-            listing.append(run(recipe, f"{name}-straight", *RATIO, *flags))
-            listing += [run(recipe, name, *RATIO, *flags, "--exit-interval", stop) for stop in ("2", "4")]
-        return listing
-
-    phases = [run(plain, name, *flags) for name, flags in PHASES.items()]
-    start = run(recipe, "start", "--train-iters", "1")
-    fresh = ("--pretrained-checkpoint", str(folder / "plain"), "--sfr-fresh-head")
-    validation = ("--valid-data-path", str(prepared), "--eval-iters", "2", "--eval-interval", "1")
-    others = [
-        run(recipe, "validated", "--pretrained-checkpoint", str(folder / "start"), *validation),
-        run(tied, "tied"),
-        run(recipe, "fresh-head", *fresh),
-        run(recipe, "asynchronous", "--async-save", "--pretrained-checkpoint", str(folder / "start")),
+    two_horizons = write_prepared(folder / "data-2", horizons=((1, 8), (4, 3)))
+    corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons)
+    write_recipe(corpus.recipe("recipe"), corpus.prepared)
+    write_recipe(corpus.recipe("plain"), corpus.prepared, sfr=False)
+    write_recipe(corpus.recipe("tied"), corpus.prepared, untie_embeddings_and_output_weights=False)
+    run = corpus.run
+    validation = ("--valid-data-path", str(corpus.prepared), "--eval-iters", "2", "--eval-interval", "1")
+    one = [
+        run("recipe", "start", "--train-iters", "1"),
+        *(run("plain", name, *flags) for name, flags in PHASES.items()),
+        run("plain", "plain-mtp", *OBJECTIVES["mtp"], "--train-iters", "1"),
+        run("recipe", "validated", *corpus.start(), *validation),
+        run("tied", "tied"),
+        run("recipe", "fresh-head", *corpus.start("plain"), "--sfr-fresh-head"),
+        run("recipe", "asynchronous", "--async-save", *corpus.start()),
     ]
-    train_many(1, [start, *layouts(1), *resumes(1), *phases, *others], folder)
-    tied_start = ("--pretrained-checkpoint", str(folder / "tied"))
-    tied_runs = [run(tied, "tied-pp2", *tied_start, *PP2), run(tied, "tied-tp2", *tied_start, *TP2)]
-    crossing = [
-        run(recipe, "crossing", *RATIO, *TP2, "--exit-interval", "2"),
-        run(recipe, "crossing", *RATIO, *PP2, "--exit-interval", "4"),
-        run(recipe, "crossing-straight", *RATIO, *TP2),
+    two = [
+        run("tied", "tied-pp2", *corpus.start("tied"), *PP2),
+        run("tied", "tied-tp2", *corpus.start("tied"), *TP2),
+        run("recipe", "crossing", *RATIO, *TP2, "--exit-interval", "2"),
+        run("recipe", "crossing", *RATIO, *PP2, "--exit-interval", "4"),
+        run("recipe", "crossing-straight", *RATIO, *TP2),
     ]
-    train_many(2, [*layouts(2), *resumes(2), *tied_runs, *crossing], folder)
-    train_many(4, layouts(4), folder)
+    train_many(1, [*one, *corpus.layouts(1), *corpus.resumes(1), *corpus.objectives(1)], folder)
+    train_many(2, [*two, *corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2)], folder)
+    train_many(4, [*corpus.layouts(4), *corpus.objectives(4)], folder)
     return folder

@@ -57,7 +57,7 @@ def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(recipe: Path, tmp_path: Pat
     assert "stopping after this step" in output
     assert "the same command goes on" in output
     checkpoint = find_checkpoint(tmp_path / "run")
-    assert "flow_head.output.weight" in read_checkpoint(checkpoint)
+    assert "flow_head.net.output.weight" in read_checkpoint(checkpoint)
     assert int(checkpoint.name.removeprefix("iter_")) == read_metrics(tmp_path / "run")[-1]["step"]
 
 

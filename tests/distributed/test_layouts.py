@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import LAYOUTS
 from .launch import read_checkpoint, read_metrics
+from .settings import LAYOUTS
 from .tiny import VOCAB_SIZE
 
 pytestmark = pytest.mark.distributed

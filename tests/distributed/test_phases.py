@@ -49,14 +49,14 @@ def test_head_only_phase_gives_the_backbone_no_gradient(runs: Path) -> None:
 def test_fresh_head_joins_a_backbone_that_had_none(runs: Path) -> None:
     plain, fresh = (read_checkpoint(runs / run / "iter_0000003") for run in ("plain", "fresh-head"))
     assert not any(map(is_head, plain))
-    assert fresh["flow_head.output.weight"].any()
+    assert fresh["flow_head.net.output.weight"].any()
     assert read_metrics(runs / "fresh-head")[0]["lm loss"] < read_metrics(runs / "plain")[0]["lm loss"]
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--bf16", "has no flow_head.time_in.weight: add --sfr-fresh-head to start one"),
+        ("--bf16", "has no flow_head.net.time_in.weight: add --sfr-fresh-head to start one"),
         ("--add-qkv-bias", "has no decoder.layers.self_attention.linear_qkv.bias: it is of another model"),
     ],
 )

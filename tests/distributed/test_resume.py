@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import RESUMES
 from .launch import read_checkpoint, read_metrics
+from .settings import RESUMES
 from .test_layouts import difference
 
 pytestmark = pytest.mark.distributed

@@ -62,7 +62,8 @@ def test_weights_can_be_read_by_whoever_reads_the_config(imported, untied, tmp_p
 
 
 def test_head_and_training_state_stay_behind(release, untied, tmp_path):
-    head = {"flow_head.output.weight": torch.ones(3, 2), "flow_head.measured.ratio": torch.ones(1)}
+    head = {"flow_head.net.output.weight": torch.ones(3, 2), "flow_head.state.ratio": torch.ones(1)}
+    head |= {"flow_head.ema.output.weight": torch.ones(3, 2), "mtp.layers.0.eh_proj.weight": torch.ones(2, 4)}
     bucket = "gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param"
     state = {
         "optimizer.state.exp_avg.output_layer.weight": torch.ones(2),

@@ -1,5 +1,6 @@
-"""Optimal velocities of the straight path that are known exactly, in any dtype."""
+"""Optimal velocities of the straight path, and their losses, that are known exactly, in any dtype."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,3 +17,17 @@ def gaussian_mixture_velocity(x: Tensor, t: Tensor, w: Tensor, mu: Tensor, s: Te
     log_r = w.log()[:, None] - 0.5 * x.shape[-1] * var.log() - 0.5 * (away**2).sum(-1, keepdim=True) / var
     r = torch.softmax(log_r, dim=-2)
     return (r * (mu + (t * s[:, None] ** 2 - (1 - t)) / var * away)).sum(-2)
+
+
+def gaussian_loss(t: Tensor, s: Tensor | float) -> Tensor:
+    """The least loss of a dimension, Var(x_1 - x_0 | x_t) = s^2 / (t^2 s^2 + (1 - t)^2).
+
+    For x_0 ~ N(0, 1) and x_1 ~ N(m, s^2). Its integral over t in [0, 1] is s pi / 2.
+    """
+    return s**2 / (t**2 * s**2 + (1 - t) ** 2)
+
+
+def over_unit_interval(n: int) -> tuple[Tensor, Tensor]:
+    """Points in (0, 1) and weights of Gauss and Legendre's rule, float64 [n] each."""
+    points, weights = np.polynomial.legendre.leggauss(n)
+    return torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)

@@ -1,41 +1,44 @@
 """SFR's loss against closed forms, and the properties that a right implementation has (numbered P)."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from megatron_sfr.flow.path import interpolate
-from megatron_sfr.objectives.sfr import (
-    SFROptions,
-    anchor_weights,
-    draw_noise,
-    flow_matching_loss,
-    scale_targets,
-)
+from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, anchor_weights, draw_noise, weighted_sum
+from megatron_sfr.objectives.targets import TargetOptions, scale_targets
 
-from .closed_forms import gaussian_mixture_velocity
+from .closed_forms import gaussian_loss, gaussian_mixture_velocity, over_unit_interval
 
-torch.manual_seed(0)
+MODES, SPREAD, SHARES = torch.tensor([[-1.0], [1.0]]), torch.full((2,), 0.3), torch.tensor([0.5, 0.5])
 
 
-def unit_targets(B: int, A: int, D: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(B, A, D, generator=torch.Generator().manual_seed(1)), dim=-1)
+def unit_targets(B: int, A: int, D: int) -> Tensor:
+    return nn.functional.normalize(torch.randn(B, A, D, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def first_horizon(position_BA: Tensor) -> Tensor:
+    return torch.zeros_like(position_BA)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [("l2", 1 + 1 / 32), ("sqrt_d", 2.0)])
 def test_P1_a_zero_head_costs_the_variance_of_noise_and_target(scale: str, expected: float) -> None:
     B, A, D = 64, 8, 32
-    options = SFROptions(sfr_target_scale=scale, sfr_draws=8)
+    options, none = SFROptions(sfr_draws=8), torch.zeros(D)
     position = torch.arange(A).expand(B, A)
-    x_0, t = draw_noise(torch.arange(B), position, D, 0, options)
-    x_1 = scale_targets(unit_targets(B, A, D), options)
-    loss = flow_matching_loss(lambda x, t, h: torch.zeros_like(x), torch.zeros(B, A, 3), x_1, torch.ones(B, A), x_0, t)
-    assert loss == pytest.approx((x_1[:, :, None] - x_0).square().mean(dim=(2, 3)).sum().item(), rel=1e-6)
-    assert loss / (B * A) == pytest.approx(expected, rel=0.01)
+    x_0, t = draw_noise(torch.arange(B), position, first_horizon(position), D, 0, options)
+    x_1 = scale_targets(unit_targets(B, A, D), none, none, TargetOptions(sfr_target_scale=scale))
+    error, weight = anchor_errors(
+        lambda x, t, h: torch.zeros_like(x), torch.zeros(B, A, 3), x_1, torch.ones(B, A), x_0, t, options
+    )
+    assert torch.equal(error, (x_1[:, :, None] - x_0).square().mean(-1))
+    assert weighted_sum(error, weight) / (B * A) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("s", "minimum"), [(1 / 32, 0.0491), (1.0, math.pi / 2)])
@@ -51,34 +54,91 @@ def test_P5_the_best_velocity_for_a_gaussian_costs_s_pi_half(s: float, minimum: 
     assert (best - v).square().mean() == pytest.approx(minimum, rel=0.02)
 
 
-def test_P3_P4_a_head_trained_by_this_loss_finds_the_mixtures_velocity_and_both_modes() -> None:
-    # One hidden state with two equally right futures at -1 and +1: the loss's optimum keeps both.
-    B, K, mu = 512, 4, torch.tensor([[-1.0], [1.0]])
-    options = SFROptions(sfr_target_scale="l2", sfr_draws=K)
-    net = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU())
-    net.append(torch.nn.Linear(64, 1))
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
-    g = torch.Generator().manual_seed(3)
-    for step in range(500):
-        x_1 = mu[torch.randint(0, 2, (B, 1), generator=g)] + 0.3 * torch.randn(B, 1, 1, generator=g)
-        x_0, t = draw_noise(torch.arange(B) + step * B, torch.zeros(B, 1, dtype=torch.int64), 1, 0, options)
-        loss = flow_matching_loss(
-            lambda x, t, h: net(torch.cat([x, t], -1)), torch.zeros(B, 1, 1), x_1, torch.ones(B, 1), x_0, t
-        )
+def test_P5_what_knowing_h_saves_is_the_difference_of_spreads_times_pi_half() -> None:
+    t, dt = over_unit_interval(200)
+    saved = (dt * (gaussian_loss(t, 1.0) - gaussian_loss(t, 0.25))).sum()
+    assert saved == pytest.approx((1.0 - 0.25) * math.pi / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("sigma_D", [[1.0], [1.0, 0.7, 2.0]])
+def test_P6_information_gain_of_gaussians_is_ln_of_the_ratio_of_their_spreads(sigma_D: list[float]) -> None:
+    # I(h; x_1) = int_0^1 [L(t) - L(t | h)] t / (1 - t) dt nats, with L summed over dimensions.
+    sigma, s = torch.tensor(sigma_D, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    t, dt = over_unit_interval(200)
+    gain = gaussian_loss(t[:, None], sigma).sum(-1) - gaussian_loss(t[:, None], s).expand(-1, len(sigma)).sum(-1)
+    assert (dt * gain * t / (1 - t)).sum() == pytest.approx((sigma / s).log().sum().item(), abs=1e-10)
+
+
+def test_P6_information_gain_tells_the_mode_of_a_mixture() -> None:
+    # h says which of two equally probable, well separated modes x_1 belongs to: one bit, ln 2 nats.
+    spread, modes, share = (x.double() for x in (SPREAD / 3, MODES, SHARES))
+    t, dt = over_unit_interval(120)
+    z = torch.linspace(-9, 9, 2401, dtype=torch.float64)  # x_t = t mu + sqrt(var) z: by symmetry one mode is enough
+    var = t**2 * spread[0] ** 2 + (1 - t) ** 2
+    x = t[:, None] + var.sqrt()[:, None] * z
+    v = gaussian_mixture_velocity(x[..., None], t[:, None, None], share, modes, spread)[..., 0]
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    known = 1 + (t * spread[0] ** 2 - (1 - t))[:, None] / var[:, None] * (x - t[:, None])  # v* given the mode +1
+    gain = (density * (v - known).square()).sum(-1) * (z[1] - z[0])  # L(t) - L(t | h) = E (v* - v*_h)^2
+    assert (dt * gain * t / (1 - t)).sum() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def train(net: nn.Module, answer: Callable[..., Tensor], options: SFROptions, steps: int) -> None:
+    """By the loss that the options name, for one hidden state (0) with futures at MODES, in SHARES."""
+    B, g = 512, torch.Generator().manual_seed(3)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    place, h, ones = torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, 1, 1), torch.ones(B, 1)
+    for step in range(steps):
+        mode = (torch.rand(B, 1, generator=g) < SHARES[1]).long()
+        x_1 = MODES[mode] + SPREAD[mode][..., None] * torch.randn(B, 1, 1, generator=g)
+        x_0, t = draw_noise(torch.arange(B) + step * B, place, place, 1, 0, options)
+        loss = weighted_sum(*anchor_errors(answer, h, x_1, ones, x_0, t, options)) / B
         optimizer.zero_grad()
-        (loss / B).backward()
+        loss.backward()
         optimizer.step()
         decay.step()
+
+
+def make_net() -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """A small net and its answer to x and t, which are given to it at a scale that it learns quickly from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+    return net, lambda x, t: net(3 * torch.cat([x, t], -1))
+
+
+def test_P3_P4_a_head_trained_by_this_loss_finds_the_mixtures_velocity_and_both_modes() -> None:
+    net, answer = make_net()
+    train(net, lambda x, t, h: answer(x, t), SFROptions(), 400)
     x, t = torch.linspace(-1.2, 1.2, 41)[:, None], torch.full((41, 1), 0.3)
-    exact = gaussian_mixture_velocity(x, t, torch.full((2,), 0.5), mu, torch.full((2,), 0.3))
+    exact = gaussian_mixture_velocity(x, t, SHARES, MODES, SPREAD)
     with torch.no_grad():
-        assert (net(torch.cat([x, t], -1)) - exact).abs().mean() < 0.15
-        x, steps = torch.randn(4000, 1, generator=g), 40
+        assert (answer(x, t) - exact).abs().mean() < 0.15
+        x, steps = torch.randn(4000, 1, generator=torch.Generator().manual_seed(4)), 40
         for i in range(steps):
-            x = x + net(torch.cat([x, torch.full_like(x, i / steps)], -1)) / steps
-    assert (x > 0).float().mean() == pytest.approx(0.5, abs=0.06)
-    assert (x.abs() - 1).abs().mean() < 0.3  # samples stand at the modes, not at their mean 0
+            x = x + answer(x, torch.full_like(x, i / steps)) / steps
+    assert (x > 0).float().mean() == pytest.approx(SHARES[1].item(), abs=0.06)
+    assert (x.abs() - 1).abs().mean() < 0.3  # samples stand at the modes, not at their mean
+
+
+def test_P4_the_mse_ablation_on_the_same_data_knows_only_their_mean() -> None:
+    net, answer = make_net()
+    train(net, lambda x, t, h: answer(x, t), SFROptions(sfr_loss="mse"), 150)
+    assert answer(torch.zeros(1, 1), torch.zeros(1, 1)).item() == pytest.approx(0, abs=0.05)  # no future is near it
+
+
+def test_P4_the_flow_of_the_exact_velocity_carries_noise_to_the_mixture() -> None:
+    n, steps = 1001, 200
+    w, mu, s = torch.tensor([0.3, 0.7], dtype=torch.float64), MODES.double(), SPREAD.double()
+    x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]  # N(0, 1) by its quantiles
+    for i in range(steps):  # midpoint rule
+        t = torch.full((n, 1), (i + 0.5) / steps, dtype=torch.float64)
+        half = x + gaussian_mixture_velocity(x, t - 0.5 / steps, w, mu, s) / (2 * steps)
+        x = x + gaussian_mixture_velocity(half, t, w, mu, s) / steps
+    law = (w * torch.special.ndtr((x - mu.T) / s)).sum(-1)  # the mixture's own quantiles, in order
+    assert (law - (torch.arange(n) + 0.5) / n).abs().max() < 2e-3
+    assert (x > 0).double().mean() == pytest.approx(0.7, abs=2e-3)
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(1, 8))
@@ -94,33 +154,45 @@ def test_weights_of_each_response_sum_to_its_tokens(lengths: list[list[int]], st
     assert len(anchor_weights(*(np.zeros(0, dtype=np.int32),) * 3)) == 0
 
 
-def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient() -> None:
+@pytest.mark.parametrize("loss", ["flow", "mse", "cosine"])
+def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient(loss: str) -> None:
     B, A, D, H = 3, 4, 8, 5
-    h = torch.randn(B, A, H, requires_grad=True)
-    x_0, t = draw_noise(torch.arange(B), torch.zeros(B, A, dtype=torch.int64), D, 0, SFROptions())
+    options = SFROptions(sfr_loss=loss)
+    g = torch.Generator().manual_seed(5)
+    h = torch.randn(B, A, H, generator=g, requires_grad=True)
+    place = torch.zeros(B, A, dtype=torch.int64)
+    x_0, t = draw_noise(torch.arange(B), place, place, D, 0, options)
     weight = torch.ones(B, A)
     weight[1] = 0
-    loss = flow_matching_loss(lambda x, t, h: x * h.sum(-1, keepdim=True), h, unit_targets(B, A, D), weight, x_0, t)
-    loss.backward()
+
+    def total(x_1: Tensor) -> Tensor:
+        error, w = anchor_errors(lambda x, t, h: (1 + x) * h.sum(-1, keepdim=True), h, x_1, weight, x_0, t, options)
+        return weighted_sum(error, w)
+
+    x_1 = unit_targets(B, A, D)
+    total(x_1).backward()
     assert not h.grad[1].any()
     assert h.grad[0].any()
+    other = x_1.clone()
+    other[1] = 7
+    assert torch.equal(total(x_1), total(other))
 
 
 def test_P9_noise_belongs_to_the_sample_not_to_its_place_in_a_batch() -> None:
     options = SFROptions(sfr_time_per="anchor")
-    samples, position = torch.tensor([7, 3, 9]), torch.tensor([[1, 5], [2, 5], [8, 4]])
-    whole = draw_noise(samples, position, 6, 0, options)
-    part = draw_noise(samples[[2, 1]], position[[2, 1]], 6, 0, options)
-    later = draw_noise(samples, position, 6, options.sfr_draws, options)
-    for x, y, z in zip(whole, part, later, strict=True):
+    samples = torch.tensor([7, 3, 9])
+    position, horizon = torch.tensor([[1, 5], [2, 5], [8, 4]]), torch.tensor([[0, 1], [2, 0], [0, 0]])
+    whole = draw_noise(samples, position, horizon, 6, 0, options)
+    part = draw_noise(samples[[2, 1]], position[[2, 1]], horizon[[2, 1]], 6, 0, options)
+    swapped = draw_noise(samples, position.flip(1), horizon.flip(1), 6, 0, options)
+    later = draw_noise(samples, position, horizon, 6, options.sfr_draws, options)
+    for x, y, s, z in zip(whole, part, swapped, later, strict=True):
         assert torch.equal(x[[2, 1]], y)
+        assert torch.equal(x.flip(1), s)
         assert not torch.equal(x, z)
 
 
-def test_time_is_drawn_per_anchor_or_per_sequence() -> None:
-    position = torch.arange(5).expand(2, 5)
-    each = draw_noise(torch.arange(2), position, 4, 0, SFROptions(sfr_time_per="anchor"))[1]
-    shared = draw_noise(torch.arange(2), position, 4, 0, SFROptions(sfr_time_per="sequence"))[1]
-    assert len(each[0, :, 0].unique()) == 5
-    assert len(shared[0, :, 0].unique()) == 1
-    assert len(shared.unique()) == 2 * SFROptions().sfr_draws
+def test_impossible_options_are_refused() -> None:
+    for draws in (0, 1025):
+        with pytest.raises(ValueError, match="sfr_draws"):
+            SFROptions(sfr_draws=draws)

@@ -1,68 +1,120 @@
 """The measured gradients are autograd's, the signal share is one, and the steered weight goes where it must."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_sfr.model.flow_head import Measured
-from megatron_sfr.training.measure import GradientMeasurement, cross_entropy_power, flow_powers
+from megatron_sfr.model.state import FlowState
+from megatron_sfr.objectives.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.dft import DFT
+from megatron_sfr.objectives.gem import GEM, GEMOptions
+from megatron_sfr.objectives.sed import SED, SEDOptions
+from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, token_loss
+from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.training.flow_term import StepSums
+from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+OBJECTIVES: dict[str, TokenObjective] = {
+    "ce": CrossEntropy(),
+    "gem": GEM(),
+    "gem, logsigmoid": GEM(GEMOptions(gem_h="logsigmoid", gem_slope=0.5)),
+    "sed": SED(SEDOptions(sed_threshold=0.9, sed_top_k=2)),
+    "dft": DFT(),
+}
 
 
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+def make_state(weight: float) -> FlowState:
+    return FlowState(weight, dim=3, bins=2)
 
 
-def test_cross_entropys_power_at_h_is_autograds() -> None:
-    S, B, H, V = 4, 2, 6, 10
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_token_objectives_power_at_h_is_autograds(name: str) -> None:
+    T, H, V, real = 12, 6, 12, 10  # two columns only pad the vocabulary
     g = torch.Generator().manual_seed(0)
-    h = torch.randn(S, B, H, generator=g, requires_grad=True)
-    weight, mask = torch.randn(V, H, generator=g), torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 0]])
-    labels = torch.randint(0, V, (B, S), generator=g)
-    logits = h @ weight.T
-    losses = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), labels, reduction="none")
-    (losses * mask).sum().backward()
-    found = cross_entropy_power(logits.detach(), labels, mask, weight)
-    assert found == pytest.approx(h.grad.square().sum().item(), rel=1e-5)
+    h = torch.randn(T, H, generator=g, requires_grad=True)
+    weight, y = torch.randn(V, H, generator=g), torch.randint(0, real, (T,), generator=g)
+    y[::4] = IGNORED
+    logits, objective, vocab = h @ weight.T, OBJECTIVES[name], Vocab(real)
+    before = logits.detach().clone()
+    found = token_power(logits.detach(), y, objective, vocab, weight)
+    token_loss(logits, y, objective, vocab)[0].sum().backward()
+    assert found.item() == pytest.approx(h.grad.square().sum().item(), rel=1e-5)
+    assert torch.equal(logits, before)  # measuring leaves the logits alone
+    assert not h.grad[::4].any()
+
+
+def test_cross_entropys_power_is_also_that_of_torchs_own() -> None:
+    g = torch.Generator().manual_seed(1)
+    h, weight = torch.randn(8, 6, generator=g, requires_grad=True), torch.randn(10, 6, generator=g)
+    y = torch.randint(0, 10, (8,), generator=g)
+    torch.nn.functional.cross_entropy(h @ weight.T, y, reduction="sum").backward()
+    found = token_power((h @ weight.T).detach(), y, CrossEntropy(), Vocab(10), weight)
+    assert found.item() == pytest.approx(h.grad.square().sum().item(), rel=1e-5)
+
+
+def test_flow_powers_are_those_of_the_two_gradients() -> None:
+    g = torch.Generator().manual_seed(2)
+    h, one, other = (torch.randn(5, 2, 3, generator=g) for _ in range(3))
+    losses = (lambda h: (h.square() * one).sum() / 2, lambda h: (h * other).sum())
+    with torch.no_grad():  # as inside an evaluation or a recomputed forward pass
+        found = flow_powers(losses, h.requires_grad_(), sharded=False)
+    a, b = (h * one).detach(), other
+    torch.testing.assert_close(found, torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()]))
+    assert h.grad is None
+
+
+def measured_signal(losses: tuple, h: torch.Tensor) -> float:
+    state = make_state(1.0)
+    powers = torch.cat([torch.ones(1), flow_powers(losses, h, sharded=False)])
+    GradientMeasurement(0.1, 1.0).add(0, 1, powers, state)
+    return state.signal.item()
 
 
 def test_signal_is_the_share_of_power_that_two_draws_of_noise_have_in_common() -> None:
     g = torch.Generator().manual_seed(1)
     h, common = torch.zeros(40, 40, 8), torch.randn(40, 40, 8, generator=g)
-
-    def with_noise(size: float) -> tuple:
-        gradients = [common + size * torch.randn(h.shape, generator=g) for _ in "ab"]
-        return tuple(partial(lambda g, h: (h * g).sum(), gradient) for gradient in gradients)
-
     for size, share in ((0.0, 1.0), (1.0, 0.5), (2.0, 0.2)):
-        powers = flow_powers(with_noise(size), h, sharded=False)
-        measured = Measured(1.0)
-        GradientMeasurement(0.1, 1.0).add(0, 1, torch.cat([torch.ones(1), powers]), measured)
-        assert measured.signal.item() == pytest.approx(share, abs=0.03)
+        gradients = [common + size * torch.randn(h.shape, generator=g) for _ in "ab"]
+        losses = tuple(partial(lambda g, h: (h * g).sum(), gradient) for gradient in gradients)
+        assert measured_signal(losses, h) == pytest.approx(share, abs=0.03)
+
+
+def test_the_signal_of_a_deterministic_loss_is_1() -> None:
+    h = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(3))
+    assert measured_signal((lambda h: h.pow(4).sum(),) * 2, h) == pytest.approx(1.0, rel=1e-6)
 
 
 def test_the_weight_goes_to_the_wanted_ratio_and_stays_in_bounds() -> None:
-    measured, measurement = Measured(1.0), GradientMeasurement(target_ratio=0.1, base_weight=1.0)
-    half = torch.tensor([50.0, 2.0, 2.0, 1.0])  # two microbatches: |g_CE|^2 = 100, |g_SFR|^2 = 4
-    measurement.add(0, 2, half, measured)
-    assert measured.ratio == 0  # nothing is known before the last microbatch
-    measurement.add(0, 2, half, measured)
-    assert measured.ratio.item() == pytest.approx(0.2)
-    assert measured.weight.item() == pytest.approx(0.5)  # 0.5 * 0.2 = 0.1
-    for step in range(1, 40):
-        measurement.add(step, 1, torch.tensor([100.0, 1e-12, 1e-12, 0.0]), measured)
-    assert measured.weight.item() == pytest.approx(100.0)
+    measurement, state = GradientMeasurement(0.1, 1.0), make_state(1.0)
+    powers = torch.tensor([100.0, 4.0, 4.0, 2.0])  # |g_SFR| / |g_CE| = 0.2 at weight 1
+    measurement.add(0, 2, powers / 2, state)
+    assert state.ratio.item() == 0  # a step is measured as a whole
+    measurement.add(0, 2, powers / 2, state)
+    assert [state.ratio.item(), state.signal.item(), state.weight.item()] == pytest.approx([0.2, 0.5, 0.5])
+    measurement.add(1, 1, torch.tensor([100.0, 1.0, 1.0, 0.5]), state)  # half the pull: twice the weight
+    assert state.weight.item() == pytest.approx(0.5**0.5)  # the geometric mean of old and wanted
+    for step in range(2, 40):
+        measurement.add(step, 1, torch.tensor([100.0, 1e-12, 1e-12, 0.0]), state)
+    assert state.weight.item() == pytest.approx(100.0)
 
 
-def test_a_head_that_pulls_at_nothing_leaves_what_is_known() -> None:
-    measured = Measured(0.7)
-    GradientMeasurement(0.1, 0.7).add(0, 1, torch.tensor([1.0, 0.0, 0.0, 0.0]), measured)
-    assert [b.item() for b in measured.buffers()] == pytest.approx([0.0, 0.0, 0.7])
+@pytest.mark.parametrize("powers", [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+def test_a_side_that_pulls_at_nothing_leaves_what_is_known(powers: list[float]) -> None:
+    state = make_state(0.7)
+    before = {name: x.clone() for name, x in state.state_dict().items()}
+    GradientMeasurement(0.1, 0.7).add(0, 1, torch.tensor(powers), state)
+    assert all(torch.equal(x, before[name]) for name, x in state.state_dict().items())
+
+
+def test_step_sums_hand_back_the_sum_of_a_steps_microbatches_and_start_anew() -> None:
+    sums, x = StepSums(), torch.tensor([1.0, 2.0])
+    for step in (0, 1, 5):
+        assert sums.add(step, 3, x) is None
+        assert sums.add(step, 3, 10 * x) is None
+        assert sums.add(step, 3, 100 * x).tolist() == [111.0, 222.0]
+    assert sums.add(6, 2, x) is None  # a step that was broken off leaves nothing behind
+    assert sums.add(7, 1, x).tolist() == [1.0, 2.0]
+    assert x.tolist() == [1.0, 2.0]

@@ -1,0 +1,79 @@
+"""From arguments to what is trained: the model with its head, and the forward step with its objective and its term."""
+
+import argparse
+from pathlib import Path
+
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_sfr.config import options
+from megatron_sfr.data.horizons import horizons_of
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.statistics import pooled_statistics
+from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.model.builder import SFRModelConfig
+from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
+from megatron_sfr.model.local_spec import local_block_spec
+from megatron_sfr.objectives.gate import GateOptions
+from megatron_sfr.objectives.gem import GEMOptions
+from megatron_sfr.objectives.schedule import ScheduleOptions
+from megatron_sfr.objectives.sed import SEDOptions
+from megatron_sfr.objectives.sfr import SFROptions
+from megatron_sfr.objectives.table import OBJECTIVES
+from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.runtime.backend import adapt_config_to_cpu
+from megatron_sfr.training.flow_term import FlowTerm, TermOptions
+from megatron_sfr.training.step import ForwardStep
+
+
+def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
+    """The model to build. With --sfr opens the target stores, to learn what they hold."""
+    config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
+    if backend == "cpu":
+        adapt_config_to_cpu(config.transformer)
+    if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
+        config.transformer_layer_spec = local_block_spec
+    if args.sfr:
+        config.head = head_plan(args)
+    return config
+
+
+def forward_step(args: argparse.Namespace) -> ForwardStep:
+    """Upstream's forward_step_func for these arguments."""
+    objective = OBJECTIVES[args.objective](options(GEMOptions, args), options(SEDOptions, args))
+    term = None
+    if args.sfr:
+        sfr, targets = options(SFROptions, args), options(TargetOptions, args)
+        term = FlowTerm(TermOptions(sfr, targets, options(GateOptions, args), options(FlowHeadOptions, args)))
+    return ForwardStep(args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args))
+
+
+def head_plan(args: argparse.Namespace) -> FlowHeadPlan:
+    """The head that goes with the targets; ValueError where the stores of a blend do not fit one head."""
+    head, targets = options(FlowHeadOptions, args), options(TargetOptions, args)
+    paths = [Path(x) for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends have weights
+    stores = [TargetStore.open(path / args.sfr_target_store, PreparedData.open(path)) for path in paths]
+    dims = {store.dim for store in stores}
+    if len(dims) > 1 or head.sfr_target_dim not in (None, *dims):
+        raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")
+    whiten = targets.sfr_target_scale == "whiten" and targets.sfr_whiten == "store"
+    starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
+    return FlowHeadPlan(
+        head,
+        dim=dims.pop(),
+        horizons=len(horizons_of(paths)),
+        has_network=args.sfr_loss != "cka",
+        gate_bins=args.sfr_gate_bins,
+        weight=args.sfr_weight or 1.0,
+        seed=args.seed,
+        fresh=bool(args.sfr_fresh_head and starts_from_other),
+        statistics=pooled_statistics(stores) if whiten else None,
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Arguments that contradict each other or the objectives, each with what to do; upstream checks its own."""
+
+import argparse
+from typing import Any
+
+Rows = list[tuple[Any, str]]
+
+
+def contradiction(args: argparse.Namespace) -> str | None:
+    """The first contradiction among parsed arguments, in one line; None where there is none."""
+    rows = _of_the_run(args) + (_of_the_term(args) if args.sfr else [])
+    return next((message for wrong, message in rows if wrong), None)
+
+
+def _of_the_run(args: argparse.Namespace) -> Rows:
+    return [
+        (
+            not args.calculate_per_token_loss,
+            "--no-calculate-per-token-loss: every term here is a sum over the global batch; leave it on",
+        ),
+        (
+            args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
+            "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
+        ),
+        (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
+        (
+            not (args.train_data_path or args.data_path),
+            "no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote",
+        ),
+        (
+            args.objective == "sed" and args.sed_threshold is None,
+            "--objective sed needs --sed-threshold: `megatron-sfr calibrate-sed` finds it for your model and data",
+        ),
+        (
+            args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
+            "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
+        ),
+    ]
+
+
+def _of_the_term(args: argparse.Namespace) -> Rows:
+    layer = args.sfr_layer is not None
+    return [
+        (
+            args.context_parallel_size > 1,
+            "--sfr does not work with context parallelism yet: set context_parallel_size to 1",
+        ),
+        (
+            args.sfr_loss == "cka" and (args.sfr_gate != "none" or args.sfr_ema != "none" or args.sfr_warmup_steps > 0),
+            "sfr_loss = cka has no head: sfr_gate and sfr_ema must be none, and sfr_warmup_steps 0",
+        ),
+        (
+            args.sfr_ema != "none" and args.sfr_warmup_steps == 0 and args.sfr_preset is None,
+            f"sfr_ema = {args.sfr_ema} averages the head from the end of phase A on: set sfr_warmup_steps above 0, or "
+            "the average starts from a head that answers nothing",
+        ),
+        (
+            args.sfr_ema == "smooth" and (args.use_precision_aware_optimizer or args.optimizer_cpu_offload),
+            "sfr_ema = smooth needs the optimizer's fp32 weights at hand: neither use_precision_aware_optimizer nor "
+            "optimizer_cpu_offload",
+        ),
+        (
+            layer and args.sfr_weight_control == "ratio",
+            "sfr_weight_control = ratio compares gradients after the last layer: leave sfr_layer out",
+        ),
+        (
+            layer and args.recompute_granularity == "full",
+            "sfr_layer needs a layer's output, which full recomputation drops: use recompute_granularity selective",
+        ),
+    ]

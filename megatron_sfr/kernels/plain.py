@@ -1,0 +1,99 @@
+"""The two passes over the logits in plain torch: in blocks of rows whose fp32 copy stays in the processor's cache.
+
+So the logits are read twice and written once, and the only memory beyond them is the block.
+Letters: T tokens, V real columns of the local shard, B rows of a block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}  # what stays in L2 beside the rows that are read
+EMPTY = -1e30
+
+
+def row_statistics(
+    z_TV: Tensor, y_T: Tensor, z_y_T: Tensor, *, beta: float, moments: bool, c: float, top_k: int
+) -> Tensor:
+    """[m, u, s, a, a_x, z_y, top_1 ... top_K] of each row of this shard: [T, 6 + K], fp32 (float64 for float64).
+
+    m = max z_i;  u = sum exp(x_i), x_i = z_i - m;  s = sum exp(x_i / beta);  a = sum w_i exp(x_i / beta);
+    a_x = sum w_i exp(x_i / beta) x_i;  w_i = sigmoid(c (z_i - z_y)), or 1 where c = 0. Without moments s = a = u and
+    a_x = 0. z_y is -1e30 where the label is not here (y = -1); so is m, and are missing top values, of a shard
+    without columns.
+
+    Args: z_TV: logits, rows may be apart by more than V. y_T: int64 columns of this shard, or -1.
+        z_y_T: the labels' logits over the whole vocabulary; read only if c > 0.
+    """
+    dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
+    stats_TN = torch.zeros(len(z_TV), 6 + top_k, dtype=dtype, device=z_TV.device)
+    stats_TN[:, 5:] = EMPTY
+    if z_TV.shape[1] == 0:
+        stats_TN[:, 0] = EMPTY
+        return stats_TN
+    own_T = z_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0].to(dtype)
+    stats_TN[:, 5] = torch.where(y_T >= 0, own_T, EMPTY)
+    for rows, room_NBV in _blocks(z_TV, dtype, 1 + moments + (c > 0)):
+        _scan_block(room_NBV, z_TV[rows], z_y_T[rows], stats_TN[rows], beta, moments, c, top_k)
+    return stats_TN
+
+
+def _scan_block(
+    room_NBV: Tensor, z_BV: Tensor, z_y_B: Tensor, stats_BN: Tensor, beta: float, moments: bool, c: float, top_k: int
+) -> None:
+    """Fills the statistics of one block of logits; works in the room, which has the dtype of the sums."""
+    x_BV = room_NBV[0].copy_(z_BV)
+    if top_k:
+        top = x_BV.topk(min(top_k, x_BV.shape[1])).values
+        stats_BN[:, 6 : 6 + top.shape[1]] = top
+    m_B = x_BV.amax(1).clamp_(min=EMPTY)  # a shard whose logits are all -inf is as good as one without columns
+    x_BV -= m_B[:, None]
+    stats_BN[:, 0] = m_B
+    if not moments:
+        stats_BN[:, 1:4] = x_BV.exp_().sum(1)[:, None]
+        return
+    stats_BN[:, 1] = torch.exp(x_BV, out=room_NBV[1]).sum(1)
+    e_BV = torch.div(x_BV, beta, out=room_NBV[1]).exp_()
+    stats_BN[:, 2:4] = e_BV.sum(1)[:, None]
+    if c:
+        e_BV *= torch.add(x_BV, (m_B - z_y_B)[:, None], out=room_NBV[2]).mul_(c).sigmoid_()
+        stats_BN[:, 3] = e_BV.sum(1)
+    stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)  # 0 times the -inf of a masked logit is 0; of NaN logits s tells
+
+
+def write_gradient(
+    z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
+) -> None:
+    """Writes scale w_i exp((z_i - m) / beta) - spike [i = y] over the logits, in their dtype, rounded once.
+
+    A row whose scale and spike are 0 gets zeros whatever its logits are.
+    Args: as of `row_statistics`, m and z_y over the whole vocabulary.
+    """
+    dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
+    if z_TV.shape[1] == 0:
+        return
+    for rows, room_NBV in _blocks(z_TV, dtype, 1 + (c > 0)):
+        x_BV = torch.sub(z_TV[rows], m_T[rows, None], out=room_NBV[0])
+        if c:
+            w_BV = torch.add(x_BV, (m_T - z_y_T)[rows, None], out=room_NBV[1]).mul_(c).sigmoid_()
+        if beta != 1:
+            x_BV /= beta
+        g_BV = x_BV.exp_().mul_(scale_T[rows, None])
+        if c:
+            g_BV *= w_BV
+        y_B1 = y_T[rows, None]
+        spike_B1 = torch.where(y_B1 >= 0, spike_T[rows, None], 0)
+        g_BV.scatter_add_(1, y_B1.clamp(min=0), -spike_B1)
+        z_TV[rows] = g_BV
+    z_TV.index_fill_(0, ((scale_T == 0) & (spike_T == 0)).nonzero()[:, 0], 0)
+
+
+def _blocks(z_TV: Tensor, dtype: torch.dtype, copies: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, with room for so many copies of one, which all share: fresh pages cost more than the sums."""
+    T, V = z_TV.shape
+    step = max(1, min(T, BLOCK_BYTES.get(z_TV.device.type, BLOCK_BYTES["cpu"]) // (V * dtype.itemsize)))
+    room_NBV = z_TV.new_empty(copies, step, V, dtype=dtype)
+    for start in range(0, T, step):
+        stop = min(start + step, T)
+        yield slice(start, stop), room_NBV[:, : stop - start]

@@ -1,0 +1,143 @@
+"""The networks that answer a velocity: concatenated input, as SFR's authors have it, or modulated residual blocks.
+
+Every product is a call of its own Linear, so that upstream's hooks on modules see each weight before it is read.
+Letters: B samples, A anchors, K noise draws, D dimension of the embedding, H of the hidden state, W width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ADALN_FREQUENCIES = 256
+
+
+def sinusoids(t: Tensor, dim: int, scale: float) -> Tensor:
+    """[..., 1] -> [..., dim] in fp32 (float64 for it): sines, then cosines, of scale t at frequencies 1 to 1/10000."""
+    t, half = t.to(torch.promote_types(t.dtype, torch.float32)), (dim + 1) // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angle = t * scale * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :dim]
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(LayerNorm(Linear(x)))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.norm(self.linear(x)))
+
+
+class MLPVelocity(nn.Module):
+    """concat(x_t, emb(t), h) -> Linear -> LayerNorm -> SiLU -> residual blocks -> Linear, as SFR's public code.
+
+    emb(t): D sines and cosines -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The first Linear is held by parts, so h is
+    projected once an anchor, not once a draw.
+    """
+
+    def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
+        super().__init__()
+        self.dim, self.time_scale = D, time_scale
+        self.time_in, self.time_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.input_x, self.input_t = nn.Linear(D, W), nn.Linear(D, W, bias=False)
+        self.input_h = nn.Linear(H, W, bias=False)
+        self.horizon = nn.Embedding(horizons, W) if horizons > 1 else None
+        self.norm = nn.LayerNorm(W)
+        self.blocks = nn.ModuleList(ResidualBlock(W) for _ in range(depth))
+        self.output = nn.Linear(W, D)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """torch's default everywhere, the first Linear as one of 2D + H inputs; the last one zero."""
+        inputs = (self.input_x, self.input_t, self.input_h)
+        fan_in = sum(part.in_features for part in inputs)
+        _initialise(self, generator, fan_in=dict.fromkeys(inputs, fan_in), zero=(self.output,))
+
+    def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
+        """Velocity [B, A, K, D] from x_t [B, A, K, D], t [B, A, K, 1] in [0, 1] and h [B, A, 1, H]."""
+        time = self.time_out(F.silu(self.time_in(sinusoids(t, self.dim, self.time_scale))))
+        x = self.input_x(x_t) + self.input_t(time) + self.input_h(h)
+        if self.horizon is not None:
+            x = x + self.horizon(horizon_BA)[:, :, None]
+        x = F.silu(self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.output(x)
+
+
+class ModulatedBlock(nn.Module):
+    """x + gate MLP((1 + scale) LN(x) + shift), with shift, scale and gate from the condition; zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.rise, self.fall = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + gate * self.fall(F.silu(self.rise((1 + scale) * self.norm(x) + shift)))
+
+
+class AdaLNVelocity(nn.Module):
+    """x_t -> Linear -> blocks modulated by emb(t) + Linear(h) -> modulated LayerNorm -> Linear.
+
+    MAR's diffusion head (arXiv 2406.11838; adaLN-Zero of DiT, arXiv 2212.09748): modulations and last Linear are zero
+    at first. emb(t): 256 sines and cosines -> Linear -> SiLU -> Linear.
+    """
+
+    def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
+        super().__init__()
+        self.time_scale = time_scale
+        self.time_in, self.time_out = nn.Linear(ADALN_FREQUENCIES, W), nn.Linear(W, W)
+        self.input_x, self.input_h = nn.Linear(D, W), nn.Linear(H, W)
+        self.horizon = nn.Embedding(horizons, W) if horizons > 1 else None
+        self.blocks = nn.ModuleList(ModulatedBlock(W) for _ in range(depth))
+        self.norm = nn.LayerNorm(W, elementwise_affine=False)
+        self.modulation = nn.Linear(W, 2 * W)
+        self.output = nn.Linear(W, D)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """torch's default; every modulation and the last Linear zero."""
+        modulations = [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)]
+        _initialise(self, generator, fan_in={}, zero=(*modulations, self.modulation, self.output))
+
+    def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
+        """As MLPVelocity's."""
+        time = self.time_out(F.silu(self.time_in(sinusoids(t, ADALN_FREQUENCIES, self.time_scale))))
+        condition = time + self.input_h(h)
+        if self.horizon is not None:
+            condition = condition + self.horizon(horizon_BA)[:, :, None]
+        condition = F.silu(condition)
+        x = self.input_x(x_t)
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.output((1 + scale) * self.norm(x) + shift)
+
+
+def _initialise(
+    net: nn.Module, generator: torch.Generator, *, fan_in: dict[nn.Linear, int], zero: tuple[nn.Linear, ...]
+) -> None:
+    """torch's own defaults, drawn on the CPU from a generator: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); embeddings 0.02."""
+    for module in net.modules():
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            with torch.no_grad():
+                module.weight.copy_(0.02 * torch.randn(module.weight.shape, generator=generator))
+        elif isinstance(module, nn.Linear):
+            bound = fan_in.get(module, module.in_features) ** -0.5
+            for p in module.parameters(recurse=False):
+                with torch.no_grad():
+                    p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    for module in zero:
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+VELOCITIES: dict[str, type[MLPVelocity] | type[AdaLNVelocity]] = {"mlp": MLPVelocity, "adaln": AdaLNVelocity}

@@ -1,0 +1,24 @@
+"""DFT (Dynamic Fine-Tuning, arXiv 2508.05629): cross-entropy weighted by the label's own probability.
+
+L = -sg(p_y) ln p_y,  dL/dz = p_y (softmax(z) - e_y), with sg = stop gradient: what is improbable is hardly learnt.
+"""
+
+from dataclasses import dataclass
+
+from megatron_sfr.objectives.token_loss import Closed
+from megatron_sfr.objectives.vocab import Rows, Scan
+
+
+@dataclass(frozen=True)
+class DFT:
+    """Cross-entropy times the probability that the label has already."""
+
+    @property
+    def scan(self) -> Scan:
+        """The plain sum alone."""
+        return Scan()
+
+    def close(self, rows: Rows) -> Closed:
+        """Loss p_y (ln u - x_y); gradient p_y (exp(x) / u - e_y)."""
+        p_y = rows.x_y.exp() / rows.u
+        return Closed(p_y * (rows.u.log() - rows.x_y), p_y / rows.u, p_y)

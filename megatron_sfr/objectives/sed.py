@@ -1,0 +1,57 @@
+"""SED-SFT (arXiv 2602.07464): cross-entropy, held back where the model has room for several continuations.
+
+L = -ln p_y + lambda M (p_y - 1/2)^2,  M = 1 if the k largest probabilities sum to less than tau, else 0;
+dL/dz = (1 - 2 lambda M p_y (p_y - 1/2)) (softmax(z) - e_y). The paper's "entropy" is that square, not Shannon's.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_sfr.objectives.token_loss import Closed
+from megatron_sfr.objectives.vocab import Rows, Scan
+
+
+@dataclass(frozen=True)
+class SEDOptions:
+    """SED-SFT, for --objective sed."""
+
+    sed_weight: float = 1.0
+    """Weight lambda of the square. 0 is cross-entropy; above 1 it can push a probable label down: its probability
+    comes to rest at (1 + sqrt(1 + 8 / lambda)) / 4."""
+    sed_top_k: int = 10
+    """How many of the largest probabilities P_k sums; the same number as in `megatron-sfr calibrate-sed`."""
+    sed_threshold: float | None = None
+    """Threshold tau: tokens with P_k below it are held back. `megatron-sfr calibrate-sed` finds it for a wanted share
+    of exempt tokens; 0 exempts all (cross-entropy), above 1 none."""
+
+    def __post_init__(self) -> None:
+        if self.sed_weight < 0:
+            raise ValueError(f"sed_weight = {self.sed_weight}: must not be negative")
+        if not 1 <= self.sed_top_k <= 128:
+            raise ValueError(f"sed_top_k = {self.sed_top_k}: choose 1 to 128 (the authors' 10)")
+
+
+def top_mass(rows: Rows) -> Tensor:
+    """P_k, the sum of the k largest probabilities: [T], in (0, 1]."""
+    return (rows.top.exp().sum(-1) / rows.u).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class SED:
+    """The loss of one token."""
+
+    options: SEDOptions
+
+    @property
+    def scan(self) -> Scan:
+        """The plain sum and the k largest logits."""
+        return Scan(top_k=self.options.sed_top_k)
+
+    def close(self, rows: Rows) -> Closed:
+        """Cross-entropy and the square; cross-entropy's gradient times a gain."""
+        assert self.options.sed_threshold is not None
+        weight = self.options.sed_weight * (top_mass(rows) < self.options.sed_threshold).to(rows.u.dtype)
+        p_y = rows.x_y.exp() / rows.u
+        gain = 1 - 2 * weight * p_y * (p_y - 0.5)
+        return Closed(rows.u.log() - rows.x_y + weight * (p_y - 0.5).square(), gain / rows.u, gain)

@@ -1,0 +1,28 @@
+"""The token objectives by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sfr.objectives.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.dft import DFT
+from megatron_sfr.objectives.gem import GEM, GEMOptions
+from megatron_sfr.objectives.sed import SED, SEDOptions
+from megatron_sfr.objectives.token_loss import TokenObjective
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What is minimised on each token."""
+
+    objective: Literal["ce", "gem", "sed", "dft"] = "ce"
+    """Loss of a token: cross-entropy, GEM (arXiv 2408.16673), SED-SFT (arXiv 2602.07464) or DFT (arXiv 2508.05629);
+    with --sfr beside the flow-matching loss. `lm loss` is cross-entropy in every log."""
+
+
+OBJECTIVES: dict[str, Callable[[GEMOptions, SEDOptions], TokenObjective]] = {
+    "ce": lambda gem, sed: CrossEntropy(),
+    "gem": lambda gem, sed: GEM(gem),
+    "sed": lambda gem, sed: SED(sed),
+    "dft": lambda gem, sed: DFT(),
+}

@@ -1,0 +1,205 @@
+"""The auxiliary term of one microbatch: anchors' hidden states and targets in, weighted errors of the head out.
+
+Letters: S positions (this rank's, under sequence parallelism), B samples, H hidden size, A anchors, K noise draws,
+D embedding dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
+from megatron_sfr.objectives.gate import GateOptions, decide, sums_by_time
+from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.targets import TargetOptions, batch_moments, running_statistics, scale_targets
+from megatron_sfr.runtime.parallel import (
+    scale_gradient,
+    spread_rows,
+    sum_over_data,
+    sum_over_tensor,
+    sum_parts,
+    tensor_rank,
+    tensor_size,
+)
+from megatron_sfr.training.smoothing import Smoothing
+
+Batch = dict[str, Tensor]
+DATASET_BITS = 36  # sample indices of one dataset stay below 2^36; the noise has room for 2^48
+
+
+@dataclass(frozen=True)
+class TermOptions:
+    """All that the term depends on beside its weight."""
+
+    sfr: SFROptions
+    targets: TargetOptions
+    gate: GateOptions
+    head: FlowHeadOptions
+
+
+class Anchors(NamedTuple):
+    """The anchors that this rank works on; padding weighs 0."""
+
+    sample_B: Tensor
+    position_BA: Tensor
+    horizon_BA: Tensor
+    weight_BA: Tensor
+    x_1_BAD: Tensor
+
+
+class Term(NamedTuple):
+    """Sums over this tensor-parallel group's microbatch."""
+
+    objective: Tensor
+    """What is differentiated."""
+    loss: Tensor
+    """The head's loss, for the log."""
+    weight: Tensor
+    """What it is to be divided by there."""
+
+
+class StepSums:
+    """Adds tensors up over the microbatches of a step; the last one hands back the sum over data-parallel ranks."""
+
+    def __init__(self) -> None:
+        self.step, self.seen = -1, 0
+        self.total: Tensor | None = None
+
+    def add(self, step: int, microbatches: int, x: Tensor) -> Tensor | None:
+        """x: one microbatch's summand, equal on all tensor-parallel ranks. The sum, once all have been added."""
+        if step != self.step or self.total is None:
+            self.step, self.seen, self.total = step, 0, torch.zeros_like(x)
+        self.total, self.seen = self.total + x, self.seen + 1
+        return sum_over_data(self.total) if self.seen == microbatches else None
+
+
+class FlowTerm:
+    """Computes the term. Holds options and the sums in progress; what a checkpoint needs is in the head's state."""
+
+    def __init__(self, options: TermOptions) -> None:
+        self.options = options
+        self.gate_sums, self.target_sums = StepSums(), StepSums()
+        self.smoothing: Smoothing | None = None
+        self.step = -1
+        self.known: dict[str, Tensor] = {}
+
+    def begin(self, head: FlowHead, step: int, first_average: int) -> None:
+        """Before each microbatch. At the first one of a step `known` becomes the head's state as all of them see it,
+        and the running average of the head takes a step, from step `first_average` on."""
+        if head.training and step == self.step:
+            return
+        self.known = {name: buffer.clone() for name, buffer in head.state.named_buffers()}
+        if not head.training:
+            return
+        self.step = step
+        if self.options.head.sfr_ema == "smooth":
+            self.smoothing = self.smoothing or Smoothing(head, self.options.head.sfr_ema_decay)
+            self.smoothing.active = step >= first_average
+        if head.ema is None or step < first_average:
+            return
+        x_t, t, h = (head.state.weight.new_zeros(1, 1, 1, n) for n in (head.dim, 1, head.config.hidden_size))
+        with torch.no_grad():  # a call waits for upstream's overlapped gather of the weights, if one is under way
+            head(x_t, t, h, torch.zeros_like(t[..., 0, 0], dtype=torch.int64))
+        head.average(first=step == first_average)
+
+    def __call__(
+        self, head: FlowHead, batch: Batch, h_SBH: Tensor, *, detach: bool, sharded: bool, microbatches: int
+    ) -> Term:
+        """The term of one microbatch; in training its last microbatch moves the gate and the targets' statistics.
+
+        Args: detach: the hidden states are not to learn. sharded: h holds this tensor-parallel rank's positions only.
+        """
+        anchors, pick = self.anchors(head, batch, sharded)
+        teacher = self.options.head.sfr_ema == "teacher" and not detach
+        gated_SBH = h_SBH if self.options.gate.sfr_gate == "none" else scale_gradient(h_SBH, self.known["gate"])
+        student_SBH = h_SBH.detach() if detach or teacher else gated_SBH
+        error, weight, t = self._errors(head, anchors, pick(student_SBH), first_draw=0)
+        loss = objective = weighted_sum(error, weight)
+        if teacher:
+            taught = self._errors(head, anchors, pick(gated_SBH), first_draw=0, averaged=True)
+            objective = loss + weighted_sum(taught[0], taught[1])
+        sums = torch.stack([objective, loss.detach(), weight.sum()])
+        split = sharded and self.options.sfr.sfr_loss != "cka"
+        if head.training and torch.is_grad_enabled():
+            self._learn(head, batch, sums_by_time(error, weight, t, len(head.state.baseline)), split, microbatches)
+        return Term(*(sum_parts(sums) if split else sums).unbind())
+
+    def losses(
+        self, head: FlowHead, batch: Batch, sharded: bool, detach: bool
+    ) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Two losses as functions of h that differ in their noise alone, as the backbone's gradient sees them."""
+        anchors, pick = self.anchors(head, batch, sharded)
+        averaged = self.options.head.sfr_ema == "teacher" and not detach
+
+        def loss(first_draw: int, h_SBH: Tensor) -> Tensor:
+            error, weight, _ = self._errors(head, anchors, pick(h_SBH), first_draw=first_draw, averaged=averaged)
+            return weighted_sum(error, weight)
+
+        return partial(loss, 0), partial(loss, self.options.sfr.sfr_draws)
+
+    def anchors(self, head: FlowHead, batch: Batch, sharded: bool) -> tuple[Anchors, Callable[[Tensor], Tensor]]:
+        """This rank's anchors, and the function that takes their hidden states [B, A, H] out of h [S, B, H].
+
+        Under sequence parallelism each rank works on an equal share of the anchors, wherever their positions are; cka,
+        which compares all anchors of a sample, has them all on every rank.
+        """
+        fields = [batch[f"anchor_{name}"] for name in ("position", "horizon", "weight", "row")]
+        sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
+        whole = self.options.sfr.sfr_loss == "cka"
+        n, rank = (tensor_size(), tensor_rank()) if sharded else (1, 0)
+        fields = [F.pad(x, (0, -x.shape[1] % n)) for x in fields]
+        all_BA = fields[0]
+        if not whole:
+            fields = [x.chunk(n, dim=1)[rank] for x in fields]
+        position, horizon, weight, row = fields
+        state = head.state
+        x_1 = scale_targets(batch["target"][sample_B1, row], state.target_mean, state.target_std, self.options.targets)
+
+        def pick(h_SBH: Tensor) -> Tensor:
+            if not sharded:
+                return h_SBH[all_BA, sample_B1]
+            local_BA = all_BA - rank * len(h_SBH)
+            here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
+            h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B1] * here_BA[..., None]
+            return sum_parts(h_BAH) if whole else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
+
+        sample_B = batch["sample_index"]
+        if "dataset_id" in batch:  # in a blend each dataset counts its own samples
+            sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
+        return Anchors(sample_B, position, horizon, weight, x_1), pick
+
+    def _errors(
+        self, head: FlowHead, anchors: Anchors, h_BAH: Tensor, *, first_draw: int, averaged: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors, their weights and the times they belong to; shapes that broadcast to [B, A, K]."""
+        sfr, x_1 = self.options.sfr, anchors.x_1_BAD
+        x_0, t = draw_noise(anchors.sample_B, anchors.position_BA, anchors.horizon_BA, x_1.shape[-1], first_draw, sfr)
+        call: Any = head  # through the module: its hooks run
+        velocity = partial(call, horizon_BA=anchors.horizon_BA, averaged=averaged) if head.net is not None else None
+        error, weight = anchor_errors(velocity, h_BAH, x_1, anchors.weight_BA, x_0, t, sfr)
+        return error, weight, t[..., 0] if error.shape[1] == t.shape[1] else torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def _learn(self, head: FlowHead, batch: Batch, sums_2N: Tensor, split: bool, microbatches: int) -> None:
+        """After the last microbatch of a step: the gate's decision and the targets' statistics for the next one."""
+        state, targets = head.state, self.options.targets
+        if self.options.gate.sfr_gate != "none":
+            sums_2N = sum_over_tensor(sums_2N) if split else sums_2N
+            if (total := self.gate_sums.add(self.step, microbatches, sums_2N)) is not None:
+                gate, baseline = decide(total, state.baseline, self.options.gate)
+                state.gate.copy_(gate)
+                state.baseline.copy_(baseline)
+        if targets.sfr_target_scale == "whiten" and targets.sfr_whiten == "ema":
+            sample_B1 = torch.arange(len(batch["target"]), device=sums_2N.device)[:, None]
+            moments = batch_moments(batch["target"][sample_B1, batch["anchor_row"]], batch["anchor_weight"])
+            if (total := self.target_sums.add(self.step, microbatches, moments)) is not None:
+                found = running_statistics(
+                    total, state.target_mean, state.target_std, state.batches, targets.sfr_whiten_decay
+                )
+                for buffer, value in zip((state.target_mean, state.target_std, state.batches), found, strict=True):
+                    buffer.copy_(value)

@@ -1,0 +1,90 @@
+"""The layouts, resumes, phases and objectives that the distributed tests train: {processes: {name: flags}}."""
+
+TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+SP, VPP = "--sequence-parallel", ("--num-layers-per-virtual-pipeline-stage", "1")
+SHARDED_OPTIMIZER = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+RATIO = ("--sfr-weight-control", "ratio", "--train-iters", "4")
+LATE = ("--sfr-warmup", "detached", "--sfr-warmup-steps", "1")  # the average starts when the head has learnt for a step
+SMOOTH = ("--sfr-ema", "smooth", "--sfr-ema-decay", "0.5", *LATE)
+TEACHER = ("--sfr-ema", "teacher", "--sfr-ema-decay", "0.5", *LATE)
+GATE = ("--sfr-gate", "dynamic", "--sfr-gate-ratio", "1.01", "--sfr-gate-bins", "4")
+WHITEN = ("--sfr-target-scale", "whiten")
+WHITEN_EMA = (*WHITEN, "--sfr-whiten", "ema", "--sfr-whiten-decay", "0.5")
+TWO_HORIZONS = ("--train-data-path", "{two_horizons}")
+
+# Each trains on from the same checkpoint: {processes: {name: flags}}.
+LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"single": (), "micro-batch-4": ("--micro-batch-size", "4"), "recompute": RECOMPUTE},
+    2: {
+        "tp2": TP2,
+        "tp2-sp": (*TP2, SP),
+        "pp2": PP2,
+        "pp2-vpp": (*PP2, *VPP),
+        "dp2": (),
+        "dp2-sharded": (*SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
+    },
+    4: {
+        "tp2-pp2": (*TP2, *PP2),
+        "tp2-pp2-sp": (*TP2, *PP2, SP),
+        "tp2-dp2-sharded": (*TP2, *SHARDED_OPTIMIZER),
+    },
+}
+# Each runs 4 steps straight, and again with a stop after 2.
+RESUMES: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"resume-single": (), "resume-bf16": ("--bf16",)},
+    2: {
+        "resume-pp2": PP2,
+        "resume-dp2-buckets": ("--use-distributed-optimizer",),
+        "resume-dp2-sharded": SHARDED_OPTIMIZER,
+        "resume-smooth-bf16-sharded": (
+            "--bf16",
+            *SHARDED_OPTIMIZER,
+            "--overlap-grad-reduce",
+            "--overlap-param-gather",
+            *SMOOTH,
+        ),
+        "resume-smooth-bf16-dp2": ("--bf16", *SMOOTH),
+        "resume-teacher": (*PP2, *TEACHER, *GATE, "--sfr-target-scale", "whiten", "--sfr-whiten", "ema"),
+    },
+}
+# Every objective and kind of term in a few combinations; each with the layouts below against one process.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "gem": ("--objective", "gem", "--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),
+    "gem-logsigmoid": ("--objective", "gem", "--gem-h", "logsigmoid", "--gem-slope", "0.3", "--sfr-loss", "cosine"),
+    "sed": ("--objective", "sed", "--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
+    "dft": ("--objective", "dft", "--sfr-loss", "cka", "--sfr-weight", "0.001"),
+    "mse": ("--sfr-loss", "mse", "--sfr-weight-control", "ratio"),
+    "smooth": SMOOTH,
+    "teacher": (*TEACHER, "--sfr-weight-control", "ratio"),
+    "gate": ("--sfr-gate", "static", "--sfr-gate-threshold", "1e9", "--sfr-gate-bins", "4"),  # closed from step 2 on
+    "reference": ("--sfr-preset", "reference", "--sfr-head-width", "24", *LATE),
+    "layer": ("--sfr-layer", "4", "--sfr-anchors", "nearest", "--sfr-time-per", "sequence", *TWO_HORIZONS),
+    "mtp": ("--mtp-num-layers", "1", "--vocab-size", "512"),  # upstream's own loss counts padded columns: have none
+}
+OBJECTIVE_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"single": ()},
+    2: {
+        "tp2-sp": (*TP2, SP),
+        "dp2": ("--micro-batch-size", "4", *SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
+    },
+    4: {"tp4": ("--tensor-model-parallel-size", "4"), "tp2-pp2": (*TP2, *PP2), "tp2-pp2-sp": (*TP2, *PP2, SP)},
+}
+
+
+def has_layout(objective: str, layout: str) -> bool:
+    """Token objectives are cut in every way; terms in two that together hold TP, PP, SP, DP and micro-batches."""
+    if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
+        return layout in ("single", "dp2", "tp2-pp2")
+    token = objective in ("gem", "gem-logsigmoid", "sed", "dft")
+    return layout in (("single", "dp2", "tp2-sp", "tp4", "tp2-pp2") if token else ("single", "dp2", "tp2-pp2-sp"))
+
+
+# Single-process runs about phases; clipping would couple the backbone to the head's gradient norm.
+PHASES: dict[str, tuple[str, ...]] = {
+    "plain": ("--clip-grad", "0"),
+    "weight-0": ("--sfr", "--sfr-weight", "0", "--clip-grad", "0"),
+    "detached": ("--sfr", "--sfr-warmup", "detached", "--sfr-warmup-steps", "9", "--clip-grad", "0"),
+    "ramp-0": ("--sfr", "--sfr-ramp-steps", "3", "--clip-grad", "0"),
+    "head-only": ("--sfr", "--sfr-warmup-steps", "9", "--weight-decay", "0"),
+}

@@ -1,0 +1,64 @@
+"""Under torchrun: every objective on this rank's shard of seeded logits; RANK.pt has what came of it. argv: the folder.
+
+Letters: T tokens, V columns of the shard.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_sfr.objectives.token_loss import token_loss
+from megatron_sfr.objectives.vocab import Vocab
+from tests.objectives.token_cases import OBJECTIVES, labels, logits
+
+TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one column of padding, the fourth nothing else
+
+
+class Collectives(TorchDispatchMode):
+    """The names of the collectives that were called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def all_logits(grid: bool) -> torch.Tensor:
+    """The whole vocabulary's logits; what pads it is not a number."""
+    z_TV = logits(TOKENS, COLUMNS, seed=11, grid=grid)
+    z_TV[:, SIZE:] = torch.nan
+    return z_TV
+
+
+def run(name: str, grid: bool, vocab: Vocab, columns: slice) -> dict[str, Any]:
+    """Loss, cross-entropy and gradient on some columns of the logits, and the collectives of both passes."""
+    z_TV = all_logits(grid)[:, columns].clone().requires_grad_()
+    weight_T = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
+    with Collectives() as forward:
+        loss_T, cross_entropy_T = token_loss(z_TV, labels(TOKENS, SIZE, ignored=0.2), OBJECTIVES[name], vocab)
+    with Collectives() as backward:
+        (loss_T * weight_T).sum().backward()
+    found = {"loss": loss_T.detach(), "cross_entropy": cross_entropy_T, "gradient": z_TV.grad}
+    return found | {"forward": forward.names, "backward": backward.names}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, width = dist.get_rank(), COLUMNS // dist.get_world_size()
+    vocab = Vocab(SIZE, rank * width, dist.group.WORLD)
+    columns = slice(rank * width, (rank + 1) * width)
+    found = {(name, grid): run(name, grid, vocab, columns) for name in OBJECTIVES for grid in (False, True)}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

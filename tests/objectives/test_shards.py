@@ -1,0 +1,103 @@
+"""However the vocabulary is cut into shards, every objective is the same (G5, S5): in one process, and over real ranks.
+
+Letters: T tokens, V columns, R shards.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_sfr.kernels import plain
+from megatron_sfr.objectives.token_loss import TokenObjective
+from megatron_sfr.objectives.vocab import Vocab, combine
+from tests.distributed.launch import torchrun
+from tests.objectives import shard_program
+from tests.objectives.shard_program import COLUMNS, SIZE
+from tests.objectives.token_cases import OBJECTIVES, differentiated, labels, logits
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def in_shards(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, size: int, shards: int) -> tuple[Tensor, Tensor]:
+    """Loss and gradient by the kernels, each of which sees one shard; what lies between them sees sums alone."""
+    scan = objective.scan
+    blocks = [z_TV[:, columns].clone() for columns in torch.arange(z_TV.shape[1]).chunk(shards)]
+    starts = [sum(block.shape[1] for block in blocks[:r]) for r in range(len(blocks))]
+    z_y_T = z_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0] * (y_T >= 0)
+    stats, parts = [], []
+    for start, block_TV in zip(starts, blocks, strict=True):
+        vocab = Vocab(size, start)
+        real_TV = vocab.real(block_TV)
+        y_local_T = vocab.local(y_T, real_TV.shape[1])
+        parts.append((real_TV, y_local_T))
+        known = {"beta": scan.beta, "moments": scan.moments, "c": scan.c, "top_k": scan.top_k}
+        stats.append(plain.row_statistics(real_TV, y_local_T, z_y_T, **known))
+    rows = combine(torch.stack(stats), scan.beta)
+    closed = [torch.where(y_T >= 0, x, 0) for x in objective.close(rows)]
+    for real_TV, y_local_T in parts:
+        plain.write_gradient(real_TV, y_local_T, rows.m, z_y_T, *closed[1:], beta=scan.beta, c=scan.c)
+    return closed[0], torch.cat(blocks, dim=1)[:, :size]
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["all unlike", "many ties"])
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_g5_s5_shards_that_are_combined_are_the_whole(name: str, shards: int, grid: bool) -> None:
+    """Of 4 shards the last one holds nothing but padding."""
+    z_TV, y_T = shard_program.all_logits(grid), labels(shard_program.TOKENS, SIZE, ignored=0.2)
+    loss_T, _, g_TV = differentiated(z_TV[:, :SIZE], y_T, OBJECTIVES[name])
+    for x, there in zip(in_shards(z_TV, y_T, OBJECTIVES[name], SIZE, shards), (loss_T, g_TV), strict=True):
+        torch.testing.assert_close(x, there, **EXACT)
+
+
+@given(st.data())
+def test_g5_s5_for_any_cut(data: st.DataObject) -> None:
+    columns = data.draw(st.integers(1, 24))
+    size, shards = data.draw(st.integers(1, columns)), data.draw(st.integers(1, 9))
+    objective = OBJECTIVES[data.draw(st.sampled_from(list(OBJECTIVES)))]
+    seed, grid, scale = (
+        data.draw(st.integers(0, 999)),
+        data.draw(st.booleans()),
+        data.draw(st.sampled_from([1.0, 30.0])),
+    )
+    z_TV, y_T = logits(7, columns, seed=seed, grid=grid, scale=scale), labels(7, size, seed=seed, ignored=0.2)
+    loss_T, _, g_TV = differentiated(z_TV[:, :size], y_T, objective)
+    for x, there in zip(in_shards(z_TV, y_T, objective, size, shards), (loss_T, g_TV), strict=True):
+        torch.testing.assert_close(x, there, rtol=1e-11, atol=1e-11)  # at scale 30 exp magnifies the logits' rounding
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each rank of a real gloo group found."""
+    folder = tmp_path_factory.mktemp("shards")
+    torchrun(request.param, str(Path(shard_program.__file__)), str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("grid", [False, True], ids=["all unlike", "many ties"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_g5_s5_real_ranks_are_one_process(ranks: list[dict[Any, Any]], name: str, grid: bool) -> None:
+    whole = shard_program.run(name, grid, Vocab(SIZE), slice(0, COLUMNS))
+    for found in ranks:
+        for key in ("loss", "cross_entropy"):
+            torch.testing.assert_close(found[name, grid][key], whole[key], **EXACT)
+    g_TV = torch.cat([found[name, grid]["gradient"] for found in ranks], dim=1)
+    torch.testing.assert_close(g_TV, whole["gradient"], **EXACT)
+    assert (g_TV[:, SIZE:] == 0).all()
+    assert whole["forward"] == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_gather_a_call_and_none_backwards(ranks: list[dict[Any, Any]], name: str) -> None:
+    """One more for the logsigmoid, whose weights need the label's logit before the pass."""
+    gathers = 2 if name == "gem-logsigmoid" else 1
+    for found in ranks:
+        assert found[name, False]["forward"] == ["allgather_"] * gathers
+        assert found[name, False]["backward"] == []

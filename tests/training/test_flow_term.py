@@ -1,0 +1,202 @@
+"""The term of a microbatch: who learns from it, what its state does over steps, and that targets depend on neither."""
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
+from megatron_sfr.objectives.gate import GateOptions
+from megatron_sfr.objectives.sfr import SFROptions
+from megatron_sfr.objectives.targets import TargetOptions, scale_targets
+from megatron_sfr.training.flow_term import FlowTerm, Term, TermOptions
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+S, B, H, D, R = 7, 2, 8, 5, 3
+
+
+def make(**options: object) -> tuple[FlowTerm, FlowHead]:
+    """A term and its head, of which every parameter is random."""
+    kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
+    parts = [kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__}) for kind in kinds]
+    config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
+    network = options.get("sfr_loss") != "cka"
+    bins = parts[2].sfr_gate_bins
+    head = FlowHead(config, FlowHeadPlan(parts[3], dim=D, has_network=network, gate_bins=bins))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=g))
+    return FlowTerm(TermOptions(*parts)), head
+
+
+def make_batch(seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "anchor_position": torch.tensor([[0, 2, 3, 4, 5, 0], [1, 2, 4, 5, 6, 6]]),
+        "anchor_horizon": torch.zeros(B, 6, dtype=torch.int64),
+        "anchor_weight": torch.tensor([[1.0, 2, 1, 1, 1, 0], [3, 2, 1, 1, 0, 0]]),
+        "anchor_row": torch.tensor([[0, 1, 1, 2, 2, 0], [0, 1, 2, 2, 0, 0]]),
+        "target": torch.nn.functional.normalize(torch.randn(B, R, D, generator=g), dim=-1).half(),
+        "sample_index": torch.tensor([4, 9]),
+    }
+
+
+def states() -> Tensor:
+    return torch.randn(S, B, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def step(term: FlowTerm, head: FlowHead, h: Tensor, number: int = 0, *, detach: bool = False, first: int = 0) -> Term:
+    """One step of one microbatch, up to its backward pass."""
+    term.begin(head, number, first)
+    found = term(head, make_batch(number), h, detach=detach, sharded=False, microbatches=1)
+    if found.objective.requires_grad:
+        found.objective.backward()
+    return found
+
+
+@pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "cka"])
+def test_every_loss_reaches_the_states_of_anchors_that_weigh_and_no_others(loss: str) -> None:
+    term, head = make(sfr_loss=loss)
+    h = states()
+    found = step(term, head, h)
+    touched = {(s, b) for s, b in h.grad.abs().sum(-1).nonzero().tolist()}
+    assert touched == {(s, 0) for s in (0, 2, 3, 4, 5)} | {(s, 1) for s in (1, 2, 4, 5)}
+    assert found.weight.item() == 13
+    assert all(p.grad is not None for p in head.parameters() if loss == "flow")
+
+
+@pytest.mark.parametrize("ema", ["none", "smooth", "teacher"])
+def test_detached_states_get_no_gradient_and_the_head_does(ema: str) -> None:
+    term, head = make(sfr_ema=ema)
+    h = states()
+    step(term, head, h, detach=True, first=100)
+    assert h.grad is None
+    assert all(p.grad.any() for p in head.net.parameters())
+
+
+def test_a_teacher_moves_the_backbone_and_a_student_the_head() -> None:
+    term, head = make(sfr_ema="teacher")  # net and average are random, each by itself
+    plain, alone = make()
+    h, own = states(), states()
+    found, expected = step(term, head, h, first=100), step(plain, alone, own)
+    assert torch.equal(found.loss, expected.loss)  # what is logged is the student's
+    for p, q in zip(head.net.parameters(), alone.net.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert all(p.grad is None for p in head.ema.parameters())
+    assert not torch.allclose(h.grad, own.grad)
+    for p, mean in zip(alone.net.parameters(), head.ema.parameters(), strict=True):
+        p.data.copy_(mean)
+    taught = states()
+    step(plain, alone, taught, number=0)
+    torch.testing.assert_close(h.grad, taught.grad)
+
+
+def test_P11_the_average_starts_at_its_step_and_moves_once_a_step() -> None:
+    term, head = make(sfr_ema="teacher", sfr_ema_decay=0.5)
+    start = [p.clone() for p in head.ema.parameters()]
+
+    def learn() -> list[Tensor]:
+        with torch.no_grad():
+            for p in head.net.parameters():
+                p.add_(1.0)
+        return [p.clone() for p in head.net.parameters()]
+
+    for number in (0, 1):  # phase A
+        term.begin(head, number, 2)
+        assert all(torch.equal(a, b) for a, b in zip(start, head.ema.parameters(), strict=True))
+        stands = learn()
+    term.begin(head, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(stands, head.ema.parameters(), strict=True))
+    for p, mean in zip(head.net.parameters(), head.ema.parameters(), strict=True):
+        assert torch.equal(p, mean)  # phase A's learning is kept
+    learnt = learn()
+    for _ in range(3):  # three microbatches of one step
+        term.begin(head, 3, 2)
+    for p, mean, old, new in zip(head.net.parameters(), head.ema.parameters(), stands, learnt, strict=True):
+        torch.testing.assert_close(mean, (old + new) / 2)
+        assert torch.equal(p, new)
+    head.eval()
+    term.begin(head, 4, 2)
+    for mean, old, new in zip(head.ema.parameters(), stands, learnt, strict=True):
+        torch.testing.assert_close(mean, (old + new) / 2)
+
+
+@pytest.mark.parametrize("scale", ["l2", "sqrt_d", "whiten"])
+def test_P11_targets_do_not_depend_on_the_average_or_the_head(scale: str) -> None:
+    found = []
+    for ema in ("none", "smooth", "teacher"):
+        term, head = make(sfr_ema=ema, sfr_target_scale=scale)
+        for number in range(3):
+            step(term, head, states(), number)
+            with torch.no_grad():
+                for p in head.parameters():
+                    p.mul_(1.5)
+        found.append(term.anchors(head, make_batch(3), sharded=False)[0].x_1_BAD)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not found[0].requires_grad
+    batch, mean, std = make_batch(3), torch.zeros(D), torch.full((D,), D**-0.5)
+    expected = scale_targets(batch["target"], mean, std, TargetOptions(sfr_target_scale=scale))
+    for b in range(B):
+        assert torch.equal(found[0][b], expected[b, batch["anchor_row"][b]])
+
+
+def test_a_closed_gate_stops_the_gradient_at_h_and_nothing_else() -> None:
+    open_term, head = make(sfr_gate="static", sfr_gate_threshold=1e9, sfr_gate_bins=4)
+    h = states()
+    first = step(open_term, head, h, 0)
+    assert h.grad.any()
+    assert head.state.gate.item() == 0  # closed by this step, from the next one on
+    assert head.state.baseline.any()
+    head.zero_grad()
+    h.grad = None
+    second = step(open_term, head, h, 1)
+    assert not h.grad.any()
+    assert all(p.grad.any() for p in head.net.parameters())
+    plain, other = make()
+    torch.testing.assert_close(step(plain, other, states(), 1).loss, second.loss)
+    assert first.loss != second.loss
+
+
+def test_whitening_by_a_running_average_moves_after_a_steps_last_microbatch() -> None:
+    term, head = make(sfr_target_scale="whiten", sfr_whiten="ema", sfr_whiten_decay=0.5)
+    start = head.state.target_mean.clone()
+    seen, weights = [], []
+    for seed in (0, 1):
+        assert torch.equal(head.state.target_mean, start)
+        term.begin(head, 0, 0)
+        batch = make_batch(seed)
+        term(head, batch, states(), detach=False, sharded=False, microbatches=2)
+        for b in range(B):
+            seen.append(batch["target"][b, batch["anchor_row"][b]].double())
+            weights.append(batch["anchor_weight"][b].double())
+    x, w = torch.cat(seen), torch.cat(weights)
+    mean = w @ x / w.sum()
+    torch.testing.assert_close(head.state.target_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    spread = (w @ (x - mean).square() / w.sum()).sqrt()
+    torch.testing.assert_close(head.state.target_std.double(), spread, rtol=1e-5, atol=1e-6)
+    assert head.state.batches.item() == 1
+
+
+def test_evaluation_leaves_the_state_alone_and_gives_the_same_loss() -> None:
+    options = {"sfr_gate": "dynamic", "sfr_target_scale": "whiten", "sfr_whiten": "ema"}
+    term, head = make(**options)
+    before = {name: x.clone() for name, x in head.state_dict().items()}
+    head.eval()
+    with torch.no_grad():
+        found = step(term, head, states())
+    assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
+    term, head = make(**options)
+    assert torch.equal(step(term, head, states()).loss.detach(), found.loss)
+
+
+def test_two_measured_losses_differ_in_their_noise_alone() -> None:
+    for loss, equal in (("flow", False), ("mse", True), ("cosine", True)):
+        term, head = make(sfr_loss=loss)
+        h = states().detach()
+        term.begin(head, 0, 0)
+        one, other = (f(h) for f in term.losses(head, make_batch(), sharded=False, detach=False))
+        assert torch.equal(one, other) == equal
+        assert torch.equal(one, term(head, make_batch(), h, detach=True, sharded=False, microbatches=1).loss)
