@@ -21,6 +21,10 @@ def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor,
         seed: 64-bit key.
     Returns: four int64 tensors in [0, 2^32).
     """
+    if c[0].is_cuda:
+        from megatron_sfr.runtime import fused_philox  # needs Triton, which not every platform has
+
+        return fused_philox.philox(c, seed)
     c_0, c_1, c_2, c_3 = (x & MASK for x in c)
     k_0, k_1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):

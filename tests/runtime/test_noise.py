@@ -1,5 +1,10 @@
 """The random numbers are Philox's, have the right distributions, and depend on nothing but their key and counter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,3 +55,24 @@ def test_every_key_matters() -> None:
 
     others = [draw(seed=2), draw(s=3), draw(s=2 + 2**32), draw(p=4), draw(k=5), draw(stream=1), draw(seed=1 + 2**32)]
     assert not any(torch.equal(draw(), other) for other in others)
+
+
+def test_the_fused_philox_gives_the_same_words() -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(__file__).with_name("philox_in_triton.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["0"] * 5, done.stdout
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_noise() -> None:
+    keys = (torch.arange(3)[:, None], torch.arange(400), torch.tensor(2))
+    there = [x.cuda() for x in keys]
+    torch.testing.assert_close(uniform(7, *there, stream=1).cpu(), uniform(7, *keys, stream=1), rtol=0, atol=0)
+    # Sine, cosine and logarithm differ in their last bits.
+    torch.testing.assert_close(
+        normal(7, *there, 5, stream=0).cpu(), normal(7, *keys, 5, stream=0), rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,184 @@
+"""The two passes over the logits fused in Triton: each reads a row once, in 16-byte loads, one program a row.
+
+A row is cut into chunks of 16 bytes, and each lane keeps the sums of every 256th chunk relative to its own maximum: no
+lane waits for another until the row ends. So the traffic is the floor: 2 bytes a bf16 logit forward, 4 backward.
+Letters as in `plain`, the twin that says what is computed: T tokens, V real columns of the shard; L lanes, C columns.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# The arguments of a kernel are Triton's, whose types Python's annotations do not name.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_sfr.kernels import plain
+
+EMPTY = tl.constexpr(plain.EMPTY)
+LOG2E = tl.constexpr(1.4426950408889634)
+LANES = 256
+NUM_WARPS = 4  # of 32 threads: 2 lanes a thread, and rows enough on a multiprocessor to hide the wait for memory
+
+
+@triton.jit
+def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
+    """The lanes' (m, u, s, a, a_x) with a tile's columns added; k = log2(e) / beta, c in units of log2(e).
+
+    Where the maximum grows from m to m', with d = m - m': a_x is a moment about m, so a_x' = (a_x + d a) exp(d / beta).
+    """
+    m, u, s, a, a_x = sums
+    top_L = tl.maximum(m, tl.max(z_LC, 1))
+    d = m - top_L
+    x_LC = z_LC - top_L[:, None]
+    u = u * tl.exp2(d * LOG2E) + tl.sum(tl.exp2(x_LC * LOG2E), 1)
+    if MOMENTS:
+        r = tl.exp2(d * k)
+        e_LC = tl.exp2(x_LC * k)
+        s_before, s = s, s * r + tl.sum(e_LC, 1)
+        if HAS_C:
+            e_LC = e_LC / (1 + tl.exp2((z_y - z_LC) * c))
+            a_x = (a_x + d * a) * r
+            a = a * r + tl.sum(e_LC, 1)
+        else:
+            a_x = (a_x + d * s_before) * r
+        a_x += tl.sum(e_LC * tl.maximum(x_LC, EMPTY), 1)  # of z = -inf: 0 times a finite number
+    return top_L, u, s, a, a_x
+
+
+@triton.jit
+def _keep_largest(top_K, z_LC, K: tl.constexpr):
+    """The K largest of what was kept and of a tile, ties as often as they occur; slots not in use hold +inf."""
+    z_N = tl.reshape(z_LC, (z_LC.shape[0] * z_LC.shape[1],), can_reorder=True)
+    largest, place = tl.max(z_N, 0, return_indices=True)
+    smallest, slot = tl.min(top_K, 0, return_indices=True)
+    while largest > smallest:
+        top_K = tl.where(tl.arange(0, K) == slot, largest, top_K)
+        z_N = tl.where(tl.arange(0, z_N.shape[0]) == place, float("-inf"), z_N)
+        largest, place = tl.max(z_N, 0, return_indices=True)
+        smallest, slot = tl.min(top_K, 0, return_indices=True)
+    return top_K
+
+
+@triton.jit
+def _row_statistics(
+    z_ptr, y_ptr, z_y_ptr, stats_ptr, stride, V, k, c,
+    MOMENTS: tl.constexpr, HAS_C: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
+    L: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # T V can exceed 2^31
+    z_ptr += row * stride
+    stats_ptr += row * (6 + TOP_K)
+    z_y = 0.0
+    if HAS_C:
+        z_y = tl.load(z_y_ptr + row)
+    column_LC = tl.arange(0, L)[:, None] * C + tl.arange(0, C)[None, :]
+    nothing_L = tl.zeros((L,), tl.float32)
+    sums = (nothing_L + EMPTY, nothing_L, nothing_L, nothing_L, nothing_L)
+    top_K = tl.where(tl.arange(0, K) < TOP_K, EMPTY, float("inf"))
+    whole = V // (L * C) * (L * C)
+    for start in range(0, whole, L * C):  # without a mask, which would cut the loads of an odd V into single columns
+        z_LC = tl.load(z_ptr + (start + column_LC)).to(tl.float32)
+        sums = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
+        if TOP_K:
+            top_K = _keep_largest(top_K, z_LC, K)
+    z_LC = tl.load(z_ptr + (whole + column_LC), mask=whole + column_LC < V, other=float("-inf")).to(tl.float32)
+    m_L, u, s, a, a_x = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
+    m = tl.max(m_L, 0)
+    d = m_L - m
+    sum_u = tl.sum(u * tl.exp2(d * LOG2E), 0)
+    sum_s, sum_a, sum_a_x = sum_u, sum_u, 0.0
+    if MOMENTS:
+        if not HAS_C:
+            a = s
+        r = tl.exp2(d * k)
+        sum_s, sum_a, sum_a_x = tl.sum(s * r, 0), tl.sum(a * r, 0), tl.sum((a_x + d * a) * r, 0)
+    y = tl.load(y_ptr + row)
+    tl.store(stats_ptr, m)
+    tl.store(stats_ptr + 1, sum_u)
+    tl.store(stats_ptr + 2, sum_s)
+    tl.store(stats_ptr + 3, sum_a)
+    tl.store(stats_ptr + 4, sum_a_x)
+    own = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(tl.float32)
+    tl.store(stats_ptr + 5, tl.where(y >= 0, own, EMPTY))
+    if TOP_K:
+        top_K = _keep_largest(top_K, z_LC, K)
+        top_K = tl.sort(tl.where(tl.arange(0, K) < TOP_K, top_K, float("-inf")), descending=True)
+        tl.store(stats_ptr + 6 + tl.arange(0, K), top_K, mask=tl.arange(0, K) < TOP_K)
+
+
+@triton.jit
+def _write_tile(z_ptr, column, y, m, z_y, scale, spike, k, c, mask, HAS_C: tl.constexpr):
+    z = tl.load(z_ptr + column, mask=mask).to(tl.float32)
+    g = scale * tl.exp2((z - m) * k)
+    if HAS_C:
+        g = g / (1 + tl.exp2((z_y - z) * c))
+    g = tl.where(column == y, g - spike, g)
+    tl.store(z_ptr + column, g.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_gradient(
+    z_ptr, y_ptr, m_ptr, z_y_ptr, scale_ptr, spike_ptr, stride, V, k, c,
+    HAS_C: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride
+    scale, spike = tl.load(scale_ptr + row), tl.load(spike_ptr + row)
+    y, m = tl.load(y_ptr + row), tl.load(m_ptr + row)
+    z_y = 0.0
+    if HAS_C:
+        z_y = tl.load(z_y_ptr + row)
+    column = tl.arange(0, L * C)
+    whole = V // (L * C) * (L * C)
+    if (scale != 0) | (spike != 0):
+        for start in range(0, whole, L * C):
+            _write_tile(z_ptr, start + column, y, m, z_y, scale, spike, k, c, None, HAS_C)
+        _write_tile(z_ptr, whole + column, y, m, z_y, scale, spike, k, c, whole + column < V, HAS_C)
+    else:  # an ignored token: nothing is read
+        zero = tl.zeros((L * C,), z_ptr.dtype.element_ty)
+        for start in range(0, whole, L * C):
+            tl.store(z_ptr + (start + column), zero)
+        tl.store(z_ptr + (whole + column), zero, mask=whole + column < V)
+
+
+def row_statistics(
+    z_TV: Tensor, y_T: Tensor, z_y_T: Tensor, *, beta: float, moments: bool, c: float, top_k: int
+) -> Tensor:
+    """What `plain.row_statistics` says; bf16, fp16 or fp32 logits, sums in fp32. float64 is left to the twin."""
+    T, V = z_TV.shape
+    if z_TV.dtype == torch.float64 or V == 0:
+        return plain.row_statistics(z_TV, y_T, z_y_T, beta=beta, moments=moments, c=c, top_k=top_k)
+    stats_TN = torch.empty(T, 6 + top_k, dtype=torch.float32, device=z_TV.device)
+    if T:
+        _row_statistics[(T,)](
+            *(z_TV, y_T.contiguous(), z_y_T.contiguous(), stats_TN, _row_stride(z_TV), V),
+            *(float(LOG2E.value / beta), float(LOG2E.value * c)),
+            MOMENTS=moments, HAS_C=moments and c > 0, TOP_K=top_k, K=triton.next_power_of_2(max(top_k, 1)),
+            **_tile(z_TV),
+        )  # fmt: skip
+    return stats_TN
+
+
+def write_gradient(
+    z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
+) -> None:
+    """What `plain.write_gradient` says; bf16, fp16 or fp32 logits, each gradient rounded once. float64 as above."""
+    T, V = z_TV.shape
+    if z_TV.dtype == torch.float64 or V == 0:
+        plain.write_gradient(z_TV, y_T, m_T, z_y_T, scale_T, spike_T, beta=beta, c=c)
+    elif T:
+        known = (x.contiguous() for x in (y_T, m_T, z_y_T, scale_T, spike_T))
+        _write_gradient[(T,)](
+            *(z_TV, *known, _row_stride(z_TV), V, float(LOG2E.value / beta), float(LOG2E.value * c)),
+            HAS_C=c > 0, **_tile(z_TV),
+        )  # fmt: skip
+
+
+def _row_stride(z_TV: Tensor) -> int:
+    if z_TV.shape[1] > 1 and z_TV.stride(1) != 1:
+        raise ValueError(f"logits with strides {z_TV.stride()}: the columns of a row must lie side by side")
+    return z_TV.stride(0)
+
+
+def _tile(z_TV: Tensor) -> dict[str, int]:
+    return {"L": LANES, "C": 16 // z_TV.element_size(), "num_warps": NUM_WARPS}

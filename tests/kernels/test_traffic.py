@@ -1,0 +1,55 @@
+"""The plain passes move at most 20 bytes a bf16 logit through memory and need at most 2 more; the counter counts."""
+
+import pytest
+import torch
+
+from megatron_sfr.objectives.token_loss import token_loss
+from megatron_sfr.objectives.vocab import Vocab
+from tests.kernels.through import OBJECTIVES
+from tools.traffic import Traffic
+
+T, V = 256, 16384  # 8 MiB of logits in bf16, against blocks of 1 MiB
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_plain_passes_stay_within_the_target(name: str) -> None:
+    z_TV = torch.randn(T, V, dtype=torch.bfloat16, requires_grad=True)
+    y_T = torch.arange(T)
+    with Traffic(z_TV) as traffic:
+        loss_T, _ = token_loss(z_TV, y_T, OBJECTIVES[name], Vocab(V), overwrite=True)
+        torch.autograd.grad(loss_T.sum(), z_TV)
+    assert 6 <= traffic.memory / z_TV.numel() <= 20
+    assert traffic.peak / z_TV.numel() <= 2
+
+
+def test_the_counter_on_operations_whose_bytes_are_known() -> None:
+    z = torch.randn(64, 100)
+    numel, index = z.numel(), torch.zeros(64, 1, dtype=torch.int64)
+    cases = {
+        "views move nothing": (lambda: z.view(-1)[:10].t(), 0),
+        "a copy reads and writes": (lambda: z + 1, 8 * numel),
+        "in place too": (lambda: z.mul_(2), 8 * numel),
+        "filling only writes": (lambda: z.zero_(), 4 * numel),
+        "empty memory is not written": (lambda: torch.empty_like(z), 0),
+        "only the kind is read": (lambda: torch.zeros_like(z), 4 * numel),
+        "a gather touches a column": (lambda: z.gather(1, index), 4 * 64),
+        "a scatter reads and writes a column": (lambda: z.scatter_add_(1, index, torch.ones(64, 1)), 8 * 64),
+        "rows are filled": (lambda: z.index_fill_(0, torch.tensor([1, 2]), 0), 4 * 200),
+        "a broadcast row is read once": (lambda: z.copy_(torch.ones(1).expand(64, 100)), 4 * numel),
+        "out= is written": (lambda: torch.exp(z, out=z), 8 * numel),
+    }
+    for name, (operation, wanted) in cases.items():
+        with Traffic(z) as traffic:
+            operation()
+        assert traffic.memory == wanted, name
+
+
+def test_the_counter_knows_the_peak() -> None:
+    z = torch.randn(64, 100)
+    with Traffic(z) as traffic:
+        a = z + 1
+        b = a + 1
+        del a
+        b = b + 1
+        del b
+    assert (traffic.peak, traffic.live) == (2 * z.numel() * 4, 0)
