@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "prepare", "embed", "train", "convert", "generate", "evaluate", "doctor")
+COMMANDS = ("demo", "prepare", "embed", "calibrate-sed", "train", "convert", "generate", "evaluate", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-sfr", description="Train language models that stay diverse.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"megatron_sfr.commands.{name}")
+        module = importlib.import_module(f"megatron_sfr.commands.{name.replace('-', '_')}")
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,

@@ -1,0 +1,58 @@
+"""Find SED-SFT's threshold for a wanted share of exempt tokens, and print it as lines of a recipe.
+
+A token is exempt where the model's k largest probabilities already sum to the threshold or more: it is trained by plain
+cross-entropy. The authors' script counts all tokens of 100 conversations, prompts included, and exempts 0.7 of them;
+here only supervised tokens count, since they alone are trained on, unless --tokens all says otherwise. Calibrate with
+the model that training starts from.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of the Hugging Face model")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
+    parser.add_argument(
+        "--top-k", type=int, default=10, help="probabilities that are summed; the loss's sed_top_k (%(default)s)"
+    )
+    parser.add_argument("--exempt", type=float, default=0.7, metavar="SHARE", help="of the tokens (%(default)s)")
+    parser.add_argument("--samples", type=int, default=100, help="the first so many conversations (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations at a time (%(default)s)")
+    parser.add_argument(
+        "--tokens",
+        choices=["supervised", "all"],
+        default="supervised",
+        help="which count: those that are trained on, or prompts too, as the authors do (%(default)s)",
+    )
+    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.evaluation.calibration import CalibrationOptions, threshold, top_masses
+    from megatron_sfr.evaluation.sampling import load_model
+
+    options = CalibrationOptions(
+        top_k=args.top_k,
+        exempt=args.exempt,
+        samples=args.samples,
+        batch_size=args.batch_size,
+        tokens=args.tokens,
+    )
+    data = PreparedData.open(args.data)
+    model = load_model(str(args.model), args.model, device=args.device, dtype=args.dtype)
+    p_n = top_masses(model, data, options)
+    found = threshold(p_n, options.exempt)
+    quartiles = " ".join(f"{q:.4f}" for q in np.quantile(p_n.numpy(), (0.25, 0.5, 0.75)))
+    counted = "supervised tokens" if options.tokens == "supervised" else "tokens, prompts included,"
+    print(f"# P_{options.top_k} by {args.model} on {args.data}")
+    print(f"# {found.n:,} {counted} of {min(options.samples, len(data)):,} conversations; quartiles {quartiles}")
+    print(f"# P_{options.top_k} >= {found.tau} exempts {found.exempt:,} of them: {found.share:.4f}")
+    if abs(found.share - options.exempt) > 1 / found.n:
+        print(f"# no threshold is nearer to {options.exempt}: {found.tied:,} tokens have the same P_{options.top_k}")
+    print(f"objective: sed\nsed_top_k: {options.top_k}\nsed_threshold: {found.tau}")
+    return 0
