@@ -42,18 +42,14 @@ def command(recipe: Path, nproc: int, flags: Sequence[str]) -> list[str]:
 
 def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     """The run's folder and size from recipe and flags, without importing Megatron. ValueError where one is missing."""
-    if not recipe.is_file():
-        raise ValueError(f"{recipe}: no such recipe")
-    try:
-        keys = {str(k).replace("-", "_"): v for k, v in (yaml.safe_load(recipe.read_text(encoding="utf-8"))).items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{recipe}: not a YAML mapping of flag names to values") from error
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
     for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}")
-    given = {k: v for k, v in vars(parser.parse_known_args(list(flags))[0]).items() if v is not None}
-    keys |= given
+    given = vars(parser.parse_known_args(list(flags))[0])
+    keys = {key: value for path in (recipe, *given.pop("recipe")) for key, value in _mapping(path).items()}
+    keys |= {key: value for key, value in given.items() if value is not None}
     keys.setdefault("global_batch_size", keys.get("micro_batch_size"))
     for name in names:
         if keys.get(name) is None:
@@ -62,6 +58,15 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
             )
     tokens = int(keys["global_batch_size"]) * int(keys["seq_length"])
     return Run(Path(str(keys["save"])), int(keys["train_iters"]), tokens)
+
+
+def _mapping(recipe: Path) -> dict[str, Any]:
+    if not recipe.is_file():
+        raise ValueError(f"{recipe}: no such recipe")
+    try:
+        return {str(k).replace("-", "_"): v for k, v in (yaml.safe_load(recipe.read_text(encoding="utf-8"))).items()}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{recipe}: not a YAML mapping of flag names to values") from error
 
 
 def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool = False, title: str = "train") -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megatron-sfr train`; whatever is not listed here goes to Megatron."""
-    parser.add_argument("recipe", type=Path, help="YAML file of Megatron's flag names and ours")
+    parser.add_argument("recipe", type=Path, help="YAML file of Megatron's flag names and ours (--recipe adds more)")
     parser.add_argument("--nproc", type=int, default=1, help="processes to start (default 1)")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's output instead of a progress bar")
     parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and stop")

@@ -1,0 +1,29 @@
+"""Each option of ours is explained, and is in a recipe that someone can run."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from megatron_sfr.config import PARTS, PRESETS, Parser
+
+ROOT = Path(__file__).resolve().parents[2]
+# What no recipe should say: where a machine's peculiarities are named, or a store other than the usual one.
+NOT_IN_RECIPES = {"sfr_backend", "sfr_target_store", "sfr_target_dim"}
+
+
+def options() -> set[str]:
+    return {field.name for part in PARTS for field in fields(part)}
+
+
+def test_every_option_has_a_help_text() -> None:
+    actions = {action.dest: action for action in Parser()._actions}
+    assert [name for name in options() if len(actions[name].help or "") < 20] == []
+
+
+def test_every_option_is_in_a_recipe() -> None:
+    recipes = [*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "megatron_sfr/demo/recipes").glob("*.yaml")]
+    used = {key for path in recipes for key in yaml.safe_load(re.sub(r"\b[A-Z_]{4,}\b", "1", path.read_text()))}
+    used |= {key.replace("-", "_") for preset in PRESETS.values() for key in preset}
+    assert options() - used - NOT_IN_RECIPES == set()
