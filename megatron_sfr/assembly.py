@@ -29,6 +29,7 @@ from megatron_sfr.training.step import ForwardStep
 def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
     """The model to build. With --sfr opens the target stores, to learn what they hold."""
     config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
+    config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
     if backend == "cpu":
         adapt_config_to_cpu(config.transformer)
     if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:

@@ -176,6 +176,8 @@ def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
         if action.nargs == 0 and getattr(action, "const", None) != value:
             continue  # of several switches for one argument, the one that sets this value
         value = value.name if isinstance(value, enum.Enum) else value
+        if isinstance(value, tuple):  # upstream's --window-size is one word
+            value = ",".join(str(x) for x in value)
         name = action.option_strings[0].removeprefix("--").replace("-", "_")
         recipe[name] = True if action.nargs == 0 else value
     return recipe

@@ -1,9 +1,12 @@
 """The families that can be converted: one line each."""
 
-from megatron_sfr.hf import qwen3
+from megatron_sfr.hf import llama, mistral, qwen2, qwen3
 from megatron_sfr.hf.rows import Config, Family
 
 FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": mistral.FAMILY,
+    "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
 }
 

@@ -26,8 +26,24 @@ COMPARED = {
     "norm_epsilon": "layernorm_epsilon",
     "position_embedding_type": "position_embedding_type",
     "rotary_base": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "rotary_interleaved": "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling": "use_rope_scaling",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "window_size": "window_size",
+    "window_attn_skip_freq": "window_attn_skip_freq",
 }
 """Flags that change what a model computes but no shape of its weights, and where Megatron's arguments keep them."""
+UNSAID: dict[str, object] = {
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+}
+"""What a family means that does not name the flag: whole heads turned, unscaled; attention to everything before."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +106,16 @@ class StoredModel:
 
 
 def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
-    arguments = checkpoint.arguments()
+    arguments, wanted = checkpoint.arguments(), UNSAID | flags
     for flag, name in COMPARED.items():
-        if flag in flags and name in arguments and arguments[name] != flags[flag]:
+        if flag not in wanted or name not in arguments:
+            continue
+        found = arguments[name]
+        if isinstance(found, tuple):  # the flag's own form, as in a recipe
+            found = ",".join(str(x) for x in found)
+        if found != wanted[flag]:
             raise ValueError(
-                f"{checkpoint.folder}: trained with {flag} {arguments[name]}, but the config means {flags[flag]}: "
+                f"{checkpoint.folder}: trained with {flag} {found}, but the config means {wanted[flag]}: "
                 "the exported model would not compute what was trained"
             )
 

@@ -127,6 +127,12 @@ def _causal_mask(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
+@functools.lru_cache(maxsize=32)
+def _window_mask(queries: int, keys: int, window_size: tuple[int, int]) -> torch.Tensor:
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    return ~seen.triu(keys - queries - window_size[0]).tril(keys - queries + window_size[1])
+
+
 def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
@@ -210,6 +216,12 @@ MEGATRON_ROWS = (
         "megatron.core.fusions.fused_softmax",
         "get_default_causal_mask",
         _causal_mask,
+        "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
+    ),
+    Row(
+        "megatron.core.fusions.fused_softmax",
+        "get_sliding_window_causal_mask",
+        _window_mask,
         "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
     ),
     Row(

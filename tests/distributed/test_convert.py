@@ -12,7 +12,7 @@ from megatron_sfr.hf.folder import Weights, read_config
 from megatron_sfr.hf.importer import import_hf
 from tests.distributed.launch import train_many
 from tests.distributed.tiny import recipe, write_prepared
-from tests.hf.models import save_model
+from tests.hf.models import LLAMA3, save_model
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
@@ -23,6 +23,8 @@ MODELS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "tied bf16": {"tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "Qwen2, tied": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True},
+    "Llama 3": {"architecture": "LlamaForCausalLM", "rope_parameters": LLAMA3},
 }
 RUNS = {  # name: model, layout of four processes, whether a head is trained beside it
     "TP2 PP2": ("untied", TP2 | PP2 | HEAD),
@@ -30,6 +32,8 @@ RUNS = {  # name: model, layout of four processes, whether a head is trained bes
     "VPP DP2, distributed optimizer": ("untied", VPP | DISTRIBUTED | HEAD),
     "TP2 PP2, tied": ("tied", TP2 | PP2 | HEAD),
     "TP2 DP2, tied, bf16, distributed optimizer": ("tied bf16", TP2 | DISTRIBUTED | NO_HEAD | {"bf16": True}),
+    "TP2 PP2, Qwen2, tied": ("Qwen2, tied", TP2 | PP2 | HEAD),
+    "TP2 PP2, Llama 3": ("Llama 3", TP2 | PP2 | HEAD),
 }
 
 
@@ -45,7 +49,8 @@ def saved(tmp_path_factory) -> Path:
     for i, (run, (model, layout)) in enumerate(RUNS.items()):
         start = {"load": str(folder / model / "megatron"), "finetune": True, "exit_on_missing_checkpoint": True}
         step = {"train_iters": 1, "lr": 0.0, "seq_length": 80, "save": str(folder / run)}
-        flags = recipe(prepared) | megatron_flags(read_config(folder / model / "hf")) | start | step | layout
+        shape = {"qk_layernorm": False} | megatron_flags(read_config(folder / model / "hf"))
+        flags = recipe(prepared) | shape | start | step | layout
         (folder / f"{i}.yaml").write_text(yaml.safe_dump(flags))
         lists.append(["--recipe", str(folder / f"{i}.yaml")])
     train_many(4, lists, folder)
@@ -77,3 +82,7 @@ def test_an_export_for_another_config_is_refused(saved):
     (like / "config.json").write_text(config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
     with pytest.raises(ValueError, match="trained with norm_epsilon 1e-05, but the config means 1e-06"):
         export_hf(saved / "TP2 PP2", saved / "refused", like=like, progress=False)
+    config = (saved / "Llama 3" / "hf" / "config.json").read_text()
+    (like / "config.json").write_text(config.replace('"factor": 32.0', '"factor": 8.0'))
+    with pytest.raises(ValueError, match="trained with rope_scaling_factor 32.0, but the config means 8.0"):
+        export_hf(saved / "TP2 PP2, Llama 3", saved / "refused", like=like, progress=False)

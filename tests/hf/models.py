@@ -6,22 +6,44 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-TINY: dict[str, dict[str, Any]] = {
-    "Qwen3ForCausalLM": {
-        "model_type": "qwen3",
-        "vocab_size": 503,
-        "hidden_size": 36,
-        "intermediate_size": 44,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "max_position_embeddings": 96,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-        "initializer_range": 0.2,
-    },
+SHARED: dict[str, Any] = {
+    "vocab_size": 503,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    "initializer_range": 0.2,
 }
+TINY: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": SHARED | {"model_type": "llama", "head_dim": 10},
+    "MistralForCausalLM": SHARED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
+    "Qwen2ForCausalLM": SHARED | {"model_type": "qwen2"},  # heads of 36 / 6
+    "Qwen3ForCausalLM": SHARED | {"model_type": "qwen3", "head_dim": 10},
+}
+LLAMA3 = {  # of Llama 3.2; at the tiny model's base it leaves, blends and divides some frequency each
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3's frequencies": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "Mistral 0.1's window": ("MistralForCausalLM", {"sliding_window": 17}),
+    "every head its own group": ("LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": None}),
+    "one group": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
+}
+"""What a config of a family may say besides."""
+CASES = {
+    **{f"{x}, tied: {tied}": (x, {"tie_word_embeddings": tied}) for x in TINY for tied in (False, True)},
+    **VARIANTS,
+}
+"""Every kind of model: its architecture, and what its config changes."""
 
 
 def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from megatron_sfr.cli import main
-from megatron_sfr.hf.families import megatron_flags
+from megatron_sfr.hf.families import FAMILIES, megatron_flags
 from megatron_sfr.hf.folder import read_config
-from tests.hf.models import save_model
+from tests.hf.models import CASES, save_model, tiny_config
 
 
 def convert(*words) -> int:
@@ -35,6 +35,15 @@ def test_there_and_back(untied, tmp_path, capsys):
     assert "0 rows of vocabulary padding cut off\nleft behind: nothing" in said.out
     assert "largest difference 0\n" in said.out
     assert "export: 100%" in said.err
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family_there_and_back(tmp_path, capsys, architecture):
+    hf = save_model(tmp_path / "hf", architecture)
+    assert convert("import", "--hf", hf, "--output", tmp_path / "megatron", "--check") == 0
+    export = ("export", "--checkpoint", tmp_path / "megatron", "--like", hf, "--output", tmp_path / "back")
+    assert convert(*export, "--check", hf) == 0
+    assert "largest difference 0\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_one_line(untied, tmp_path, capsys):
@@ -68,6 +77,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(imported, untied, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recipe_is_yaml_of_the_flags(untied, capsys):
-    assert convert("recipe", "--hf", untied) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == megatron_flags(read_config(untied))
+@pytest.mark.parametrize("case", CASES)
+def test_recipe_is_yaml_of_the_flags(tmp_path, capsys, case):
+    architecture, changes = CASES[case]
+    tiny_config(architecture, architectures=[architecture], **changes).save_pretrained(tmp_path)
+    assert convert("recipe", "--hf", tmp_path) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == megatron_flags(read_config(tmp_path))

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
 from megatron_sfr.hf.exporter import export_hf
 from megatron_sfr.hf.folder import CONFIG, INDEX, Weights
+from megatron_sfr.hf.importer import import_hf
+from tests.hf.models import CASES, save_model
 
 
 def rewrite(source, target, *, without=(), add=None, objects=None, pad=0):
@@ -155,6 +157,51 @@ def test_config_of_another_shape(release, untied, tmp_path, values, match):
 def test_config_that_would_compute_something_else(release, untied, tmp_path):
     trained = rewrite(release, tmp_path / "iter_1", objects={COMMON: {"args": argparse.Namespace(rotary_base=10000)}})
     refused(trained, untied, tmp_path, "trained with rotary_base 10000, but the config means 50000")
+
+
+LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+SCALED = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+
+
+@pytest.mark.parametrize(
+    ("case", "trained", "match"),
+    [
+        ("Llama 3's frequencies", SCALED | {"use_rope_scaling": False}, "use_rope_scaling False, .* means True"),
+        ("Llama 3's frequencies", SCALED | {"rope_scaling_factor": 8.0}, r"rope_scaling_factor 8\.0, .* means 32\.0"),
+        ("Llama 3's frequencies", SCALED, None),
+        (f"{LLAMA}, tied: False", SCALED, "use_rope_scaling True, .* means False"),
+        (f"{LLAMA}, tied: False", {"use_rope_scaling": False, "rope_scaling_factor": 8.0, "window_size": None}, None),
+        (f"{LLAMA}, tied: False", {"rotary_percent": 0.5}, r"rotary_percent 0\.5, .* means 1\.0"),
+        (f"{LLAMA}, tied: False", {"rotary_seq_len_interpolation_factor": 2}, "interpolation_factor 2, .* means None"),
+        (f"{QWEN2}, tied: False", {"window_size": (16, 0)}, "window_size 16,0, .* means None"),
+        ("Mistral 0.1's window", {"window_size": (16, 0)}, None),
+        ("Mistral 0.1's window", {"window_size": (17, 0)}, "window_size 17,0, .* means 16,0"),
+        ("Mistral 0.1's window", {"window_size": None}, "window_size None, .* means 16,0"),
+        ("Mistral 0.1's window", {"window_size": (16, 0), "window_attn_skip_freq": 2}, "window_attn_skip_freq 2"),
+    ],
+)
+def test_what_no_shape_shows_is_in_the_arguments(tmp_path, case, trained, match):
+    architecture, changes = CASES[case]
+    hf = save_model(tmp_path / "hf", architecture, **changes)
+    import_hf(hf, tmp_path / "megatron", progress=False)
+    common = {COMMON: {"args": argparse.Namespace(**trained)}}
+    checkpoint = rewrite(tmp_path / "megatron" / "release", tmp_path / "iter_1", objects=common)
+    if match:
+        refused(checkpoint, hf, tmp_path, match)
+    else:
+        assert exported(checkpoint, tmp_path / "out", hf).tensors == len(Weights(hf).files)
+
+
+def test_a_bias_is_in_the_names(tmp_path):
+    """Qwen2 without its bias would be Llama, in the same shapes."""
+    name = r"decoder\.layers\.self_attention\.linear_qkv\.bias"
+    for like, other, match in (
+        (LLAMA, QWEN2, f"cannot be named in Hugging Face's terms: {name}"),
+        (QWEN2, LLAMA, f"missing {name}"),
+    ):
+        hf, wrong = (save_model(tmp_path / like / x, x, head_dim=6) for x in (other, like))
+        import_hf(hf, tmp_path / like / "megatron", progress=False)
+        refused(tmp_path / like / "megatron", wrong, tmp_path, match)
 
 
 def test_dtype_is_the_checkpoints_unless_asked_for(imported, untied, tmp_path):

@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from megatron_sfr.hf import importer
 from megatron_sfr.hf.checkpoint import TRACKER, Checkpoint, find_checkpoint
 from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import FAMILIES
 from megatron_sfr.hf.folder import SINGLE, Weights
 from megatron_sfr.hf.importer import import_hf
-from tests.hf.models import save_model
+from tests.hf.models import CASES, save_model
 
 
 def same_bits(a, b):
@@ -23,11 +22,11 @@ def same_bits(a, b):
         assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [False, True])
-def test_round_trip_is_bit_equal(tmp_path, architecture, dtype, tied):
-    source = save_model(tmp_path / "hf", architecture, dtype=dtype, tie_word_embeddings=tied, max_shard_size="100KB")
+def test_round_trip_is_bit_equal(tmp_path, case, dtype):
+    architecture, changes = CASES[case]
+    source = save_model(tmp_path / "hf", architecture, dtype=dtype, max_shard_size="100KB", **changes)
     report = import_hf(source, tmp_path / "megatron", check=True, progress=False)
     assert (report.dtypes, report.checked) == ((dtype,), True)
     export_hf(tmp_path / "megatron", tmp_path / "back", like=source, progress=False)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sfr.hf.families import FAMILIES, megatron_flags
+from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
 from megatron_sfr.hf.importer import import_hf
 from tests.distributed.launch import torchrun
-from tests.hf.models import save_model
+from tests.hf.models import CASES, VARIANTS, save_model
 
 RUN = {
     "seq_length": 96,
@@ -25,24 +25,38 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    """Upstream's and transformers' logits [3, 90, 503] of every case, from one start of upstream."""
+    folder, jobs, wanted = tmp_path_factory.mktemp("logits"), [], {}
+    tokens = torch.randint(503, (3, 90), generator=torch.Generator().manual_seed(1))
+    for name, (architecture, changes) in CASES.items():
+        case = folder / name
+        save_model(case / "hf", architecture, **changes)
+        import_hf(case / "hf", case / "megatron", progress=False)
+        recipe = megatron_flags(read_config(case / "hf")) | RUN | {"load": str(case / "megatron")}
+        (case / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        torch.save(tokens, case / "logits.pt")
+        jobs.append((["--recipe", str(case / "recipe.yaml")], str(case / "logits.pt")))
+        with torch.no_grad():
+            wanted[name] = AutoModelForCausalLM.from_pretrained(case / "hf")(tokens).logits
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    torchrun(1, str(Path(__file__).with_name("megatron_logits.py")), str(folder / "jobs.json"))
+    return {name: (torch.load(folder / name / "logits.pt"), wanted[name]) for name in CASES}
+
+
 @pytest.mark.distributed
-def test_megatron_computes_the_logits_of_transformers(tmp_path):
-    """fp32, one process, every family, tied and not; sizes that divide nothing. Layouts: tests/distributed."""
-    tokens, jobs, wanted = torch.randint(503, (3, 90), generator=torch.Generator().manual_seed(1)), [], {}
-    for architecture in FAMILIES:
-        for tied in (False, True):
-            folder = tmp_path / f"{architecture}-{tied}"
-            save_model(folder / "hf", architecture, tie_word_embeddings=tied)
-            import_hf(folder / "hf", folder / "megatron", progress=False)
-            recipe = megatron_flags(read_config(folder / "hf")) | RUN | {"load": str(folder / "megatron")}
-            (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-            torch.save(tokens, folder / "logits.pt")
-            jobs.append((["--recipe", str(folder / "recipe.yaml")], str(folder / "logits.pt")))
-            with torch.no_grad():
-                wanted[folder / "logits.pt"] = AutoModelForCausalLM.from_pretrained(folder / "hf")(tokens).logits
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(1, str(Path(__file__).with_name("megatron_logits.py")), str(tmp_path / "jobs.json"))
-    for file, logits in wanted.items():
-        found = torch.load(file)
-        assert found.shape[-1] == 512  # 503, padded to a multiple of 128
-        assert (found[..., :503] - logits).abs().max() <= 1e-5 * logits.abs().max()
+@pytest.mark.parametrize("case", CASES)
+def test_megatron_computes_the_logits_of_transformers(logits, case):
+    """fp32, one process, sizes that divide nothing. Layouts: tests/distributed. Not exercised: Transformer Engine."""
+    found, wanted = logits[case]
+    assert found.shape[-1] == 512  # 503, padded to a multiple of 128
+    assert (found[..., :503] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["Llama 3's frequencies", "Mistral 0.1's window"])
+def test_what_no_shape_shows_moves_the_logits(logits, case):
+    """The same weights without scaling or window compute something else: the test above would see them left out."""
+    (_, changed), (_, plain) = logits[case], logits[f"{VARIANTS[case][0]}, tied: False"]
+    assert (changed - plain).abs().max() > 1e-3 * plain.abs().max()

@@ -60,6 +60,15 @@ def test_cuda_is_read_as_cpu_inside_the_mode_only() -> None:
     assert torch.ones(1).type() == "torch.FloatTensor"
 
 
+@pytest.mark.parametrize("window", [(0, 0), (3, 0), (20, 0)])
+def test_the_mask_of_a_window_is_upstreams(window: tuple[int, int]) -> None:
+    from megatron.core.transformer.utils import get_sliding_window_causal_mask
+
+    with cpu.CudaMeansCpu():
+        wanted = get_sliding_window_causal_mask(7, 7, window)
+    assert torch.equal(cpu._window_mask(7, 7, window), wanted)
+
+
 def test_changes_and_refusals_name_arguments_that_exist() -> None:
     from megatron_sfr.config import Parser
 

@@ -1,0 +1,140 @@
+"""The dense decoder that the families share: norm before each block, rotary positions, SiLU-gated MLP; rows and flags.
+
+A family's own file says what it adds and what else it refuses. Transformer Engine's layer spec and the local one write
+the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_*` and `linear_fc1.layer_norm_*`.
+"""
+
+from collections.abc import Sequence
+
+from megatron_sfr.hf.rows import QKV, Config, Dimensions, Direct, GatedMLP, Row, need
+
+M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
+"""Prefixes of a layer's names in Megatron and in Hugging Face."""
+
+_EMBEDDING = Direct(
+    "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), 0, padded=True
+)
+_QKV = (
+    Direct(M + "self_attention.linear_qkv.layer_norm_weight", (H + "input_layernorm.weight",), ("hidden",)),
+    QKV(
+        M + "self_attention.linear_qkv.weight",
+        (H + "self_attn.q_proj.weight", H + "self_attn.k_proj.weight", H + "self_attn.v_proj.weight"),
+        ("hidden",),
+    ),
+)
+_REST = (
+    Direct(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), ("hidden", "query"), 1),
+    Direct(M + "mlp.linear_fc1.layer_norm_weight", (H + "post_attention_layernorm.weight",), ("hidden",)),
+    GatedMLP(M + "mlp.linear_fc1.weight", (H + "mlp.gate_proj.weight", H + "mlp.up_proj.weight")),
+    Direct(M + "mlp.linear_fc2.weight", (H + "mlp.down_proj.weight",), ("hidden", "ffn"), 1),
+    Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
+)
+_OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"), 0, padded=True)
+
+EXTRA_STATES = (
+    M + "self_attention.linear_qkv",
+    M + "self_attention.linear_proj",
+    M + "self_attention.core_attention",
+    M + "mlp.linear_fc1",
+    M + "mlp.linear_fc2",
+    "decoder.final_layernorm",
+)
+
+
+def rows(config: Config, attention: tuple[Row, ...] = ()) -> tuple[Row, ...]:
+    """Every row of the model; `attention`: what a family has after the weight of q, k and v."""
+    return (_EMBEDDING, *_QKV, *attention, *_REST, *(() if is_tied(config) else (_OUTPUT,)))
+
+
+def is_tied(config: Config) -> bool:
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def dimensions(config: Config, head_dim: int | None = None) -> Dimensions:
+    """Sizes of the model; head_dim: of a head where the config does not say (None: hidden_size / heads)."""
+    heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
+    return Dimensions(
+        layers=need(config, "num_hidden_layers"),
+        vocab=need(config, "vocab_size"),
+        hidden=hidden,
+        ffn=need(config, "intermediate_size"),
+        heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or head_dim or hidden // heads,
+    )
+
+
+def flags(config: Config, d: Dimensions) -> dict[str, object]:
+    """Megatron's flags for what all families have; ValueError for what it would compute otherwise, with the reason."""
+    _refuse(config)
+    return {
+        "num_layers": d.layers,
+        "hidden_size": d.hidden,
+        "ffn_hidden_size": d.ffn,
+        "num_attention_heads": d.heads,
+        "group_query_attention": True,
+        "num_query_groups": d.groups,
+        "kv_channels": d.head_dim,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "position_embedding_type": "rope",
+        "rotary_base": rotary_base(config),
+        "max_position_embeddings": need(config, "max_position_embeddings"),
+        "vocab_size": d.vocab,
+        "make_vocab_size_divisible_by": 128,
+        "untie_embeddings_and_output_weights": not is_tied(config),
+        "attention_dropout": float(config.get("attention_dropout") or 0.0),
+        "hidden_dropout": 0.0,
+        "init_method_std": config.get("initializer_range", 0.02),
+    }
+
+
+def _refuse(config: Config) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"hidden_act: {activation}: Megatron's --swiglu is SiLU-gated; no other gate is converted")
+    if config.get("quantization_config"):
+        raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
+    part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
+    if part not in (None, 1.0):
+        raise ValueError(
+            f"partial_rotary_factor: {part}: this family turns whole heads; a part of them is not converted"
+        )
+
+
+def refuse_attention_bias(config: Config) -> None:
+    """For families whose `attention_bias` puts a bias on all four projections."""
+    if config.get("attention_bias", False):
+        raise ValueError("attention_bias: true: Megatron has a bias on q, k, v (--add-qkv-bias), not on o_proj alone")
+
+
+def refuse_sliding_layers(config: Config) -> None:
+    """For families in which `use_sliding_window` gives some layers a window and leaves it to others."""
+    if config.get("use_sliding_window", False) or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ValueError("use_sliding_window: true: layers with a sliding window are not converted")
+
+
+def rope_parameters(config: Config) -> Config:
+    """transformers 5 writes `rope_parameters`; before, it was `rope_theta` beside `rope_scaling`."""
+    old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
+    """How rotary frequencies are made; ValueError where it is none of `known`."""
+    rope = rope_parameters(config)
+    kind: str = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in known:
+        raise ValueError(
+            f"rope_scaling: {kind}: for this family only rotary frequencies of type {' and '.join(known)} are converted"
+        )
+    return kind
+
+
+def rotary_base(config: Config) -> int:
+    theta = float(rope_parameters(config).get("rope_theta", 10000.0))
+    if not theta.is_integer():
+        raise ValueError(f"rope_theta: {theta}: Megatron's --rotary-base is a whole number")
+    return int(theta)

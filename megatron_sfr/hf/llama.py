@@ -1,0 +1,36 @@
+"""Llama 2 and 3: neither bias nor norm of q and k; from 3.1 on, scaled rotary frequencies ("llama3").
+
+megatron-core 0.19.2 has Llama 3.1's function with three of its four numbers fixed, so that only `factor` may differ
+(8 in 3.1 and 3.3, 32 in 3.2): the inverse frequencies are transformers' bit for bit (tests/hf/test_families.py).
+"""
+
+from megatron_sfr.hf import dense
+from megatron_sfr.hf.rows import Config, Family
+
+FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""RotaryEmbedding._apply_scaling's own, which no flag reaches."""
+
+
+def flags(config: Config) -> dict[str, object]:
+    dense.refuse_attention_bias(config)
+    if config.get("mlp_bias", False):
+        raise ValueError("mlp_bias: true: Megatron has a bias in the MLP only together with all other layers")
+    return dense.flags(config, dense.dimensions(config)) | _scaling(config)
+
+
+def _scaling(config: Config) -> dict[str, object]:
+    if dense.rope_type(config, ("default", "llama3")) == "default":
+        return {}
+    rope = dense.rope_parameters(config)
+    for key, value in FIXED.items():
+        if rope.get(key) != value:
+            raise ValueError(
+                f"rope_scaling: llama3 with {key}: {rope.get(key)}: Megatron's --use-rope-scaling computes it with "
+                f"{value:g} only"
+            )
+    if not isinstance(rope.get("factor"), int | float):
+        raise ValueError(f"rope_scaling: llama3 with factor: {rope.get('factor')}: it has to be a number")
+    return {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+
+
+FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -1,0 +1,31 @@
+"""Mistral, dense: Llama's layers; in 0.1 each attends to a window of the last `sliding_window` tokens, itself included.
+
+`sliding_window: null` (0.2 and later) is full attention. A window of W becomes --window-size W-1,0: so many tokens to
+the left, none to the right. Transformer Engine and the local spec both take it; the local spec's fused softmax on CUDA
+ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of at most W tokens feel no window.
+"""
+
+from megatron_sfr.hf import dense
+from megatron_sfr.hf.rows import Config, Family
+
+DEFAULT_WINDOW = 4096
+"""MistralConfig's, where config.json has no such key; null is another thing."""
+
+
+def flags(config: Config) -> dict[str, object]:
+    if config.get("layer_types"):
+        raise ValueError("layer_types: MistralForCausalLM has one kind of layer and ignores it: is this another model?")
+    dense.rope_type(config)
+    return dense.flags(config, dense.dimensions(config)) | _window(config)
+
+
+def _window(config: Config) -> dict[str, object]:
+    window = config.get("sliding_window", DEFAULT_WINDOW)
+    if window is None:
+        return {}
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"sliding_window: {window}: it has to be a number of tokens, or null for full attention")
+    return {"window_size": f"{window - 1},0", "no_masked_softmax_fusion": True}
+
+
+FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -1,0 +1,152 @@
+"""Each family's config as Megatron's flags: what upstream's own parser takes, and what is refused with a reason."""
+
+import pytest
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_sfr.config import Parser, to_flags
+from megatron_sfr.hf.dense import rotary_base
+from megatron_sfr.hf.families import FAMILIES, megatron_flags
+from megatron_sfr.hf.llama import FIXED
+from tests.hf.models import LLAMA3, tiny_config
+
+LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+
+
+def config(architecture=QWEN3, **changes):
+    return tiny_config(architecture).to_dict() | {"architectures": [architecture]} | changes
+
+
+def parsed(architecture, **changes):
+    """The flags as upstream's parser reads them."""
+    parser = Parser()
+    return parser.read(to_flags(megatron_flags(config(architecture, **changes)), parser))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim", "qk_norm", "qkv_bias"),
+    [(LLAMA, 10, False, False), (MISTRAL, 10, False, False), (QWEN2, 6, False, True), (QWEN3, 10, True, False)],
+)
+def test_megatron_takes_the_flags_as_they_are(architecture, head_dim, qk_norm, qkv_bias):
+    args = parsed(architecture, tie_word_embeddings=False)
+    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size) == (4, 36, 44)
+    assert (args.num_attention_heads, args.num_query_groups, args.kv_channels) == (6, 2, head_dim)
+    assert (args.group_query_attention, args.qk_layernorm, args.swiglu) == (True, qk_norm, True)
+    assert (args.normalization, args.layernorm_epsilon, args.add_bias_linear) == ("RMSNorm", 1e-5, False)
+    assert (args.position_embedding_type, args.rotary_base, args.max_position_embeddings) == ("rope", 50000, 96)
+    assert (args.vocab_size, args.untie_embeddings_and_output_weights) == (503, True)
+    assert (args.attention_dropout, args.hidden_dropout, args.init_method_std) == (0.0, 0.0, 0.2)
+    assert (args.add_qkv_bias, args.use_rope_scaling, args.window_size) == (qkv_bias, False, None)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_tied_embeddings_are_said(architecture):
+    said = megatron_flags(config(architecture, tie_word_embeddings=True))
+    assert said["untie_embeddings_and_output_weights"] is False
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim"), [(LLAMA, 36 // 6), (MISTRAL, 36 // 6), (QWEN2, 36 // 6), (QWEN3, 128)]
+)
+def test_a_head_that_the_config_does_not_name(architecture, head_dim):
+    assert megatron_flags(config(architecture, head_dim=None))["kv_channels"] == head_dim
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        {"rope_theta": 1000000, "rope_scaling": None},
+    ],
+)
+def test_rotary_base_is_read_from_new_and_old_configs(rope):
+    assert rotary_base(rope) == 1000000
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize(("base", "head_dim"), [(500000.0, 128), (500000.0, 64), (50000.0, 10)])
+def test_llama3_frequencies_are_upstreams_bit_for_bit(base, head_dim, factor):
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    rope = LLAMA3 | {"rope_theta": base, "factor": factor}
+    args = parsed(LLAMA, rope_parameters=rope, head_dim=head_dim)
+    upstream = RotaryEmbedding(
+        args.kv_channels,
+        args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        use_cpu_initialization=True,
+    ).inv_freq
+    wanted, scale = ROPE_INIT_FUNCTIONS["llama3"](tiny_config(LLAMA, rope_parameters=rope, head_dim=head_dim))
+    assert torch.equal(upstream, wanted)
+    assert scale == 1.0
+    divided = 1 / base ** (torch.arange(0, head_dim, 2) / head_dim) / wanted
+    for kind in (divided < 1.001, (divided > 1.1) & (divided < 0.9 * factor), divided > 0.999 * factor):
+        assert kind.any()  # left, blended and divided ones are among them
+
+
+def test_llama3_is_read_from_old_configs():
+    rope = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    said = megatron_flags(config(LLAMA, rope_parameters=None, rope_theta=500000.0, rope_scaling=rope))
+    assert (said["use_rope_scaling"], said["rope_scaling_factor"], said["rotary_base"]) == (True, 32.0, 500000)
+
+
+@pytest.mark.parametrize("window", [1, 17, 4096])
+def test_a_window_counts_the_token_itself_in_transformers_only(window):
+    args = parsed(MISTRAL, sliding_window=window)
+    assert args.window_size == (window - 1, 0)
+    assert not args.masked_softmax_fusion
+
+
+def test_a_window_that_is_not_named_is_mistrals_default():
+    without = config(MISTRAL)
+    del without["sliding_window"]
+    assert megatron_flags(without)["window_size"] == "4095,0"
+
+
+def rope(**changes):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | changes}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (rope(rope_type="yarn", factor=4.0), "rope_scaling: yarn: for this family only"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: linear"),
+        (rope(rope_type="dynamic", factor=2.0), "rope_scaling: dynamic"),
+        (rope(partial_rotary_factor=0.5), r"partial_rotary_factor: 0\.5"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5"),
+        (rope(rope_theta=1000.5), r"rope_theta: 1000\.5: Megatron's --rotary-base is a whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act: gelu"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"hidden_size": None}, "config.json has no 'hidden_size'"),
+        ({"max_position_embeddings": None}, "config.json has no 'max_position_embeddings'"),
+    ],
+)
+def test_what_megatron_computes_otherwise_is_refused(architecture, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        megatron_flags(config(architecture, **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        *((x, {"rope_parameters": LLAMA3}, "rope_scaling: llama3") for x in (MISTRAL, QWEN2, QWEN3)),
+        *((x, {"use_sliding_window": True}, "use_sliding_window") for x in (QWEN2, QWEN3)),
+        *((x, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window") for x in (QWEN2, QWEN3)),
+        *((x, {"attention_bias": True}, "attention_bias") for x in (LLAMA, QWEN3)),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias"),
+        *(
+            (LLAMA, {"rope_parameters": LLAMA3 | {key: 3}}, f"llama3 with {key}: 3: .* with {value:g} only")
+            for key, value in FIXED.items()
+        ),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"factor": None}}, "llama3 with factor: None"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window: 0"),
+        (MISTRAL, {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    ],
+)
+def test_what_a_family_has_of_its_own_is_refused(architecture, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        megatron_flags(config(architecture, **changes))
