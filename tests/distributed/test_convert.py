@@ -84,5 +84,5 @@ def test_an_export_for_another_config_is_refused(saved):
         export_hf(saved / "TP2 PP2", saved / "refused", like=like, progress=False)
     config = (saved / "Llama 3" / "hf" / "config.json").read_text()
     (like / "config.json").write_text(config.replace('"factor": 32.0', '"factor": 8.0'))
-    with pytest.raises(ValueError, match="trained with rope_scaling_factor 32.0, but the config means 8.0"):
+    with pytest.raises(ValueError, match=r"trained with rope_scaling_factor 32\.0, but the config means 8\.0"):
         export_hf(saved / "TP2 PP2, Llama 3", saved / "refused", like=like, progress=False)
