@@ -113,8 +113,8 @@ def refused(checkpoint, like, tmp_path, match):
 
 
 def test_unknown_tensor(release, untied, tmp_path):
-    changed = rewrite(release, tmp_path / "iter_1", add={"mtp.layers.0.eh_proj.weight": torch.ones(2)})
-    refused(changed, untied, tmp_path, r"cannot be named in Hugging Face's terms: mtp\.layers\.0\.eh_proj\.weight")
+    changed = rewrite(release, tmp_path / "iter_1", add={"decoder.layers.mlp.router.weight": torch.ones(2)})
+    refused(changed, untied, tmp_path, r"cannot be named in Hugging Face's terms: decoder\.layers\.mlp\.router\.weight")
 
 
 def test_unknown_object(release, untied, tmp_path):
