@@ -37,7 +37,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_our_defaults(tmp_path: Pa
 
 
 def test_the_saved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
-    first = read_settings([*write(tmp_path, sfr=True, window_size="3,0", save=str(tmp_path / "run")), "--bf16"])
+    changes = {"sfr": True, "swiglu": True, "window_size": "3,0", "save": str(tmp_path / "run")}
+    first = read_settings([*write(tmp_path, **changes), "--bf16"])
     saved = tmp_path / "saved.yaml"
     saved.write_text(yaml.safe_dump(first.recipe), encoding="utf-8")
     assert read_settings(["--recipe", str(saved)]).recipe == first.recipe

@@ -125,7 +125,7 @@ def rope_parameters(config: Config) -> Config:
 def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
     """How rotary frequencies are made; ValueError where it is none of `known`."""
     rope = rope_parameters(config)
-    kind: str = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in known:
         raise ValueError(
             f"rope_scaling: {kind}: for this family only rotary frequencies of type {' and '.join(known)} are converted"

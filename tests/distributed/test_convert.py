@@ -17,6 +17,7 @@ from tests.hf.models import LLAMA3, save_model
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 HEAD, NO_HEAD = {"sfr_fresh_head": True}, {"sfr": False}
 
 MODELS = {
@@ -25,6 +26,7 @@ MODELS = {
     "tied bf16": {"tie_word_embeddings": True, "dtype": torch.bfloat16},
     "Qwen2, tied": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True},
     "Llama 3": {"architecture": "LlamaForCausalLM", "rope_parameters": LLAMA3},
+    "Mistral 0.1": {"architecture": "MistralForCausalLM", "sliding_window": 17},
 }
 RUNS = {  # name: model, layout of four processes, whether a head is trained beside it
     "TP2 PP2": ("untied", TP2 | PP2 | HEAD),
@@ -34,6 +36,7 @@ RUNS = {  # name: model, layout of four processes, whether a head is trained bes
     "TP2 DP2, tied, bf16, distributed optimizer": ("tied bf16", TP2 | DISTRIBUTED | NO_HEAD | {"bf16": True}),
     "TP2 PP2, Qwen2, tied": ("Qwen2, tied", TP2 | PP2 | HEAD),
     "TP2 PP2, Llama 3": ("Llama 3", TP2 | PP2 | HEAD),
+    "VPP DP2, recomputed, Mistral 0.1": ("Mistral 0.1", VPP | RECOMPUTED | NO_HEAD),
 }
 
 
