@@ -118,15 +118,19 @@ class FlowTerm:
         teacher = self.options.head.sfr_ema == "teacher" and not detach
         gated_SBH = h_SBH if self.options.gate.sfr_gate == "none" else scale_gradient(h_SBH, self.known["gate"])
         student_SBH = h_SBH.detach() if detach or teacher else gated_SBH
-        error, weight, t = self._errors(head, anchors, pick(student_SBH), first_draw=0)
+        noise = self._noise(anchors, first_draw=0)
+        error, weight, t = self._errors(head, anchors, noise, pick(student_SBH))
         loss = objective = weighted_sum(error, weight)
         if teacher:
-            taught = self._errors(head, anchors, pick(gated_SBH), first_draw=0, averaged=True)
+            taught = self._errors(head, anchors, noise, pick(gated_SBH), averaged=True)
             objective = loss + weighted_sum(taught[0], taught[1])
         sums = torch.stack([objective, loss.detach(), weight.sum()])
         split = sharded and self.options.sfr.sfr_loss != "cka"
         if head.training and torch.is_grad_enabled():
-            self._learn(head, batch, sums_by_time(error, weight, t, len(head.state.baseline)), split, microbatches)
+            if self.options.gate.sfr_gate != "none":
+                sums_2N = sums_by_time(error, weight, t, len(head.state.baseline))
+                self._move_gate(head, sum_over_tensor(sums_2N) if split else sums_2N, microbatches)
+            self._move_statistics(head, batch, microbatches)
         return Term(*(sum_parts(sums) if split else sums).unbind())
 
     def losses(
@@ -137,7 +141,8 @@ class FlowTerm:
         averaged = self.options.head.sfr_ema == "teacher" and not detach
 
         def loss(first_draw: int, h_SBH: Tensor) -> Tensor:
-            error, weight, _ = self._errors(head, anchors, pick(h_SBH), first_draw=first_draw, averaged=averaged)
+            noise = self._noise(anchors, first_draw)
+            error, weight, _ = self._errors(head, anchors, noise, pick(h_SBH), averaged=averaged)
             return weighted_sum(error, weight)
 
         return partial(loss, 0), partial(loss, self.options.sfr.sfr_draws)
@@ -173,33 +178,37 @@ class FlowTerm:
             sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
         return Anchors(sample_B, position, horizon, weight, x_1), pick
 
+    def _noise(self, anchors: Anchors, first_draw: int) -> tuple[Tensor, Tensor]:
+        dim, sfr = anchors.x_1_BAD.shape[-1], self.options.sfr
+        return draw_noise(anchors.sample_B, anchors.position_BA, anchors.horizon_BA, dim, first_draw, sfr)
+
     def _errors(
-        self, head: FlowHead, anchors: Anchors, h_BAH: Tensor, *, first_draw: int, averaged: bool = False
+        self, head: FlowHead, anchors: Anchors, noise: tuple[Tensor, Tensor], h_BAH: Tensor, *, averaged: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Errors, their weights and the times they belong to; shapes that broadcast to [B, A, K]."""
-        sfr, x_1 = self.options.sfr, anchors.x_1_BAD
-        x_0, t = draw_noise(anchors.sample_B, anchors.position_BA, anchors.horizon_BA, x_1.shape[-1], first_draw, sfr)
+        x_0, t = noise
         call: Any = head  # through the module: its hooks run
         velocity = partial(call, horizon_BA=anchors.horizon_BA, averaged=averaged) if head.net is not None else None
-        error, weight = anchor_errors(velocity, h_BAH, x_1, anchors.weight_BA, x_0, t, sfr)
+        error, weight = anchor_errors(velocity, h_BAH, anchors.x_1_BAD, anchors.weight_BA, x_0, t, self.options.sfr)
         return error, weight, t[..., 0] if error.shape[1] == t.shape[1] else torch.zeros_like(weight)
 
     @torch.no_grad()
-    def _learn(self, head: FlowHead, batch: Batch, sums_2N: Tensor, split: bool, microbatches: int) -> None:
-        """After the last microbatch of a step: the gate's decision and the targets' statistics for the next one."""
+    def _move_gate(self, head: FlowHead, sums_2N: Tensor, microbatches: int) -> None:
+        """After the last microbatch of a step: the gate's decision for the next one."""
+        if (total := self.gate_sums.add(self.step, microbatches, sums_2N)) is not None:
+            gate, baseline = decide(total, head.state.baseline, self.options.gate)
+            head.state.gate.copy_(gate)
+            head.state.baseline.copy_(baseline)
+
+    @torch.no_grad()
+    def _move_statistics(self, head: FlowHead, batch: Batch, microbatches: int) -> None:
+        """After the last microbatch of a step: the targets' running statistics for the next one."""
         state, targets = head.state, self.options.targets
-        if self.options.gate.sfr_gate != "none":
-            sums_2N = sum_over_tensor(sums_2N) if split else sums_2N
-            if (total := self.gate_sums.add(self.step, microbatches, sums_2N)) is not None:
-                gate, baseline = decide(total, state.baseline, self.options.gate)
-                state.gate.copy_(gate)
-                state.baseline.copy_(baseline)
-        if targets.sfr_target_scale == "whiten" and targets.sfr_whiten == "ema":
-            sample_B1 = torch.arange(len(batch["target"]), device=sums_2N.device)[:, None]
-            moments = batch_moments(batch["target"][sample_B1, batch["anchor_row"]], batch["anchor_weight"])
-            if (total := self.target_sums.add(self.step, microbatches, moments)) is not None:
-                found = running_statistics(
-                    total, state.target_mean, state.target_std, state.batches, targets.sfr_whiten_decay
-                )
-                for buffer, value in zip((state.target_mean, state.target_std, state.batches), found, strict=True):
-                    buffer.copy_(value)
+        if targets.sfr_target_scale != "whiten" or targets.sfr_whiten != "ema":
+            return
+        sample_B1 = torch.arange(len(batch["target"]), device=batch["target"].device)[:, None]
+        moments = batch_moments(batch["target"][sample_B1, batch["anchor_row"]], batch["anchor_weight"])
+        if (total := self.target_sums.add(self.step, microbatches, moments)) is not None:
+            kept = (state.target_mean, state.target_std, state.batches)
+            for buffer, value in zip(kept, running_statistics(total, *kept, targets.sfr_whiten_decay), strict=True):
+                buffer.copy_(value)
