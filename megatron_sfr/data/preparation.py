@@ -17,7 +17,7 @@ from megatron_sfr.data.flat import FlatWriter
 from megatron_sfr.data.horizons import Horizon, check_horizons
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
-from megatron_sfr.data.segments import DistinctTexts, future_segments, segment_text
+from megatron_sfr.data.segments import Cut, DistinctTexts, futures, text_digest
 from megatron_sfr.data.template import RowError, load_tokenizer, tokenizer_sha256
 
 REJECTED = "rejected.jsonl"
@@ -218,22 +218,15 @@ class _Writer:
 
     def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, ...]]:
         """Rows of anchors.bin, one for each anchor of a sample and horizon; segments not met before are written."""
-        cut = self._origin
+        cut = Cut(self._origin.stride, self._origin.horizons, self._origin.min_segment_length)
         rows: list[tuple[int, ...]] = []
-        for segment in future_segments(
-            encoded.replies,
-            stride=cut.stride,
-            horizons=cut.horizons,
-            min_segment_length=cut.min_segment_length,
-        ):
-            text = segment_text(encoded.tokens, segment, self._tokenizer)
-            if not text.strip():
-                continue
-            row, is_new = self._segments.row(text)
+        for segment, text in futures(encoded.tokens, encoded.replies, self._tokenizer, cut):
+            row, is_new = self._segments.row(digest := text_digest(text))
             if is_new:
                 line = (json.dumps(text, ensure_ascii=False) + "\n").encode("utf-8")
                 self._segment_bytes += len(line)
                 self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
                 self._files["segment_offsets.bin"].append(self._segment_bytes)
+                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
             rows.append((segment.position, row, segment.response, segment.ordinal, segment.length, segment.horizon))
         return rows

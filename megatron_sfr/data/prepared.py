@@ -5,6 +5,7 @@
 - personas.bin (int32 [samples]): index into the manifest's personas
 - anchors.bin (int32 [anchors, 6]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
 - segments.jsonl: one JSON string a distinct segment; segment_offsets.bin (int64 [segments + 1])
+- segment_digests.bin (uint8 [segments, 16]): `text_digest` of each, by which stores know a text again
 - rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
 """
 
@@ -29,6 +30,7 @@ DTYPES = {
     "anchor_offsets.bin": np.int64,
     "segments.jsonl": np.uint8,
     "segment_offsets.bin": np.int64,
+    "segment_digests.bin": np.uint8,
 }
 
 
@@ -37,7 +39,7 @@ class PreparedManifest:
     """What a prepared folder holds and what it was made from."""
 
     kind: ClassVar[str] = "prepared data"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     samples: int
     tokens: int

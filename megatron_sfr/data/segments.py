@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+DIGEST_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -58,14 +60,40 @@ def future_segments(
                 )
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How replies are cut into segments; lengths in tokens of the model's tokenizer."""
+
+    stride: int
+    horizons: Sequence[Sequence[int]]
+    min_segment_length: int
+
+
+def futures(
+    tokens: np.ndarray, replies: Sequence[tuple[int, int]], tokenizer: Any, cut: Cut
+) -> Iterator[tuple[Segment, str]]:
+    """Each segment of the replies [start, end) of tokens [n], and its text; those of white space alone are left out."""
+    segments = future_segments(
+        replies, stride=cut.stride, horizons=cut.horizons, min_segment_length=cut.min_segment_length
+    )
+    for segment in segments:
+        if (text := segment_text(tokens, segment, tokenizer)).strip():
+            yield segment, text
+
+
 def segment_text(tokens: np.ndarray, segment: Segment, tokenizer: Any) -> str:
     """The text of a segment as the encoder reads it: no special tokens, no tidying of spaces."""
     ids = tokens[segment.start : segment.end]  # an array: decode checks a list element by element
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def text_digest(text: str) -> bytes:
+    """16 bytes that stand for a text in prepared data and in target stores: BLAKE2b of its UTF-8."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
+
+
 class DistinctTexts:
-    """Numbers texts by content from 0; remembers a digest of 128 bits of each, not the text."""
+    """Numbers texts by content from 0; remembers the digest of each, not the text."""
 
     def __init__(self) -> None:
         self._rows: dict[bytes, int] = {}
@@ -73,9 +101,8 @@ class DistinctTexts:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def row(self, text: str) -> tuple[int, bool]:
-        """The number of the text, and whether it is new."""
-        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+    def row(self, digest: bytes) -> tuple[int, bool]:
+        """The number of the text that has this digest, and whether it is new."""
         known = len(self._rows)
         row = self._rows.setdefault(digest, known)
         return row, row == known

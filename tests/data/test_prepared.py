@@ -14,7 +14,7 @@ from megatron_sfr.data.chat import encode, read_conversations
 from megatron_sfr.data.manifest import staging
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import DTYPES, PreparedData
-from megatron_sfr.data.segments import future_segments, segment_text
+from megatron_sfr.data.segments import future_segments, segment_text, text_digest
 from megatron_sfr.data.template import load_tokenizer
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 
@@ -73,6 +73,8 @@ def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Pat
 def test_equal_segments_are_stored_once(prepared: Path):
     data = PreparedData.open(prepared)
     texts = [data.segment_text(row) for row in range(data.manifest.segments)]
+    digests = b"".join(text_digest(text) for text in texts)
+    assert (prepared / "segment_digests.bin").read_bytes() == digests
 
     assert len(set(texts)) == len(texts)
     assert (data[0].anchors.segment == data[2].anchors.segment).all(), "one reply under two prompts"
@@ -157,8 +159,8 @@ def test_a_folder_that_is_cut_or_damaged_is_refused(prepared: Path, name: str):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 99}, "is of version 99, this program reads version 2; run: megatron-sfr prepare .*--force"),
-        ({"version": 1}, "is of version 1, this program reads version 2; run: megatron-sfr prepare .*--force"),
+        ({"version": 99}, "is of version 99, this program reads version 3; run: megatron-sfr prepare .*--force"),
+        ({"version": 2}, "is of version 2, this program reads version 3; run: megatron-sfr prepare .*--force"),
         ({"kind": "a target store"}, "holds a target store, not prepared data"),
         ({"extra": 1}, "is damaged"),
     ],
