@@ -32,6 +32,8 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
     config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
     if backend == "cpu":
         adapt_config_to_cpu(config.transformer)
+    if args.sfr_packing != "none":
+        config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
     if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
         config.transformer_layer_spec = local_block_spec
     if args.sfr:
@@ -46,7 +48,10 @@ def forward_step(args: argparse.Namespace) -> ForwardStep:
     if args.sfr:
         sfr, targets = options(SFROptions, args), options(TargetOptions, args)
         term = FlowTerm(TermOptions(sfr, targets, options(GateOptions, args), options(FlowHeadOptions, args)))
-    return ForwardStep(args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args))
+    resets_attention = args.sfr_packing != "none"
+    return ForwardStep(
+        args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args), resets_attention
+    )
 
 
 def head_plan(args: argparse.Namespace) -> FlowHeadPlan:

@@ -8,7 +8,7 @@ Rows = list[tuple[Any, str]]
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first contradiction among parsed arguments, in one line; None where there is none."""
-    rows = _of_the_run(args) + (_of_the_term(args) if args.sfr else [])
+    rows = _of_the_run(args) + _of_packing(args) + (_of_the_term(args) if args.sfr else [])
     return next((message for wrong, message in rows if wrong), None)
 
 
@@ -34,6 +34,36 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
         (
             args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
             "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
+        ),
+    ]
+
+
+def _of_packing(args: argparse.Namespace) -> Rows:
+    if args.sfr_packing == "none":
+        return []
+    local = args.transformer_impl == "local"
+    return [
+        (
+            args.context_parallel_size > 1,
+            "sfr_packing does not work with context parallelism yet: set context_parallel_size to 1",
+        ),
+        (
+            local and args.window_size is not None,
+            "sfr_packing with window_size needs Transformer Engine: upstream's local attention replaces the mask of "
+            "the conversations by the window's",
+        ),
+        (
+            local and args.mtp_num_layers,
+            "sfr_packing with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
+            "prediction would foresee the next conversation",
+        ),
+        (
+            not local and args.micro_batch_size != 1,
+            "sfr_packing with Transformer Engine takes one row at a time: set micro_batch_size to 1",
+        ),
+        (
+            args.sfr and args.sfr_loss == "cka",
+            "sfr_loss = cka compares the anchors of one conversation: set sfr_packing to none",
         ),
     ]
 

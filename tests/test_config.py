@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from megatron_sfr.config import DEFAULTS, PRESETS, Parser, read_settings, to_flags
+from megatron_sfr.conflicts import contradiction
 
 BASE = {
     "num_layers": 2,
@@ -56,6 +57,19 @@ def test_switches_lists_and_nulls() -> None:
     ]
 
 
+PACKED = {"sfr_packing": "first_fit_decreasing"}
+
+
+def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
+    words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss", "--micro-batch-size", "2"]
+    args = Parser().read([*words, "--sfr-packing", "first_fit_decreasing"])
+    assert "set micro_batch_size to 1" in str(contradiction(args))
+    args.micro_batch_size = 1
+    assert contradiction(args) is None
+    args.context_parallel_size = 2
+    assert "context_parallel_size to 1" in str(contradiction(args))
+
+
 def test_cpu_changes_are_said(tmp_path: Path) -> None:
     settings = read_settings(write(tmp_path, transformer_impl="transformer_engine"))
     assert settings.backend == "cpu"
@@ -99,6 +113,9 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"sfr": True, "sfr_layer": 2, "sfr_weight_control": "ratio"}, [], "leave sfr_layer out"),
         ({"sfr": True, "sfr_layer": 2, "recompute_granularity": "full"}, [], "full recomputation drops"),
         ({"mtp_num_layers": 1, "sequence_parallel": True}, [], "mtp_num_layers with sequence_parallel needs"),
+        ({**PACKED, "mtp_num_layers": 1}, [], "sfr_packing with mtp_num_layers needs Transformer Engine"),
+        ({**PACKED, "window_size": "8,0"}, [], "sfr_packing with window_size needs Transformer Engine"),
+        ({**PACKED, "sfr": True, "sfr_loss": "cka"}, [], "sfr_loss = cka compares the anchors of one conversation"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, changes: dict, flags: list[str], message: str) -> None:

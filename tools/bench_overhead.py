@@ -100,17 +100,19 @@ def make_batch(sizes: argparse.Namespace, device: torch.device) -> dict[str, tor
     g = torch.Generator().manual_seed(0)
     B, S, A, D = sizes.batch, sizes.seq, sizes.anchors, sizes.dim
     tokens = torch.randint(0, sizes.vocab, (B, S + 1), generator=g)
+    position = torch.linspace(0, S - 1, A).long().repeat(B, 1)
     batch = {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_mask": torch.ones(B, S),
         "position_ids": torch.arange(S).repeat(B, 1),
-        "anchor_position": torch.linspace(0, S - 1, A).long().repeat(B, 1),
+        "anchor_position": position,
+        "anchor_place": position,
+        "anchor_sample": torch.arange(B)[:, None].repeat(1, A),
         "anchor_row": torch.arange(A).repeat(B, 1),
         "anchor_horizon": torch.zeros(B, A, dtype=torch.int64),
         "anchor_weight": torch.full((B, A), S / A),
         "target": torch.nn.functional.normalize(torch.randn(B, A, D, generator=g), dim=-1).half(),
-        "sample_index": torch.arange(B),
     }
     return {name: x.to(device) for name, x in batch.items()}
 
@@ -134,7 +136,7 @@ def make_arms(sizes: argparse.Namespace, backend_name: str) -> list[Arm]:
         )
         term = FlowTerm(options) if plan else None
         forward = ForwardStep(
-            sizes.vocab, "ce", CrossEntropy(), term, ScheduleOptions(sfr_measure_interval=measure_interval)
+            sizes.vocab, "ce", CrossEntropy(), term, ScheduleOptions(sfr_measure_interval=measure_interval), False
         )
 
         def take() -> None:

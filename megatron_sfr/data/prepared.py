@@ -139,6 +139,16 @@ class PreparedData:
             persona=self._personas[self._persona[index]],
         )
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Positions that each sample takes in training: its tokens but the last, which is only predicted; int64 [n]."""
+        return np.diff(self._offsets) - 1
+
+    @property
+    def anchor_counts(self) -> np.ndarray:
+        """Rows of `Anchors` of each sample, int64 [n]."""
+        return np.diff(self._anchor_offsets)
+
     def segment_text(self, row: int) -> str:
         if not 0 <= row < self.manifest.segments:
             raise IndexError(f"segment {row} of {self.manifest.segments}")

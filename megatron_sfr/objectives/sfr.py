@@ -73,18 +73,18 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
 
 
 def draw_noise(
-    sample_B: Tensor, position_BA: Tensor, horizon_BA: Tensor, dim: int, first_draw: int, options: SFROptions
+    sample_BA: Tensor, position_BA: Tensor, horizon_BA: Tensor, dim: int, first_draw: int, options: SFROptions
 ) -> tuple[Tensor, Tensor]:
     """Source points x_0 [B, A, K, D] and times t [B, A, K, 1] in fp32, stateless: same keys, same numbers.
 
-    Args: sample_B: global sample indices; position_BA, horizon_BA: token position and horizon of the anchors; int64.
+    Args: which conversation of the run each anchor is of, its token position there, and its horizon; int64.
         first_draw: number of the first of the K draws, so that a second, independent set can be had.
     """
     if not options.stochastic:  # one deterministic pair, at the start of the path
         start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
         return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
-    draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_B.device)
-    sample, place = sample_B[:, None, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
+    draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_BA.device)
+    sample, place = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
     seed = options.sfr_noise_seed
     x_0 = noise.normal(seed, sample, place, draw_K, dim, stream=SOURCE_STREAM)
     if options.sfr_time == "zero":

@@ -1,17 +1,18 @@
-"""A sample's anchors as arrays of the same shapes in a whole run: its targets once, and who is to foresee them.
+"""The anchors of a row of tokens as arrays of the same shapes in a whole run: targets once, and who is to foresee them.
 
-Letters: R rows of targets and P entries of the loss, each the most of any sample; D dimension of the embeddings.
-An entry is a position that is to foresee one row at one horizon.
+Letters: S positions of a row, which holds one conversation or several; R rows of targets and P entries of the loss,
+each the most of any row of tokens; D dimension of the embeddings. An entry is a position that is to foresee one row of
+targets at one horizon.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
 
-from megatron_sfr.data.prepared import Anchors, PreparedManifest
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.packing import most_in_a_row
+from megatron_sfr.data.prepared import Anchors, PreparedData
 from megatron_sfr.objectives.sfr import anchor_weights
 
 Fill = Literal["anchors_only", "nearest"]
@@ -19,36 +20,73 @@ Fill = Literal["anchors_only", "nearest"]
 
 @dataclass(frozen=True)
 class AnchorSizes:
-    """R and P: what no sample of a run exceeds."""
+    """R and P: what no row of tokens of a run exceeds."""
 
     rows: int = 0
     entries: int = 0
 
 
-def anchor_sizes(manifests: Sequence[PreparedManifest], fill: Fill) -> AnchorSizes:
-    """The sizes that fit every sample of these prepared folders, which share their horizons."""
-    rows = max(manifest.max_anchors for manifest in manifests)
-    if fill == "anchors_only":
-        return AnchorSizes(rows, rows)
-    tokens = max(manifest.max_response_tokens for manifest in manifests)
-    return AnchorSizes(rows, tokens * len(manifests[0].horizons))
+@dataclass(frozen=True)
+class RowAnchors:
+    """The anchors of one row of tokens, positions and responses counted over the row; int64 [A] each but `anchors`.
+
+    sample  number of the conversation that an anchor is of, among all of a run: it keys the noise
+    start   where that conversation begins in the row
+    """
+
+    anchors: Anchors
+    sample: np.ndarray
+    start: np.ndarray
 
 
-def anchor_arrays(anchors: Anchors, targets: TargetStore, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:
-    """Targets fp16 [R, D], and of each entry [P] its position, row of targets, horizon (int64) and weight (fp32).
+def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> RowAnchors:
+    """The anchors of conversations `samples` [n] that stand at positions `starts` [n] of one row."""
+    counts = [len(part.position) for part in parts]
+    responses = np.cumsum([0, *(int(part.response.max(initial=-1)) + 1 for part in parts)])[:-1]
+    columns = {
+        field.name: np.concatenate([getattr(part, field.name).astype(np.int64) for part in parts])
+        for field in fields(Anchors)
+    }
+    start = np.repeat(starts, counts)
+    columns["position"] += start
+    columns["response"] += np.repeat(responses, counts)
+    return RowAnchors(Anchors(**columns), np.repeat(samples, counts), start)
+
+
+def anchor_sizes(folders: Sequence[PreparedData], fill: Fill, capacity: int | None = None) -> AnchorSizes:
+    """The sizes that fit every row of these prepared folders, which share their horizons.
+
+    A row is one sample, or samples packed into `capacity` positions.
+    """
+    horizons = len(folders[0].manifest.horizons)
+    if capacity is None:
+        rows = max(data.manifest.max_anchors for data in folders)
+        tokens = max(data.manifest.max_response_tokens for data in folders)
+    else:
+        rows = max(most_in_a_row(data.anchor_counts, data.lengths, capacity) for data in folders)
+        tokens = capacity
+    return AnchorSizes(rows, rows if fill == "anchors_only" else tokens * horizons)
+
+
+def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:
+    """Of each entry [P] its position and its row of targets, its horizon, and what keys its noise: the conversation and
+    the position there (int64); its weight (fp32).
 
     Padding is 0 everywhere; its weight of 0 removes it from the loss.
     """
-    row, ordinal = entries_at_anchors(anchors) if fill == "anchors_only" else entries_of_nearest(anchors)
-    weight = anchor_weights(ordinal, anchors.length[row], anchors.response[row])
-    entries = sizes.entries
-    return {
-        "target": _padded(targets[anchors.segment], sizes.rows, np.float16),
-        "anchor_position": _padded((anchors.position - anchors.ordinal)[row] + ordinal, entries, np.int64),
-        "anchor_row": _padded(row, entries, np.int64),
-        "anchor_horizon": _padded(anchors.horizon[row], entries, np.int64),
-        "anchor_weight": _padded(weight, entries, np.float32),
+    anchors = row.anchors
+    of, ordinal = entries_at_anchors(anchors) if fill == "anchors_only" else entries_of_nearest(anchors)
+    weight = anchor_weights(ordinal, anchors.length[of], anchors.response[of])
+    position = (anchors.position - anchors.ordinal)[of] + ordinal
+    columns = {
+        "position": position,
+        "row": of,
+        "horizon": anchors.horizon[of],
+        "sample": row.sample[of],
+        "place": position - row.start[of],
     }
+    arrays = {f"anchor_{name}": padded(values, sizes.entries, np.int64) for name, values in columns.items()}
+    return arrays | {"anchor_weight": padded(weight, sizes.entries, np.float32)}
 
 
 def entries_at_anchors(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +114,8 @@ def entries_of_nearest(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(order, count), np.arange(count.sum()) + np.repeat(begin - first, count)
 
 
-def _padded(values: np.ndarray, size: int, dtype: type[np.generic]) -> np.ndarray:
-    padded = np.zeros((size, *values.shape[1:]), dtype)
-    padded[: len(values)] = values
-    return padded
+def padded(values: np.ndarray, size: int, dtype: type[np.generic]) -> np.ndarray:
+    """values [n, ...] as [size, ...], 0 after them."""
+    whole = np.zeros((size, *values.shape[1:]), dtype)
+    whole[: len(values)] = values
+    return whole

@@ -45,8 +45,8 @@ class TermOptions:
 class Anchors(NamedTuple):
     """The anchors that this rank works on; padding weighs 0."""
 
-    sample_B: Tensor
-    position_BA: Tensor
+    sample_BA: Tensor  # with the place there, what keys the noise
+    place_BA: Tensor
     horizon_BA: Tensor
     weight_BA: Tensor
     x_1_BAD: Tensor
@@ -153,7 +153,7 @@ class FlowTerm:
         Under sequence parallelism each rank works on an equal share of the anchors, wherever their positions are; cka,
         which compares all anchors of a sample, has them all on every rank.
         """
-        fields = [batch[f"anchor_{name}"] for name in ("position", "horizon", "weight", "row")]
+        fields = [batch[f"anchor_{name}"] for name in ("position", "sample", "place", "horizon", "weight", "row")]
         sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
         whole = self.options.sfr.sfr_loss == "cka"
         n, rank = (tensor_size(), tensor_rank()) if sharded else (1, 0)
@@ -161,7 +161,7 @@ class FlowTerm:
         all_BA = fields[0]
         if not whole:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
-        position, horizon, weight, row = fields
+        _, sample, place, horizon, weight, row = fields
         state = head.state
         x_1 = scale_targets(batch["target"][sample_B1, row], state.target_mean, state.target_std, self.options.targets)
 
@@ -173,14 +173,13 @@ class FlowTerm:
             h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B1] * here_BA[..., None]
             return sum_parts(h_BAH) if whole else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
 
-        sample_B = batch["sample_index"]
         if "dataset_id" in batch:  # in a blend each dataset counts its own samples
-            sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
-        return Anchors(sample_B, position, horizon, weight, x_1), pick
+            sample = sample + (batch["dataset_id"][:, None] << DATASET_BITS)
+        return Anchors(sample, place, horizon, weight, x_1), pick
 
     def _noise(self, anchors: Anchors, first_draw: int) -> tuple[Tensor, Tensor]:
         dim, sfr = anchors.x_1_BAD.shape[-1], self.options.sfr
-        return draw_noise(anchors.sample_B, anchors.position_BA, anchors.horizon_BA, dim, first_draw, sfr)
+        return draw_noise(anchors.sample_BA, anchors.place_BA, anchors.horizon_BA, dim, first_draw, sfr)
 
     def _errors(
         self, head: FlowHead, anchors: Anchors, noise: tuple[Tensor, Tensor], h_BAH: Tensor, *, averaged: bool = False

@@ -21,6 +21,7 @@ from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, token_lo
 from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
+from megatron_sfr.training.attention import block_mask, packed_sequence
 from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
 from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
@@ -34,26 +35,41 @@ class ForwardStep:
     """Upstream's forward_step_func. Holds options and sums in progress, nothing that a checkpoint needs."""
 
     def __init__(
-        self, vocab_size: int, name: str, objective: TokenObjective, term: FlowTerm | None, schedule: ScheduleOptions
+        self,
+        vocab_size: int,
+        name: str,
+        objective: TokenObjective,
+        term: FlowTerm | None,
+        schedule: ScheduleOptions,
+        resets_attention: bool,
     ) -> None:
         self.vocab_size, self.name, self.objective = vocab_size, name, objective
-        self.term, self.schedule = term, schedule
+        self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
-        batch = _to_device(next(data_iterator)) if first or last else {}
-        more: dict[str, Any] = {}
+        batch = next(data_iterator) if first or last or self.resets_attention else {}
+        mask, more = self._attention(batch.pop("document")) if self.resets_attention else (None, {})
+        batch = _to_device(batch)
         if last:
             head = get_attr_wrapped_model(model, "flow_head") if self.term is not None else None
             if self.term is not None and head is not None:
                 self.term.begin(head, get_args().curr_iteration, self.schedule.sfr_warmup_steps)
-            more = {"output_processor": self.losses, "output_processor_context": (head, batch)}
+            more |= {"output_processor": self.losses, "output_processor_context": (head, batch)}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-        output = model(batch.get("tokens"), batch.get("position_ids"), None, **more)
+        output = model(batch.get("tokens"), batch.get("position_ids"), mask, **more)
         return output, partial(self.loss, batch)
+
+    def _attention(self, document_BS: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+        """The mask and the further arguments that keep the documents of a row apart, on every stage."""
+        if get_args().transformer_impl == "local":
+            return block_mask(document_BS.to(device(), non_blocking=True)), {}
+        params = packed_sequence(document_BS[0])  # one row a microbatch: conflicts.py sees to it
+        params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device(), non_blocking=True)
+        return None, {"packed_seq_params": params}
 
     def _phase(self) -> Phase:
         args = get_args()

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from .launch import train_many
-from .settings import LAYOUTS, OBJECTIVE_LAYOUTS, OBJECTIVES, PHASES, PP2, RATIO, RESUMES, TP2, has_layout
+from .settings import APART, LAYOUTS, OBJECTIVE_LAYOUTS, OBJECTIVES, PHASES, PP2, RATIO, RESUMES, TP2, has_layout
 from .tiny import write_prepared, write_recipe
+
+MEASURED = ("--sfr-measure-interval", "1", "--save-interval", "3")
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Corpus:
     folder: Path
     prepared: Path
     two_horizons: Path
+    twenty_six: Path
 
     def recipe(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
     def run(self, recipe: str, name: str, *flags: str) -> list[str]:
-        flags = tuple(flag.format(two_horizons=self.two_horizons) for flag in flags)
+        folders = {"two_horizons": self.two_horizons, "twenty_six": self.twenty_six}
+        flags = tuple(flag.format(**folders) for flag in flags)
         return ["--recipe", str(self.recipe(recipe)), "--save", str(self.folder / name), "--save-interval", "1", *flags]
 
     def layouts(self, processes: int) -> list[list[str]]:
@@ -38,12 +42,15 @@ class Corpus:
     def objectives(self, processes: int) -> list[list[str]]:
         listing = []
         for name, flags in OBJECTIVES.items():
-            measured = ("--sfr-measure-interval", "1", "--save-interval", "3")
-            fresh = (*self.start("plain-mtp" if name == "mtp" else "plain"), "--sfr-fresh-head", *measured)
+            fresh = (*self.start("plain-mtp" if name == "mtp" else "plain"), "--sfr-fresh-head", *MEASURED)
             for layout, more in OBJECTIVE_LAYOUTS[processes].items():
                 if has_layout(name, layout):
                     listing.append(self.run("recipe", f"{name}-{layout}", *fresh, *flags, *more))
         return listing
+
+    def apart(self) -> list[list[str]]:
+        fresh = (*self.start("plain"), "--sfr-fresh-head", *MEASURED)
+        return [self.run("recipe", f"{name}-apart", *fresh, *flags) for name, flags in APART.items()]
 
     def start(self, name: str = "start") -> tuple[str, str]:
         return "--pretrained-checkpoint", str(self.folder / name)
@@ -54,7 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of all runs, a folder each; checkpoints of every step, but for the objectives, which have the last."""
     folder = tmp_path_factory.mktemp("runs")
     two_horizons = write_prepared(folder / "data-2", horizons=((1, 8), (4, 3)))
-    corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons)
+    twenty_six = write_prepared(folder / "data-26", rows=26)
+    corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons, twenty_six)
     write_recipe(corpus.recipe("recipe"), corpus.prepared)
     write_recipe(corpus.recipe("plain"), corpus.prepared, sfr=False)
     write_recipe(corpus.recipe("tied"), corpus.prepared, untie_embeddings_and_output_weights=False)
@@ -76,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("recipe", "crossing", *RATIO, *PP2, "--exit-interval", "4"),
         run("recipe", "crossing-straight", *RATIO, *TP2),
     ]
-    train_many(1, [*one, *corpus.layouts(1), *corpus.resumes(1), *corpus.objectives(1)], folder)
+    train_many(1, [*one, *corpus.layouts(1), *corpus.resumes(1), *corpus.objectives(1), *corpus.apart()], folder)
     train_many(2, [*two, *corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2)], folder)
     train_many(4, [*corpus.layouts(4), *corpus.objectives(4)], folder)
     return folder

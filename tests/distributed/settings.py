@@ -12,6 +12,12 @@ GATE = ("--sfr-gate", "dynamic", "--sfr-gate-ratio", "1.01", "--sfr-gate-bins", 
 WHITEN = ("--sfr-target-scale", "whiten")
 WHITEN_EMA = (*WHITEN, "--sfr-whiten", "ema", "--sfr-whiten-decay", "0.5")
 TWO_HORIZONS = ("--train-data-path", "{two_horizons}")
+TWENTY_SIX = ("--train-data-path", "{twenty_six}", "--seq-length", "200", "--max-position-embeddings", "200")
+PER_CONVERSATION = ("--sfr-time-per", "sequence", "--sfr-anchors", "nearest", "--sfr-gate", "dynamic")
+APART: dict[str, tuple[str, ...]] = {
+    "packed": (*TWENTY_SIX, *TEACHER, "--global-batch-size", "26"),
+    "packed-sequence": (*TWENTY_SIX, *PER_CONVERSATION, "--global-batch-size", "26"),
+}
 
 # Each trains on from the same checkpoint: {processes: {name: flags}}.
 LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -60,6 +66,9 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "gate": ("--sfr-gate", "static", "--sfr-gate-threshold", "1e9", "--sfr-gate-bins", "4"),  # closed from step 2 on
     "reference": ("--sfr-preset", "reference", "--sfr-head-width", "24", *LATE),
     "layer": ("--sfr-layer", "4", "--sfr-anchors", "nearest", "--sfr-time-per", "sequence", *TWO_HORIZONS),
+    # 26 conversations fit 8 rows of 200 tokens: a step is an epoch, and so it is for "apart", which does not pack.
+    "packed": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *TEACHER),
+    "packed-sequence": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *PER_CONVERSATION),
     "mtp": ("--mtp-num-layers", "1", "--vocab-size", "512"),  # upstream's own loss counts padded columns: have none
 }
 OBJECTIVE_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -67,6 +76,7 @@ OBJECTIVE_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
         "tp2-sp": (*TP2, SP),
         "dp2": ("--micro-batch-size", "4", *SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
+        "pp2-vpp": (*PP2, *VPP, *RECOMPUTE),
     },
     4: {"tp4": ("--tensor-model-parallel-size", "4"), "tp2-pp2": (*TP2, *PP2), "tp2-pp2-sp": (*TP2, *PP2, SP)},
 }
@@ -76,6 +86,8 @@ def has_layout(objective: str, layout: str) -> bool:
     """Token objectives are cut in every way; terms in two that together hold TP, PP, SP, DP and micro-batches."""
     if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
         return layout in ("single", "dp2", "tp2-pp2")
+    if layout == "pp2-vpp":  # where each stage needs to know the conversations
+        return objective == "packed"
     token = objective in ("gem", "gem-logsigmoid", "sed", "dft")
     return layout in (("single", "dp2", "tp2-sp", "tp4", "tp2-pp2") if token else ("single", "dp2", "tp2-pp2-sp"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from .launch import read_checkpoint, read_metrics
-from .settings import OBJECTIVE_LAYOUTS, OBJECTIVES, has_layout
+from .settings import APART, OBJECTIVE_LAYOUTS, OBJECTIVES, has_layout
 from .test_layouts import MOMENT, difference
 
 pytestmark = pytest.mark.distributed
@@ -23,11 +23,23 @@ def test_P9_layout_changes_no_number(runs: Path, objective: str, layout: str) ->
     parts = ["decoder.", "embedding.", "output_layer.", "flow_head.", *(["mtp."] if objective == "mtp" else [])]
     for prefix in (MOMENT, *parts):
         assert difference(single, other, prefix) < (2e-5, "")
-    expected, found = (read_metrics(runs / f"{objective}-{x}") for x in ("single", layout))
+    check_equal_terms(*(read_metrics(runs / f"{objective}-{x}") for x in ("single", layout)))
+
+
+def check_equal_terms(expected: list[dict[str, float]], found: list[dict[str, float]]) -> None:
     for row, row_found in zip(expected, found, strict=True):
         ours = [t for t in row if t.startswith("sfr") or t.endswith("loss") or t == "grad-norm"]
         ours = [t for t in ours if not t.startswith("mtp")]  # upstream logs a mean of microbatch means
         assert [row_found[t] for t in ours] == pytest.approx([row[t] for t in ours], rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_packing_changes_no_number(runs: Path, name: str) -> None:
+    """26 conversations in 8 rows, against a row each: losses, gradients of three steps, weights."""
+    packed, apart = (read_checkpoint(runs / f"{name}-{x}" / "iter_0000003") for x in ("single", "apart"))
+    for prefix in (MOMENT, "decoder.", "embedding.", "output_layer.", "flow_head."):
+        assert difference(apart, packed, prefix) < (2e-5, "")
+    check_equal_terms(*(read_metrics(runs / f"{name}-{x}") for x in ("apart", "single")))
 
 
 def test_each_setting_does_something(runs: Path) -> None:

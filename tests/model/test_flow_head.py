@@ -18,7 +18,7 @@ KINDS = pytest.mark.parametrize("kind", ["mlp", "adaln"])
 def test_P1_a_new_head_costs_mean_v_squared_exactly(kind: str, horizons: int) -> None:
     head, options, g = make_head(kind, horizons=horizons), SFROptions(), torch.Generator().manual_seed(1)
     position, horizon = torch.arange(A).expand(B, A), torch.arange(A).expand(B, A) % horizons
-    x_0, t = draw_noise(torch.arange(B), position, horizon, D, 0, options)
+    x_0, t = draw_noise(torch.arange(B)[:, None], position, horizon, D, 0, options)
     h, x_1 = torch.randn(B, A, H, generator=g), torch.randn(B, A, D, generator=g)
     error, _ = anchor_errors(lambda x, t, h: head(x, t, h, horizon), h, x_1, torch.ones(B, A), x_0, t, options)
     assert torch.equal(error, (x_1[:, :, None] - x_0).square().mean(-1))

@@ -22,7 +22,7 @@ def terms(velocity, h_BAH: Tensor, x_1_BAD: Tensor, weight_BA: Tensor, options: 
     """Errors and weights of the loss as a run has them, in float64."""
     B, A, D = x_1_BAD.shape
     position = torch.arange(A).expand(B, A)
-    x_0, t = draw_noise(torch.arange(B), position, torch.zeros_like(position), D, 0, options)
+    x_0, t = draw_noise(torch.arange(B)[:, None], position, torch.zeros_like(position), D, 0, options)
     return anchor_errors(velocity, h_BAH, x_1_BAD, weight_BA, x_0.double(), t.double(), options)
 
 

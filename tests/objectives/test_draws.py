@@ -13,7 +13,8 @@ B, A, D = 200, 25, 4
 
 def draw(first: int = 0, horizon: int = 0, **changes: object) -> tuple[Tensor, Tensor]:
     position = torch.arange(A).expand(B, A)
-    return draw_noise(torch.arange(B), position, torch.full_like(position, horizon), D, first, SFROptions(**changes))
+    sample = torch.arange(B)[:, None]
+    return draw_noise(sample, position, torch.full_like(position, horizon), D, first, SFROptions(**changes))
 
 
 def distance(x: Tensor, law: Tensor) -> float:

@@ -19,7 +19,7 @@ from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, weighted_sum
 from megatron_sfr.objectives.targets import TargetOptions
-from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays
+from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays, join_anchors
 from megatron_sfr.training.dataset import DataOptions
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
 
@@ -79,8 +79,9 @@ def make_batch() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     store = F.normalize(torch.randn(n, d, generator=g), dim=-1).half().numpy()
     fill = options(DataOptions, preset()).sfr_anchors
-    arrays = anchor_arrays(anchors, store, fill, AnchorSizes(n, N + 2))  # two entries of padding
-    return {name: torch.from_numpy(x)[None] for name, x in arrays.items()} | {"sample_index": torch.tensor([SAMPLE])}
+    row = join_anchors([anchors], np.array([SAMPLE]), np.array([0]))
+    arrays = anchor_arrays(row, fill, AnchorSizes(n, N + 2)) | {"target": store}  # two entries of padding
+    return {name: torch.from_numpy(x)[None] for name, x in arrays.items()}
 
 
 def make_states(dtype: torch.dtype) -> Tensor:
@@ -95,7 +96,7 @@ def authors_inputs(batch: dict[str, Tensor], h_SBH: Tensor) -> tuple[Tensor, ...
     z_1 = batch["target"][0].double()[nearest]
     position = BEFORE + torch.arange(N)[None]
     z_0, tau = draw_noise(
-        batch["sample_index"], position, torch.zeros_like(position), d, 0, options(SFROptions, preset())
+        torch.tensor([[SAMPLE]]), position, torch.zeros_like(position), d, 0, options(SFROptions, preset())
     )
     assert z_0.shape == (1, N, 1, d)  # one draw
     assert len(tau.unique()) == 1  # shared by the sequence
@@ -110,7 +111,7 @@ def test_the_term_equals_the_authors_loss_in_float64() -> None:
         make_states(torch.float64),
     )
     position, horizon = batch["anchor_position"], batch["anchor_horizon"]
-    x_0, t = (x.double() for x in draw_noise(batch["sample_index"], position, horizon, d, 0, sfr))
+    x_0, t = (x.double() for x in draw_noise(batch["anchor_sample"], position, horizon, d, 0, sfr))
     error, weight = anchor_errors(
         partial(head, horizon_BA=horizon),
         h_SBH[position[0], 0][None],

@@ -32,7 +32,7 @@ def test_P1_a_zero_head_costs_the_variance_of_noise_and_target(scale: str, expec
     B, A, D = 64, 8, 32
     options, none = SFROptions(sfr_draws=8), torch.zeros(D)
     position = torch.arange(A).expand(B, A)
-    x_0, t = draw_noise(torch.arange(B), position, first_horizon(position), D, 0, options)
+    x_0, t = draw_noise(torch.arange(B)[:, None], position, first_horizon(position), D, 0, options)
     x_1 = scale_targets(unit_targets(B, A, D), none, none, TargetOptions(sfr_target_scale=scale))
     error, weight = anchor_errors(
         lambda x, t, h: torch.zeros_like(x), torch.zeros(B, A, 3), x_1, torch.ones(B, A), x_0, t, options
@@ -92,7 +92,7 @@ def train(net: nn.Module, answer: Callable[..., Tensor], options: SFROptions, st
     for step in range(steps):
         mode = (torch.rand(B, 1, generator=g) < SHARES[1]).long()
         x_1 = MODES[mode] + SPREAD[mode][..., None] * torch.randn(B, 1, 1, generator=g)
-        x_0, t = draw_noise(torch.arange(B) + step * B, place, place, 1, 0, options)
+        x_0, t = draw_noise(torch.arange(B)[:, None] + step * B, place, place, 1, 0, options)
         loss = weighted_sum(*anchor_errors(answer, h, x_1, ones, x_0, t, options)) / B
         optimizer.zero_grad()
         loss.backward()
@@ -161,7 +161,7 @@ def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient(loss: str) -> None
     g = torch.Generator().manual_seed(5)
     h = torch.randn(B, A, H, generator=g, requires_grad=True)
     place = torch.zeros(B, A, dtype=torch.int64)
-    x_0, t = draw_noise(torch.arange(B), place, place, D, 0, options)
+    x_0, t = draw_noise(torch.arange(B)[:, None], place, place, D, 0, options)
     weight = torch.ones(B, A)
     weight[1] = 0
 
@@ -180,7 +180,7 @@ def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient(loss: str) -> None
 
 def test_P9_noise_belongs_to_the_sample_not_to_its_place_in_a_batch() -> None:
     options = SFROptions(sfr_time_per="anchor")
-    samples = torch.tensor([7, 3, 9])
+    samples = torch.tensor([[7], [3], [9]])
     position, horizon = torch.tensor([[1, 5], [2, 5], [8, 4]]), torch.tensor([[0, 1], [2, 0], [0, 0]])
     whole = draw_noise(samples, position, horizon, 6, 0, options)
     part = draw_noise(samples[[2, 1]], position[[2, 1]], horizon[[2, 1]], 6, 0, options)

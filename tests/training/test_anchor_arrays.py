@@ -6,9 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.data.prepared import Anchors
-from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays, entries_of_nearest
+from megatron_sfr.training.anchor_arrays import AnchorSizes, RowAnchors, anchor_arrays, entries_of_nearest, join_anchors
 
-DIM, HORIZONS = 3, 3
+HORIZONS, SAMPLE = 3, 41
+
+
+def alone(anchors: Anchors) -> RowAnchors:
+    """A row of one conversation."""
+    return join_anchors([anchors], np.array([SAMPLE]), np.array([0]))
 
 
 @st.composite
@@ -57,20 +62,19 @@ def test_a_tie_goes_to_the_earlier_anchor():
 @given(anchors=samples(), spare=st.integers(0, 4))
 def test_arrays_say_position_target_and_weight_of_each_entry(fill: str, anchors: Anchors, spare: int):
     n = len(anchors.position)
-    store = np.random.default_rng(0).standard_normal((100, DIM)).astype(np.float16)
     entries = nearest_by_loops(anchors) if fill == "nearest" else [(row, anchors.ordinal[row]) for row in range(n)]
     sizes = AnchorSizes(n + spare, len(entries) + spare)
 
-    arrays = anchor_arrays(anchors, store, fill, sizes)
+    arrays = anchor_arrays(alone(anchors), fill, sizes)
 
     types = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-    whole = ("int64", (sizes.entries,))
-    assert types.pop("target") == ("float16", (sizes.rows, DIM))
     assert types.pop("anchor_weight") == ("float32", (sizes.entries,))
-    assert types == {"anchor_position": whole, "anchor_row": whole, "anchor_horizon": whole}
-    assert (arrays["target"][:n] == store[anchors.segment]).all()
-    for array, used in ((arrays.pop("target"), n), *((array, len(entries)) for array in arrays.values())):
-        assert not array[used:].any()
+    names = ("position", "row", "horizon", "sample", "place")
+    assert types == {f"anchor_{name}": ("int64", (sizes.entries,)) for name in names}
+    assert (arrays["anchor_sample"][: len(entries)] == SAMPLE).all()
+    assert (arrays["anchor_place"] == arrays["anchor_position"]).all()
+    for array in arrays.values():
+        assert not array[len(entries) :].any()
     for i, (row, j) in enumerate(entries):
         assert arrays["anchor_row"][i] == row
         assert arrays["anchor_horizon"][i] == anchors.horizon[row]
@@ -91,5 +95,28 @@ def check_weights(weights: np.ndarray, anchors: Anchors, entries: list[tuple[int
 def test_a_sample_without_anchors_is_all_padding():
     none = Anchors(*np.zeros((6, 0), np.int32))
     for fill in ("anchors_only", "nearest"):
-        arrays = anchor_arrays(none, np.ones((4, DIM), np.float16), fill, AnchorSizes(2, 5))
+        arrays = anchor_arrays(alone(none), fill, AnchorSizes(2, 5))
         assert not any(array.any() for array in arrays.values())
+
+
+@pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
+@given(parts=st.lists(samples(), min_size=1, max_size=3))
+def test_a_row_of_conversations_has_the_entries_of_each_where_it_stands(fill: str, parts: list[Anchors]):
+    n = sum(len(part.position) for part in parts)
+    starts, numbers = 100 * np.arange(len(parts)), 7 + np.arange(len(parts))
+    sizes = AnchorSizes(n, 99 * HORIZONS * len(parts))
+
+    joined = anchor_arrays(join_anchors(parts, numbers, starts), fill, sizes)
+
+    at = row = 0
+    for part, start, number in zip(parts, starts, numbers, strict=True):
+        single = anchor_arrays(alone(part), fill, sizes)
+        used = slice(at, at + np.count_nonzero(single["anchor_weight"]))
+        expected = {name: array[: used.stop - at] for name, array in single.items()}
+        expected["anchor_row"] = expected["anchor_row"] + row
+        expected["anchor_position"] = expected["anchor_position"] + start
+        expected["anchor_sample"] = np.full(used.stop - at, number)
+        for name, array in expected.items():
+            assert (joined[name][used] == array).all(), name
+        at, row = used.stop, row + len(part.position)
+    assert not joined["anchor_weight"][at:].any()

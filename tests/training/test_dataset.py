@@ -44,6 +44,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "sfr": True,
         "sfr_target_store": "targets",
         "sfr_anchors": "anchors_only",
+        "sfr_packing": "none",
     }
     return Namespace(**read | changes)
 
@@ -79,7 +80,8 @@ def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
     dataset = PreparedDataset(data, str(folders[1]), np.arange(len(data)), None, Split.train, config)
     store = TargetStore.open(folders[1] / "targets", data)
 
-    for place, index in enumerate(dataset.order(0)):
+    for place in range(len(dataset)):
+        _, (index,) = dataset.conversations(place)
         anchors, item = data[int(index)].anchors, dataset[place]
         target = item["target"][item["anchor_row"]]
         n = len(anchors.position)
@@ -95,3 +97,56 @@ def test_folders_of_unlike_horizons_are_refused(folders: list[Path], tmp_path: P
         dataset_config(arguments([str(folders[0])], [str(other)]))
     plain = dataset_config(arguments([str(folders[0])], [str(other)], sfr=False))
     assert plain.target_store is None
+
+
+def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1) -> PreparedDataset:
+    packing = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH}
+    config = dataset_config(arguments([str(folder)], sfr_anchors=fill, **packing))
+    data = PreparedData.open(folder)
+    dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, Split.train, config)
+    dataset.num_samples = epochs * len(dataset)
+    return dataset
+
+
+@pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
+def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Path], fill: str):
+    dataset, data = pack(folders[1], fill, epochs=2), PreparedData.open(folders[1])
+    alone = PreparedDataset(
+        *(data, str(folders[1]), np.arange(len(data)), None, Split.valid),  # in the order of the folder
+        dataset_config(arguments([str(folders[1])], sfr_anchors=fill)),
+    )
+    assert len(dataset) // 2 < len(data) / 2
+
+    seen = []
+    for row in range(len(dataset)):
+        item, (epoch, conversations) = dataset[row], dataset.conversations(row)
+        seen += [(epoch, int(i)) for i in conversations]
+        at = entry = 0
+        for number, index in enumerate(conversations):
+            single, n = alone[int(index)], data.lengths[index]
+            for name in ("tokens", "labels", "loss_mask", "position_ids"):
+                assert (item[name][at : at + n] == single[name][:n]).all(), name
+            assert (item["document"][at : at + n] == number).all()
+            m = np.count_nonzero(single["anchor_weight"])
+            mine = slice(entry, entry + m)
+            assert (item["anchor_weight"][mine] == single["anchor_weight"][:m]).all()
+            assert (item["anchor_position"][mine] - at == single["anchor_position"][:m]).all()
+            assert (item["anchor_place"][mine] == single["anchor_place"][:m]).all()
+            assert (item["anchor_sample"][mine] == epoch * len(data) + index).all()
+            targets = (x["target"][x["anchor_row"][y]] for x, y in ((item, mine), (single, slice(m))))
+            assert (next(targets) == next(targets)).all()
+            at, entry = at + n, entry + m
+        assert (item["document"][at:] == len(conversations)).all()
+        assert not item["loss_mask"][at:].any()
+        assert not item["anchor_weight"][entry:].any()
+    assert sorted(seen) == [(epoch, i) for epoch in (0, 1) for i in range(len(data))]
+
+
+def test_packed_rows_of_folders_are_collated(folders: list[Path]):
+    blend = ["0.5", str(folders[0]), "0.5", str(folders[1])]
+    config = dataset_config(arguments(blend, sfr_packing="first_fit_decreasing"))
+    train, _, _ = BlendedMegatronDatasetBuilder(PreparedDataset, [12, 0, 0], lambda: True, config).build()
+
+    batch = default_collate([train[i] for i in range(12)])
+    assert batch["document"].shape == (12, SEQ_LENGTH)
+    assert batch["target"].shape == (12, config.sizes.rows, 384)

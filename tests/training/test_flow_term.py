@@ -33,13 +33,15 @@ def make(**options: object) -> tuple[FlowTerm, FlowHead]:
 
 def make_batch(seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
+    position = torch.tensor([[0, 2, 3, 4, 5, 0], [1, 2, 4, 5, 6, 6]])
     return {
-        "anchor_position": torch.tensor([[0, 2, 3, 4, 5, 0], [1, 2, 4, 5, 6, 6]]),
+        "anchor_position": position,
+        "anchor_place": position,
+        "anchor_sample": torch.tensor([[4], [9]]).expand(-1, 6),
         "anchor_horizon": torch.zeros(B, 6, dtype=torch.int64),
         "anchor_weight": torch.tensor([[1.0, 2, 1, 1, 1, 0], [3, 2, 1, 1, 0, 0]]),
         "anchor_row": torch.tensor([[0, 1, 1, 2, 2, 0], [0, 1, 2, 2, 0, 0]]),
         "target": torch.nn.functional.normalize(torch.randn(B, R, D, generator=g), dim=-1).half(),
-        "sample_index": torch.tensor([4, 9]),
     }
 
 

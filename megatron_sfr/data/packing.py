@@ -1,0 +1,79 @@
+"""Packing: conversations of unlike lengths into rows of one length, by first-fit decreasing (Johnson, 1973).
+
+Which lengths share a row depends on the lengths alone, so every epoch has the same number of rows, all as full; which
+of the conversations of a length is where is dealt anew each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row i holds items[starts[i] : starts[i + 1]]; int64 [n] and [rows + 1]."""
+
+    items: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.items[self.starts[row] : self.starts[row + 1]]
+
+
+def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
+    """Rows of items 0 ... n - 1 whose lengths sum to at most `capacity`: each item, the longest first, goes to the
+    first row that has room for it. ValueError where one is longer than that, or of no length.
+
+    All items of one length are placed together: row after row takes as many as fit, which is what first fit does with
+    them one by one. So the cost is rows x distinct lengths, in numpy.
+    """
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths of {lengths.min()} to {lengths.max()} do not all fit rows of 1 to {capacity}")
+    by_length = np.argsort(-lengths, kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    row_of, room = [], np.empty(0, np.int64)
+    for length, count in zip(distinct[::-1], counts[::-1], strict=True):
+        fit = room // length
+        taken = np.clip(count - (np.cumsum(fit) - fit), 0, fit)
+        left = count - taken.sum()
+        each = capacity // length
+        new = np.full(-(-left // each), each)
+        new[-1:] -= -left % each
+        taken = np.concatenate([taken, new])
+        room = np.concatenate([room, np.full(len(new), capacity)]) - taken * length
+        row_of.append(np.repeat(np.arange(len(taken)), taken))
+    row = np.concatenate([np.empty(0, np.int64), *row_of])
+    by_row = np.argsort(row, kind="stable")
+    return Rows(by_length[by_row], np.searchsorted(row[by_row], np.arange(len(room) + 1)))
+
+
+def deal(rows: Rows, lengths: np.ndarray, rng: np.random.Generator) -> Rows:
+    """The same rows in another order, and in them other items of the same lengths: a uniform draw of both."""
+    anyone = rng.permutation(len(rows.items))
+    items = np.empty_like(rows.items)
+    items[np.argsort(lengths[rows.items], kind="stable")] = anyone[np.argsort(lengths[anyone], kind="stable")]
+    order = rng.permutation(len(rows))
+    sizes = np.diff(rows.starts)[order]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.repeat(rows.starts[:-1][order] - starts[:-1], sizes) + np.arange(len(items))
+    return Rows(items[places], starts)
+
+
+def most_in_a_row(counts: np.ndarray, lengths: np.ndarray, capacity: int) -> int:
+    """A bound that no row's sum of counts [n] exceeds, however items of these lengths [n] are packed.
+
+    It is the fractional knapsack's (Dantzig, 1957): the densest items first, the last one cut.
+    """
+    order = np.argsort(-counts / lengths, kind="stable")
+    filled = np.cumsum(lengths[order])
+    whole = int(np.searchsorted(filled, capacity, side="right"))
+    total = int(counts[order[:whole]].sum())
+    if whole == len(order):
+        return total
+    left = capacity - (int(filled[whole - 1]) if whole else 0)
+    return total + int(counts[order[whole]] * left // lengths[order[whole]])

@@ -1,0 +1,26 @@
+"""The mask and the bounds that keep the documents of a row apart, against their definitions."""
+
+import torch
+
+from megatron_sfr.training.attention import block_mask, packed_sequence
+
+
+def test_a_position_sees_itself_and_what_precedes_it_in_its_document() -> None:
+    document = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
+    hidden = block_mask(document)
+
+    assert hidden.shape == (2, 1, 6, 6)
+    for row in range(2):
+        for i in range(6):
+            seen = [j for j in range(i + 1) if document[row, j] == document[row, i]]
+            assert (~hidden[row, 0, i]).nonzero().flatten().tolist() == seen
+
+
+def test_bounds_are_where_documents_begin() -> None:
+    params = packed_sequence(torch.tensor([0, 0, 1, 2, 2, 2, 2]))
+
+    assert params.qkv_format == "thd"
+    assert params.cu_seqlens_q.dtype == params.cu_seqlens_kv.dtype == torch.int32
+    assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv.tolist() == [0, 2, 3, 7]
+    assert params.max_seqlen_q == params.max_seqlen_kv == 4
+    assert packed_sequence(torch.zeros(5)).cu_seqlens_q.tolist() == [0, 5]
