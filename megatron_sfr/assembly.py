@@ -7,8 +7,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_sfr.config import options
+from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.horizons import horizons_of
-from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.model.builder import SFRModelConfig
@@ -58,7 +58,7 @@ def head_plan(args: argparse.Namespace) -> FlowHeadPlan:
     """The head that goes with the targets; ValueError where the stores of a blend do not fit one head."""
     head, targets = options(FlowHeadOptions, args), options(TargetOptions, args)
     paths = [Path(x) for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends have weights
-    stores = [TargetStore.open(path / args.sfr_target_store, PreparedData.open(path)) for path in paths]
+    stores = [TargetStore.open(path / args.sfr_target_store, open_prepared(path)) for path in paths]
     dims = {store.dim for store in stores}
     if len(dims) > 1 or head.sfr_target_dim not in (None, *dims):
         raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.documents import open_prepared
 
 Horizon = tuple[int, int]
 MOST_HORIZONS = 16
@@ -50,7 +50,7 @@ def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
     """The horizons that all these prepared folders have; ValueError where they differ."""
     found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
     for path in paths:
-        manifest = PreparedData.open(Path(path)).manifest
+        manifest = open_prepared(Path(path)).manifest
         found.setdefault(tuple((offset, length) for offset, length in manifest.horizons), str(path))
     if len(found) > 1:
         differ = ", ".join(f"{path} has {format_horizons(horizons)}" for horizons, path in found.items())

@@ -4,20 +4,19 @@
 - tokens.bin (int32), mask.bin (uint8): all samples one after another; offsets.bin (int64 [samples + 1]) divides them
 - personas.bin (int32 [samples]): index into the manifest's personas
 - anchors.bin (int32 [anchors, 6]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
-- segments.jsonl: one JSON string a distinct segment; segment_offsets.bin (int64 [segments + 1])
-- segment_digests.bin (uint8 [segments, 16]): `text_digest` of each, by which stores know a text again
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: the distinct texts of segments, as in texts.py
 - rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from megatron_sfr.data import texts
 from megatron_sfr.data.flat import map_flat
 from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 
@@ -28,10 +27,7 @@ DTYPES = {
     "personas.bin": np.int32,
     "anchors.bin": np.int32,
     "anchor_offsets.bin": np.int64,
-    "segments.jsonl": np.uint8,
-    "segment_offsets.bin": np.int64,
-    "segment_digests.bin": np.uint8,
-}
+} | texts.DTYPES
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,7 @@ class PreparedData:
         self._persona = self._map("personas.bin")
         self._anchors = self._map("anchors.bin").reshape(-1, 6)
         self._anchor_offsets = self._map("anchor_offsets.bin")
-        self._segments = self._map("segments.jsonl")
-        self._segment_offsets = self._map("segment_offsets.bin")
+        self.texts = texts.SegmentTexts(folder)
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
@@ -150,10 +145,7 @@ class PreparedData:
         return np.diff(self._anchor_offsets)
 
     def segment_text(self, row: int) -> str:
-        if not 0 <= row < self.manifest.segments:
-            raise IndexError(f"segment {row} of {self.manifest.segments}")
-        start, end = self._segment_offsets[row : row + 2]
-        return json.loads(self._segments[start:end].tobytes())
+        return self.texts[row]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling a memory map would copy all of it.

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_sfr.data.flat import map_flat
 from megatron_sfr.data.manifest import NAME, FileRecord, check_contents, check_sizes, read_manifest
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.texts import HasSegments
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
 VECTORS = "vectors.bin"
@@ -52,7 +52,7 @@ class TargetStore:
     `mean` and `std` are float32 [D], read-only: of all rows, each distinct segment once.
     """
 
-    def __init__(self, folder: Path, prepared: PreparedData, manifest: TargetManifest) -> None:
+    def __init__(self, folder: Path, prepared: HasSegments, manifest: TargetManifest) -> None:
         self.folder = folder
         self.prepared = prepared
         self.manifest = manifest
@@ -63,7 +63,7 @@ class TargetStore:
         self.mean, self.std = statistics
 
     @classmethod
-    def open(cls, folder: Path, prepared: PreparedData) -> TargetStore:
+    def open(cls, folder: Path, prepared: HasSegments) -> TargetStore:
         """ValueError where the store is missing, damaged, or belongs to other segments than `prepared` has."""
         folder = Path(folder)
         manifest = read_manifest(folder, TargetManifest, _remedy(folder, prepared))
@@ -91,7 +91,7 @@ class TargetStore:
         return TargetStore.open, (self.folder, self.prepared)
 
 
-def _remedy(folder: Path, prepared: PreparedData, old: TargetManifest | None = None) -> str:
+def _remedy(folder: Path, prepared: HasSegments, old: TargetManifest | None = None) -> str:
     """The command that makes the store, again as it was made where that is known."""
     command = f"run: megatron-sfr embed --data {prepared.folder}"
     if folder != prepared.folder / DEFAULT:

@@ -1,8 +1,8 @@
 """The anchors of a row of tokens as arrays of the same shapes in a whole run: targets once, and who is to foresee them.
 
 Letters: S positions of a row, which holds one conversation or several; R rows of targets and P entries of the loss,
-each the most of any row of tokens; D dimension of the embeddings. An entry is a position that is to foresee one row of
-targets at one horizon.
+each the most of any row of tokens in a run; D dimension of the embeddings. An entry is a position that is to foresee
+one row of targets at one horizon.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_sfr.data.packing import most_in_a_row
-from megatron_sfr.data.prepared import Anchors, PreparedData
+from megatron_sfr.data.prepared import Anchors
+from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.texts import HasSegments
 from megatron_sfr.objectives.sfr import anchor_weights
 
 Fill = Literal["anchors_only", "nearest"]
@@ -20,23 +21,35 @@ Fill = Literal["anchors_only", "nearest"]
 
 @dataclass(frozen=True)
 class AnchorSizes:
-    """R and P: what no row of tokens of a run exceeds."""
+    """R and P: what no row of tokens exceeds."""
 
     rows: int = 0
     entries: int = 0
 
 
+@dataclass
+class AnchorPlan:
+    """How the datasets of one run make arrays of their anchors: the folder of the store inside each prepared folder,
+    which positions have targets, and the sizes that fit every row of all of them, known when all are built."""
+
+    store: str
+    fill: Fill
+    sizes: AnchorSizes = AnchorSizes()
+
+
 @dataclass(frozen=True)
 class RowAnchors:
-    """The anchors of one row of tokens, positions and responses counted over the row; int64 [A] each but `anchors`.
+    """The anchors of one row of tokens, their positions and responses counted over the row.
 
-    sample  number of the conversation that an anchor is of, among all of a run: it keys the noise
-    start   where that conversation begins in the row
+    sample  number of the conversation or row that an anchor is of, among all of a run: it keys the noise; int64 [A]
+    start   position in the row that the noise counts places from; int64 [A]
+    falling whether the weight falls from the first token of a response to its last, or all weigh alike
     """
 
     anchors: Anchors
     sample: np.ndarray
     start: np.ndarray
+    falling: bool = True
 
 
 def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> RowAnchors:
@@ -53,19 +66,17 @@ def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarr
     return RowAnchors(Anchors(**columns), np.repeat(samples, counts), start)
 
 
-def anchor_sizes(folders: Sequence[PreparedData], fill: Fill, capacity: int | None = None) -> AnchorSizes:
-    """The sizes that fit every row of these prepared folders, which share their horizons.
+class TargetReader:
+    """Adds the anchors of a row and their targets to its arrays."""
 
-    A row is one sample, or samples packed into `capacity` positions.
-    """
-    horizons = len(folders[0].manifest.horizons)
-    if capacity is None:
-        rows = max(data.manifest.max_anchors for data in folders)
-        tokens = max(data.manifest.max_response_tokens for data in folders)
-    else:
-        rows = max(most_in_a_row(data.anchor_counts, data.lengths, capacity) for data in folders)
-        tokens = capacity
-    return AnchorSizes(rows, rows if fill == "anchors_only" else tokens * horizons)
+    def __init__(self, prepared: HasSegments, plan: AnchorPlan) -> None:
+        self.plan = plan
+        self.store = TargetStore.open(prepared.folder / plan.store, prepared)
+
+    def arrays(self, row: RowAnchors) -> dict[str, np.ndarray]:
+        """`anchor_arrays`, and fp16 `target` [R, D]."""
+        target = padded(self.store[row.anchors.segment], self.plan.sizes.rows, np.float16)
+        return anchor_arrays(row, self.plan.fill, self.plan.sizes) | {"target": target}
 
 
 def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:
@@ -76,7 +87,8 @@ def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, 
     """
     anchors = row.anchors
     of, ordinal = entries_at_anchors(anchors) if fill == "anchors_only" else entries_of_nearest(anchors)
-    weight = anchor_weights(ordinal, anchors.length[of], anchors.response[of])
+    place = ordinal if row.falling else np.zeros_like(ordinal)
+    weight = anchor_weights(place, anchors.length[of], anchors.response[of])
     position = (anchors.position - anchors.ordinal)[of] + ordinal
     columns = {
         "position": position,

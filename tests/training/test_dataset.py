@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.targets import TargetStore
-from megatron_sfr.training.dataset import PreparedDataset, dataset_config
+from megatron_sfr.training.conversations import PreparedDataset
+from megatron_sfr.training.dataset import build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
 
 HORIZONS = ((1, 8), (5, 3))
@@ -49,6 +49,14 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
     return Namespace(**read | changes)
 
 
+def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedDataset:
+    """An epoch of one folder."""
+    config, data = dataset_config(arguments([str(folder)], **changes)), PreparedData.open(folder)
+    dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, split, config)
+    config.anchors.sizes = dataset.sizes(config.anchors.fill)
+    return dataset
+
+
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
 def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], fill: str):
     manifests = [PreparedData.open(folder).manifest for folder in folders]
@@ -57,7 +65,7 @@ def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], 
     blend = [0.5, str(folders[0]), 0.5, str(folders[1])]
 
     config = dataset_config(arguments([*map(str, blend)], [str(folders[0])], sfr_anchors=fill))
-    train, valid, _ = BlendedMegatronDatasetBuilder(PreparedDataset, [24, 3, 0], lambda: True, config).build()
+    train, valid, _ = build(config, [24, 3, 0])
 
     rows = manifests[1].max_anchors
     entries = rows if fill == "anchors_only" else manifests[1].max_response_tokens * len(HORIZONS)
@@ -75,9 +83,7 @@ def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], 
 
 
 def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
-    config = dataset_config(arguments([str(folders[1])]))
-    data = PreparedData.open(folders[1])
-    dataset = PreparedDataset(data, str(folders[1]), np.arange(len(data)), None, Split.train, config)
+    data, dataset = PreparedData.open(folders[1]), whole(folders[1])
     store = TargetStore.open(folders[1] / "targets", data)
 
     for place in range(len(dataset)):
@@ -96,14 +102,12 @@ def test_folders_of_unlike_horizons_are_refused(folders: list[Path], tmp_path: P
     with pytest.raises(ValueError, match=f"{folders[0]} has 1:8 5:3, {other} has 1:8; .* the same --horizons"):
         dataset_config(arguments([str(folders[0])], [str(other)]))
     plain = dataset_config(arguments([str(folders[0])], [str(other)], sfr=False))
-    assert plain.target_store is None
+    assert plain.anchors is None
 
 
 def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1) -> PreparedDataset:
     packing = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH}
-    config = dataset_config(arguments([str(folder)], sfr_anchors=fill, **packing))
-    data = PreparedData.open(folder)
-    dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, Split.train, config)
+    dataset = whole(folder, sfr_anchors=fill, **packing)
     dataset.num_samples = epochs * len(dataset)
     return dataset
 
@@ -111,10 +115,7 @@ def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1) -> PreparedD
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
 def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Path], fill: str):
     dataset, data = pack(folders[1], fill, epochs=2), PreparedData.open(folders[1])
-    alone = PreparedDataset(
-        *(data, str(folders[1]), np.arange(len(data)), None, Split.valid),  # in the order of the folder
-        dataset_config(arguments([str(folders[1])], sfr_anchors=fill)),
-    )
+    alone = whole(folders[1], Split.valid, sfr_anchors=fill)  # in the order of the folder
     assert len(dataset) // 2 < len(data) / 2
 
     seen = []
@@ -145,8 +146,8 @@ def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Pa
 def test_packed_rows_of_folders_are_collated(folders: list[Path]):
     blend = ["0.5", str(folders[0]), "0.5", str(folders[1])]
     config = dataset_config(arguments(blend, sfr_packing="first_fit_decreasing"))
-    train, _, _ = BlendedMegatronDatasetBuilder(PreparedDataset, [12, 0, 0], lambda: True, config).build()
+    train, _, _ = build(config, [12, 0, 0])
 
     batch = default_collate([train[i] for i in range(12)])
     assert batch["document"].shape == (12, SEQ_LENGTH)
-    assert batch["target"].shape == (12, config.sizes.rows, 384)
+    assert batch["target"].shape == (12, config.anchors.sizes.rows, 384)

@@ -1,0 +1,121 @@
+"""The prepared folder of a pretraining corpus: Megatron's .bin/.idx, and the anchors of each document.
+
+- manifest.json: written last
+- documents.bin, documents.idx: upstream's indexed dataset, unless the manifest names one that was there already
+- anchors.bin (int32 [anchors, 3]): position, segment and horizon as in `Anchors`, by document, position, horizon;
+  anchor_offsets.bin (int64 [documents + 1]) divides them
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: as in texts.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron_sfr.data import texts
+from megatron_sfr.data.flat import map_flat
+from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.data.prepared import PreparedData
+
+CORPUS = "documents"  # the indexed dataset inside its folder
+ANCHOR_DTYPES = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
+COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class DocumentsManifest:
+    """What a folder of prepared documents holds and what it was made from."""
+
+    kind: ClassVar[str] = "prepared documents"
+    version: ClassVar[int] = 1
+
+    documents: int
+    tokens: int
+    anchors: int  # an anchor counts once for each horizon that it has a target at
+    segments: int  # distinct
+    rejected: int
+    stride: int
+    horizons: list[list[int]]
+    min_segment_length: int
+    segmenter: str
+    eod: int  # the token that ends a document
+    vocab_size: int
+    tokenizer: str
+    tokenizer_sha256: str
+    segments_sha256: str
+    corpus: str  # prefix of the .bin and .idx, inside the folder or an absolute path
+    corpus_sha256: str  # of the .idx
+    inputs: list[InputRecord]
+    files: dict[str, FileRecord]
+
+
+class PreparedDocuments:
+    """The documents of a prepared folder. `open` checks the manifest and the sizes, `verify` every byte."""
+
+    def __init__(self, folder: Path, manifest: DocumentsManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.texts = texts.SegmentTexts(folder)
+        self._anchors = map_flat(folder / "anchors.bin", np.int32).reshape(-1, COLUMNS)
+        self._offsets = map_flat(folder / "anchor_offsets.bin", np.int64)
+
+    @classmethod
+    def open(cls, folder: Path) -> PreparedDocuments:
+        """ValueError where the folder is incomplete, damaged or of another version, or its corpus is not there."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, DocumentsManifest, remedy(folder))
+        check_sizes(folder, manifest.files, remedy(folder))
+        opened = cls(folder, manifest)
+        for end in (".bin", ".idx"):
+            if not (path := Path(f"{opened.corpus}{end}")).is_file():
+                raise ValueError(f"{path}, the corpus of {folder}, is missing; {remedy(folder)}")
+        return opened
+
+    @property
+    def corpus(self) -> str:
+        """The prefix that upstream's IndexedDataset opens."""
+        return str(self.folder / self.manifest.corpus)
+
+    def verify(self) -> None:
+        """Reads everything; ValueError names the file that is not what was written."""
+        check_contents(self.folder, self.manifest.files, remedy(self.folder))
+
+    def __len__(self) -> int:
+        return self.manifest.documents
+
+    def anchors(self, document: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Position, segment and horizon, int64 [A] each, of the anchors at start <= position < end of a document."""
+        rows = self._anchors[self._offsets[document] : self._offsets[document + 1]]
+        first, last = np.searchsorted(rows[:, 0], [start, end])
+        position, segment, horizon = rows[first:last].astype(np.int64).T
+        return position, segment, horizon
+
+    def segment_text(self, row: int) -> str:
+        return self.texts[row]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files again: pickling a memory map would copy all of it.
+        return PreparedDocuments.open, (self.folder,)
+
+
+def open_prepared(folder: Path) -> PreparedData | PreparedDocuments:
+    """A prepared folder of either kind."""
+    folder = Path(folder)
+    return PreparedDocuments.open(folder) if holds_documents(folder) else PreparedData.open(folder)
+
+
+def holds_documents(folder: Path) -> bool:
+    """Whether a prepared folder holds documents; a folder without a manifest that can be read holds none."""
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
+
+
+def remedy(folder: Path) -> str:
+    return f"run: megatron-sfr prepare-text --input FILE --tokenizer DIR --output {folder} --force"

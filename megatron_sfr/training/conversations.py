@@ -1,0 +1,129 @@
+"""Prepared conversations as one of upstream's datasets, so that upstream blends, samples and resumes them.
+
+An item is a row of S tokens (S sequence length): one conversation, or several that are packed into it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.utils import log_single_rank
+
+from megatron_sfr.data.packing import Rows, deal, first_fit_decreasing, most_in_a_row
+from megatron_sfr.data.prepared import PreparedData, Sample
+from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, TargetReader, join_anchors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
+    """Upstream's dataset configuration, whether rows are packed, and what anchors become (None: nothing)."""
+
+    packed: bool = False
+    anchors: AnchorPlan | None = None
+
+
+class PreparedDataset(MegatronDataset):
+    """One prepared folder, for as many epochs as were asked for; each training epoch deals its rows anew."""
+
+    def __init__(
+        self,
+        dataset: PreparedData,
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: PreparedDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
+        self.lengths = dataset.lengths[indices] if config.packed else np.ones(len(indices), np.int64)
+        self.rows = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        if config.packed and len(indices):
+            full = self.lengths.sum() / (len(self.rows) * config.sequence_length)
+            packed = f"{len(indices):,} conversations in {len(self.rows):,} rows, {full:.1%} full"
+            log_single_rank(logger, logging.INFO, f"> {dataset_path} ({index_split.name}): {packed}")
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: PreparedData) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: PreparedDatasetConfig) -> PreparedData:
+        prepared = PreparedData.open(Path(dataset_path))
+        if prepared.manifest.seq_length > config.sequence_length:
+            raise ValueError(
+                f"{dataset_path} was prepared for sequences of {prepared.manifest.seq_length} tokens, the recipe's "
+                f"seq_length is {config.sequence_length}: raise it, or prepare again with --seq-length"
+            )
+        return prepared
+
+    def _epoch(self, epoch: int) -> Rows:
+        """Rows of places in `indices`."""
+        if self.index_split is not Split.train:
+            return self.rows
+        return deal(self.rows, self.lengths, np.random.default_rng([self.config.random_seed, epoch]))
+
+    def __len__(self) -> int:
+        return max(self.num_samples or 0, len(self.rows))
+
+    def conversations(self, idx: int) -> tuple[int, np.ndarray]:
+        """The epoch that row idx of the whole run is of, and its conversations: indices into the prepared folder."""
+        epoch, place = divmod(int(idx), len(self.rows))
+        return epoch, self.indices[self.epoch(epoch)[place]]
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        """Row idx of the whole run: arrays of fixed shapes.
+
+        What keys an anchor's noise is its conversation and epoch: packing and order do not change it.
+        """
+        epoch, conversations = self.conversations(idx)
+        samples = [self.dataset[int(i)] for i in conversations]
+        item: dict[str, Any] = dict(row_arrays(samples, self.config.sequence_length))
+        if not self.config.packed:
+            del item["document"]
+        if self.targets is not None:
+            keys = epoch * len(self.dataset) + conversations
+            parts = [sample.anchors for sample in samples]
+            item |= self.targets.arrays(join_anchors(parts, keys, row_starts(samples)[:-1]))
+        return item
+
+    def sizes(self, fill: Fill) -> AnchorSizes:
+        """What fits the anchors of every row."""
+        manifest, length = self.dataset.manifest, self.config.sequence_length
+        if self.config.packed:
+            rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.lengths, length), length
+        else:
+            rows, tokens = manifest.max_anchors, manifest.max_response_tokens
+        return AnchorSizes(rows, rows if fill == "anchors_only" else tokens * len(manifest.horizons))
+
+
+def row_starts(samples: Sequence[Sample]) -> np.ndarray:
+    """Where each sample begins in their row, and where the last one ends: int64 [n + 1]."""
+    return np.cumsum([0, *(len(sample.tokens) - 1 for sample in samples)])
+
+
+def row_arrays(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
+    """Samples to upstream's arrays [S] and `document`, which counts them from 0; all of them fit.
+
+    Labels are the next tokens; padding, a document of its own, is masked out.
+    """
+    starts = row_starts(samples)
+    row = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "document")}
+    loss_mask = np.zeros(length, np.float32)
+    for number, (sample, start, end) in enumerate(zip(samples, starts[:-1], starts[1:], strict=True)):
+        row["tokens"][start:end], row["labels"][start:end] = sample.tokens[:-1], sample.tokens[1:]
+        loss_mask[start:end] = sample.loss_mask[1:]
+        row["document"][start:end], row["position_ids"][start:end] = number, np.arange(end - start)
+    rest = length - starts[-1]
+    row["document"][starts[-1] :], row["position_ids"][starts[-1] :] = len(samples), np.arange(rest)
+    return row | {"loss_mask": loss_mask}
