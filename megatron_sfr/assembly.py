@@ -7,6 +7,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_sfr.config import options
+from megatron_sfr.conflicts import separator
 from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.horizons import horizons_of
 from megatron_sfr.data.statistics import pooled_statistics
@@ -32,7 +33,7 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
     config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
     if backend == "cpu":
         adapt_config_to_cpu(config.transformer)
-    if args.sfr_packing != "none":
+    if separator(args) is not None:
         config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
     if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
         config.transformer_layer_spec = local_block_spec
@@ -48,7 +49,7 @@ def forward_step(args: argparse.Namespace) -> ForwardStep:
     if args.sfr:
         sfr, targets = options(SFROptions, args), options(TargetOptions, args)
         term = FlowTerm(TermOptions(sfr, targets, options(GateOptions, args), options(FlowHeadOptions, args)))
-    resets_attention = args.sfr_packing != "none"
+    resets_attention = separator(args) is not None
     return ForwardStep(
         args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args), resets_attention
     )

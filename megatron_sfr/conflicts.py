@@ -8,7 +8,7 @@ Rows = list[tuple[Any, str]]
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first contradiction among parsed arguments, in one line; None where there is none."""
-    rows = _of_the_run(args) + _of_packing(args) + (_of_the_term(args) if args.sfr else [])
+    rows = _of_the_run(args) + _of_separation(args) + (_of_the_term(args) if args.sfr else [])
     return next((message for wrong, message in rows if wrong), None)
 
 
@@ -28,6 +28,11 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             "no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote",
         ),
         (
+            args.reset_attention_mask or args.reset_position_ids,
+            "reset_attention_mask and reset_position_ids look for a token; set dataloader_inter_document_masking, "
+            "which knows where documents begin",
+        ),
+        (
             args.objective == "sed" and args.sed_threshold is None,
             "--objective sed needs --sed-threshold: `megatron-sfr calibrate-sed` finds it for your model and data",
         ),
@@ -38,31 +43,42 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
     ]
 
 
-def _of_packing(args: argparse.Namespace) -> Rows:
-    if args.sfr_packing == "none":
+def separator(args: argparse.Namespace) -> str | None:
+    """The option by which rows hold several texts that attention keeps apart; None where it does not."""
+    if args.sfr_packing != "none":
+        return "sfr_packing"
+    return "dataloader_inter_document_masking" if args.dataloader_inter_document_masking else None
+
+
+def _of_separation(args: argparse.Namespace) -> Rows:
+    if (option := separator(args)) is None:
         return []
     local = args.transformer_impl == "local"
     return [
         (
+            args.sfr_packing != "none" and args.dataloader_inter_document_masking,
+            "sfr_packing is for conversations, dataloader_inter_document_masking for documents: set one of them",
+        ),
+        (
             args.context_parallel_size > 1,
-            "sfr_packing does not work with context parallelism yet: set context_parallel_size to 1",
+            f"{option} does not work with context parallelism yet: set context_parallel_size to 1",
         ),
         (
             local and args.window_size is not None,
-            "sfr_packing with window_size needs Transformer Engine: upstream's local attention replaces the mask of "
-            "the conversations by the window's",
+            f"{option} with window_size needs Transformer Engine: upstream's local attention replaces the mask of "
+            "the texts by the window's",
         ),
         (
             local and args.mtp_num_layers,
-            "sfr_packing with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
-            "prediction would foresee the next conversation",
+            f"{option} with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
+            "prediction would foresee the next text",
         ),
         (
             not local and args.micro_batch_size != 1,
-            "sfr_packing with Transformer Engine takes one row at a time: set micro_batch_size to 1",
+            f"{option} with Transformer Engine takes one row at a time: set micro_batch_size to 1",
         ),
         (
-            args.sfr and args.sfr_loss == "cka",
+            args.sfr and args.sfr_loss == "cka" and option == "sfr_packing",
             "sfr_loss = cka compares the anchors of one conversation: set sfr_packing to none",
         ),
     ]

@@ -56,6 +56,8 @@ def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
         "anchors": anchors,
     }
     if not any(map(holds_documents, paths)):
+        if args.dataloader_inter_document_masking:
+            raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         return PreparedDatasetConfig(**common, packed=args.sfr_packing != "none")
     return _documents_config(args, paths, common)
 

@@ -45,6 +45,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "sfr_target_store": "targets",
         "sfr_anchors": "anchors_only",
         "sfr_packing": "none",
+        "dataloader_inter_document_masking": False,
     }
     return Namespace(**read | changes)
 
