@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.chat import BadRow, Conversation, Encoded, encode, parse_row, read_rows
+from megatron_sfr.data.chat import Conversation, Encoded, encode, parse_row
 from megatron_sfr.data.flat import FlatWriter
 from megatron_sfr.data.horizons import Horizon, check_horizons
+from megatron_sfr.data.lines import BadRow, RowError, read_rows
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments import Cut, DistinctTexts, futures, text_digest
-from megatron_sfr.data.template import RowError, load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 
 REJECTED = "rejected.jsonl"
 
