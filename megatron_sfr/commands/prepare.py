@@ -1,8 +1,9 @@
 """Turn JSONL conversations into memory-mapped tokens, loss masks and anchors.
 
-A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, with
-"persona": "..." beside it if there is one: it becomes the system turn of a conversation that has none.
-The loss is on the assistant's turns, each with its end token. Nothing is written unless all of it is.
+A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or a row of
+ShareGPT or alpaca; each file's first row tells which. A "persona" beside it becomes the system turn of a conversation
+that has none. The loss is on the assistant's turns, each with its end token. Nothing is published unless all of it is
+there; the same command after a kill goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL: messages, and persona if any"
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL: messages, ShareGPT or alpaca"
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's tokenizer, with a chat template")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--format", metavar="messages|sharegpt|alpaca", help="of all rows (each file's own, told by its first row)"
+    )
+    parser.add_argument(
+        "--persona-key", default="persona", metavar="NAME", help="the field of a row that marks the style (%(default)s)"
+    )
     parser.add_argument("--seq-length", type=int, default=2048, help="longest conversation, in tokens (%(default)s)")
+    parser.add_argument(
+        "--too-long", default="error", metavar="error|truncate", help="a longer one is a bad row, or cut (%(default)s)"
+    )
     parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
     parser.add_argument(
         "--horizons",
@@ -32,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"
     )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a processor, at most 8)")
     parser.add_argument("--force", action="store_true", help="replace prepared data that is there already")
 
 
 def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.horizons import parse_horizons
     from megatron_sfr.data.preparation import PrepareOptions, prepare
+    from megatron_sfr.data.workers import default_workers
 
     options = PrepareOptions(
         seq_length=args.seq_length,
@@ -45,14 +57,22 @@ def run(args: argparse.Namespace) -> int:
         horizons=parse_horizons(args.horizons),
         min_segment_length=args.min_segment_length,
         skip_bad_rows=args.skip_bad_rows,
+        format=args.format,
+        persona_key=args.persona_key,
+        too_long=args.too_long,
     )
-    result = prepare(args.input, args.output, args.tokenizer, options, force=args.force)
+    workers = default_workers() if args.workers is None else args.workers
+    result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
     horizons = f" at {len(result.horizons)} horizons" if len(result.horizons) > 1 else ""
     print(
         f"{args.output}: {result.samples:,} conversations, {result.tokens:,} tokens ({result.supervised_tokens:,} "
         f"supervised), {result.anchors:,} anchors{horizons}, {result.segments:,} distinct segments, "
         f"{len(result.personas.keys() - {''})} personas"
     )
+    if result.truncated:
+        print(f"{result.truncated:,} conversations truncated to {result.seq_length} + 1 tokens")
+    if result.duplicates:
+        print(f"{result.duplicates:,} conversations have the tokens of an earlier one; they are kept")
     if result.rejected:
         print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
     if result.segments:

@@ -1,11 +1,7 @@
-"""Conversations: what a row of JSONL must look like, its persona, and its token ids with an exact assistant mask.
-
-A row is `{"messages": [{"role": ..., "content": ...}, ...], "persona": ...}`; other fields of the row are not read.
-"""
+"""Conversations: what a row must look like in each format, its persona, and its tokens with an exact assistant mask."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.template import RowError, reply_spans
+from megatron_sfr.data.formats import detect, load_fields, turns_of
+from megatron_sfr.data.lines import BadRow, Row, RowError, read_rows
+from megatron_sfr.data.template import reply_spans
+from megatron_sfr.data.tool_turns import Message, strings_of
 
-ROLES = ("system", "user", "assistant")
-
-Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a file, as it stands there."""
-
-    source: str
-    line: int
-    text: bytes
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be trained on, with the reason."""
-
-    row: Row
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.row.source}:{self.row.line}: {self.reason}"
+ROLES = ("system", "user", "assistant", "tool")
+# A field that is not here changes what a turn means: dropping it in silence would be a guess.
+FIELDS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}}
 
 
 @dataclass(frozen=True)
@@ -48,6 +27,7 @@ class Conversation:
     line: int
     messages: list[Message]
     persona: str | None
+    tools: list[Any] | None = None  # as the chat template takes them
 
 
 @dataclass(frozen=True)
@@ -63,10 +43,11 @@ class Encoded:
 
 
 def read_conversations(path: Path, on_bad: Callable[[BadRow], None] | None = None) -> Iterator[Conversation]:
-    """The conversations of a JSONL file. A bad row raises ValueError `file:line: reason`, or goes to `on_bad`."""
+    """The conversations of a file. A bad row raises ValueError `file:line: reason`, or goes to `on_bad`."""
+    form = detect(path)
     for row in read_rows(path):
         try:
-            yield parse_row(row)
+            yield parse_row(row, form)
         except RowError as error:
             bad = BadRow(row, str(error))
             if on_bad is None:
@@ -74,35 +55,22 @@ def read_conversations(path: Path, on_bad: Callable[[BadRow], None] | None = Non
             on_bad(bad)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The lines of a file that are not blank, numbered from 1, without a byte order mark."""
-    with open(path, "rb") as file:
-        for line, text in enumerate(file, start=1):
-            text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text
-            if text.strip():
-                yield Row(str(path), line, text)
-
-
-def parse_row(row: Row) -> Conversation:
+def parse_row(row: Row, form: str = "messages", persona_key: str = "persona") -> Conversation:
     """The conversation of a row; RowError says what is wrong with it."""
-    try:
-        fields = json.loads(row.text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"not JSON ({error}); write one JSON object a line") from error
-    if not isinstance(fields, dict):
-        raise RowError('not a JSON object; write {"messages": [...]}')
-    messages = _messages(fields.get("messages"))
-    persona = fields.get("persona")
+    fields = load_fields(row)
+    turns, tools = turns_of(fields, form)
+    messages = _messages(turns)
+    for text in strings_of(tools):
+        _check_text(text, "a text of the tools")
+    persona = fields.get(persona_key)
     if persona is not None:
-        _check_text(persona, "the persona")
+        _check_text(persona, f"the {persona_key}")
         if not persona.strip():
-            raise RowError("the persona is blank; name it, or leave the field out")
+            raise RowError(f"the {persona_key} is blank; name it, or leave the field out")
         persona = persona.strip()
         if messages[0]["role"] != "system":
             messages = [persona_turn(persona), *messages]
-    return Conversation(row.source, row.line, messages, persona)
+    return Conversation(row.source, row.line, messages, persona, tools)
 
 
 def persona_turn(persona: str) -> Message:
@@ -123,16 +91,14 @@ def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
 
     Raises RowError where no exact mask exists.
     """
-    ids, replies = reply_spans(conversation.messages, tokenizer)
+    ids, replies = reply_spans(conversation.messages, tokenizer, conversation.tools)
     mask = np.zeros(len(ids), np.uint8)
     for start, end in replies:
         mask[start:end] = 1
     return Encoded(np.asarray(ids, np.int32), mask, tuple(replies))
 
 
-def _messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise RowError('no messages; write "messages": [{"role": "user", "content": ...}, ...]')
+def _messages(messages: list[Any]) -> list[Message]:
     for number, message in enumerate(messages, start=1):
         _check_message(message, number)
     roles = [message["role"] for message in messages]
@@ -140,7 +106,8 @@ def _messages(messages: Any) -> list[Message]:
         raise RowError(f"the last turn is the {roles[-1]}'s; end the conversation on an assistant turn")
     if "user" not in roles[: roles.index("assistant")]:
         raise RowError("the first assistant turn answers no user turn; begin with a user turn")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    # Templates test for the fields that they know: what is null or empty is as good as absent.
+    return [{k: v for k, v in message.items() if k == "content" or v not in (None, [])} for message in messages]
 
 
 def _check_message(message: Any, number: int) -> None:
@@ -151,13 +118,30 @@ def _check_message(message: Any, number: int) -> None:
         raise RowError(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
     if role == "system" and number > 1:
         raise RowError(f"message {number} is a system turn; a system turn comes first or not at all")
-    _check_text(message.get("content"), f"the content of message {number}")
-    if role == "assistant" and not message["content"].strip():
-        raise RowError(f"message {number} is an empty reply; write the reply or drop the row")
-    # A field such as tool_calls or weight changes what the turn means: dropping it in silence would be a guess.
-    extra = sorted(name for name, value in message.items() if name not in ("role", "content") and value is not None)
-    if extra:
+    known = {"role", "content"} | FIELDS.get(role, set())
+    if extra := sorted(name for name, value in message.items() if name not in known and value is not None):
         raise RowError(f"message {number} has the field {extra[0]!r}, which is not supported; remove it")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls:
+        _check_calls(calls, number)
+    for text in strings_of([calls, message.get("name"), message.get("tool_call_id")]):
+        _check_text(text, f"a text of message {number}")
+    if not (calls and content is None):
+        _check_text(content, f"the content of message {number}")
+    if role == "assistant" and not calls and not str(content).strip():
+        raise RowError(f"message {number} is an empty reply; write the reply or drop the row")
+
+
+def _check_calls(calls: Any, number: int) -> None:
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowError(
+                f"message {number} has a tool call without the name of a function; "
+                'write "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
+            )
+        if not isinstance(function.get("arguments"), dict | str):
+            raise RowError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
 
 
 def _check_text(text: Any, what: str) -> None:

@@ -12,14 +12,25 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from megatron_sfr.data.manifest import FileRecord
 
+BLOCK = 1 << 20
+
 
 class FlatWriter:
-    """Appends arrays of one dtype to a new file and keeps the checksum of what it wrote."""
+    """Appends arrays of one dtype to a file and keeps the checksum of what it holds.
 
-    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+    The file is new, or goes on behind the bytes of `kept`; ValueError where these are not what was written.
+    """
+
+    def __init__(self, path: Path, dtype: DTypeLike, kept: FileRecord | None = None) -> None:
         self._dtype = np.dtype(dtype)
-        self._file = open(path, "wb")  # noqa: SIM115  closed on leaving the writer's own `with`
         self._sha256 = hashlib.sha256()
+        self._file = open(path, "r+b" if kept else "wb")  # noqa: SIM115  closed on leaving the writer's own `with`
+        if kept:
+            try:
+                self._go_on(path, kept)
+            except ValueError:
+                self._file.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -32,11 +43,26 @@ class FlatWriter:
         self._file.write(data)
         self._sha256.update(data)
 
+    def flush(self) -> FileRecord:
+        """Hands what was appended to the system, where it outlives this process, and says what is there."""
+        self._file.flush()
+        return {"bytes": self._file.tell(), "sha256": self._sha256.hexdigest()}
+
     def finish(self) -> FileRecord:
         """Flushes to the disk and says what is there."""
-        self._file.flush()
+        record = self.flush()
         os.fsync(self._file.fileno())
-        return {"bytes": self._file.tell(), "sha256": self._sha256.hexdigest()}
+        return record
+
+    def _go_on(self, path: Path, kept: FileRecord) -> None:
+        left = kept["bytes"]
+        while left and (block := self._file.read(min(left, BLOCK))):
+            self._sha256.update(block)
+            left -= len(block)
+        if left or self._sha256.hexdigest() != kept["sha256"]:
+            raise ValueError(f"{path} is not what was written; remove it")
+        self._file.seek(kept["bytes"])  # between reading and writing
+        self._file.truncate()
 
 
 def map_flat(path: Path, dtype: DTypeLike) -> np.ndarray:

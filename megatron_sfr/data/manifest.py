@@ -24,6 +24,7 @@ class FileRecord(TypedDict):
 class InputRecord(TypedDict):
     path: str
     sha256: str
+    format: str
 
 
 class Manifest(Protocol):
@@ -114,7 +115,7 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
             raise ValueError(f"another process is writing {output}; wait for it, or stop it") from error
         try:
             if not keep:
-                _empty(folder)
+                empty_folder(folder)
             yield folder
         except BaseException:
             if not keep:
@@ -136,7 +137,7 @@ def publish(folder: Path, output: Path) -> None:
     sync_folder(output.parent)
 
 
-def _empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,50 +1,57 @@
-"""`prepare`: conversations in, a prepared folder out, in one pass; a bad row stops it or is set aside."""
+"""`prepare`: conversations in, a prepared folder out, in one pass; a run that was killed goes on where it was."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_sfr.data.chat import BadRow, Conversation, Encoded, encode, parse_row, read_rows
-from megatron_sfr.data.flat import FlatWriter
+from megatron_sfr.data.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.horizons import Horizon, check_horizons
+from megatron_sfr.data.journal import discard_without_journal
+from megatron_sfr.data.lines import CHUNK_BYTES, Place, read_chunks
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
-from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
-from megatron_sfr.data.segments import Cut, DistinctTexts, futures, text_digest
-from megatron_sfr.data.template import RowError, load_tokenizer, tokenizer_sha256
-
-REJECTED = "rejected.jsonl"
+from megatron_sfr.data.prepared import PreparedData, PreparedManifest
+from megatron_sfr.data.sample_files import REJECTED, SampleFiles
+from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
+from megatron_sfr.data.segments import Cut
+from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.workers import ordered_map
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How conversations are cut: lengths in tokens of the model's tokenizer."""
+    """How rows are read and conversations cut: lengths in tokens of the model's tokenizer."""
 
     seq_length: int = 2048
     stride: int = 32
     horizons: tuple[Horizon, ...] = ((1, 256),)
     min_segment_length: int = 16
     skip_bad_rows: bool = False
+    format: str | None = None  # None: told by each file's first row
+    persona_key: str = "persona"
+    too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "stride", "min_segment_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         check_horizons(self.horizons)
+        if self.format not in (None, *FORMATS):
+            raise ValueError(f"format {self.format!r} is unknown; choose {', '.join(FORMATS)}")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"too_long {self.too_long!r} is unknown; choose {' or '.join(TOO_LONG)}")
 
 
 @dataclass(frozen=True)
 class Origin:
     """What decides every byte of a prepared folder; the same names as in its manifest."""
 
+    persona_key: str
     seq_length: int
+    too_long: str
     stride: int
     horizons: list[list[int]]
     min_segment_length: int
@@ -61,40 +68,58 @@ def prepare(
     *,
     force: bool = False,
     progress: bool = True,
+    workers: int = 1,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> PreparedManifest:
     """Writes `output`, or leaves it as it is where it already holds just this; ValueError for bad rows and conflicts.
 
-    With `force` the prepared data in `output` is replaced; target stores in it stay, and are checked when opened.
+    With `force` the prepared data in `output` is replaced; target stores in it stay, and are checked when opened. What
+    is written depends neither on `workers` nor on `chunk_bytes`, the bytes of input that a kill can lose for each.
     """
     inputs, output = [Path(path) for path in inputs], Path(output)
     if not inputs:
         raise ValueError("no input; give at least one JSONL file")
+    if workers < 1:
+        raise ValueError(f"{workers} workers; give at least 1")
     _check_output(output)
     loaded = load_tokenizer(str(tokenizer))
-    origin = Origin(
-        seq_length=options.seq_length,
-        stride=options.stride,
-        horizons=[list(horizon) for horizon in options.horizons],
-        min_segment_length=options.min_segment_length,
-        vocab_size=len(loaded),
-        tokenizer_sha256=tokenizer_sha256(loaded),
-        inputs=[{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in inputs],
-    )
+    origin = _origin(inputs, loaded, options, progress)
     if not force and (output / NAME).exists() and (done := _up_to_date(output, origin, options.skip_bad_rows)):
         if progress:
             print(f"{output} is up to date")
         return done
-    with staging(output, keep=False) as folder, ExitStack() as stack:
-        files = {name: stack.enter_context(FlatWriter(folder / name, dtype)) for name, dtype in DTYPES.items()}
-        writer = _Writer(folder, files, loaded, origin)
-        for conversation, encoded in _good_rows(inputs, loaded, options, writer, progress):
-            writer.add(conversation, encoded)
-        manifest = writer.finish(str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else str(tokenizer))
+    cut = Cut(options.stride, origin.horizons, options.min_segment_length)
+    formats = {str(path): record["format"] for path, record in zip(inputs, origin.inputs, strict=True)}
+    encoder = SampleEncoder(loaded, formats, options.persona_key, options.seq_length, options.too_long, cut)
+    with staging(output, keep=True) as folder, discard_without_journal(folder):
+        with SampleFiles(folder, {"version": PreparedManifest.version, **asdict(origin)}) as files:
+            _write(files, inputs, encoder, options.skip_bad_rows, workers, chunk_bytes, progress)
+            manifest = _finish(files, origin, tokenizer)
         write_manifest(folder, manifest)
         if not manifest.rejected:
             (output / REJECTED).unlink(missing_ok=True)
         publish(folder, output)
     return manifest
+
+
+def _origin(inputs: Sequence[Path], tokenizer: Any, options: PrepareOptions, progress: bool) -> Origin:
+    records: list[InputRecord] = []
+    for path in inputs:
+        form = options.format or detect(path)
+        if progress:
+            print(f"{path.name}: {TITLES[form]}")
+        records.append({"path": str(path.resolve()), "sha256": sha256_of(path), "format": form})
+    return Origin(
+        persona_key=options.persona_key,
+        seq_length=options.seq_length,
+        too_long=options.too_long,
+        stride=options.stride,
+        horizons=[list(horizon) for horizon in options.horizons],
+        min_segment_length=options.min_segment_length,
+        vocab_size=len(tokenizer),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        inputs=records,
+    )
 
 
 def _check_output(output: Path) -> None:
@@ -111,7 +136,7 @@ def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> PreparedMa
     old = {name: getattr(manifest, name) for name in asdict(origin)}
     new = asdict(origin)
     for side in (old, new):  # a file may have been moved
-        side["inputs"] = [record["sha256"] for record in side["inputs"]]
+        side["inputs"] = [(record["sha256"], record["format"]) for record in side["inputs"]]
     changed = sorted(name for name in new if new[name] != old[name])
     if changed:
         raise ValueError(
@@ -121,112 +146,58 @@ def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> PreparedMa
     return manifest if skip_bad_rows or not manifest.rejected else None
 
 
-def _good_rows(
-    inputs: Sequence[Path], tokenizer: Any, options: PrepareOptions, writer: _Writer, progress: bool
-) -> Iterator[tuple[Conversation, Encoded]]:
+def _write(
+    files: SampleFiles,
+    inputs: Sequence[Path],
+    encoder: SampleEncoder,
+    skip_bad_rows: bool,
+    workers: int,
+    chunk_bytes: int,
+    progress: bool,
+) -> None:
+    """Everything from the place where the files end; the first bad row is a ValueError unless they are skipped."""
     from tqdm import tqdm
 
-    size = sum(path.stat().st_size for path in inputs)
-    with tqdm(total=size, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar:
-        for path in inputs:
-            for row in read_rows(path):
-                try:
-                    conversation = parse_row(row)
-                    yield conversation, _encode(conversation, tokenizer, options.seq_length)
-                except RowError as error:
-                    bad = BadRow(row, str(error))
-                    if not options.skip_bad_rows:
-                        raise ValueError(str(bad)) from error
-                    writer.reject(bad)
-                bar.update(len(row.text))
+    totals = files.totals
+    sizes = [path.stat().st_size for path in inputs]
+    start, rows_before = _bytes_before(totals.place, sizes), totals.samples + totals.rejected
+    if totals.rejected and not skip_bad_rows:  # of an earlier run, which skipped them
+        raise ValueError(totals.first_bad)
+    if start and progress:
+        print(f"goes on at {inputs[totals.place.file]}:{totals.place.line}, where an earlier run was stopped")
+    workers = min(workers, -(-(sum(sizes) - start) // chunk_bytes) or 1)
+    chunks = read_chunks(inputs, totals.place, chunk_bytes)
+    with (
+        tqdm(total=sum(sizes), initial=start, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar,
+        closing(ordered_map(encoder, chunks, workers)) as done,
+    ):
+        for chunk in done:
+            if chunk.bad and not skip_bad_rows:
+                raise ValueError(str(chunk.bad[0]))
+            files.add(chunk)
+            rows = totals.samples + totals.rejected
+            rate = (rows - rows_before) / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
+            bar.update(_bytes_before(totals.place, sizes) - bar.n)
 
 
-def _encode(conversation: Conversation, tokenizer: Any, seq_length: int) -> Encoded:
-    encoded = encode(conversation, tokenizer)
-    if len(encoded.tokens) > seq_length + 1:  # inputs are tokens[:-1], labels tokens[1:]
-        raise RowError(
-            f"{len(encoded.tokens)} tokens, which is over sequence length {seq_length} + 1; "
-            "shorten the conversation or raise --seq-length"
-        )
-    return encoded
+def _bytes_before(place: Place, sizes: Sequence[int]) -> int:
+    return sum(sizes[: place.file]) + place.byte
 
 
-class _Writer:
-    """The files of a prepared folder while they are written; memory grows only with the number of distinct segments."""
-
-    def __init__(self, folder: Path, files: dict[str, FlatWriter], tokenizer: Any, origin: Origin) -> None:
-        self._folder = folder
-        self._files = files
-        self._tokenizer = tokenizer
-        self._origin = origin
-        self._segments = DistinctTexts()
-        self._personas: Counter[str] = Counter()
-        self._persona_index: dict[str, int] = {}
-        self._tokens = self._supervised = self._anchors = self._max_anchors = self._segment_bytes = 0
-        self._max_response_tokens = 0
-        self._first_bad: BadRow | None = None
-        self._rejected = 0
-        for name in ("offsets.bin", "anchor_offsets.bin", "segment_offsets.bin"):
-            self._files[name].append(0)
-
-    def add(self, conversation: Conversation, encoded: Encoded) -> None:
-        persona = conversation.persona or ""
-        self._personas[persona] += 1
-        self._tokens += len(encoded.tokens)
-        supervised = int(encoded.loss_mask.sum())
-        self._supervised += supervised
-        self._max_response_tokens = max(self._max_response_tokens, supervised)
-        anchors = self._anchor_rows(encoded)
-        self._anchors += len(anchors)
-        self._max_anchors = max(self._max_anchors, len(anchors))
-        self._files["tokens.bin"].append(encoded.tokens)
-        self._files["mask.bin"].append(encoded.loss_mask)
-        self._files["offsets.bin"].append(self._tokens)
-        self._files["personas.bin"].append(self._persona_index.setdefault(persona, len(self._persona_index)))
-        self._files["anchors.bin"].append(anchors)
-        self._files["anchor_offsets.bin"].append(self._anchors)
-
-    def reject(self, bad: BadRow) -> None:
-        """Sets a row aside, with its reason, for someone to repair."""
-        self._first_bad = self._first_bad or bad
-        self._rejected += 1
-        text = bad.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-        record = {"file": bad.row.source, "line": bad.row.line, "reason": bad.reason, "row": text}
-        with open(self._folder / REJECTED, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def finish(self, tokenizer: str) -> PreparedManifest:
-        if not self._personas:
-            first = f"; the first of {self._rejected} bad rows: {self._first_bad}" if self._first_bad else ""
-            raise ValueError(f"no usable rows in {', '.join(r['path'] for r in self._origin.inputs)}{first}")
-        files = {name: file.finish() for name, file in self._files.items()}
-        return PreparedManifest(
-            samples=self._personas.total(),
-            tokens=self._tokens,
-            supervised_tokens=self._supervised,
-            max_response_tokens=self._max_response_tokens,
-            anchors=self._anchors,
-            max_anchors=self._max_anchors,
-            segments=len(self._segments),
-            rejected=self._rejected,
-            personas=dict(self._personas),
-            tokenizer=tokenizer,
-            segments_sha256=files["segments.jsonl"]["sha256"],
-            files=files,
-            **{name: getattr(self._origin, name) for name in asdict(self._origin)},
-        )
-
-    def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, ...]]:
-        """Rows of anchors.bin, one for each anchor of a sample and horizon; segments not met before are written."""
-        cut = Cut(self._origin.stride, self._origin.horizons, self._origin.min_segment_length)
-        rows: list[tuple[int, ...]] = []
-        for segment, text in futures(encoded.tokens, encoded.replies, self._tokenizer, cut):
-            row, is_new = self._segments.row(digest := text_digest(text))
-            if is_new:
-                line = (json.dumps(text, ensure_ascii=False) + "\n").encode("utf-8")
-                self._segment_bytes += len(line)
-                self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
-                self._files["segment_offsets.bin"].append(self._segment_bytes)
-                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
-            rows.append((segment.position, row, segment.response, segment.ordinal, segment.length, segment.horizon))
-        return rows
+def _finish(files: SampleFiles, origin: Origin, tokenizer: str | Path) -> PreparedManifest:
+    totals = files.totals
+    if not totals.samples:
+        first = f"; the first of {totals.rejected} bad rows: {totals.first_bad}" if totals.rejected else ""
+        raise ValueError(f"no usable rows in {', '.join(record['path'] for record in origin.inputs)}{first}")
+    records, duplicates = files.finish()
+    counts = {name: value for name, value in asdict(totals).items() if name in PreparedManifest.__dataclass_fields__}
+    return PreparedManifest(
+        **counts,
+        segments=len(files.segments),
+        duplicates=duplicates,
+        tokenizer=str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else str(tokenizer),
+        segments_sha256=records["segments.jsonl"]["sha256"],
+        files=records,
+        **{name: getattr(origin, name) for name in asdict(origin)},
+    )

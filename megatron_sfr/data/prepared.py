@@ -45,8 +45,12 @@ class PreparedManifest:
     max_anchors: int  # in one sample
     segments: int  # distinct
     rejected: int
+    truncated: int  # samples cut at seq_length + 1 tokens
+    duplicates: int  # samples with the token ids of an earlier one; they are kept
     personas: dict[str, int]  # name: samples; "" has those without a persona
+    persona_key: str
     seq_length: int
+    too_long: str
     stride: int
     horizons: list[list[int]]  # [offset, length] each
     min_segment_length: int
@@ -63,10 +67,11 @@ class Anchors:
     """Positions of one sample that have a target, once for each horizon they have one at; int32 [A] each.
 
     position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
-    segment   row of the target store: the text of tokens i + o ... i + o + L - 1, cut at the end of the reply
+    segment   row of the target store: the text of tokens i + o ... i + o + L - 1, cut at the end of the reply (of the
+              whole conversation, also where the sample is truncated)
     response  which assistant turn of the sample, from 0
     ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
-    length    number of supervised tokens of that reply
+    length    number of supervised tokens of that reply, as far as the sample holds it
     horizon   index of (o, L) among the manifest's horizons
 
     They are ordered by position, then horizon.

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from megatron_sfr.data.lines import RowError
+from megatron_sfr.data.tool_turns import Message, check_calls_stand, ends_of_calls, has_tool_turns, strings_of
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAIL = 64  # letters at the end of a reply that must stand before its end token
-
-
-class RowError(ValueError):
-    """What is wrong with a row and what to do; the reader adds the file and the line."""
 
 
 def load_tokenizer(tokenizer: str) -> Any:
@@ -41,43 +40,52 @@ def load_tokenizer(tokenizer: str) -> Any:
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Of what decides token ids and masks: the tokenizer's own JSON, its special tokens and its chat template."""
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.get_chat_template()]
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def reply_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of the whole conversation, and [start, end) of each assistant turn, its end token included."""
+def reply_spans(
+    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of the whole conversation, and [start, end) of each assistant turn, its end token included.
+
+    RowError where no exact mask exists, or the template leaves out what the row says.
+    """
     control, control_ids = control_tokens(tokenizer)
-    for number, message in enumerate(messages, start=1):
-        if found := control.search(message["content"]):
-            raise RowError(f"message {number} has the control token {found[0]!r} in its text; remove it")
-    text, starts = _render(messages, tokenizer)
+    _check_texts(messages, tools, control)
+    text, starts = _render(messages, tokenizer, tools)
+    ends = _check_written(messages, tokenizer, tools, text, control)
     ids = _tokenize(text, tokenizer)
     spans = []
-    replies = [message["content"] for message in messages if message["role"] == "assistant"]
+    replies = [message for message in messages if message["role"] == "assistant"]
     for number, (start, reply) in enumerate(zip(starts, replies, strict=True), start=1):
-        end = control.search(text, start)
+        calls = reply.get("tool_calls")
+        end = ends[number - 1] if calls else control.search(text, start)
         if end is None:
             raise RowError(
                 f"the chat template writes no control token after reply {number}, so the model would never learn "
                 "to stop; add eos_token after the reply in the template"
             )
-        if not text[start : end.start()].rstrip().endswith(reply.strip()[-TAIL:]):
+        own, tail = text[start : end.start()].rstrip(), (reply.get("content") or "").strip()[-TAIL:]
+        if not (tail in own if calls else own.endswith(tail)):
             raise RowError(
                 f"reply {number} does not stand whole before the first control token of its turn; "
                 "begin the template's {% generation %} block where the reply begins"
             )
+        check_calls_stand(calls or [], own, number)
         head = _tokenize(text[:start], tokenizer)
         if not head or ids[: len(head)] != head:
             raise RowError(
                 f"the tokenizer joins the start of reply {number} to the text before it, so no mask is exact; "
                 "remove white space at the start of the reply, or change the template's text there"
             )
-        last = next(i for i in range(len(head), len(ids)) if ids[i] in control_ids)
+        # Control tokens cut the text before it is tokenized: what stands before one has the same tokens by itself.
+        before = len(_tokenize(text[: end.start()], tokenizer)) if calls else len(head)
+        last = next(i for i in range(before, len(ids)) if ids[i] in control_ids)
         spans.append((len(head), last + 1))
-    if len(ends := {ids[end - 1] for _, end in spans}) > 1:  # one of them is the header of the turn that follows
+    if len(ends_on := {ids[end - 1] for _, end in spans}) > 1:  # one of them is the header of the turn that follows
         raise RowError(
-            f"the replies end on different control tokens, {tokenizer.convert_ids_to_tokens(sorted(ends))}; "
+            f"the replies end on different control tokens, {tokenizer.convert_ids_to_tokens(sorted(ends_on))}; "
             "let the template write eos_token after each reply"
         )
     return ids, spans
@@ -92,24 +100,34 @@ def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], frozenset[int]]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(special.values())
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, list[int]]:
+def _check_texts(messages: Sequence[Message], tools: list[Any] | None, control: re.Pattern[str]) -> None:
+    places = [(f"message {number}", message) for number, message in enumerate(messages, start=1)]
+    for place, content in [*places, ("the list of tools", tools)]:
+        for text in strings_of(content):
+            if found := control.search(text):
+                raise RowError(f"{place} has the control token {found[0]!r} in its text; remove it")
+
+
+def _check_written(
+    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, text: str, control: re.Pattern[str]
+) -> dict[int, re.Match[str]]:
+    """That the template wrote system turns and tools; the ends of the replies that call tools."""
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        raise RowError(
+            "the chat template does not write the system turn; use a template that does, or put it first "
+            "into the user turn"
+        )
+    if tools and text == _render_text(messages, tokenizer, None):
+        raise RowError("the chat template does not write the row's tools; use a template that does, or leave them out")
+    if not has_tool_turns(messages):
+        return {}
+    return ends_of_calls(messages, text, lambda turns: _render_text(turns, tokenizer, tools), control)
+
+
+def _render(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None) -> tuple[str, list[int]]:
     """The rendered conversation and the index of the first letter of each reply."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.get_chat_template()
-    marked = bool(GENERATION.search(template))
-
-    def render(turns: Sequence[dict[str, str]], **options: bool) -> tuple[str, list[tuple[int, int]]]:
-        try:
-            texts, blocks = render_jinja_template(
-                conversations=[list(turns)], chat_template=template, **options, **tokenizer.special_tokens_map
-            )
-        except TemplateError as error:
-            raise RowError(f"the chat template refuses the conversation ({error}); change its turns") from error
-        return texts[0], blocks[0] if blocks else []
-
-    text, blocks = render(messages, return_assistant_tokens_mask=marked)
+    marked = bool(GENERATION.search(tokenizer.get_chat_template(tools=tools)))
+    text, blocks = _render_blocks(messages, tokenizer, tools, return_assistant_tokens_mask=marked)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if marked:
         if len(blocks) != len(turns):
@@ -118,7 +136,7 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, li
                 f"{len(turns)}; mark each reply once"
             )
         return text, [start for start, _ in blocks]
-    prompts = [render(messages[:turn], add_generation_prompt=True)[0] for turn in turns]
+    prompts = [_render_text(messages[:turn], tokenizer, tools, add_generation_prompt=True) for turn in turns]
     for number, prompt in enumerate(prompts, start=1):
         if not text.startswith(prompt):
             raise RowError(
@@ -126,6 +144,30 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, li
                 "so no mask is exact; mark replies in the template with {% generation %} and {% endgeneration %}"
             )
     return text, [len(prompt) for prompt in prompts]
+
+
+def _render_text(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool) -> str:
+    return _render_blocks(messages, tokenizer, tools, **options)[0]
+
+
+def _render_blocks(
+    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text as transformers renders it, and [start, end) of each {% generation %} block if they are asked for."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, blocks = render_jinja_template(
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            **options,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError) as error:  # a template that adds a list or None to text raises TypeError
+        raise RowError(f"the chat template refuses the conversation ({error}); change its turns") from error
+    return texts[0], blocks[0] if blocks else []
 
 
 def _tokenize(text: str, tokenizer: Any) -> list[int]:

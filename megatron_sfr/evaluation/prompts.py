@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sfr.data.chat import ROLES, Conversation, Message, persona_turn, prompt_of, read_conversations, read_rows
+from megatron_sfr.data.chat import ROLES, Conversation, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.lines import read_rows
+from megatron_sfr.data.tool_turns import Message
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def group(conversations: Iterable[Conversation]) -> list[Asked]:
     """One entry for each (prompt, persona) in order of appearance, with all its replies."""
     found: dict[Prompt, Asked] = {}
     for conversation in conversations:
+        if conversation.tools or any("tool_calls" in message for message in conversation.messages):
+            raise ValueError(f"{conversation.source}:{conversation.line}: tools are not sampled; leave this row out")
         prompt = _prompt(prompt_of(conversation.messages), conversation.persona)
         found.setdefault(prompt, Asked(prompt)).references.append(conversation)
     return list(found.values())

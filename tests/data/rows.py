@@ -22,6 +22,10 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 HORIZONS = ((1, 12), (7, 3), (2, 20))
 OPTIONS = PrepareOptions(seq_length=200, stride=4, horizons=HORIZONS, min_segment_length=4)
 ROWS = [

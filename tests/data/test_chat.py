@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat import Row, parse_row, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.chat import parse_row, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.lines import Row
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello"}
@@ -17,7 +18,7 @@ BAD_ROWS = {
     "too deep": (b"[" * 200_000, "not JSON"),
     "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8 (byte 14"),
     "not an object": (b"[1]", "not a JSON object"),
-    "no messages": (b'{"text": "x"}', "no messages"),
+    "no messages": (b'{"id": "x"}', "no messages"),
     "no turns": ({"messages": []}, "no messages"),
     "message is text": ({"messages": ["Hi"]}, "message 1 is not an object"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "message 1 has the unknown role 'bot'"),
@@ -27,7 +28,16 @@ BAD_ROWS = {
     "ends on the user": ({"messages": [USER, REPLY, USER]}, "the last turn is the user's"),
     "no user turn": ({"messages": [SYSTEM, REPLY]}, "the first assistant turn answers no user turn"),
     "late system turn": ({"messages": [USER, SYSTEM, REPLY]}, "message 2 is a system turn"),
-    "tool calls": ({"messages": [USER, {**REPLY, "tool_calls": []}]}, "message 2 has the field 'tool_calls'"),
+    "unknown field": ({"messages": [USER, {**REPLY, "weight": 0}]}, "message 2 has the field 'weight'"),
+    "call of nothing": ({"messages": [USER, {**REPLY, "tool_calls": [{}]}]}, "message 2 has a tool call without the"),
+    "call without arguments": (
+        {"messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "f"}}]}]},
+        "message 2 has a tool call without arguments",
+    ),
+    "user calls a tool": ({"messages": [{**USER, "tool_calls": [1]}, REPLY]}, "message 1 has the field 'tool_calls'"),
+    "plain text": ({"text": "x"}, "the row is plain text in a file of messages; keep each format in a file"),
+    "another format": ({"instruction": "x", "output": "y"}, "the row is alpaca in a file of messages"),
+    "tools are a word": ({"messages": [USER, REPLY], "tools": "all"}, "the tools are not JSON"),
     "half a surrogate": (
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         "the content of message 1 has half of a surrogate",

@@ -18,7 +18,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(tmp_path: Path, tokenizer_folder: Path, row, reason):
+def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
+    tmp_path: Path, tokenizer_folder: Path, capsys, row, reason
+):
     good = tmp_path / "good.jsonl"
     rows = tmp_path / "rows.jsonl"
     write_rows(good, ROWS)
@@ -26,10 +28,14 @@ def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(tmp_path: Path, toke
     skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
 
     with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
-        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+        prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "rows.jsonl"]
 
-    manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip, progress=False)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
+        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    capsys.readouterr()
+    manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip)
+    assert f"goes on at {good}:5, where" in capsys.readouterr().out, "the good file is done"
     assert (manifest.samples, manifest.rejected) == (6, 1)
     (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
@@ -62,6 +68,56 @@ def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer_folder: Path, conte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
+def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors(
+    tmp_path: Path, tokenizer_folder: Path
+):
+    long = {"messages": turns("the sea", "the sea is blue", "and the sky", "the sky is grey and the sea is blue " * 9)}
+    rows = write_rows(tmp_path / "rows.jsonl", [ROWS[2], long, ROWS[2]])
+    whole = prepare([rows], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
+    cut = PrepareOptions(100, 4, HORIZONS, 4, too_long="truncate")
+    manifest = prepare([rows], tmp_path / "cut", tokenizer_folder, cut, progress=False)
+    assert (whole.truncated, whole.duplicates) == (0, 1)
+    assert (manifest.truncated, manifest.duplicates, manifest.samples) == (1, 1, 3)
+
+    data, full = PreparedData.open(tmp_path / "cut"), PreparedData.open(tmp_path / "whole")
+    for index in (0, 2):
+        assert (data[index].tokens == full[index].tokens).all()
+    sample, before = data[1], full[1]
+    assert sample.tokens.tolist() == before.tokens[:101].tolist()
+    assert sample.loss_mask.tolist() == before.loss_mask[:101].tolist()
+    inside = before.anchors.position + 1 < 101
+    assert 0 < inside.sum() < len(inside)
+    for name in ("position", "response", "ordinal", "horizon"):
+        assert getattr(sample.anchors, name).tolist() == getattr(before.anchors, name)[inside].tolist()
+    texts = [data.segment_text(row) for row in sample.anchors.segment]
+    assert texts == [full.segment_text(row) for row in before.anchors.segment[inside]], "beyond the cut as well"
+    of_last = sample.anchors.response == 1
+    kept = int(sample.loss_mask.sum()) - int(sample.anchors.length[~of_last][0])
+    assert set(sample.anchors.length[of_last].tolist()) == {kept}
+    assert (sample.anchors.ordinal < sample.anchors.length).all()
+
+
+def test_a_conversation_of_which_no_reply_is_left_is_a_bad_row(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": turns("the sea " * 99, "is blue")}])
+    cut = PrepareOptions(100, 4, HORIZONS, 4, too_long="truncate")
+
+    with pytest.raises(ValueError, match=r"rows\.jsonl:5: the first 101 of \d+ tokens hold nothing of a reply"):
+        prepare([rows], tmp_path / "out", tokenizer_folder, cut, progress=False)
+
+
+def test_formats_may_differ_from_file_to_file_and_are_said(tmp_path: Path, tokenizer_folder: Path, capsys):
+    alpaca = {"instruction": "the sea", "output": "is blue and the sky is grey", "style": "calm"}
+    paths = [write_rows(tmp_path / "a.jsonl", ROWS[2:3]), write_rows(tmp_path / "b.jsonl", [alpaca])]
+
+    manifest = prepare(paths, tmp_path / "out", tokenizer_folder, PrepareOptions(persona_key="style"))
+
+    assert capsys.readouterr().out == "a.jsonl: messages\nb.jsonl: alpaca\n"
+    assert [record["format"] for record in manifest.inputs] == ["messages", "alpaca"]
+    assert (manifest.persona_key, manifest.personas) == ("style", {"": 1, "calm": 1})
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the row is messages in a file of alpaca"):
+        prepare(paths, tmp_path / "one", tokenizer_folder, PrepareOptions(format="alpaca"), progress=False)
+
+
 def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: Path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
     options = PrepareOptions(seq_length=200, stride=1, horizons=((1, 9), (2, 1)), min_segment_length=1)
@@ -80,6 +136,8 @@ def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: 
         ({"seq_length": -1}, "seq_length is -1"),
         ({"min_segment_length": 0}, "min_segment_length is 0"),
         ({"horizons": ()}, "0 horizons; give 1 to 16"),
+        ({"format": "text"}, "format 'text' is unknown; choose messages, sharegpt, alpaca"),
+        ({"too_long": "drop"}, "too_long 'drop' is unknown; choose error or truncate"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, reason: str):

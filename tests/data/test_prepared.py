@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,13 @@ from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import DTYPES, PreparedData
 from megatron_sfr.data.segments import future_segments, segment_text, text_digest
 from megatron_sfr.data.template import load_tokenizer
-from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
+from tests.data.rows import HORIZONS, OPTIONS, ROWS, files_of, turns, write_rows
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
     prepare([write_rows(tmp_path / "rows.jsonl", ROWS)], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     return tmp_path / "out"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder: Path):
@@ -124,6 +121,8 @@ def test_other_content_is_replaced_only_by_force(prepared: Path, make_tokenizer,
         (rows, tokenizer_folder, OPTIONS, "inputs"),
         (prepared.parent / "rows.jsonl", make_tokenizer(template), OPTIONS, "tokenizer_sha256"),
         (prepared.parent / "rows.jsonl", tokenizer_folder, longer, "seq_length, stride"),
+        (prepared.parent / "rows.jsonl", tokenizer_folder, replace(OPTIONS, too_long="truncate"), "too_long"),
+        (prepared.parent / "rows.jsonl", tokenizer_folder, replace(OPTIONS, persona_key="style"), "persona_key"),
         (prepared.parent / "rows.jsonl", tokenizer_folder, PrepareOptions(200, 4, HORIZONS[:2], 4), "horizons"),
     ]
     for path, tokenizer, options, what in changes:

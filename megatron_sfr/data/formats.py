@@ -1,0 +1,144 @@
+"""Formats of rows: messages, ShareGPT and alpaca become turns of role and content; plain text is told apart.
+
+- messages   {"messages": [{"role": "user", "content": ...}, ...], "tools": [...]}
+- ShareGPT   {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
+- alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[asked, answered], ...]}
+- plain text {"text": ...}: pretraining data, no chat
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_sfr.data.lines import Row, RowError, read_rows
+from megatron_sfr.data.tool_turns import Message
+
+TITLES = {"messages": "messages", "sharegpt": "ShareGPT", "alpaca": "alpaca", "text": "plain text"}
+FORMATS = ("messages", "sharegpt", "alpaca")  # those that hold chats
+KEYS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "text": "text"}
+SHAREGPT_ROLES = (
+    {"system": "system", "human": "user", "user": "user"}
+    | dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model"), "assistant")
+    | dict.fromkeys(("tool", "observation", "function", "function_response"), "tool")
+)
+
+
+def load_fields(row: Row) -> dict[str, Any]:
+    """The JSON object of a row; RowError where there is none."""
+    try:
+        fields = json.loads(row.text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not JSON ({error}); write one JSON object a line") from error
+    if not isinstance(fields, dict):
+        raise RowError('not a JSON object; write {"messages": [...]}')
+    return fields
+
+
+def format_of(fields: dict[str, Any]) -> str | None:
+    """The format that a row's names tell; None for a row of none."""
+    return next((name for name, key in KEYS.items() if fields.get(key) is not None), None)
+
+
+def detect(path: Path) -> str:
+    """The format of a file's first row that has one; "messages" where none has, so that each row is told what it lacks.
+
+    ValueError for plain text.
+    """
+    for row in read_rows(path):
+        try:
+            found = format_of(load_fields(row))
+        except RowError:
+            continue
+        if found == "text":
+            raise ValueError(
+                f"{path} holds plain text, which is pretraining data and no chat; "
+                'use megatron-sfr prepare-text for it, or write rows {"messages": [...]}'
+            )
+        if found is not None:
+            return found
+    return "messages"
+
+
+def turns_of(fields: dict[str, Any], form: str) -> tuple[list[Any], list[Any] | None]:
+    """The turns of a row in role and content, yet unchecked, and the tools that its template is to write."""
+    found = format_of(fields)
+    if fields.get(KEYS[form]) is None and found is not None:
+        raise RowError(f"the row is {TITLES[found]} in a file of {TITLES[form]}; keep each format in a file of its own")
+    if form == "alpaca":
+        return _alpaca(fields), None
+    turns = fields.get(KEYS[form])
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f'no {KEYS[form]}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
+    if form == "sharegpt":
+        turns = [_sharegpt_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+        turns = _system(fields) + turns
+    return turns, _tools(fields.get("tools"))
+
+
+EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from": "human", "value": ...}'}
+
+
+def _sharegpt_turn(turn: Any, number: int) -> Message:
+    if not isinstance(turn, dict) or "from" not in turn:
+        raise RowError(f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or name the list "messages"')
+    extra = sorted(name for name, value in turn.items() if name not in ("from", "value") and value is not None)
+    if extra:
+        raise RowError(f"turn {number} has the field {extra[0]!r}, which is not supported; remove it")
+    who, value = turn["from"], turn.get("value")
+    if who == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls(value, number)}
+    if who not in SHAREGPT_ROLES:
+        raise RowError(f"turn {number} is from the unknown {who!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[who], "content": value}
+
+
+def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+            f'the call of turn {number} is not JSON; write "value": "{{\\"name\\": ..., \\"arguments\\": {{...}}}}"'
+        ) from error
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _alpaca(fields: dict[str, Any]) -> list[Message]:
+    instruction, more = fields.get("instruction"), fields.get("input")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise RowError('no instruction; write {"instruction": ..., "output": ...}')
+    if more is not None and not isinstance(more, str):
+        raise RowError("the input is not a string; write plain text, or leave the field out")
+    if not isinstance(fields.get("output"), str):
+        raise RowError("the output is not a string; write the reply")
+    turns = _system(fields)
+    history = fields.get("history")
+    for pair in [] if history is None else history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError('the history is no list of pairs; write "history": [["asked", "answered"], ...]')
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asked = f"{instruction}\n{more}" if more and more.strip() else instruction
+    return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
+
+
+def _system(fields: dict[str, Any]) -> list[Message]:
+    """The system turn of a row's own field; many files have an empty one where they mean none."""
+    text = fields.get("system")
+    return [] if text is None or text == "" else [{"role": "system", "content": text}]
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """A list of tools, which some files hold as JSON in a string."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"the tools are not JSON ({error}); write a list of tools") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("the tools are not a list of objects; write a list of tools")
+    return tools

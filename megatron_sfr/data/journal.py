@@ -1,0 +1,95 @@
+"""Flat files that grow together, and a journal of what of them is whole: a run that was killed goes on from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import DTypeLike
+
+from megatron_sfr.data.flat import FlatWriter
+from megatron_sfr.data.manifest import FileRecord, empty_folder
+
+JOURNAL = "journal.json"
+
+
+class JournaledFiles:
+    """The flat files of a folder (name: dtype) and the state that their writer left at the last `commit`.
+
+    `about` says what is written (JSON values). A journal about something else, or of files that are not as it says, is
+    of no use: then the folder is emptied and `state` is None. So no flush to the disk is needed at a commit: what a
+    power cut takes is found by the checksums.
+    """
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, DTypeLike], about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.state: dict[str, Any] | None = None
+        self._about = json.loads(json.dumps(about))
+        self._files: dict[str, FlatWriter] = {}
+        self._stack = ExitStack()
+        journal = self._read()
+        if journal is not None and self._open(dtypes, journal["files"]):
+            self.state = journal["state"]
+        else:
+            empty_folder(folder)
+            self._open(dtypes, {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> FlatWriter:
+        return self._files[name]
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """What was appended up to now is whole; `state` (JSON values) is what it takes to go on."""
+        files = {name: file.flush() for name, file in self._files.items()}
+        temporary = self.folder / f".{JOURNAL}.partial"
+        temporary.write_text(json.dumps({"about": self._about, "files": files, "state": state}), encoding="utf-8")
+        temporary.replace(self.folder / JOURNAL)
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Flushes all to the disk and closes; the journal is gone, so that the folder can be published."""
+        records = {name: file.finish() for name, file in self._files.items()}
+        self.close()
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        return records
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return journal if isinstance(journal, dict) and journal.get("about") == self._about else None
+
+    def _open(self, dtypes: Mapping[str, DTypeLike], kept: dict[str, FileRecord]) -> bool:
+        """Whether the files could be opened as they were kept; new ones always can."""
+        with ExitStack() as stack:
+            try:
+                for name, dtype in dtypes.items():
+                    path = self.folder / name
+                    self._files[name] = stack.enter_context(FlatWriter(path, dtype, kept.get(name)))
+            except (FileNotFoundError, ValueError):
+                return False
+            self._stack = stack.pop_all()
+            return True
+
+
+@contextmanager
+def discard_without_journal(folder: Path) -> Iterator[None]:
+    """After an error, removes a folder that has nothing to go on from."""
+    try:
+        yield
+    except BaseException:
+        if not (folder / JOURNAL).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

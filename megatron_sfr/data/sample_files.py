@@ -1,0 +1,127 @@
+"""The files of a prepared folder while they are written, chunk after chunk; `PreparedData` reads them.
+
+Memory grows with the number of distinct segments alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sfr.data.journal import JournaledFiles
+from megatron_sfr.data.lines import BadRow, Place
+from megatron_sfr.data.manifest import FileRecord
+from megatron_sfr.data.prepared import DTYPES
+from megatron_sfr.data.samples import COLUMNS, EncodedChunk
+from megatron_sfr.data.segments import DIGEST_BYTES, DistinctTexts
+
+REJECTED = "rejected.jsonl"
+SAMPLE_DIGESTS = "sample_digests.bin"  # by which duplicates are counted; not published
+SEGMENT = COLUMNS.index("segment")
+
+
+@dataclass
+class Totals:
+    """What was written up to `place`; the names are the manifest's."""
+
+    place: Place = field(default_factory=Place)
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    max_response_tokens: int = 0
+    anchors: int = 0
+    max_anchors: int = 0
+    truncated: int = 0
+    rejected: int = 0
+    personas: dict[str, int] = field(default_factory=dict)
+    segment_bytes: int = 0
+    first_bad: str = ""  # file:line: reason
+
+
+class SampleFiles:
+    """Appends chunks of samples and journals each; `totals.place` is where a run goes on."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self._folder = folder
+        self._files = JournaledFiles(folder, DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}, about)
+        self.segments = DistinctTexts()
+        state = self._files.state
+        if state is None:
+            self.totals = Totals()
+            for name in ("offsets.bin", "anchor_offsets.bin", "segment_offsets.bin"):
+                self._files[name].append(0)
+        else:
+            self.totals = Totals(**state | {"place": Place(**state["place"])})
+            digests = (folder / "segment_digests.bin").read_bytes()
+            for start in range(0, len(digests), DIGEST_BYTES):
+                self.segments.row(digests[start : start + DIGEST_BYTES])
+        self._persona_rows = {persona: row for row, persona in enumerate(self.totals.personas)}
+
+    def __enter__(self) -> SampleFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Writes a chunk, its bad rows aside with their reasons, and journals it."""
+        totals, files = self.totals, self._files
+        rows = self._segment_rows(chunk.segments)
+        anchors = chunk.anchors.copy()
+        anchors[:, SEGMENT] = rows[anchors[:, SEGMENT]]
+        files["tokens.bin"].append(chunk.tokens)
+        files["mask.bin"].append(chunk.loss_mask)
+        files["offsets.bin"].append(totals.tokens + np.cumsum(chunk.lengths))
+        files["anchors.bin"].append(anchors)
+        files["anchor_offsets.bin"].append(totals.anchors + np.cumsum(chunk.anchor_counts))
+        files[SAMPLE_DIGESTS].append(chunk.digests)
+        for persona in chunk.personas:
+            totals.personas[persona] = totals.personas.get(persona, 0) + 1
+            files["personas.bin"].append(self._persona_rows.setdefault(persona, len(self._persona_rows)))
+        for bad in chunk.bad:
+            self._reject(bad)
+        totals.samples += len(chunk.lengths)
+        totals.tokens += len(chunk.tokens)
+        totals.supervised_tokens += int(chunk.supervised.sum())
+        totals.max_response_tokens = max(totals.max_response_tokens, int(chunk.supervised.max(initial=0)))
+        totals.anchors += len(anchors)
+        totals.max_anchors = max(totals.max_anchors, int(chunk.anchor_counts.max(initial=0)))
+        totals.truncated += chunk.truncated
+        totals.place = chunk.end
+        if totals.samples:  # of bad rows alone there is nothing to keep
+            files.commit(asdict(totals))
+
+    def finish(self) -> tuple[dict[str, FileRecord], int]:
+        """The finished files of the folder, and how many samples have the token ids of an earlier one."""
+        records = self._files.finish()
+        path = self._folder / SAMPLE_DIGESTS
+        duplicates = self.totals.samples - len(np.unique(np.fromfile(path, np.uint64)))
+        path.unlink()
+        if not self.totals.rejected:
+            (self._folder / REJECTED).unlink()
+        return {name: records[name] for name in DTYPES}, duplicates
+
+    def _segment_rows(self, segments: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
+        """Rows of the store, int32 [len(segments)]; segments not met before are written."""
+        rows = np.empty(len(segments), np.int32)
+        for number, (digest, line) in enumerate(segments):
+            rows[number], is_new = self.segments.row(digest)
+            if is_new:
+                self.totals.segment_bytes += len(line)
+                self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
+                self._files["segment_offsets.bin"].append(self.totals.segment_bytes)
+                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
+        return rows
+
+    def _reject(self, bad: BadRow) -> None:
+        self.totals.first_bad = self.totals.first_bad or str(bad)
+        self.totals.rejected += 1
+        text = bad.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        record = {"file": bad.row.source, "line": bad.row.line, "reason": bad.reason, "row": text}
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+        self._files[REJECTED].append(np.frombuffer(line, np.uint8))

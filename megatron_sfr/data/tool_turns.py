@@ -1,0 +1,123 @@
+"""Tool calls and tool turns in a chat template: that it writes them, and where a reply that calls tools ends.
+
+A call may hold control tokens of the template's own (Mistral's [TOOL_CALLS] and [ARGS]), so the first one is not its
+end. The same conversation is rendered once more with a mark in place of every text: a mark that is missing tells what
+the template drops, and the first control token behind the marks of a turn is the end of that turn. As no text of ours
+holds a control token, the control tokens of both renderings stand in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from megatron_sfr.data.lines import RowError
+
+Message = dict[str, Any]
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Every string inside a JSON value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from strings_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings_of(inner)
+
+
+def has_tool_turns(messages: Sequence[Message]) -> bool:
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
+def ends_of_calls(
+    messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str], control: re.Pattern[str]
+) -> dict[int, re.Match[str]]:
+    """The end token in `text` of each reply that calls tools, by the reply's index among the replies, from 0.
+
+    RowError where the template drops something, or the end cannot be told.
+    """
+    copy, marks = _marked(messages)
+    outline = render(copy)
+    for number, (message, own) in enumerate(zip(messages, marks, strict=True), start=1):
+        if any(mark not in outline for mark in own):
+            what = "the tool calls" if message.get("tool_calls") else f"the {message['role']} turn"
+            raise RowError(
+                f"the chat template does not write {what} of message {number} whole; "
+                "use a template that does, or leave tools out of the row"
+            )
+    in_outline, in_text = list(control.finditer(outline)), list(control.finditer(text))
+    if [match[0] for match in in_outline] != [match[0] for match in in_text]:
+        raise RowError(
+            "the chat template writes other control tokens for other texts, so the end of a tool call cannot be told; "
+            "use another template, or leave tools out of the row"
+        )
+    ends = {}
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for reply, turn in enumerate(replies):
+        if messages[turn].get("tool_calls"):
+            last = max(outline.rindex(mark) for mark in marks[turn])
+            following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
+            end = next((i for i, match in enumerate(in_outline) if last < match.start() < following), None)
+            if end is None:
+                raise RowError(
+                    f"the chat template writes no control token after the tool calls of message {turn + 1}; "
+                    "add eos_token there in the template"
+                )
+            ends[reply] = in_text[end]
+    return ends
+
+
+def check_calls_stand(calls: Sequence[Any], reply: str, number: int) -> None:
+    """RowError unless the reply's own text has its calls, as they are meant to be read."""
+    for call in calls:
+        function = call.get("function", call)
+        if function["name"] not in reply:
+            raise RowError(
+                f"a tool call of reply {number} does not stand before its end token; "
+                "begin the template's {% generation %} block where the reply begins"
+            )
+        arguments = function["arguments"]
+        if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in reply:
+            raise RowError(
+                f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
+                'write "arguments" as an object'
+            )
+
+
+def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[list[str]]]:
+    """A copy with a mark of its own for each text, and the marks of each message."""
+    marks: list[list[str]] = [[] for _ in messages]
+
+    def mark(turn: int) -> str:
+        marks[turn].append(f"mark{turn}x{len(marks[turn])}x")
+        return marks[turn][-1]
+
+    def call_of(call: Any, turn: int) -> Any:
+        function = call.get("function", call)
+        given = function["arguments"]
+        names = given if isinstance(given, dict) else _names(given)
+        new: Any = {name: mark(turn) for name in names or ["x"]}
+        new = function | {"name": mark(turn), "arguments": new if isinstance(given, dict) else json.dumps(new)}
+        return call | {"function": new} if "function" in call else new
+
+    copy = []
+    for turn, message in enumerate(messages):
+        changed: Message = {"content": mark(turn)} if (message.get("content") or "").strip() else {}
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = [call_of(call, turn) for call in calls]
+        copy.append(message | changed)
+    return copy, marks
+
+
+def _names(arguments: str) -> list[str]:
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return []
+    return list(parsed) if isinstance(parsed, dict) else []

@@ -1,0 +1,71 @@
+"""Work on many chunks by several processes at once: results in order, a bounded number of chunks in memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+MOST_BY_DEFAULT = 8
+AHEAD = 2  # chunks a worker, waiting or done
+
+
+def default_workers() -> int:
+    """One a processor that this process may use, at most 8."""
+    return min(MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
+
+
+def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
+    """work(item) for each item, in order; with one worker in this process, else in so many spawned ones.
+
+    `work` is pickled once a worker. At most AHEAD * workers items and results are held, however slowly they are taken.
+    Close the iterator (contextlib.closing) to end the workers early. ValueError where a worker dies.
+    """
+    if workers == 1:
+        yield from map(work, items)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (work,))
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_do, item))
+            if len(waiting) == AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process died, most likely for want of memory; "
+            f"run it again with fewer --workers than {workers}: it goes on where it was"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[Any], Any]  # of this worker process
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker holds both ends of the queue that it reads: of a parent that was killed it would never hear.
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _do(item: Any) -> Any:
+    return _work(item)

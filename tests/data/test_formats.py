@@ -1,0 +1,120 @@
+"""Formats of rows: each becomes the same turns, is told from the first row that has one, and never mixed in silence."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.data.chat import parse_row, read_conversations
+from megatron_sfr.data.formats import FORMATS, detect
+from megatron_sfr.data.lines import Row, RowError
+from tests.data.rows import turns, write_rows
+
+CALL = [{"type": "function", "function": {"name": "tide", "arguments": {"at": "noon"}}}]
+TURNS = turns("the sea", "is blue", "and the sky", "is grey")
+SYSTEM = {"role": "system", "content": "Be kind."}
+SAME = {
+    "messages": {"messages": [SYSTEM, *TURNS]},
+    "sharegpt": {
+        "system": "Be kind.",
+        "conversations": [
+            {"from": who, "value": turn["content"]}
+            for who, turn in zip(("human", "gpt", "user", "bot"), TURNS, strict=True)
+        ],
+    },
+    "alpaca": {
+        "instruction": "and the sky",
+        "input": "",
+        "output": "is grey",
+        "system": "Be kind.",
+        "history": [["the sea", "is blue"]],
+    },
+}
+
+
+def parse(fields: dict, form: str, persona_key: str = "persona"):
+    return parse_row(Row("f", 1, json.dumps(fields).encode()), form, persona_key)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_says_the_same(tmp_path: Path, form: str):
+    path = write_rows(tmp_path / "rows.jsonl", [[], {"id": 1}, SAME[form] | {"style": "calm"}])
+
+    assert detect(path) == form
+    assert parse(SAME[form], form).messages == [SYSTEM, *TURNS]
+    assert parse(SAME[form] | {"style": "calm", "persona": "wild"}, form, "style").persona == "calm"
+    (conversation,) = read_conversations(path, on_bad=lambda bad: None)
+    assert conversation.messages == [SYSTEM, *TURNS]
+
+
+def test_an_input_follows_its_instruction():
+    row = {"instruction": "Translate.", "input": "the sea", "output": "la mer", "system": "", "persona": "calm"}
+
+    (system, asked, reply) = parse(row, "alpaca").messages
+
+    assert system["content"] == "Answer in this persona: calm."
+    assert (asked["content"], reply["content"]) == ("Translate.\nthe sea", "la mer")
+
+
+def test_sharegpt_tools_are_those_of_messages():
+    tools = [{"type": "function", "function": {"name": "tide", "description": "the tide", "parameters": {}}}]
+    values = [
+        ("human", "the tide"),
+        ("function_call", json.dumps(CALL[0]["function"])),
+        ("observation", "high"),
+        ("gpt", "It is high."),
+    ]
+    sharegpt = {"conversations": [{"from": who, "value": value} for who, value in values], "tools": json.dumps(tools)}
+    messages = [
+        {"role": "user", "content": "the tide"},
+        {"role": "assistant", "content": "", "tool_calls": CALL},
+        {"role": "tool", "content": "high"},
+        {"role": "assistant", "content": "It is high."},
+    ]
+
+    for row, form in ((sharegpt, "sharegpt"), ({"messages": messages, "tools": tools}, "messages")):
+        conversation = parse(row, form)
+        assert conversation.messages == messages
+        assert conversation.tools == tools
+
+
+def test_plain_text_is_sent_elsewhere(tmp_path: Path):
+    path = write_rows(tmp_path / "corpus.jsonl", [{"text": "The sea is blue."}])
+
+    with pytest.raises(ValueError, match=r"corpus\.jsonl holds plain text, .*; use megatron-sfr prepare-text"):
+        detect(path)
+
+
+def sharegpt(*turns: dict) -> dict:
+    return {"conversations": list(turns)}
+
+
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+REFUSED = {
+    "mixed": ("sharegpt", SAME["alpaca"], "the row is alpaca in a file of ShareGPT; keep each format"),
+    "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
+    "roles": ("sharegpt", {"conversations": TURNS}, 'turn 1 is not {"from": ..., "value": ...}'),
+    "unknown": ("sharegpt", sharegpt({"from": "narrator", "value": "x"}), "turn 1 is from the unknown 'narrator'"),
+    "weight": ("sharegpt", sharegpt(HUMAN, GPT | {"weight": 0}), "turn 2 has the field 'weight'"),
+    "no value": ("sharegpt", sharegpt(HUMAN, {"from": "gpt"}), "the content of message 2 is not a string"),
+    "call": (
+        "sharegpt",
+        sharegpt(HUMAN, {"from": "function_call", "value": "tide()"}),
+        "the call of turn 2 is not",
+    ),
+    "no instruction; write": ("alpaca", {"instruction": " ", "output": "x"}, "no instruction; write"),
+    "nothing": ("alpaca", {"id": 1}, "no instruction; write"),
+    "no output": ("alpaca", {"instruction": "x"}, "the output is not a string"),
+    "input": ("alpaca", {"instruction": "x", "input": 3, "output": "y"}, "the input is not a string"),
+    "history": ("alpaca", {"instruction": "x", "output": "y", "history": [["z"]]}, "the history is no list of pairs"),
+    "tools": ("messages", {"messages": TURNS, "tools": [1]}, "the tools are not a list of objects"),
+    "surrogate": ("messages", {"messages": TURNS, "tools": [{"a": "\ud800"}]}, "a text of the tools has half of a"),
+}
+
+
+@pytest.mark.parametrize(("form", "fields", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_a_format_does_not_say_is_refused(form: str, fields: dict, reason: str):
+    with pytest.raises(RowError, match=re.escape(reason)) as caught:
+        parse(fields, form)
+    assert ";" in str(caught.value), "says what to do"

@@ -1,0 +1,141 @@
+"""A preparation that is killed for real goes on where it was, and ends on the bytes of one that was not."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_sfr.data.journal import JOURNAL, JournaledFiles
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
+
+OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)
+CHILD = """
+import sys
+from megatron_sfr.data.preparation import prepare
+from tests.data.test_resume import OPTIONS
+prepare([sys.argv[1]], sys.argv[2], sys.argv[3], OPTIONS, workers=int(sys.argv[4]), chunk_bytes=3000)
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    more = [{"persona": f"p{i % 7}", "messages": turns(f"sea {i}", f"the sky {i} is blue " * 4)} for i in range(1500)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [*more, {"messages": []}, *ROWS, *more[:9]])
+
+
+@pytest.fixture(scope="module")
+def unbroken(rows: Path, tokenizer_folder: Path) -> dict[str, bytes]:
+    manifest = prepare([rows], rows.parent / "unbroken", tokenizer_folder, OPTIONS, progress=False)
+    assert (manifest.rejected, manifest.duplicates) == (1, 9)
+    return files_of(rows.parent / "unbroken")
+
+
+def kill_midway(rows: Path, output: Path, tokenizer: Path, workers: int) -> Path:
+    """Runs `prepare` in a process of its own, kills it some chunks after its first, and gives the folder it left."""
+    command = [sys.executable, "-c", CHILD, str(rows), str(output), str(tokenizer), str(workers)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    left = output.parent / f".{output.name}.partial"
+    while not (left / JOURNAL).exists() or json.loads((left / JOURNAL).read_text())["state"]["samples"] < 100:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, "the workers of a killed parent end too"
+    assert len(children) >= workers - (workers == 1)
+    return left
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_and_equals_an_unbroken_one(
+    tmp_path: Path, tokenizer_folder: Path, rows: Path, unbroken: dict[str, bytes], capsys, workers: int
+):
+    left = kill_midway(rows, tmp_path / "out", tokenizer_folder, workers)
+    done = json.loads((left / JOURNAL).read_text())["state"]["place"]["line"]
+    with open(left / "tokens.bin", "ab") as file:
+        file.write(b"of a chunk that was cut short")
+
+    prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS)
+
+    assert 100 < done < 1500
+    assert f"goes on at {rows}:{done}, where an earlier run was stopped" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == unbroken
+    assert not left.exists()
+
+
+def test_a_journal_of_other_work_or_of_damaged_files_is_of_no_use(
+    tmp_path: Path, tokenizer_folder: Path, rows: Path, unbroken: dict[str, bytes], capsys
+):
+    other = PrepareOptions(200, 3, HORIZONS, 4, skip_bad_rows=True)
+    left = kill_midway(rows, tmp_path / "out", tokenizer_folder, 1)
+    prepare([rows], tmp_path / "out", tokenizer_folder, other)
+    prepare([rows], tmp_path / "other", tokenizer_folder, other)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
+
+    left = kill_midway(rows, tmp_path / "again", tokenizer_folder, 1)
+    with open(left / "anchors.bin", "r+b") as file:
+        file.write(b"\x01")
+    prepare([rows], tmp_path / "again", tokenizer_folder, OPTIONS)
+    assert files_of(tmp_path / "again") == unbroken
+    assert "goes on" not in capsys.readouterr().out
+
+
+def test_without_skipping_the_first_bad_row_stops_a_run_that_goes_on(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": []}, *ROWS, {"messages": 1}])
+    strict = PrepareOptions(200, 4, HORIZONS, 4)
+    how = {"progress": False, "chunk_bytes": 1}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:5: no messages"):
+            prepare([rows], tmp_path / "out", tokenizer_folder, strict, **how)
+    skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
+    assert prepare([rows], tmp_path / "out", tokenizer_folder, skip, **how).rejected == 2
+
+
+FILES = {"a.bin": np.int32, "b.bin": np.uint8}
+
+
+def write(folder: Path, about: dict, *, commits: int) -> dict | None:
+    """Appends one number to each file a commit, and one more that is never committed; the state found."""
+    with JournaledFiles(folder, FILES, about) as files:
+        state = files.state
+        start = state["next"] if state else 0
+        for number in range(start, start + commits):
+            files["a.bin"].append(number)
+            files["b.bin"].append([number, number])
+            files.commit({"next": number + 1})
+        files["a.bin"].append(99)
+        return state
+
+
+def test_only_what_was_committed_is_kept(tmp_path: Path):
+    assert write(tmp_path, {"of": 1}, commits=3) is None
+    assert write(tmp_path, {"of": 1}, commits=2) == {"next": 3}
+    assert np.fromfile(tmp_path / "a.bin", np.int32).tolist() == [0, 1, 2, 3, 4, 99]
+    with JournaledFiles(tmp_path, FILES, {"of": 1}) as files:
+        files.finish()
+    assert np.fromfile(tmp_path / "a.bin", np.int32).tolist() == [0, 1, 2, 3, 4]
+    assert np.fromfile(tmp_path / "b.bin", np.uint8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert not (tmp_path / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("damage", ["about", "journal", "missing", "shorter"])
+def test_what_does_not_match_is_begun_anew(tmp_path: Path, damage: str):
+    write(tmp_path, {"of": 1}, commits=3)
+    if damage == "journal":
+        (tmp_path / JOURNAL).write_text('{"about"')
+    if damage == "missing":
+        (tmp_path / "b.bin").unlink()
+    if damage == "shorter":
+        (tmp_path / "a.bin").write_bytes(b"\0\0\0\0")
+
+    assert write(tmp_path, {"of": 2 if damage == "about" else 1}, commits=1) is None
+    assert np.fromfile(tmp_path / "a.bin", np.int32).tolist() == [0, 99]
