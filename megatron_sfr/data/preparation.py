@@ -14,23 +14,25 @@ import numpy as np
 
 from megatron_sfr.data.chat import BadRow, Conversation, Encoded, encode, parse_row, read_rows
 from megatron_sfr.data.flat import FlatWriter
-from megatron_sfr.data.horizons import Horizon, check_horizons
+from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments import Cut, DistinctTexts, futures, text_digest
 from megatron_sfr.data.template import RowError, load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.units import Segmenter
 
 REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How conversations are cut: lengths in tokens of the model's tokenizer."""
+    """How conversations are cut: lengths in tokens of the model's tokenizer, horizons in units of the segmenter."""
 
     seq_length: int = 2048
     stride: int = 32
     horizons: tuple[Horizon, ...] = ((1, 256),)
     min_segment_length: int = 16
+    segmenter: Segmenter = "window"
     skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
@@ -38,6 +40,7 @@ class PrepareOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         check_horizons(self.horizons)
+        check_segmenter(self.segmenter)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Origin:
     stride: int
     horizons: list[list[int]]
     min_segment_length: int
+    segmenter: Segmenter
     vocab_size: int
     tokenizer_sha256: str
     inputs: list[InputRecord]
@@ -76,6 +80,7 @@ def prepare(
         stride=options.stride,
         horizons=[list(horizon) for horizon in options.horizons],
         min_segment_length=options.min_segment_length,
+        segmenter=options.segmenter,
         vocab_size=len(loaded),
         tokenizer_sha256=tokenizer_sha256(loaded),
         inputs=[{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in inputs],
@@ -218,7 +223,8 @@ class _Writer:
 
     def _anchor_rows(self, encoded: Encoded) -> list[tuple[int, ...]]:
         """Rows of anchors.bin, one for each anchor of a sample and horizon; segments not met before are written."""
-        cut = Cut(self._origin.stride, self._origin.horizons, self._origin.min_segment_length)
+        origin = self._origin
+        cut = Cut(origin.stride, origin.horizons, origin.min_segment_length, origin.segmenter)
         rows: list[tuple[int, ...]] = []
         for segment, text in futures(encoded.tokens, encoded.replies, self._tokenizer, cut):
             row, is_new = self._segments.row(digest := text_digest(text))
