@@ -22,6 +22,7 @@ setup(
         "tokenizers",
         "safetensors",
         "numpy",
+        "regex",  # knows Unicode's Sentence_Break classes, which re does not
         "jinja2",
         "pyyaml",
         "psutil",  # megatron-core saves torch_dist checkpoints with it and does not ask for it

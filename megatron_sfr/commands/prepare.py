@@ -30,14 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
     parser.add_argument(
-        "--horizons",
-        nargs="+",
-        default=["1:256"],
-        metavar="OFFSET:LENGTH",
-        help="the tokens of future a target, from where and how many; an anchor has one target for each (1:256)",
+        "--segments",
+        choices=("window", "sentence", "statement"),
+        default="window",
+        help="what horizons count: tokens (window), sentences, or statements of source code, the next to start being "
+        "number 1 (%(default)s)",
     )
     parser.add_argument(
-        "--min-segment-length", type=int, default=16, help="a target cut to fewer tokens is left out (%(default)s)"
+        "--horizons",
+        nargs="+",
+        metavar="OFFSET:LENGTH",
+        help="the future of an anchor that a target holds, from where and how much, in what --segments says; an anchor "
+        "has one target for each (window 1:256, otherwise 1:1)",
+    )
+    parser.add_argument(
+        "--min-segment-length",
+        type=int,
+        default=16,
+        help="a target that the end of the reply cuts to fewer tokens is left out (%(default)s)",
     )
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"
@@ -47,15 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.horizons import parse_horizons
+    from megatron_sfr.data.horizons import DEFAULTS, parse_horizons
     from megatron_sfr.data.preparation import PrepareOptions, prepare
     from megatron_sfr.data.workers import default_workers
 
     options = PrepareOptions(
         seq_length=args.seq_length,
         stride=args.stride,
-        horizons=parse_horizons(args.horizons),
+        horizons=parse_horizons(args.horizons) if args.horizons else (DEFAULTS[args.segments],),
         min_segment_length=args.min_segment_length,
+        segmenter=args.segments,
         skip_bad_rows=args.skip_bad_rows,
         format=args.format,
         persona_key=args.persona_key,

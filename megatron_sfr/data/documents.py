@@ -20,6 +20,7 @@ from megatron_sfr.data import texts
 from megatron_sfr.data.flat import map_flat
 from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.units import Segmenter
 
 CORPUS = "documents"  # the indexed dataset inside its folder
 ANCHOR_DTYPES = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
@@ -41,7 +42,7 @@ class DocumentsManifest:
     stride: int
     horizons: list[list[int]]
     min_segment_length: int
-    segmenter: str
+    segmenter: Segmenter
     eod: int  # the token that ends a document
     vocab_size: int
     tokenizer: str

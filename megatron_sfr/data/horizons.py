@@ -1,6 +1,7 @@
 """Horizons: the stretches of the future that an anchor has targets for, as they are typed, checked and kept.
 
-A horizon is (offset, length) in tokens, offset 1 being the token to predict next; (1, 256) is the paper's.
+A horizon is (offset, length). By default it counts tokens, offset 1 being the token to predict next; (1, 256) is the
+paper's. With another segmenter it counts sentences or statements, offset 1 being the next one to start.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from megatron_sfr.data.documents import open_prepared
+from megatron_sfr.data.units import Segmenter
 
 Horizon = tuple[int, int]
+DEFAULTS: dict[Segmenter, Horizon] = {"window": (1, 256), "sentence": (1, 1), "statement": (1, 1)}
 MOST_HORIZONS = 16
 
 
@@ -36,9 +40,15 @@ def check_horizons(horizons: Sequence[Horizon]) -> None:
         if offset < 1:
             raise ValueError(f"horizon {text} begins before the token to predict; give an offset of at least 1")
         if length < 1:
-            raise ValueError(f"horizon {text} holds no token; give a length of at least 1")
+            raise ValueError(f"horizon {text} holds nothing; give a length of at least 1")
         if (offset, length) in horizons[:number]:
             raise ValueError(f"horizon {text} is given twice; give each horizon once")
+
+
+def check_segmenter(segmenter: str) -> None:
+    """ValueError for one that there is not."""
+    if segmenter not in get_args(Segmenter):
+        raise ValueError(f"segmenter {segmenter!r} is unknown; choose from {', '.join(get_args(Segmenter))}")
 
 
 def format_horizons(horizons: Iterable[Sequence[int]]) -> str:
@@ -47,11 +57,22 @@ def format_horizons(horizons: Iterable[Sequence[int]]) -> str:
 
 
 def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
-    """The horizons that all these prepared folders have; ValueError where they differ."""
+    """The horizons that all these prepared folders have; ValueError where they, or what they count, differ.
+
+    One head has one meaning for each of its horizons. Strides may differ: they say where anchors stand.
+    """
     found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
+    segmenters: dict[Segmenter, str] = {}
     for path in paths:
         manifest = open_prepared(Path(path)).manifest
         found.setdefault(tuple((offset, length) for offset, length in manifest.horizons), str(path))
+        segmenters.setdefault(manifest.segmenter, str(path))
+    if len(segmenters) > 1:
+        differ = ", ".join(f"{path} counts by {segmenter}" for segmenter, path in segmenters.items())
+        raise ValueError(
+            f"prepared folders of one run differ in what their horizons count: {differ}; prepare them with the same "
+            "--segments"
+        )
     if len(found) > 1:
         differ = ", ".join(f"{path} has {format_horizons(horizons)}" for horizons, path in found.items())
         raise ValueError(

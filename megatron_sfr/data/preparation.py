@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.data.formats import FORMATS, TITLES, detect
-from megatron_sfr.data.horizons import Horizon, check_horizons
+from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.journal import discard_without_journal
 from megatron_sfr.data.lines import CHUNK_BYTES, Place, read_chunks
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
@@ -18,17 +18,20 @@ from megatron_sfr.data.sample_files import REJECTED, SampleFiles
 from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
 from megatron_sfr.data.segments import Cut
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.units import Segmenter
 from megatron_sfr.data.workers import ordered_map
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How rows are read and conversations cut: lengths in tokens of the model's tokenizer."""
+    """How rows are read and conversations cut: lengths in tokens of the model's tokenizer, horizons in units of the
+    segmenter."""
 
     seq_length: int = 2048
     stride: int = 32
     horizons: tuple[Horizon, ...] = ((1, 256),)
     min_segment_length: int = 16
+    segmenter: Segmenter = "window"
     skip_bad_rows: bool = False
     format: str | None = None  # None: told by each file's first row
     persona_key: str = "persona"
@@ -39,6 +42,7 @@ class PrepareOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         check_horizons(self.horizons)
+        check_segmenter(self.segmenter)
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format {self.format!r} is unknown; choose {', '.join(FORMATS)}")
         if self.too_long not in TOO_LONG:
@@ -55,6 +59,7 @@ class Origin:
     stride: int
     horizons: list[list[int]]
     min_segment_length: int
+    segmenter: Segmenter
     vocab_size: int
     tokenizer_sha256: str
     inputs: list[InputRecord]
@@ -88,7 +93,7 @@ def prepare(
         if progress:
             print(f"{output} is up to date")
         return done
-    cut = Cut(options.stride, origin.horizons, options.min_segment_length)
+    cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
     formats = {str(path): record["format"] for path, record in zip(inputs, origin.inputs, strict=True)}
     encoder = SampleEncoder(loaded, formats, options.persona_key, options.seq_length, options.too_long, cut)
     with staging(output, keep=True) as folder, discard_without_journal(folder):
@@ -116,6 +121,7 @@ def _origin(inputs: Sequence[Path], tokenizer: Any, options: PrepareOptions, pro
         stride=options.stride,
         horizons=[list(horizon) for horizon in options.horizons],
         min_segment_length=options.min_segment_length,
+        segmenter=options.segmenter,
         vocab_size=len(tokenizer),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         inputs=records,

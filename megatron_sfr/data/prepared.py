@@ -19,6 +19,7 @@ import numpy as np
 from megatron_sfr.data import texts
 from megatron_sfr.data.flat import map_flat
 from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.data.units import Segmenter
 
 DTYPES = {
     "tokens.bin": np.int32,
@@ -52,8 +53,9 @@ class PreparedManifest:
     seq_length: int
     too_long: str
     stride: int
-    horizons: list[list[int]]  # [offset, length] each
+    horizons: list[list[int]]  # [offset, length] each, in units of the segmenter
     min_segment_length: int
+    segmenter: Segmenter
     vocab_size: int  # len(tokenizer)
     tokenizer: str
     tokenizer_sha256: str
@@ -67,8 +69,8 @@ class Anchors:
     """Positions of one sample that have a target, once for each horizon they have one at; int32 [A] each.
 
     position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
-    segment   row of the target store: the text of tokens i + o ... i + o + L - 1, cut at the end of the reply (of the
-              whole conversation, also where the sample is truncated)
+    segment   row of the target store: the text of L units of the segmenter, the o-th from token i + 1 on the first (for
+              tokens: i + o ... i + o + L - 1), cut at the end of the reply, which a truncated sample may not reach
     response  which assistant turn of the sample, from 0
     ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
     length    number of supervised tokens of that reply, as far as the sample holds it

@@ -2,8 +2,9 @@
 
 A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
 ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last
-prompt position for j = 0). Its target at the horizon (o, L) is the embedding of the text of y_{j+o-1} ... y_{j+o+L-2},
-cut at y_{N-1}. So a target holds no token up to its position and nothing of another turn.
+prompt position for j = 0). Its target at the horizon (o, L) is the embedding of the text of L units of the reply, from
+the o-th on that starts at or after y_j, cut at y_{N-1}. Where units are tokens these are y_{j+o-1} ... y_{j+o+L-2}.
+So a target holds no token up to its position and nothing of another turn.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.token_text import token_text
+from megatron_sfr.data.units import SEGMENTERS, Segmenter, Units
+
 DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An anchor at one horizon: the condition is at input position `position`, the target is tokens[start:end]."""
+    """An anchor at one horizon: the condition is at input position `position`, the target is the characters that
+    begin in tokens[start:end]."""
 
     position: int
     start: int
@@ -31,60 +36,54 @@ class Segment:
     horizon: int
 
 
-def future_segments(
-    replies: Sequence[tuple[int, int]],
-    *,
-    stride: int,
-    horizons: Sequence[Sequence[int]],
-    min_segment_length: int,
-) -> Iterator[Segment]:
-    """The segments of replies [start, end) at each horizon, by position, then horizon.
-
-    Left out are those of fewer than `min_segment_length` tokens that are not whole either: of a horizon (o, L) at least
-    min(min_segment_length, L) tokens must be there.
-    """
-    for response, (start, end) in enumerate(replies):
-        for anchor in range(start, end, stride):
-            for horizon, (offset, length) in enumerate(horizons):
-                first = anchor + offset - 1
-                if end - first < min(min_segment_length, length):
-                    continue
-                yield Segment(
-                    position=anchor - 1,
-                    start=first,
-                    end=min(first + length, end),
-                    response=response,
-                    ordinal=anchor - start,
-                    length=end - start,
-                    horizon=horizon,
-                )
-
-
 @dataclass(frozen=True)
 class Cut:
-    """How replies are cut into segments; lengths in tokens of the model's tokenizer."""
+    """How replies are cut into segments: stride and min_segment_length in tokens, horizons in units of the segmenter.
+
+    `window` counts tokens, `sentence` the sentences of `sentence_starts`, `statement` those of `statements`.
+    """
 
     stride: int
     horizons: Sequence[Sequence[int]]
     min_segment_length: int
+    segmenter: Segmenter = "window"
 
 
 def futures(
     tokens: np.ndarray, replies: Sequence[tuple[int, int]], tokenizer: Any, cut: Cut
 ) -> Iterator[tuple[Segment, str]]:
-    """Each segment of the replies [start, end) of tokens [n], and its text; those of white space alone are left out."""
-    segments = future_segments(
-        replies, stride=cut.stride, horizons=cut.horizons, min_segment_length=cut.min_segment_length
-    )
-    for segment in segments:
-        if (text := segment_text(tokens, segment, tokenizer)).strip():
-            yield segment, text
+    """The segments of the replies [start, end) of tokens [n] and their exact texts, by position, then horizon.
+
+    Left out are those of white space alone, and those that the end of the reply cuts to fewer units than L and fewer
+    tokens than `min_segment_length`. ValueError where the tokenizer has no exact texts (`token_text`).
+    """
+    for response, (start, end) in enumerate(replies):
+        text = token_text(tokens[start:end], tokenizer)
+        for ordinal, horizon, first, last in spans(SEGMENTERS[cut.segmenter](text), cut):
+            target = text.between(first, last)
+            if target and not target.isspace():
+                segment = Segment(
+                    position=start + ordinal - 1,
+                    start=start + first,
+                    end=start + last,
+                    response=response,
+                    ordinal=ordinal,
+                    length=end - start,
+                    horizon=horizon,
+                )
+                yield segment, target
 
 
-def segment_text(tokens: np.ndarray, segment: Segment, tokenizer: Any) -> str:
-    """The text of a segment as the encoder reads it: no special tokens, no tidying of spaces."""
-    ids = tokens[segment.start : segment.end]  # an array: decode checks a list element by element
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def spans(units: Units, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
+    """(ordinal j, horizon, start, end) of each target of a reply, in its tokens from 0; by ordinal, then horizon."""
+    anchors = np.arange(0, units.N, cut.stride)
+    found = []
+    for horizon, (offset, length) in enumerate(cut.horizons):
+        start, end, whole = units.ahead(anchors, offset, length)
+        keep = (start < units.N) & (whole | (end - start >= cut.min_segment_length))
+        found.append(np.stack([anchors, np.full_like(anchors, horizon), start, end], axis=1)[keep])
+    rows = np.concatenate(found)
+    yield from map(tuple, rows[np.argsort(rows[:, 0], kind="stable")].tolist())
 
 
 def text_digest(text: str) -> bytes:

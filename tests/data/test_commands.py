@@ -61,6 +61,29 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     assert f"{data / 'targets'} is up to date" in out
 
 
+@pytest.mark.parametrize(
+    ("segments", "horizons", "texts"),
+    [
+        ("sentence", [[1, 1]], {"The sea is blue.", " So is the sky."}),
+        ("statement", [[1, 1]], {"The sea is blue. So is the sky."}),
+        ("window", [[1, 256]], {"The sea is blue. So is the sky."}),
+    ],
+)
+def test_segments_say_what_horizons_count(tmp_path: Path, tokenizer_folder: Path, segments, horizons, texts):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "The sea is blue. So is the sky.")}])
+    typed = ("--input", rows, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data", "--segments", segments)
+
+    lengths = ("--stride", 3, "--min-segment-length", 1)
+    assert command(prepare, *typed, *lengths) == 0
+    data = PreparedData.open(tmp_path / "data")
+    assert (data.manifest.segmenter, data.manifest.horizons) == (segments, horizons)
+    assert {data.segment_text(row) for row in range(data.manifest.segments)} >= texts
+    assert len(data[0].anchors.position) == data.manifest.anchors > 0
+    other = ("sentence" if segments == "window" else "window", "--horizons", *(f"{o}:{L}" for o, L in horizons))
+    with pytest.raises(ValueError, match="was prepared with other values of segmenter;"):
+        command(prepare, *typed[:-1], *other, *lengths)
+
+
 def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
 

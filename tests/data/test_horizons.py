@@ -27,7 +27,7 @@ def test_what_is_written_is_read(horizons: list[tuple[int, int]]):
         ("1:256 1.5:2", "horizon '1.5:2' is not OFFSET:LENGTH"),
         ("1:256 0:4", "horizon 0:4 begins before the token to predict; give an offset of at least 1"),
         ("-1:4", "horizon -1:4 begins before the token to predict; give an offset of at least 1"),
-        ("33:0", "horizon 33:0 holds no token; give a length of at least 1"),
+        ("33:0", "horizon 33:0 holds nothing; give a length of at least 1"),
         ("1:256 33:96 1:256", "horizon 1:256 is given twice; give each horizon once"),
         (" ".join(f"{o}:1" for o in range(1, 18)), "17 horizons; give 1 to 16 of them"),
         ("", "0 horizons; give 1 to 16 of them, such as 1:256"),
@@ -41,7 +41,8 @@ def test_bad_horizons_are_named(typed: str, reason: str):
 def test_all_folders_of_a_run_have_the_same_horizons(tmp_path: Path, tokenizer_folder: Path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "is blue")}])
     for name, horizons in (("a", ((1, 8),)), ("b", ((1, 8),)), ("c", ((1, 8), (9, 2)))):
-        prepare([rows], tmp_path / name, tokenizer_folder, PrepareOptions(horizons=horizons), progress=False)
+        options = PrepareOptions(horizons=horizons, stride=7 if name == "b" else 32)  # strides may differ
+        prepare([rows], tmp_path / name, tokenizer_folder, options, progress=False)
 
     assert horizons_of([tmp_path / "a", str(tmp_path / "b")]) == ((1, 8),)
     assert horizons_of([tmp_path / "c"]) == ((1, 8), (9, 2))
@@ -50,5 +51,11 @@ def test_all_folders_of_a_run_have_the_same_horizons(tmp_path: Path, tokenizer_f
     assert f"{tmp_path / 'a'} has 1:8, {tmp_path / 'c'} has 1:8 9:2; prepare them with the same --horizons" in str(
         caught.value
     )
+    sentences = PrepareOptions(horizons=((1, 8),), segmenter="sentence")
+    prepare([rows], tmp_path / "s", tokenizer_folder, sentences, progress=False)
+    assert horizons_of([tmp_path / "s"]) == ((1, 8),)
+    with pytest.raises(ValueError, match="differ in what their horizons count") as caught:
+        horizons_of([tmp_path / "a", tmp_path / "s"])
+    assert f"{tmp_path / 'a'} counts by window, {tmp_path / 's'} counts by sentence; prepare" in str(caught.value)
     with pytest.raises(ValueError, match="does not exist; run: megatron-sfr prepare"):
         horizons_of([tmp_path / "none"])

@@ -15,7 +15,7 @@ from megatron_sfr.data.chat import encode, read_conversations
 from megatron_sfr.data.manifest import staging
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import DTYPES, PreparedData
-from megatron_sfr.data.segments import future_segments, segment_text, text_digest
+from megatron_sfr.data.segments import Cut, futures, text_digest
 from megatron_sfr.data.template import load_tokenizer
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, files_of, turns, write_rows
 
@@ -36,15 +36,14 @@ def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder
         assert (sample.loss_mask == encoded.loss_mask).all()
         assert sample.persona == (conversation.persona or "")
         anchors = sample.anchors
-        cut = {"stride": 4, "horizons": HORIZONS, "min_segment_length": 4}
-        segments = list(future_segments(encoded.replies, **cut))
+        found = list(futures(encoded.tokens, encoded.replies, tokenizer, Cut(4, HORIZONS, 4)))
+        segments = [segment for segment, _ in found]
         assert anchors.position.tolist() == [s.position for s in segments]
         assert anchors.response.tolist() == [s.response for s in segments]
         assert anchors.ordinal.tolist() == [s.ordinal for s in segments]
         assert anchors.length.tolist() == [s.length for s in segments]
         assert anchors.horizon.tolist() == [s.horizon for s in segments]
-        texts = [segment_text(encoded.tokens, s, tokenizer) for s in segments]
-        assert [data.segment_text(row) for row in anchors.segment] == texts
+        assert [data.segment_text(row) for row in anchors.segment] == [text for _, text in found]
         assert (sample.loss_mask[anchors.position + 1] == 1).all()
     assert len(data) == len(ROWS)
     with pytest.raises(IndexError):

@@ -1,0 +1,65 @@
+"""Where statements start and end in source code of any language, by lines and indentation alone."""
+
+from __future__ import annotations
+
+import re
+
+LINE = re.compile(
+    r"""
+    (?P<indent>[ \t]*)
+    (?:
+        (?P<fence>(?:```|~~~)[^`\n]*$)
+      | (?P<continuing>[)\]}]|\{\s*$|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac)\b)
+      | (?P<leading>@[\w.]+(?:\(.*)?[ \t]*$|\#\[)
+      | (?P<other>\S)
+    )?
+    [^\n]*\n?
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
+
+def statements(text: str) -> tuple[list[int], list[int]]:
+    """The index of the first character of each statement, ascending, and of the first one after it.
+
+    A statement is a line with all lines that belong to it. It starts at the start of a line that is not blank, and ends
+    before the first later line, blank ones apart, that
+
+    - is indented less than it, or
+    - is indented as it is and does not continue it. A line continues the one above of its indentation if it begins with
+      a closing bracket, is an opening brace alone, begins with else, elif, except, finally, catch, end or the like, or
+      is the fence that closes a block of Markdown.
+
+    Every other line starts a statement, within another one if it is indented more, except the line that belongs to a
+    leading one: decorators (@name, @name(...), #[...]) and the fence that opens a block of Markdown are one statement
+    with the next line of their indentation. So a function is a statement and each line of its body too; so are the
+    elements of a list, one a line; and outside of code each line of prose. Tabs go on to the next multiple of 8.
+    Nothing is parsed: the lines of a string, or of a preprocessor at column 0, count by their indentation as well.
+    """
+    starts: list[int] = []
+    ends: list[int] = []
+    stack: list[tuple[int, int]] = []  # (indentation, statement) of those not ended yet, ever deeper
+    leading = -1  # the statement whose leading line awaits the line that it belongs to
+    fenced = False
+    for line in LINE.finditer(text):
+        kind = line.lastgroup
+        if kind == "indent":
+            continue  # blank
+        indent = len(line["indent"].expandtabs())
+        if kind == "fence":
+            kind, fenced = "closing fence" if fenced else "leading", not fenced
+        while stack and stack[-1][0] > indent:
+            ends[stack.pop()[1]] = line.start()
+        continues = kind in ("continuing", "closing fence") and bool(starts)
+        if stack and stack[-1][0] == indent and not continues and stack[-1][1] != leading:
+            ends[stack.pop()[1]] = line.start()
+        joins = continues or bool(stack and stack[-1][0] == indent)
+        if not joins:
+            stack.append((indent, len(starts)))
+            starts.append(line.start())
+            ends.append(len(text))
+        if kind == "leading":
+            leading = stack[-1][1]
+        elif (joins and kind == "other") or kind == "closing fence":
+            leading = -1
+    return starts, ends

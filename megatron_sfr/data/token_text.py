@@ -1,0 +1,128 @@
+"""The exact text of tokens, and of any slice of them: decoding a slice by itself loses blanks and cuts characters.
+
+A tokenizer's decoder looks at the tokens around a token: it drops the blank before the first one, and turns bytes that
+make no character into U+FFFD. Here each token has bytes of its own, found once for a tokenizer, and the bytes of a text
+are those of its tokens, one after another. A character belongs to the token that has its first byte, so the texts of
+consecutive slices, put together, are the text, in any script. Code points are never cut; what a reader takes for one
+letter may be: between a letter and its combining mark, or inside an emoji that is joined of several.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that make no character
+FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of one byte, in tokenizers that fall back to bytes
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """The text of tokens [n]; begins [n + 1] is how many characters begin before the first byte of token i."""
+
+    text: str
+    begins: np.ndarray
+
+    def between(self, start: int, end: int) -> str:
+        """The characters that begin in tokens start ... end - 1."""
+        return self.text[self.begins[start] : self.begins[end]]
+
+    def tokens_at(self, characters: Sequence[int]) -> np.ndarray:
+        """For each character the first token whose first byte lies at or after its own; n for the end of the text."""
+        holder = np.searchsorted(self.begins[:-1], characters, side="right") - 1
+        at_or_after = holder + (self.begins[holder] < characters)
+        return np.where(np.less(characters, len(self.text)), at_or_after, len(self.begins) - 1)
+
+
+def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
+    """The text of ids [n], as the tokenizer decodes them without its special tokens; n >= 1.
+
+    Where their bytes are no UTF-8, since the ids begin or end inside a character, the text is the whole characters:
+    decoders have no exact answer there. ValueError where the bytes are not what the tokenizer decodes.
+    """
+    table = token_bytes(tokenizer)
+    pieces = [table[id] for id in ids.tolist()]
+    data = b"".join(pieces)
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text, first = _whole_characters(data)
+    else:
+        if dropped := _dropped_at_start(data, ids, tokenizer):
+            data, text = data[dropped:], text[dropped:]  # blanks, a byte each
+            sizes[np.flatnonzero(sizes)[0]] -= dropped
+        first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+    characters = np.concatenate([[0], np.cumsum(first)])
+    return TokenText(text, characters[np.concatenate([[0], np.cumsum(sizes)])])
+
+
+@lru_cache(maxsize=8)
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token inside a text, by id; none for special tokens. ValueError where a token has no bytes.
+
+    What the decoder writes after a letter is the token's text. Where that is no whole character, its bytes are spelled
+    by its name: in the alphabet of byte-level BPE, or as <0xE4>.
+    """
+    backend = tokenizer.backend_tokenizer
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    names = dict(zip(vocabulary.values(), vocabulary, strict=True))
+    ids = range(max(names, default=-1) + 1)
+    alone = backend.decode_batch([[id] for id in ids], skip_special_tokens=True)
+    letter = next((id for id, text in enumerate(alone) if text.isascii() and text.isalnum()), None)
+    if letter is None:
+        raise ValueError("the tokenizer has no token of Latin letters or digits, which its bytes are found with")
+    after = backend.decode_batch([[letter, id] for id in ids], skip_special_tokens=True)
+    alphabet = _byte_level_alphabet()
+    table = []
+    for id, text in enumerate(after):
+        name = names.get(id, "")
+        if REPLACEMENT in text and (byte := FALLBACK.fullmatch(name)):
+            table.append(bytes.fromhex(byte[1]))
+        elif REPLACEMENT in text and all(character in alphabet for character in name):
+            table.append(bytes(alphabet[character] for character in name))
+        elif text.startswith(alone[letter]):
+            table.append(text.removeprefix(alone[letter]).encode("utf-8"))
+        else:
+            raise ValueError(
+                f"the tokenizer writes token {name!r} over the one before it, so no token has a text of its own; "
+                "take a tokenizer that keeps its text, such as byte-level BPE"
+            )
+    return table
+
+
+def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
+    """How many blanks the decoder drops before the first token; ValueError where it differs in anything else."""
+    decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode("utf-8")
+    dropped = len(data) - len(decoded)
+    if dropped < 0 or data != b" " * dropped + decoded:
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(data, decoded, strict=False)))
+        raise ValueError(
+            f"the tokenizer decodes {decoded[alike:][:40]!r} where its tokens spell {data[alike:][:40]!r}, so segments "
+            "have no exact text; take a tokenizer that decodes what it has encoded, such as byte-level BPE"
+        )
+    return dropped
+
+
+def _whole_characters(data: bytes) -> tuple[str, np.ndarray]:
+    """The characters of damaged UTF-8 that are whole, and for each byte whether one of them begins there."""
+    escaped = data.decode("utf-8", errors="surrogateescape")  # a byte of no character: U+DC80 ... U+DCFF
+    points = np.frombuffer(escaped.encode("utf-32-le", errors="surrogatepass"), "<u4")
+    whole = (points < 0xDC80) | (points > 0xDCFF)
+    sizes = np.where(whole, 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000), 1)
+    first = np.zeros(len(data), bool)
+    first[(np.cumsum(sizes) - sizes)[whole]] = True
+    return data.decode("utf-8", errors="ignore"), first
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte of each letter that byte-level BPE (GPT-2) writes tokens in: printable bytes stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
