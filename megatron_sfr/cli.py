@@ -5,7 +5,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "prepare", "embed", "calibrate-sed", "train", "convert", "generate", "evaluate", "doctor")
+COMMANDS = (
+    *("demo", "prepare", "prepare-text", "embed", "calibrate-sed", "train"),
+    *("convert", "generate", "evaluate", "doctor"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--too-long", default="error", metavar="error|truncate", help="a longer one is a bad row, or cut (%(default)s)"
     )
+    add_cut_arguments(parser)
+
+
+def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments about anchors, their futures and the run, shared with `prepare-text`."""
     parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
     parser.add_argument(
         "--segments",
@@ -47,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-segment-length",
         type=int,
         default=16,
-        help="a target that the end of the reply cuts to fewer tokens is left out (%(default)s)",
+        help="a target that the end of the text cuts to fewer tokens is left out (%(default)s)",
     )
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"

@@ -61,10 +61,10 @@ def parse_row(row: Row, form: str = "messages", persona_key: str = "persona") ->
     turns, tools = turns_of(fields, form)
     messages = _messages(turns)
     for text in strings_of(tools):
-        _check_text(text, "a text of the tools")
+        check_text(text, "a text of the tools")
     persona = fields.get(persona_key)
     if persona is not None:
-        _check_text(persona, f"the {persona_key}")
+        check_text(persona, f"the {persona_key}")
         if not persona.strip():
             raise RowError(f"the {persona_key} is blank; name it, or leave the field out")
         persona = persona.strip()
@@ -125,9 +125,9 @@ def _check_message(message: Any, number: int) -> None:
     if calls:
         _check_calls(calls, number)
     for text in strings_of([calls, message.get("name"), message.get("tool_call_id")]):
-        _check_text(text, f"a text of message {number}")
+        check_text(text, f"a text of message {number}")
     if not (calls and content is None):
-        _check_text(content, f"the content of message {number}")
+        check_text(content, f"the content of message {number}")
     if role == "assistant" and not calls and not str(content).strip():
         raise RowError(f"message {number} is an empty reply; write the reply or drop the row")
 
@@ -144,7 +144,7 @@ def _check_calls(calls: Any, number: int) -> None:
             raise RowError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
 
 
-def _check_text(text: Any, what: str) -> None:
+def check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
         raise RowError(f"{what} is not a string; write plain text")
     try:

@@ -23,7 +23,7 @@ from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.units import Segmenter
 
 CORPUS = "documents"  # the indexed dataset inside its folder
-ANCHOR_DTYPES = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
+ANCHOR_DTYPES: dict[str, type[np.generic]] = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
 COLUMNS = 3
 
 
@@ -49,8 +49,8 @@ class DocumentsManifest:
     tokenizer_sha256: str
     segments_sha256: str
     corpus: str  # prefix of the .bin and .idx, inside the folder or an absolute path
-    corpus_sha256: str  # of the .idx
-    inputs: list[InputRecord]
+    text_key: str
+    inputs: list[InputRecord]  # JSONL files, or the .idx of a corpus that was there already
     files: dict[str, FileRecord]
 
 

@@ -43,6 +43,11 @@ class FlatWriter:
         self._file.write(data)
         self._sha256.update(data)
 
+    @property
+    def bytes(self) -> int:
+        """What was appended, with what was kept."""
+        return self._file.tell()
+
     def flush(self) -> FileRecord:
         """Hands what was appended to the system, where it outlives this process, and says what is there."""
         self._file.flush()

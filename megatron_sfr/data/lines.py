@@ -6,6 +6,7 @@ Nothing here knows what a line means: chats and documents are read alike.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.row.source}:{self.row.line}: {self.reason}"
+
+    def line(self) -> bytes:
+        """As a line of rejected.jsonl, for someone to repair."""
+        text = self.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        record = {"file": self.row.source, "line": self.row.line, "reason": self.reason, "row": text}
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)

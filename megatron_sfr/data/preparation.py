@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from megatron_sfr.data.journal import discard_without_journal
 from megatron_sfr.data.lines import CHUNK_BYTES, Place, read_chunks
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import PreparedData, PreparedManifest
+from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED, SampleFiles
 from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
 from megatron_sfr.data.segments import Cut
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.units import Segmenter
-from megatron_sfr.data.workers import ordered_map
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def prepare(
         raise ValueError("no input; give at least one JSONL file")
     if workers < 1:
         raise ValueError(f"{workers} workers; give at least 1")
-    _check_output(output)
+    check_output(output)
     loaded = load_tokenizer(str(tokenizer))
     origin = _origin(inputs, loaded, options, progress)
     if not force and (output / NAME).exists() and (done := _up_to_date(output, origin, options.skip_bad_rows)):
@@ -128,7 +128,8 @@ def _origin(inputs: Sequence[Path], tokenizer: Any, options: PrepareOptions, pro
     )
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """ValueError where `output` is something else than a prepared folder, a part of one, or nothing."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another output folder")
     ours = any((output / name).exists() for name in (NAME, "segment_offsets.bin"))
@@ -161,33 +162,19 @@ def _write(
     chunk_bytes: int,
     progress: bool,
 ) -> None:
-    """Everything from the place where the files end; the first bad row is a ValueError unless they are skipped."""
-    from tqdm import tqdm
-
-    totals = files.totals
-    sizes = [path.stat().st_size for path in inputs]
-    start, rows_before = _bytes_before(totals.place, sizes), totals.samples + totals.rejected
-    if totals.rejected and not skip_bad_rows:  # of an earlier run, which skipped them
-        raise ValueError(totals.first_bad)
+    """Everything from the place where the files end."""
+    sizes, place = [path.stat().st_size for path in inputs], files.totals.place
+    start = bytes_before(place, sizes)
     if start and progress:
-        print(f"goes on at {inputs[totals.place.file]}:{totals.place.line}, where an earlier run was stopped")
+        print(f"goes on at {inputs[place.file]}:{place.line}, where an earlier run was stopped")
+    bar = Bar(sum(sizes), partial(bytes_before, sizes=sizes), "B", progress)
     workers = min(workers, -(-(sum(sizes) - start) // chunk_bytes) or 1)
-    chunks = read_chunks(inputs, totals.place, chunk_bytes)
-    with (
-        tqdm(total=sum(sizes), initial=start, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar,
-        closing(ordered_map(encoder, chunks, workers)) as done,
-    ):
-        for chunk in done:
-            if chunk.bad and not skip_bad_rows:
-                raise ValueError(str(chunk.bad[0]))
-            files.add(chunk)
-            rows = totals.samples + totals.rejected
-            rate = (rows - rows_before) / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
-            bar.update(_bytes_before(totals.place, sizes) - bar.n)
+    chunks = read_chunks(inputs, place, chunk_bytes)
+    write_chunks(files, chunks, encoder, bar, workers=workers, skip_bad_rows=skip_bad_rows)
 
 
-def _bytes_before(place: Place, sizes: Sequence[int]) -> int:
+def bytes_before(place: Place, sizes: Sequence[int]) -> int:
+    """Bytes of files of these sizes up to a place."""
     return sum(sizes[: place.file]) + place.byte
 
 

@@ -5,8 +5,6 @@ Memory grows with the number of distinct segments alone.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from megatron_sfr.data.lines import BadRow, Place
 from megatron_sfr.data.manifest import FileRecord
 from megatron_sfr.data.prepared import DTYPES
 from megatron_sfr.data.samples import COLUMNS, EncodedChunk
-from megatron_sfr.data.segments import DIGEST_BYTES, DistinctTexts
+from megatron_sfr.data.segment_files import SegmentFiles
 
 REJECTED = "rejected.jsonl"
 SAMPLE_DIGESTS = "sample_digests.bin"  # by which duplicates are counted; not published
@@ -39,8 +37,11 @@ class Totals:
     truncated: int = 0
     rejected: int = 0
     personas: dict[str, int] = field(default_factory=dict)
-    segment_bytes: int = 0
     first_bad: str = ""  # file:line: reason
+
+    @property
+    def rows(self) -> int:
+        return self.samples + self.rejected
 
 
 class SampleFiles:
@@ -49,17 +50,14 @@ class SampleFiles:
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self._folder = folder
         self._files = JournaledFiles(folder, DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}, about)
-        self.segments = DistinctTexts()
+        self.segments = SegmentFiles(self._files)
         state = self._files.state
         if state is None:
             self.totals = Totals()
-            for name in ("offsets.bin", "anchor_offsets.bin", "segment_offsets.bin"):
+            for name in ("offsets.bin", "anchor_offsets.bin"):
                 self._files[name].append(0)
         else:
             self.totals = Totals(**state | {"place": Place(**state["place"])})
-            digests = (folder / "segment_digests.bin").read_bytes()
-            for start in range(0, len(digests), DIGEST_BYTES):
-                self.segments.row(digests[start : start + DIGEST_BYTES])
         self._persona_rows = {persona: row for row, persona in enumerate(self.totals.personas)}
 
     def __enter__(self) -> SampleFiles:
@@ -71,7 +69,7 @@ class SampleFiles:
     def add(self, chunk: EncodedChunk) -> None:
         """Writes a chunk, its bad rows aside with their reasons, and journals it."""
         totals, files = self.totals, self._files
-        rows = self._segment_rows(chunk.segments)
+        rows = self.segments.rows(chunk.segments)
         anchors = chunk.anchors.copy()
         anchors[:, SEGMENT] = rows[anchors[:, SEGMENT]]
         files["tokens.bin"].append(chunk.tokens)
@@ -106,22 +104,7 @@ class SampleFiles:
             (self._folder / REJECTED).unlink()
         return {name: records[name] for name in DTYPES}, duplicates
 
-    def _segment_rows(self, segments: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
-        """Rows of the store, int32 [len(segments)]; segments not met before are written."""
-        rows = np.empty(len(segments), np.int32)
-        for number, (digest, line) in enumerate(segments):
-            rows[number], is_new = self.segments.row(digest)
-            if is_new:
-                self.totals.segment_bytes += len(line)
-                self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
-                self._files["segment_offsets.bin"].append(self.totals.segment_bytes)
-                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
-        return rows
-
     def _reject(self, bad: BadRow) -> None:
         self.totals.first_bad = self.totals.first_bad or str(bad)
         self.totals.rejected += 1
-        text = bad.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-        record = {"file": bad.row.source, "line": bad.row.line, "reason": bad.reason, "row": text}
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
-        self._files[REJECTED].append(np.frombuffer(line, np.uint8))
+        self._files[REJECTED].append(np.frombuffer(bad.line(), np.uint8))

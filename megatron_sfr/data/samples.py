@@ -6,7 +6,6 @@ n tokens of S samples stand one after another, with A anchors (each once a horiz
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 from megatron_sfr.data.chat import Encoded, encode, parse_row
 from megatron_sfr.data.lines import BadRow, Chunk, Place, RowError
 from megatron_sfr.data.prepared import Anchors
-from megatron_sfr.data.segments import Cut, futures, text_digest
+from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
+from megatron_sfr.data.segments import Cut, futures
 
 TOO_LONG = ("error", "truncate")
 COLUMNS = tuple(column.name for column in fields(Anchors))
@@ -34,7 +34,7 @@ class EncodedChunk:
     personas: list[str]  # [S], "" for none
     anchors: np.ndarray  # int32 [A, 6], the columns of Anchors, but `segment` counts within this chunk's segments
     anchor_counts: np.ndarray  # int64 [S]
-    segments: list[tuple[bytes, bytes]]  # digest and line of segments.jsonl of each, once, in order of appearance
+    segments: list[ChunkSegment]  # each once
     truncated: int
     bad: list[BadRow]
 
@@ -84,7 +84,7 @@ class SampleEncoder:
         for segment, text in futures(encoded.tokens, encoded.replies, self.tokenizer, self.cut):
             if segment.position + 1 >= keep:  # they come by position
                 break
-            row = samples.segment(text)
+            row = samples.texts.number(text)
             length = lengths[segment.response]
             samples.anchors.append((segment.position, row, segment.response, segment.ordinal, length, segment.horizon))
 
@@ -98,7 +98,7 @@ class _Samples:
     personas: list[str] = field(default_factory=list)
     anchors: list[tuple[int, ...]] = field(default_factory=list)
     first_anchors: list[int] = field(default_factory=list)  # [S]
-    segments: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
+    texts: ChunkTexts = field(default_factory=ChunkTexts)
     truncated: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
@@ -108,14 +108,6 @@ class _Samples:
         self.personas.append(persona)
         self.first_anchors.append(len(self.anchors))
         self.truncated += keep < len(encoded.tokens)
-
-    def segment(self, text: str) -> int:
-        """The number of this text among the chunk's segments."""
-        digest = text_digest(text)
-        if digest not in self.segments:
-            line = (json.dumps(text, ensure_ascii=False) + "\n").encode("utf-8")
-            self.segments[digest] = len(self.segments), line
-        return self.segments[digest][0]
 
     def chunk(self, end: Place) -> EncodedChunk:
         return EncodedChunk(
@@ -128,7 +120,7 @@ class _Samples:
             personas=self.personas,
             anchors=np.array(self.anchors, np.int32).reshape(-1, len(COLUMNS)),
             anchor_counts=np.diff(np.array([*self.first_anchors, len(self.anchors)], np.int64)),
-            segments=[(digest, line) for digest, (_, line) in self.segments.items()],
+            segments=self.texts.segments(),
             truncated=self.truncated,
             bad=self.bad,
         )

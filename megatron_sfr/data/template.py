@@ -22,8 +22,8 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAIL = 64  # letters at the end of a reply that must stand before its end token
 
 
-def load_tokenizer(tokenizer: str) -> Any:
-    """A fast tokenizer with a chat template, from a local folder or by name; no code of its folder is run."""
+def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
+    """A fast tokenizer, with a chat template if it is for chats, from a local folder or by name; runs no code of it."""
     from transformers import AutoTokenizer
 
     try:
@@ -33,7 +33,7 @@ def load_tokenizer(tokenizer: str) -> Any:
         raise ValueError(f"no tokenizer at {tokenizer} ({reason}); give a folder that has tokenizer.json") from error
     if not loaded.is_fast:
         raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
-    if not loaded.chat_template:
+    if chat and not loaded.chat_template:
         raise ValueError(f"the tokenizer at {tokenizer} has no chat template; put a chat_template.jinja beside it")
     return loaded
 

@@ -14,7 +14,11 @@ import numpy as np
 
 from megatron_sfr.data.flat import map_flat
 
-DTYPES = {"segments.jsonl": np.uint8, "segment_offsets.bin": np.int64, "segment_digests.bin": np.uint8}
+DTYPES: dict[str, type[np.generic]] = {
+    "segments.jsonl": np.uint8,
+    "segment_offsets.bin": np.int64,
+    "segment_digests.bin": np.uint8,
+}
 
 
 class SegmentManifest(Protocol):

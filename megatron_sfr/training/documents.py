@@ -118,5 +118,5 @@ class DocumentDataset(GPTDataset):
 def contents_of(prepared: PreparedDocuments) -> str:
     """Stands for the corpus and the anchors of a folder."""
     manifest = prepared.manifest
-    parts = [manifest.corpus_sha256, manifest.segments_sha256, *(f["sha256"] for f in manifest.files.values())]
+    parts = [*(record["sha256"] for record in manifest.inputs), *(f["sha256"] for f in manifest.files.values())]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""Turn a pretraining corpus into documents with anchors and futures, for continued pretraining with SFR.
+
+The input is JSONL, {"text": "..."} a line, which becomes Megatron's .bin and .idx; or the prefix of a .bin and .idx
+that are there already and stay where they are. Nothing is published unless all of it is there; the same command after a
+kill goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_sfr.commands.prepare import add_cut_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL files, or a prefix of .bin and .idx"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's, or the one of the .bin")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--text-key", default="text", metavar="NAME", help="the field with the text (%(default)s)")
+    parser.add_argument("--eod-token", metavar="TOKEN", help="what ends a document (the tokenizer's eos_token)")
+    add_cut_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
+    from megatron_sfr.data.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.data.workers import default_workers
+    from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+
+    options = DocumentOptions(
+        stride=args.stride,
+        horizons=parse_horizons(args.horizons) if args.horizons else (DEFAULTS[args.segments],),
+        min_segment_length=args.min_segment_length,
+        segmenter=args.segments,
+        text_key=args.text_key,
+        eod_token=args.eod_token,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    indexed = Indexed(open_corpus, write_index, token_dtype)
+    workers = default_workers() if args.workers is None else args.workers
+    result = prepare_documents(
+        args.input, args.output, args.tokenizer, options, indexed, force=args.force, workers=workers
+    )
+    print(
+        f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.anchors:,} anchors, "
+        f"{result.segments:,} distinct segments"
+    )
+    if result.rejected:
+        print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
+    if result.segments:
+        print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
+    return 0

@@ -1,0 +1,205 @@
+"""A corpus through `prepare_documents` and upstream's GPTDataset: every anchor stands where its document says, and its
+future is that document's."""
+
+import json
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from torch.utils.data import default_collate
+
+from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.documents import PreparedDocuments, open_prepared
+from megatron_sfr.data.embedding import EmbedOptions, embed
+from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+from megatron_sfr.training.dataset import build, dataset_config
+from tests.distributed.tiny import write_prepared
+from tests.training.test_dataset import arguments
+
+INDEXED = Indexed(open_corpus, write_index, token_dtype)
+OPTIONS = DocumentOptions(stride=5, horizons=((1, 8), (9, 4)), min_segment_length=2)
+LENGTH = 48
+TEXTS = [
+    *(
+        " ".join(f"{word}{i}" for i in range(n))
+        for word, n in (("sea", 3), ("grey", 40), ("", 25), ("ö", 9), ("雪", 12))
+    ),
+    "one",
+    *(f"def f_{n}(x):\n    return x + {n}\n\n" * 3 for n in range(6)),
+]
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+
+def write_texts(path: Path, texts: list[str] = TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(TEXTS, 400), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    prepare_documents([write_texts(folder / "t.jsonl")], folder / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    embed(folder / "p", "minilm", EmbedOptions(), progress=False)
+    return folder / "p"
+
+
+def document_arguments(folder: Path, **changes: Any) -> Namespace:
+    more = {"seq_length": LENGTH, "vocab_size": 400, "eod_mask_loss": False, "mmap_bin_files": True}
+    return arguments([str(folder)], **more | changes)
+
+
+def test_documents_come_back_as_upstream_reads_them(folder: Path, tokenizer: Path) -> None:
+    prepared, fast = open_prepared(folder), load_tokenizer(str(tokenizer))
+    assert isinstance(prepared, PreparedDocuments)
+    corpus = IndexedDataset(prepared.corpus)
+    assert len(corpus) == len(prepared) == len(TEXTS)
+    for text, tokens in zip(TEXTS, corpus, strict=True):
+        assert tokens[-1] == prepared.manifest.eod == fast.eos_token_id
+        assert fast.decode(tokens[:-1]) == text
+    assert prepared.manifest.tokens == corpus.sequence_lengths.sum()
+    prepared.verify()
+
+
+def test_an_anchor_has_the_text_that_follows_it_in_its_document(folder: Path, tokenizer: Path) -> None:
+    prepared, fast = PreparedDocuments.open(folder), load_tokenizer(str(tokenizer))
+    corpus, seen = IndexedDataset(prepared.corpus), 0
+    for document in range(len(prepared)):
+        position, segment, horizon = prepared.anchors(document, 0, len(corpus[document]))
+        assert (position % OPTIONS.stride == 0).all()
+        assert (np.diff(position) >= 0).all()
+        for i, row, h in zip(position, segment, horizon, strict=True):
+            offset, length = OPTIONS.horizons[h]
+            future = fast.decode(corpus[document][i + offset : i + offset + length], skip_special_tokens=True)
+            if "\ufffd" not in future:  # a slice that cuts a character has exact text of its own
+                assert prepared.segment_text(row) == future
+                seen += 1
+    assert seen > 50
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_rows_are_upstreams_and_anchors_stand_in_their_pieces(folder: Path, separate: bool) -> None:
+    config = dataset_config(document_arguments(folder, dataloader_inter_document_masking=separate))
+    train, _, _ = build(config, [40, None, None])
+    prepared = PreparedDocuments.open(folder)
+    store, corpus = TargetStore.open(folder / "targets", prepared), IndexedDataset(prepared.corpus)
+
+    found: Counter[tuple[int, int, int]] = Counter()
+    tokens_seen: Counter[tuple[int, int]] = Counter()
+    for idx in range(len(train)):
+        item, pieces = train[idx], train.pieces(idx)
+        row = np.append(item["tokens"].numpy(), item["labels"].numpy()[-1])
+        joined = [corpus[d][b:e] for d, b, e in zip(pieces.document, pieces.begin, pieces.end, strict=True)]
+        assert (row == np.concatenate(joined)).all()
+        used = item["anchor_weight"] > 0
+        assert not item["anchor_position"][~used].any()
+        for number, (d, b, e, s) in enumerate(
+            zip(pieces.document, pieces.begin, pieces.end, pieces.start, strict=True)
+        ):
+            inside = used & (item["anchor_position"] >= s) & (item["anchor_position"] < s + e - b)
+            position, segment, horizon = prepared.anchors(d, b, e - 1)
+            assert (item["anchor_position"][inside] == s + position - b).all()
+            assert (item["anchor_horizon"][inside] == horizon).all()
+            assert (item["target"][item["anchor_row"][inside]] == store[segment]).all()
+            if len(position):
+                np.testing.assert_allclose(item["anchor_weight"][inside], (e - b - 1) / len(position), rtol=1e-6)
+            found.update((int(d), int(i), int(h)) for i, h in zip(position, horizon, strict=True))
+            tokens_seen.update((int(d), int(i)) for i in range(b, e - 1))
+            if separate:
+                last = min(s + e - b, LENGTH)
+                assert (item["document"][s:last] == number).all()
+                assert (item["position_ids"][s:last] == np.arange(last - s)).all()
+        assert (item["anchor_sample"][used] == idx).all()
+        assert ("document" in item) == separate
+    for (d, i, _), times in found.items():
+        assert times == tokens_seen[d, i], "as often as its token is predicted from"
+    default_collate([train[i] for i in range(len(train))])
+
+
+def test_an_indexed_dataset_that_is_there_stays_where_it_is(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+    import torch
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=np.uint16)
+    for document in IndexedDataset(PreparedDocuments.open(folder).corpus):
+        builder.add_document(torch.from_numpy(document.astype(np.int64)), [len(document)])
+    builder.finalize(str(tmp_path / "corpus.idx"))
+    manifest = prepare_documents([tmp_path / "corpus"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+
+    assert not (tmp_path / "p" / "documents.bin").exists()
+    for name in ("anchors.bin", "anchor_offsets.bin", "segments.jsonl"):
+        assert (tmp_path / "p" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert manifest.documents == len(TEXTS)
+    (tmp_path / "corpus.bin").unlink()
+    with pytest.raises(ValueError, match="corpus.bin, the corpus of .* is missing; run: megatron-sfr prepare-text"):
+        PreparedDocuments.open(tmp_path / "p")
+
+
+def test_workers_change_no_byte(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+    rows = write_texts(tmp_path / "t.jsonl")
+    prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, workers=2, chunk_bytes=200)
+    for name in PreparedDocuments.open(folder).manifest.files:
+        assert (tmp_path / "p" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_other_data_under_the_same_path_gives_other_rows(tmp_path: Path, tokenizer: Path) -> None:
+    """Upstream keeps its indices by path: they must not survive the data."""
+    for texts in (TEXTS[:3], TEXTS):
+        rows = write_texts(tmp_path / "t.jsonl", texts)
+        prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, force=True)
+        train, _, _ = build(dataset_config(document_arguments(tmp_path / "p", sfr=False)), [9, None, None])
+        assert set(train.document_index.tolist()) == set(range(len(texts)))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{", "not JSON"),
+        ('{"txt": "a"}', "no field 'text'; name the field that has the text with --text-key"),
+        ('{"text": 3}', "the field 'text' is not a string"),
+        ('{"text": " "}', "an empty text; drop the row"),
+        ('{"text": "a <|im_end|> b"}', "the text has the control token '<|im_end|>'; remove it"),
+    ],
+)
+def test_a_bad_row_says_where_and_why(tmp_path: Path, tokenizer: Path, row: str, reason: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "the sea"}\n' + row + "\n")
+    with pytest.raises(ValueError) as caught:
+        prepare_documents([path], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert reason in str(caught.value)
+    skip = DocumentOptions(stride=5, min_segment_length=2, skip_bad_rows=True)
+    manifest = prepare_documents([path], tmp_path / "p", tokenizer, skip, INDEXED, progress=False)
+    assert (manifest.documents, manifest.rejected) == (1, 1)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+    chats = write_prepared(tmp_path, 3, OPTIONS.horizons)
+    blend = document_arguments(folder, train_data_path=["0.5", str(folder), "0.5", str(chats)])
+    with pytest.raises(ValueError, match=f"{chats} holds conversations and other folders documents"):
+        dataset_config(blend)
+    with pytest.raises(ValueError, match="sfr_packing is for conversations"):
+        dataset_config(document_arguments(folder, sfr_packing="first_fit_decreasing"))
+    with pytest.raises(ValueError, match="is for documents; conversations have sfr_packing"):
+        dataset_config(document_arguments(chats, dataloader_inter_document_masking=True))
+    with pytest.raises(ValueError, match="nowhere is neither a JSONL file nor the prefix of a .bin and .idx"):
+        prepare_documents([tmp_path / "nowhere"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    with pytest.raises(ValueError, match="no '<eod>' to end documents on; name one of its tokens with --eod-token"):
+        other = DocumentOptions(eod_token="<eod>")
+        prepare_documents([write_texts(tmp_path / "t")], tmp_path / "p", tokenizer, other, INDEXED, progress=False)
