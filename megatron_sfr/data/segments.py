@@ -24,8 +24,10 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class Segment:
-    """An anchor at one horizon: the condition is at input position `position`, the target is the characters that
-    begin in tokens[start:end]."""
+    """An anchor at one horizon: the condition is at input position `position`, the target is tokens[start:end].
+
+    Its text is the characters that begin in these tokens.
+    """
 
     position: int
     start: int

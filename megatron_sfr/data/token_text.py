@@ -49,18 +49,17 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     table = token_bytes(tokenizer)
     pieces = [table[id] for id in ids.tolist()]
     data = b"".join(pieces)
-    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         text, first = _whole_characters(data)
     else:
         if dropped := _dropped_at_start(data, ids, tokenizer):
-            data, text = data[dropped:], text[dropped:]  # blanks, a byte each
-            sizes[np.flatnonzero(sizes)[0]] -= dropped
+            data, text, ends = data[dropped:], text[dropped:], np.maximum(ends - dropped, 0)  # blanks, a byte each
         first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
     characters = np.concatenate([[0], np.cumsum(first)])
-    return TokenText(text, characters[np.concatenate([[0], np.cumsum(sizes)])])
+    return TokenText(text, characters[np.concatenate([[0], ends])])
 
 
 @lru_cache(maxsize=8)
