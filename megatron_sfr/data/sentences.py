@@ -34,7 +34,7 @@ def sentence_starts(text: str) -> list[int]:
 @lru_cache(maxsize=1)
 def _sentence_end() -> Any:
     """Matches from a sentence's last mark (or line end) to where the next sentence starts."""
-    import regex  # as large as its tables: only where sentences are cut
+    import regex  # here, as windows do without it
 
     line_end, aterm = r"[\p{SB=SE}\p{SB=CR}\p{SB=LF}]", r"\p{SB=AT}"
     close = r"(?! [\p{Ps}\p{Pi}]++ \w ) [\p{SB=CL}*_~`]"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
+CLAUSES = "else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac"
 LINE = re.compile(
-    r"""
-    (?P<indent>[ \t]*)
+    rf"""
+    (?P<indent>[^\S\n]*)
     (?:
         (?P<fence>(?:```|~~~)[^`\n]*$)
-      | (?P<continuing>[)\]}]|\{\s*$|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac)\b)
-      | (?P<leading>@[\w.]+(?:\(.*)?[ \t]*$|\#\[)
+      | (?P<continuing>[)\]}}]|\{{[^\S\n]*$|(?:{CLAUSES})\b)
+      | (?P<leading>@[\w.]+(?:\(.*)?[^\S\n]*$|\#\[)
       | (?P<other>\S)
     )?
     [^\n]*\n?

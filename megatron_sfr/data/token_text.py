@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.template import RowError
+
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that make no character
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of one byte, in tokenizers that fall back to bytes
 
@@ -44,23 +46,23 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     """The text of ids [n], as the tokenizer decodes them without its special tokens; n >= 1.
 
     Where their bytes are no UTF-8, since the ids begin or end inside a character, the text is the whole characters:
-    decoders have no exact answer there. ValueError where the bytes are not what the tokenizer decodes.
+    decoders have no exact answer there. RowError where the bytes are not what the tokenizer decodes, ValueError where
+    no text could be (`token_bytes`).
     """
     table = token_bytes(tokenizer)
     pieces = [table[id] for id in ids.tolist()]
     data = b"".join(pieces)
-    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         text, first = _whole_characters(data)
     else:
         if dropped := _dropped_at_start(data, ids, tokenizer):
-            data, text = data[dropped:], text[dropped:]  # blanks, a byte each
-            sizes[np.flatnonzero(sizes)[0]] -= dropped
+            data, text, ends = data[dropped:], text[dropped:], np.maximum(ends - dropped, 0)  # blanks, a byte each
         first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
     characters = np.concatenate([[0], np.cumsum(first)])
-    return TokenText(text, characters[np.concatenate([[0], np.cumsum(sizes)])])
+    return TokenText(text, characters[np.concatenate([[0], ends])])
 
 
 @lru_cache(maxsize=8)
@@ -98,12 +100,12 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
-    """How many blanks the decoder drops before the first token; ValueError where it differs in anything else."""
+    """How many blanks the decoder drops before the first token; RowError where it differs in anything else."""
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode("utf-8")
     dropped = len(data) - len(decoded)
     if dropped < 0 or data != b" " * dropped + decoded:
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(data, decoded, strict=False)))
-        raise ValueError(
+        raise RowError(
             f"the tokenizer decodes {decoded[alike:][:40]!r} where its tokens spell {data[alike:][:40]!r}, so segments "
             "have no exact text; take a tokenizer that decodes what it has encoded, such as byte-level BPE"
         )

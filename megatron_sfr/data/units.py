@@ -78,5 +78,5 @@ def _in_tokens(text: TokenText, first: Sequence[int], after: Sequence[int]) -> U
     N = len(text.begins) - 1
     starts, ends = text.tokens_at(first), text.tokens_at(after)
     starts, ends = starts[ends > starts], ends[ends > starts]
-    apart = np.append(starts[1:] > starts[:-1], np.ones(len(starts[:1]), bool))
+    apart = np.diff(starts, append=N) > 0
     return Units(starts[apart], ends[apart], N)

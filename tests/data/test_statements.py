@@ -80,6 +80,14 @@ TEXTS = {
     "closing first": ("}\n) else\nx", ["}\n) else\n", "x"]),
     "ruby": ("def f\n  1\nrescue E\n  2\nend\nf", ["def f\n  1\nrescue E\n  2\nend\n", "  1\n", "  2\n", "f"]),
     "rust": ("#[test]\nfn f() {\n}\nfn g() {}", ["#[test]\nfn f() {\n}\n", "fn g() {}"]),
+    "carriage returns": (
+        "@d\r\nint f()\r\n{\r\n  a\r\n\r\n}\r\ng\r\n",
+        ["@d\r\nint f()\r\n{\r\n  a\r\n\r\n}\r\n", "  a\r\n\r\n", "g\r\n"],
+    ),
+    "paragraphs that wide blanks indent": (
+        "\u3000\u3000海是蓝色的。\n\u3000\u3000天空",
+        ["\u3000\u3000海是蓝色的。\n", "\u3000\u3000天空"],
+    ),
     "a decorator at the end": ("x\n@d", ["x\n", "@d"]),
     "prose that begins as code": ("endless\nelsewhere", ["endless\n", "elsewhere"]),
     "blank": (" \n\n", []),

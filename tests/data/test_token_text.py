@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from megatron_sfr.data.template import RowError
 from megatron_sfr.data.token_text import token_bytes, token_text
 from tests.data.tokenizers_made import EOS, KINDS, LINES, ids_of, tokenizer_of
 
@@ -67,6 +68,13 @@ def test_a_character_belongs_to_the_token_of_its_first_byte(kind: str):
             at += len(table[id])
         assert [len(text.between(i, i + 1)) for i in range(len(ids))] == begun
     assert 0 in begun or kind != "byte_level", "é lies in two tokens: nothing was split"
+
+
+def test_a_token_that_is_named_as_a_byte_is_one_only_where_the_decoder_says_so():
+    spelled = PreTrainedTokenizerFast(tokenizer_object=KINDS["byte_level"]())
+    spelled.add_tokens(["<0x41>"])
+    for tokenizer, expected in ((tokenizer_of("byte_fallback"), b"A"), (spelled, b"<0x41>")):
+        assert token_bytes(tokenizer)[tokenizer.get_vocab()["<0x41>"]] == expected
 
 
 def test_what_a_slice_decodes_to_by_itself_is_not_its_text():
@@ -128,13 +136,18 @@ def words(vocabulary: str, decoder) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "decoder", "reason"),
+    ("vocabulary", "decoder", "error", "reason"),
     [
-        ("abc", decoders.CTC(), "decodes b'' where its tokens spell b'b', so segments have no exact text"),
-        ("abc", decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]), "writes token 'b' over the one"),
-        ("!?蓝", decoders.Fuse(), "has no token of Latin letters or digits"),
+        ("abc", decoders.CTC(), RowError, "decodes b'' where its tokens spell b'b', so segments have no exact text"),
+        (
+            "abc",
+            decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]),
+            ValueError,
+            "writes token 'b' over the one",
+        ),
+        ("!?蓝", decoders.Fuse(), ValueError, "has no token of Latin letters or digits"),
     ],
 )
-def test_a_tokenizer_without_exact_texts_is_refused(vocabulary: str, decoder, reason: str):
-    with pytest.raises(ValueError, match=re.escape(reason)):
+def test_a_tokenizer_without_exact_texts_is_refused(vocabulary: str, decoder, error, reason: str):
+    with pytest.raises(error, match=re.escape(reason)):
         token_text(np.array([2, 1, 1]), words(vocabulary, decoder))
