@@ -5,7 +5,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "prepare", "embed", "calibrate-sed", "train", "convert", "generate", "evaluate", "doctor")
+COMMANDS = (
+    "demo",
+    "prepare",
+    "inspect",
+    "embed",
+    "calibrate-sed",
+    "train",
+    "convert",
+    "generate",
+    "evaluate",
+    "doctor",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

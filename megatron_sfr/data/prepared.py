@@ -144,6 +144,11 @@ class PreparedData:
             persona=self._personas[self._persona[index]],
         )
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each sample, int64 [samples]."""
+        return np.diff(self._offsets)
+
     def segment_text(self, row: int) -> str:
         if not 0 <= row < self.manifest.segments:
             raise IndexError(f"segment {row} of {self.manifest.segments}")
