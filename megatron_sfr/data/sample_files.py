@@ -80,9 +80,11 @@ class SampleFiles:
         files["anchors.bin"].append(anchors)
         files["anchor_offsets.bin"].append(totals.anchors + np.cumsum(chunk.anchor_counts))
         files[SAMPLE_DIGESTS].append(chunk.digests)
+        files["personas.bin"].append(
+            [self._persona_rows.setdefault(p, len(self._persona_rows)) for p in chunk.personas]
+        )
         for persona in chunk.personas:
             totals.personas[persona] = totals.personas.get(persona, 0) + 1
-            files["personas.bin"].append(self._persona_rows.setdefault(persona, len(self._persona_rows)))
         for bad in chunk.bad:
             self._reject(bad)
         totals.samples += len(chunk.lengths)
@@ -108,15 +110,14 @@ class SampleFiles:
 
     def _segment_rows(self, segments: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
         """Rows of the store, int32 [len(segments)]; segments not met before are written."""
-        rows = np.empty(len(segments), np.int32)
-        for number, (digest, line) in enumerate(segments):
-            rows[number], is_new = self.segments.row(digest)
-            if is_new:
-                self.totals.segment_bytes += len(line)
-                self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
-                self._files["segment_offsets.bin"].append(self.totals.segment_bytes)
-                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
-        return rows
+        numbered = [self.segments.row(digest) for digest, _ in segments]
+        new = [segment for segment, (_, is_new) in zip(segments, numbered, strict=True) if is_new]
+        ends = self.totals.segment_bytes + np.cumsum([len(line) for _, line in new], dtype=np.int64)
+        self._files["segments.jsonl"].append(np.frombuffer(b"".join(line for _, line in new), np.uint8))
+        self._files["segment_digests.bin"].append(np.frombuffer(b"".join(digest for digest, _ in new), np.uint8))
+        self._files["segment_offsets.bin"].append(ends)
+        self.totals.segment_bytes = int(ends[-1]) if new else self.totals.segment_bytes
+        return np.array([row for row, _ in numbered], np.int32)
 
     def _reject(self, bad: BadRow) -> None:
         self.totals.first_bad = self.totals.first_bad or str(bad)
