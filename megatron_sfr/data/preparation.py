@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sfr.data.file_pass import PassOptions, encode_files
 from megatron_sfr.data.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.horizons import Horizon, check_horizons
 from megatron_sfr.data.journal import discard_without_journal
-from megatron_sfr.data.lines import CHUNK_BYTES, Place, read_chunks
+from megatron_sfr.data.lines import CHUNK_BYTES
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import PreparedData, PreparedManifest
 from megatron_sfr.data.sample_files import REJECTED, SampleFiles
 from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
 from megatron_sfr.data.segments import Cut
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
-from megatron_sfr.data.workers import ordered_map
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def prepare(
     inputs, output = [Path(path) for path in inputs], Path(output)
     if not inputs:
         raise ValueError("no input; give at least one JSONL file")
-    if workers < 1:
-        raise ValueError(f"{workers} workers; give at least 1")
+    how = PassOptions(workers, chunk_bytes, options.skip_bad_rows, progress)
     _check_output(output)
     loaded = load_tokenizer(str(tokenizer))
     origin = _origin(inputs, loaded, options, progress)
@@ -93,7 +92,7 @@ def prepare(
     encoder = SampleEncoder(loaded, formats, options.persona_key, options.seq_length, options.too_long, cut)
     with staging(output, keep=True) as folder, discard_without_journal(folder):
         with SampleFiles(folder, {"version": PreparedManifest.version, **asdict(origin)}) as files:
-            _write(files, inputs, encoder, options.skip_bad_rows, workers, chunk_bytes, progress)
+            _write(files, inputs, encoder, how)
             manifest = _finish(files, origin, tokenizer)
         write_manifest(folder, manifest)
         if not manifest.rejected:
@@ -146,43 +145,14 @@ def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> PreparedMa
     return manifest if skip_bad_rows or not manifest.rejected else None
 
 
-def _write(
-    files: SampleFiles,
-    inputs: Sequence[Path],
-    encoder: SampleEncoder,
-    skip_bad_rows: bool,
-    workers: int,
-    chunk_bytes: int,
-    progress: bool,
-) -> None:
-    """Everything from the place where the files end; the first bad row is a ValueError unless they are skipped."""
-    from tqdm import tqdm
-
+def _write(files: SampleFiles, inputs: Sequence[Path], encoder: SampleEncoder, how: PassOptions) -> None:
+    """Everything from the place where the files end."""
     totals = files.totals
-    sizes = [path.stat().st_size for path in inputs]
-    start, rows_before = _bytes_before(totals.place, sizes), totals.samples + totals.rejected
-    if totals.rejected and not skip_bad_rows:  # of an earlier run, which skipped them
+    if totals.rejected and not how.skip_bad_rows:  # of an earlier run, which skipped them
         raise ValueError(totals.first_bad)
-    if start and progress:
-        print(f"goes on at {inputs[totals.place.file]}:{totals.place.line}, where an earlier run was stopped")
-    workers = min(workers, -(-(sum(sizes) - start) // chunk_bytes) or 1)
-    chunks = read_chunks(inputs, totals.place, chunk_bytes)
-    with (
-        tqdm(total=sum(sizes), initial=start, desc="prepare", unit="B", unit_scale=True, disable=not progress) as bar,
-        closing(ordered_map(encoder, chunks, workers)) as done,
-    ):
-        for chunk in done:
-            if chunk.bad and not skip_bad_rows:
-                raise ValueError(str(chunk.bad[0]))
+    with closing(encode_files(inputs, encoder, totals.place, how)) as chunks:
+        for chunk in chunks:
             files.add(chunk)
-            rows = totals.samples + totals.rejected
-            rate = (rows - rows_before) / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{rows:,} rows, {rate:,.0f} rows/s", refresh=False)
-            bar.update(_bytes_before(totals.place, sizes) - bar.n)
-
-
-def _bytes_before(place: Place, sizes: Sequence[int]) -> int:
-    return sum(sizes[: place.file]) + place.byte
 
 
 def _finish(files: SampleFiles, origin: Origin, tokenizer: str | Path) -> PreparedManifest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ class SampleFiles:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self._folder = folder
-        self._files = JournaledFiles(folder, DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}, about)
+        dtypes = DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}
+        about = about | {"totals": [total.name for total in fields(Totals)]}  # another version of ours may keep others
+        self._files = JournaledFiles(folder, dtypes, about)
         self.segments = DistinctTexts()
         state = self._files.state
         if state is None:
@@ -87,7 +89,7 @@ class SampleFiles:
             totals.personas[persona] = totals.personas.get(persona, 0) + 1
         for bad in chunk.bad:
             self._reject(bad)
-        totals.samples += len(chunk.lengths)
+        totals.samples += chunk.samples
         totals.tokens += len(chunk.tokens)
         totals.supervised_tokens += int(chunk.supervised.sum())
         totals.max_response_tokens = max(totals.max_response_tokens, int(chunk.supervised.max(initial=0)))
