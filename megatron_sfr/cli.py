@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = (
-    *("demo", "prepare", "prepare-text", "embed", "calibrate-sed", "train"),
+    *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train"),
     *("convert", "generate", "evaluate", "doctor"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class DocumentFiles:
     def __init__(self, folder: Path, token_dtype: type[np.generic], about: dict[str, Any]) -> None:
         own: dict[str, type[np.generic]] = {TOKENS: token_dtype, LENGTHS: np.int32, REJECTED: np.uint8}
         self._folder, self._token_dtype = folder, token_dtype
+        about = about | {"totals": [total.name for total in fields(Totals)]}  # another version of ours may keep others
         self._files = JournaledFiles(folder, ANCHOR_DTYPES | TEXT_DTYPES | own, about)
         self.segments = SegmentFiles(self._files)
         state = self._files.state

@@ -32,7 +32,7 @@ class JournaledFiles:
         self._files: dict[str, FlatWriter] = {}
         self._stack = ExitStack()
         journal = self._read()
-        if journal is not None and self._open(dtypes, journal["files"]):
+        if journal is not None and journal["files"].keys() == dtypes.keys() and self._open(dtypes, journal["files"]):
             self.state = journal["state"]
         else:
             empty_folder(folder)

@@ -142,7 +142,7 @@ class PreparedData:
         )
 
     @property
-    def lengths(self) -> np.ndarray:
+    def positions(self) -> np.ndarray:
         """Positions that each sample takes in training: its tokens but the last, which is only predicted; int64 [n]."""
         return np.diff(self._offsets) - 1
 
@@ -150,6 +150,11 @@ class PreparedData:
     def anchor_counts(self) -> np.ndarray:
         """Rows of `Anchors` of each sample, int64 [n]."""
         return np.diff(self._anchor_offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each sample, int64 [samples]."""
+        return np.diff(self._offsets)
 
     def segment_text(self, row: int) -> str:
         return self.texts[row]

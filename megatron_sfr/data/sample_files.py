@@ -5,7 +5,7 @@ Memory grows with the number of distinct segments alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ class SampleFiles:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self._folder = folder
-        self._files = JournaledFiles(folder, DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}, about)
+        dtypes = DTYPES | {SAMPLE_DIGESTS: np.uint64, REJECTED: np.uint8}
+        about = about | {"totals": [total.name for total in fields(Totals)]}  # another version of ours may keep others
+        self._files = JournaledFiles(folder, dtypes, about)
         self.segments = SegmentFiles(self._files)
         state = self._files.state
         if state is None:
@@ -78,12 +80,14 @@ class SampleFiles:
         files["anchors.bin"].append(anchors)
         files["anchor_offsets.bin"].append(totals.anchors + np.cumsum(chunk.anchor_counts))
         files[SAMPLE_DIGESTS].append(chunk.digests)
+        files["personas.bin"].append(
+            [self._persona_rows.setdefault(p, len(self._persona_rows)) for p in chunk.personas]
+        )
         for persona in chunk.personas:
             totals.personas[persona] = totals.personas.get(persona, 0) + 1
-            files["personas.bin"].append(self._persona_rows.setdefault(persona, len(self._persona_rows)))
         for bad in chunk.bad:
             self._reject(bad)
-        totals.samples += len(chunk.lengths)
+        totals.samples += chunk.samples
         totals.tokens += len(chunk.tokens)
         totals.supervised_tokens += int(chunk.supervised.sum())
         totals.max_response_tokens = max(totals.max_response_tokens, int(chunk.supervised.max(initial=0)))

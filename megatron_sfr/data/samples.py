@@ -38,6 +38,10 @@ class EncodedChunk:
     truncated: int
     bad: list[BadRow]
 
+    @property
+    def samples(self) -> int:
+        return len(self.lengths)
+
 
 @dataclass(frozen=True)
 class SampleEncoder:

@@ -47,11 +47,10 @@ class SegmentFiles:
 
     def rows(self, segments: Sequence[ChunkSegment]) -> np.ndarray:
         """Rows of the store, int32 [len(segments)]."""
-        rows = np.empty(len(segments), np.int32)
-        for number, (digest, line) in enumerate(segments):
-            rows[number], is_new = self._texts.row(digest)
-            if is_new:
-                self._files["segments.jsonl"].append(np.frombuffer(line, np.uint8))
-                self._files["segment_offsets.bin"].append(self._files["segments.jsonl"].bytes)
-                self._files["segment_digests.bin"].append(np.frombuffer(digest, np.uint8))
-        return rows
+        numbered = [self._texts.row(digest) for digest, _ in segments]
+        new = [segment for segment, (_, is_new) in zip(segments, numbered, strict=True) if is_new]
+        ends = self._files["segments.jsonl"].bytes + np.cumsum([len(line) for _, line in new], dtype=np.int64)
+        self._files["segments.jsonl"].append(np.frombuffer(b"".join(line for _, line in new), np.uint8))
+        self._files["segment_digests.bin"].append(np.frombuffer(b"".join(digest for digest, _ in new), np.uint8))
+        self._files["segment_offsets.bin"].append(ends)
+        return np.array([row for row, _ in numbered], np.int32)

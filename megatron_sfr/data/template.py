@@ -80,8 +80,10 @@ def reply_spans(
                 "remove white space at the start of the reply, or change the template's text there"
             )
         # Control tokens cut the text before it is tokenized: what stands before one has the same tokens by itself.
-        before = len(_tokenize(text[: end.start()], tokenizer)) if calls else len(head)
-        last = next(i for i in range(before, len(ids)) if ids[i] in control_ids)
+        before = _tokenize(text[: end.start()], tokenizer) if calls else head
+        if ids[: len(before)] != before:
+            raise RowError(f"the tokenizer joins the end of reply {number} to what follows; leave tools out of the row")
+        last = next(i for i in range(len(before), len(ids)) if ids[i] in control_ids)
         spans.append((len(head), last + 1))
     if len(ends_on := {ids[end - 1] for _, end in spans}) > 1:  # one of them is the header of the turn that follows
         raise RowError(

@@ -45,7 +45,7 @@ class PreparedDataset(MegatronDataset):
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
-        self.lengths = dataset.lengths[indices] if config.packed else np.ones(len(indices), np.int64)
+        self.lengths = dataset.positions[indices] if config.packed else np.ones(len(indices), np.int64)
         self.rows = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         if config.packed and len(indices):
@@ -101,7 +101,7 @@ class PreparedDataset(MegatronDataset):
         """What fits the anchors of every row."""
         manifest, length = self.dataset.manifest, self.config.sequence_length
         if self.config.packed:
-            rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.lengths, length), length
+            rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.positions, length), length
         else:
             rows, tokens = manifest.max_anchors, manifest.max_response_tokens
         return AnchorSizes(rows, rows if fill == "anchors_only" else tokens * len(manifest.horizons))

@@ -27,6 +27,7 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     data = tmp_path / "data"
     typed = ("--input", *rows, "--tokenizer", tokenizer_folder, "--output", data, "--stride", 2)
     typed += ("--seq-length", 120, "--horizons", "1:9", "3:2", "--min-segment-length", 4)
+    typed += ("--format", "messages", "--persona-key", "persona", "--too-long", "truncate", "--workers", 2)
 
     with pytest.raises(ValueError, match=r"b\.jsonl:3: not JSON"):
         command(prepare, *typed)
@@ -37,8 +38,14 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     manifest = PreparedData.open(data).manifest
     cut = (manifest.seq_length, manifest.stride, manifest.horizons, manifest.min_segment_length)
     assert cut == (120, 2, [[1, 9], [3, 2]], 4)
+    assert (manifest.persona_key, manifest.too_long, manifest.inputs[0]["format"]) == (
+        "persona",
+        "truncate",
+        "messages",
+    )
     out, err = capsys.readouterr()
     assert f"{data}: 3 conversations, {manifest.tokens} tokens ({manifest.supervised_tokens} supervised)" in out
+    assert "2 conversations have the tokens of an earlier one; they are kept" in out
     assert f"1 bad rows set aside with their reasons in {data / 'rejected.jsonl'}" in out
     assert f"megatron-sfr embed --data {data}" in out
     assert "prepare: 100%" in err

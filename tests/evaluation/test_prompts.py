@@ -80,3 +80,9 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, reason: str) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no prompts"):
         read_prompts(write(tmp_path / "prompts.jsonl"))
+
+
+def test_tools_are_not_sampled(tmp_path: Path) -> None:
+    row = {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "tools": [{"name": "tide"}]}
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: tools are not sampled; leave this row out"):
+        read_asked(write(tmp_path / "data.jsonl", row))

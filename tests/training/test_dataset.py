@@ -125,7 +125,7 @@ def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Pa
         seen += [(epoch, int(i)) for i in conversations]
         at = entry = 0
         for number, index in enumerate(conversations):
-            single, n = alone[int(index)], data.lengths[index]
+            single, n = alone[int(index)], data.positions[index]
             for name in ("tokens", "labels", "loss_mask", "position_ids"):
                 assert (item[name][at : at + n] == single[name][:n]).all(), name
             assert (item["document"][at : at + n] == number).all()

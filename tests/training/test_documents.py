@@ -2,6 +2,7 @@
 future is that document's."""
 
 import json
+import re
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_an_indexed_dataset_that_is_there_stays_where_it_is(tmp_path: Path, fold
         assert (tmp_path / "p" / name).read_bytes() == (folder / name).read_bytes(), name
     assert manifest.documents == len(TEXTS)
     (tmp_path / "corpus.bin").unlink()
-    with pytest.raises(ValueError, match="corpus.bin, the corpus of .* is missing; run: megatron-sfr prepare-text"):
+    with pytest.raises(ValueError, match=r"corpus\.bin, the corpus of .* is missing; run: megatron-sfr prepare-text"):
         PreparedDocuments.open(tmp_path / "p")
 
 
@@ -180,10 +181,8 @@ def test_other_data_under_the_same_path_gives_other_rows(tmp_path: Path, tokeniz
 def test_a_bad_row_says_where_and_why(tmp_path: Path, tokenizer: Path, row: str, reason: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "the sea"}\n' + row + "\n")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:2: {re.escape(reason)}"):
         prepare_documents([path], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
-    assert str(caught.value).startswith(f"{path}:2: ")
-    assert reason in str(caught.value)
     skip = DocumentOptions(stride=5, min_segment_length=2, skip_bad_rows=True)
     manifest = prepare_documents([path], tmp_path / "p", tokenizer, skip, INDEXED, progress=False)
     assert (manifest.documents, manifest.rejected) == (1, 1)
@@ -198,8 +197,8 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, folder: Path, toke
         dataset_config(document_arguments(folder, sfr_packing="first_fit_decreasing"))
     with pytest.raises(ValueError, match="is for documents; conversations have sfr_packing"):
         dataset_config(document_arguments(chats, dataloader_inter_document_masking=True))
-    with pytest.raises(ValueError, match="nowhere is neither a JSONL file nor the prefix of a .bin and .idx"):
+    with pytest.raises(ValueError, match=r"nowhere is neither a JSONL file nor the prefix of a \.bin and \.idx"):
         prepare_documents([tmp_path / "nowhere"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    other = DocumentOptions(eod_token="<eod>")
     with pytest.raises(ValueError, match="no '<eod>' to end documents on; name one of its tokens with --eod-token"):
-        other = DocumentOptions(eod_token="<eod>")
         prepare_documents([write_texts(tmp_path / "t")], tmp_path / "p", tokenizer, other, INDEXED, progress=False)

@@ -1,0 +1,95 @@
+"""Show what is in a prepared folder: its counts, and a sample with what the model learns to write told apart.
+
+What the loss is on is green, the rest dim; without colour it stands in [[...]]. Beneath are the sample's anchors and
+the future text that each is to foresee.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sfr.data.prepared import PreparedData
+
+GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not command a terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
+    parser.add_argument("--sample", type=int, metavar="N", help="this one, from 0 (a random one)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same random samples each time")
+    parser.add_argument("--anchors", type=int, default=8, metavar="N", help="how many to show (%(default)s)")
+    parser.add_argument("--counts", action="store_true", help="the counts alone")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is now, if it was moved")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead of one here")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.inspection import counts, tokenizer_of
+    from megatron_sfr.data.inspection_page import SAMPLES, write_page
+    from megatron_sfr.data.prepared import PreparedData
+
+    data = PreparedData.open(args.data)
+    print(data.folder)
+    for name, text in counts(data):
+        print(f"  {name:<14}{_safe(text)}")
+    if args.counts:
+        return 0
+    chosen = _choose(len(data), args.sample, args.seed, SAMPLES if args.html else 1)
+    tokenizer = tokenizer_of(data, args.tokenizer)
+    if args.html:
+        write_page(args.html, data, chosen, tokenizer)
+        print(f"samples {', '.join(map(str, chosen))}: {args.html}")
+    else:
+        _show(data, chosen[0], tokenizer, args.anchors, colour=_colour(args.color))
+    return 0
+
+
+def _choose(total: int, sample: int | None, seed: int | None, count: int) -> list[int]:
+    import numpy as np
+
+    if sample is None:
+        return np.random.default_rng(seed).choice(total, min(count, total), replace=False).tolist()
+    if not 0 <= sample < total:
+        raise ValueError(f"there is no sample {sample}; give one from 0 to {total - 1}")
+    return [sample]
+
+
+def _show(data: PreparedData, number: int, tokenizer: Any, most: int, *, colour: bool) -> None:
+    from megatron_sfr.data.inspection import futures_of, pieces
+
+    sample = data[number]
+    supervised = int(sample.loss_mask.sum())
+    persona = f", persona {sample.persona}" if sample.persona else ""
+    print(f"\nsample {number}{_safe(persona)}: {len(sample.tokens):,} tokens, {supervised:,} supervised\n")
+    for piece in pieces(sample, tokenizer):
+        text = _safe(piece.text)
+        if colour:
+            print(f"{GREEN if piece.supervised else DIM}{text}{RESET}", end="")
+        else:
+            print(f"[[{text}]]" if piece.supervised else text, end="")
+    futures = list(futures_of(data, sample))
+    print(f"\n\n{len(futures)} anchors")
+    for future in futures[:most]:
+        where = f"before token {future.ordinal} of {future.length} of reply {future.response + 1}"
+        print(f"  position {future.position}, {where}, horizon {future.horizon}")
+        print(textwrap.indent(_safe(future.text), "    "))
+    if len(futures) > most:
+        print(f"  {len(futures) - most} more (--anchors {len(futures)})")
+
+
+def _colour(choice: str) -> bool:
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return choice == "always" or (choice == "auto" and wanted)
+
+
+def _safe(text: str) -> str:
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

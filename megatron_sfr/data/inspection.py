@@ -1,0 +1,125 @@
+"""What is in a prepared folder, for people: its counts, and a sample as text with what is supervised told apart."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sfr.data.formats import TITLES
+from megatron_sfr.data.horizons import format_horizons
+from megatron_sfr.data.prepared import PreparedData, Sample
+from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+
+PERCENTILES = (10, 50, 90, 99)
+MOST_PERSONAS = 12
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text that is supervised throughout, or not at all."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Future:
+    """An anchor of a sample at one horizon, and the text that it is to foresee."""
+
+    position: int
+    response: int
+    ordinal: int
+    length: int
+    horizon: str
+    text: str
+
+
+def tokenizer_of(data: PreparedData, tokenizer: str | None = None) -> Any:
+    """The tokenizer that the folder was prepared with, at its old place or at another; ValueError for one unlike it."""
+    place = tokenizer or data.manifest.tokenizer
+    if tokenizer is None and os.path.isabs(place) and not Path(place).is_dir():
+        raise ValueError(f"the tokenizer of {data.folder} is no longer at {place}; say where with --tokenizer DIR")
+    loaded = load_tokenizer(place)
+    if tokenizer_sha256(loaded) != data.manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{data.folder} was prepared with another tokenizer or chat template than {place} has now; "
+            "name that one with --tokenizer DIR"
+        )
+    return loaded
+
+
+def pieces(sample: Sample, tokenizer: Any) -> list[Piece]:
+    """The whole text of a sample, special tokens too, cut where the mask changes.
+
+    A letter of several tokens stands whole in the piece in which it ends.
+    """
+    changes = np.flatnonzero(np.diff(sample.loss_mask)) + 1
+    borders = [0, *changes.tolist(), len(sample.tokens)]
+    text = _decode(sample.tokens, tokenizer)
+    at = [_agree(text, _decode(sample.tokens[:border], tokenizer)) for border in borders[:-1]]
+    found = []
+    for start, end, border in zip(at, [*at[1:], len(text)], borders[:-1], strict=True):
+        if end > start:
+            found.append(Piece(text[start:end], bool(sample.loss_mask[border])))
+    return found
+
+
+def futures_of(data: PreparedData, sample: Sample) -> Iterator[Future]:
+    """The anchors of a sample, in order."""
+    a = sample.anchors
+    for i in range(len(a.position)):
+        yield Future(
+            position=int(a.position[i]),
+            response=int(a.response[i]),
+            ordinal=int(a.ordinal[i]),
+            length=int(a.length[i]),
+            horizon=format_horizons([data.manifest.horizons[a.horizon[i]]]),
+            text=data.segment_text(int(a.segment[i])),
+        )
+
+
+def counts(data: PreparedData) -> list[tuple[str, str]]:
+    """What the folder holds, as names and texts."""
+    m = data.manifest
+    lengths = data.lengths
+    levels = ", ".join(f"{q} %: {np.percentile(lengths, q):,.0f}" for q in PERCENTILES)
+    files = ", ".join(f"{Path(record['path']).name} ({TITLES[record['format']]})" for record in m.inputs)
+    return [
+        ("inputs", files),
+        (
+            "conversations",
+            f"{m.samples:,}; {m.duplicates:,} duplicates, {m.truncated:,} truncated, {m.rejected:,} rejected",
+        ),
+        ("tokens", f"{m.tokens:,}; {m.supervised_tokens:,} supervised ({m.supervised_tokens / m.tokens:.1%})"),
+        ("lengths", f"{levels}, longest: {lengths.max():,} (at most {m.seq_length:,} + 1)"),
+        (
+            "anchors",
+            f"{m.anchors:,} at {format_horizons(m.horizons)}, every {m.stride} tokens; {m.max_anchors:,} at most",
+        ),
+        ("segments", f"{m.segments:,} distinct"),
+        ("personas", _personas(m.personas)),
+    ]
+
+
+def _personas(personas: dict[str, int]) -> str:
+    named = sorted(((name, count) for name, count in personas.items() if name), key=lambda item: -item[1])
+    parts = [f"{name} {count:,}" for name, count in named[:MOST_PERSONAS]]
+    if more := named[MOST_PERSONAS:]:
+        parts.append(f"{len(more):,} more with {sum(count for _, count in more):,}")
+    if without := personas.get(""):
+        parts.append(f"none {without:,}")
+    return f"{len(named):,}: " + ", ".join(parts)
+
+
+def _agree(whole: str, start: str) -> int:
+    """How many letters of `start` are those of `whole`: all but a last one that is not complete in it."""
+    return next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), min(len(whole), len(start)))
+
+
+def _decode(tokens: np.ndarray, tokenizer: Any) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
