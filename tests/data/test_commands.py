@@ -52,6 +52,9 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     assert command(embed, *typed_other, "--pooling", "cls", "--max-length", 64, "--dtype", "bfloat16") == 0
     store = TargetStore.open(other, PreparedData.open(data)).manifest
     assert (store.pooling, store.max_length, store.dtype) == ("cls", 64, "bfloat16")
+    assert command(embed, *typed_other[:-1], tmp_path / "copy", "--reuse", data / "targets", "--block-rows", 8) == 0
+    out, _ = capsys.readouterr()
+    assert f"{manifest.segments} of {manifest.segments} segments taken from {data / 'targets'}" in out
 
     capsys.readouterr()
     assert command(prepare, *typed, "--skip-bad-rows") == 0
@@ -59,6 +62,9 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     out, _ = capsys.readouterr()
     assert f"{data} is up to date" in out
     assert f"{data / 'targets'} is up to date" in out
+
+    assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--verify") == 0
+    assert f"0 of {manifest.segments} rows are missing or damaged" in capsys.readouterr().out
 
 
 def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
