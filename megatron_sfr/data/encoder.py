@@ -1,4 +1,4 @@
-"""Sentence encoders, frozen: a local folder or a name in, one vector of length 1 a text out."""
+"""Sentence encoders, frozen: any sentence-transformers model by folder or name; texts in, a vector each out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from megatron_sfr.data.targets import EncoderIdentity
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
+NORMALIZE = ("unit", "none")
 DTYPES = ("float32", "float16", "bfloat16")
 BUNDLED = "minilm"
 
@@ -22,15 +23,24 @@ class EncoderOptions:
     """How a text becomes a vector. `own` pooling leaves the encoder's own."""
 
     pooling: str = "mean"
+    normalize: str = "unit"  # to length 1; none: as the encoder gives it
+    prompt: str | None = None  # put before each text; None: the encoder's default, mostly none
+    prompt_name: str | None = None  # one of the encoder's own prompts, instead
     max_length: int | None = None  # None: the encoder's own
     dtype: str = "float32"
     device: str | None = None  # None: the encoder's library chooses
+    revision: str | None = None  # of a name on the hub: branch, tag or commit
+    trust_remote_code: bool = False  # run code that comes with the encoder
 
     def __post_init__(self) -> None:
         if self.pooling not in (*POOLINGS, "own"):
             raise ValueError(f"pooling {self.pooling!r} is unknown; choose {', '.join(POOLINGS)} or own")
         if self.dtype not in DTYPES:
             raise ValueError(f"encoder dtype {self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
+        if self.normalize not in NORMALIZE:
+            raise ValueError(f"normalize {self.normalize!r} is unknown; choose {' or '.join(NORMALIZE)}")
+        if self.prompt is not None and self.prompt_name is not None:
+            raise ValueError("give a prompt or the name of one, not both")
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"max length {self.max_length} leaves no room for text; give at least 3")
 
@@ -46,27 +56,45 @@ class Encoder:
             _set_max_length(self._model, options.max_length, name)
         self.identity = EncoderIdentity(
             encoder=name,
+            revision=options.revision,
             encoder_sha256=_sha256(self._model),
             pooling=options.pooling,
+            normalize=options.normalize,
+            prompt=_prompt(self._model, options, name),
             max_length=self._model.max_seq_length or 0,
             dtype=options.dtype,
             dim=self._model.get_embedding_dimension(),
         )
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """fp32 [len(texts), dim], each of length 1; one batch, in the order given."""
+        """fp32 [len(texts), dim]; one batch, in the order given. ValueError where fp16 could not hold a vector."""
         vectors = self._model.encode(
-            list(texts), batch_size=len(texts), show_progress_bar=False, convert_to_tensor=True
+            list(texts),
+            prompt=self.identity.prompt,
+            batch_size=len(texts),
+            show_progress_bar=False,
+            convert_to_tensor=True,
         )
         vectors = vectors.float().cpu().numpy()
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-        if bad.size:
+        usable = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
+        if self.identity.normalize == "unit":
+            vectors = np.divide(vectors, norms, where=usable[:, None], out=vectors)
+        usable &= np.abs(vectors).max(axis=1) <= np.finfo(np.float16).max
+        if not usable.all():
             raise ValueError(
-                f"the encoder {self.identity.encoder} gives no usable vector for {texts[bad[0]]!r}; "
-                "use --dtype float32 or another encoder"
+                f"the encoder {self.identity.encoder} gives no usable vector for {texts[int(np.argmin(usable))]!r}; "
+                "use --dtype float32, --normalize unit or another encoder"
             )
-        return vectors / norms
+        return vectors
+
+
+def load_quietly(name: str, options: EncoderOptions) -> Encoder:
+    """An Encoder in a process that has no screen: without the library's bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return Encoder(name, options)
 
 
 def encoder_path(name: str) -> str:
@@ -92,12 +120,27 @@ def _load(name: str, options: EncoderOptions) -> Any:
             encoder_path(name),
             device=options.device,
             model_kwargs={"dtype": getattr(torch, options.dtype)},
-            trust_remote_code=False,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot load the encoder {name} ({reason}); give a sentence-transformers folder") from error
     return model.eval()
+
+
+def _prompt(model: Any, options: EncoderOptions, name: str) -> str:
+    """The text before each text."""
+    if options.prompt is not None:
+        return options.prompt
+    key = options.prompt_name or model.default_prompt_name
+    if key is None:
+        return ""
+    if key not in model.prompts:
+        raise ValueError(
+            f"the encoder {name} has no prompt {key!r}; it has {', '.join(sorted(model.prompts)) or 'none'}"
+        )
+    return model.prompts[key] or ""
 
 
 def _set_pooling(model: Any, mode: str, name: str) -> None:

@@ -76,11 +76,14 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
 def check_sizes(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:
     """Cheap: that each file is there with its size. What changed inside is found by `check_contents`."""
     for name, record in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != record["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {record['bytes']}"
-            raise ValueError(f"{path} {found}; {remedy}")
+        check_size(folder / name, record["bytes"], remedy)
+
+
+def check_size(path: Path, expected: int, remedy: str) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
+        raise ValueError(f"{path} {found}; {remedy}")
 
 
 def check_contents(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:

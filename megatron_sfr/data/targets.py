@@ -1,104 +1,188 @@
-"""The target store: one fp16 row of length 1 for each distinct segment, memory-mapped, tied to its data by hash.
+"""The target store: one fp16 row for each distinct segment, memory-mapped, each with its checksum, tied to its data.
 
-- manifest.json: written last
-- vectors.bin (fp16 [segments, D])
-- statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension over these rows
+- manifest.json: whose embeddings of which segments, and whether all are there
+- vectors.bin, checksums.bin: see rows.py
+- segment_digests.bin (uint8 [segments, 16]): the digests of the texts, by which another store can take rows from here
+- copied.bin (uint8 [segments]): 1 where the row was taken from another store
+- statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension over all rows; once complete
+- claims.lock: empty; see filling.py
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.manifest import NAME, FileRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.data.manifest import (
+    NAME,
+    FileRecord,
+    check_contents,
+    check_size,
+    check_sizes,
+    read_manifest,
+)
+from megatron_sfr.data.rows import Rows, row_sizes
 from megatron_sfr.data.texts import HasSegments
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
-VECTORS = "vectors.bin"
+DIGESTS = "segment_digests.bin"  # named alike in prepared data
+COPIED = "copied.bin"
 STATISTICS = "statistics.bin"
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What decides the embedding of a text."""
+    """What decides the embedding of a text, up to rounding."""
 
-    encoder: str  # as it was named; `encoder_sha256` decides
+    encoder: str  # as it was named, and
+    revision: str | None  # of which revision; `encoder_sha256` decides
     encoder_sha256: str  # of its weights and its tokenizer
     pooling: str
+    normalize: str
+    prompt: str  # put before each text
     max_length: int  # in the encoder's tokens; the rest of a segment is not read
     dtype: str  # of the encoder's computation
     dim: int
 
 
 @dataclass(frozen=True)
-class TargetManifest(EncoderIdentity):
-    """Whose embeddings a store holds, of which segments."""
+class StoreIdentity(EncoderIdentity):
+    """What decides every bit of a row: also which texts are encoded together, whose shapes decide the rounding."""
+
+    batch_size: int
+    block_rows: int
+
+
+@dataclass(frozen=True)
+class TargetManifest(StoreIdentity):
+    """Whose embeddings a store holds, of which segments, and whether they are all there."""
 
     kind: ClassVar[str] = "a target store"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     segments: int
     segments_sha256: str  # of the prepared data they belong to
-    files: dict[str, FileRecord]
+    complete: bool
+    files: dict[str, FileRecord]  # those that do not change while rows are added
+
+
+def differences(old: EncoderIdentity, new: EncoderIdentity) -> list[str]:
+    """The fields of `new` that decide a row and are other in `old`; names decide nothing."""
+    deciding = {name: value for name, value in asdict(new).items() if name not in ("encoder", "revision")}
+    return sorted(name for name, value in deciding.items() if getattr(old, name) != value)
 
 
 class TargetStore:
-    """Embeddings by segment row. `open` checks the manifest, the pair and the sizes, `verify` every byte.
-
-    `mean` and `std` are float32 [D], read-only: of all rows, each distinct segment once.
-    """
+    """Embeddings by segment row. `open` checks manifest, pair and sizes, every read its rows, `verify` everything."""
 
     def __init__(self, folder: Path, prepared: HasSegments, manifest: TargetManifest) -> None:
         self.folder = folder
         self.prepared = prepared
         self.manifest = manifest
         self.dim = manifest.dim
-        self._vectors = map_flat(folder / VECTORS, np.float16).reshape(manifest.segments, manifest.dim)
-        statistics = np.fromfile(folder / STATISTICS, np.float32).reshape(2, manifest.dim)
-        statistics.flags.writeable = False
-        self.mean, self.std = statistics
+        self.rows = Rows(folder, manifest.dim)
+        self._statistics = None
+        if manifest.complete:
+            self._statistics = np.fromfile(folder / STATISTICS, np.float32).reshape(2, manifest.dim)
+            self._statistics.flags.writeable = False
 
     @classmethod
-    def open(cls, folder: Path, prepared: HasSegments) -> TargetStore:
-        """ValueError where the store is missing, damaged, or belongs to other segments than `prepared` has."""
+    def open(cls, folder: Path, prepared: HasSegments, *, partial: bool = False) -> TargetStore:
+        """ValueError where the store is missing, cut, or belongs to other segments than `prepared` has.
+
+        Also where rows are still to be encoded, unless `partial`.
+        """
         folder = Path(folder)
-        manifest = read_manifest(folder, TargetManifest, _remedy(folder, prepared))
+        manifest = read_manifest(folder, TargetManifest, remedy(folder, prepared))
         if manifest.segments_sha256 != prepared.manifest.segments_sha256:
             raise ValueError(
                 f"{folder} is stale: it holds embeddings of other segments than {prepared.folder} has now "
-                f"(prepared again since?); {_remedy(folder, prepared, manifest)}"
+                f"(prepared again since?); {remedy(folder, prepared, manifest)}"
             )
-        check_sizes(folder, manifest.files, _remedy(folder, prepared, manifest))
-        return cls(folder, prepared, manifest)
+        check_files(folder, manifest, remedy(folder, prepared, manifest, "--verify"))
+        store = cls(folder, prepared, manifest)
+        if not (manifest.complete or partial):
+            begun = np.count_nonzero(store.rows.begun(slice(None)))
+            raise ValueError(
+                f"{folder} is not complete: it has {begun:,} of {len(store):,} targets; "
+                f"{remedy(folder, prepared, manifest)}"
+            )
+        return store
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float32 [D], read-only: of all rows, each distinct segment once. ValueError before the store is complete."""
+        return self._statistic(0)
+
+    @property
+    def std(self) -> np.ndarray:
+        """float32 [D], read-only: the population standard deviation of the same rows."""
+        return self._statistic(1)
+
+    def _statistic(self, index: int) -> np.ndarray:
+        if self._statistics is None:
+            raise ValueError(
+                f"{self.folder} has no statistics before it is complete; "
+                f"{remedy(self.folder, self.prepared, self.manifest)}"
+            )
+        return self._statistics[index]
 
     def verify(self) -> None:
         """Reads everything; ValueError where a byte is not what was written."""
-        check_contents(self.folder, self.manifest.files, _remedy(self.folder, self.prepared, self.manifest))
+        command = remedy(self.folder, self.prepared, self.manifest, "--verify")
+        check_contents(self.folder, self.manifest.files, command)
+        self._refuse(self.rows.missing())
 
     def __len__(self) -> int:
         return self.manifest.segments
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """fp16 [len(rows), dim], a copy."""
-        return self._vectors[rows]
+        """fp16 [len(rows), dim], a copy; ValueError where one is not there, or not what was written."""
+        vectors, good = self.rows.read(rows)
+        self._refuse(rows[~good])
+        return vectors
+
+    def _refuse(self, rows: np.ndarray) -> None:
+        if len(rows):
+            count = f"row {rows[0]}" if len(rows) == 1 else f"row {rows[0]} and {len(rows) - 1:,} more"
+            raise ValueError(
+                f"{self.folder}: {count} missing or damaged (the checksum differs); "
+                f"{remedy(self.folder, self.prepared, self.manifest, '--verify')}"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process maps the file again: pickling a memory map would copy all of it.
-        return TargetStore.open, (self.folder, self.prepared)
+        # A worker process maps the files again: pickling a memory map would copy all of it.
+        return _open, (self.folder, self.prepared, not self.manifest.complete)
 
 
-def _remedy(folder: Path, prepared: HasSegments, old: TargetManifest | None = None) -> str:
+def _open(folder: Path, prepared: HasSegments, partial: bool) -> TargetStore:
+    return TargetStore.open(folder, prepared, partial=partial)
+
+
+def check_files(folder: Path, manifest: TargetManifest, command: str) -> None:
+    """Sizes of all files and content of the small one that is used as it is; ValueError ending in `command`."""
+    check_sizes(folder, manifest.files, command)
+    for name, size in row_sizes(manifest.segments, manifest.dim).items():
+        check_size(folder / name, size, command)
+    check_contents(folder, {name: manifest.files[name] for name in manifest.files.keys() & {STATISTICS}}, command)
+
+
+def remedy(folder: Path, prepared: HasSegments, old: TargetManifest | None = None, flag: str = "") -> str:
     """The command that makes the store, again as it was made where that is known."""
-    command = f"run: megatron-sfr embed --data {prepared.folder}"
+    words = ["megatron-sfr", "embed", "--data", str(prepared.folder)]
     if folder != prepared.folder / DEFAULT:
-        command += f" --output {folder}"
+        words += ["--output", str(folder)]
     if old is None:
-        command += " --encoder ENCODER"
+        words += ["--encoder", "ENCODER", *(["--force"] if (folder / NAME).exists() else [])]
     else:
-        length = f" --max-length {old.max_length}" if old.max_length else ""
-        command += f" --encoder {old.encoder} --pooling {old.pooling}{length} --dtype {old.dtype}"
-    return command + (" --force" if (folder / NAME).exists() else "")
+        words += ["--encoder", old.encoder, "--pooling", old.pooling]
+        words += ["--revision", old.revision] if old.revision else []
+        words += ["--normalize", old.normalize] if old.normalize != "unit" else []
+        words += ["--prompt", old.prompt] if old.prompt else []
+        words += ["--max-length", str(old.max_length)] if old.max_length else []
+        words += ["--dtype", old.dtype, "--batch-size", str(old.batch_size), "--block-rows", str(old.block_rows)]
+    return f"run: {shlex.join([*words, *([flag] if flag else [])])}"

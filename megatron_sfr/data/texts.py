@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_sfr.data.flat import map_flat
+from megatron_sfr.data.manifest import FileRecord
 
 DTYPES: dict[str, type[np.generic]] = {
     "segments.jsonl": np.uint8,
@@ -28,6 +29,8 @@ class SegmentManifest(Protocol):
     def segments(self) -> int: ...
     @property
     def segments_sha256(self) -> str: ...
+    @property
+    def files(self) -> dict[str, FileRecord]: ...
 
 
 class HasSegments(Protocol):

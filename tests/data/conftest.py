@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_sfr.data.encoder import Encoder
 from tests.data.rows import CHATML
 
 
@@ -49,3 +50,12 @@ def make_tokenizer(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def tokenizer_folder(make_tokenizer) -> Path:
     return make_tokenizer()
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that an encoder of this process is given."""
+    seen: list[str] = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: (seen.extend(texts), encode(self, texts))[1])
+    return seen

@@ -59,6 +59,9 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     assert command(embed, *typed_other, "--pooling", "cls", "--max-length", 64, "--dtype", "bfloat16") == 0
     store = TargetStore.open(other, PreparedData.open(data)).manifest
     assert (store.pooling, store.max_length, store.dtype) == ("cls", 64, "bfloat16")
+    assert command(embed, *typed_other[:-1], tmp_path / "copy", "--reuse", data / "targets", "--block-rows", 8) == 0
+    out, _ = capsys.readouterr()
+    assert f"{manifest.segments} of {manifest.segments} segments taken from {data / 'targets'}" in out
 
     capsys.readouterr()
     assert command(prepare, *typed, "--skip-bad-rows") == 0
@@ -66,6 +69,9 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     out, _ = capsys.readouterr()
     assert f"{data} is up to date" in out
     assert f"{data / 'targets'} is up to date" in out
+
+    assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--verify") == 0
+    assert f"0 of {manifest.segments} rows are missing or damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Encoders: the bundled MiniLM and small ones made on the spot, their pooling, their identity, what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,78 @@ def test_the_rest_of_a_long_text_is_not_read(bert: Path):
     np.testing.assert_allclose(same, longer, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def prompted(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same encoder with prompts of its own, one of which it uses where nothing is said, and no normalisation."""
+    folder = tmp_path_factory.mktemp("prompted")
+    modules = list(SentenceTransformer(str(bert), device="cpu"))[:2]
+    prompts = {"query": "the sky ", "document": "grey "}
+    model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts, default_prompt_name="document")
+    model.save(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        ({}, "grey "),
+        ({"prompt_name": "query"}, "the sky "),
+        ({"prompt": "is blue "}, "is blue "),
+        ({"prompt": ""}, ""),
+    ],
+)
+def test_the_prompt_stands_before_each_text(prompted: Path, options: dict, prompt: str):
+    encoder = Encoder(str(prompted), EncoderOptions(**options))
+    plain = Encoder(str(prompted), EncoderOptions(prompt=""))
+
+    assert encoder.identity.prompt == prompt
+    np.testing.assert_allclose(encoder.encode(TEXTS), plain.encode([prompt + text for text in TEXTS]), atol=1e-6)
+
+
+def test_vectors_are_left_as_they_are_where_that_is_asked(prompted: Path):
+    unit = Encoder(str(prompted), EncoderOptions()).encode(TEXTS)
+    own = Encoder(str(prompted), EncoderOptions(normalize="none")).encode(TEXTS)
+
+    norms = np.linalg.norm(own, axis=1, keepdims=True)
+    assert np.abs(norms - 1).max() > 0.1
+    np.testing.assert_allclose(own / norms, unit, atol=1e-6)
+
+
+def test_a_vector_that_fp16_cannot_hold_is_refused_unless_it_is_scaled(prompted: Path, tmp_path: Path):
+    model = SentenceTransformer(str(prompted), device="cpu")
+    model.state_dict()["0.model.encoder.layer.0.output.LayerNorm.weight"].fill_(1e5)
+    model.save(str(tmp_path))
+
+    with pytest.raises(ValueError, match=r"gives no usable vector for 'the sea is blue'; use .*--normalize unit"):
+        Encoder(str(tmp_path), EncoderOptions(normalize="none")).encode(TEXTS)
+    assert np.isfinite(Encoder(str(tmp_path), EncoderOptions()).encode(TEXTS)).all()
+
+
+def test_a_prompt_that_the_encoder_does_not_have_is_refused(prompted: Path):
+    with pytest.raises(ValueError, match="has no prompt 'passage'; it has document, query"):
+        Encoder(str(prompted), EncoderOptions(prompt_name="passage"))
+    with pytest.raises(ValueError, match="a prompt or the name of one, not both"):
+        EncoderOptions(prompt="a", prompt_name="b")
+
+
+def test_code_that_comes_with_an_encoder_runs_only_where_that_is_said(bert: Path, tmp_path: Path):
+    folder = tmp_path / "coded"
+    shutil.copytree(bert, folder)
+    module = "class Shifted(Pooling):\n    def forward(self, features, **kwargs):\n        features = super().forward"
+    module += "(features)\n        features['sentence_embedding'] = features['sentence_embedding'] * 0 + 1\n"
+    module += "        return features\n"
+    base = "from sentence_transformers.sentence_transformer.modules import Pooling\n\n"
+    (folder / "shifted.py").write_text(base + module)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "shifted.Shifted"
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+    with pytest.raises(ValueError, match="cannot load the encoder"):
+        Encoder(str(folder), EncoderOptions(pooling="own"))
+    trusted = Encoder(str(folder), EncoderOptions(pooling="own", trust_remote_code=True))
+    np.testing.assert_allclose(trusted.encode(TEXTS), 16**-0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -115,6 +189,7 @@ def test_the_rest_of_a_long_text_is_not_read(bert: Path):
         ({"max_length": 2}, "max length 2 leaves no room"),
         ({"pooling": "max"}, "pooling 'max' is unknown; choose mean, cls, last or own"),
         ({"dtype": "int8"}, "encoder dtype 'int8' is unknown"),
+        ({"normalize": "l1"}, "normalize 'l1' is unknown; choose unit or none"),
     ],
 )
 def test_options_it_cannot_follow_are_refused(bert: Path, options: dict, reason: str):

@@ -1,0 +1,161 @@
+"""Beginning a target store: an empty one of full size, with the rows whose texts earlier stores already have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sfr.data.flat import FlatWriter, map_flat
+from megatron_sfr.data.manifest import NAME, FileRecord, publish, read_manifest, sha256_of, staging, write_manifest
+from megatron_sfr.data.rows import CHUNK_ROWS, VECTORS, Rows, RowWriter
+from megatron_sfr.data.targets import (
+    COPIED,
+    DIGESTS,
+    STATISTICS,
+    StoreIdentity,
+    TargetManifest,
+    check_files,
+    differences,
+    remedy,
+)
+from megatron_sfr.data.texts import HasSegments
+
+BATCHES = {"batch_size", "block_rows"}  # what decides no more than a row's last bits
+Say = Callable[[str], None]
+
+
+def begin_store(
+    folder: Path,
+    prepared: HasSegments,
+    identity: StoreIdentity,
+    *,
+    reuse: Sequence[Path] = (),
+    force: bool = False,
+    say: Say = print,
+) -> None:
+    """Makes `folder` a store of these segments by this encoder, complete or to be filled; leaves it where it is one.
+
+    A store of other segments by the same encoder is replaced, and its rows are taken over where their texts are still
+    wanted; so are those of the stores `reuse`. A store of another encoder is an error, or replaced with `force`.
+    """
+    if not prepared.manifest.segments:
+        raise ValueError(f"{prepared.folder} has no segments to embed; prepare it with a smaller --min-segment-length")
+    ours = (folder / NAME).exists() or (folder / VECTORS).exists()
+    if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is no target store; choose another output folder")
+    old = _manifest(folder, prepared, force)
+    sources = list(reuse)
+    if old is not None:
+        changed = set(differences(old, identity))
+        if old.complete:  # other batches would give equal rows, up to rounding
+            changed -= BATCHES
+        if changed and not force:
+            raise ValueError(
+                f"{folder} was made with other values of {', '.join(sorted(changed))}; "
+                "choose another output folder, or --force to replace it"
+            )
+        if not changed and old.segments_sha256 == prepared.manifest.segments_sha256:
+            return
+        if changed <= BATCHES:
+            sources.insert(0, folder)
+    _write_new(folder, prepared, identity, sources, say)
+
+
+def _manifest(folder: Path, prepared: HasSegments, force: bool) -> TargetManifest | None:
+    """Of the store that is there already; one that cannot be read is an error, or None with `force`."""
+    if not (folder / NAME).exists():
+        return None
+    try:
+        return read_manifest(folder, TargetManifest, remedy(folder, prepared))
+    except ValueError:
+        if not force:
+            raise
+        return None
+
+
+def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sources: Sequence[Path], say: Say) -> None:
+    segments = prepared.manifest.segments
+    with staging(folder, keep=False) as new:
+        shutil.copyfile(prepared.folder / DIGESTS, new / DIGESTS)
+        wanted = map_flat(new / DIGESTS, np.uint64).reshape(-1, 2)
+        copied = np.zeros(segments, bool)
+        with RowWriter(new, segments, identity.dim) as writer:
+            for source in sources:
+                try:
+                    taken = _take(source, identity, wanted, copied, writer)
+                    say(f"{taken:,} of {segments:,} segments taken from {source}")
+                except ValueError as error:
+                    if source != folder:
+                        raise
+                    say(f"no segment taken from the store to be replaced: {error}")
+            writer.sync()
+        manifest = TargetManifest(
+            **asdict(identity),
+            segments=segments,
+            segments_sha256=prepared.manifest.segments_sha256,
+            complete=False,
+            files={DIGESTS: prepared.manifest.files[DIGESTS], COPIED: _write_copied(new, copied)},
+        )
+        write_manifest(new, manifest)
+        publish(new, folder)
+
+
+def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.ndarray, writer: RowWriter) -> int:
+    """Copies the rows of the texts `wanted` (digests [n, 2]) not yet `copied` [n], which it marks; how many."""
+    again = "leave it out of --reuse"
+    manifest = read_manifest(source, TargetManifest, again)
+    if changed := set(differences(manifest, identity)) - BATCHES:
+        raise ValueError(f"{source} was made with other values of {', '.join(sorted(changed))}; {again}")
+    check_files(source, manifest, again)
+    old = _places(wanted, map_flat(source / DIGESTS, np.uint64).reshape(-1, 2))
+    rows, found = Rows(source, manifest.dim), np.flatnonzero((old >= 0) & ~copied)
+    for first in range(0, len(found), CHUNK_ROWS):
+        chunk = found[first : first + CHUNK_ROWS]
+        vectors, good = rows.read(old[chunk])
+        writer.write(chunk[good], vectors[good])
+        copied[chunk[good]] = True
+    return int(copied[found].sum())
+
+
+def _places(wanted: np.ndarray, have: np.ndarray) -> np.ndarray:
+    """Where in `have` [m, 2] each digest of `wanted` [n, 2] is, int64 [n]; -1 where it is not.
+
+    They are sorted by their first 8 bytes: of two texts that are alike in these, one would be encoded again.
+    """
+    order = np.argsort(have[:, 0])
+    place = np.searchsorted(have[:, 0], wanted[:, 0], sorter=order).clip(max=len(have) - 1)
+    return np.where((have[order[place]] == wanted).all(axis=1), order[place], -1)
+
+
+def _write_copied(folder: Path, copied: np.ndarray) -> FileRecord:
+    with FlatWriter(folder / COPIED, np.uint8) as file:
+        file.append(copied)
+        return file.finish()
+
+
+def reopen_damaged(folder: Path, prepared: HasSegments) -> int:
+    """Reads a whole store and makes it incomplete if anything is damaged, to be filled again; how many rows are.
+
+    `begin_store` has found it to be of these segments.
+    """
+    manifest = read_manifest(folder, TargetManifest, remedy(folder, prepared))
+    with RowWriter(folder, manifest.segments, manifest.dim):  # a file that was cut has its size again
+        missing = len(Rows(folder, manifest.dim).missing())
+    files = dict(manifest.files)
+    damaged = {name for name, record in files.items() if not _is_whole(folder / name, record)}
+    if DIGESTS in damaged:
+        shutil.copyfile(prepared.folder / DIGESTS, folder / DIGESTS)
+    if COPIED in damaged:  # its rows count as encoded here: those of damaged blocks may differ in the last bits
+        files[COPIED] = _write_copied(folder, np.zeros(manifest.segments, bool))
+    if missing or damaged:
+        files.pop(STATISTICS, None)
+        write_manifest(folder, replace(manifest, complete=False, files=files))
+    return missing
+
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    return path.is_file() and sha256_of(path) == record["sha256"]

@@ -1,0 +1,104 @@
+"""Those who encode for `embed`: this process alone, or several that share the blocks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Protocol, cast
+
+from megatron_sfr.data.encoder import Encoder, EncoderOptions, load_quietly
+from megatron_sfr.data.filling import Filling
+from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.data.worker import CLAIMED_WAIT, EncodingProcess, Task
+
+AT_HAND = 2  # blocks that a process has: the one that it encodes, and the next
+
+
+class Crew(Protocol):
+    """Has the encoder loaded; `close` ends it."""
+
+    identity: EncoderIdentity
+
+    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
+        """Encodes what is missing of these blocks; yields the number of each when it is there."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def gather(encoder: str, options: EncoderOptions, devices: Sequence[str | None]) -> Crew:
+    """A process for each device, which may be named several times; this process where it is one."""
+    each = [replace(options, device=device) for device in devices]
+    return Alone(Encoder(encoder, each[0])) if len(each) == 1 else Several(encoder, each)
+
+
+class Alone:
+    """This process."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.identity = encoder.identity
+
+    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
+        todo = deque(blocks)
+        while todo:
+            block = todo.popleft()
+            if filling.fill(block, self._encoder):
+                yield block
+            else:
+                todo.append(block)
+                time.sleep(CLAIMED_WAIT)
+
+    def close(self) -> None:
+        pass
+
+
+class Several:
+    """Processes with an encoder each. The first that fails or dies is a ValueError at once."""
+
+    def __init__(self, encoder: str, options: Sequence[EncoderOptions]) -> None:
+        cores = len(os.sched_getaffinity(0))
+        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores // len(options))
+        started = [EncodingProcess(partial(load_quietly, encoder, each), threads=threads) for each in options]
+        self._processes = {process.connection: process for process in started}
+        try:
+            identities = {process.receive() for process in started}
+        except RuntimeError as error:
+            self.close()
+            raise ValueError(str(error)) from error
+        assert len(identities) == 1, "one name and one set of options"
+        self.identity = cast(EncoderIdentity, identities.pop())
+
+    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
+        store, todo = filling.store, deque(blocks)
+
+        def give_next(process: EncodingProcess) -> None:
+            if todo:
+                process.give(Task(store.folder, store.prepared.folder, todo.popleft()))
+
+        for process in [*self._processes.values()] * AT_HAND:
+            give_next(process)
+        done = 0
+        while done < len(blocks):
+            for connection in wait(self._processes):
+                process = self._processes[cast(Connection, connection)]
+                task = _next_done(process)
+                give_next(process)
+                done += 1
+                yield task.block
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.close()
+
+
+def _next_done(process: EncodingProcess) -> Task:
+    try:
+        return cast(Task, process.receive())
+    except RuntimeError as error:
+        raise ValueError(f"{error}; what is encoded is kept: the same command goes on with the rest") from error

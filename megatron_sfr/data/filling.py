@@ -1,0 +1,159 @@
+"""Filling a target store in fixed blocks, so that a row's bits do not depend on who encodes it, when, and beside whom.
+
+The last bits of an embedding depend on the batch that it is computed in. A block is `block_rows` consecutive rows; its
+texts are sorted by length and cut into batches of `batch_size`, those of rows copied from another store apart from the
+others. So a row is a function of the store's identity, its texts and which rows were copied: in any order, by any
+number of processes, during training or before it, killed and gone on with or not.
+
+Processes that fill one store at the same time claim a block by a lock on its byte of claims.lock, which the system
+releases when its holder ends. That only saves double work: equal bits would make a race harmless.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from megatron_sfr.data.flat import FlatWriter
+from megatron_sfr.data.manifest import FileRecord, read_manifest, write_manifest
+from megatron_sfr.data.rows import RowWriter
+from megatron_sfr.data.statistics import statistics_of
+from megatron_sfr.data.targets import (
+    COPIED,
+    STATISTICS,
+    EncoderIdentity,
+    TargetManifest,
+    TargetStore,
+    differences,
+    remedy,
+)
+from megatron_sfr.data.texts import HasSegments
+
+CLAIMS = "claims.lock"
+
+
+class TextEncoder(Protocol):
+    """What turns texts into vectors; `Encoder` is one."""
+
+    @property
+    def identity(self) -> EncoderIdentity: ...
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """fp32 or fp16 [len(texts), D]; one batch, in the order given."""
+        ...
+
+
+class Filling:
+    """A store that is open to be filled. One for each store and process: locks of one process do not exclude itself."""
+
+    def __init__(self, folder: Path, prepared: HasSegments) -> None:
+        self.store = TargetStore.open(folder, prepared, partial=True)
+        manifest = self.store.manifest
+        self.blocks = -(-manifest.segments // manifest.block_rows)
+        self._first_unfinished = 0  # every block before it is there
+        self._copied = np.fromfile(folder / COPIED, np.uint8).astype(bool)
+        with ExitStack() as stack:
+            self._writer = stack.enter_context(RowWriter(folder, manifest.segments, manifest.dim))
+            self._claims = os.open(folder / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, self._claims)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def rows_of(self, block: int) -> slice:
+        first = block * self.store.manifest.block_rows
+        return slice(first, min(first + self.store.manifest.block_rows, len(self.store)))
+
+    def blocks_of(self, rows: np.ndarray) -> list[int]:
+        """The blocks that hold any of these rows, ascending."""
+        return np.unique(rows // self.store.manifest.block_rows).tolist()
+
+    def fill(self, block: int, encoder: TextEncoder) -> bool:
+        """Encodes what is missing of a block; False where another process is doing it."""
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
+        except BlockingIOError:
+            return False
+        try:
+            rows = np.arange(*self.rows_of(block).indices(len(self.store)))
+            missing = ~self.store.rows.read(rows)[1]
+            for copied in (False, True):
+                group = self._copied[rows] == copied
+                if (wanted := missing & group).any():
+                    vectors = np.empty((len(rows), self.store.dim), np.float16)
+                    vectors[group] = self._encode(rows[group], encoder)
+                    self._writer.write(rows[wanted], vectors[wanted])
+        finally:
+            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, block)
+        return True
+
+    def _encode(self, rows: np.ndarray, encoder: TextEncoder) -> np.ndarray:
+        """fp16 [len(rows), dim], encoded longest first: batches of equal lengths need little padding."""
+        texts = [self.store.prepared.segment_text(row) for row in rows.tolist()]
+        vectors = np.empty((len(texts), self.store.dim), np.float16)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        for start in range(0, len(order), self.store.manifest.batch_size):
+            batch = order[start : start + self.store.manifest.batch_size]
+            vectors[batch] = encoder.encode([texts[i] for i in batch])
+        return vectors
+
+    def all_begun(self) -> bool:
+        """Whether every row has a checksum, right or not; cheap, as blocks once found there are not looked at again."""
+        while self._first_unfinished < self.blocks:
+            if not self.store.rows.begun(self.rows_of(self._first_unfinished)).all():
+                return False
+            self._first_unfinished += 1
+        return True
+
+    def complete(self) -> np.ndarray:
+        """Reads every row and returns those that are missing or damaged, int64; if there are none, the store is whole.
+
+        Whole: it has its statistics and says that it is complete, which whoever comes first writes.
+        """
+        if len(missing := self.store.rows.missing()):
+            return missing
+        manifest, folder = self.store.manifest, self.store.folder
+        fcntl.lockf(self._claims, fcntl.LOCK_EX, 1, self.blocks)
+        try:
+            if not self._on_disk().complete:
+                self._writer.sync()
+                files = manifest.files | {STATISTICS: _write_statistics(self.store)}
+                write_manifest(folder, replace(manifest, complete=True, files=files))
+        finally:
+            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, self.blocks)
+        return missing
+
+    def _on_disk(self) -> TargetManifest:
+        return read_manifest(self.store.folder, TargetManifest, remedy(self.store.folder, self.store.prepared))
+
+
+def check_encoder(store: TargetStore, identity: EncoderIdentity) -> None:
+    """ValueError where this encoder would give other rows than the store holds."""
+    if changed := differences(store.manifest, identity):
+        raise ValueError(
+            f"{store.folder} was made with other values of {', '.join(changed)}; "
+            "choose another output folder, or --force to replace it"
+        )
+
+
+def _write_statistics(store: TargetStore) -> FileRecord:
+    """Mean and standard deviation of the rows as they are stored, in fp16."""
+    statistics = statistics_of(store.rows.vectors)
+    temporary = store.folder / f".{STATISTICS}.partial"
+    with FlatWriter(temporary, np.float32) as file:
+        file.append(statistics.mean)
+        file.append(statistics.std)
+        record = file.finish()
+    temporary.replace(store.folder / STATISTICS)
+    return record

@@ -1,0 +1,234 @@
+"""A row's bits are a function of the store's identity: whoever encodes it, in whatever order, killed and gone on with.
+
+Every comparison is of whole files, bit for bit, and a control shows that other batches do give other bits.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sfr.data.beginning import begin_store
+from megatron_sfr.data.crew import gather
+from megatron_sfr.data.embedding import EmbedOptions
+from megatron_sfr.data.encoder import Encoder
+from megatron_sfr.data.filling import CLAIMS, Filling
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.rows import CHECKSUMS, VECTORS
+from megatron_sfr.data.targets import StoreIdentity
+from tests.data.rows import turns
+from tests.data.stores import BLOCKS, damage_row, flip, open_store, run, write_prepared
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("filling"), tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Path) -> Path:
+    """A store that was filled at once by one process."""
+    return run(prepared, output=prepared.parent / "whole")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder("minilm", BLOCKS)
+
+
+def begin(folder: Path, prepared: Path, encoder: Encoder, options: EmbedOptions = BLOCKS) -> Filling:
+    """A store that is begun and has no row yet."""
+    identity = StoreIdentity(**vars(encoder.identity), batch_size=options.batch_size, block_rows=options.block_rows)
+    begin_store(folder, PreparedData.open(prepared), identity)
+    return Filling(folder, PreparedData.open(prepared))
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+def test_other_batches_give_other_bits(prepared: Path, whole: Path, tmp_path: Path):
+    for options in (replace(BLOCKS, batch_size=3), replace(BLOCKS, block_rows=4)):
+        store = run(prepared, output=tmp_path / str(options.block_rows), options=options)
+        assert content(store)[VECTORS] != content(whole)[VECTORS]
+        rows = np.arange(12)
+        same = open_store(whole, prepared)[rows], open_store(store, prepared)[rows]
+        np.testing.assert_allclose(*same, atol=5e-4)
+
+
+def test_blocks_in_any_order(prepared: Path, whole: Path, encoder: Encoder, tmp_path: Path):
+    with begin(tmp_path / "store", prepared, encoder) as filling:
+        assert filling.blocks == 4
+        for block in (2, 0, 3):
+            assert filling.fill(block, encoder)
+        assert not filling.all_begun()
+        assert filling.complete().tolist() == [3, 4, 5]
+        assert filling.fill(1, encoder)
+        assert filling.all_begun()
+        assert len(filling.complete()) == 0
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_three_processes(prepared: Path, whole: Path, tmp_path: Path, encoded: list[str]):
+    store = run(prepared, output=tmp_path / "store", options=replace(BLOCKS, workers=3))
+
+    assert not encoded, "all of it elsewhere"
+    assert content(store) == content(whole)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_sfr.data.encoder import Encoder
+from tests.data.rows import turns
+from tests.data.stores import run
+
+encode, calls = Encoder.encode, []
+def encode_four(self, texts):
+    calls.append(texts)
+    if len(calls) > 4:  # in the third block
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, texts)
+
+Encoder.encode = encode_four
+run(Path(sys.argv[1]), output=Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_leaves_no_whole_store_and_is_gone_on_with(
+    prepared: Path, whole: Path, tmp_path: Path, encoded: list[str]
+):
+    store = tmp_path / "store"
+    done = subprocess.run([sys.executable, "-c", KILLED, prepared, store], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+    with pytest.raises(ValueError, match=r"is not complete: it has 6 of 12 targets; run: megatron-sfr embed .*minilm"):
+        open_store(store, prepared)
+    partial = open_store(store, prepared, partial=True)
+    assert (partial[np.arange(6)] == open_store(whole, prepared)[np.arange(6)]).all()
+    with pytest.raises(ValueError, match="row 6 and 1 more missing"):
+        partial[np.array([5, 6, 7])]
+    with pytest.raises(ValueError, match="no statistics before it is complete"):
+        _ = partial.mean
+
+    run(prepared, output=store)
+    assert len(encoded) == 6
+    assert content(store) == content(whole)
+
+
+TORN = {  # what a power failure may leave of two files whose pages reach the disk in any order
+    "a row without its checksum": lambda store: wipe(store / CHECKSUMS, 4 * 4, 4),
+    "a checksum without its row": lambda store: wipe(store / VECTORS, 4 * 768, 768),
+    "half a row": lambda store: wipe(store / VECTORS, 4 * 768 + 400, 368),
+    "half a checksum": lambda store: wipe(store / CHECKSUMS, 4 * 4, 2),
+}
+
+
+def wipe(path: Path, start: int, count: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(count))
+
+
+@pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
+def test_a_torn_write_costs_its_block(prepared: Path, whole: Path, encoder, encoded, tmp_path: Path, tear):
+    store = tmp_path / "store"
+    with begin(store, prepared, encoder) as filling:
+        for block in (1, 2):
+            filling.fill(block, encoder)
+    tear(store)
+    encoded.clear()
+
+    run(prepared, output=store)
+    assert len(encoded) == 3 * BLOCKS.block_rows, "two blocks that had not begun, and the torn one"
+    assert content(store) == content(whole)
+
+
+def test_damage_is_found_where_it_is_read_and_only_its_block_is_encoded_again(
+    prepared: Path, whole: Path, tmp_path: Path, encoded: list[str], capsys
+):
+    store = run(prepared, output=tmp_path / "store")
+    damage_row(store, 4)
+    flip(store / CHECKSUMS, 4 * 7)
+    encoded.clear()
+    opened = open_store(store, prepared)
+
+    assert (opened[np.array([3, 5, 11])] == open_store(whole, prepared)[np.array([3, 5, 11])]).all()
+    with pytest.raises(ValueError, match=rf"^{store}: row 4 missing or damaged .*; run: megatron-sfr .*--verify$"):
+        opened[np.array([3, 4])]
+    run(prepared, output=store)
+    assert not encoded, "nobody asked for every row to be read"
+    run(prepared, output=store, verify=True, progress=True)
+    assert f"{store}: 2 of 12 rows are missing or damaged" in capsys.readouterr().out
+    assert len(encoded) == 2 * BLOCKS.block_rows
+    assert content(store) == content(whole)
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_block_that_another_process_encodes_is_left_to_it(prepared: Path, encoder: Encoder, tmp_path: Path):
+    with begin(tmp_path / "store", prepared, encoder) as filling:
+        command = [sys.executable, "-c", HOLDER, tmp_path / "store" / CLAIMS]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        assert not filling.fill(1, encoder)
+        assert filling.fill(2, encoder)
+        holder.kill()
+        holder.communicate()
+        assert filling.fill(1, encoder)
+
+
+def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
+    prepared: Path, encoder: Encoder, tmp_path: Path, encoded: list[str]
+):
+    options = replace(BLOCKS, batch_size=1, block_rows=1)
+    crew = gather("minilm", options, ("cpu", "cpu"))
+    with begin(tmp_path / "store", prepared, encoder, options) as filling:
+        work = crew.fill(filling, range(filling.blocks))
+        done = [next(work)]
+        os.kill(next(iter(crew._processes.values())).pid, signal.SIGKILL)
+        with pytest.raises(ValueError, match="ended with exit code -9; what is encoded is kept: the same command"):
+            done.extend(work)
+        crew.close()
+        left = filling.store.rows.missing()
+        assert not set(done) & set(left.tolist())
+    run(prepared, output=tmp_path / "store", options=options)
+    assert len(encoded) == len(left) > 0
+
+
+def test_an_encoder_that_fails_in_a_process_is_one_line(prepared: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"cannot load the encoder .*none") as caught:
+        run(prepared, encoder=str(tmp_path / "none"), options=replace(BLOCKS, workers=2))
+    assert "\n" not in str(caught.value)
+
+
+def test_random_orders_of_a_larger_store(tokenizer_folder: Path, tmp_path: Path, encoder: Encoder):
+    rng = random.Random(3)
+    words = "the sea sky is blue grey and so on".split()
+    replies = [" ".join(rng.choices(words, k=rng.randint(6, 40))) for _ in range(12)]
+    rows = [{"messages": turns("who", reply)} for reply in replies]
+    prepared = write_prepared(tmp_path, tokenizer_folder, rows)
+    options = EmbedOptions(batch_size=4, block_rows=16, device="cpu")
+    expected = content(run(prepared, options=options))[VECTORS]
+    for order in range(2):
+        with begin(tmp_path / str(order), prepared, encoder, options) as filling:
+            blocks = list(range(filling.blocks))
+            rng.shuffle(blocks)
+            assert len(blocks) > 4
+            for block in blocks:
+                filling.fill(block, encoder)
+        assert content(tmp_path / str(order))[VECTORS] == expected
