@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepared import PreparedData
 
     data = PreparedData.open(args.data)
+    chosen = _choose(len(data), args.sample, args.seed, SAMPLES if args.html else 1)
     print(data.folder)
     for name, text in counts(data):
         print(f"  {name:<14}{_safe(text)}")
     if args.counts:
         return 0
-    chosen = _choose(len(data), args.sample, args.seed, SAMPLES if args.html else 1)
     tokenizer = tokenizer_of(data, args.tokenizer)
     if args.html:
         write_page(args.html, data, chosen, tokenizer)

@@ -6,6 +6,7 @@ n tokens of S samples stand one after another, with A anchors (each once a horiz
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_sfr.data.chat import Encoded, encode, parse_row
 from megatron_sfr.data.lines import BadRow, Chunk, Place, RowError
 from megatron_sfr.data.prepared import Anchors
 from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
-from megatron_sfr.data.segments import Cut, futures
+from megatron_sfr.data.segments import Cut, Segment, futures
 
 TOO_LONG = ("error", "truncate")
 COLUMNS = tuple(column.name for column in fields(Anchors))
@@ -61,11 +62,11 @@ class SampleEncoder:
                 conversation = parse_row(row, self.formats[row.source], self.persona_key)
                 encoded = encode(conversation, self.tokenizer)
                 keep = self._kept_tokens(encoded)
+                found = list(self._futures(encoded, keep))
             except RowError as error:
                 samples.bad.append(BadRow(row, str(error)))
             else:
-                samples.add(encoded, keep, conversation.persona or "")
-                self._add_anchors(samples, encoded, keep)
+                samples.add(encoded, keep, found, conversation.persona or "")
         return samples.chunk(chunk.end)
 
     def _kept_tokens(self, encoded: Encoded) -> int:
@@ -82,15 +83,12 @@ class SampleEncoder:
             )
         return min(length, most)
 
-    def _add_anchors(self, samples: _Samples, encoded: Encoded, keep: int) -> None:
-        """Those that stand in the kept tokens. Their futures are the whole conversation's, beyond the cut too."""
-        lengths = [min(end, keep) - start for start, end in encoded.replies]
+    def _futures(self, encoded: Encoded, keep: int) -> Iterator[tuple[Segment, str]]:
+        """Those of the anchors in the kept tokens: futures of the whole conversation, beyond the cut too."""
         for segment, text in futures(encoded.tokens, encoded.replies, self.tokenizer, self.cut):
             if segment.position + 1 >= keep:  # they come by position
-                break
-            row = samples.texts.number(text)
-            length = lengths[segment.response]
-            samples.anchors.append((segment.position, row, segment.response, segment.ordinal, length, segment.horizon))
+                return
+            yield segment, text
 
 
 @dataclass
@@ -106,12 +104,16 @@ class _Samples:
     truncated: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
-    def add(self, encoded: Encoded, keep: int, persona: str) -> None:
+    def add(self, encoded: Encoded, keep: int, found: Sequence[tuple[Segment, str]], persona: str) -> None:
         self.tokens.append(encoded.tokens[:keep])
         self.masks.append(encoded.loss_mask[:keep])
         self.personas.append(persona)
         self.first_anchors.append(len(self.anchors))
         self.truncated += keep < len(encoded.tokens)
+        lengths = [min(end, keep) - start for start, end in encoded.replies]
+        for s, text in found:
+            row, length = self.texts.number(text), lengths[s.response]
+            self.anchors.append((s.position, row, s.response, s.ordinal, length, s.horizon))
 
     def chunk(self, end: Place) -> EncodedChunk:
         return EncodedChunk(

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.commands import embed, prepare
+from megatron_sfr.data.preparation import PrepareOptions
+from megatron_sfr.data.preparation import prepare as prepare_data
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.targets import TargetStore
-from tests.data.rows import turns, write_rows
+from tests.data.rows import ROWS, turns, write_rows
 
 
 def command(module, *arguments: object) -> int:
@@ -50,6 +52,15 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     assert f"megatron-sfr embed --data {data}" in out
     assert "prepare: 100%" in err
 
+    assert command(prepare, *typed, "--skip-bad-rows") == 0
+    assert f"{data} is up to date" in capsys.readouterr().out
+
+
+def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
+    data, options = tmp_path / "data", PrepareOptions(200, 2, ((1, 9), (3, 2)), 4)
+    prepare_data([write_rows(tmp_path / "rows.jsonl", ROWS)], data, tokenizer_folder, options, progress=False)
+    manifest = PreparedData.open(data).manifest
+
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--batch-size", 4) == 0
     out, err = capsys.readouterr()
     assert f"{data / 'targets'}: {manifest.segments} targets of dimension 384 by minilm (mean pooling" in out
@@ -63,13 +74,8 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     out, _ = capsys.readouterr()
     assert f"{manifest.segments} of {manifest.segments} segments taken from {data / 'targets'}" in out
 
-    capsys.readouterr()
-    assert command(prepare, *typed, "--skip-bad-rows") == 0
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu") == 0
-    out, _ = capsys.readouterr()
-    assert f"{data} is up to date" in out
-    assert f"{data / 'targets'} is up to date" in out
-
+    assert f"{data / 'targets'} is up to date" in capsys.readouterr().out
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--verify") == 0
     assert f"0 of {manifest.segments} rows are missing or damaged" in capsys.readouterr().out
 

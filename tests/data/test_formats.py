@@ -118,3 +118,8 @@ def test_what_a_format_does_not_say_is_refused(form: str, fields: dict, reason: 
     with pytest.raises(RowError, match=re.escape(reason)) as caught:
         parse(fields, form)
     assert ";" in str(caught.value), "says what to do"
+
+
+def test_a_chat_that_has_its_text_beside_it_is_a_chat(tmp_path: Path):
+    for form, row in SAME.items():
+        assert detect(write_rows(tmp_path / "rows.jsonl", [row | {"text": "The sea."}])) == form

@@ -134,8 +134,9 @@ def test_the_page_shows_a_few_samples_and_stands_alone(prepared: Path, tmp_path:
 
 
 def test_what_cannot_be_shown_is_said(prepared: Path, make_tokenizer):
-    with pytest.raises(ValueError, match="there is no sample 6; give one from 0 to 5"):
-        run("--data", prepared, "--sample", 6)
+    for number in (6, -1):
+        with pytest.raises(ValueError, match=f"there is no sample {number}; give one from 0 to 5"):
+            run("--data", prepared, "--sample", number)
     other = make_tokenizer("{{ 'another template' }}")
     with pytest.raises(ValueError, match="prepared with another tokenizer or chat template than"):
         run("--data", prepared, "--tokenizer", other)

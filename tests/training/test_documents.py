@@ -139,7 +139,8 @@ def test_an_indexed_dataset_that_is_there_stays_where_it_is(tmp_path: Path, fold
 
     builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=np.uint16)
     for document in IndexedDataset(PreparedDocuments.open(folder).corpus):
-        builder.add_document(torch.from_numpy(document.astype(np.int64)), [len(document)])
+        builder.add_item(torch.from_numpy(document.astype(np.int64)))
+        builder.end_document()
     builder.finalize(str(tmp_path / "corpus.idx"))
     manifest = prepare_documents([tmp_path / "corpus"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
 
