@@ -7,7 +7,7 @@ import pytest
 
 from .launch import train_many
 from .settings import APART, LAYOUTS, OBJECTIVE_LAYOUTS, OBJECTIVES, PHASES, PP2, RATIO, RESUMES, TP2, has_layout
-from .tiny import write_prepared, write_recipe
+from .tiny import write_documents, write_prepared, write_recipe
 
 MEASURED = ("--sfr-measure-interval", "1", "--save-interval", "3")
 
@@ -20,13 +20,13 @@ class Corpus:
     prepared: Path
     two_horizons: Path
     twenty_six: Path
+    documents: Path
 
     def recipe(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
     def run(self, recipe: str, name: str, *flags: str) -> list[str]:
-        folders = {"two_horizons": self.two_horizons, "twenty_six": self.twenty_six}
-        flags = tuple(flag.format(**folders) for flag in flags)
+        flags = tuple(flag.format(**vars(self)) for flag in flags)
         return ["--recipe", str(self.recipe(recipe)), "--save", str(self.folder / name), "--save-interval", "1", *flags]
 
     def layouts(self, processes: int) -> list[list[str]]:
@@ -62,7 +62,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     two_horizons = write_prepared(folder / "data-2", horizons=((1, 8), (4, 3)))
     twenty_six = write_prepared(folder / "data-26", rows=26)
-    corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons, twenty_six)
+    documents = write_documents(folder / "documents")
+    corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons, twenty_six, documents)
     write_recipe(corpus.recipe("recipe"), corpus.prepared)
     write_recipe(corpus.recipe("plain"), corpus.prepared, sfr=False)
     write_recipe(corpus.recipe("tied"), corpus.prepared, untie_embeddings_and_output_weights=False)

@@ -69,6 +69,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     # 26 conversations fit 8 rows of 200 tokens: a step is an epoch, and so it is for "apart", which does not pack.
     "packed": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *TEACHER),
     "packed-sequence": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *PER_CONVERSATION),
+    "documents": ("--train-data-path", "{documents}", "--dataloader-inter-document-masking", *TEACHER),
     "mtp": ("--mtp-num-layers", "1", "--vocab-size", "512"),  # upstream's own loss counts padded columns: have none
 }
 OBJECTIVE_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -87,7 +88,7 @@ def has_layout(objective: str, layout: str) -> bool:
     if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
         return layout in ("single", "dp2", "tp2-pp2")
     if layout == "pp2-vpp":  # where each stage needs to know the conversations
-        return objective == "packed"
+        return objective in ("packed", "documents")
     token = objective in ("gem", "gem-logsigmoid", "sed", "dft")
     return layout in (("single", "dp2", "tp2-sp", "tp4", "tp2-pp2") if token else ("single", "dp2", "tp2-pp2-sp"))
 

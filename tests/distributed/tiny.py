@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 
 SEQ_LENGTH, VOCAB_SIZE = 80, 501
 WORDS = "red green blue quick slow river stone cloud bird song winter summer light shadow gentle bright old new".split()
@@ -41,6 +43,21 @@ def write_prepared(folder: Path, rows: int = 40, horizons: tuple[tuple[int, int]
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
+    embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
+    return folder / "prepared"
+
+
+def write_documents(folder: Path, documents: int = 30) -> Path:
+    """Prepared documents of unlike lengths, with real MiniLM targets, under FOLDER/prepared."""
+    rng = random.Random(6)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(2, 60))) for _ in range(documents)]
+    folder.mkdir(parents=True)
+    rows = folder / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    save_tokenizer(train_tokenizer(texts, 500), folder / "tokenizer")
+    options = DocumentOptions(stride=3, horizons=((1, 8),), min_segment_length=2)
+    indexed = Indexed(open_corpus, write_index, token_dtype)
+    prepare_documents([rows], folder / "prepared", folder / "tokenizer", options, indexed, progress=False)
     embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
     return folder / "prepared"
 
