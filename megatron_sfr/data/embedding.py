@@ -69,12 +69,12 @@ def embed(
 
 
 def _fill(filling: Filling, crew: Crew, progress: bool) -> None:
-    """Until every row is there."""
+    """Every row that is not there."""
     from tqdm import tqdm
 
-    while len(missing := filling.complete()):
-        rows = {block: filling.rows_of(block) for block in filling.blocks_of(missing)}
-        total, left = len(filling.store), sum(r.stop - r.start for r in rows.values())
-        with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
-            for block in crew.fill(filling, list(rows)):
-                bar.update(rows[block].stop - rows[block].start)
+    rows = {block: filling.rows_of(block) for block in filling.blocks_of(filling.store.rows.missing())}
+    total, left = len(filling.store), sum(r.stop - r.start for r in rows.values())
+    with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
+        for block in crew.fill(filling, list(rows)):
+            bar.update(rows[block].stop - rows[block].start)
+    filling.finish()
