@@ -242,7 +242,7 @@ def test_the_encoder_ends_with_the_trainer(store, log, tmp_path: Path, end: str,
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
 
-    assert done.returncode == code, done.stderr
+    assert (done.returncode, done.stderr) == (code, "")
     assert until(lambda: not is_running(int(done.stdout)), 10)
     assert len(store.rows.missing()) == ROWS - BLOCK
 
