@@ -81,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         reuse=args.reuse,
         verify=args.verify,
+        later=args.later,
         force=args.force,
     )
     store = args.output if args.output is not None else args.data / DEFAULT
+    if args.later and not result.complete:
+        print(f"{store}: begun for {result.segments:,} targets; train with --sfr-targets online to encode them")
+        return 0
     print(
         f"{store}: {result.segments:,} targets of dimension {result.dim} by {result.encoder} "
         f"({result.pooling} pooling, at most {result.max_length} tokens each)"

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from megatron_sfr.data.encoder import Encoder, EncoderOptions, load_quietly
 from megatron_sfr.data.filling import Filling
 from megatron_sfr.data.targets import EncoderIdentity
-from megatron_sfr.data.worker import CLAIMED_WAIT, EncodingProcess, Task
+from megatron_sfr.data.worker import CLAIMED_WAIT, EncodingProcess, Open, Task
 
 AT_HAND = 2  # blocks that a process has: the one that it encodes, and the next
 
@@ -65,6 +65,7 @@ class Several:
         cores = len(os.sched_getaffinity(0))
         threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores // len(options))
         started = [EncodingProcess(partial(load_quietly, encoder, each), threads=threads) for each in options]
+        self._opened = 0  # stores
         self._processes = {process.connection: process for process in started}
         try:
             identities = {process.receive() for process in started}
@@ -76,11 +77,14 @@ class Several:
 
     def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
         store, todo = filling.store, deque(blocks)
+        self._opened += 1
 
         def give_next(process: EncodingProcess) -> None:
             if todo:
-                process.give(Task(store.folder, store.prepared.folder, todo.popleft()))
+                process.give(Task(self._opened - 1, todo.popleft()))
 
+        for process in self._processes.values():
+            process.give(Open(self._opened - 1, store.folder, store.prepared.folder, completes=False))
         for process in [*self._processes.values()] * AT_HAND:
             give_next(process)
         done = 0

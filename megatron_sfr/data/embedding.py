@@ -41,6 +41,7 @@ def embed(
     output: Path | None = None,
     reuse: Sequence[Path] = (),
     verify: bool = False,
+    later: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> TargetManifest:
@@ -48,6 +49,7 @@ def embed(
 
     reuse: stores from which rows of the same texts are taken when this one is begun, as from the one that it replaces.
     verify: also reads every row, and encodes again what is damaged.
+    later: begins the store and leaves the encoding to a run with online targets, or to the next call.
     force: a store of another encoder is replaced.
     """
     data = open_prepared(prepared)
@@ -60,7 +62,10 @@ def embed(
         if verify:
             damaged = reopen_damaged(folder, data)
             say(f"{folder}: {damaged:,} of {data.manifest.segments:,} rows are missing or damaged")
-        if TargetStore.open(folder, data, partial=True).manifest.complete:
+        manifest = TargetStore.open(folder, data, partial=True).manifest
+        if later:
+            return manifest
+        if manifest.complete:
             say(f"{folder} is up to date")
         else:
             with Filling(folder, data) as filling:
@@ -69,12 +74,12 @@ def embed(
 
 
 def _fill(filling: Filling, crew: Crew, progress: bool) -> None:
-    """Until every row is there."""
+    """Every row that is not there."""
     from tqdm import tqdm
 
-    while len(missing := filling.complete()):
-        rows = {block: filling.rows_of(block) for block in filling.blocks_of(missing)}
-        total, left = len(filling.store), sum(r.stop - r.start for r in rows.values())
-        with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
-            for block in crew.fill(filling, list(rows)):
-                bar.update(rows[block].stop - rows[block].start)
+    rows = {block: filling.rows_of(block) for block in filling.blocks_of(filling.store.rows.missing())}
+    total, left = len(filling.store), sum(r.stop - r.start for r in rows.values())
+    with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
+        for block in crew.fill(filling, list(rows)):
+            bar.update(rows[block].stop - rows[block].start)
+    filling.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,12 @@ class Encoder:
 
 
 def load_quietly(name: str, options: EncoderOptions) -> Encoder:
-    """An Encoder in a process that has no screen: without the library's bar."""
+    """An Encoder in a process that has no screen and may be killed."""
+    from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # else it makes a semaphore of the system, which a killed process leaves behind
     return Encoder(name, options)
 
 

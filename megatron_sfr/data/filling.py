@@ -31,7 +31,6 @@ from megatron_sfr.data.targets import (
     EncoderIdentity,
     TargetManifest,
     TargetStore,
-    differences,
     remedy,
 )
 from megatron_sfr.data.texts import HasSegments
@@ -121,30 +120,29 @@ class Filling:
 
         Whole: it has its statistics and says that it is complete, which whoever comes first writes.
         """
-        if len(missing := self.store.rows.missing()):
-            return missing
-        manifest, folder = self.store.manifest, self.store.folder
         fcntl.lockf(self._claims, fcntl.LOCK_EX, 1, self.blocks)
         try:
-            if not self._on_disk().complete:
+            if self._on_disk().complete:
+                return np.empty(0, np.int64)
+            missing = self.store.rows.missing()
+            if not len(missing):
                 self._writer.sync()
-                files = manifest.files | {STATISTICS: _write_statistics(self.store)}
-                write_manifest(folder, replace(manifest, complete=True, files=files))
+                files = self.store.manifest.files | {STATISTICS: _write_statistics(self.store)}
+                write_manifest(self.store.folder, replace(self.store.manifest, complete=True, files=files))
+            return missing
         finally:
             fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, self.blocks)
-        return missing
+
+    def finish(self) -> None:
+        """`complete` of a store that has been filled; ValueError where it did not keep what was written."""
+        if count := len(self.complete()):
+            raise ValueError(
+                f"{self.store.folder} does not keep what is written: {count:,} rows are missing or damaged again; "
+                "look at its disk, then run the same command"
+            )
 
     def _on_disk(self) -> TargetManifest:
         return read_manifest(self.store.folder, TargetManifest, remedy(self.store.folder, self.store.prepared))
-
-
-def check_encoder(store: TargetStore, identity: EncoderIdentity) -> None:
-    """ValueError where this encoder would give other rows than the store holds."""
-    if changed := differences(store.manifest, identity):
-        raise ValueError(
-            f"{store.folder} was made with other values of {', '.join(changed)}; "
-            "choose another output folder, or --force to replace it"
-        )
 
 
 def _write_statistics(store: TargetStore) -> FileRecord:

@@ -47,7 +47,7 @@ class Rows:
         found = np.fromiter((_checksum(vector) for vector in vectors), np.uint32, len(vectors))
         return vectors, found == expected
 
-    def begun(self, rows: slice) -> np.ndarray:
+    def begun(self, rows: slice | np.ndarray) -> np.ndarray:
         """bool [n]: which have a checksum, right or not. Reads no vector."""
         return self._checksums[rows] != 0
 

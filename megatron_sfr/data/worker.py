@@ -1,7 +1,8 @@
 """A process of its own that loads an encoder once and fills the blocks of target stores that it is told.
 
 It may be killed at any moment: what it wrote stays valid, and what it was writing counts as not there. It ends with its
-parent, however that ends.
+parent, however that ends. On CUDA it needs no stream of its own: it shares the GPU with other processes as the driver
+divides the time, and torch's default stream has the lowest priority there is.
 """
 
 from __future__ import annotations
@@ -18,25 +19,42 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import PriorityQueue
-from typing import Any
+from typing import ClassVar
 
+from megatron_sfr.data.filling import Filling, TextEncoder
 from megatron_sfr.data.documents import open_prepared
-from megatron_sfr.data.filling import Filling, TextEncoder, check_encoder
 from megatron_sfr.data.targets import EncoderIdentity
 
-URGENT, AHEAD = 0, 1
+OPEN, URGENT, AHEAD = 0, 1, 2  # in this order
 CLAIMED_WAIT = 0.002  # seconds before a block that another process is encoding is looked at again
 PARENT_CHECK = 0.5  # seconds between looks whether the parent is still there
+
+
+@dataclass(frozen=True)
+class Open:
+    """A store to be filled, and the number that tasks know it by."""
+
+    number: int
+    store: Path
+    prepared: Path
+    completes: bool  # whether to make it complete when the last row is there
+    priority: ClassVar[int] = OPEN
 
 
 @dataclass(frozen=True)
 class Task:
     """A block of a store to be filled; urgent ones come first, else as they were given."""
 
-    store: Path
-    prepared: Path
+    store: int
     block: int
     priority: int = AHEAD
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A store that has become complete, or was found to be."""
+
+    store: int
 
 
 @dataclass(frozen=True)
@@ -46,8 +64,11 @@ class Failed:
     reason: str
 
 
+Message = EncoderIdentity | Task | Completed  # what a process says: of its encoder, first; a task that is done
+
+
 class EncodingProcess:
-    """The parent's end. Messages come in `connection`: an EncoderIdentity, then each Task that is done, or a Failed."""
+    """The parent's end; `receive` when `connection` has something to read."""
 
     def __init__(self, make_encoder: Callable[[], TextEncoder], *, threads: int | None = None) -> None:
         """make_encoder is pickled and called there; threads: of torch in the process, None as torch chooses."""
@@ -58,12 +79,12 @@ class EncodingProcess:
         self._process.start()
         theirs.close()  # so that a process that ends is the end of the messages
 
-    def give(self, task: Task) -> None:
+    def give(self, task: Open | Task) -> None:
         with suppress(OSError):  # it has ended: the next message says why
             self.connection.send(task)
 
-    def receive(self) -> EncoderIdentity | Task:
-        """The next message, when there is one; RuntimeError of one line where the process failed or was killed."""
+    def receive(self) -> Message:
+        """The next message, waited for; RuntimeError of one line where the process failed or was killed."""
         try:
             message = self.connection.recv()
         except (EOFError, OSError) as error:
@@ -77,17 +98,52 @@ class EncodingProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def close(self) -> None:
-        """Kills it, which loses nothing that it wrote."""
+    def kill(self) -> None:
+        """Ends it, which loses nothing that it wrote; what it said before can still be received."""
         self._process.kill()
         self._process.join()
+
+    def close(self) -> None:
+        """Nobody may be waiting for a message."""
+        self.kill()
         self.connection.close()
+
+
+def identity_of(make_encoder: Callable[[], TextEncoder]) -> EncoderIdentity:
+    """Of an encoder that this process has no other use for: it is loaded in one that ends again."""
+    process = EncodingProcess(make_encoder)
+    try:
+        identity = process.receive()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        process.close()
+    assert isinstance(identity, EncoderIdentity), "it comes first"
+    return identity
+
+
+class Queued:
+    """What the parent has sent, in the order in which it is to be done: of two of one priority, the one put first."""
+
+    _number = itertools.count()
+
+    def __init__(self, message: Open | Task) -> None:
+        self.message = message
+        self._key = (message.priority, next(Queued._number))
+
+    def __lt__(self, other: Queued) -> bool:
+        return self._key < other._key
+
+
+Queue = PriorityQueue[Queued]
 
 
 def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], threads: int | None, parent: int) -> None:
     """The life of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    queue: Queue = PriorityQueue()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_receive, args=(connection, queue), daemon=True).start()
     try:
         if threads is not None:
             import torch
@@ -95,38 +151,59 @@ def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], thre
             torch.set_num_threads(threads)
         encoder = make_encoder()
         connection.send(encoder.identity)
-        _fill_as_told(connection, encoder)
+        _fill_as_told(connection, queue, encoder)
     except Exception as error:
-        text = " ".join(str(error).split())
-        named = isinstance(error, ValueError | OSError)
-        connection.send(Failed(text if named else f"{type(error).__name__}: {text}"))
+        with suppress(OSError):  # the parent has ended
+            connection.send(Failed(_one_line(error)))
 
 
-def _fill_as_told(connection: Connection, encoder: TextEncoder) -> None:
-    queue: PriorityQueue[tuple[int, int, Task]] = PriorityQueue()
-    number = itertools.count()
-    threading.Thread(target=_receive, args=(connection, queue, number), daemon=True).start()
-    stores: dict[Path, Filling] = {}
+def _fill_as_told(connection: Connection, queue: Queue, encoder: TextEncoder) -> None:
+    stores: dict[int, Filling] = {}
+    unfinished: dict[int, Filling] = {}  # those to be completed
     while True:
-        priority, _, task = queue.get()
-        if task.store not in stores:
-            stores[task.store] = Filling(task.store, open_prepared(task.prepared))
-            check_encoder(stores[task.store].store, encoder.identity)
-        if stores[task.store].fill(task.block, encoder):
+        task = queue.get().message
+        if isinstance(task, Open):
+            stores[task.number] = Filling(task.store, open_prepared(task.prepared))
+            if task.completes:
+                unfinished[task.number] = stores[task.number]
+        elif _fill(stores[task.store], task.block, encoder):
             connection.send(task)
         else:
-            queue.put((priority, next(number), task))
+            queue.put(Queued(task))
             time.sleep(CLAIMED_WAIT)
+        if queue.empty():
+            for store in [store for store, filling in unfinished.items() if filling.all_begun()]:
+                _complete(unfinished.pop(store), encoder)
+                connection.send(Completed(store))
 
 
-def _receive(connection: Connection, queue: PriorityQueue[Any], number: itertools.count[int]) -> None:
+def _fill(filling: Filling, block: int, encoder: TextEncoder) -> bool:
+    try:
+        return filling.fill(block, encoder)
+    except Exception as error:
+        raise ValueError(f"{filling.store.folder}, block {block}: {_one_line(error)}") from error
+
+
+def _complete(filling: Filling, encoder: TextEncoder) -> None:
+    """Rows that a power failure tore in an earlier run are found here, if nobody has asked for them."""
+    for block in filling.blocks_of(filling.complete()):
+        _fill(filling, block, encoder)
+    filling.finish()
+
+
+def _one_line(error: Exception) -> str:
+    """As the last line of a traceback; of errors made for users, only what they say."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _receive(connection: Connection, queue: Queue) -> None:
     """Takes what the parent sends at once, so that it never waits; an urgent task is seen after the block at hand."""
     while True:
         try:
-            task = connection.recv()
+            queue.put(Queued(connection.recv()))
         except (EOFError, OSError):
             os._exit(0)
-        queue.put((task.priority, next(number), task))
 
 
 def _end_with(parent: int) -> None:

@@ -1,0 +1,177 @@
+"""How long training waits for targets that are encoded meanwhile (`python -m tools.bench_prefetch`).
+
+Steps are sleeps, as steps on a GPU are for the CPU; the encoder is in its own process, as in training. First a clocked
+encoder, which takes a set time for each block, one new block a step: a ratio is its time over the step's. Then a real
+one on conversations in random order, by the rows of a block: a block holds rows of several conversations, all of which
+are encoded when the first is met, so at the beginning of an epoch the encoder has more to do than the steps need.
+
+waits: seconds that `fetch` waited, over the seconds of the steps; the first step, which also waits for the encoder to
+be loaded, stands apart. Medians of the repetitions, and their range.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sfr.data.beginning import begin_store
+from megatron_sfr.data.encoder import EncoderOptions, load_quietly
+from megatron_sfr.data.filling import TextEncoder
+from megatron_sfr.data.prefetch import Needs, Prefetcher
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.targets import EncoderIdentity, StoreIdentity, TargetStore
+from megatron_sfr.data.worker import identity_of
+from megatron_sfr.demo.tokenizer import train_tokenizer
+
+RATIOS = (0.25, 0.5, 0.9, 1.1, 2.0)
+WORDS = "red green blue quick slow river stone cloud bird song winter summer light shadow gentle bright old new".split()
+
+
+class Clocked:
+    """Unit vectors that mean nothing, after so many seconds a batch."""
+
+    def __init__(self, seconds: float, dim: int = 384) -> None:
+        self._seconds = seconds
+        self.identity = EncoderIdentity("clocked", None, "", "own", "unit", "", 0, "float32", dim)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        time.sleep(self._seconds)
+        return np.full((len(texts), self.identity.dim), self.identity.dim**-0.5, np.float32)
+
+
+@dataclass
+class Arm:
+    """One row of the table. Its steps in order, how long each takes, and who encodes in what blocks."""
+
+    name: str
+    steps: list[Needs]
+    step_seconds: float
+    block_rows: int
+    make_encoder: Callable[[], TextEncoder]
+    identity: EncoderIdentity
+    lookahead: int
+    first: list[float] = field(default_factory=list)  # seconds
+    share: list[float] = field(default_factory=list)
+    longest: list[float] = field(default_factory=list)  # wait of one step, seconds
+
+    def run(self, data: PreparedData, folder: Path) -> None:
+        identity = StoreIdentity(**vars(self.identity), batch_size=min(64, self.block_rows), block_rows=self.block_rows)
+        begin_store(folder, data, identity)
+        store = TargetStore.open(folder, data, partial=True)
+        waits = []
+        with Prefetcher([store], self.make_encoder, lookahead=self.lookahead) as prefetcher:
+            prefetcher.follow(self.steps)
+            for needs in self.steps:
+                before = prefetcher.waited
+                for place, rows in needs:
+                    prefetcher.fetch(place, rows)
+                waits.append(prefetcher.waited - before)
+                time.sleep(self.step_seconds)
+                prefetcher.advance()
+        self.first.append(waits[0])
+        self.share.append(sum(waits[1:]) / (self.step_seconds * len(waits[1:])))
+        self.longest.append(max(waits[1:]))
+
+
+def write_data(folder: Path, conversations: int) -> PreparedData:
+    """Replies of 8 to 64 random words, a target every 8 tokens."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(conversations):
+        reply = " ".join(rng.choices(WORDS, k=rng.randint(8, 64)))
+        rows.append({"messages": [{"role": "user", "content": "who"}, {"role": "assistant", "content": reply}]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_tokenizer([row["messages"][1]["content"] for row in rows], 400).save_pretrained(folder / "tokenizer")
+    options = PrepareOptions(seq_length=256, stride=8, horizons=((1, 32),), min_segment_length=4)
+    prepare([folder / "rows.jsonl"], folder / "data", folder / "tokenizer", options, progress=False)
+    return PreparedData.open(folder / "data")
+
+
+def clocked_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
+    """A new block of 8 rows for each step."""
+    blocks = np.arange(data.manifest.segments // 8 * 8).reshape(-1, 8)[: options.steps]
+    steps: list[Needs] = [[(0, rows)] for rows in blocks]
+    arms = []
+    for ratio in RATIOS:
+        make = partial(Clocked, ratio * options.step_seconds)
+        name = f"clocked, ratio {ratio:g}"
+        arms.append(Arm(name, steps, options.step_seconds, 8, make, Clocked(0).identity, options.lookahead))
+    return arms
+
+
+def real_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
+    """Two conversations a step in random order; the encoder takes `--real-ratio` of an epoch for all rows."""
+    make = partial(load_quietly, options.encoder, EncoderOptions(device=options.device))
+    order = np.random.default_rng(0).permutation(len(data)).tolist()
+    pairs = zip(order[::2], order[1::2], strict=True)
+    needs = [np.union1d(data[first].anchors.segment, data[second].anchors.segment) for first, second in pairs]
+    steps: list[Needs] = [[(0, rows)] for rows in needs]
+    encoder = make()
+    texts = [data.segment_text(row) for row in range(min(256, data.manifest.segments))]
+    encoder.encode(texts[:64])
+    arms = []
+    for block_rows in (16, 64, 256):
+        started = time.perf_counter()
+        for first in range(0, len(texts), min(64, block_rows)):
+            encoder.encode(sorted(texts[first : first + min(64, block_rows)], key=len))
+        row_seconds = (time.perf_counter() - started) / len(texts)
+        step_seconds = row_seconds * data.manifest.segments / options.real_ratio / len(steps)
+        name = f"{options.encoder}, {row_seconds * 1e3:.1f} ms a row in blocks of {block_rows}"
+        arms.append(Arm(name, steps, step_seconds, block_rows, make, identity_of(make), options.lookahead))
+    return arms
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help="of the clocked encoder (%(default)s)")
+    parser.add_argument("--step-seconds", type=float, default=0.1, help="(%(default)s)")
+    parser.add_argument("--lookahead", type=int, default=8, help="steps (%(default)s)")
+    parser.add_argument("--conversations", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--encoder", default="minilm", help="the real one (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the real one (%(default)s)")
+    parser.add_argument("--real-ratio", type=float, default=0.5, help="encoding over training (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="(%(default)s)")
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_data(folder, options.conversations)
+        arms = clocked_arms(data, options) + real_arms(data, options)
+        for repetition in range(options.repetitions):
+            for number, arm in enumerate(arms):
+                arm.run(data, folder / f"{repetition}-{number}")
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "sentence-transformers"))
+    print(f"{_processor()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {versions}")
+    print(f"{data.manifest.segments} segments, lookahead {options.lookahead}, {options.repetitions} repetitions")
+    print("| encoder | steps | ms a step | first step, s | waits | range | longest, ms |")
+    print("|---|---|---|---|---|---|---|")
+    for arm in arms:
+        spread = f"{min(arm.share):.3%} - {max(arm.share):.3%}"
+        cells = [arm.name, len(arm.steps), f"{arm.step_seconds * 1e3:.0f}", f"{statistics.median(arm.first):.2f}"]
+        cells += [f"{statistics.median(arm.share):.3%}", spread, f"{statistics.median(arm.longest) * 1e3:.1f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
