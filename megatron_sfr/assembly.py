@@ -23,6 +23,7 @@ from megatron_sfr.objectives.sfr import SFROptions
 from megatron_sfr.objectives.table import OBJECTIVES
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import adapt_config_to_cpu
+from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
 from megatron_sfr.training.step import ForwardStep
 
@@ -42,8 +43,8 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
     return config
 
 
-def forward_step(args: argparse.Namespace) -> ForwardStep:
-    """Upstream's forward_step_func for these arguments."""
+def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep:
+    """Upstream's forward_step_func for these arguments and the provider of the datasets."""
     objective = OBJECTIVES[args.objective](options(GEMOptions, args), options(SEDOptions, args))
     term = None
     if args.sfr:
@@ -51,7 +52,7 @@ def forward_step(args: argparse.Namespace) -> ForwardStep:
         term = FlowTerm(TermOptions(sfr, targets, options(GateOptions, args), options(FlowHeadOptions, args)))
     resets_attention = separator(args) is not None
     return ForwardStep(
-        args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args), resets_attention
+        args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args), resets_attention, data
     )
 
 
@@ -59,11 +60,14 @@ def head_plan(args: argparse.Namespace) -> FlowHeadPlan:
     """The head that goes with the targets; ValueError where the stores of a blend do not fit one head."""
     head, targets = options(FlowHeadOptions, args), options(TargetOptions, args)
     paths = [Path(x) for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends have weights
-    stores = [TargetStore.open(path / args.sfr_target_store, open_prepared(path)) for path in paths]
+    online = args.sfr_targets == "online"
+    stores = [TargetStore.open(path / args.sfr_target_store, open_prepared(path), partial=online) for path in paths]
     dims = {store.dim for store in stores}
     if len(dims) > 1 or head.sfr_target_dim not in (None, *dims):
         raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")
     whiten = targets.sfr_target_scale == "whiten" and targets.sfr_whiten == "store"
+    if whiten and (open_ones := [store.folder for store in stores if not store.manifest.complete]):
+        raise ValueError(f"{open_ones[0]} is not complete, so its statistics are not known: set sfr_whiten to ema")
     starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
     return FlowHeadPlan(
         head,

@@ -92,6 +92,14 @@ def _of_the_term(args: argparse.Namespace) -> Rows:
             "--sfr does not work with context parallelism yet: set context_parallel_size to 1",
         ),
         (
+            args.sfr_targets == "online" and args.dataloader_type not in (None, "single"),
+            "sfr_targets = online looks ahead in the order of dataloader_type single: leave dataloader_type out",
+        ),
+        (
+            args.sfr_targets == "online" and args.phase_transition_iterations,
+            "sfr_targets = online does not know phase_transition_iterations: embed the data, or leave them out",
+        ),
+        (
             args.sfr_loss == "cka" and (args.sfr_gate != "none" or args.sfr_ema != "none" or args.sfr_warmup_steps > 0),
             "sfr_loss = cka has no head: sfr_gate and sfr_ema must be none, and sfr_warmup_steps 0",
         ),

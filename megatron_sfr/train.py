@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     from megatron_sfr.assembly import forward_step, model_config
     from megatron_sfr.config import parse, read_settings
     from megatron_sfr.runtime import backend
-    from megatron_sfr.training.dataset import build_datasets
+    from megatron_sfr.training.dataset import DataProvider
 
     settings = read_settings(argv)
     backend.start(settings.backend)
@@ -40,12 +40,13 @@ def main(argv: Sequence[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    container = pretrain_cfg_container_from_args(args, config)
+    container, data = pretrain_cfg_container_from_args(args, config), DataProvider()
     try:
-        pretrain(container, build_datasets, ModelType.encoder_or_decoder, forward_step(args))
+        pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     finally:
+        data.close()
         if lines is not None:
             lines.flush()
 

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the one that is replaced is always used",
     )
     parser.add_argument("--verify", action="store_true", help="read every row, and encode again what is damaged")
+    parser.add_argument(
+        "--later", action="store_true", help="only begin the store: training encodes (--sfr-targets online)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a store of another encoder")
     _add_encoder_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="segments at a time (%(default)s)")

@@ -21,8 +21,8 @@ from pathlib import Path
 from queue import PriorityQueue
 from typing import ClassVar
 
-from megatron_sfr.data.filling import Filling, TextEncoder
 from megatron_sfr.data.documents import open_prepared
+from megatron_sfr.data.filling import Filling, TextEncoder
 from megatron_sfr.data.targets import EncoderIdentity
 
 OPEN, URGENT, AHEAD = 0, 1, 2  # in this order

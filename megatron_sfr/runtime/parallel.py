@@ -35,6 +35,23 @@ def tensor_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
+def data_rank() -> int:
+    """This process's place among the replicas of its part of the model."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    """Replicas of the model."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def broadcast_over_tensor(x: Tensor) -> Tensor:
+    """x of the first rank of the tensor-parallel group, in place."""
+    if (group := tensor_group()) is not None:
+        dist.broadcast(x, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+    return x
+
+
 def sum_over_data(x: Tensor) -> Tensor:
     """In-place sum over the data-parallel (and context-parallel) group."""
     dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -7,7 +7,8 @@ one row of targets at one horizon.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,11 +30,17 @@ class AnchorSizes:
 
 @dataclass
 class AnchorPlan:
-    """How the datasets of one run make arrays of their anchors: the folder of the store inside each prepared folder,
-    which positions have targets, and the sizes that fit every row of all of them, known when all are built."""
+    """How the datasets of one run make arrays of their anchors.
+
+    store    folder of the store inside each prepared folder
+    fill     which positions have targets
+    folders  the prepared folders, as online targets number them; empty where the datasets read stored ones
+    sizes    what fits every row of all datasets, known when all are built
+    """
 
     store: str
     fill: Fill
+    folders: Sequence[Path] = ()
     sizes: AnchorSizes = AnchorSizes()
 
 
@@ -71,12 +78,17 @@ class TargetReader:
 
     def __init__(self, prepared: HasSegments, plan: AnchorPlan) -> None:
         self.plan = plan
-        self.store = TargetStore.open(prepared.folder / plan.store, prepared)
+        self.number = plan.folders.index(prepared.folder) if plan.folders else None
+        self.store = None if plan.folders else TargetStore.open(prepared.folder / plan.store, prepared)
 
-    def arrays(self, row: RowAnchors) -> dict[str, np.ndarray]:
-        """`anchor_arrays`, and fp16 `target` [R, D]."""
-        target = padded(self.store[row.anchors.segment], self.plan.sizes.rows, np.float16)
-        return anchor_arrays(row, self.plan.fill, self.plan.sizes) | {"target": target}
+    def arrays(self, row: RowAnchors) -> dict[str, Any]:
+        """`anchor_arrays`, and fp16 `target` [R, D]; for online targets where they will be: `target_row` [R], -1 being
+        padding, of `target_store`."""
+        sizes, segment = self.plan.sizes, row.anchors.segment
+        arrays = anchor_arrays(row, self.plan.fill, sizes)
+        if self.store is None:
+            return arrays | {"target_row": padded(segment + 1, sizes.rows, np.int64) - 1, "target_store": self.number}
+        return arrays | {"target": padded(self.store[segment], sizes.rows, np.float16)}
 
 
 def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:

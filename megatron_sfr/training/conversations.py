@@ -97,6 +97,14 @@ class PreparedDataset(MegatronDataset):
             item |= self.targets.arrays(join_anchors(parts, keys, row_starts(samples)[:-1]))
         return item
 
+    def segments(self, idx: int) -> tuple[int, np.ndarray]:
+        """The rows of targets that row idx reads, and the number of the folder that they are of."""
+        assert self.targets is not None
+        assert self.targets.number is not None
+        _, conversations = self.conversations(idx)
+        rows = [self.dataset[int(i)].anchors.segment for i in conversations]
+        return self.targets.number, np.concatenate(rows).astype(np.int64)
+
     def sizes(self, fill: Fill) -> AnchorSizes:
         """What fits the anchors of every row."""
         manifest, length = self.dataset.manifest, self.config.sequence_length

@@ -7,16 +7,19 @@ from typing import Any, Literal
 
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_sfr.data.documents import PreparedDocuments, holds_documents
 from megatron_sfr.data.horizons import horizons_of
+from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_last_stage
 from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes
 from megatron_sfr.training.conversations import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.documents import DocumentDataset, DocumentDatasetConfig, contents_of
+from megatron_sfr.training.online import OnlineTargets, sampler_of
 
 Config = PreparedDatasetConfig | DocumentDatasetConfig
 
@@ -29,6 +32,15 @@ class DataOptions:
     """Train with the flow head; without it the run is plain cross-entropy on the same data."""
     sfr_target_store: str = "targets"
     """Folder of the target store inside each prepared data folder; written by `megatron-sfr embed`."""
+    sfr_targets: Literal["stored", "online"] = "stored"
+    """'stored': `megatron-sfr embed` has encoded all of them; 'online': the encoder runs beside training and fills the
+    store, which `megatron-sfr embed --later` has begun, ahead of it. The numbers are the same."""
+    sfr_lookahead: int = 8
+    """Steps that the encoder of online targets may be ahead of training; 0 encodes only what a step asks for."""
+    sfr_encoder_device: str | None = None
+    """Where online targets are encoded: cpu, cuda:1, ... (the fastest one there is)."""
+    sfr_encoder_threads: int = 1
+    """CPU threads of the encoder of online targets, on each replica's last stage."""
     sfr_packing: Literal["none", "first_fit_decreasing"] = "none"
     """Whether a row of seq_length tokens holds one conversation, padded, or as many as fit; attention and positions
     begin anew with each conversation. micro_batch_size and global_batch_size count rows."""
@@ -36,15 +48,23 @@ class DataOptions:
     """'anchors_only': each target where it begins; 'nearest': every position of a reply has the target of the nearest
     anchor, as in the authors' code, some tokens of which it may have read already."""
 
+    def __post_init__(self) -> None:
+        if self.sfr_lookahead < 0:
+            raise ValueError(f"sfr_lookahead = {self.sfr_lookahead}: give at least 0")
+        if self.sfr_encoder_threads < 1:
+            raise ValueError(f"sfr_encoder_threads = {self.sfr_encoder_threads}: give at least 1")
+
 
 def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
     """Upstream's configuration for the folders of train, valid and test; ValueError where they do not go together."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     paths = [Path(path) for part in (blend, *(blend_per_split or ())) if part is not None for path in part[0]]
+    paths = list(dict.fromkeys(paths))
     anchors = None
     if args.sfr:
         horizons_of(paths)  # one head has the horizons of all
-        anchors = AnchorPlan(args.sfr_target_store, args.sfr_anchors) if reads_targets else None
+        folders = paths if args.sfr_targets == "online" else ()
+        anchors = AnchorPlan(args.sfr_target_store, args.sfr_anchors, folders) if reads_targets else None
     common: dict[str, Any] = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -105,9 +125,34 @@ def _parts(datasets: list[Any]) -> Iterator[Any]:
             yield dataset
 
 
-def build_datasets(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
-    """Upstream's train_valid_test_datasets_provider, for every rank; only the last stage reads targets."""
-    return build(dataset_config(get_args(), reads_targets=is_last_stage(vp_stage)), list(num_samples))
+class DataProvider:
+    """Upstream's train_valid_test_datasets_provider, for every rank; only the last stage reads targets.
 
+    `online` is what their ranks ask for online targets, None before the datasets are built and elsewhere.
+    """
 
-build_datasets.is_distributed = True  # type: ignore[attr-defined]  # upstream: every rank opens its own memory map
+    is_distributed = True  # upstream: every rank opens its own memory map
+
+    def __init__(self) -> None:
+        self.online: OnlineTargets | None = None
+
+    def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
+        args = get_args()
+        config = dataset_config(args, reads_targets=is_last_stage(vp_stage))
+        built = build(config, list(num_samples))
+        if (plan := config.anchors) is not None and plan.folders:
+            self.online = OnlineTargets(
+                plan.folders,
+                plan.store,
+                lookahead=args.sfr_lookahead * get_num_microbatches(),
+                encoder_device=args.sfr_encoder_device or ("cpu" if device().type == "cpu" else None),
+                threads=args.sfr_encoder_threads,
+            )
+            if built[0] is not None:
+                self.online.follow(built[0], sampler_of(args, built[0]))
+        return built
+
+    def close(self) -> None:
+        """Ends what runs beside training."""
+        if self.online is not None:
+            self.online.close()

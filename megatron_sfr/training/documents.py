@@ -106,6 +106,12 @@ class DocumentDataset(GPTDataset):
         zero = np.zeros_like(anchors.position)
         return RowAnchors(anchors, zero + idx, zero, falling=False)
 
+    def segments(self, idx: int) -> tuple[int, np.ndarray]:
+        """The rows of targets that row idx reads, and the number of the folder that they are of."""
+        assert self.targets is not None
+        assert self.targets.number is not None
+        return self.targets.number, self._anchors(self.pieces(idx), idx).anchors.segment
+
     def sizes(self, fill: Fill) -> AnchorSizes:
         """What fits the anchors of every row: a piece of n predictions has at most ceil(n / stride) at each horizon."""
         manifest, length = self.prepared.manifest, self.config.sequence_length

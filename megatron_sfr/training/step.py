@@ -22,6 +22,7 @@ from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.attention import block_mask, packed_sequence
+from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
 from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
@@ -42,9 +43,11 @@ class ForwardStep:
         term: FlowTerm | None,
         schedule: ScheduleOptions,
         resets_attention: bool,
+        data: DataProvider | None = None,
     ) -> None:
         self.vocab_size, self.name, self.objective = vocab_size, name, objective
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
+        self.data = data
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
@@ -53,6 +56,9 @@ class ForwardStep:
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
         batch = next(data_iterator) if first or last or self.resets_attention else {}
         mask, more = self._attention(batch.pop("document")) if self.resets_attention else (None, {})
+        if last and self.data is not None and self.data.online is not None:
+            place = batch.pop("target_store"), batch.pop("target_row")
+            batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
         batch = _to_device(batch)
         if last:
             head = get_attr_wrapped_model(model, "flow_head") if self.term is not None else None
@@ -138,6 +144,8 @@ class ForwardStep:
             weight = phase.share * self._full_weight()
             total = phase.cross_entropy * total + weight * term.objective
             report |= self._report(term, weight, tokens)
+        if "target_wait" in batch:
+            report["target wait"] = pair(batch["target_wait"], torch.ones_like(batch["target_wait"][0]))
         if get_args().check_for_nan_in_loss_and_grad:
             get_rerun_state_machine().validate_result(
                 result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True

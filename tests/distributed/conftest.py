@@ -5,9 +5,24 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sfr.data.embedding import embed
+
 from .launch import train_many
-from .settings import APART, LAYOUTS, OBJECTIVE_LAYOUTS, OBJECTIVES, PHASES, PP2, RATIO, RESUMES, TP2, has_layout
-from .tiny import write_documents, write_prepared, write_recipe
+from .settings import (
+    APART,
+    LAYOUTS,
+    OBJECTIVE_LAYOUTS,
+    OBJECTIVES,
+    ONLINE,
+    ONLINE_STOPPED,
+    PHASES,
+    PP2,
+    RATIO,
+    RESUMES,
+    TP2,
+    has_layout,
+)
+from .tiny import BLOCKS, write_documents, write_prepared, write_recipe
 
 MEASURED = ("--sfr-measure-interval", "1", "--save-interval", "3")
 
@@ -48,12 +63,28 @@ class Corpus:
                     listing.append(self.run("recipe", f"{name}-{layout}", *fresh, *flags, *more))
         return listing
 
+    def online(self, processes: int) -> list[list[str]]:
+        validation = ("--valid-data-path", str(self.prepared), "--eval-iters", "1", "--eval-interval", "1")
+        runs = ONLINE[processes].items()
+        return [
+            self.run("recipe", name, *self.start(), *flags, *online(name), *validation) for name, (_, flags) in runs
+        ]
+
+    def online_stopped(self) -> list[list[str]]:
+        """The encoder does what it is asked for; the second run goes on in the store that the first left."""
+        flags = (*RATIO, *online(ONLINE_STOPPED), "--sfr-lookahead", "0")
+        return [self.run("recipe", ONLINE_STOPPED, *flags, "--exit-interval", stop) for stop in ("2", "4")]
+
     def apart(self) -> list[list[str]]:
         fresh = (*self.start("plain"), "--sfr-fresh-head", *MEASURED)
         return [self.run("recipe", f"{name}-apart", *fresh, *flags) for name, flags in APART.items()]
 
     def start(self, name: str = "start") -> tuple[str, str]:
         return "--pretrained-checkpoint", str(self.folder / name)
+
+
+def online(store: str) -> tuple[str, ...]:
+    return "--sfr-targets", "online", "--sfr-target-store", store
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +95,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     twenty_six = write_prepared(folder / "data-26", rows=26)
     documents = write_documents(folder / "documents")
     corpus = Corpus(folder, write_prepared(folder / "data"), two_horizons, twenty_six, documents)
+    for store in (ONLINE_STOPPED, *(name for names in ONLINE.values() for name in names)):
+        embed(corpus.prepared, "minilm", BLOCKS, output=corpus.prepared / store, later=True, progress=False)
     write_recipe(corpus.recipe("recipe"), corpus.prepared)
     write_recipe(corpus.recipe("plain"), corpus.prepared, sfr=False)
     write_recipe(corpus.recipe("tied"), corpus.prepared, untie_embeddings_and_output_weights=False)
@@ -85,7 +118,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("recipe", "crossing", *RATIO, *PP2, "--exit-interval", "4"),
         run("recipe", "crossing-straight", *RATIO, *TP2),
     ]
-    train_many(1, [*one, *corpus.layouts(1), *corpus.resumes(1), *corpus.objectives(1), *corpus.apart()], folder)
-    train_many(2, [*two, *corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2)], folder)
-    train_many(4, [*corpus.layouts(4), *corpus.objectives(4)], folder)
+    train_many(
+        1,
+        [
+            *one,
+            *corpus.layouts(1),
+            *corpus.resumes(1),
+            *corpus.objectives(1),
+            *corpus.apart(),
+            *corpus.online_stopped(),
+        ],
+        folder,
+    )
+    train_many(2, [*two, *corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2), *corpus.online(2)], folder)
+    train_many(4, [*corpus.layouts(4), *corpus.objectives(4), *corpus.online(4)], folder)
     return folder

@@ -54,6 +54,13 @@ RESUMES: dict[int, dict[str, tuple[str, ...]]] = {
         "resume-teacher": (*PP2, *TEACHER, *GATE, "--sfr-target-scale", "whiten", "--sfr-whiten", "ema"),
     },
 }
+# As a run of LAYOUTS or RESUMES, with targets that are encoded meanwhile: {processes: {name: (its twin, flags)}}.
+ONLINE: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
+    2: {"online-dp2": ("dp2", ())},
+    4: {"online-tp2-pp2-sp": ("tp2-pp2-sp", (*TP2, *PP2, SP))},
+}
+ONLINE_STOPPED, ITS_TWIN = "online-stopped", "resume-single-straight"
+
 # Every objective and kind of term in a few combinations; each with the layouts below against one process.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "gem": ("--objective", "gem", "--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),

@@ -13,6 +13,7 @@ from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 
+BLOCKS = EmbedOptions(batch_size=8, block_rows=16)  # small ones: a step needs several
 SEQ_LENGTH, VOCAB_SIZE = 80, 501
 WORDS = "red green blue quick slow river stone cloud bird song winter summer light shadow gentle bright old new".split()
 
@@ -43,7 +44,7 @@ def write_prepared(folder: Path, rows: int = 40, horizons: tuple[tuple[int, int]
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
-    embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
+    embed(folder / "prepared", "minilm", BLOCKS, progress=False)
     return folder / "prepared"
 
 
@@ -58,7 +59,7 @@ def write_documents(folder: Path, documents: int = 30) -> Path:
     options = DocumentOptions(stride=3, horizons=((1, 8),), min_segment_length=2)
     indexed = Indexed(open_corpus, write_index, token_dtype)
     prepare_documents([rows], folder / "prepared", folder / "tokenizer", options, indexed, progress=False)
-    embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
+    embed(folder / "prepared", "minilm", BLOCKS, progress=False)
     return folder / "prepared"
 
 

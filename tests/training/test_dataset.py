@@ -44,6 +44,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "sfr": True,
         "sfr_target_store": "targets",
         "sfr_anchors": "anchors_only",
+        "sfr_targets": "stored",
         "sfr_packing": "none",
         "dataloader_inter_document_masking": False,
     }

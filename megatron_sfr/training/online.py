@@ -1,0 +1,107 @@
+"""Online targets: the encoder runs beside training and fills the stores ahead of it, in the order of the sampler.
+
+On the last stage the first tensor-parallel rank has the encoder's process and hands targets on to its group.
+Letters: B samples, R rows of targets, D dimension of the embeddings.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+from torch import Tensor
+
+from megatron_sfr.data.documents import open_prepared
+from megatron_sfr.data.encoder import EncoderOptions, load_quietly
+from megatron_sfr.data.prefetch import Needs, Prefetcher
+from megatron_sfr.data.targets import EncoderIdentity, TargetStore, differences
+from megatron_sfr.runtime.backend import device
+from megatron_sfr.runtime.parallel import broadcast_over_tensor, data_rank, data_size, tensor_rank
+
+
+class OnlineTargets:
+    """What the last stage's ranks ask for the targets of a microbatch."""
+
+    def __init__(
+        self, folders: Sequence[Path], store: str, *, lookahead: int, encoder_device: str | None, threads: int
+    ) -> None:
+        """folders: the prepared folders of the run, as datasets number them. lookahead: microbatches."""
+        prepared = [open_prepared(folder) for folder in folders]
+        stores = [TargetStore.open(data.folder / store, data, partial=True) for data in prepared]
+        self._dim, self._prefetcher = stores[0].dim, None
+        if tensor_rank() == 0:
+            encoder = partial(load_quietly, stores[0].manifest.encoder, _options(stores, encoder_device))
+            self._prefetcher = Prefetcher(stores, encoder, lookahead=lookahead, threads=threads)
+
+    def follow(self, dataset: Any, sampler: MegatronPretrainingSampler) -> None:
+        """Training reads this dataset in this order, from where the sampler begins."""
+        if self._prefetcher is not None:
+            self._prefetcher.follow(needs_of(dataset, indices) for indices in sampler)
+
+    def targets(self, store_B: Tensor, row_BR: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """fp16 [B, R, D] on the device, and milliseconds waited for [1]; row -1 is padding, which is 0."""
+        found = torch.zeros(*row_BR.shape, self._dim, dtype=torch.float16)
+        waited = 0.0
+        if self._prefetcher is not None:
+            before = self._prefetcher.waited
+            for found_RD, store, row_R in zip(found.numpy(), store_B.tolist(), row_BR.numpy(), strict=True):
+                there = row_R >= 0
+                found_RD[there] = self._prefetcher.fetch(store, row_R[there])
+            waited = 1e3 * (self._prefetcher.waited - before)
+            if training:
+                self._prefetcher.advance()
+        wait = torch.tensor([waited], dtype=torch.float32)
+        target, wait = (x.to(device(), non_blocking=True) for x in (found, wait))
+        return broadcast_over_tensor(target), broadcast_over_tensor(wait)
+
+    def close(self) -> None:
+        """Ends the encoder's process; what it wrote stays."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+
+def needs_of(dataset: Any, indices: Sequence[int]) -> Needs:
+    """The rows of targets that a microbatch of a dataset, or of a blend, reads."""
+    if not isinstance(dataset, BlendedDataset):
+        return [dataset.segments(index) for index in indices]
+    parts = ((dataset.datasets[dataset.dataset_index[i]], dataset.dataset_sample_index[i]) for i in indices)
+    return [part.segments(int(index)) for part, index in parts]
+
+
+def sampler_of(args: Any, dataset: Any) -> MegatronPretrainingSampler:
+    """The order in which upstream's loader (dataloader_type single) reads a training dataset from here on."""
+    return MegatronPretrainingSampler(
+        total_samples=len(dataset),
+        consumed_samples=args.consumed_train_samples,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_rank=data_rank(),
+        data_parallel_size=data_size(),
+    )
+
+
+def _options(stores: Sequence[TargetStore], encoder_device: str | None) -> EncoderOptions:
+    """How the encoder of these stores is loaded; ValueError where they are of several."""
+    first = stores[0].manifest
+    for store in stores:
+        if changed := differences(store.manifest, first):
+            raise ValueError(
+                f"{store.folder} and {stores[0].folder} differ in {', '.join(changed)}: online targets have one "
+                "encoder; embed all data alike"
+            )
+    return options_of(first, encoder_device)
+
+
+def options_of(identity: EncoderIdentity, encoder_device: str | None) -> EncoderOptions:
+    """The options that give an encoder of this identity."""
+    return EncoderOptions(
+        pooling=identity.pooling,
+        normalize=identity.normalize,
+        prompt=identity.prompt,
+        max_length=identity.max_length or None,
+        dtype=identity.dtype,
+        device=encoder_device,
+        revision=identity.revision,
+    )
