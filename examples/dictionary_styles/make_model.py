@@ -5,7 +5,7 @@ python -m examples.dictionary_styles.make_model writes a Hugging Face folder wit
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 VOCABULARY = 8192
@@ -30,14 +30,15 @@ def texts(path: Path) -> Iterator[str]:
             yield from (message["content"] for message in row["messages"])
 
 
-def make_model(text: Path, output: Path) -> None:
+def make_model(text: Iterable[str], output: Path) -> None:
+    """Writes tokenizer and config to a folder; ValueError for a text too short for the vocabulary."""
     from transformers import GenerationConfig, Qwen3Config
 
     from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 
-    tokenizer = train_tokenizer(texts(text), VOCABULARY)
+    tokenizer = train_tokenizer(text, VOCABULARY)
     if len(tokenizer) != VOCABULARY:
-        raise ValueError(f"{text} gives a vocabulary of {len(tokenizer)}, not {VOCABULARY}: it is too short a text")
+        raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {VOCABULARY}: it is too short")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     output.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, output)
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     args = parser.parse_args(arguments)
     try:
-        make_model(args.text, args.output)
+        make_model(texts(args.text), args.output)
     except (ValueError, OSError) as error:
         print(f"make_model: error: {error}", file=sys.stderr)
         return 2
