@@ -23,7 +23,10 @@ Needs = Sequence[tuple[int, np.ndarray]]  # of one step: places of stores, and r
 
 
 class Prefetcher:
-    """One for each process that trains; several may fill the same stores. Close it, or use it in a `with`."""
+    """One for each process that trains; several may fill the same stores. Close it, or use it in a `with`.
+
+    Its methods may be called from any thread of that process, not from the workers of a DataLoader.
+    """
 
     def __init__(
         self,
