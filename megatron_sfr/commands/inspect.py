@@ -1,7 +1,7 @@
 """Show what is in a prepared folder: its counts, and a sample with what the model learns to write told apart.
 
 What the loss is on is green, the rest dim; without colour it stands in [[...]]. Beneath are the sample's anchors and
-the future text that each is to foresee.
+the future text that each is to foresee. Of documents it shows the counts, and the futures of one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_sfr.data.documents import PreparedDocuments
     from megatron_sfr.data.prepared import PreparedData
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -22,7 +23,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not command 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare or prepare-text"
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="this one, from 0 (a random one)")
     parser.add_argument("--seed", type=int, metavar="N", help="the same random samples each time")
     parser.add_argument("--anchors", type=int, default=8, metavar="N", help="how many to show (%(default)s)")
@@ -33,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.documents import PreparedDocuments, open_prepared
     from megatron_sfr.data.inspection import counts, tokenizer_of
     from megatron_sfr.data.inspection_page import SAMPLES, write_page
-    from megatron_sfr.data.prepared import PreparedData
 
-    data = PreparedData.open(args.data)
+    data = open_prepared(args.data)
+    if isinstance(data, PreparedDocuments):
+        return _run_on_documents(data, args)
     chosen = _choose(len(data), args.sample, args.seed, SAMPLES if args.html else 1)
-    print(data.folder)
-    for name, text in counts(data):
-        print(f"  {name:<14}{_safe(text)}")
+    _print_counts(data.folder, counts(data))
     if args.counts:
         return 0
     tokenizer = tokenizer_of(data, args.tokenizer)
@@ -51,6 +54,34 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(data, chosen[0], tokenizer, args.anchors, colour=_colour(args.color))
     return 0
+
+
+def _run_on_documents(data: PreparedDocuments, args: argparse.Namespace) -> int:
+    from megatron_sfr.data.inspection import document_counts, futures_of_document
+
+    if args.html:
+        raise ValueError("--html shows conversations; leave it out for documents")
+    (number,) = _choose(len(data), args.sample, args.seed, 1)
+    _print_counts(data.folder, document_counts(data))
+    if not args.counts:
+        futures = list(futures_of_document(data, number))
+        print(f"\ndocument {number}: {len(futures)} anchors")
+        for position, horizon, text in futures[: args.anchors]:
+            print(f"  after token {position}, horizon {horizon}")
+            print(textwrap.indent(_safe(text), "    "))
+        _print_rest(len(futures), args.anchors)
+    return 0
+
+
+def _print_counts(folder: Path, counts: list[tuple[str, str]]) -> None:
+    print(folder)
+    for name, text in counts:
+        print(f"  {name:<14}{_safe(text)}")
+
+
+def _print_rest(found: int, most: int) -> None:
+    if found > most:
+        print(f"  {found - most} more (--anchors {found})")
 
 
 def _choose(total: int, sample: int | None, seed: int | None, count: int) -> list[int]:
@@ -82,8 +113,7 @@ def _show(data: PreparedData, number: int, tokenizer: Any, most: int, *, colour:
         where = f"before token {future.ordinal} of {future.length} of reply {future.response + 1}"
         print(f"  position {future.position}, {where}, horizon {future.horizon}")
         print(textwrap.indent(_safe(future.text), "    "))
-    if len(futures) > most:
-        print(f"  {len(futures) - most} more (--anchors {len(futures)})")
+    _print_rest(len(futures), most)
 
 
 def _colour(choice: str) -> bool:

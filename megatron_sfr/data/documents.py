@@ -88,7 +88,9 @@ class PreparedDocuments:
     def __len__(self) -> int:
         return self.manifest.documents
 
-    def anchors(self, document: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def anchors(
+        self, document: int, start: int = 0, end: int = np.iinfo(np.int32).max
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Position, segment and horizon, int64 [A] each, of the anchors at start <= position < end of a document."""
         rows = self._anchors[self._offsets[document] : self._offsets[document + 1]]
         first, last = np.searchsorted(rows[:, 0], [start, end])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.documents import PreparedDocuments
 from megatron_sfr.data.formats import TITLES
 from megatron_sfr.data.horizons import format_horizons
 from megatron_sfr.data.prepared import PreparedData, Sample
@@ -104,6 +105,24 @@ def counts(data: PreparedData) -> list[tuple[str, str]]:
         ("segments", f"{m.segments:,} distinct"),
         ("personas", _personas(m.personas)),
     ]
+
+
+def document_counts(data: PreparedDocuments) -> list[tuple[str, str]]:
+    """What a folder of documents holds, as names and texts."""
+    m = data.manifest
+    return [
+        ("inputs", ", ".join(Path(record["path"]).name for record in m.inputs)),
+        ("documents", f"{m.documents:,}; {m.rejected:,} rejected"),
+        ("tokens", f"{m.tokens:,} in {data.corpus}.bin"),
+        ("anchors", f"{m.anchors:,} at {format_horizons(m.horizons)}, every {m.stride} tokens"),
+        ("segments", f"{m.segments:,} distinct, by {m.segmenter}"),
+    ]
+
+
+def futures_of_document(data: PreparedDocuments, number: int) -> Iterator[tuple[int, str, str]]:
+    """The anchors of a document, in order: position, horizon and the text that it is to foresee."""
+    for position, segment, horizon in zip(*data.anchors(number), strict=True):
+        yield int(position), format_horizons([data.manifest.horizons[horizon]]), data.segment_text(int(segment))
 
 
 def _personas(personas: dict[str, int]) -> str:

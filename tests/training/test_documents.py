@@ -13,6 +13,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from torch.utils.data import default_collate
 
+from megatron_sfr.cli import main
 from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.documents import PreparedDocuments, open_prepared
 from megatron_sfr.data.embedding import EmbedOptions, embed
@@ -203,3 +204,16 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, folder: Path, toke
     other = DocumentOptions(eod_token="<eod>")
     with pytest.raises(ValueError, match="no '<eod>' to end documents on; name one of its tokens with --eod-token"):
         prepare_documents([write_texts(tmp_path / "t")], tmp_path / "p", tokenizer, other, INDEXED, progress=False)
+
+
+def test_inspect_shows_counts_and_futures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = PreparedDocuments.open(folder)
+    position, segment, _ = prepared.anchors(1)
+    assert main(["inspect", "--data", str(folder), "--sample", "1", "--anchors", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(TEXTS)}; 0 rejected" in out
+    assert f"document 1: {len(position)} anchors" in out
+    for row in segment[:2]:
+        assert f"    {prepared.segment_text(row).strip()}" in out
+    assert f"{len(position) - 2} more" in out
+    assert main(["inspect", "--data", str(folder), "--html", "x.html"]) == 2
