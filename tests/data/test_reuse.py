@@ -119,21 +119,22 @@ def test_a_store_in_place_that_cannot_be_read_gives_nothing_and_says_so(old, tok
 
 
 def test_rows_beside_copied_ones_are_mended_with_the_bits_they_had(old, tokenizer_folder):
-    store = old / "targets"
+    store, options = old / "targets", replace(BLOCKS, batch_size=4, block_rows=16)
     write_prepared(old.parent, tokenizer_folder, [NEW, *ROWS], force=True)
-    run(old)
+    run(old, options=options)
     expected = np.fromfile(store / VECTORS, np.uint16).reshape(-1, 384)
     copied = np.fromfile(store / COPIED, bool)
-    mixed = [block for block in np.split(copied, range(3, len(copied), 3)) if block.any() and not block.all()]
-    assert mixed, "a block has rows of both kinds"
-    for row in np.flatnonzero(~copied):
-        damage_row(store, row)
-    run(old, verify=True)
+    assert copied[:16].any(), "rows of both kinds in one block"
+    new = np.flatnonzero(~copied[:16])
+    assert len(new) > 4, "and more than a batch of new ones"
+    damage_row(store, new[0])
+    damage_row(store, new[-1])
+    run(old, options=options, verify=True)
     assert (np.fromfile(store / VECTORS, np.uint16).reshape(-1, 384) == expected).all()
 
     first = np.flatnonzero(copied)[0]
     damage_row(store, first)
-    run(old, verify=True)
+    run(old, options=options, verify=True)
     found = np.fromfile(store / VECTORS, np.uint16).reshape(-1, 384)
     assert (np.delete(found, first, 0) == np.delete(expected, first, 0)).all()
     np.testing.assert_allclose(found[first].view(np.float16), expected[first].view(np.float16), atol=5e-4)
