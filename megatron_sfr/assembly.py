@@ -25,6 +25,7 @@ from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import adapt_config_to_cpu
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
+from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 from megatron_sfr.training.step import ForwardStep
 
 
@@ -51,9 +52,9 @@ def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep:
         sfr, targets = options(SFROptions, args), options(TargetOptions, args)
         term = FlowTerm(TermOptions(sfr, targets, options(GateOptions, args), options(FlowHeadOptions, args)))
     resets_attention = separator(args) is not None
-    return ForwardStep(
-        args.vocab_size, args.objective, objective, term, options(ScheduleOptions, args), resets_attention, data
-    )
+    lock_fork = LockFork(options(LockForkOptions, args), options(TargetOptions, args))
+    schedule = options(ScheduleOptions, args)
+    return ForwardStep(args.vocab_size, args.objective, objective, term, schedule, resets_attention, data, lock_fork)
 
 
 def head_plan(args: argparse.Namespace) -> FlowHeadPlan:

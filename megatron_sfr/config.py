@@ -27,6 +27,7 @@ from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
+from megatron_sfr.training.lock_fork import LockForkOptions
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PresetOptions:
 PARTS = (
     *(ObjectiveOptions, GEMOptions, SEDOptions),
     *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions),
-    *(LoadOptions, BackendOptions),
+    *(LockForkOptions, LoadOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

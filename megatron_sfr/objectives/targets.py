@@ -35,6 +35,13 @@ def scale_targets(x_1: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOpt
     return x_1 * root if options.sfr_target_scale == "sqrt_d" else x_1
 
 
+def unit_targets(x: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOptions) -> Tensor:
+    """The inverse of `scale_targets`, up to the length: points [..., D] at the flow's scale as embeddings."""
+    if options.sfr_target_scale == "whiten":
+        return x * std_D.clamp(min=SMALLEST / x.shape[-1] ** 0.5) + mean_D
+    return x
+
+
 def batch_moments(x_1: Tensor, weight: Tensor) -> Tensor:
     """[sum w, sum w x (D), sum w x^2 (D)] over embeddings [..., D] with weights [...]: float64 [1 + 2 D]."""
     x, w = x_1.double().flatten(0, -2), weight.double().flatten()

@@ -112,6 +112,20 @@ def token_loss(
 
 
 @torch.no_grad()
+def certainty(z_TV: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
+    """Entropy in nats and probability of the likeliest token: fp32 (or float64) [T] each.
+
+    With x_i = z_i - m and u = sum_i exp(x_i): H = ln u - sum_i exp(x_i) x_i / u, and the largest probability is 1 / u.
+    """
+    real_TV = vocab.real(z_TV)
+    none_T = torch.full((len(z_TV),), -1, dtype=torch.int64, device=z_TV.device)
+    zero_T = z_TV.new_zeros(len(z_TV), dtype=_accumulator(z_TV))
+    stats_TN = choose(z_TV).row_statistics(real_TV, none_T, zero_T, beta=1.0, moments=True, c=0.0, top_k=0)
+    rows = combine(vocab.gather(stats_TN), 1.0)
+    return rows.u.log() - rows.a_x / rows.u, 1 / rows.u
+
+
+@torch.no_grad()
 def logit_gradient(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab) -> Tensor:
     """Gradient of the summed loss in the logits [T, V], in their dtype, apart from autograd: for measuring it."""
     known, g_TV = _know(vocab.real(z_TV), y_T, objective, vocab), z_TV.clone()

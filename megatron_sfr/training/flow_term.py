@@ -45,6 +45,7 @@ class TermOptions:
 class Anchors(NamedTuple):
     """The anchors that this rank works on; padding weighs 0."""
 
+    position_BA: Tensor  # in the row of tokens
     sample_BA: Tensor  # with the place there, what keys the noise
     place_BA: Tensor
     horizon_BA: Tensor
@@ -161,7 +162,7 @@ class FlowTerm:
         all_BA = fields[0]
         if not whole:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
-        _, sample, place, horizon, weight, row = fields
+        position, sample, place, horizon, weight, row = fields
         state = head.state
         x_1 = scale_targets(batch["target"][sample_B1, row], state.target_mean, state.target_std, self.options.targets)
 
@@ -175,7 +176,7 @@ class FlowTerm:
 
         if "dataset_id" in batch:  # in a blend each dataset counts its own samples
             sample = sample + (batch["dataset_id"][:, None] << DATASET_BITS)
-        return Anchors(sample, place, horizon, weight, x_1), pick
+        return Anchors(position, sample, place, horizon, weight, x_1), pick
 
     def _noise(self, anchors: Anchors, first_draw: int) -> tuple[Tensor, Tensor]:
         dim, sfr = anchors.x_1_BAD.shape[-1], self.options.sfr

@@ -12,18 +12,19 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args
+from megatron.training import get_args, get_tensorboard_writer
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.objectives.schedule import Phase, ScheduleOptions, phase_at
-from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, token_loss
+from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, certainty, token_loss
 from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.attention import block_mask, packed_sequence
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
+from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
 
@@ -44,10 +45,11 @@ class ForwardStep:
         schedule: ScheduleOptions,
         resets_attention: bool,
         data: DataProvider | None = None,
+        lock_fork: LockFork | None = None,
     ) -> None:
         self.vocab_size, self.name, self.objective = vocab_size, name, objective
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
-        self.data = data
+        self.data, self.lock_fork = data, lock_fork
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
@@ -103,6 +105,8 @@ class ForwardStep:
         y_T = torch.where(batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
         vocab = Vocab(self.vocab_size, tensor_rank() * z_TV.shape[-1], tensor_group())
         term = None
+        if self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(get_args().curr_iteration):
+            self._look(head, batch, hidden_states, z_TV, vocab, config.sequence_parallel)
         if head is not None:
             if head.training and self._measured_step():
                 weight_VH = output_layer.weight if output_weight is None else output_weight
@@ -127,6 +131,22 @@ class ForwardStep:
         losses = self.term.losses(head, batch, sharded, self._phase().detach)
         powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
         self.measurement.add(get_args().curr_iteration, get_num_microbatches(), powers, head.state)
+
+    def _look(
+        self, head: FlowHead | None, batch: Batch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
+    ) -> None:
+        """Adds this microbatch to a look at Lock and Fork positions."""
+        assert self.lock_fork is not None
+        rows = len(batch["labels"])
+        entropy_BS, top_BS = (x.view(-1, rows).t() for x in certainty(z_TV, vocab))
+        if head is None or head.net is None:
+            sums = self.lock_fork.at_positions(entropy_BS, top_BS, batch["loss_mask"])
+        else:
+            assert self.term is not None
+            anchors, pick = self.term.anchors(head, batch, sharded)
+            h_BAH = pick(last_SBH if head.caught is None else head.caught)
+            sums = self.lock_fork.at_anchors(head, h_BAH, anchors, entropy_BS, top_BS, split=sharded)
+        self.lock_fork.add(get_args().curr_iteration, get_num_microbatches(), sums, get_tensorboard_writer())
 
     def _measured_step(self) -> bool:
         interval = self.schedule.sfr_measure_interval

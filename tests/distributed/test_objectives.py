@@ -14,6 +14,7 @@ from .test_layouts import MOMENT, difference
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = [name for layouts in OBJECTIVE_LAYOUTS.values() for name in layouts if name != "single"]
+LOOKED_AT = ("entropy", "lock share", "fork share", "lock entropy", "fork entropy", "future dispersion")
 CASES = [(objective, layout) for objective in OBJECTIVES for layout in LAYOUTS if has_layout(objective, layout)]
 
 
@@ -30,6 +31,7 @@ def check_equal_terms(expected: list[dict[str, float]], found: list[dict[str, fl
     for row, row_found in zip(expected, found, strict=True):
         ours = [t for t in row if t.startswith("sfr") or t.endswith("loss") or t == "grad-norm"]
         ours = [t for t in ours if not t.startswith("mtp")]  # upstream logs a mean of microbatch means
+        ours += [t for t in row if t in LOOKED_AT]
         assert [row_found[t] for t in ours] == pytest.approx([row[t] for t in ours], rel=2e-5, abs=1e-7)
 
 
@@ -48,6 +50,11 @@ def test_each_setting_does_something(runs: Path) -> None:
     for objective in ("gem", "sed", "dft"):
         assert last[objective][f"{objective} loss"] != pytest.approx(last[objective]["lm loss"], rel=1e-3)
     assert last["gate"]["sfr gate"] == 0
+    for objective in ("layer", "dft"):
+        assert all(0.05 < last[objective][share] < 0.95 for share in ("lock share", "fork share"))
+        assert last[objective]["lock entropy"] < last[objective]["entropy"] < last[objective]["fork entropy"]
+    assert 0.9 < last["layer"]["future dispersion"] < 1.1
+    assert "future dispersion" not in last["dft"]
     assert last["mtp"]["mtp_1 loss"] > 1
     states = {name: read_checkpoint(runs / f"{name}-single" / "iter_0000003") for name in OBJECTIVES}
     assert states["sed"]["flow_head.state.batches"] == 3

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_sfr.objectives.token_loss import IGNORED, logit_gradient, token_loss
+from megatron_sfr.objectives.token_loss import IGNORED, certainty, logit_gradient, token_loss
 from megatron_sfr.objectives.vocab import Vocab
 from tests.objectives.token_cases import OBJECTIVES, differentiated, labels, logits, written
 
@@ -176,3 +176,12 @@ def test_every_objective_is_the_loss_that_its_paper_writes(case: tuple[str, Tens
     assert (loss_T[~kept_T] == 0).all()
     assert (g_TV[~kept_T] == 0).all()
     assert (g_TV[:, size:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 9])
+def test_certainty_is_that_of_the_softmax_over_the_real_columns(size: int) -> None:
+    z = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    entropy, top = certainty(z, Vocab(size))
+    p = z[:, :size].softmax(-1)
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(-1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(top, p.amax(-1))

@@ -1,0 +1,103 @@
+"""Lock and Fork while a model trains: where the next token is all but settled, and where several futures are open.
+
+After "Embarrassingly Simple Self-Distillation" (arXiv 2604.01193). Every so many steps, over the global batch: the
+model's entropy and top-1 mass at each position, and at the anchors how far the flow head's samples of the future lie
+apart. Labels are the model's own, by fixed thresholds; `megatron-sfr diagnose` labels by a base model.
+
+Letters: B samples, S positions, A anchors, K samples of a future, D dimension of the embedding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sfr.flow.solver import integrate
+from megatron_sfr.model.flow_head import FlowHead
+from megatron_sfr.objectives.targets import TargetOptions, unit_targets
+from megatron_sfr.runtime import noise
+from megatron_sfr.runtime.parallel import sum_over_tensor
+from megatron_sfr.training.flow_term import Anchors, StepSums
+
+SEED, STREAM = 0, 5  # of the noise; the term has streams 0 and 1
+SAMPLES, STEPS = 8, 8  # K, and Euler steps from noise to a future
+
+
+@dataclass(frozen=True)
+class LockForkOptions:
+    """Which positions count as Locks and Forks, and how often they are looked at."""
+
+    sfr_lock_fork_interval: int = 0
+    """Steps between looks at Lock and Fork positions, whose share and entropies go to TensorBoard; 0: never."""
+    sfr_lock_entropy: float = 0.1
+    """Nats: a Lock has at most this entropy and ..."""
+    sfr_lock_top: float = 0.9
+    """... at least this probability on its likeliest token."""
+    sfr_fork_entropy: float = 1.0
+    """Nats: a Fork has at least this entropy and, with the flow head, ..."""
+    sfr_fork_dispersion: float = 0.3
+    """... a mean of 1 - cosine over pairs of the head's futures of at least this."""
+
+    def __post_init__(self) -> None:
+        if self.sfr_lock_fork_interval < 0:
+            raise ValueError(f"sfr_lock_fork_interval = {self.sfr_lock_fork_interval}: give at least 0")
+        if not 0 <= self.sfr_lock_entropy < self.sfr_fork_entropy:
+            raise ValueError("sfr_lock_entropy must not be negative, and lie below sfr_fork_entropy")
+
+
+class LockFork:
+    """Adds up the microbatches of a step that is looked at, and writes what they come to."""
+
+    def __init__(self, options: LockForkOptions, targets: TargetOptions) -> None:
+        self.options, self.targets, self.sums = options, targets, StepSums()
+
+    def is_due(self, step: int) -> bool:
+        interval = self.options.sfr_lock_fork_interval
+        return interval > 0 and step % interval == 0
+
+    def add(self, step: int, microbatches: int, sums: Tensor, writer: Any) -> None:
+        """sums: from below, equal on all tensor-parallel ranks. writer: TensorBoard's, or None."""
+        if (total := self.sums.add(step, microbatches, sums)) is None or writer is None:
+            return
+        n, locks, forks, entropy, lock_entropy, fork_entropy, dispersion = total.tolist()
+        found = {"entropy": entropy / max(n, 1), "lock share": locks / max(n, 1), "fork share": forks / max(n, 1)}
+        found |= {"lock entropy": lock_entropy / locks} if locks else {}
+        found |= {"fork entropy": fork_entropy / forks} if forks else {}
+        found |= {"future dispersion": dispersion / n} if dispersion else {}
+        for name, value in found.items():
+            writer.add_scalar(name, value, step + 1)
+
+    def at_positions(self, entropy_BS: Tensor, top_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """[n, Locks, Forks, and sums of entropy over all, Locks, Forks, and of dispersion] of all supervised positions:
+        without a head Forks are told by entropy alone."""
+        return self._sums(entropy_BS, top_BS, mask_BS > 0, torch.zeros_like(entropy_BS), 0.0)
+
+    @torch.no_grad()
+    def at_anchors(
+        self, head: FlowHead, h_BAH: Tensor, anchors: Anchors, entropy_BS: Tensor, top_BS: Tensor, *, split: bool
+    ) -> Tensor:
+        """The same of the anchors of the first horizon, with their futures. split: other ranks have other anchors."""
+        counted_BA = (anchors.weight_BA > 0) & (anchors.horizon_BA == 0)
+        entropy_BA, top_BA = (x.gather(1, anchors.position_BA) for x in (entropy_BS, top_BS))
+        wide_BA = self._dispersion(head, h_BAH, anchors)
+        sums = self._sums(entropy_BA, top_BA, counted_BA, wide_BA, self.options.sfr_fork_dispersion)
+        return sum_over_tensor(sums) if split else sums
+
+    def _dispersion(self, head: FlowHead, h_BAH: Tensor, anchors: Anchors) -> Tensor:
+        """Mean 1 - cosine over the pairs of K futures of each anchor: [B, A]."""
+        draw_K = torch.arange(SAMPLES, device=h_BAH.device)
+        key, place = anchors.sample_BA[:, :, None], anchors.place_BA[:, :, None]
+        x_0 = noise.normal(SEED, key, place, draw_K, head.dim, stream=STREAM)
+        h = h_BAH[:, :, None]
+        x_1 = integrate(lambda x, t: head(x, t, h, anchors.horizon_BA).float(), x_0, STEPS, "euler")
+        unit = F.normalize(unit_targets(x_1, head.state.target_mean, head.state.target_std, self.targets), dim=-1)
+        return 1 - (unit.sum(2).square().sum(-1) - SAMPLES) / (SAMPLES * (SAMPLES - 1))
+
+    def _sums(self, entropy: Tensor, top: Tensor, counted: Tensor, dispersion: Tensor, wide: float) -> Tensor:
+        o = self.options
+        lock = counted & (entropy <= o.sfr_lock_entropy) & (top >= o.sfr_lock_top)
+        fork = counted & (entropy >= o.sfr_fork_entropy) & (dispersion >= wide)
+        columns = [counted, lock, fork, counted * entropy, lock * entropy, fork * entropy, counted * dispersion]
+        return torch.stack([column.double().sum() for column in columns])
