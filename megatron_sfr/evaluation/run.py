@@ -31,7 +31,7 @@ def evaluate(
                 for prompt, row in zip(questions.prompts, rows, strict=True):
                     lines = (record(model.model, prompt, options, reply) for reply in row)
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    report = summarise([scorer.curve(model) for model in answered], axes, scorer.notes())
+    report = summarise([scorer.curve(model) for model in answered], axes, scorer.notes(), scorer.real())
     draw(report, output / picture, title)
     for name, text in (("report.md", markdown(report, title, picture)), ("evaluation.json", as_json(report))):
         with whole(output / name) as file:
