@@ -33,7 +33,7 @@ def test_generate_writes_every_reply_of_every_model(tiny_model: Path, data: Path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["replies.jsonl"]
     assert rows[0].keys() == {
         *("model", "prompt", "question", "persona", "sample"),
-        *("temperature", "text", "tokens", "logprob", "finished"),
+        *("seed", "temperature", "text", "tokens", "logprob", "finished"),
     }
     half = len(rows) // 2
     assert [row | {"model": "b"} for row in rows[:half]] == rows[half:]  # one model under two names: the same numbers
