@@ -5,7 +5,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "prepare", "embed", "calibrate-sed", "train", "convert", "generate", "evaluate", "doctor")
+COMMANDS = (
+    *("demo", "prepare", "embed", "calibrate-sed", "train", "convert"),
+    *("generate", "evaluate", "evaluate-code", "doctor"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
