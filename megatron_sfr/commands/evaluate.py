@@ -1,7 +1,8 @@
 """Compare models over a sweep of temperatures: diversity against quality.
 
-Every model answers the prompts of a file of conversations, whose replies are the references. Writes evaluation.json,
-report.md, samples.jsonl and frontier.png. The first model is the baseline of the others.
+Every model answers the prompts of a file of conversations, whose replies are the references. Writes report.html,
+which holds everything, report.md, evaluation.json, samples.jsonl and frontier.png. The first model is the baseline of
+the others.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def markdown(report: Report, title: str, picture: str) -> str:
     lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{note}" for note in report.notes)]
     for caption, table in loss_tables(report, str):
         lines += ["", f"{caption}:", "", *_markdown_table(table)]
-    lines += ["", *(f"- {name}: {metric(name).meaning}{_direction(name)}" for name in names)]
+    lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +98,8 @@ def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]
             yield title, [["model", *(name or "no persona" for name in names)], *rows]
 
 
-def _direction(name: str) -> str:
+def direction(name: str) -> str:
+    """Which way is better, where less is."""
     if not metric(name).lower:
         return ""
     return " (lower is more diverse)" if metric(name).kind == "diversity" else " (lower is better)"

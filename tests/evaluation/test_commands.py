@@ -1,6 +1,7 @@
 """`generate` and `evaluate` from the command line to their files, on a tiny model with random weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     models = ["--model", f"a={tiny_model}", f"b={tiny_model}", "--processes", "2"]
     assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("evaluation.json", "report.md", "samples.jsonl", "frontier.png"),
+        *("evaluation.json", "report.md", "report.html", "samples.jsonl", "frontier.png"),
     }
     assert len(read(tmp_path / "samples.jsonl")) == 2 * 2 * 2 * 9 * 3
     found = json.loads((tmp_path / "evaluation.json").read_text())
@@ -96,6 +97,10 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert "held-out replies" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "| model | temperature |" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert set(re.findall(r'src="(.{14})', page)) == {"data:image/png"}  # nothing is fetched
+    assert "http" not in page
+    assert page.count("<tr>") > 2 * 3 * 2  # samples alone: two prompts, three personas, two temperatures
 
 
 @pytest.mark.parametrize(("temperatures", "reason"), [(["1", "1"], "each once"), (["1"], "--one-temperature")])

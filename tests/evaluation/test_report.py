@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from megatron_sfr.evaluation.bootstrap import Estimate
 from megatron_sfr.evaluation.curves import Curve, Loss
 from megatron_sfr.evaluation.frontier import Gap
+from megatron_sfr.evaluation.page import page
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise, verdict
 from megatron_sfr.evaluation.tables import as_json, columns, markdown, terminal, whole
@@ -72,6 +75,18 @@ def test_quality_comes_before_diversity(report: Report) -> None:
     """So that no diversity is read without what it cost."""
     mixed = {name: report.scores["CE"]["precision"] for name in ("distinct-2", "coverage, far", "loops", "context")}
     assert columns(replace(report, scores={"CE": mixed})) == ["context", "loops", "coverage, far", "distinct-2"]
+
+
+def test_the_page_tells_what_moved_from_what_did_not(report: Report) -> None:
+    moved, still = GAP, replace(GAP, estimate=Estimate(0.02, -0.01, 0.03, 20))
+    text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", [["question", "CE"], ["why?", "<b>& so on"]])
+    first, second = text.index("What moved beyond noise"), text.index("What did not")
+    assert first < text.index("SFR lies higher") < second < text.index("no difference beyond noise")
+    assert "A &lt;title&gt;" in text
+    assert "&lt;b&gt;&amp; so on" in text
+    html = ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>|<img[^>]*>", "", text))  # every tag is closed
+    rows = [["".join(cell.itertext()) for cell in row] for row in html.iter("tr")]
+    assert ["real", "-", "1.000 [1.000, 1.000]", "0.250 [0.250, 0.250]"] in rows
 
 
 def test_json_holds_everything_and_no_nan(report: Report) -> None:
