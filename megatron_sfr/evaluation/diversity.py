@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.flow.clusters import spread
+
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams of words over all n-grams of words in the texts, in (0, 1] (Li et al., NAACL 2016).
@@ -60,12 +62,7 @@ def embedding_spread(vectors: np.ndarray) -> float:
 
     Incoherence saturates it: nonsense is more spread than any set of real answers.
     """
-    n = len(vectors)
-    if n < 2:
-        return float("nan")
-    total = np.square(np.linalg.norm(vectors.sum(axis=0, dtype=np.float64)))
-    own = np.square(vectors, dtype=np.float64).sum()
-    return float(1 - (total - own) / (n * (n - 1)))
+    return float(spread(vectors))
 
 
 def vendi_score(vectors: np.ndarray) -> float:
