@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     *("demo", "prepare", "embed", "calibrate-sed", "train", "convert"),
-    *("generate", "evaluate", "evaluate-code", "doctor"),
+    *("generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
 )
 
 
