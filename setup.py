@@ -28,6 +28,7 @@ setup(
         "psutil",  # megatron-core saves torch_dist checkpoints with it and does not ask for it
         "tensorboard",
         "sacrebleu",
+        "scikit-learn",
         "matplotlib",
         "tqdm",
     ],

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = (
-    *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train"),
-    *("convert", "generate", "evaluate", "doctor"),
+    *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train", "convert"),
+    *("generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
 )
 
 

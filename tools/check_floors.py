@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = "megatron_sfr"
 FLOORS = {
-    **dict.fromkeys(("data", "flow", "kernels", "runtime"), 1),
+    **dict.fromkeys(("data", "flow", "kernels", "pages", "runtime"), 1),
     **dict.fromkeys(("model", "objectives"), 2),
     **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "conflicts"), 3),
     "config": 4,

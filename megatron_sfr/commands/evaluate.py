@@ -1,13 +1,20 @@
 """Compare models over a sweep of temperatures: diversity against quality.
 
-Every model answers the prompts of a file of conversations, whose replies are the references. Writes evaluation.json,
-report.md, samples.jsonl and frontier.png. The first model is the baseline of the others.
+Every model answers the prompts of a file of conversations, whose replies are the references. Writes report.html,
+which holds everything, report.md, evaluation.json, samples.jsonl and frontier.png. The first model is the baseline of
+the others.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sfr.commands.generate import add_model_arguments, model_folders, sampling_options
+
+if TYPE_CHECKING:
+    from megatron_sfr.evaluation.prompts import Asked
+    from megatron_sfr.evaluation.style import StyleJudge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--temperatures", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.3], metavar="T", help="(0.5 0.7 1.0 1.3)"
+    )
+    parser.add_argument(
+        "--one-temperature", action="store_true", help="accept a single temperature, which says little of diversity"
     )
     parser.add_argument("--limit", type=int, default=64, help="at most this many different prompts (%(default)s)")
     parser.add_argument("--encoder", default="minilm", metavar="NAME_OR_DIR", help="sentence encoder (%(default)s)")
@@ -44,11 +54,13 @@ def run(args: argparse.Namespace) -> int:
         temperatures=tuple(sorted(args.temperatures)),
         pairs=args.pairs,
         embedded=args.embedded,
+        one_temperature=args.one_temperature,
     )
+    judge = style_judge(asked)
     encoder = Encoder(args.encoder, EncoderOptions(device=args.device))
-    scorer = Scorer(asked, {"held-out replies": asked}, options, encoder)
-    personas = {entry.prompt.persona for entry in asked}
-    axes = [Axes("relevance", "self-BLEU-4"), *([Axes("style", "CS-SB-1")] if len(personas) > 1 else [])]
+    scorer = Scorer(asked, {"held-out replies": asked}, options, encoder, judge=judge)
+    axes = [Axes("relevance", "self-BLEU-4"), Axes("relevance", "modes")]
+    axes += [Axes("style fidelity", "CS-SB-1")] if judge else []
     evaluate(
         model_folders(args.model),
         scorer,
@@ -59,3 +71,13 @@ def run(args: argparse.Namespace) -> int:
         hardware=Hardware(args.device, args.dtype, args.processes),
     )
     return 0
+
+
+def style_judge(asked: "Sequence[Asked]") -> "StyleJudge | None":
+    """Trained on the replies of the data; None where they have one persona or one prompt only."""
+    from megatron_sfr.evaluation.style import Styled, StyleJudge
+
+    rows = [Styled(entry.prompt.shared, entry.prompt.persona or "", text) for entry in asked for text in entry.texts]
+    if len({row.persona for row in rows}) < 2 or len({row.shared for row in rows}) < 2:
+        return None
+    return StyleJudge(rows)

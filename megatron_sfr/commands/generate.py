@@ -1,11 +1,17 @@
 """Sample replies from Hugging Face models.
 
 One prompt is answered on the terminal; a file of prompts is answered into a JSONL file. Equal commands give equal
-replies, and several models share their random numbers.
+replies, and several models share their random numbers. A run that was stopped goes on when it is started again, and
+writes the same file in the end.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sfr.evaluation.prompts import Prompt
+    from megatron_sfr.evaluation.sampling import SamplingOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,39 +45,71 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import contextlib
-    import json
-
-    from tqdm import tqdm
-
     from megatron_sfr.evaluation.prompts import ask, read_prompts
-    from megatron_sfr.evaluation.sampling import load_model, record, sample
-    from megatron_sfr.evaluation.tables import whole
 
     if args.prompts is not None and args.persona is not None:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
-    if args.prompts is not None and args.output is None:
-        raise ValueError("--prompts needs --output FILE for the replies")
+    if (args.prompts is None) != (args.output is None):
+        raise ValueError("--prompts needs --output FILE for the replies; --prompt has none, it answers on the terminal")
     prompts = read_prompts(args.prompts) if args.prompts else [ask(args.prompt, args.persona)]
     options = sampling_options(args)
     folders = model_folders(args.model)
-    total = len(folders) * len(prompts) * options.samples
+    answer = _write if args.output else _print
+    answer(args, folders, prompts, options)
+    return 0
+
+
+def _write(
+    args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
+) -> None:
+    """Every reply of every model as a line, from where an earlier run was stopped."""
+    import json
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from megatron_sfr.evaluation.resumable import contents_of, resumable
+    from megatron_sfr.evaluation.sampling import check_folder, load_model, record, sample
+
+    each = len(prompts) * options.samples
+    for folder in folders.values():
+        check_folder(folder)
+    identity = {
+        "models": {name: contents_of(folder) for name, folder in folders.items()},
+        "prompts": [prompt.messages for prompt in prompts],
+        "personas": [prompt.persona for prompt in prompts],
+        "options": asdict(options) | {"device": args.device, "dtype": args.dtype},
+    }
+
+    def boundary(lines: int) -> int:
+        """Whole batches: a batch that was cut off is drawn again as it was, to the last bit of its rounding."""
+        return lines - lines % each % options.batch_size
+
+    total = len(folders) * each
     with (
-        whole(args.output) if args.output else contextlib.nullcontext() as file,
-        tqdm(total=total, unit="reply", disable=args.prompt is not None, dynamic_ncols=True) as bar,
+        resumable(args.output, identity, boundary) as (file, done),
+        tqdm(total=total, initial=done, unit="reply", dynamic_ncols=True) as bar,
     ):
-        for name, folder in folders.items():
+        for name, folder in list(folders.items())[done // each :]:
             bar.set_description(name)
             model = load_model(name, folder, device=args.device, dtype=args.dtype)
-            for p, reply in sample(model, prompts, options):
-                if file is not None:
-                    file.write(json.dumps(record(name, prompts[p], options, reply), ensure_ascii=False) + "\n")
-                if args.prompt is not None:
-                    print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
+            for p, reply in sample(model, prompts, options, start=done % each):
+                file.write(json.dumps(record(name, prompts[p], options, reply), ensure_ascii=False) + "\n")
                 bar.update()
-    if args.output:
-        print(f"{args.output}: {total:,} replies")
-    return 0
+            done = 0
+    print(f"{args.output}: {total:,} replies")
+
+
+def _print(
+    args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
+) -> None:
+    """Every model's replies on the terminal."""
+    from megatron_sfr.evaluation.sampling import load_model, sample
+
+    for name, folder in folders.items():
+        model = load_model(name, folder, device=args.device, dtype=args.dtype)
+        for _, reply in sample(model, prompts, options):
+            print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:

@@ -8,12 +8,17 @@ import numpy as np
 
 from megatron_sfr.data.encoder import Encoder
 from megatron_sfr.evaluation.answers import Answers, Questions
-from megatron_sfr.evaluation.diversity import cross_style_bleu, distinct_n, embedding_spread, self_bleu
+from megatron_sfr.evaluation.diversity import cross_style_bleu, distinct_n, embedding_spread, self_bleu, vendi_score
+from megatron_sfr.evaluation.metrics import CROSS_STYLE_ORDERS
+from megatron_sfr.evaluation.modes import THRESHOLD, mode_coverage
 from megatron_sfr.evaluation.prompts import Asked
-from megatron_sfr.evaluation.quality import Truth, relevance, style_match, true_scores
+from megatron_sfr.evaluation.quality import Truth, context_relevance, relevance, style_match, true_scores
+from megatron_sfr.evaluation.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.sampling import SamplingOptions
+from megatron_sfr.evaluation.style import StyleJudge
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
+AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can be held against other real replies only
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,17 @@ class EvaluationOptions:
     pairs: int = 16  # BLEU comparisons: for each prompt and persona (self-BLEU), for each prompt (cross-style BLEU)
     embedded: int = 4  # replies embedded for each prompt and persona
     embedded_prompts: int = 32  # shared prompts whose replies are embedded
+    mode_threshold: float = THRESHOLD
+    one_temperature: bool = False  # diversity at one temperature says little: it has to be asked for
 
     def __post_init__(self) -> None:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError("temperatures: give at least one, each once")
+        if len(self.temperatures) < 2 and not self.one_temperature:
+            raise ValueError(
+                "one temperature cannot tell diversity from a warmer model: give two or more, "
+                "or insist with --one-temperature"
+            )
         for name in ("pairs", "embedded", "embedded_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -46,15 +58,19 @@ class Loss:
         """Nats a token [P]; NaN for a prompt without replies in this set."""
         return self.nll / np.where(self.tokens > 0, self.tokens, np.nan)
 
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.nll + other.nll, self.tokens + other.tokens)
+
 
 @dataclass(frozen=True)
 class Curve:
-    """A model over the temperatures: each score [T, P], and its losses on named sets of real replies."""
+    """A model over the temperatures: each score [T, P], and its losses on real replies, by named set and by persona."""
 
     model: str
     temperatures: tuple[float, ...]
     scores: Scores
     losses: dict[str, Loss]
+    personas: dict[str, Loss]
 
 
 class Scorer:
@@ -67,18 +83,19 @@ class Scorer:
         options: EvaluationOptions,
         encoder: Encoder,
         truth: Truth | None = None,
+        judge: StyleJudge | None = None,
     ) -> None:
         """asked: the prompts, with the replies that relevance and style refer to; sets: replies for the loss."""
         self.asked, self.options = asked, options
-        self._sets, self._encoder, self._truth = sets, encoder, truth
+        self._sets, self._encoder, self._truth, self._judge = sets, encoder, truth, judge
         self._cells: dict[str, list[int]] = defaultdict(list)
         for i, entry in enumerate(asked):
             self._cells[entry.prompt.shared].append(i)
         self.prompts = list(self._cells)
         count = min(options.embedded_prompts, len(self.prompts))
         self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
-        texts = [entry.texts if entry.prompt.shared in self._embedded else [] for entry in asked]
-        self._references = self._embed(texts)
+        self._references = self._embed([entry.texts for entry in asked])
+        self._questions = self._embed([[entry.prompt.question] for entry in asked])
 
     def questions(self) -> Questions:
         """What every model is asked."""
@@ -95,61 +112,104 @@ class Scorer:
         return [
             f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona, {options.sampling.samples} "
             "replies to each pair at each temperature; models share random numbers.",
-            f"BLEU: at most {options.pairs} comparisons a pair (self-BLEU) or a prompt (CS-SB). relevance, style and "
-            f"spread: {options.embedded} replies a pair on {len(self._embedded)} prompts, embedded by "
-            f"{self._encoder.identity.encoder}; incoherent text has a high spread too.",
+            f"BLEU is quadratic in the replies and capped: at most {options.pairs} comparisons, drawn by seed, a pair "
+            "(self-BLEU) or a prompt (CS-SB).",
+            f"What is embedded (relevance, style, context, modes, spread, Vendi): {options.embedded} replies a pair on "
+            f"{len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. Modes "
+            f"are clusters of real replies at cosine {options.mode_threshold:g}. A loop has {LOOP} words or more.",
+            "real: the data's own replies, judged as a model's; against other real replies where a score needs them. "
+            "Their number differs from the models', and with it what grows with numbers.",
         ]
 
     def scores(self, replies: Sequence[Sequence[str]]) -> Scores:
         """Every score of one model at one temperature; replies [entries of asked][samples]."""
-        chosen = [
-            list(texts[: self.options.embedded]) if entry.prompt.shared in self._embedded else []
-            for entry, texts in zip(self.asked, replies, strict=True)
-        ]
-        vectors = self._embed(chosen)
-        rows = [self._score_prompt(cells, replies, vectors) for cells in self._cells.values()]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        vectors = self._embed([texts[: self.options.embedded] for texts in replies])
+        return self._score(replies, vectors, self._references)
+
+    def real(self) -> Scores:
+        """Every score of the real replies themselves, judged as a model's are.
+
+        Where a score refers to real replies, every other one is held against the rest; NaN where a prompt has one.
+        """
+        texts, vectors = [entry.texts for entry in self.asked], self._references
+        held, rest = ([rows[start::2] for rows in vectors] for start in (1, 0))
+        halves = self._score([row[1::2] for row in texts], held, rest)
+        return self._score(texts, vectors, vectors) | {name: halves[name] for name in AGAINST_REFERENCES}
 
     def curve(self, answers: Answers) -> Curve:
         """Every score of a model at every temperature, and its losses."""
         scores = [self.scores([[reply.text for reply in row] for row in rows]) for rows in answers.replies]
         stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
-        losses = {name: self._loss(self._sets[name], *found) for name, found in answers.losses.items()}
-        return Curve(answers.model, self.options.temperatures, stacked, losses)
+        losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
+        nothing = Loss(*np.zeros((2, len(self.prompts))))
+        whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
+        personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
+        spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
+        return Curve(answers.model, self.options.temperatures, stacked, whole, spoken)
 
-    def _loss(self, asked: Sequence[Asked], nll: np.ndarray, tokens: np.ndarray) -> Loss:
-        """Losses of a set's replies, gathered by shared prompt."""
+    def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
+        """Losses of a set's replies for each persona, gathered by shared prompt."""
         place = {shared: i for i, shared in enumerate(self.prompts)}
-        index = np.array([place[entry.prompt.shared] for entry in asked for _ in entry.references], dtype=int)
-        return Loss(*(np.bincount(index, values, len(place)) for values in (nll, tokens)))
+        entries = [entry for entry in self._sets[name] for _ in entry.references]
+        index = np.array([place[entry.prompt.shared] for entry in entries], dtype=int)
+        speaker = np.array([entry.prompt.persona or "" for entry in entries], dtype=object)
+        return {
+            persona: Loss(*(np.bincount(index, values * (speaker == persona), len(place)) for values in (nll, tokens)))
+            for persona in sorted(set(speaker))
+        }
+
+    def _score(
+        self, replies: Sequence[Sequence[str]], vectors: Sequence[np.ndarray], references: Sequence[np.ndarray]
+    ) -> Scores:
+        """Scores by shared prompt; replies, their vectors and the references by entry of asked."""
+        rows = [self._score_prompt(cells, replies, vectors, references) for cells in self._cells.values()]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def _score_prompt(
-        self, cells: Sequence[int], replies: Sequence[Sequence[str]], vectors: Sequence[np.ndarray]
+        self,
+        cells: Sequence[int],
+        replies: Sequence[Sequence[str]],
+        vectors: Sequence[np.ndarray],
+        references: Sequence[np.ndarray],
     ) -> dict[str, float]:
         """Scores of one shared prompt: means over its personas, and the comparison between them."""
-        references = {self.asked[i].prompt.persona or "": self._references[i] for i in cells}
-        by_cell = [self._score_cell(i, replies[i], vectors[i], references) for i in cells]
+        real = {self.asked[i].prompt.persona or "": references[i] for i in cells}
+        by_cell = [self._score_cell(i, replies[i], vectors[i], real) for i in cells]
         means = {name: _mean([row[name] for row in by_cell]) for name in by_cell[0]}
         by_persona = {self.asked[i].prompt.persona or "": replies[i] for i in cells}
         seed = self.asked[cells[0]].prompt.key
-        means["CS-SB-1"] = cross_style_bleu(by_persona, 1, pairs=self.options.pairs, seed=seed)
+        for n in CROSS_STYLE_ORDERS:
+            means[f"CS-SB-{n}"] = cross_style_bleu(by_persona, n, pairs=self.options.pairs, seed=seed)
         return means
 
     def _score_cell(
         self, i: int, texts: Sequence[str], vectors: np.ndarray, references: Mapping[str, np.ndarray]
     ) -> dict[str, float]:
         prompt = self.asked[i].prompt
+        persona = prompt.persona or ""
+        judge = self._judge
         true = true_scores(self._truth, prompt, texts) if self._truth else {}
         return true | {
-            "relevance": relevance(vectors, self._references[i]),
-            "style": style_match(vectors, prompt.persona or "", references),
+            "style fidelity": judge.share(prompt.shared, persona, texts) if judge else float("nan"),
+            "relevance": relevance(vectors, references[persona]),
+            "style": style_match(vectors, persona, references),
+            "context": context_relevance(vectors, self._questions[i]),
+            "loops": loop_share(texts),
+            "modes": mode_coverage(vectors, references[persona], self.options.mode_threshold),
             "distinct-2": distinct_n(texts, 2),
             "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key),
             "spread": embedding_spread(vectors),
+            "Vendi": vendi_score(vectors),
         }
 
-    def _embed(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Unit vectors [texts, dim] for each list of texts; each distinct text is encoded once, long with long."""
+    def _embed(self, rows: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Unit vectors [texts, dim] for the texts of each entry of asked, none where its prompt is not embedded.
+
+        Each distinct text is encoded once, long with long.
+        """
+        texts = [
+            row if entry.prompt.shared in self._embedded else [] for entry, row in zip(self.asked, rows, strict=True)
+        ]
         distinct = sorted({text for row in texts for text in row}, key=len)
         vector: dict[str, np.ndarray] = {}
         for start in range(0, len(distinct), 64):

@@ -1,4 +1,4 @@
-"""How different texts are: distinct-n, self-BLEU, cross-style BLEU, embedding spread. Pure functions.
+"""How different texts are: distinct-n, self-BLEU, cross-style BLEU, embedding spread, Vendi score. Pure functions.
 
 None of them means anything without a measure of quality beside it: noise is diverse.
 """
@@ -10,6 +10,8 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
+
+from megatron_sfr.flow.clusters import spread
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -60,12 +62,22 @@ def embedding_spread(vectors: np.ndarray) -> float:
 
     Incoherence saturates it: nonsense is more spread than any set of real answers.
     """
+    return float(spread(vectors))
+
+
+def vendi_score(vectors: np.ndarray) -> float:
+    """exp(-sum_i l_i ln l_i) in [1, n], l_i the eigenvalues of K / n, K the cosines of n unit vectors [n, dim].
+
+    The effective number of different texts (Friedman and Dieng, arXiv 2210.02410): 1 where all are alike, n where all
+    are at right angles. Like the spread it counts nonsense as diverse. NaN for none.
+    """
     n = len(vectors)
-    if n < 2:
+    if not n:
         return float("nan")
-    total = np.square(np.linalg.norm(vectors.sum(axis=0, dtype=np.float64)))
-    own = np.square(vectors, dtype=np.float64).sum()
-    return float(1 - (total - own) / (n * (n - 1)))
+    x = vectors.astype(np.float64)
+    eigenvalues = np.linalg.eigvalsh((x @ x.T if n <= x.shape[1] else x.T @ x) / n)
+    known = eigenvalues[eigenvalues > 0]
+    return float(np.exp(-np.sum(known * np.log(known))))
 
 
 def _draw[T](items: list[T], count: int, seed: int) -> list[T]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_sfr.evaluation.bootstrap import Estimate
-from megatron_sfr.evaluation.report import LOWER_IS_MORE_DIVERSE, Axes, Report
+from megatron_sfr.evaluation.report import Axes, Report
 
 COLOURS = ("#4c566a", "#d1495b", "#2e86ab", "#8f6bb3", "#3a7d44", "#c98a1b")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -57,7 +57,7 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
 
 
 def _turn(estimate: Estimate, axes: Axes) -> Estimate:
-    if axes.diversity not in LOWER_IS_MORE_DIVERSE:
+    if not axes.is_turned:
         return estimate
     return Estimate(1 - estimate.mean, 1 - estimate.high, 1 - estimate.low, estimate.n)
 

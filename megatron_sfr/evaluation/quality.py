@@ -33,21 +33,28 @@ class Truth(Protocol):
 def true_scores(truth: Truth, prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     """Precision (share right in content and persona), fidelity (share in the persona), coverage of each set of modes.
 
-    Coverage is the share of a set that at least one right reply says: it rises with the number of texts.
+    Coverage is the share of a set that at least one right reply says: it rises with the number of texts. Without texts
+    the shares are NaN and nothing is covered.
     """
+    n = len(texts) or float("nan")
     judgements = [truth.judge(prompt, text) for text in texts]
     right = [judged.mode for judged in judgements if judged.mode is not None and judged.is_faithful]
     coverage = {
         f"coverage, {name}": len(modes.intersection(right)) / len(modes) if modes else float("nan")
         for name, modes in truth.modes(prompt).items()
     }
-    fidelity = sum(judged.is_faithful for judged in judgements) / len(texts)
-    return {"precision": len(right) / len(texts), "fidelity": fidelity, **coverage}
+    fidelity = sum(judged.is_faithful for judged in judgements) / n
+    return {"precision": len(right) / n, "fidelity": fidelity, **coverage}
 
 
 def relevance(vectors: np.ndarray, references: np.ndarray) -> float:
     """Mean cosine of a text [n, dim] to the nearest real reply [m, dim]; all are unit vectors. NaN without any."""
     return float((vectors @ references.T).max(axis=1).mean()) if len(vectors) and len(references) else float("nan")
+
+
+def context_relevance(vectors: np.ndarray, question: np.ndarray) -> float:
+    """Mean cosine of a text [n, dim] to the question [1, dim]; all are unit vectors. NaN without either."""
+    return float((vectors @ question.T).mean()) if len(vectors) and len(question) else float("nan")
 
 
 def style_match(vectors: np.ndarray, persona: str, references: Mapping[str, np.ndarray]) -> float:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
-from megatron_sfr.evaluation.curves import Curve
+from megatron_sfr.evaluation.curves import Curve, Loss, Scores
 from megatron_sfr.evaluation.frontier import Gap, bootstrap_gap
-
-LOWER_IS_MORE_DIVERSE = ("self-BLEU-4", "CS-SB-1")
+from megatron_sfr.evaluation.metrics import metric
 
 
 @dataclass(frozen=True)
@@ -20,30 +19,40 @@ class Axes:
     diversity: str
 
     @property
+    def is_turned(self) -> bool:
+        """Whether the picture shows 1 - diversity."""
+        return metric(self.diversity).lower
+
+    @property
     def label(self) -> str:
-        return f"1 − {self.diversity}" if self.diversity in LOWER_IS_MORE_DIVERSE else self.diversity
+        return f"1 − {self.diversity}" if self.is_turned else self.diversity
 
     def of(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
         """(quality, diversity), each [T, P]."""
         diversity = curve.scores[self.diversity]
-        return curve.scores[self.quality], 1 - diversity if self.diversity in LOWER_IS_MORE_DIVERSE else diversity
+        return curve.scores[self.quality], 1 - diversity if self.is_turned else diversity
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told. scores: model, score, one a temperature; losses: model, set of replies, nats a token."""
+    """All that is told. scores: model, score, one a temperature; losses: model, set of replies, nats a token.
+
+    real: score of the real replies. perplexities: model, persona, exp of the nats a token of that persona's replies.
+    """
 
     prompts: int  # shared prompts: what is resampled
     temperatures: tuple[float, ...]
     axes: tuple[Axes, ...]
     scores: dict[str, dict[str, list[Estimate]]]
+    real: dict[str, Estimate]
     losses: dict[str, dict[str, Estimate]]
+    perplexities: dict[str, dict[str, Estimate]]
     gaps: list[Gap]
     notes: tuple[str, ...]
 
 
-def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str]) -> Report:
-    """Every model's estimates, and its gap to the first model on all axes."""
+def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str], real: Scores) -> Report:
+    """Every model's estimates, and its gap to the first model on all axes; real: the real replies' own scores."""
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
     return Report(
@@ -54,9 +63,10 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
             curve.model: {name: [estimate(row) for row in rows] for name, rows in curve.scores.items()}
             for curve in curves
         },
-        losses={
-            curve.model: {name: estimate(loss.per_token, loss.tokens) for name, loss in curve.losses.items()}
-            for curve in curves
+        real={name: estimate(row) for name, row in real.items()},
+        losses={curve.model: {name: _nats(loss) for name, loss in curve.losses.items()} for curve in curves},
+        perplexities={
+            curve.model: {name: _exp(_nats(loss)) for name, loss in curve.personas.items()} for curve in curves
         },
         gaps=[
             Gap(
@@ -71,6 +81,16 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
         ],
         notes=tuple(notes),
     )
+
+
+def _nats(loss: Loss) -> Estimate:
+    return estimate(loss.per_token, loss.tokens)
+
+
+def _exp(nats: Estimate) -> Estimate:
+    """Of mean and interval: exp is monotone, so the quantiles are those of the perplexity."""
+    mean, low, high = np.exp([nats.mean, nats.low, nats.high]).tolist()
+    return Estimate(mean, low, high, nats.n)
 
 
 def verdict(gap: Gap) -> str:

@@ -1,4 +1,4 @@
-"""A whole evaluation: models in, a table on the terminal and four files out."""
+"""A whole evaluation: models in, a table on the terminal and five files out."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_sfr.evaluation.answers import Hardware, answers
 from megatron_sfr.evaluation.curves import Scorer
+from megatron_sfr.evaluation.page import page, side_by_side
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise
 from megatron_sfr.evaluation.sampling import record
@@ -31,9 +32,15 @@ def evaluate(
                 for prompt, row in zip(questions.prompts, rows, strict=True):
                     lines = (record(model.model, prompt, options, reply) for reply in row)
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    report = summarise([scorer.curve(model) for model in answered], axes, scorer.notes())
+    report = summarise([scorer.curve(model) for model in answered], axes, scorer.notes(), scorer.real())
     draw(report, output / picture, title)
-    for name, text in (("report.md", markdown(report, title, picture)), ("evaluation.json", as_json(report))):
+    samples = side_by_side(scorer.asked, answered, report.temperatures)
+    pages = {
+        "report.md": markdown(report, title, picture),
+        "report.html": page(report, title, (output / picture).read_bytes(), samples),
+        "evaluation.json": as_json(report),
+    }
+    for name, text in pages.items():
         with whole(output / name) as file:
             file.write(text)
     print(terminal(report), flush=True)

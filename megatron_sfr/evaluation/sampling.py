@@ -71,8 +71,7 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
+    check_folder(folder)
     tokenizer = load_tokenizer(str(folder))
     disable_progress_bar()
     try:
@@ -87,12 +86,23 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
     return Model(name, network, tokenizer, tuple(ends) if isinstance(ends, list) else (ends,))
 
 
-def sample(model: Model, prompts: Sequence[Prompt], options: SamplingOptions) -> Iterator[tuple[int, Sampled]]:
-    """(index of the prompt, reply), `options.samples` of each prompt, batch by batch; short prompts come first."""
+def check_folder(folder: Path) -> None:
+    """ValueError where a folder cannot be a Hugging Face model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
+
+
+def sample(
+    model: Model, prompts: Sequence[Prompt], options: SamplingOptions, *, start: int = 0
+) -> Iterator[tuple[int, Sampled]]:
+    """(index of the prompt, reply), `options.samples` of each prompt, batch by batch; short prompts come first.
+
+    The first `start` replies, whole batches, are left out.
+    """
     ids = [_token_ids(model, prompt) for prompt in prompts]
     rows = [(p, s) for p in sorted(range(len(prompts)), key=lambda p: len(ids[p])) for s in range(options.samples)]
-    for start in range(0, len(rows), options.batch_size):
-        batch = rows[start : start + options.batch_size]
+    for begin in range(start, len(rows), options.batch_size):
+        batch = rows[begin : begin + options.batch_size]
         yield from zip((p for p, _ in batch), _sample_batch(model, prompts, ids, batch, options), strict=True)
 
 
@@ -104,6 +114,7 @@ def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) 
         "question": prompt.question,
         "persona": prompt.persona,
         "sample": reply.sample,
+        "seed": options.seed,
         "temperature": options.temperature,
         "text": reply.text,
         "tokens": len(reply.tokens),

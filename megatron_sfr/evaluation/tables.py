@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sfr.evaluation.bootstrap import Estimate
+from megatron_sfr.evaluation.metrics import METRICS, metric
 from megatron_sfr.evaluation.report import Report, verdict
 
 INTERVALS = (
@@ -34,26 +35,26 @@ def whole(path: Path) -> Iterator[IO[str]]:
 
 def terminal(report: Report) -> str:
     """The table for the terminal (mean ± half the interval), the losses, and what the comparison says."""
-    names = _columns(report)
+    names = [name for name in columns(report) if not metric(name).detail]
     heads = [name.rpartition(" ") for name in names]  # "coverage, far" takes two lines
     rows = [["", "", *(head[0] for head in heads)], ["model", "T", *(head[2] for head in heads)]]
-    rows += _rows(report, _short)
-    losses = _losses(report, _short)
+    rows += score_rows(report, names, _short)
     parts = [_aligned(rows), "± is half of the interval. " + INTERVALS.format(n=report.prompts), *report.notes]
-    if losses:
-        parts += ["", "Loss on real replies (nats a token, temperature 1)", _aligned(losses)]
+    for title, table in loss_tables(report, _short):
+        parts += ["", title, _aligned(table)]
     return "\n".join([*parts, "", *map(verdict, report.gaps)])
 
 
 def markdown(report: Report, title: str, picture: str) -> str:
     """The same as a page, with full intervals."""
-    names = _columns(report)
+    names = columns(report)
     lines = [f"# {title}", "", f"![frontiers]({picture})", ""]
     lines += [*(f"- {verdict(gap)}" for gap in report.gaps), ""]
-    lines += _markdown_table([["model", "temperature", *names], *_rows(report, str)])
-    lines += ["", INTERVALS.format(n=report.prompts), *report.notes]
-    if losses := _losses(report, str):
-        lines += ["", "Loss on real replies (nats a token, temperature 1):", "", *_markdown_table(losses)]
+    lines += _markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
+    lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{note}" for note in report.notes)]
+    for caption, table in loss_tables(report, str):
+        lines += ["", f"{caption}:", "", *_markdown_table(table)]
+    lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
 
@@ -63,23 +64,45 @@ def as_json(report: Report) -> str:
     return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
 
 
-def _columns(report: Report) -> list[str]:
-    """Scores that have a value for some model."""
+def columns(report: Report) -> list[str]:
+    """Scores that have a value for some model: those of quality first, so that no diversity is read alone."""
     every = next(iter(report.scores.values()))
-    return [name for name in every if any(e.n for scores in report.scores.values() for e in scores[name])]
+    known = [name for name in every if any(e.n for scores in report.scores.values() for e in scores[name])]
+    place = {name: i for i, name in enumerate(METRICS)}
+    return sorted(known, key=lambda name: (metric(name).kind == "diversity", place[name.partition(",")[0]]))
 
 
-def _rows(report: Report, show: Any) -> Iterator[list[str]]:
+def heads(report: Report, names: Sequence[str]) -> list[str]:
+    """Each score with n, the number of prompts that have a value."""
+    counts = [{e.n for scores in report.scores.values() for e in scores[name]} for name in names]
+    return [f"{name} (n={'–'.join(map(str, sorted({min(n), max(n)})))})" for name, n in zip(names, counts, strict=True)]
+
+
+def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list[str]]:
+    """Model, temperature, scores; the row of the real replies first, if there are any."""
+    if any(report.real[name].n for name in names if name in report.real):
+        yield ["real", "-", *(show(report.real[name]) for name in names)]
     for model, scores in report.scores.items():
         for t, temperature in enumerate(report.temperatures):
-            yield [model, f"{temperature:g}", *(show(scores[name][t]) for name in _columns(report))]
+            yield [model, f"{temperature:g}", *(show(scores[name][t]) for name in names)]
 
 
-def _losses(report: Report, show: Any) -> list[list[str]]:
-    names = list(next(iter(report.losses.values())))
-    if not names:
-        return []
-    return [["model", *names], *([model, *map(show, sets.values())] for model, sets in report.losses.items())]
+def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]]]]:
+    """(title, table) of the losses by set of replies, and of the perplexities by persona."""
+    for title, found in (
+        ("Loss on real replies (nats a token, temperature 1)", report.losses),
+        ("Perplexity of each persona's real replies", report.perplexities),
+    ):
+        if names := list(next(iter(found.values()))):
+            rows = [[model, *map(show, values.values())] for model, values in found.items()]
+            yield title, [["model", *(name or "no persona" for name in names)], *rows]
+
+
+def direction(name: str) -> str:
+    """Which way is better, where less is."""
+    if not metric(name).lower:
+        return ""
+    return " (lower is more diverse)" if metric(name).kind == "diversity" else " (lower is better)"
 
 
 def _short(estimate: Estimate) -> str:

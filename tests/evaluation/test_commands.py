@@ -1,12 +1,14 @@
 """`generate` and `evaluate` from the command line to their files, on a tiny model with random weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_sfr.cli import main
-from megatron_sfr.demo.world import QUESTIONS, World
+from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
+from megatron_sfr.evaluation.metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_generate_writes_every_reply_of_every_model(tiny_model: Path, data: Path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["replies.jsonl"]
     assert rows[0].keys() == {
         *("model", "prompt", "question", "persona", "sample"),
-        *("temperature", "text", "tokens", "logprob", "finished"),
+        *("seed", "temperature", "text", "tokens", "logprob", "finished"),
     }
     half = len(rows) // 2
     assert [row | {"model": "b"} for row in rows[:half]] == rows[half:]  # one model under two names: the same numbers
@@ -77,25 +79,41 @@ def test_evaluate_writes_table_numbers_and_picture(
     models = ["--model", f"a={tiny_model}", f"b={tiny_model}", "--processes", "2"]
     assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("evaluation.json", "report.md", "samples.jsonl", "frontier.png"),
+        *("evaluation.json", "report.md", "report.html", "samples.jsonl", "frontier.png"),
     }
     assert len(read(tmp_path / "samples.jsonl")) == 2 * 2 * 2 * 9 * 3
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["temperatures"] == [0.6, 1.2]
     assert found["scores"]["a"] == found["scores"]["b"]
-    assert found["scores"]["a"].keys() == {"relevance", "style", "distinct-2", "self-BLEU-4", "spread", "CS-SB-1"}
-    # One model under two names; noise has the same style at every temperature, so that axis has no width.
-    assert [gap["estimate"]["mean"] for gap in found["gaps"]] == [0, None]
+    assert found["scores"]["a"].keys() == METRICS.keys() - {"precision", "fidelity", "coverage"}  # those need a truth
+    assert found["real"].keys() == found["scores"]["a"].keys()
+    assert found["real"]["CS-SB-1"]["n"] == 2
+    assert found["perplexities"]["a"].keys() == set(PERSONAS)
+    gaps = [gap["estimate"]["mean"] for gap in found["gaps"]]  # one model under two names; None: noise has one style
+    assert len(gaps) == 3
+    assert set(gaps) <= {0, None}
     out = capsys.readouterr().out
     assert "no difference beyond noise" in out
-    assert "cannot be compared" in out
     assert "held-out replies" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "| model | temperature |" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert set(re.findall(r'src="(.{14})', page)) == {"data:image/png"}  # nothing is fetched
+    assert "http" not in page
+    assert page.count("<tr>") > 2 * 3 * 2  # samples alone: two prompts, three personas, two temperatures
 
 
-def test_evaluate_refuses_a_temperature_given_twice(tiny_model: Path, data: Path, tmp_path: Path, capsys) -> None:
-    flags = ["--data", str(data), "--output", str(tmp_path / "out"), "--temperatures", "1", "1"]
+@pytest.mark.parametrize(("temperatures", "reason"), [(["1", "1"], "each once"), (["1"], "--one-temperature")])
+def test_evaluate_refuses_what_is_no_sweep(
+    tiny_model: Path, data: Path, tmp_path: Path, temperatures: list[str], reason: str, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--data", str(data), "--output", str(tmp_path / "out"), "--temperatures", *temperatures]
     assert main(["evaluate", "--model", str(tiny_model), *flags]) == 2
-    assert "each once" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_one_temperature_is_taken_where_it_is_insisted_on(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    small = ["--samples", "1", "--max-new-tokens", "4", "--limit", "1", "--output", str(tmp_path)]
+    flags = ["--data", str(data), "--temperatures", "1", "--one-temperature", *small]
+    assert main(["evaluate", "--model", str(tiny_model), *flags]) == 0

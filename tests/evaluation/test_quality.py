@@ -10,7 +10,14 @@ import torch
 
 from megatron_sfr.data.chat import Conversation
 from megatron_sfr.evaluation.prompts import Prompt, ask
-from megatron_sfr.evaluation.quality import Judgement, negative_log_likelihood, relevance, style_match, true_scores
+from megatron_sfr.evaluation.quality import (
+    Judgement,
+    context_relevance,
+    negative_log_likelihood,
+    relevance,
+    style_match,
+    true_scores,
+)
 from megatron_sfr.evaluation.sampling import load_model
 
 
@@ -54,6 +61,13 @@ def test_relevance_is_the_cosine_to_the_nearest_reference() -> None:
     texts = np.array([[1.0, 0], [0.6, 0.8]])
     assert relevance(texts, np.array([[0.0, 1], [1, 0]])) == pytest.approx((1 + 0.8) / 2)
     assert math.isnan(relevance(texts, np.zeros((0, 2))))
+
+
+def test_context_is_the_cosine_to_the_question() -> None:
+    texts = np.array([[1.0, 0], [0.6, 0.8]])
+    assert context_relevance(texts, np.array([[0.0, 1]])) == pytest.approx((0 + 0.8) / 2)
+    assert math.isnan(context_relevance(texts, np.zeros((0, 2))))
+    assert math.isnan(context_relevance(np.zeros((0, 2)), np.eye(2)[:1]))
 
 
 def test_style_is_that_of_the_nearest_reference() -> None:

@@ -1,8 +1,11 @@
 """The report: it says no more than its intervals allow, and its files are whole or absent."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ import pytest
 from megatron_sfr.evaluation.bootstrap import Estimate
 from megatron_sfr.evaluation.curves import Curve, Loss
 from megatron_sfr.evaluation.frontier import Gap
+from megatron_sfr.evaluation.page import page
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise, verdict
-from megatron_sfr.evaluation.tables import as_json, markdown, terminal, whole
+from megatron_sfr.evaluation.tables import as_json, columns, markdown, terminal, whole
 
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
 
@@ -25,12 +29,14 @@ def curve(name: str, lift: float) -> Curve:
         "CS-SB-1": np.array([[0.6], [0.4]]) - lift + prompts,
         "relevance": np.full((2, 6), np.nan),
     }
-    return Curve(name, (0.5, 1.0), scores, {"held-out": Loss(np.full(6, 30.0), np.full(6, 20.0))})
+    loss = Loss(np.full(6, 30.0), np.full(6, 20.0))
+    return Curve(name, (0.5, 1.0), scores, {"held-out": loss}, {"poet": loss})
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return summarise([curve("CE", 0.0), curve("SFR", 0.1)], [Axes("precision", "CS-SB-1")], ["A note."])
+    real = {"precision": np.full(6, 1.0), "CS-SB-1": np.full(6, 0.25), "relevance": np.full(6, np.nan)}
+    return summarise([curve("CE", 0.0), curve("SFR", 0.1)], [Axes("precision", "CS-SB-1")], ["A note."], real)
 
 
 def test_lower_bleu_is_more_diversity(report: Report) -> None:
@@ -60,6 +66,27 @@ def test_the_table_shows_what_has_a_value_with_its_interval(report: Report) -> N
     page = markdown(report, "Title", "picture.png")
     assert f"| SFR | 1 | {report.scores['SFR']['precision'][1]} | {report.scores['SFR']['CS-SB-1'][1]} |" in page
     assert "![frontiers](picture.png)" in page
+    assert "| model | temperature | precision (n=6) | CS-SB-1 (n=6) |" in page
+    assert "| real | - | 1.000 [1.000, 1.000] | 0.250 [0.250, 0.250] |" in page
+    assert f"| CE | {math.exp(1.5):.3f} [{math.exp(1.5):.3f}, {math.exp(1.5):.3f}] |" in page  # the poet's perplexity
+
+
+def test_quality_comes_before_diversity(report: Report) -> None:
+    """So that no diversity is read without what it cost."""
+    mixed = {name: report.scores["CE"]["precision"] for name in ("distinct-2", "coverage, far", "loops", "context")}
+    assert columns(replace(report, scores={"CE": mixed})) == ["context", "loops", "coverage, far", "distinct-2"]
+
+
+def test_the_page_tells_what_moved_from_what_did_not(report: Report) -> None:
+    moved, still = GAP, replace(GAP, estimate=Estimate(0.02, -0.01, 0.03, 20))
+    text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", [["question", "CE"], ["why?", "<b>& so on"]])
+    first, second = text.index("What moved beyond noise"), text.index("What did not")
+    assert first < text.index("SFR lies higher") < second < text.index("no difference beyond noise")
+    assert "A &lt;title&gt;" in text
+    assert "&lt;b&gt;&amp; so on" in text
+    html = ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>|<img[^>]*>", "", text))  # every tag is closed
+    rows = [["".join(cell.itertext()) for cell in row] for row in html.iter("tr")]
+    assert ["real", "-", "1.000 [1.000, 1.000]", "0.250 [0.250, 0.250]"] in rows
 
 
 def test_json_holds_everything_and_no_nan(report: Report) -> None:

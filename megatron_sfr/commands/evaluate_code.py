@@ -1,0 +1,59 @@
+"""Run replies to programming tasks in a sandbox, and report pass@k for every k with its interval.
+
+Tasks are HumanEval's, MBPP's or LiveCodeBench's JSONL. Ask a model with `generate`, on the prompts that --write-prompts
+gives; then score its replies. Writes code.json and code.md.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSONL of programming tasks")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write-prompts", type=Path, metavar="FILE", help="write the prompts for generate, and stop")
+    what.add_argument("--replies", type=Path, metavar="FILE", help="JSONL from generate, or of task_id and completion")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="programs at a time (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time limit of a program (%(default)s)")
+    parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="its address space (%(default)s)")
+    parser.add_argument(
+        "--isolation",
+        choices=("auto", "namespaces", "audit"),
+        default="auto",
+        help="the cage: namespaces hide network and files; audit stops accidents only (auto: the best there is)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.evaluation.code import as_json, as_markdown, read_replies, score
+    from megatron_sfr.evaluation.sandbox import MIB, Limits, isolation_here
+    from megatron_sfr.evaluation.tables import whole
+    from megatron_sfr.evaluation.tasks import read_tasks
+
+    tasks = read_tasks(args.tasks)
+    if args.write_prompts is not None:
+        with whole(args.write_prompts) as file:
+            file.writelines(json.dumps({"prompt": task.prompt}, ensure_ascii=False) + "\n" for task in tasks)
+        print(f"{args.write_prompts}: {len(tasks):,} prompts")
+        return 0
+    if args.output is None:
+        raise ValueError("--replies needs --output DIR for the scores")
+    if args.processes < 1:
+        raise ValueError(f"--processes {args.processes}: give at least 1")
+    limits = Limits(wall=args.seconds, cpu=max(1, round(args.seconds)), memory=args.memory * MIB)
+    isolation = isolation_here() if args.isolation == "auto" else args.isolation
+    scored = score(tasks, read_replies(args.replies, tasks), limits, isolation, args.processes)
+    cage = "stops accidents, not attackers" if isolation == "audit" else "no network, none of this machine's files"
+    notes = [
+        f"Sandbox: {isolation} ({cage}); each program has {limits.wall:g} s, {args.memory} MiB and {limits.processes} "
+        "processes.",
+        "Intervals are 95 % bootstrap intervals over tasks; pass@k is unbiased, for k up to the replies of each task.",
+    ]
+    for name, text in (("code.json", as_json(scored, notes)), ("code.md", as_markdown(scored, notes))):
+        with whole(args.output / name) as file:
+            file.write(text)
+    print(as_markdown(scored, notes))
+    return 0

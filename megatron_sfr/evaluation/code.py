@@ -1,0 +1,126 @@
+"""Scores of replies to programming tasks: every reply is run in the sandbox, pass@k follows with its interval."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_sfr.data.chat import read_rows
+from megatron_sfr.evaluation.bootstrap import Estimate, estimate
+from megatron_sfr.evaluation.passes import pass_at_k
+from megatron_sfr.evaluation.sandbox import Isolation, Limits, run_program
+from megatron_sfr.evaluation.tasks import Task, agrees
+
+Setting = tuple[str, float]  # model, temperature
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply to a task, by whom and how warm."""
+
+    setting: Setting
+    task: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Passes:
+    """pass@k for k = 1, 2, ... of one model at one temperature; what became of its replies; each task's counts."""
+
+    model: str
+    temperature: float
+    pass_at: list[Estimate]
+    outcomes: dict[str, int]
+    tasks: dict[str, tuple[int, int]]  # task: replies, passed
+
+
+def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
+    """Rows that `generate` wrote (found by their question), or rows of task_id and completion. ValueError by line."""
+    by_prompt, names = {task.prompt.strip(): task.name for task in tasks}, {task.name for task in tasks}
+    replies = []
+    for row in read_rows(path):
+        fields = json.loads(row.text)
+        name = str(fields["task_id"]) if "task_id" in fields else by_prompt.get(str(fields.get("question")).strip())
+        text = fields.get("completion", fields.get("text"))
+        if name not in names or not isinstance(text, str):
+            raise ValueError(
+                f"{row.source}:{row.line}: no reply to a task; write task_id and completion, or ask the prompts that "
+                "--write-prompts gives"
+            )
+        replies.append(Reply((fields.get("model", "model"), float(fields.get("temperature", 1.0))), name, text))
+    if not replies:
+        raise ValueError(f"{path} has no replies")
+    return replies
+
+
+def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> str:
+    """`passed`, `wrong answer`, or how the first program that did not succeed ended. Any doubt is a failure."""
+    for program in task.programs(reply):
+        to_the_end = program.expected is None
+        outcome = run_program(
+            program.source, stdin=program.stdin, limits=limits, isolation=isolation, to_the_end=to_the_end
+        )
+        if outcome.ending == "failed" and outcome.error.startswith("AssertionError"):
+            return "wrong answer"
+        if outcome.ending != "ended":
+            return outcome.ending
+        if program.expected is not None and not agrees(outcome.output, program.expected):
+            return "wrong answer"
+    return "passed"
+
+
+def score(
+    tasks: Sequence[Task], replies: Sequence[Reply], limits: Limits, isolation: Isolation, processes: int
+) -> list[Passes]:
+    """Runs every reply, `processes` at a time; one entry a model and temperature. ValueError where a task has none."""
+    by_name = {task.name: task for task in tasks}
+    with ThreadPoolExecutor(processes) as pool, tqdm(total=len(replies), unit="reply", dynamic_ncols=True) as bar:
+
+        def run(reply: Reply) -> str:
+            found = verdict_of(by_name[reply.task], reply.text, limits, isolation)
+            bar.update()
+            return found
+
+        verdicts = list(pool.map(run, replies))
+    found: dict[Setting, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for reply, outcome in zip(replies, verdicts, strict=True):
+        found[reply.setting][reply.task].append(outcome)
+    for setting, by_task in found.items():
+        if missing := by_name.keys() - by_task.keys():
+            raise ValueError(
+                f"{setting[0]} at temperature {setting[1]:g} has no reply to {min(missing)}; sample all tasks"
+            )
+    return [_passes(setting, by_task) for setting, by_task in found.items()]
+
+
+def _passes(setting: Setting, by_task: Mapping[str, Sequence[str]]) -> Passes:
+    counts = {name: (len(row), row.count("passed")) for name, row in by_task.items()}
+    largest = min(n for n, _ in counts.values())  # k beyond a task's replies has no unbiased estimate
+    table = np.stack([pass_at_k(n, c)[:largest] for n, c in counts.values()])
+    outcomes = Counter(outcome for row in by_task.values() for outcome in row)
+    return Passes(*setting, [estimate(column) for column in table.T], dict(outcomes.most_common()), counts)
+
+
+def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
+    """pass@1, 2, 5, 10, 20, 50, 100 ... as far as there are replies, and what became of them."""
+    largest = min(len(passes.pass_at) for passes in scored)
+    shown = [k for power in range(6) for k in (10**power, 2 * 10**power, 5 * 10**power) if k < largest] + [largest]
+    endings = sorted({name for passes in scored for name in passes.outcomes})
+    head = ["model", "temperature", "tasks", *(f"pass@{k}" for k in shown), *endings]
+    lines = ["# pass@k", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for passes in scored:
+        numbers = [str(passes.pass_at[k - 1]) for k in shown]
+        counts = [str(passes.outcomes.get(name, 0)) for name in endings]
+        row = [passes.model, f"{passes.temperature:g}", str(len(passes.tasks)), *numbers, *counts]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
+
+
+def as_json(scored: Sequence[Passes], notes: Sequence[str]) -> str:
+    content = {"notes": notes, "scores": [asdict(passes) for passes in scored]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

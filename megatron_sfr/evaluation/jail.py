@@ -1,0 +1,160 @@
+"""Runs one Python program in a cage. A program of its own, started by sandbox.py: it imports nothing of the package.
+
+Two cages. `namespaces`: new network (none at all), processes, mounts and, without root, users; the file system is a
+read-only view of the system's libraries and Python, with an empty folder in memory to work in; as root the program runs
+under a user id that nobody has. `audit`: no more than a hook in the interpreter that refuses sockets, processes and
+writing outside the folder: it stops accidents, not attackers. Both have limits of time, memory, files and processes.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import runpy
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 1 << 14, 1 << 18
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_READ_ONLY, ATTR_NOSUID = 442, -100, 0x8000, 1, 2  # Linux 5.12
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+NAMESPACES = os.CLONE_NEWNET | os.CLONE_NEWNS | os.CLONE_NEWPID | os.CLONE_NEWIPC | os.CLONE_NEWUTS
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+WORK = "/box"
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": WORK, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
+)
+RUN = "import runpy, sys; sys.path = ['.', *sys.path, {site!r}]; runpy.run_path('main.py', None, '__main__')"
+REFUSED = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "ctypes.", "pty.")
+WRITING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+OPENED_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result: int, what: str) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    arguments = [None if text is None else text.encode() for text in (source, target, kind)]
+    checked(libc.mount(*arguments, flags, None if data is None else data.encode()), f"mount {target}")
+
+
+def build_root(spec: dict[str, Any]) -> None:
+    """A tmpfs over the box, with the system and Python bound into it, read-only; /box is empty and in memory."""
+    box = spec["box"]
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", box, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for path in (*SYSTEM, *spec["python"][1:]):
+        target = box + path
+        if os.path.exists(path) and not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if os.path.islink(path):  # /lib -> usr/lib
+                os.symlink(os.readlink(path), target)
+                continue
+            if os.path.isdir(path):
+                os.mkdir(target)
+            else:
+                os.close(os.open(target, os.O_CREAT))
+            mount(path, target, None, MS_BIND | MS_REC)
+    os.mkdir(box + WORK)
+    attributes = struct.pack("QQQQ", ATTR_READ_ONLY | ATTR_NOSUID, 0, 0, 0)
+    checked(libc.syscall(MOUNT_SETATTR, AT_FDCWD, box.encode(), AT_RECURSIVE, attributes, 32), "mount_setattr")
+    mount("tmpfs", box + WORK, "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['disk']},mode=777")
+
+
+def limit(spec: dict[str, Any]) -> None:
+    limits = {"CPU": spec["cpu"], "AS": spec["memory"], "FSIZE": spec["file_size"], "NPROC": spec["processes"]}
+    for name, value in (limits | {"CORE": 0, "NOFILE": 64}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def in_namespaces(spec: dict[str, Any], mark: int) -> int:
+    """The exit status of the program; everything it started dies with the first process of its namespace."""
+    user, group = os.getuid(), os.getgid()
+    stranger = 1_000_000_000 + os.getpid()  # RLIMIT_NPROC counts a user's processes, and does not bind root's
+    os.unshare(NAMESPACES | (0 if user == 0 else os.CLONE_NEWUSER))
+    if user != 0:
+        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    build_root(spec)
+
+    def program() -> int:
+        os.chroot(spec["box"])
+        os.chdir(WORK)
+        write_source(spec)
+        if user == 0:
+            os.setgroups([])
+            os.setgid(stranger)
+            os.setuid(stranger)
+        checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        limit(spec)
+        python, _, site = spec["python"]
+        if not os.access(python, os.X_OK):
+            raise FileNotFoundError(python)
+        os.write(mark, b"namespaces\n")  # the cage stands
+        os.execve(python, [python, "-I", "-S", "-B", "-c", RUN.format(site=site)], dict(os.environ))
+
+    def first() -> int:
+        checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+        return waited(program)
+
+    return waited(first)
+
+
+def waited(work: Callable[[], int]) -> int:
+    """The exit status of a child that does the work, 128 + signal where one ended it; orphans are reaped meanwhile."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(work())
+        except BaseException as error:
+            os.write(2, f"jail: {error!r}\n".encode())
+            os._exit(97)
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def under_audit(spec: dict[str, Any], mark: int) -> int:
+    os.write(mark, b"audit\n")
+    os.chdir(spec["box"])
+    write_source(spec)
+    limit(spec)
+    here = os.path.realpath(".") + os.sep
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event in WRITING or (event == "open" and (arguments[2] or 0) & OPENED_TO_WRITE)
+        paths = [os.fsdecode(path) for path in arguments[:2] if isinstance(path, str | bytes)] if writes else []
+        outside = [path for path in paths if not (os.path.realpath(path) + os.sep).startswith(here)]
+        if event.startswith(REFUSED) or outside:
+            raise PermissionError(f"{event} is not allowed here")
+
+    sys.path = [here, *sys.path, spec["python"][2]]
+    sys.addaudithook(refuse)
+    runpy.run_path("main.py", None, "__main__")
+    return 0
+
+
+def write_source(spec: dict[str, Any]) -> None:
+    with open("main.py", "w", encoding="utf-8") as file:
+        file.write(spec["source"])
+
+
+def main() -> int:
+    with open(int(sys.argv[1]), encoding="utf-8") as file:
+        spec = json.load(file)
+    os.environ |= ENVIRONMENT
+    run = in_namespaces if spec["isolation"] == "namespaces" else under_audit
+    return run(spec, int(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

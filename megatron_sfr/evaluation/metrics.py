@@ -1,0 +1,38 @@
+"""The table of metrics: what each measures, whether less of it is better, and one line on how to read it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    kind: Literal["quality", "diversity"]
+    meaning: str
+    lower: bool = False  # a lower value is the better one, or the more diverse
+    detail: bool = False  # told in the files only: the terminal has no room
+
+
+METRICS = {
+    "precision": Metric("quality", "share of replies that are right in content and persona"),
+    "fidelity": Metric("quality", "share of replies in the persona, judged exactly"),
+    "coverage": Metric("diversity", "share of the known right replies that are found"),
+    "style fidelity": Metric("quality", "share of replies in which a classifier of real text hears the persona"),
+    "relevance": Metric("quality", "cosine of a reply to the nearest real reply"),
+    "style": Metric("quality", "share of replies whose nearest real reply is their own persona's", detail=True),
+    "context": Metric("quality", "cosine of a reply to the question"),
+    "loops": Metric("quality", "share of replies that run in circles: the canary", lower=True),
+    "modes": Metric("diversity", "share of the clusters of real replies that are hit"),
+    "distinct-2": Metric("diversity", "distinct bigrams over all bigrams", detail=True),
+    "self-BLEU-4": Metric("diversity", "BLEU-4 between replies of one persona", lower=True),
+    "spread": Metric("diversity", "mean 1 - cosine between replies"),
+    "Vendi": Metric("diversity", "effective number of different replies among those embedded"),
+    "CS-SB-1": Metric("diversity", "BLEU-1 between personas' replies to one prompt", lower=True),
+    "CS-SB-2": Metric("diversity", "BLEU-2 between personas' replies to one prompt", lower=True, detail=True),
+    "CS-SB-4": Metric("diversity", "BLEU-4 between personas' replies to one prompt", lower=True, detail=True),
+}
+CROSS_STYLE_ORDERS = tuple(int(name.removeprefix("CS-SB-")) for name in METRICS if name.startswith("CS-SB-"))
+
+
+def metric(name: str) -> Metric:
+    """The row of a score; `coverage, far` is a coverage."""
+    return METRICS[name.partition(",")[0]]

@@ -1,0 +1,29 @@
+"""The canary of a broken model: replies that run in circles."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LONGEST_BLOCK = 32  # words
+LOOP = 20  # words from which a loop counts
+
+
+def longest_loop(text: str, longest_block: int = LONGEST_BLOCK) -> int:
+    """Words in the longest stretch that says one block of at most `longest_block` words twice or more in a row; or 0.
+
+    A stretch has period p where w_i = w_(i - p) throughout; with r such words on end it is r + p words long, and it
+    counts from r = p on.
+    """
+    words = text.split()
+    ids = np.unique(words, return_inverse=True)[1] if words else np.zeros(0, int)
+    loops = [0]
+    for p in range(1, min(longest_block, len(ids) // 2) + 1):
+        same = np.concatenate([[False], ids[p:] == ids[:-p], [False]])
+        run = np.diff(np.flatnonzero(~same)).max() - 1  # words on end that equal the one p before
+        loops.append(int(run) + p if run >= p else 0)
+    return max(loops)
+
+
+def loop_share(texts: Sequence[str], threshold: int = LOOP) -> float:
+    """Share of texts whose longest loop has at least `threshold` words; NaN without texts."""
+    return float(np.mean([longest_loop(text) >= threshold for text in texts])) if texts else float("nan")

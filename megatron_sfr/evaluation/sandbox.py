@@ -1,0 +1,120 @@
+"""Runs a Python program that nobody has read: in a process of its own, in a cage (jail.py), within limits.
+
+The verdict does not rest on the exit code: with `to_the_end`, a program counts only if it reaches its own last line,
+where it writes a random mark. So `sys.exit(0)` before the tests is a failure. A program that sets out to forge the mark
+can: scores are only as honest as the model that is scored.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Literal
+
+JAIL = Path(__file__).with_name("jail.py")
+MIB = 1 << 20
+Isolation = Literal["namespaces", "audit"]
+Ending = Literal["ended", "failed", "left early", "timeout"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program. Time in seconds, sizes in bytes."""
+
+    wall: float = 10.0
+    cpu: int = 10
+    memory: int = 1024 * MIB  # of address space
+    file_size: int = 16 * MIB  # standard output among them
+    disk: int = 64 * MIB  # all files together; in the audit cage only each file is limited
+    processes: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; give a limit above 0")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended, what it printed (undecodable bytes replaced), and the last line of its errors."""
+
+    ending: Ending
+    output: str
+    error: str
+
+
+def run_program(
+    source: str, *, stdin: str = "", limits: Limits, isolation: Isolation | None = None, to_the_end: bool = True
+) -> Outcome:
+    """Runs it. isolation None: the best that this machine permits. ValueError where the cage cannot be built."""
+    isolation = isolation or isolation_here()
+    token = secrets.token_hex(16)
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron-sfr-") as box,
+        tempfile.TemporaryFile("w+") as spec,
+        tempfile.TemporaryFile() as mark,
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+    ):
+        last = f"\n\n__import__('os').write({mark.fileno()}, b'{token}')\n" if to_the_end else ""
+        python = (os.path.realpath(sys.executable), sys.base_prefix, sysconfig.get_path("purelib"))
+        json.dump(
+            asdict(limits) | {"isolation": isolation, "box": box, "python": python, "source": source + last}, spec
+        )
+        spec.seek(0)
+        given.write(stdin.encode())
+        given.seek(0)
+        descriptors = (spec.fileno(), mark.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(JAIL), *map(str, descriptors)],
+            stdin=given,
+            stdout=output,
+            stderr=errors,
+            pass_fds=descriptors,
+            start_new_session=True,
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # Python may need it
+            cwd=box,
+        )
+        code = _wait(process, limits.wall)
+        found, said = _read(mark), _read(errors).strip().rpartition("\n")[2]
+        if not found.startswith(isolation):
+            raise ValueError(f"the sandbox ({isolation}) cannot start on this machine: {said}")
+        ended = found == f"{isolation}\n{token if to_the_end else ''}"
+        ending: Ending = "timeout" if code is None else "failed" if code != 0 else "ended" if ended else "left early"
+        return Outcome(ending, _read(output), said)
+
+
+@cache
+def isolation_here() -> Isolation:
+    """`namespaces` where the kernel lets us make them, else `audit`."""
+    try:
+        run_program("", limits=Limits(), isolation="namespaces")
+    except ValueError:
+        return "audit"
+    return "namespaces"
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit code, or None at the time limit; nothing of the process group outlives this."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):  # all of it has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
