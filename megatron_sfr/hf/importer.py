@@ -59,7 +59,7 @@ def import_hf(
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
     _check_stacks(source, dtypes)
     size = sum(prod(entry.row.megatron_shape(d)) * dtype.itemsize for entry, dtype in dtypes.items())
-    with new_folder(output, mark=TRACKER, force=force) as folder:
+    with new_folder(output, mark=TRACKER, force=force, size=size) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             joined = _Joined(weights, d, bar)
             pieces = (piece for entry in todo for piece in _pieces(entry, d, dtypes[entry], joined))
