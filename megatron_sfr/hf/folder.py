@@ -71,6 +71,12 @@ class Weights:
             )
         return DTYPES[kind]
 
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """start..stop of a tensor along an axis, reading no more than that."""
+        with _safe_open(self.folder / self.files[name]) as tensors:
+            part: Tensor = tensors.get_slice(name)[(slice(None),) * axis + (slice(start, stop),)]
+            return part
+
     def __getitem__(self, name: str) -> Tensor:
         with _safe_open(self.folder / self.files[name]) as tensors:
             return tensors.get_tensor(name)

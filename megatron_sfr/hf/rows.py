@@ -72,8 +72,14 @@ class Row(Protocol):
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         """Shape of the whole in Megatron, without padding."""
 
+    def grain(self, d: Dimensions) -> int:
+        """Megatron's tensor is cut along `tp_dim` (None: the first axis) at multiples of this."""
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        """Start and stop in each part, along the same axis, of what `join` makes start..stop of the whole from."""
+
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
-        """Hugging Face's parts -> Megatron's tensor."""
+        """Hugging Face's parts, or such spans of them -> Megatron's tensor, or that span of it."""
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit."""
@@ -94,6 +100,12 @@ class Direct:
 
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         return d.shape(self.size)
+
+    def grain(self, d: Dimensions) -> int:
+        return 1
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        return ((start, stop),)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         (tensor,) = parts
@@ -123,15 +135,26 @@ class QKV:
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         return (d.query + 2 * d.key_value, *d.shape(self.columns))
 
+    def grain(self, d: Dimensions) -> int:
+        return sum(self._group(d))
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        first, last = start // self.grain(d), stop // self.grain(d)
+        return tuple((first * rows, last * rows) for rows in self._group(d))
+
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         columns = d.shape(self.columns)
-        return torch.cat([x.reshape(d.groups, -1, *columns) for x in parts], dim=1).reshape(-1, *columns)
+        groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self._group(d), strict=True)]
+        return torch.cat(groups, dim=1).reshape(-1, *columns)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         columns = d.shape(self.columns)
-        sizes = [d.query // d.groups, d.head_dim, d.head_dim]
-        parts = tensor.reshape(d.groups, -1, *columns).split(sizes, dim=1)
+        parts = tensor.reshape(d.groups, -1, *columns).split(self._group(d), dim=1)
         return tuple(x.reshape(-1, *columns) for x in parts)
+
+    def _group(self, d: Dimensions) -> list[int]:
+        """Rows of q, k and v in a group."""
+        return [d.query // d.groups, d.head_dim, d.head_dim]
 
 
 @dataclass(frozen=True)
@@ -148,6 +171,13 @@ class GatedMLP:
 
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         return (2 * d.ffn, d.hidden)
+
+    def grain(self, d: Dimensions) -> int:
+        return 1
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        gate, up = (min(start, d.ffn), min(stop, d.ffn)), (max(start, d.ffn) - d.ffn, max(stop, d.ffn) - d.ffn)
+        return gate, up
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         return torch.cat(parts)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sfr.hf import importer
 from megatron_sfr.hf.checkpoint import TRACKER, Checkpoint, find_checkpoint
 from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import SINGLE, Weights
+from megatron_sfr.hf.folder import SINGLE, Weights, read_config
 from megatron_sfr.hf.importer import import_hf
 from tests.hf.models import CASES, save_model
 
@@ -158,6 +158,6 @@ def test_check_sees_one_bit(imported, folder):
         tensors["model.layers.3.self_attn.v_proj.weight"].view(torch.int32)[4, 5] ^= 1
 
     change_tensors(folder, flip)
-    config = importer.read_config(folder)
+    config = read_config(folder)
     with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.v_proj\.weight was not read back"):
         importer.check_import(imported / "release", config, Weights(folder), progress=False)

@@ -49,6 +49,14 @@ def test_qkv_interleaves_by_group(d):
     assert torch.equal(ATTENTION.join((q, k, v), d), torch.cat(blocks))
 
 
+@given(dimensions, st.sampled_from([ATTENTION, BIAS, GatedMLP("fc1", ("gate", "up"))]), st.data())
+def test_a_span_is_joined_from_spans(d, row, data):
+    whole, original, grain = row.join(parts(row, d), d), parts(row, d), row.grain(d)
+    start, stop = sorted(data.draw(st.integers(0, len(whole) // grain)) * grain for _ in range(2))
+    spans = row.spans(start, stop, d)
+    assert torch.equal(row.join(tuple(x[a:b] for x, (a, b) in zip(original, spans, strict=True)), d), whole[start:stop])
+
+
 @pytest.mark.parametrize("tp", [2, 3, 6])
 def test_tensor_parallel_ranks_hold_whole_groups(tp):
     d = Dimensions(1, 1, hidden=5, ffn=4, heads=12, groups=6, head_dim=3)
