@@ -1,8 +1,9 @@
 """The model inside a Megatron checkpoint, checked name by name against an HF config before anything is read of it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ TRAINING_STATE = re.compile(
 )
 """What a checkpoint keeps to go on training; the extra states are Transformer Engine's fp8 scales."""
 COMPARED = {
+    "num_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
     "kv_channels": "kv_channels",
     "swiglu": "swiglu",
@@ -34,7 +36,7 @@ COMPARED = {
     "window_size": "window_size",
     "window_attn_skip_freq": "window_attn_skip_freq",
 }
-"""Flags that change what a model computes but no shape of its weights, and where Megatron's arguments keep them."""
+"""Flags that change what a model computes but not always a shape, and where Megatron's arguments keep them."""
 UNSAID: dict[str, object] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
@@ -63,7 +65,12 @@ class StoredModel:
         self.checkpoint = checkpoint
         self.dimensions = family.dimensions(config)
         self.entries = entries(family.rows(config), self.dimensions.layers)
-        _agree(checkpoint, family.flags(config))
+        if found := disagreement(checkpoint.arguments(), family.flags(config)):
+            flag, trained, meant = found
+            raise ValueError(
+                f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
+                "the exported model would not compute what was trained"
+            )
         self._places = {entry: self._find(entry) for entry in self.entries}
         known = {place.key for place in self._places.values()}
         rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
@@ -71,7 +78,7 @@ class StoredModel:
         unknown = [key for key in rest if not key.startswith(AUXILIARY) and not TRAINING_STATE.match(key)]
         missing = sorted(known - checkpoint.tensors.keys())
         if unknown or missing:
-            raise ValueError(f"{checkpoint.folder}: {_disagreement(unknown, missing)}")
+            raise ValueError(f"{checkpoint.folder}: {_unlike_names(unknown, missing)}")
         self.padding = max(self._check_shape(entry) for entry in self.entries)
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -105,8 +112,9 @@ class StoredModel:
         return 0
 
 
-def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
-    arguments, wanted = checkpoint.arguments(), UNSAID | flags
+def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> tuple[str, object, object] | None:
+    """The first flag that a run's arguments have otherwise than a config means it: its name, theirs, the config's."""
+    wanted = {**UNSAID, **flags}
     for flag, name in COMPARED.items():
         if flag not in wanted or name not in arguments:
             continue
@@ -114,13 +122,11 @@ def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
         if isinstance(found, tuple):  # the flag's own form, as in a recipe
             found = ",".join(str(x) for x in found)
         if found != wanted[flag]:
-            raise ValueError(
-                f"{checkpoint.folder}: trained with {flag} {found}, but the config means {wanted[flag]}: "
-                "the exported model would not compute what was trained"
-            )
+            return flag, found, wanted[flag]
+    return None
 
 
-def _disagreement(unknown: list[str], missing: list[str]) -> str:
+def _unlike_names(unknown: list[str], missing: list[str]) -> str:
     said = []
     if missing:
         said.append(f"missing {_list(missing)}")
