@@ -35,7 +35,7 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
         adapt_config_to_cpu(config.transformer)
     if args.sfr_packing != "none":
         config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
-    if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
+    if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_block_spec
     if args.sfr:
         config.head = head_plan(args)

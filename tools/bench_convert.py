@@ -51,7 +51,7 @@ def headers(layers: int) -> dict[str, Header]:
     d = family.dimensions(config)
     return {
         name: Header(shape, torch.bfloat16)
-        for entry in entries(family.rows(config), layers)
+        for entry in entries(family.rows(config), d)
         for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
     }
 

@@ -6,7 +6,7 @@ layout pads for itself (megatron-core marks both embeddings allow_shape_mismatch
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import CHUNK_BYTES, COMMON, TRACKER, Checkpoint, Piece, write_checkpoint
 from megatron_sfr.hf.folder import Weights, new_folder
-from megatron_sfr.hf.rows import LAYER, Config, Dimensions, Entry, Family
+from megatron_sfr.hf.rows import EXPERT, LAYER, Config, Dimensions, Entry, Family
 from megatron_sfr.hf.source import Source, bits, open_source
 from megatron_sfr.hf.stored import StoredModel
 
@@ -76,23 +76,24 @@ def _pieces(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Piece]:
     size, axis, grain = entry.row.megatron_shape(d), entry.row.tp_dim or 0, entry.row.grain(d)
     count = min(ceil(prod(size) * dtype.itemsize / CHUNK_BYTES), size[axis] // grain)
     bounds = [size[axis] // grain * i // count * grain for i in range(count + 1)]
-    layers, layer = ((), ()) if entry.layer is None else ((d.layers,), (entry.layer,))
+    index, counts = entry.index, entry.counts(d)
     for start, stop in pairwise(bounds):
         offset = tuple(start if i == axis else 0 for i in range(len(size)))
-        box = (*(1 for _ in layer), *(stop - start if i == axis else n for i, n in enumerate(size)))
+        box = (*(1 for _ in index), *(stop - start if i == axis else n for i, n in enumerate(size)))
 
         def make(start: int = start, stop: int = stop, box: tuple[int, ...] = box) -> Tensor:
             bar.update(prod(box) * dtype.itemsize)
             return model.read(entry, start, stop).reshape(box)
 
-        yield Piece(entry.stacked, (*layers, *size), dtype, (*layer, *offset), box, make)
+        yield Piece(entry.stacked, (*counts, *size), dtype, (*index, *offset), box, make)
 
 
 def _objects(family: Family, d: Dimensions) -> dict[str, object]:
     """The common state, and the empty extra states without which megatron-core 0.19.2 does not load a model."""
     objects: dict[str, object] = {COMMON: COMMON_STATE}
     for module in family.extra_states:
-        key = module.replace(f"{LAYER}.", "") + "._extra_state/shard"
-        shards = range(d.layers) if LAYER in module else range(1)
-        objects |= {f"{key}_{i}_{len(shards)}": None for i in shards}
+        axes = [n for place, n in ((LAYER, d.layers), (EXPERT, d.experts)) if place in module] or [1]
+        key = module.replace(f"{LAYER}.", "").replace(f"{EXPERT}.", "") + "._extra_state/shard"
+        whole = ".".join(map(str, axes))
+        objects |= {f"{key}_{'.'.join(map(str, at))}_{whole}": None for at in product(*map(range, axes))}
     return objects

@@ -40,7 +40,7 @@ def open_source(folder: Path) -> Source:
     family = family_of(config)
     flags = family.flags(config)  # refuses what Megatron would compute otherwise
     d = family.dimensions(config)
-    todo = entries(family.rows(config), d.layers)
+    todo = entries(family.rows(config), d)
     weights = Weights(folder)
     _check_names(weights, todo, family)
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}

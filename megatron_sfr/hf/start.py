@@ -49,8 +49,8 @@ def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
 
     Only what is no part of an HF model keeps its own initialisation: the flow head, multi-token prediction.
     """
-    places = {(entry.stacked, entry.layer): entry for entry in source.dtypes}
-    places |= {(entry.single, None): entry for entry in source.dtypes}
+    places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
+    places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
     for chunk in chunks:
         state = chunk.sharded_state_dict()
         apply_factories(state)
@@ -58,8 +58,7 @@ def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
         for tensor in nested_values(state):
             if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(AUXILIARY):
                 continue
-            layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
-            entry = places.get((tensor.key, layer))
+            entry = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
             if entry is None:
                 raise ValueError(f"{source.weights.folder} has nothing for {tensor.key}, which these flags ask for")
             _fill(tensor, entry, source)

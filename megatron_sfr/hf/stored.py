@@ -34,6 +34,9 @@ COMPARED = {
     "use_rope_scaling": "use_rope_scaling",
     "rope_scaling_factor": "rope_scaling_factor",
     "window_size": "window_size",
+    "moe_router_topk": "moe_router_topk",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
+    "moe_router_score_function": "moe_router_score_function",
     "window_attn_skip_freq": "window_attn_skip_freq",
 }
 """Flags that change what a model computes but not always a shape, and where Megatron's arguments keep them."""
@@ -50,11 +53,12 @@ UNSAID: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint keeps an entry: a box of one of its tensors."""
+    """Where a checkpoint keeps an entry: a box of one of its tensors, and the size of that tensor without padding."""
 
     key: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
+    whole: tuple[int, ...]
 
 
 class StoredModel:
@@ -64,7 +68,7 @@ class StoredModel:
         family = family_of(config)
         self.checkpoint = checkpoint
         self.dimensions = family.dimensions(config)
-        self.entries = entries(family.rows(config), self.dimensions.layers)
+        self.entries = entries(family.rows(config), self.dimensions)
         if found := disagreement(checkpoint.arguments(), family.flags(config)):
             flag, trained, meant = found
             raise ValueError(
@@ -91,17 +95,16 @@ class StoredModel:
         return entry.row.split(tensor.reshape(entry.row.megatron_shape(self.dimensions)), self.dimensions)
 
     def _find(self, entry: Entry) -> Place:
-        size = entry.row.megatron_shape(self.dimensions)
-        if entry.layer is None or entry.single in self.checkpoint.tensors:
-            return Place(entry.single, (0,) * len(size), size)
-        return Place(entry.stacked, (entry.layer, *(0 for _ in size)), (1, *size))
+        size, index, counts = entry.row.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
+        key = entry.stacked
+        if entry.layer is not None and entry.single in self.checkpoint.tensors:
+            key, index, counts = entry.single, index[1:], counts[1:]
+        return Place(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
 
     def _check_shape(self, entry: Entry) -> int:
         """Number of padding rows; ValueError if the stored tensor is not the one that the config describes."""
         place = self._places[entry]
-        stored = tuple(self.checkpoint.tensors[place.key].size)
-        stacked = place.key != entry.single
-        wanted = (self.dimensions.layers, *place.size[1:]) if stacked else place.size
+        stored, wanted = tuple(self.checkpoint.tensors[place.key].size), place.whole
         if entry.row.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
             return stored[0] - wanted[0]
         if stored != wanted:
