@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.folder import CONFIG, INDEX, new_folder, read_config
+from megatron_sfr.hf.head import PREFIX, keep_head
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.hf.stored import StoredModel
@@ -58,6 +59,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
+    head: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> ExportReport:
@@ -66,6 +68,7 @@ def export_hf(
     like: an HF folder whose config, tokenizer, chat template and generation config are those of the model.
     dtype: of the weights; by default as the checkpoint has them, so that nothing is rounded unasked.
     workers: processes that write, a file each at a time; the files are the same for any number.
+    head: writes the flow head beside the model; `hf.head.load_head` reads it.
     """
     if workers < 1 or shard_bytes < 1:
         raise ValueError(f"{workers} workers writing files of {shard_bytes} bytes: both have to be positive")
@@ -73,8 +76,7 @@ def export_hf(
     model = StoredModel(Checkpoint(find_checkpoint(checkpoint)), config)
     headers = _headers(model, dtype)
     shards = plan_shards(headers, shard_bytes)
-    size = sum(header.bytes for header in headers.values())
-    dtypes = tuple(dict.fromkeys(header.dtype for header in headers.values()))
+    size, dtypes = sum(x.bytes for x in headers.values()), tuple(dict.fromkeys(x.dtype for x in headers.values()))
     if output.resolve() == like.resolve():
         raise ValueError(f"{output} is the folder of --like: choose another --output")
     with new_folder(output, mark=CONFIG, force=force, size=size) as folder:
@@ -85,7 +87,9 @@ def export_hf(
                 _write_shards(model, shards, folder, bar.update)
             else:
                 _write_in_processes(model, shards, folder, bar, workers)
-        if len(shards) > 1:
+        if head:
+            keep_head(model.checkpoint, folder)
+        if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
             _write_index(shards, size, folder / INDEX)
     return ExportReport(
         output=output,
@@ -94,7 +98,7 @@ def export_hf(
         bytes=size,
         files=tuple(shard.file for shard in shards),
         dtypes=dtypes,
-        dropped=model.dropped,
+        dropped=tuple(key for key in model.dropped if not (head and key.startswith(PREFIX))),
         padding=model.padding,
     )
 
