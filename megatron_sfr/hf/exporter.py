@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.folder import CONFIG, INDEX, new_folder, read_config
-from megatron_sfr.hf.head import PREFIX, keep_head
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
-from megatron_sfr.hf.stored import StoredModel
+from megatron_sfr.hf.stored import HEAD, StoredModel
 
 COMPANIONS = (
     "generation_config.json",
@@ -80,7 +79,7 @@ def export_hf(
     if output.resolve() == like.resolve():
         raise ValueError(f"{output} is the folder of --like: choose another --output")
     with new_folder(output, mark=CONFIG, force=force, size=size) as folder:
-        _copy(like, folder)
+        copy_companions(like, folder)
         _write_config(config, dtypes, folder / CONFIG)
         with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
             if workers == 1 or len(shards) == 1:
@@ -88,6 +87,8 @@ def export_hf(
             else:
                 _write_in_processes(model, shards, folder, bar, workers)
         if head:
+            from megatron_sfr.hf.head import keep_head  # which imports Megatron, as nothing else here does
+
             keep_head(model.checkpoint, folder)
         if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
             _write_index(shards, size, folder / INDEX)
@@ -98,7 +99,7 @@ def export_hf(
         bytes=size,
         files=tuple(shard.file for shard in shards),
         dtypes=dtypes,
-        dropped=tuple(key for key in model.dropped if not (head and key.startswith(PREFIX))),
+        dropped=tuple(key for key in model.dropped if not (head and key.startswith(HEAD))),
         padding=model.padding,
     )
 
@@ -159,7 +160,8 @@ def _write_config(config: Config, dtypes: tuple[torch.dtype, ...], path: Path) -
     path.write_text(json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy(like: Path, folder: Path) -> None:
+def copy_companions(like: Path, folder: Path) -> None:
+    """Copies what belongs to a model beside its weights and config."""
     for file in sorted({file for pattern in COMPANIONS for file in like.glob(pattern) if file.is_file()}):
         target = folder / file.relative_to(like)
         target.parent.mkdir(exist_ok=True)

@@ -14,30 +14,30 @@ from megatron_sfr.data.manifest import NAME
 from megatron_sfr.data.targets import EncoderIdentity
 from megatron_sfr.hf.checkpoint import Checkpoint
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter
+from megatron_sfr.hf.stored import HEAD
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.targets import TargetOptions
 
-PREFIX = "flow_head."
 WEIGHTS, DESCRIPTION = "flow_head.safetensors", "flow_head.json"
 
 
 def keep_head(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the head of a checkpoint; ValueError where it has none, or does not say how it was built."""
-    tensors = {key: stored for key, stored in checkpoint.tensors.items() if key.startswith(PREFIX)}
+    tensors = {key: stored for key, stored in checkpoint.tensors.items() if key.startswith(HEAD)}
     if not tensors:
         raise ValueError(f"{checkpoint.folder} has no flow head to keep: leave --keep-head out")
     (folder / DESCRIPTION).write_text(json.dumps(describe(checkpoint), indent=2) + "\n")
     headers = {
-        key.removeprefix(PREFIX): Header(tuple(stored.size), stored.properties.dtype) for key, stored in tensors.items()
+        key.removeprefix(HEAD): Header(tuple(stored.size), stored.properties.dtype) for key, stored in tensors.items()
     }
     with ShardWriter(folder, Shard(WEIGHTS, headers)) as writer:
         for name, header in headers.items():
-            writer.write(name, checkpoint.read(PREFIX + name, [0] * len(header.shape), header.shape))
+            writer.write(name, checkpoint.read(HEAD + name, [0] * len(header.shape), header.shape))
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """All that `load_head` needs, and whose embeddings the head answers, as far as that is still to be found."""
-    sizes = {key.removeprefix(PREFIX): tuple(stored.size) for key, stored in checkpoint.tensors.items()}
+    sizes = {key.removeprefix(HEAD): tuple(stored.size) for key, stored in checkpoint.tensors.items()}
     arguments = checkpoint.arguments()
     try:
         options, targets = (

@@ -12,7 +12,8 @@ from megatron_sfr.hf.checkpoint import Checkpoint
 from megatron_sfr.hf.families import family_of
 from megatron_sfr.hf.rows import Config, Entry, entries
 
-AUXILIARY = ("flow_head.", "mtp.")
+HEAD = "flow_head."
+AUXILIARY = (HEAD, "mtp.")
 """Prefixes of what helps the training and is no part of the model that leaves: the flow head with its average and
 state, and upstream's multi-token prediction, which no family here has in its HF form."""
 TRAINING_STATE = re.compile(
