@@ -82,10 +82,7 @@ def export_hf(
         copy_companions(like, folder)
         _write_config(config, dtypes, folder / CONFIG)
         with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
-            if workers == 1 or len(shards) == 1:
-                _write_shards(model, shards, folder, bar.update)
-            else:
-                _write_in_processes(model, shards, folder, bar, workers)
+            _write_weights(model, shards, folder, bar, workers)
         if head:
             from megatron_sfr.hf.head import keep_head  # which imports Megatron, as nothing else here does
 
@@ -129,11 +126,12 @@ def _write_shards(
                             written(shard.tensors[name].bytes)
 
 
-def _write_in_processes(
-    model: StoredModel, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int
-) -> None:
-    """Deals the shards to processes; the bar follows the sizes of their files."""
+def _write_weights(model: StoredModel, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int) -> None:
+    """Deals the shards to processes, where there are several; the bar then follows the sizes of their files."""
     workers = min(workers, len(shards))
+    if workers == 1:
+        _write_shards(model, shards, folder, bar.update)
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         todo = [pool.submit(_write_shards, model, shards[i::workers], folder) for i in range(workers)]
         waiting = set(todo)
