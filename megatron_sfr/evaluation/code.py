@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sfr.data.chat import read_rows
+from megatron_sfr.data.lines import read_rows
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
 from megatron_sfr.evaluation.passes import pass_at_k
 from megatron_sfr.evaluation.sandbox import Isolation, Limits, run_program

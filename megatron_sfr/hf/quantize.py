@@ -1,0 +1,107 @@
+"""A model calibrated for FP8 or INT8 by NVIDIA's Model Optimizer, and how far its logits are from the original's.
+
+What is written is Model Optimizer's own form: the weights and `modelopt_state.pth`, which its restore reads; quantised
+products are simulated, on CPU as on a GPU. Optional: pip install "megatron-sfr[quant]".
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_sfr.data.chat import encode, read_conversations
+from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.hf.exporter import copy_companions
+from megatron_sfr.hf.families import family_of
+from megatron_sfr.hf.folder import CONFIG, new_folder, read_config
+
+FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
+"""Model Optimizer's configurations: E4M3 a tensor; INT8 weights a channel, with smoothed activations."""
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """How the quantised logits differ from the original's in bf16, on conversations that did not calibrate them."""
+
+    rms: float
+    """Root mean square of the difference, over that of the logits."""
+    largest: float
+    """Largest difference of a logit."""
+    agreement: float
+    """Share of positions at which both like the same token best."""
+    calibrated: int
+    compared: int
+    """Conversations."""
+
+
+def quantize_hf(
+    source: Path,
+    output: Path,
+    *,
+    format: Literal["fp8", "int8"],
+    calibration: Path,
+    samples: int = 256,
+    length: int = 512,
+    force: bool = False,
+) -> QuantizeReport:
+    """Writes `output`, restored before it is kept: ValueError unless that gives the same logits bit for bit.
+
+    calibration: JSONL of conversations; of the first `samples` every eighth measures, the others calibrate.
+    """
+    mtq, mto = _optimizer("quantization"), _optimizer("opt")
+    if family_of(read_config(source)).dimensions(read_config(source)).experts:
+        raise ValueError(f"{source}: experts are not quantised here")
+    rows = _tokens(source, calibration, samples, length)
+    held, used = rows[::8], [row for i, row in enumerate(rows) if i % 8]
+    mto.enable_huggingface_checkpointing()
+    model = _load(source)
+    wanted = _logits(model, held)
+    mtq.quantize(model, getattr(mtq, FORMATS[format]), lambda model: [model(row) for row in used])
+    found = _logits(model, held)
+    with new_folder(output, mark=CONFIG, force=force) as folder:
+        model.save_pretrained(folder)
+        copy_companions(source, folder)
+        del model
+        if not all(torch.equal(a, b) for a, b in zip(_logits(_load(folder), held), found, strict=True)):
+            raise ValueError(f"{output}: what was written restores to another model: nothing is kept")
+    a, b = torch.cat(found), torch.cat(wanted)
+    return QuantizeReport(
+        rms=((a - b).square().mean() / b.square().mean()).sqrt().item(),
+        largest=(a - b).abs().max().item(),
+        agreement=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
+        calibrated=len(used),
+        compared=len(held),
+    )
+
+
+def _optimizer(part: str) -> Any:
+    try:
+        return import_module(f"modelopt.torch.{part}")
+    except ImportError as e:
+        raise ValueError(f'quantisation needs nvidia-modelopt ({e}): pip install "megatron-sfr[quant]"') from e
+
+
+def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[Tensor]:
+    """Token ids [1, S] of each conversation, cut at `length`."""
+    tokenizer = load_tokenizer(str(source))
+    conversations = islice(read_conversations(calibration), samples)
+    rows = [torch.tensor(encode(x, tokenizer).tokens[:length], dtype=torch.int64)[None] for x in conversations]
+    if len(rows) < 2:
+        raise ValueError(f"{calibration}: {len(rows)} conversations; at least 2 are needed, some hundreds are good")
+    return rows
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, rows: list[Tensor]) -> list[Tensor]:
+    """fp32 [S, V] of each row."""
+    return [model(row).logits[0].float() for row in rows]
