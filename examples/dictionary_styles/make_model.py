@@ -38,7 +38,7 @@ def make_model(text: Iterable[str], output: Path) -> None:
 
     tokenizer = train_tokenizer(text, VOCABULARY)
     if len(tokenizer) != VOCABULARY:
-        raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {VOCABULARY}: it is too short")
+        raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {VOCABULARY}: it is too short a text")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     output.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, output)
