@@ -8,7 +8,8 @@ Rows = list[tuple[Any, str]]
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first contradiction among parsed arguments, in one line; None where there is none."""
-    rows = _of_the_run(args) + _of_separation(args) + (_of_the_term(args) if args.sfr else [])
+    rows = _of_the_run(args) + _of_the_start(args) + _of_separation(args)
+    rows += _of_the_term(args) if args.sfr else []
     return next((message for wrong, message in rows if wrong), None)
 
 
@@ -21,18 +22,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
         (
             args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
             "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
-        ),
-        (
-            args.sfr_hf_load is not None and args.pretrained_checkpoint is not None,
-            "--sfr-hf-load and --pretrained-checkpoint both say where to start: leave one out",
-        ),
-        (
-            args.sfr_hf_load is not None and args.exit_on_missing_checkpoint,
-            "--sfr-hf-load starts a run that has no checkpoint, --exit-on-missing-checkpoint ends it: leave one out",
-        ),
-        (
-            args.sfr_hf_load is not None and (args.use_megatron_fsdp or args.use_torch_fsdp2),
-            "--sfr-hf-load does not fill what FSDP shards: `megatron-sfr convert import`, then --pretrained-checkpoint",
         ),
         (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
         (
@@ -51,6 +40,27 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
         (
             args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
             "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
+        ),
+    ]
+
+
+def _of_the_start(args: argparse.Namespace) -> Rows:
+    if args.sfr_hf_load is None:
+        return []
+    sharded = args.use_megatron_fsdp or args.use_torch_fsdp2
+    return [
+        (
+            args.pretrained_checkpoint is not None,
+            "--sfr-hf-load and --pretrained-checkpoint both say where to start: leave one out",
+        ),
+        (
+            args.exit_on_missing_checkpoint,
+            "--sfr-hf-load starts a run that has no checkpoint, --exit-on-missing-checkpoint ends it: leave one out",
+        ),
+        (
+            sharded or args.fp8_param_gather or args.fp4_param_gather or args.init_model_with_meta_device,
+            "--sfr-hf-load fills plain parameters, not what FSDP shards nor what is kept in FP8 or FP4: `megatron-sfr "
+            "convert import`, then --pretrained-checkpoint",
         ),
     ]
 

@@ -17,7 +17,8 @@ from megatron_sfr.hf.rows import Config
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _STALE = "the index is of other files: download both again"
-_ROOM, _ACCESS = "the disk has no room for it", "the place cannot be written to: choose another --output"
+_ROOM = "the disk has no room for it: make some or choose another --output"
+_ACCESS = "the place cannot be written to: choose another --output"
 _NOT_WRITTEN = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
@@ -110,7 +111,7 @@ def new_folder(output: Path, *, mark: str, force: bool, size: int = 0) -> Iterat
     except OSError as e:
         if e.errno not in _NOT_WRITTEN:
             raise
-        raise ValueError(f"{output} is not written, {_NOT_WRITTEN[e.errno]} ({e}); nothing is left of it") from e
+        raise ValueError(f"{output} is not written and nothing left of it; {_NOT_WRITTEN[e.errno]} ({e})") from e
     finally:
         for leftover in (partial, replaced):
             shutil.rmtree(leftover, ignore_errors=True)

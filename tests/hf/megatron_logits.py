@@ -1,6 +1,7 @@
 """Under torchrun: loads checkpoints into upstream's models and writes their logits. argv: a JSON list of [flags, file].
 
-Each file holds tokens [B, S] and is replaced by the logits [B, S, V + padding].
+Each file holds tokens [B, S] and is replaced by the logits [B, S, V + padding], and by the tokens [B, S] that greedy
+decoding gives after the first PROMPT of them.
 """
 
 import json
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+PROMPT = 60
+
 
 @torch.no_grad()
-def logits(flags: list[str], tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the model that the flags describe and load."""
+def answer(flags: list[str], tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and greedy tokens of the model that the flags describe and load."""
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
@@ -29,10 +32,18 @@ def logits(flags: list[str], tokens_BS: torch.Tensor) -> torch.Tensor:
         cfg_container=pretrain_cfg_container_from_args(args, model_config(args, "cpu")),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    position_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
-    out: torch.Tensor = model.eval()(tokens_BS, position_BS, None)
+
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model.eval()(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS), None)
+        return out
+
+    greedy_BS = tokens_BS[:, :PROMPT]
+    while greedy_BS.shape[1] < tokens_BS.shape[1]:
+        next_B = logits(greedy_BS)[:, -1, : args.vocab_size].argmax(-1)
+        greedy_BS = torch.cat([greedy_BS, next_B[:, None]], dim=1)
+    found = logits(tokens_BS), greedy_BS
     training.destroy_global_state()
-    return out
+    return found
 
 
 if __name__ == "__main__":
@@ -40,4 +51,4 @@ if __name__ == "__main__":
 
     backend.start("cpu")
     for flags, file in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        torch.save(logits(flags, torch.load(file)), file)
+        torch.save(answer(flags, torch.load(file)), file)

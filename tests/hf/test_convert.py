@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(imported, untied, tmp_path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for the weights, and for nothing else."""
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "none", str(tmp_path / "disk")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def test_a_disk_that_fills_up_on_the_way(untied, small_disk, capsys):
+    refused(capsys, "No space left on device", "import", "--hf", untied, "--output", small_disk / "out")
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,16 +1,18 @@
-"""Upstream's model, loaded from what was imported, computes what transformers computes."""
+"""Upstream's model, loaded from what was imported, computes what transformers computes, and says the same tokens."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from megatron_sfr.hf.exporter import export_hf
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
 from megatron_sfr.hf.importer import import_hf
 from tests.distributed.launch import torchrun
+from tests.hf.megatron_logits import PROMPT
 from tests.hf.models import CASES, VARIANTS, save_model
 
 RUN = {
@@ -27,7 +29,8 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory):
-    """Upstream's and transformers' logits [3, 90, 503] of every case, from one start of upstream."""
+    """Upstream's, transformers' and the round trip's answers to every case, from one start of upstream: logits
+    [3, 90, 503], greedy tokens [3, 90]."""
     folder, jobs, wanted = tmp_path_factory.mktemp("logits"), [], {}
     tokens = torch.randint(503, (3, 90), generator=torch.Generator().manual_seed(1))
     for name, (architecture, changes) in CASES.items():
@@ -38,25 +41,42 @@ def logits(tmp_path_factory):
         (case / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
         torch.save(tokens, case / "logits.pt")
         jobs.append((["--recipe", str(case / "recipe.yaml")], str(case / "logits.pt")))
-        with torch.no_grad():
-            wanted[name] = AutoModelForCausalLM.from_pretrained(case / "hf")(tokens).logits
+        export_hf(case / "megatron", case / "back", like=case / "hf", progress=False)
+        wanted[name] = [of_transformers(case / x, tokens) for x in ("hf", "back")]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     torchrun(1, str(Path(__file__).with_name("megatron_logits.py")), str(folder / "jobs.json"))
-    return {name: (torch.load(folder / name / "logits.pt"), wanted[name]) for name in CASES}
+    return {name: (torch.load(folder / name / "logits.pt"), *wanted[name]) for name in CASES}
+
+
+@torch.no_grad()
+def of_transformers(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=90 - PROMPT, pad_token_id=0)
+    return model(tokens).logits, model.generate(tokens[:, :PROMPT], attention_mask=torch.ones(3, PROMPT))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_megatron_computes_the_logits_of_transformers(logits, case):
     """fp32, one process, sizes that divide nothing. Layouts: tests/distributed. Not exercised: Transformer Engine."""
-    found, wanted = logits[case]
+    (found, _), (wanted, _), _ = logits[case]
     assert found.shape[-1] == 512  # 503, padded to a multiple of 128
     assert (found[..., :503] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_answers_are_the_same_tokens(logits, case):
+    """Upstream without a cache, transformers with one, and transformers on what went through a checkpoint and back."""
+    (_, megatron), (_, wanted), (_, back) = logits[case]
+    assert wanted.shape == (3, 90)
+    assert torch.equal(megatron, wanted)
+    assert torch.equal(back, wanted)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["Llama 3's frequencies", "Mistral 0.1's window"])
 def test_what_no_shape_shows_moves_the_logits(logits, case):
     """The same weights without scaling or window compute something else: the test above would see them left out."""
-    (_, changed), (_, plain) = logits[case], logits[f"{VARIANTS[case][0]}, tied: False"]
+    (_, (changed, _), _), (_, (plain, _), _) = logits[case], logits[f"{VARIANTS[case][0]}, tied: False"]
     assert (changed - plain).abs().max() > 1e-3 * plain.abs().max()
