@@ -11,6 +11,7 @@ from megatron_sfr.data.horizons import horizons_of
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.hf.start import start_from
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec
@@ -34,10 +35,12 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
         adapt_config_to_cpu(config.transformer)
     if args.sfr_packing != "none":
         config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
-    if args.transformer_impl == "local" and args.num_experts is None and args.spec is None:
+    if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_block_spec
     if args.sfr:
         config.head = head_plan(args)
+    if args.sfr_hf_load is not None and not checkpoint_exists(args.load):
+        config.pre_wrap_hooks.append(start_from(Path(args.sfr_hf_load), args))
     return config
 
 

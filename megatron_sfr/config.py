@@ -17,6 +17,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
 from megatron_sfr.conflicts import contradiction
+from megatron_sfr.hf.start import StartOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.gem import GEMOptions
@@ -50,7 +51,7 @@ class PresetOptions:
 PARTS = (
     *(ObjectiveOptions, GEMOptions, SEDOptions),
     *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions),
-    *(LoadOptions, BackendOptions),
+    *(LoadOptions, StartOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

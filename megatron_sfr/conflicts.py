@@ -22,6 +22,18 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
             "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
         ),
+        (
+            args.sfr_hf_load is not None and args.pretrained_checkpoint is not None,
+            "--sfr-hf-load and --pretrained-checkpoint both say where to start: leave one out",
+        ),
+        (
+            args.sfr_hf_load is not None and args.exit_on_missing_checkpoint,
+            "--sfr-hf-load starts a run that has no checkpoint, --exit-on-missing-checkpoint ends it: leave one out",
+        ),
+        (
+            args.sfr_hf_load is not None and (args.use_megatron_fsdp or args.use_torch_fsdp2),
+            "--sfr-hf-load does not fill what FSDP shards: `megatron-sfr convert import`, then --pretrained-checkpoint",
+        ),
         (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
         (
             not (args.train_data_path or args.data_path),

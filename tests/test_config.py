@@ -87,6 +87,8 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"fp8_format": "hybrid"}, [], "FP8 needs Transformer Engine on CUDA"),
         ({"context_parallel_size": 2}, [], "context parallelism needs Transformer Engine"),
         ({"sfr": True, "sfr_draws": 0}, [], "sfr_draws = 0"),
+        ({"sfr_hf_load": "a", "pretrained_checkpoint": "b"}, [], "both say where to start"),
+        ({"sfr_hf_load": "a", "exit_on_missing_checkpoint": True}, [], "leave one out"),
         ({"sfr_fresh_head": True}, [], "goes with --load DIR --finetune"),
         ({"vocab_size": None}, [], "--vocab-size is missing"),
         ({"train_data_path": None}, [], "no training data"),

@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--tolerance", type=float, help="of --check, as a share of the largest logit (default 1e-5)")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     verb.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default 5)")
+    verb.add_argument("--keep-head", action="store_true", help="write the flow head too: flow_head.safetensors, .json")
+    verb.add_argument("--workers", type=int, default=1, metavar="N", help="processes that write files (default 1)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
     verb = verbs.add_parser("recipe", help="print the model part of a recipe")
@@ -57,6 +59,8 @@ def _export(args: argparse.Namespace) -> None:
         like=args.like,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         shard_bytes=int(args.max_shard_gb * 1e9),
+        workers=args.workers,
+        head=args.keep_head,
         force=args.force,
     )
     files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"

@@ -146,7 +146,7 @@ def write_checkpoint(folder: Path, pieces: Iterable[Piece], objects: Mapping[str
         written = writer.write_data(plan, planner).wait()
     except RuntimeError as e:
         if isinstance(e.__context__, OSError):  # a full disk, behind which torch.save 2.13 puts its own error
-            raise OSError(f"{folder}: {e.__context__}") from e
+            raise e.__context__ from e
         raise
     writer.finish(metadata, [written])
     (folder / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))

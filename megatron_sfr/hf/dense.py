@@ -22,28 +22,28 @@ _QKV = (
         ("hidden",),
     ),
 )
-_REST = (
-    Direct(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), ("hidden", "query"), 1),
+_PROJECTION = Direct(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), ("hidden", "query"), 1)
+_MLP = (
     Direct(M + "mlp.linear_fc1.layer_norm_weight", (H + "post_attention_layernorm.weight",), ("hidden",)),
     GatedMLP(M + "mlp.linear_fc1.weight", (H + "mlp.gate_proj.weight", H + "mlp.up_proj.weight")),
     Direct(M + "mlp.linear_fc2.weight", (H + "mlp.down_proj.weight",), ("hidden", "ffn"), 1),
-    Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
 )
+_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 _OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"), 0, padded=True)
 
-EXTRA_STATES = (
+ATTENTION_STATES = (
     M + "self_attention.linear_qkv",
     M + "self_attention.linear_proj",
     M + "self_attention.core_attention",
-    M + "mlp.linear_fc1",
-    M + "mlp.linear_fc2",
     "decoder.final_layernorm",
 )
+EXTRA_STATES = (*ATTENTION_STATES, M + "mlp.linear_fc1", M + "mlp.linear_fc2")
 
 
-def rows(config: Config, attention: tuple[Row, ...] = ()) -> tuple[Row, ...]:
-    """Every row of the model; `attention`: what a family has after the weight of q, k and v."""
-    return (_EMBEDDING, *_QKV, *attention, *_REST, *(() if is_tied(config) else (_OUTPUT,)))
+def rows(config: Config, attention: tuple[Row, ...] = (), mlp: tuple[Row, ...] = _MLP) -> tuple[Row, ...]:
+    """Every row of the model; `attention`: what a family has after the weight of q, k and v; `mlp`: all after it."""
+    output = () if is_tied(config) else (_OUTPUT,)
+    return (_EMBEDDING, *_QKV, *attention, _PROJECTION, *mlp, _NORM, *output)
 
 
 def is_tied(config: Config) -> bool:

@@ -1,21 +1,23 @@
-"""Megatron checkpoint -> Hugging Face folder, in one process: one tensor read at a time, one shard held in memory."""
+"""Megatron checkpoint -> Hugging Face folder: a tensor in memory at a time, whole files to each worker."""
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import groupby
-from math import prod
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.hf.folder import CONFIG, INDEX, SINGLE, new_folder, read_config
+from megatron_sfr.hf.folder import CONFIG, INDEX, new_folder, read_config
+from megatron_sfr.hf.head import PREFIX, keep_head
 from megatron_sfr.hf.rows import Config
+from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.hf.stored import StoredModel
 
 COMPANIONS = (
@@ -56,6 +58,8 @@ def export_hf(
     like: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    head: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> ExportReport:
@@ -63,71 +67,90 @@ def export_hf(
 
     like: an HF folder whose config, tokenizer, chat template and generation config are those of the model.
     dtype: of the weights; by default as the checkpoint has them, so that nothing is rounded unasked.
+    workers: processes that write, a file each at a time; the files are the same for any number.
+    head: writes the flow head beside the model; `hf.head.load_head` reads it.
     """
+    if workers < 1 or shard_bytes < 1:
+        raise ValueError(f"{workers} workers writing files of {shard_bytes} bytes: both have to be positive")
     config = read_config(like)
     model = StoredModel(Checkpoint(find_checkpoint(checkpoint)), config)
-    sizes = _sizes(model, dtype)
-    files = _files(sizes, shard_bytes)
-    dtypes = tuple(dict.fromkeys(dtype or model.dtype(entry) for entry in model.entries))
+    headers = _headers(model, dtype)
+    shards = plan_shards(headers, shard_bytes)
+    size, dtypes = sum(x.bytes for x in headers.values()), tuple(dict.fromkeys(x.dtype for x in headers.values()))
     if output.resolve() == like.resolve():
         raise ValueError(f"{output} is the folder of --like: choose another --output")
-    with new_folder(output, mark=CONFIG, force=force) as folder:
+    with new_folder(output, mark=CONFIG, force=force, size=size) as folder:
         _copy(like, folder)
         _write_config(config, dtypes, folder / CONFIG)
-        _write_weights(model, files, dtype, folder, sum(sizes.values()), progress)
-        if len(set(files.values())) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
+            if workers == 1 or len(shards) == 1:
+                _write_shards(model, shards, folder, bar.update)
+            else:
+                _write_in_processes(model, shards, folder, bar, workers)
+        if head:
+            keep_head(model.checkpoint, folder)
+        if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
+            _write_index(shards, size, folder / INDEX)
     return ExportReport(
         output=output,
         checkpoint=model.checkpoint.folder,
-        tensors=len(sizes),
-        bytes=sum(sizes.values()),
-        files=tuple(dict.fromkeys(files.values())),
+        tensors=len(headers),
+        bytes=size,
+        files=tuple(shard.file for shard in shards),
         dtypes=dtypes,
-        dropped=model.dropped,
+        dropped=tuple(key for key in model.dropped if not (head and key.startswith(PREFIX))),
         padding=model.padding,
     )
 
 
-def _sizes(model: StoredModel, dtype: torch.dtype | None) -> dict[str, int]:
-    """Bytes of each HF tensor, in the order of the model."""
+def _headers(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Header]:
+    """Shape and dtype of each HF tensor, in the order of the model."""
     return {
-        name: prod(shape) * (dtype or model.dtype(entry)).itemsize
+        name: Header(shape, dtype or model.dtype(entry))
         for entry in model.entries
         for name, shape in zip(entry.names, entry.row.shapes(model.dimensions), strict=True)
     }
 
 
-def _files(sizes: dict[str, int], shard_bytes: int) -> dict[str, str]:
-    """Tensor name -> file: a shard ends before the tensor that would overfill it."""
-    shards, filled = dict.fromkeys(sizes, 0), 0
-    shard = 0
-    for name, size in sizes.items():
-        if filled and filled + size > shard_bytes:
-            shard, filled = shard + 1, 0
-        shards[name], filled = shard, filled + size
-    if shard == 0:
-        return dict.fromkeys(sizes, SINGLE)
-    return {name: f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for name, i in shards.items()}
-
-
-def _write_weights(
-    model: StoredModel, files: dict[str, str], dtype: torch.dtype | None, folder: Path, total: int, progress: bool
+def _write_shards(
+    model: StoredModel, shards: Sequence[Shard], folder: Path, written: Callable[[int], object] | None = None
 ) -> None:
-    parts = (item for entry in model.entries for item in zip(entry.names, model.read(entry), strict=True))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
-        for file, group in groupby(parts, key=lambda item: files[item[0]]):
-            shard: dict[str, Tensor] = {}
-            for name, tensor in group:
-                # A copy: parts of one tensor share memory, which safetensors refuses.
-                shard[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-                bar.update(shard[name].nbytes)
-            try:
-                save_file(shard, folder / file, metadata={"format": "pt"})
-            except SafetensorError as e:  # a full disk
-                raise OSError(f"{folder / file}: {e}") from e
-            (folder / file).chmod((folder / CONFIG).stat().st_mode)  # safetensors 0.8 writes for the owner alone
+    """Writes each shard; written: is told the bytes of each tensor."""
+    for shard in shards:
+        with ShardWriter(folder, shard) as writer:
+            for entry in model.entries:
+                if shard.tensors.keys().isdisjoint(entry.names):
+                    continue
+                for name, tensor in zip(entry.names, model.read(entry), strict=True):
+                    if name in shard.tensors:  # the next file may begin inside an entry
+                        writer.write(name, tensor.to(shard.tensors[name].dtype))
+                        if written is not None:
+                            written(shard.tensors[name].bytes)
+
+
+def _write_in_processes(
+    model: StoredModel, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int
+) -> None:
+    """Deals the shards to processes; the bar follows the sizes of their files."""
+    workers = min(workers, len(shards))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        todo = [pool.submit(_write_shards, model, shards[i::workers], folder) for i in range(workers)]
+        waiting = set(todo)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.2)
+            files = [folder / shard.file for shard in shards]
+            bar.n = min(sum(x.stat().st_size for x in files if x.exists()), int(bar.total or 0))
+            bar.refresh()
+        try:
+            for done in todo:
+                done.result()
+        except BrokenProcessPool as e:
+            raise ValueError("a worker was killed, for want of memory perhaps: try again with fewer --workers") from e
+
+
+def _write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
+    files = {name: shard.file for shard in shards for name in shard.tensors}
+    path.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n")
 
 
 def _write_config(config: Config, dtypes: tuple[torch.dtype, ...], path: Path) -> None:

@@ -1,6 +1,6 @@
 """The families that can be converted: one line each."""
 
-from megatron_sfr.hf import llama, mistral, qwen2, qwen3
+from megatron_sfr.hf import llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_sfr.hf.rows import Config, Family
 
 FAMILIES: dict[str, Family] = {
@@ -8,6 +8,7 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": mistral.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
 }
 
 

@@ -1,5 +1,6 @@
 """A Hugging Face folder: its config, its safetensors by name; and a new folder that appears whole or not at all."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from megatron_sfr.hf.rows import Config
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_STALE = "the index is of other files: download both again"
+_ROOM, _ACCESS = "the disk has no room for it", "the place cannot be written to: choose another --output"
+_NOT_WRITTEN = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
+}
 
 
 def read_config(folder: Path) -> Config:
@@ -29,71 +36,105 @@ def read_config(folder: Path) -> Config:
 
 
 class Weights:
-    """The tensors of an HF folder by name, read one at a time."""
+    """The tensors of an HF folder by name, read one at a time; ValueError where index and files do not agree.
+
+    A file is opened anew for each tensor: safetensors maps it into memory, where what was read would pile up.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _files(folder)
-        self._open = {file: _safe_open(folder / file) for file in sorted(set(self.files.values()))}
-        for name, file in self.files.items():
-            if name not in self._open[file].keys():  # noqa: SIM118 (safe_open is no mapping)
-                raise ValueError(f"{folder / INDEX}: {name} is not in {file}: the index is of other files")
+        index = _read_index(folder)
+        self.files: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kinds: dict[str, str] = {}
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            with _safe_open(folder / file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    header = tensors.get_slice(name)
+                    self.files[name] = file
+                    self._shapes[name], self._kinds[name] = tuple(header.get_shape()), header.get_dtype()
+                    if index and index.get(name) != file:
+                        raise ValueError(f"{folder / INDEX}: {name} is in {file}, which it does not say: {_STALE}")
+        for name, file in (index or {}).items():
+            if name not in self.files:
+                raise ValueError(f"{folder / INDEX}: {name} is not in {file}: {_STALE}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[self.files[name]].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._open[self.files[name]].get_slice(name).get_dtype()
+        kind = self._kinds[name]
         if kind not in DTYPES:
-            raise ValueError(f"{self.folder}: {name} is {kind}; weights are converted as {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{self.folder}: {name} is {kind}; weights are converted as {', '.join(DTYPES)}: "
+                "start from the unquantised model"
+            )
         return DTYPES[kind]
 
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """start..stop of a tensor along an axis, reading no more than that."""
+        with _safe_open(self.folder / self.files[name]) as tensors:
+            part: Tensor = tensors.get_slice(name)[(slice(None),) * axis + (slice(start, stop),)]
+            return part
+
     def __getitem__(self, name: str) -> Tensor:
-        return self._open[self.files[name]].get_tensor(name)
+        with _safe_open(self.folder / self.files[name]) as tensors:
+            return tensors.get_tensor(name)
 
 
 @contextmanager
-def new_folder(output: Path, *, mark: str, force: bool) -> Iterator[Path]:
+def new_folder(output: Path, *, mark: str, force: bool, size: int = 0) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when all went well and is removed when not.
 
     An existing `output` is refused, or with `force` replaced at the end, if it holds the file `mark` (so that a
-    mistyped path does not cost another folder).
+    mistyped path does not cost another folder). size: the bytes it will take, for which there must be room.
     """
     if output.exists() or output.is_symlink():
         if not force:
             raise ValueError(f"{output} exists: choose another --output, or replace it with --force")
         if not (output / mark).is_file():
             raise ValueError(f"{output} has no {mark}: --force replaces only what a conversion has written")
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     replaced = output.with_name(f".{output.name}.replaced")
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if (free := shutil.disk_usage(output.parent).free) < size:
+            raise ValueError(f"{output}: {size:,} bytes to write, {free:,} free: make room or choose another --output")
+        partial.mkdir()
         yield partial
         if output.exists():
             output.rename(replaced)
         partial.rename(output)
+    except OSError as e:
+        if e.errno not in _NOT_WRITTEN:
+            raise
+        raise ValueError(f"{output} is not written, {_NOT_WRITTEN[e.errno]} ({e}); nothing is left of it") from e
     finally:
         for leftover in (partial, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, from the index or from the single file."""
-    if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not files:
-            raise ValueError(f"{folder / INDEX}: no weight_map")
-        missing = sorted({file for file in files.values() if not (folder / file).is_file()})
-        if missing:
-            raise ValueError(f"{folder}: missing {', '.join(missing)}, which {INDEX} names: download it again")
-        return dict(files)
-    if (folder / SINGLE).is_file():
-        return dict.fromkeys(_safe_open(folder / SINGLE).keys(), SINGLE)
-    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)")
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file; None where one file holds all."""
+    single = (folder / SINGLE).is_file()
+    if not (folder / INDEX).is_file():
+        if not single:
+            raise ValueError(
+                f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)"
+            )
+        return None
+    index = _read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{folder / INDEX}: no weight_map")
+    if single and SINGLE not in files.values():
+        raise ValueError(f"{folder}: {SINGLE} beside {INDEX} of other files: which is the model? Remove the other")
+    missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+    if missing:
+        raise ValueError(f"{folder}: missing {', '.join(missing)}, which {INDEX} names: download it again")
+    return files
 
 
 def _safe_open(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 Config = dict[str, Any]
 """An HF config.json as read."""
 
@@ -33,6 +33,8 @@ class Dimensions:
     heads: int
     groups: int
     head_dim: int
+    experts: int = 0
+    expert_ffn: int = 0
 
     @property
     def query(self) -> int:
@@ -48,11 +50,11 @@ class Dimensions:
 
 
 class Row(Protocol):
-    """What every kind of row offers; `{layer}` in its names is the index of the layer."""
+    """What every kind of row offers; `{layer}` and `{expert}` in its names are indices."""
 
     @property
     def megatron(self) -> str:
-        """Megatron's name; a checkpoint stacks its layers under the name without `layers.{layer}`'s index."""
+        """Megatron's name; a checkpoint stacks layers and experts under it, without their indices."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,8 +74,14 @@ class Row(Protocol):
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         """Shape of the whole in Megatron, without padding."""
 
+    def grain(self, d: Dimensions) -> int:
+        """Megatron's tensor is cut along `tp_dim` (None: the first axis) at multiples of this."""
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        """Start and stop in each part, along the same axis, of what `join` makes start..stop of the whole from."""
+
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
-        """Hugging Face's parts -> Megatron's tensor."""
+        """Hugging Face's parts, or such spans of them -> Megatron's tensor, or that span of it."""
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit."""
@@ -94,6 +102,12 @@ class Direct:
 
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         return d.shape(self.size)
+
+    def grain(self, d: Dimensions) -> int:
+        return 1
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        return ((start, stop),)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         (tensor,) = parts
@@ -123,15 +137,26 @@ class QKV:
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
         return (d.query + 2 * d.key_value, *d.shape(self.columns))
 
+    def grain(self, d: Dimensions) -> int:
+        return sum(self._group(d))
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        first, last = start // self.grain(d), stop // self.grain(d)
+        return tuple((first * rows, last * rows) for rows in self._group(d))
+
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         columns = d.shape(self.columns)
-        return torch.cat([x.reshape(d.groups, -1, *columns) for x in parts], dim=1).reshape(-1, *columns)
+        groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self._group(d), strict=True)]
+        return torch.cat(groups, dim=1).reshape(-1, *columns)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         columns = d.shape(self.columns)
-        sizes = [d.query // d.groups, d.head_dim, d.head_dim]
-        parts = tensor.reshape(d.groups, -1, *columns).split(sizes, dim=1)
+        parts = tensor.reshape(d.groups, -1, *columns).split(self._group(d), dim=1)
         return tuple(x.reshape(-1, *columns) for x in parts)
+
+    def _group(self, d: Dimensions) -> list[int]:
+        """Rows of q, k and v in a group."""
+        return [d.query // d.groups, d.head_dim, d.head_dim]
 
 
 @dataclass(frozen=True)
@@ -140,20 +165,30 @@ class GatedMLP:
 
     megatron: str
     names: tuple[str, str]
+    size: str = "ffn"
     tp_dim: int | None = 0
     padded: bool = False
 
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
-        return ((d.ffn, d.hidden), (d.ffn, d.hidden))
+        (rows,) = d.shape((self.size,))
+        return ((rows, d.hidden), (rows, d.hidden))
 
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
-        return (2 * d.ffn, d.hidden)
+        (rows,) = d.shape((self.size,))
+        return (2 * rows, d.hidden)
+
+    def grain(self, d: Dimensions) -> int:
+        return 1
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+        (rows,) = d.shape((self.size,))
+        return (min(start, rows), min(stop, rows)), (max(start, rows) - rows, max(stop, rows) - rows)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         return torch.cat(parts)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
-        return tensor.split(d.ffn)
+        return tensor.split(d.shape((self.size,))[0])
 
 
 @dataclass(frozen=True)
@@ -172,14 +207,15 @@ class Family:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row at one layer (None: outside the layers)."""
+    """A row at one layer (None: outside the layers), and at one expert where the layer has them."""
 
     row: Row
     layer: int | None
+    expert: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.replace(LAYER, str(self.layer)) for name in self.row.names)
+        return tuple(name.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert)) for name in self.row.names)
 
     @property
     def stacked(self) -> str:
@@ -191,15 +227,29 @@ class Entry:
         """Key of a checkpoint that keeps each layer apart, as Megatron does where layers differ."""
         return self.row.megatron.replace(LAYER, str(self.layer))
 
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where the entry is along the axes that `stacked` has before the row's own: layer, expert."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
-def entries(rows: tuple[Row, ...], layers: int) -> list[Entry]:
-    """Every row at every layer, in the order of the model: before the layers, the layers, after them."""
+    def counts(self, d: Dimensions) -> tuple[int, ...]:
+        """The sizes of these axes."""
+        return (d.layers, d.experts)[: len(self.index)]
+
+
+def entries(rows: tuple[Row, ...], d: Dimensions) -> list[Entry]:
+    """Every row at every layer and expert, in the order of the model: before the layers, the layers, after them."""
     repeated = [LAYER in row.megatron for row in rows]
     first = repeated.index(True)
     last = len(rows) - repeated[::-1].index(True)
     assert all(repeated[first:last]), "a family lists the rows of its layers together"
     return [
         *(Entry(row, None) for row in rows[:first]),
-        *(Entry(row, layer) for layer in range(layers) for row in rows[first:last]),
+        *(
+            Entry(row, layer, expert)
+            for layer in range(d.layers)
+            for row in rows[first:last]
+            for expert in (range(d.experts) if EXPERT in row.names[0] else (None,))
+        ),
         *(Entry(row, None) for row in rows[last:]),
     ]

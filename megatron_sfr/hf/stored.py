@@ -1,8 +1,9 @@
 """The model inside a Megatron checkpoint, checked name by name against an HF config before anything is read of it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ TRAINING_STATE = re.compile(
 )
 """What a checkpoint keeps to go on training; the extra states are Transformer Engine's fp8 scales."""
 COMPARED = {
+    "num_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
     "kv_channels": "kv_channels",
     "swiglu": "swiglu",
@@ -32,9 +34,12 @@ COMPARED = {
     "use_rope_scaling": "use_rope_scaling",
     "rope_scaling_factor": "rope_scaling_factor",
     "window_size": "window_size",
+    "moe_router_topk": "moe_router_topk",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
+    "moe_router_score_function": "moe_router_score_function",
     "window_attn_skip_freq": "window_attn_skip_freq",
 }
-"""Flags that change what a model computes but no shape of its weights, and where Megatron's arguments keep them."""
+"""Flags that change what a model computes but not always a shape, and where Megatron's arguments keep them."""
 UNSAID: dict[str, object] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
@@ -48,11 +53,12 @@ UNSAID: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint keeps an entry: a box of one of its tensors."""
+    """Where a checkpoint keeps an entry: a box of one of its tensors, and the size of that tensor without padding."""
 
     key: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
+    whole: tuple[int, ...]
 
 
 class StoredModel:
@@ -62,8 +68,13 @@ class StoredModel:
         family = family_of(config)
         self.checkpoint = checkpoint
         self.dimensions = family.dimensions(config)
-        self.entries = entries(family.rows(config), self.dimensions.layers)
-        _agree(checkpoint, family.flags(config))
+        self.entries = entries(family.rows(config), self.dimensions)
+        if found := disagreement(checkpoint.arguments(), family.flags(config)):
+            flag, trained, meant = found
+            raise ValueError(
+                f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
+                "the exported model would not compute what was trained"
+            )
         self._places = {entry: self._find(entry) for entry in self.entries}
         known = {place.key for place in self._places.values()}
         rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
@@ -71,7 +82,7 @@ class StoredModel:
         unknown = [key for key in rest if not key.startswith(AUXILIARY) and not TRAINING_STATE.match(key)]
         missing = sorted(known - checkpoint.tensors.keys())
         if unknown or missing:
-            raise ValueError(f"{checkpoint.folder}: {_disagreement(unknown, missing)}")
+            raise ValueError(f"{checkpoint.folder}: {_unlike_names(unknown, missing)}")
         self.padding = max(self._check_shape(entry) for entry in self.entries)
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -84,17 +95,16 @@ class StoredModel:
         return entry.row.split(tensor.reshape(entry.row.megatron_shape(self.dimensions)), self.dimensions)
 
     def _find(self, entry: Entry) -> Place:
-        size = entry.row.megatron_shape(self.dimensions)
-        if entry.layer is None or entry.single in self.checkpoint.tensors:
-            return Place(entry.single, (0,) * len(size), size)
-        return Place(entry.stacked, (entry.layer, *(0 for _ in size)), (1, *size))
+        size, index, counts = entry.row.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
+        key = entry.stacked
+        if entry.layer is not None and entry.single in self.checkpoint.tensors:
+            key, index, counts = entry.single, index[1:], counts[1:]
+        return Place(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
 
     def _check_shape(self, entry: Entry) -> int:
         """Number of padding rows; ValueError if the stored tensor is not the one that the config describes."""
         place = self._places[entry]
-        stored = tuple(self.checkpoint.tensors[place.key].size)
-        stacked = place.key != entry.single
-        wanted = (self.dimensions.layers, *place.size[1:]) if stacked else place.size
+        stored, wanted = tuple(self.checkpoint.tensors[place.key].size), place.whole
         if entry.row.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
             return stored[0] - wanted[0]
         if stored != wanted:
@@ -105,8 +115,9 @@ class StoredModel:
         return 0
 
 
-def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
-    arguments, wanted = checkpoint.arguments(), UNSAID | flags
+def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> tuple[str, object, object] | None:
+    """The first flag that a run's arguments have otherwise than a config means it: its name, theirs, the config's."""
+    wanted = {**UNSAID, **flags}
     for flag, name in COMPARED.items():
         if flag not in wanted or name not in arguments:
             continue
@@ -114,13 +125,11 @@ def _agree(checkpoint: Checkpoint, flags: dict[str, object]) -> None:
         if isinstance(found, tuple):  # the flag's own form, as in a recipe
             found = ",".join(str(x) for x in found)
         if found != wanted[flag]:
-            raise ValueError(
-                f"{checkpoint.folder}: trained with {flag} {found}, but the config means {wanted[flag]}: "
-                "the exported model would not compute what was trained"
-            )
+            return flag, found, wanted[flag]
+    return None
 
 
-def _disagreement(unknown: list[str], missing: list[str]) -> str:
+def _unlike_names(unknown: list[str], missing: list[str]) -> str:
     said = []
     if missing:
         said.append(f"missing {_list(missing)}")

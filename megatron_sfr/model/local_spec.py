@@ -1,4 +1,4 @@
-"""Upstream's local layer spec with a norm that also works under sequence parallelism.
+"""Upstream's local layer spec, dense or with experts, with a norm that also works under sequence parallelism.
 
 Without Apex upstream offers torch's norm and asserts against sequence parallelism (megatron-core 0.19.2); a norm whose
 parameters are marked sequence_parallel is all that it takes: their gradients are then summed over the tensor group.
@@ -20,10 +20,18 @@ def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -
 
 
 def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Spec of the decoder layers of one stage, for GPTModelConfig.transformer_layer_spec; dense models only."""
+    """Spec of the decoder layers of one stage, for GPTModelConfig.transformer_layer_spec; experts run in sequence."""
     transformer = config.transformer
-    spec = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=transformer.num_moe_experts,
+        qk_layernorm=transformer.qk_layernorm,
+        normalization=transformer.normalization,
+    )
     layer = spec.submodules
+    if (
+        transformer.num_moe_experts is not None
+    ):  # 0.19.2 saves it as a dense layer's; Transformer Engine's spec does not
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
     if transformer.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = local_norm

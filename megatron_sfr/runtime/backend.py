@@ -84,7 +84,6 @@ CPU_REFUSALS = (
     Refusal(
         "use_torch_fsdp2", lambda x: not x, "torch FSDP 2 is not wired for gloo here; use the distributed optimizer"
     ),
-    Refusal("num_experts", lambda x: x is None, "mixture-of-experts layers are not wired for CPU"),
 )
 
 
@@ -96,6 +95,12 @@ def adapt_flags(backend: Literal["cpu", "cuda"], args: Any) -> tuple[list[str], 
         for refusal in CPU_REFUSALS:
             if not refusal.works(getattr(args, refusal.dest)):
                 raise ValueError(f"--{refusal.dest.replace('_', '-')} cannot work on CPU: {refusal.reason}")
+        parallel = args.tensor_model_parallel_size > 1 and args.expert_model_parallel_size > 1
+        if parallel and args.expert_tensor_parallel_size != 1:
+            raise ValueError(
+                "tensor parallel experts cannot work on CPU beside --expert-model-parallel-size: gloo gathers equal "
+                "sizes only; set --expert-tensor-parallel-size 1"
+            )
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         changes = (UNFUSED,)  # on by default upstream, whose LM head then raises where Apex's extension is not built
     changes = tuple(c for c in changes if getattr(args, c.dest) != c.value)

@@ -133,6 +133,10 @@ def _window_mask(queries: int, keys: int, window_size: tuple[int, int]) -> torch
     return ~seen.triu(keys - queries - window_size[0]).tril(keys - queries + window_size[1])
 
 
+def _splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
@@ -225,6 +229,12 @@ MEGATRON_ROWS = (
         "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
     ),
     Row(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _splits,
+        "turns split sizes of an all-to-all into numbers only on their way from a GPU",
+    ),
+    Row(
         "megatron.core.datasets.utils",
         "compile_helpers",
         _compile_only_if_missing,
@@ -241,6 +251,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.
     importlib.import_module("torch._dynamo")
+    torch.compiler.set_stance("force_eager")  # for what was decorated before that variable was set
     for row in TORCH_ROWS + MEGATRON_ROWS:
         row.apply()
     # The tracker warns when the CPU generator moves inside a fork; here the CPU generator is the one that is forked.

@@ -100,9 +100,10 @@ class FlowTerm:
         if self.options.head.sfr_ema == "smooth":
             self.smoothing = self.smoothing or Smoothing(head, self.options.head.sfr_ema_decay)
             self.smoothing.active = step >= first_average
-        if head.ema is None or step < first_average:
+        if head.ema is None or head.net is None or step < first_average:
             return
         x_t, t, h = (head.state.weight.new_zeros(1, 1, 1, n) for n in (head.dim, 1, head.config.hidden_size))
+        h = h.to(next(head.net.parameters()).dtype)  # as the model's hidden states are
         with torch.no_grad():  # a call waits for upstream's overlapped gather of the weights, if one is under way
             head(x_t, t, h, torch.zeros_like(t[..., 0, 0], dtype=torch.int64))
         head.average(first=step == first_average)

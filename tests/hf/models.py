@@ -23,6 +23,15 @@ TINY: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": SHARED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
     "Qwen2ForCausalLM": SHARED | {"model_type": "qwen2"},  # heads of 36 / 6
     "Qwen3ForCausalLM": SHARED | {"model_type": "qwen3", "head_dim": 10},
+    "Qwen3MoeForCausalLM": SHARED
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 10,
+        "moe_intermediate_size": 20,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
 }
 LLAMA3 = {  # of Llama 3.2; at the tiny model's base it leaves, blends and divides some frequency each
     "rope_type": "llama3",
@@ -36,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3's frequencies": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "Mistral 0.1's window": ("MistralForCausalLM", {"sliding_window": 17}),
     "every head its own group": ("LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": None}),
+    "experts, not normalised": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
     "one group": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
 }
 """What a config of a family may say besides."""

@@ -85,6 +85,21 @@ def test_a_save_in_progress_is_not_read(copy, name):
         find_checkpoint(copy.parent)
 
 
+def test_a_newer_save_in_progress_is_passed_over(copy):
+    """The tracker moves last: until then the newest whole checkpoint is what is read."""
+    (copy.parent / "iter_0000004").mkdir()
+    (copy.parent / "iter_0000004" / "__0_0.distcp").write_bytes(b"half")
+    assert find_checkpoint(copy.parent) == copy
+    with pytest.raises(ValueError, match=rf"iter_0000004 has no {METADATA}: still being .*; complete: iter_0000003"):
+        find_checkpoint(copy.parent / "iter_0000004")
+
+
+def test_the_first_save_is_still_being_written(copy):
+    (copy.parent / TRACKER).unlink()
+    with pytest.raises(ValueError, match="its first save is not finished"):
+        find_checkpoint(copy.parent)
+
+
 def test_nothing_saved_yet(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint here"):
         find_checkpoint(tmp_path)

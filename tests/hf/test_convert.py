@@ -1,6 +1,9 @@
 """megatron-sfr convert: what it prints, and one line with exit code 2 where something is wrong."""
 
+import os
 import resource
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -64,14 +67,48 @@ def test_tolerance_of_no_check_is_an_error(imported, untied, tmp_path, capsys):
     refused(capsys, "give --check", *export)
 
 
+@pytest.mark.parametrize("workers", [2, 9])
+def test_any_number_of_workers_writes_the_same_bytes(imported, untied, tmp_path, workers):
+    """Files of 50 kB end inside q, k, v and gate, up; there are more files than workers, and fewer."""
+    export = ("export", "--checkpoint", imported, "--like", untied, "--max-shard-gb", "0.00005")
+    for n in (1, workers):
+        assert convert(*export, "--output", tmp_path / str(n), "--workers", n) == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "1").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) == 6
+    assert {file.name: file.read_bytes() for file in (tmp_path / str(workers)).iterdir()} == files
+
+
 @pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_folder_that_cannot_be_written_is_one_line(imported, untied, tmp_path, verb):
+    """In a process without root's right to write everywhere."""
+    source = ["--hf", untied] if verb == "import" else ["--checkpoint", imported, "--like", untied]
+    (tmp_path / "locked").mkdir(mode=0o555)
+    drop = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_sfr.cli",
+        "convert",
+        verb,
+        *source,
+        "--output",
+        tmp_path / "locked" / "x",
+    ]
+    done = subprocess.run([*drop, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the place cannot be written to: choose another --output" in done.stderr.splitlines()[-1]
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["import", "export", "export --workers 2 --max-shard-gb 0.00015"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(imported, untied, tmp_path, capsys, verb):
     """A limit on the size of a file stands for the disk."""
+    verb, *options = verb.split()
     source = ("--hf", untied) if verb == "import" else ("--checkpoint", imported, "--like", untied)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        refused(capsys, "File too large", verb, *source, "--output", tmp_path / "out")
+        refused(capsys, "the disk has no room for it", verb, *source, *options, "--output", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []

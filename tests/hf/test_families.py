@@ -11,6 +11,7 @@ from megatron_sfr.hf.llama import FIXED
 from tests.hf.models import LLAMA3, tiny_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+MOE = "Qwen3MoeForCausalLM"
 
 
 def config(architecture=QWEN3, **changes):
@@ -105,6 +106,15 @@ def test_a_window_that_is_not_named_is_mistrals_default():
     assert megatron_flags(without)["window_size"] == "4095,0"
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_experts_and_their_router(normalised):
+    args = parsed(MOE, norm_topk_prob=normalised)
+    assert (args.num_experts, args.moe_ffn_hidden_size, args.moe_router_topk) == (6, 20, 3)
+    assert args.moe_router_pre_softmax is not normalised
+    older = {key: value for key, value in config(MOE).items() if key != "num_local_experts"} | {"num_experts": 5}
+    assert megatron_flags(older)["num_experts"] == 5
+
+
 def rope(**changes):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | changes}
 
@@ -144,6 +154,9 @@ def test_what_megatron_computes_otherwise_is_refused(architecture, changes, reas
         ),
         (LLAMA, {"rope_parameters": LLAMA3 | {"factor": None}}, "llama3 with factor: None"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window: 0"),
+        (MOE, {"mlp_only_layers": [1]}, "layers without experts"),
+        (MOE, {"decoder_sparse_step": 2}, "layers without experts"),
+        (MOE, {"moe_intermediate_size": None}, "config.json has no 'moe_intermediate_size'"),
         (MISTRAL, {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ],
 )

@@ -41,12 +41,26 @@ def test_truncated_shard(folder):
         Weights(folder)
 
 
-def test_index_of_other_files(folder):
+@pytest.mark.parametrize(
+    ("name", "file", "match"),
+    [
+        ("model.norm.weight", "model-00001-of-00004.safetensors", r"model\.norm\.weight is in model-.*does not say"),
+        ("model.norm.weight", None, r"model\.norm\.weight is in model-.*does not say: the index is of other files"),
+        ("surprise", "model-00001-of-00004.safetensors", "surprise is not in model-00001-of-00004"),
+    ],
+)
+def test_index_of_other_files(folder, name, file, match):
     index = json.loads((folder / INDEX).read_text())
-    files = sorted(set(index["weight_map"].values()))
-    index["weight_map"]["model.norm.weight"] = next(x for x in files if x != index["weight_map"]["model.norm.weight"])
+    index["weight_map"].pop(name, None)
+    index["weight_map"] |= {name: file} if file else {}
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is not in model-"):
+    with pytest.raises(ValueError, match=match):
+        Weights(folder)
+
+
+def test_two_models_in_one_folder(folder):
+    save_file({"w": torch.zeros(3)}, folder / SINGLE)
+    with pytest.raises(ValueError, match="which is the model"):
         Weights(folder)
 
 
@@ -67,9 +81,10 @@ def test_folder_without_config(tmp_path):
         read_config(tmp_path)
 
 
-def test_quantised_dtype(tmp_path):
-    save_file({"w": torch.zeros(3, dtype=torch.float8_e4m3fn)}, tmp_path / SINGLE)
-    with pytest.raises(ValueError, match="w is F8_E4M3"):
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_dtype(tmp_path, dtype, kind):
+    save_file({"w": torch.zeros(3, dtype=dtype)}, tmp_path / SINGLE)
+    with pytest.raises(ValueError, match=f"w is {kind}; .* start from the unquantised model"):
         Weights(tmp_path).dtype("w")
 
 
@@ -114,3 +129,12 @@ def test_force_does_not_replace_what_no_conversion_wrote(tmp_path):
         new_folder(tmp_path / "thesis", mark="mark", force=True),
     ):
         pass
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"1,000,000,000,000,000,000 bytes to write, [\d,]+ free: make room"),
+        new_folder(tmp_path / "out", mark="mark", force=False, size=10**18),
+    ):
+        raise AssertionError("not reached")
+    assert list(tmp_path.iterdir()) == []

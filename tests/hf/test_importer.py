@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sfr.hf import importer
 from megatron_sfr.hf.checkpoint import TRACKER, Checkpoint, find_checkpoint
 from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import SINGLE, Weights
+from megatron_sfr.hf.folder import SINGLE, Weights, read_config
 from megatron_sfr.hf.importer import import_hf
 from tests.hf.models import CASES, save_model
 
@@ -110,6 +110,27 @@ def test_dtypes_that_one_tensor_cannot_hold(folder):
     refused(folder, r"q_proj\.weight, .*k_proj\.weight, .* differ in dtype")
 
 
+def test_norms_in_fp32_beside_weights_in_bf16(folder, tmp_path):
+    def halve(tensors):
+        tensors.update({name: x.bfloat16() for name, x in tensors.items() if x.ndim == 2})
+
+    change_tensors(folder, halve)
+    report = import_hf(folder, tmp_path / "megatron", check=True, progress=False)
+    assert report.dtypes == (torch.bfloat16, torch.float32)
+    export_hf(tmp_path / "megatron", tmp_path / "back", like=folder, shard_bytes=70_000, progress=False)
+    same_bits(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights(folder, dtype):
+    def quantise(tensors):
+        name = "model.layers.1.mlp.down_proj.weight"
+        tensors[name] = tensors[name].to(dtype)
+
+    change_tensors(folder, quantise)
+    refused(folder, r"down_proj\.weight is (F8_E4M3|I8); .* start from the unquantised model")
+
+
 def test_layers_of_two_dtypes(folder):
     def halve(tensors):
         name = "model.layers.1.mlp.down_proj.weight"
@@ -137,6 +158,6 @@ def test_check_sees_one_bit(imported, folder):
         tensors["model.layers.3.self_attn.v_proj.weight"].view(torch.int32)[4, 5] ^= 1
 
     change_tensors(folder, flip)
-    config = importer.read_config(folder)
+    config = read_config(folder)
     with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.v_proj\.weight was not read back"):
         importer.check_import(imported / "release", config, Weights(folder), progress=False)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from megatron_sfr.hf.families import FAMILIES, family_of, megatron_flags
+from megatron_sfr.hf.folder import Weights, read_config
 from megatron_sfr.hf.rows import QKV, Dimensions, GatedMLP, entries
-from tests.hf.models import TINY, tiny_config
+from tests.hf.models import TINY, save_model
 
 ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))
 BIAS = QKV("bias", ("q", "k", "v"), ())
@@ -49,6 +49,14 @@ def test_qkv_interleaves_by_group(d):
     assert torch.equal(ATTENTION.join((q, k, v), d), torch.cat(blocks))
 
 
+@given(dimensions, st.sampled_from([ATTENTION, BIAS, GatedMLP("fc1", ("gate", "up"))]), st.data())
+def test_a_span_is_joined_from_spans(d, row, data):
+    whole, original, grain = row.join(parts(row, d), d), parts(row, d), row.grain(d)
+    start, stop = sorted(data.draw(st.integers(0, len(whole) // grain)) * grain for _ in range(2))
+    spans = row.spans(start, stop, d)
+    assert torch.equal(row.join(tuple(x[a:b] for x, (a, b) in zip(original, spans, strict=True)), d), whole[start:stop])
+
+
 @pytest.mark.parametrize("tp", [2, 3, 6])
 def test_tensor_parallel_ranks_hold_whole_groups(tp):
     d = Dimensions(1, 1, hidden=5, ffn=4, heads=12, groups=6, head_dim=3)
@@ -64,20 +72,17 @@ def test_every_family_has_a_tiny_model():
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_are_what_transformers_builds(architecture, tied):
-    config = tiny_config(architecture, tie_word_embeddings=tied)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    values = config.to_dict() | {"architectures": [architecture]}
-    family = family_of(values)
-    d = family.dimensions(values)
+def test_rows_are_what_transformers_writes(tmp_path, architecture, tied):
+    weights = Weights(save_model(tmp_path, architecture, tie_word_embeddings=tied))
+    config = read_config(tmp_path)
+    family = family_of(config)
+    d = family.dimensions(config)
     found = {
         name: shape
-        for entry in entries(family.rows(values), d.layers)
+        for entry in entries(family.rows(config), d)
         for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
     }
-    assert found == wanted
+    assert found == {name: weights.shape(name) for name in weights.files}
 
 
 def test_unknown_architectures_are_refused_with_the_known_ones():

@@ -79,6 +79,15 @@ def test_changes_and_refusals_name_arguments_that_exist() -> None:
         assert getattr(parser.read(change.flags), change.dest) == change.value
 
 
+def test_experts_cut_both_ways_are_refused() -> None:
+    from megatron_sfr.config import Parser
+
+    flags = ["--num-experts", "4", "--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+    with pytest.raises(ValueError, match="gloo gathers equal sizes only; set --expert-tensor-parallel-size 1"):
+        adapt_flags("cpu", Parser().read(flags))
+    adapt_flags("cpu", Parser().read([*flags, "--expert-tensor-parallel-size", "1"]))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="Apex is here")
 def test_cuda_switches_off_the_fusion_that_needs_apex_and_says_so() -> None:
     from megatron_sfr.config import Parser

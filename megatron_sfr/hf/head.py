@@ -1,0 +1,91 @@
+"""The flow head beside an exported model: `flow_head.safetensors` and `flow_head.json`, and the head made from them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from megatron_sfr.data.manifest import NAME
+from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.hf.checkpoint import Checkpoint
+from megatron_sfr.hf.shards import Header, Shard, ShardWriter
+from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
+from megatron_sfr.objectives.targets import TargetOptions
+
+PREFIX = "flow_head."
+WEIGHTS, DESCRIPTION = "flow_head.safetensors", "flow_head.json"
+
+
+def keep_head(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the head of a checkpoint; ValueError where it has none, or does not say how it was built."""
+    tensors = {key: stored for key, stored in checkpoint.tensors.items() if key.startswith(PREFIX)}
+    if not tensors:
+        raise ValueError(f"{checkpoint.folder} has no flow head to keep: leave --keep-head out")
+    (folder / DESCRIPTION).write_text(json.dumps(describe(checkpoint), indent=2) + "\n")
+    headers = {
+        key.removeprefix(PREFIX): Header(tuple(stored.size), stored.properties.dtype) for key, stored in tensors.items()
+    }
+    with ShardWriter(folder, Shard(WEIGHTS, headers)) as writer:
+        for name, header in headers.items():
+            writer.write(name, checkpoint.read(PREFIX + name, [0] * len(header.shape), header.shape))
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that `load_head` needs, and whose embeddings the head answers, as far as that is still to be found."""
+    sizes = {key.removeprefix(PREFIX): tuple(stored.size) for key, stored in checkpoint.tensors.items()}
+    arguments = checkpoint.arguments()
+    try:
+        options, targets = (
+            {field.name: arguments[field.name] for field in fields(part)} for part in (FlowHeadOptions, TargetOptions)
+        )
+        return {
+            "checkpoint": checkpoint.folder.name,
+            "hidden_size": arguments["hidden_size"],
+            "dim": sizes["state.target_mean"][0],
+            "horizons": sizes.get("net.horizon.weight", (1,))[0],
+            "has_network": any(name.startswith("net.") for name in sizes),
+            "gate_bins": sizes["state.baseline"][0],
+            "head": options,
+            "targets": targets,
+            "loss": arguments["sfr_loss"],
+            "encoder": encoder_of(arguments),
+        }
+    except KeyError as e:
+        raise ValueError(f"{checkpoint.folder} does not say how its flow head was built: no {e}") from e
+
+
+def encoder_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The encoder of the run's first target store, where the store is still there."""
+    for path in arguments.get("train_data_path") or ():
+        manifest = Path(path) / arguments["sfr_target_store"] / NAME
+        if manifest.is_file():
+            stored = json.loads(manifest.read_text(encoding="utf-8"))
+            return {field.name: stored.get(field.name) for field in fields(EncoderIdentity)}
+    return None
+
+
+def load_head(folder: Path) -> FlowHead:
+    """The trained head beside an exported model, on CPU, with its state; ValueError where it is missing or damaged."""
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: export it with `megatron-sfr convert export --keep-head`")
+    try:
+        said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        options = FlowHeadOptions(**said["head"])
+        plan = FlowHeadPlan(options, said["dim"], said["horizons"], said["has_network"], said["gate_bins"])
+        # cuda_graph_modules: megatron-core 0.19.2 warns of its own default
+        config = TransformerConfig(
+            num_layers=1, hidden_size=said["hidden_size"], num_attention_heads=1, cuda_graph_modules=[]
+        )
+        head, tensors = FlowHead(config, plan), load_file(folder / WEIGHTS)
+        if head.net is not None:
+            head.to(tensors["net.output.weight"].dtype)
+        head.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder}: {WEIGHTS} and {DESCRIPTION} do not go together ({e}): export them again") from e
+    return head.eval()

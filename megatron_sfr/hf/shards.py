@@ -1,0 +1,87 @@
+"""Safetensors files written tensor by tensor: their sizes are known before, so that no file is ever held in memory."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megatron_sfr.hf.folder import DTYPES, SINGLE
+
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shape and dtype of a tensor to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file and what it holds."""
+
+    file: str
+    tensors: Mapping[str, Header]
+
+
+def plan_shards(tensors: Mapping[str, Header], shard_bytes: int) -> list[Shard]:
+    """Files of at most shard_bytes, in the order of the tensors; a larger tensor has a file of its own."""
+    shards: list[dict[str, Header]] = []
+    filled = 0
+    for name, header in tensors.items():
+        if not shards or (filled and filled + header.bytes > shard_bytes):
+            shards.append({})
+            filled = 0
+        shards[-1][name] = header
+        filled += header.bytes
+    if len(shards) == 1:
+        return [Shard(SINGLE, shards[0])]
+    return [Shard(f"model-{i:05d}-of-{len(shards):05d}.safetensors", x) for i, x in enumerate(shards, 1)]
+
+
+class ShardWriter:
+    """A shard's file, open for writing its tensors in any order.
+
+    The format: length of the header (8 bytes), the header in JSON, the tensors' bytes; wider dtypes first, so that each
+    tensor is aligned.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._shard = shard
+        self._offsets: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in sorted(shard.tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+            self._offsets[name], start = end, end
+            end += tensor.bytes
+            header[name] = {"dtype": KINDS[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = (folder / shard.file).open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._file.close()
+        assert kind is not None or not self._offsets, f"{self._shard.file}: not written: {', '.join(self._offsets)}"
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one of the shard's tensors, once."""
+        header = self._shard.tensors[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (header.shape, header.dtype), name
+        self._file.seek(self._start + self._offsets.pop(name))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())

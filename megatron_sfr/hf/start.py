@@ -1,0 +1,100 @@
+"""Training straight from a Hugging Face folder: each rank reads the boxes of its own parameters, and no others.
+
+The point is upstream's: `pre_wrap_hooks` of its model config run on the bare model, before the optimizer copies fp32
+weights from it. Which box of which tensor a parameter is, `sharded_state_dict` says, as it does for a checkpoint; so
+tensor, pipeline and virtual stages, tied embeddings and padded vocabularies need no code here.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_sfr.hf.rows import Entry
+from megatron_sfr.hf.source import Source, open_source
+from megatron_sfr.hf.stored import AUXILIARY, disagreement
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Where a run that has no checkpoint yet takes its weights."""
+
+    sfr_hf_load: str | None = None
+    """Folder of a Hugging Face model to start from, without a checkpoint between: each rank reads its own part. The
+    flow head starts afresh. A run whose --load holds a checkpoint goes on from that."""
+
+
+def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
+    """A pre-wrap hook that fills the model from an HF folder; ValueError if that is not the model of the arguments."""
+    source = open_source(folder)
+    if found := disagreement(vars(args), source.flags):
+        flag, said, meant = found
+        raise ValueError(
+            f"the run has {flag} {said}, but {folder} means {meant}: `megatron-sfr convert recipe --hf {folder}` "
+            "prints the model's part of the recipe"
+        )
+    if args.vocab_size < source.dimensions.vocab:
+        raise ValueError(f"--vocab-size {args.vocab_size} is less than the {source.dimensions.vocab} of {folder}")
+    return lambda chunks: fill(chunks, source)
+
+
+@torch.no_grad()
+def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
+    """Fills this rank's chunks of the model, every parameter once; ValueError naming those that are not.
+
+    Only what is no part of an HF model keeps its own initialisation: the flow head, multi-token prediction.
+    """
+    places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
+    places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
+    for chunk in chunks:
+        state = chunk.sharded_state_dict()
+        apply_factories(state)
+        filled: dict[int, int] = {}
+        for tensor in nested_values(state):
+            if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(AUXILIARY):
+                continue
+            entry = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
+            if entry is None:
+                raise ValueError(f"{source.weights.folder} has nothing for {tensor.key}, which these flags ask for")
+            _fill(tensor, entry, source)
+            storage = tensor.data.untyped_storage().data_ptr()
+            filled[storage] = filled.get(storage, 0) + tensor.data.numel()
+        _check_filled(chunk, filled)
+    return chunks
+
+
+def _fill(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
+    """Copies the box of an entry that a sharded tensor is; rows of vocabulary padding become zero."""
+    offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.global_shape[tensor.prepend_axis_num :]
+    wanted = entry.row.megatron_shape(source.dimensions)
+    padding = entry.row.padded and shape[0] > wanted[0] and shape[1:] == wanted[1:]
+    if shape != wanted and not padding:
+        raise ValueError(
+            f"{source.weights.folder}: {tensor.key} is {list(wanted)}, these flags build {list(shape)}: "
+            f"`megatron-sfr convert recipe --hf {source.weights.folder}` prints those of this model"
+        )
+    axis, grain = entry.row.tp_dim or 0, entry.row.grain(source.dimensions)
+    start, stop = (min(x, wanted[axis]) for x in (offset[axis], offset[axis] + tensor.local_shape[axis]))
+    if start % grain or stop % grain:
+        raise ValueError(f"{tensor.key}: tensor_model_parallel_size cuts inside a group of heads: choose a smaller one")
+    uncut = zip(tensor.local_shape, shape, strict=True)
+    assert all(here == whole for i, (here, whole) in enumerate(uncut) if i != axis), f"{tensor.key} is cut otherwise"
+    tensor.data.zero_()
+    if stop > start:
+        tensor.data.narrow(axis, 0, stop - start).copy_(source.read(entry, start, stop))
+
+
+def _check_filled(chunk: MegatronModule, filled: dict[int, int]) -> None:
+    """ValueError unless each parameter was filled whole, and once."""
+    wrong = [
+        name
+        for name, parameter in chunk.named_parameters()
+        if not name.startswith(AUXILIARY) and filled.get(parameter.untyped_storage().data_ptr()) != parameter.numel()
+    ]
+    if wrong:
+        raise ValueError(f"these parameters would not start from the Hugging Face folder: {', '.join(wrong)}")

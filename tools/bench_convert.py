@@ -1,0 +1,163 @@
+"""How fast conversion is, and what it holds in memory (`python -m tools.bench_convert --folder DIR`).
+
+Makes a random Qwen3 model of a given size in DIR, then copies, imports and exports it in turn, each in a process of its
+own; prints median GB/s and the peak of resident memory above what the interpreter had before. Files go through the page
+cache, which is written out between the arms; DIR needs room for three such models and is emptied at the end.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from os import cpu_count, sync
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+
+import torch
+
+from megatron_sfr.hf.checkpoint import CHUNK_BYTES
+from megatron_sfr.hf.exporter import export_hf
+from megatron_sfr.hf.families import family_of
+from megatron_sfr.hf.folder import CONFIG, INDEX
+from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.rows import entries
+from megatron_sfr.hf.shards import Header, ShardWriter, plan_shards
+
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 65536,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+}
+
+
+def headers(layers: int) -> dict[str, Header]:
+    config = SHAPE | {"num_hidden_layers": layers}
+    family = family_of(config)
+    d = family.dimensions(config)
+    return {
+        name: Header(shape, torch.bfloat16)
+        for entry in entries(family.rows(config), d)
+        for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
+    }
+
+
+def make_model(folder: Path, size: float, shard_bytes: int) -> tuple[int, int]:
+    """A model of at least that size with random bits for weights. Returns its bytes and those of its largest tensor."""
+    layers = 1
+    while sum(x.bytes for x in headers(layers).values()) < size:
+        layers += 1
+    shards = plan_shards(headers(layers), shard_bytes)
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for shard in shards:
+        with ShardWriter(folder, shard) as writer:
+            for name, x in shard.tensors.items():
+                bits = torch.randint(-(1 << 15), 1 << 15, x.shape, dtype=torch.int16, generator=generator)
+                writer.write(name, bits.view(torch.bfloat16))
+    (folder / CONFIG).write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
+    files = {name: shard.file for shard in shards for name in shard.tensors}
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    sizes = [x.bytes for x in headers(layers).values()]
+    return sum(sizes), max(sizes)
+
+
+def resident(kind: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def take(arm: str, folder: Path, shard_bytes: int) -> dict[str, float]:
+    """One arm in this process: seconds, and peak bytes above what was resident before (of the largest process)."""
+    source, megatron, output = folder / "hf", folder / "megatron", folder / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = resident("VmRSS"), time.perf_counter()
+    if arm == "copy":
+        copy(source, output)
+    elif arm == "import":
+        import_hf(source, megatron, force=megatron.exists(), progress=False)
+    else:
+        workers = int(arm.removeprefix("export "))
+        export_hf(megatron, output, like=source, shard_bytes=shard_bytes, workers=workers, progress=False)
+    seconds = time.perf_counter() - start
+    peak = max(resident("VmHWM"), getrusage(RUSAGE_CHILDREN).ru_maxrss * 1024)
+    return {"seconds": seconds, "peak": peak - before}
+
+
+def copy(source: Path, output: Path) -> None:
+    """Reads and writes each file, 16 MiB at a time; shutil.copyfile would let some file systems share the blocks."""
+    output.mkdir()
+    for file in source.iterdir():
+        with file.open("rb") as original, (output / file.name).open("wb") as target:
+            shutil.copyfileobj(original, target, 16 << 20)
+
+
+def identical(folder: Path) -> bool:
+    """Whether what was exported last is what was made, byte for byte."""
+    names = sorted(x.name for x in (folder / "hf").glob("*.safetensors"))
+    return all((folder / "hf" / x).read_bytes() == (folder / "out" / x).read_bytes() for x in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="an empty or absent folder for 3 x --gigabytes")
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--shard-gigabytes", type=float, default=0.5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shard_bytes = int(options.shard_gigabytes * 1e9)
+    if options.arm:
+        print(json.dumps(take(options.arm, options.folder, shard_bytes)))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if any(options.folder.iterdir()):
+        raise SystemExit(f"{options.folder} is not empty")
+    size, largest = make_model(options.folder / "hf", options.gigabytes * 1e9, shard_bytes)
+    arms = ["copy", "import", *(f"export {n}" for n in options.workers)]
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    command = [sys.executable, "-m", "tools.bench_convert", *sys.argv[1:], "--arm"]
+    for _ in range(options.repetitions):
+        for arm in arms:
+            sync()
+            done = subprocess.run([*command, arm], check=True, capture_output=True, text=True)
+            found[arm].append(json.loads(done.stdout.splitlines()[-1]))
+    report(size, largest, shard_bytes, found, identical(options.folder))
+    shutil.rmtree(options.folder)
+
+
+def report(size: int, largest: int, shard_bytes: int, found: dict[str, list[dict[str, float]]], same: bool) -> None:
+    versions = ", ".join(f"{x} {version(x)}" for x in ("torch", "safetensors", "megatron-core"))
+    print(f"{platform.machine()}, {cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, files of {shard_bytes / 1e6:.0f} MB, ", end="")
+    print(f"boxes of {CHUNK_BYTES / 1e6:.0f} MB; the export is the original byte for byte: {same}")
+    copy = [x["seconds"] for x in found["copy"]]
+    print(f"{'arm':12}{'GB/s':>8}{'range':>16}{'of copying':>12}{'peak MB':>10}")
+    for arm, takes in found.items():
+        speeds = sorted(size / 1e9 / x["seconds"] for x in takes)
+        share = statistics.median(a / b["seconds"] for a, b in zip(copy, takes, strict=True))
+        peak = max(x["peak"] for x in takes) / 1e6
+        span = f"{speeds[0]:.2f} to {speeds[-1]:.2f}"
+        print(f"{arm:12}{statistics.median(speeds):8.2f}{span:>16}{share:12.2f}{peak:10.0f}")
+
+
+if __name__ == "__main__":
+    main()
