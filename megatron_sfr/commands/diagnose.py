@@ -1,11 +1,19 @@
 """Find where a model is locked and where it forks, and compare models there.
 
 Reads samples of a prepared folder: entropy, top-1 mass and tail mass at each position of a reply. The first model is
-the base, which decides what a lock and a fork is. Writes lock_fork.html and lock_fork.json.
+the base, which decides what a lock and a fork is. With its flow head (`convert export --keep-head`) futures are drawn
+at each position. Writes lock_fork.html and lock_fork.json.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.data.targets import TargetStore
+    from megatron_sfr.diagnostics.examine import Head
+    from megatron_sfr.diagnostics.summary import Diagnosis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lock-entropy", type=float, default=0.25, metavar="Q", help="quantile (%(default)s)")
     parser.add_argument("--lock-top", type=float, default=0.9, metavar="P", help="probability (%(default)s)")
     parser.add_argument("--fork-entropy", type=float, default=0.75, metavar="Q", help="quantile (%(default)s)")
+    parser.add_argument("--fork-dispersion", type=float, default=0.75, metavar="Q", help="quantile (%(default)s)")
+    parser.add_argument(
+        "--head", type=Path, metavar="DIR", help="folder of the base's flow head (default: the base's, if it has one)"
+    )
+    parser.add_argument("--targets", type=Path, metavar="DIR", help="the target store (default: DATA/targets)")
+    parser.add_argument("--draws", type=int, default=16, help="futures drawn at a position (%(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="of the solver (%(default)s)")
+    parser.add_argument("--method", choices=("euler", "heun"), default="heun", help="the solver (%(default)s)")
+    parser.add_argument("--horizon", type=int, default=0, help="which of the head's horizons, from 0 (%(default)s)")
     parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
@@ -33,35 +50,88 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_sfr.commands.generate import model_folders
     from megatron_sfr.data.prepared import PreparedData
-    from megatron_sfr.data.template import load_tokenizer
     from megatron_sfr.diagnostics.examine import ExamineOptions, examine
     from megatron_sfr.diagnostics.futures import FutureOptions
     from megatron_sfr.diagnostics.labels import LabelOptions
-    from megatron_sfr.diagnostics.page import page
-    from megatron_sfr.diagnostics.summary import as_json, table
-    from megatron_sfr.evaluation.bootstrap import estimate
     from megatron_sfr.evaluation.calibration import CalibrationOptions, check_same_tokens
     from megatron_sfr.evaluation.sampling import check_folder, load_model
-    from megatron_sfr.evaluation.tables import whole
 
-    labels = LabelOptions(lock_entropy=args.lock_entropy, lock_top=args.lock_top, fork_entropy=args.fork_entropy)
-    options = ExamineOptions(labels, FutureOptions(), args.samples, args.top_p)
+    labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
+    futures = FutureOptions(args.draws, args.steps, args.method, horizon=args.horizon)
+    options = ExamineOptions(labels, futures, args.samples, args.top_p)
     data = PreparedData.open(args.data)
     folders = model_folders(args.model)
     for folder in folders.values():
         check_folder(folder)
+    head, store = _head(args, next(iter(folders.values())), data)
 
     def load(name: str, folder: Path):  # type: ignore[no-untyped-def]  # a Hugging Face network
         model = load_model(name, folder, device=args.device, dtype=args.dtype)
         check_same_tokens(model, data, CalibrationOptions(top_k=1))
         return model.network
 
-    diagnosis = examine({name: partial(load, name, folder) for name, folder in folders.items()}, data, options)
+    models = {name: partial(load, name, folder) for name, folder in folders.items()}
+    _write(args, folders, data, store, examine(models, data, options, head))
+    return 0
+
+
+def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[Head | None, TargetStore | None]":
+    """The flow head and the store of its targets; neither where none was asked for and the base has none."""
+    import json
+
+    import torch
+
+    from megatron_sfr.data.targets import DEFAULT, TargetStore
+    from megatron_sfr.diagnostics.examine import Head
+    from megatron_sfr.diagnostics.futures import Scale
+    from megatron_sfr.hf.head import DESCRIPTION, load_head
+    from megatron_sfr.objectives.targets import TargetOptions
+
+    folder = args.head or base
+    if args.head is None and not (base / DESCRIPTION).is_file():
+        return None, None
+    head = load_head(folder)
+    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    store = TargetStore.open(args.targets or args.data / DEFAULT, data)
+    known = said["encoder"] or {}
+    encoder = store.manifest.encoder_sha256
+    if head.dim != store.dim or known.get("encoder_sha256", encoder) != encoder:
+        raise ValueError(f"{store.folder} has embeddings of another encoder than the head in {folder} was trained on")
+    if said["loss"] != "flow" or not args.horizon < said["horizons"]:
+        raise ValueError(
+            f"the head in {folder} was trained with sfr_loss = {said['loss']} and {said['horizons']} horizons: futures "
+            "are drawn from flow alone, and --horizon counts from 0"
+        )
+    options = TargetOptions(**said["targets"])
+    mean, std = (torch.from_numpy(values.copy()) for values in (store.mean, store.std))
+    if options.sfr_target_scale == "whiten":  # what the head was trained with, wherever it came from
+        mean, std = head.state.target_mean, head.state.target_std
+    layer = said["head"]["sfr_layer"]
+    return Head(head.float(), Scale(mean, std, options), -1 if layer is None else layer), store
+
+
+def _write(
+    args: argparse.Namespace,
+    folders: dict[str, Path],
+    data: "PreparedData",
+    store: "TargetStore | None",
+    diagnosis: "Diagnosis",
+) -> None:
+    """The page, the numbers, and the table on the terminal."""
+    from megatron_sfr.data.template import load_tokenizer
+    from megatron_sfr.diagnostics.page import page
+    from megatron_sfr.diagnostics.summary import as_json, table
+    from megatron_sfr.evaluation.bootstrap import estimate
+    from megatron_sfr.evaluation.tables import whole
+
     rows = table(diagnosis, estimate)
     notes = [f"{len(diagnosis.where.token):,} positions of {min(args.samples, len(data))} samples of {args.data.name}."]
+    if store is not None:
+        how = f"{args.draws} futures a position by {args.method} in {args.steps} steps, horizon {args.horizon}"
+        notes.append(f"{how}; their targets are those of {store.manifest.encoder}.")
     tokenizer = load_tokenizer(str(folders[diagnosis.base]))
     for name, text in {
-        "lock_fork.html": page(diagnosis, rows, notes, tokenizer, data),
+        "lock_fork.html": page(diagnosis, rows, notes, tokenizer, data, store),
         "lock_fork.json": as_json(diagnosis, rows),
     }.items():
         with whole(args.output / name) as file:
@@ -70,4 +140,3 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (12, 5, 14, 36, 9), strict=True)))
     print(f"{args.output / 'lock_fork.html'}")
-    return 0

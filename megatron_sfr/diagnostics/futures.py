@@ -89,6 +89,11 @@ def futures(head: FlowHead, hidden_NH: Tensor, where: Positions, scale: Scale, o
     """Draws and measures; the noise belongs to (seed, sample, place), so no other position moves it."""
     if head.net is None:
         raise ValueError("this run's head has no network (sfr_loss = cka): it expects no futures that could be drawn")
+    if hidden_NH.shape[1] != head.config.hidden_size:
+        raise ValueError(
+            f"the flow head reads hidden states of {head.config.hidden_size} numbers, the base model's have "
+            f"{hidden_NH.shape[1]}: give the head of this model"
+        )
     parts = list(_parts(head, hidden_NH, where, scale, options))
     dispersion, number, gain, vectors, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Futures(dispersion, number, gain, vectors, groups)

@@ -79,6 +79,10 @@ def score(
 ) -> list[Passes]:
     """Runs every reply, `processes` at a time; one entry a model and temperature. ValueError where a task has none."""
     by_name = {task.name: task for task in tasks}
+    for model, temperature in dict.fromkeys(reply.setting for reply in replies):
+        answered = {reply.task for reply in replies if reply.setting == (model, temperature)}
+        if missing := by_name.keys() - answered:
+            raise ValueError(f"{model} at temperature {temperature:g} has no reply to {min(missing)}; sample all tasks")
     with ThreadPoolExecutor(processes) as pool, tqdm(total=len(replies), unit="reply", dynamic_ncols=True) as bar:
 
         def run(reply: Reply) -> str:
@@ -90,11 +94,6 @@ def score(
     found: dict[Setting, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for reply, outcome in zip(replies, verdicts, strict=True):
         found[reply.setting][reply.task].append(outcome)
-    for setting, by_task in found.items():
-        if missing := by_name.keys() - by_task.keys():
-            raise ValueError(
-                f"{setting[0]} at temperature {setting[1]:g} has no reply to {min(missing)}; sample all tasks"
-            )
     return [_passes(setting, by_task) for setting, by_task in found.items()]
 
 

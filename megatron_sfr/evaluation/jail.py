@@ -144,7 +144,7 @@ def under_audit(spec: dict[str, Any], mark: int) -> int:
 
 
 def write_source(spec: dict[str, Any]) -> None:
-    with open("main.py", "w", encoding="utf-8") as file:
+    with open("main.py", "w", encoding="utf-8", errors="surrogatepass") as file:  # what is no text will not compile
         file.write(spec["source"])
 
 

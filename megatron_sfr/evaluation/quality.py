@@ -33,14 +33,14 @@ class Truth(Protocol):
 def true_scores(truth: Truth, prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
     """Precision (share right in content and persona), fidelity (share in the persona), coverage of each set of modes.
 
-    Coverage is the share of a set that at least one right reply says: it rises with the number of texts. Without texts
-    the shares are NaN and nothing is covered.
+    Coverage is the share of a set that at least one right reply says: it rises with the number of texts. NaN
+    without texts, and for a set without modes.
     """
     n = len(texts) or float("nan")
     judgements = [truth.judge(prompt, text) for text in texts]
     right = [judged.mode for judged in judgements if judged.mode is not None and judged.is_faithful]
     coverage = {
-        f"coverage, {name}": len(modes.intersection(right)) / len(modes) if modes else float("nan")
+        f"coverage, {name}": len(modes.intersection(right)) / len(modes) if modes and texts else float("nan")
         for name, modes in truth.modes(prompt).items()
     }
     fidelity = sum(judged.is_faithful for judged in judgements) / n

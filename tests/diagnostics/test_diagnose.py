@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sfr.cli import main
@@ -20,6 +23,7 @@ from megatron_sfr.diagnostics.labels import LabelOptions
 from megatron_sfr.diagnostics.page import page, pieces
 from megatron_sfr.diagnostics.summary import Diagnosis, as_json, by_sample, shares, table
 from megatron_sfr.evaluation.bootstrap import estimate
+from megatron_sfr.hf.head import DESCRIPTION, WEIGHTS
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.targets import TargetOptions
 from tests.model.heads import randomised
@@ -117,6 +121,63 @@ def test_the_command_writes_page_and_numbers(
     assert found["models"]["a"] == found["models"]["b"]
     assert "no flow head" in found["rule"]
     assert "a: lock: entropy at most" in capsys.readouterr().out
+
+
+def put_head(folder: Path, store: TargetStore, **said: object) -> FlowHead:
+    """A head with random weights beside the model, as `convert export --keep-head` leaves it."""
+    options, targets = FlowHeadOptions(sfr_head_width=16, sfr_layer=1), TargetOptions(sfr_target_scale="l2")
+    config = TransformerConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, cuda_graph_modules=[])
+    head = FlowHead(config, FlowHeadPlan(options, dim=store.dim))
+    randomised(head.net)
+    content = {"hidden_size": WIDTH, "dim": store.dim, "horizons": 1, "has_network": True, "gate_bins": 1}
+    content |= {"head": asdict(options), "targets": asdict(targets), "loss": "flow", "encoder": None, **said}
+    (folder / DESCRIPTION).write_text(json.dumps(content))
+    save_file(head.state_dict(), folder / WEIGHTS)
+    return head.eval()
+
+
+def test_the_command_draws_futures_from_the_head_beside_the_model(
+    tiny_model: Path, data: PreparedData, store: TargetStore, tmp_path: Path
+) -> None:
+    """The same as the library finds with that head, its scale and its layer."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    head = put_head(model, store)
+    flags = ["--data", str(data.folder), "--samples", "2", "--draws", "3", "--steps", "4", "--method", "euler"]
+    assert main(["diagnose", "--model", f"a={model}", *flags, "--lock-top", "0.2", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "lock_fork.json").read_text())["positions"]
+    scale = Scale(
+        torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions(sfr_target_scale="l2")
+    )
+    options = ExamineOptions(LabelOptions(), FutureOptions(samples=3, steps=4, method="euler"), samples=2)
+    network = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    expected = examine({"a": lambda: network}, data, options, Head(head, scale, layer=1)).futures
+    assert expected is not None
+    np.testing.assert_allclose(found["dispersion"], expected.dispersion, atol=1e-5)
+    np.testing.assert_allclose(found["gain"], expected.gain, rtol=1e-4)
+    assert "by euler in 4 steps" in (tmp_path / "lock_fork.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"loss": "mse"}, "sfr_loss = mse"),
+        ({"encoder": {"encoder_sha256": "other"}}, "another encoder"),
+        ({"hidden_size": 7}, "do not go together"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    tiny_model: Path,
+    data: PreparedData,
+    store: TargetStore,
+    said: dict,
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    put_head(tmp_path, store, **said)
+    flags = ["--data", str(data.folder), "--head", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(["diagnose", "--model", str(tiny_model), *flags]) == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

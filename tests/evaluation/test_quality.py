@@ -37,6 +37,7 @@ def test_true_scores_counted_by_hand() -> None:
     nothing = scores.pop("coverage, none")
     assert scores == {"precision": 4 / 8, "fidelity": 5 / 8, "coverage, seen": 1 / 2, "coverage, unseen": 0}
     assert math.isnan(nothing)
+    assert all(map(math.isnan, true_scores(Letters(), ask("?", "x"), []).values()))
 
 
 def test_loss_is_that_of_transformers_on_the_assistant_tokens(tiny_model: Path) -> None:

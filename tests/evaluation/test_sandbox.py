@@ -37,6 +37,8 @@ def test_a_right_program_ends_and_its_output_is_kept(cage: Isolation) -> None:
         ("raise SystemExit", "left early"),
         ("assert 1 == 2", "failed"),
         ("def broken(:", "failed"),
+        ("x = '\ud800'", "failed"),  # half of a surrogate pair: no text at all
+        ("x = '\0'", "failed"),
         ("import os, signal; os.abort()", "failed"),
         ("while True: pass", "failed"),  # the limit of CPU time, before that of the wall
         ("import time; time.sleep(60)", "timeout"),
