@@ -14,9 +14,10 @@ WHITEN_EMA = (*WHITEN, "--sfr-whiten", "ema", "--sfr-whiten-decay", "0.5")
 TWO_HORIZONS = ("--train-data-path", "{two_horizons}")
 TWENTY_SIX = ("--train-data-path", "{twenty_six}", "--seq-length", "200", "--max-position-embeddings", "200")
 PER_CONVERSATION = ("--sfr-time-per", "sequence", "--sfr-anchors", "nearest", "--sfr-gate", "dynamic")
-# Thresholds that part the positions of a model that knows nothing.
-LOCK_FORK = ("--sfr-lock-fork-interval", "1", "--sfr-lock-entropy", "6.2092", "--sfr-lock-top", "0")
-LOCK_FORK += ("--sfr-fork-entropy", "6.2094", "--sfr-fork-dispersion", "0.9")
+# With thresholds that part the positions of a model that knows next to nothing: all its entropies are near ln 501.
+LOCK_FORK = ("--sfr-lock-fork-interval", "1", "--sfr-lock-top", "0", "--sfr-fork-dispersion", "0.9")
+AROUND_6_2084 = ("--sfr-lock-entropy", "6.2083", "--sfr-fork-entropy", "6.2085")
+AROUND_6_2093 = ("--sfr-lock-entropy", "6.2092", "--sfr-fork-entropy", "6.2094")
 APART: dict[str, tuple[str, ...]] = {
     "packed": (*TWENTY_SIX, *TEACHER, "--global-batch-size", "26"),
     "packed-sequence": (*TWENTY_SIX, *PER_CONVERSATION, "--global-batch-size", "26"),
@@ -69,13 +70,23 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "gem": ("--objective", "gem", "--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),
     "gem-logsigmoid": ("--objective", "gem", "--gem-h", "logsigmoid", "--gem-slope", "0.3", "--sfr-loss", "cosine"),
     "sed": ("--objective", "sed", "--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
-    "dft": ("--objective", "dft", "--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK),
+    "dft": ("--objective", "dft", "--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK, *AROUND_6_2093),
     "mse": ("--sfr-loss", "mse", "--sfr-weight-control", "ratio"),
     "smooth": SMOOTH,
     "teacher": (*TEACHER, "--sfr-weight-control", "ratio"),
     "gate": ("--sfr-gate", "static", "--sfr-gate-threshold", "1e9", "--sfr-gate-bins", "4"),  # closed from step 2 on
     "reference": ("--sfr-preset", "reference", "--sfr-head-width", "24", *LATE),
-    "layer": ("--sfr-layer", "4", "--sfr-anchors", "nearest", "--sfr-time-per", "sequence", *TWO_HORIZONS, *LOCK_FORK),
+    "layer": (
+        "--sfr-layer",
+        "4",
+        "--sfr-anchors",
+        "nearest",
+        "--sfr-time-per",
+        "sequence",
+        *TWO_HORIZONS,
+        *LOCK_FORK,
+        *AROUND_6_2084,
+    ),
     # 26 conversations fit 8 rows of 200 tokens: a step is an epoch, and so it is for "apart", which does not pack.
     "packed": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *TEACHER),
     "packed-sequence": (*TWENTY_SIX, "--sfr-packing", "first_fit_decreasing", *PER_CONVERSATION),
