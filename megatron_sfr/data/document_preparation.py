@@ -15,7 +15,7 @@ from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.journal import discard_without_journal
 from megatron_sfr.data.lines import CHUNK_BYTES, Chunk, Place, read_chunks
 from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
-from megatron_sfr.data.preparation import bytes_before, check_output
+from megatron_sfr.data.preparation import bytes_before, check_output, is_up_to_date
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED
 from megatron_sfr.data.segments import Cut
@@ -95,10 +95,12 @@ def prepare_documents(
     check_output(output)
     loaded = load_tokenizer(str(tokenizer), chat=False)
     origin = _origin(inputs, loaded, options)
-    if not force and (output / NAME).exists() and (done := _up_to_date(output, origin, options.skip_bad_rows)):
-        if progress:
-            print(f"{output} is up to date")
-        return done
+    if not force and (output / NAME).exists():
+        done = PreparedDocuments.open(output).manifest
+        if is_up_to_date(output, done, origin, options.skip_bad_rows):
+            if progress:
+                print(f"{output} is up to date")
+            return done
     cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
     encoder = DocumentEncoder(loaded, origin.eod, options.text_key, cut, indexed.open_corpus)
     with staging(output, keep=True) as folder, discard_without_journal(folder):
@@ -150,21 +152,6 @@ def _origin(inputs: Sequence[Path], tokenizer: Any, options: DocumentOptions) ->
         corpus=str(prefixes[0].resolve()) if prefixes else CORPUS,
         inputs=[{"path": str(path.resolve()), "sha256": sha256_of(path), "format": form} for path in files],
     )
-
-
-def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> DocumentsManifest | None:
-    """The manifest of `output` if this run would write the same; None if there are bad rows to report again."""
-    manifest = PreparedDocuments.open(output).manifest
-    old, new = {name: getattr(manifest, name) for name in asdict(origin)}, asdict(origin)
-    for side in (old, new):  # a file may have been moved
-        side["inputs"] = [record["sha256"] for record in side["inputs"]]
-    changed = sorted(name for name in new if new[name] != old[name])
-    if changed:
-        raise ValueError(
-            f"{output} was prepared with other values of {', '.join(changed)}; "
-            "choose another output folder, or --force to replace it"
-        )
-    return manifest if skip_bad_rows or not manifest.rejected else None
 
 
 def _spans(prefix: str, lengths: Any, start: Place) -> Iterator[Span]:

@@ -89,10 +89,12 @@ def prepare(
     check_output(output)
     loaded = load_tokenizer(str(tokenizer))
     origin = _origin(inputs, loaded, options, progress)
-    if not force and (output / NAME).exists() and (done := _up_to_date(output, origin, options.skip_bad_rows)):
-        if progress:
-            print(f"{output} is up to date")
-        return done
+    if not force and (output / NAME).exists():
+        done = PreparedData.open(output).manifest
+        if is_up_to_date(output, done, origin, options.skip_bad_rows):
+            if progress:
+                print(f"{output} is up to date")
+            return done
     cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
     formats = {str(path): record["format"] for path, record in zip(inputs, origin.inputs, strict=True)}
     encoder = SampleEncoder(loaded, formats, options.persona_key, options.seq_length, options.too_long, cut)
@@ -137,11 +139,12 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} is not empty and is no prepared folder; choose another one or empty it")
 
 
-def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> PreparedManifest | None:
-    """The manifest of `output` if this run would write the same; None if there are bad rows to report again."""
-    manifest = PreparedData.open(output).manifest
-    old = {name: getattr(manifest, name) for name in asdict(origin)}
-    new = asdict(origin)
+def is_up_to_date(output: Path, manifest: Any, origin: Any, skip_bad_rows: bool) -> bool:
+    """Whether a run from this origin would write what `output` holds; ValueError where it would write something else.
+
+    Not up to date is a folder with bad rows that are to be reported again. origin: a dataclass, named as the manifest.
+    """
+    old, new = {name: getattr(manifest, name) for name in asdict(origin)}, asdict(origin)
     for side in (old, new):  # a file may have been moved
         side["inputs"] = [(record["sha256"], record["format"]) for record in side["inputs"]]
     changed = sorted(name for name in new if new[name] != old[name])
@@ -150,7 +153,7 @@ def _up_to_date(output: Path, origin: Origin, skip_bad_rows: bool) -> PreparedMa
             f"{output} was prepared with other values of {', '.join(changed)}; "
             "choose another output folder, or --force to replace it"
         )
-    return manifest if skip_bad_rows or not manifest.rejected else None
+    return skip_bad_rows or not manifest.rejected
 
 
 def _write(
