@@ -5,6 +5,7 @@ Letters: B samples, R rows of targets, D dimension of the embeddings.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,24 +85,24 @@ def sampler_of(args: Any, dataset: Any) -> MegatronPretrainingSampler:
 
 def _options(stores: Sequence[TargetStore], encoder_device: str | None) -> EncoderOptions:
     """How the encoder of these stores is loaded; ValueError where they are of several."""
-    first = stores[0].manifest
+    first = _encoder_of(stores[0])
     for store in stores:
-        if changed := differences(store.manifest, first):
+        if changed := differences(_encoder_of(store), first):
             raise ValueError(
                 f"{store.folder} and {stores[0].folder} differ in {', '.join(changed)}: online targets have one "
                 "encoder; embed all data alike"
             )
-    return options_of(first, encoder_device)
-
-
-def options_of(identity: EncoderIdentity, encoder_device: str | None) -> EncoderOptions:
-    """The options that give an encoder of this identity."""
     return EncoderOptions(
-        pooling=identity.pooling,
-        normalize=identity.normalize,
-        prompt=identity.prompt,
-        max_length=identity.max_length or None,
-        dtype=identity.dtype,
+        pooling=first.pooling,
+        normalize=first.normalize,
+        prompt=first.prompt,
+        max_length=first.max_length or None,
+        dtype=first.dtype,
         device=encoder_device,
-        revision=identity.revision,
+        revision=first.revision,
     )
+
+
+def _encoder_of(store: TargetStore) -> EncoderIdentity:
+    """The encoder alone: stores of other texts, or in other blocks, may share it."""
+    return EncoderIdentity(**{field.name: getattr(store.manifest, field.name) for field in fields(EncoderIdentity)})
