@@ -38,7 +38,7 @@ class DataOptions:
     sfr_lookahead: int = 8
     """Steps that the encoder of online targets may be ahead of training; 0 encodes only what a step asks for."""
     sfr_encoder_device: str | None = None
-    """Where online targets are encoded: cpu, cuda:1, ... (the fastest one there is)."""
+    """Where online targets are encoded: cpu, cuda:1, ... (the device of the rank that asks for them)."""
     sfr_encoder_threads: int = 1
     """CPU threads of the encoder of online targets, on each replica's last stage."""
     sfr_packing: Literal["none", "first_fit_decreasing"] = "none"
@@ -145,7 +145,7 @@ class DataProvider:
                 plan.folders,
                 plan.store,
                 lookahead=args.sfr_lookahead * get_num_microbatches(),
-                encoder_device=args.sfr_encoder_device or ("cpu" if device().type == "cpu" else None),
+                encoder_device=args.sfr_encoder_device or str(device()),
                 threads=args.sfr_encoder_threads,
             )
             if built[0] is not None:

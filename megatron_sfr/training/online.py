@@ -27,7 +27,7 @@ class OnlineTargets:
     """What the last stage's ranks ask for the targets of a microbatch."""
 
     def __init__(
-        self, folders: Sequence[Path], store: str, *, lookahead: int, encoder_device: str | None, threads: int
+        self, folders: Sequence[Path], store: str, *, lookahead: int, encoder_device: str, threads: int
     ) -> None:
         """folders: the prepared folders of the run, as datasets number them. lookahead: microbatches."""
         prepared = [open_prepared(folder) for folder in folders]
@@ -83,7 +83,7 @@ def sampler_of(args: Any, dataset: Any) -> MegatronPretrainingSampler:
     )
 
 
-def _options(stores: Sequence[TargetStore], encoder_device: str | None) -> EncoderOptions:
+def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptions:
     """How the encoder of these stores is loaded; ValueError where they are of several."""
     first = _encoder_of(stores[0])
     for store in stores:

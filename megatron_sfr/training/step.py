@@ -56,7 +56,7 @@ class ForwardStep:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
-        batch = next(data_iterator) if first or last or self.resets_attention else {}
+        batch = next_batch(data_iterator) if first or last or self.resets_attention else {}
         mask, more = self._attention(batch.pop("document")) if self.resets_attention else (None, {})
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
@@ -192,6 +192,11 @@ class ForwardStep:
         if options.gate.sfr_gate != "none":
             report["sfr gate"] = pair(known["gate"] * tokens, tokens)
         return report
+
+
+def next_batch(data_iterator: Iterator[Batch]) -> Batch:
+    """The next microbatch, as a dictionary that may be changed: upstream keeps its own, to run a step again."""
+    return dict(next(data_iterator))
 
 
 def _to_device(batch: Batch) -> Batch:
