@@ -74,7 +74,7 @@ def uniforms(
 ) -> Tensor:
     """width independent float32 numbers in (0, 1) for each (sample, position, draw): [..., width].
 
-    Column i is that of a longer vector from start + i on (start a multiple of 4), so the shards of an axis fit together.
+    Column i is number start + i of a longer vector (start a multiple of 4), so the shards of an axis fit together.
     """
     if start % 4:
         raise ValueError(f"start = {start}: blocks hold 4 numbers, so a shard starts at a multiple of 4")
