@@ -57,7 +57,7 @@ class Simplex:
         """dl/dt = (E[l1 | x_t] - l) / (1 - t): [..., V]; t broadcasts against l. l must have its true constant."""
         return (self.expected(p) - l) / (1 - t)
 
-    def euler(self, l: Tensor, p: Tensor, h: float) -> Tensor:
+    def euler(self, l: Tensor, p: Tensor, h: float | Tensor) -> Tensor:
         """One step of dl/dt' = E[l1] - l in the time t' = -ln(1 - t): (1 - h) l + h E[l1], up to a constant."""
         return (1 - h) * l + (h * self.gap) * p
 
