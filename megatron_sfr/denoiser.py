@@ -4,17 +4,21 @@ import argparse
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import gpt_config_from_args
 
+from megatron_sfr.config import Parser
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.kl_flow import KLFlowModelBuilder, KLFlowModelConfig
-from megatron_sfr.runtime.backend import CPU_CHANGES, UNFUSED, adapt_config_to_cpu, device
+from megatron_sfr.runtime.backend import CPU_CHANGES, UNFUSED, adapt_config_to_cpu, device, start_alone
 
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 ALONE = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -38,22 +42,27 @@ def denoiser_config(args: argparse.Namespace) -> KLFlowModelConfig:
     return config
 
 
-def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel, argparse.Namespace]:
-    """The model, ready for `model.kl_flow.denoise`, and the arguments of the run that wrote it.
-
-    Starts this process as the only rank where it belongs to no group yet; `runtime.backend.start` comes before. The
-    vocabulary is args.vocab_size, the model's columns args.padded_vocab_size, b of the simplex args.kl_flow_smoothing.
-    Args: path: a --save folder, or one checkpoint in it. ValueError where it is no checkpoint of KL-flow.
-    """
-    folder = find_checkpoint(path)
-    stored = dict(Checkpoint(folder).arguments())
+def _arguments(folder: Path, backend: Literal["cpu", "cuda"]) -> argparse.Namespace:
+    """Those of the run that wrote a checkpoint, as one process would have them; what is no plain value, its default."""
+    stored = {name: value for name, value in Checkpoint(folder).arguments().items() if isinstance(value, PLAIN)}
     if stored.get("training_task") != "kl-flow":
         raise ValueError(f"{folder} holds no KL-flow model: train one with --training-task kl-flow")
     changes = {change.dest: change.value for change in CPU_CHANGES} if backend == "cpu" else {}
-    args = argparse.Namespace(**stored | ALONE | changes)
-    if not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo" if backend == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    args = argparse.Namespace(**vars(Parser().read([])) | stored | ALONE | changes)
+    args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return args
+
+
+def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel, argparse.Namespace]:
+    """The model, ready for `model.kl_flow.denoise`, and the arguments of the run that wrote it.
+
+    Starts this process as the only rank where it belongs to no group yet. The vocabulary is args.vocab_size, the
+    model's columns args.padded_vocab_size, the smoothing b args.kl_flow_smoothing, the last time args.kl_flow_t_max.
+    Args: path: a --save folder, or one checkpoint in it. ValueError where it is no checkpoint of KL-flow.
+    """
+    folder = find_checkpoint(path)
+    args = _arguments(folder, backend)
+    start_alone(backend)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(args.seed)
@@ -62,7 +71,23 @@ def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel
         adapt_config_to_cpu(config.transformer)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = KLFlowModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    metadata = dict(dist_checkpointing.load_content_metadata(str(folder)) or {})
-    metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), str(folder)))
+    if args.bf16 or args.fp16:
+        model.to(args.params_dtype)
+    _fill(model, Checkpoint(folder))
+    args.padded_vocab_size = len(model.embedding.word_embeddings.weight)
     return model.to(device()).eval(), args
+
+
+@torch.no_grad()
+def _fill(model: GPTModel, checkpoint: Checkpoint) -> None:
+    """Reads every parameter in place, by the names and boxes under which upstream would store it."""
+    stacked = "decoder.layers.0.mlp.linear_fc2.weight" not in checkpoint.tensors
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": group, "non_homogeneous_layers": not stacked})
+    apply_factories(sharded)
+    for part in nested_values(sharded):
+        if isinstance(part, ShardedTensor):
+            if part.key not in checkpoint.tensors:
+                raise ValueError(f"{checkpoint.folder} has no {part.key}: it is of another model")
+            size = (*(1 for _ in range(part.prepend_axis_num)), *part.local_shape)
+            part.data.copy_(checkpoint.read(part.key, part.global_offset, size).view(part.local_shape))

@@ -37,6 +37,17 @@ def start(backend: Literal["cpu", "cuda"]) -> None:
         dist.init_process_group("gloo")
 
 
+def start_alone(backend: Literal["cpu", "cuda"]) -> None:
+    """Prepares the process as the only rank of a group, without torchrun."""
+    if backend == "cpu":
+        from megatron_sfr.runtime import cpu
+
+        cpu.install()
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo" if backend == "cpu" else "nccl", store=store, rank=0, world_size=1)
+
+
 def device() -> torch.device:
     """The device of this process's tensors, once a backend was started."""
     return torch.device(torch.cuda.current_device())
