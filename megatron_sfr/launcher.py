@@ -96,7 +96,7 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
         print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
     if process.returncode != 0:
-        raise ValueError(f"training failed with exit code {process.returncode}" if verbose else _failure(log))
+        raise ValueError(f"training failed with exit code {process.returncode}" if verbose else failure(log))
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
@@ -155,14 +155,14 @@ def _bar(run: Run, title: str) -> Iterator[None]:
             yield
 
 
-def _failure(log: Path) -> str:
-    """One line that says why a run failed, from its log."""
+def failure(log: Path, mark: str = ERROR, what: str = "training") -> str:
+    """One line that says why a run failed, from its log: what follows the mark, or the first Python error."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    if found := re.findall(rf"^.*{re.escape(ERROR)} (.*)$", text, flags=re.MULTILINE):
+    if found := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
         return found[0]
     raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
     reason = raised[0] if raised else "no Python error was printed (out of memory?)"
-    return f"training failed: {reason[:300]}; see {log}"
+    return f"{what} failed: {reason[:300]}; see {log}"
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:

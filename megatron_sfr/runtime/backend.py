@@ -1,6 +1,7 @@
 """Chooses CPU with gloo or CUDA with NCCL, once a process, and says what the choice changes in Megatron's flags."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,15 +38,21 @@ def start(backend: Literal["cpu", "cuda"]) -> None:
         dist.init_process_group("gloo")
 
 
-def start_alone(backend: Literal["cpu", "cuda"]) -> None:
-    """Prepares the process as the only rank of a group, without torchrun."""
+def join(backend: Literal["cpu", "cuda"]) -> None:
+    """Prepares the process as one of torchrun's ranks or, without it, as the only one; upstream starts nothing."""
     if backend == "cpu":
         from megatron_sfr.runtime import cpu
 
         cpu.install()
-    if not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo" if backend == "cpu" else "nccl", store=store, rank=0, world_size=1)
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        return
+    name = "gloo" if backend == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(name)
+    else:
+        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def device() -> torch.device:

@@ -67,4 +67,4 @@ class SamplerOptions:
 
     def time(self, step: int, steps_B: Tensor) -> Tensor:
         """t of a step in rows of so many steps, float64 [B]: 1 - exp(-step h), h = -ln(1 - t_max) / steps."""
-        return -torch.expm1(-step * self.length / steps_B.double())
+        return 1 - torch.exp(-step * self.length / steps_B.double())

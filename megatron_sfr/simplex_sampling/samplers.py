@@ -54,7 +54,7 @@ def sample(
     shard: Shard,
     simplex: Simplex,
     options: SamplerOptions,
-    watch: Callable[[Moment], None] | None = None,
+    watch: Callable[[Moment], object] | None = None,
 ) -> Tensor:
     """Tokens int64 [B, S]: the canvas's where it is not free, found ones where it is.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.flow.simplex import log_dirichlet
+from megatron_sfr.objectives.kl_flow import sharded_softmax
 from megatron_sfr.objectives.vocab import Vocab
 
 
@@ -44,12 +45,7 @@ class Shard:
 
     def softmax(self, l_FW: Tensor) -> Tensor:
         """This rank's columns of the softmax over all of them: one gather of each shard's maximum and sum."""
-        m_F = l_FW.amax(dim=-1).clamp(min=torch.finfo(l_FW.dtype).min)  # a shard of nothing but padding: not -inf
-        e_FW = (l_FW - m_F[:, None]).exp_()
-        m_RF, sum_RF = self.vocab.gather(torch.stack([m_F, e_FW.sum(dim=-1)], dim=-1)).unbind(-1)
-        top_F = m_RF.amax(dim=0)
-        total_F = (sum_RF * (m_RF - top_F).exp()).sum(dim=0)
-        return e_FW.mul_(((m_F - top_F).exp() / total_F)[:, None])
+        return sharded_softmax(l_FW.clone(), self.vocab)
 
     def likeliest(self, z_FW: Tensor) -> tuple[Tensor, Tensor]:
         """The token of the largest logit, int64 [F], and that logit [F]; of equal ones the first."""
