@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, scratch)
     plan(job)  # what is wrong is said before processes start
     _start(job, scratch)
+    lines = Path(job.output).read_text(encoding="utf-8").splitlines()
     if args.output is None:
-        for line in Path(job.output).read_text(encoding="utf-8").splitlines():
-            print(json.loads(line)["text"])
+        print(*(json.loads(line)["text"] for line in lines), sep="\n")
     else:
-        print(f"{args.output}: {sum(1 for _ in args.output.open('rb')):,} samples")
+        print(f"{args.output}: {len(lines):,} samples")
     if job.film is not None:
         _show(Path(job.film), args.film)
     for path in scratch.iterdir():
