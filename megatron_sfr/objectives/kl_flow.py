@@ -57,7 +57,8 @@ def free_text(
     does: a model that knew where the text ends would not learn to end it. Rows without supervised tokens are not free.
     """
     text_BN = torch.cat([tokens_BS[:, :1], labels_BS], dim=1)[:, :length]
-    mask_BN = (torch.cat([loss_mask_BS[:, :1], loss_mask_BS], dim=1) > 0)[:, :length]
+    mask_BS = loss_mask_BS > 0  # of the labels; before the first token of a conversation nothing could ask for it
+    mask_BN = torch.cat([mask_BS.all(-1, keepdim=True), mask_BS], dim=1)[:, :length]
     place_N = torch.arange(length, device=text_BN.device)
     reply_BN = (mask_BN & ~F.pad(mask_BN, (1, 0))[:, :-1]).cumsum(-1)  # counts them from 1, at them and after
     chosen_B1 = _choice(REPLY, reply_BN[:, -1:], sample_B, options)
