@@ -7,7 +7,7 @@ writes the same file in the end.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.prompts import Prompt
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--persona", metavar="NAME", help="who answers --prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +70,9 @@ def _write(
     from tqdm import tqdm
 
     from megatron_sfr.evaluation.resumable import contents_of, resumable
-    from megatron_sfr.evaluation.sampling import check_folder, load_model, record, sample
+    from megatron_sfr.evaluation.sampling import check_folder, record
 
+    load_model, sample = _engine(args.engine)
     each = len(prompts) * options.samples
     for folder in folders.values():
         check_folder(folder)
@@ -78,7 +80,7 @@ def _write(
         "models": {name: contents_of(folder) for name, folder in folders.items()},
         "prompts": [prompt.messages for prompt in prompts],
         "personas": [prompt.persona for prompt in prompts],
-        "options": asdict(options) | {"device": args.device, "dtype": args.dtype},
+        "options": asdict(options) | {"device": args.device, "dtype": args.dtype, "engine": args.engine},
     }
 
     def boundary(lines: int) -> int:
@@ -104,12 +106,19 @@ def _print(
     args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
 ) -> None:
     """Every model's replies on the terminal."""
-    from megatron_sfr.evaluation.sampling import load_model, sample
-
+    load_model, sample = _engine(args.engine)
     for name, folder in folders.items():
         model = load_model(name, folder, device=args.device, dtype=args.dtype)
         for _, reply in sample(model, prompts, options):
             print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
+
+
+def _engine(name: str) -> tuple[Any, Any]:
+    """(load_model, sample) of an engine."""
+    from megatron_sfr.evaluation import sampling, vllm_sampling
+
+    module: Any = {"transformers": sampling, "vllm": vllm_sampling}[name]
+    return module.load_model, module.sample
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:

@@ -78,12 +78,17 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load the model in {folder}: {str(error).strip().splitlines()[0]}") from error
-    ends = network.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = end_tokens(network.generation_config.eos_token_id, tokenizer, folder)
+    network.to(device or ("cuda" if gpus() else "cpu")).eval()
+    return Model(name, network, tokenizer, ends)
+
+
+def end_tokens(named: int | list[int] | None, tokenizer: Any, folder: Path) -> tuple[int, ...]:
+    """The tokens that end a reply, as the generation config names them, else the tokenizer; ValueError without any."""
+    ends = tokenizer.eos_token_id if named is None else named
     if ends is None:
         raise ValueError(f"{folder} names no end token; set eos_token_id in generation_config.json")
-    network.to(device or ("cuda" if gpus() else "cpu")).eval()
-    return Model(name, network, tokenizer, tuple(ends) if isinstance(ends, list) else (ends,))
+    return tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def check_folder(folder: Path) -> None:
@@ -99,11 +104,16 @@ def sample(
 
     The first `start` replies, whole batches, are left out.
     """
-    ids = [_token_ids(model, prompt) for prompt in prompts]
-    rows = [(p, s) for p in sorted(range(len(prompts)), key=lambda p: len(ids[p])) for s in range(options.samples)]
+    ids = [token_ids(model.tokenizer, prompt) for prompt in prompts]
+    rows = in_order(ids, options.samples)
     for begin in range(start, len(rows), options.batch_size):
         batch = rows[begin : begin + options.batch_size]
         yield from zip((p for p, _ in batch), _sample_batch(model, prompts, ids, batch, options), strict=True)
+
+
+def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]]:
+    """(index of the prompt, sample) of every reply, short prompts first."""
+    return [(p, s) for p in sorted(range(len(ids)), key=lambda p: len(ids[p])) for s in range(samples)]
 
 
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
@@ -148,9 +158,10 @@ def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
     return torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
 
 
-def _token_ids(model: Model, prompt: Prompt) -> list[int]:
-    text = model.tokenizer.apply_chat_template(prompt.turns(), tokenize=False, add_generation_prompt=True)
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt by the tokenizer's template, up to where the reply begins."""
+    text = tokenizer.apply_chat_template(prompt.turns(), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.inference_mode()
