@@ -1,6 +1,7 @@
 """Arguments that contradict each other or the objectives, each with what to do; upstream checks its own."""
 
 import argparse
+import math
 from typing import Any
 
 Rows = list[tuple[Any, str]]
@@ -28,6 +29,11 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
         (
             not (args.train_data_path or args.data_path),
             "no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote",
+        ),
+        (
+            args.lr_warmup_iters >= (args.lr_decay_iters or args.train_iters or math.inf) > 0,
+            f"lr_warmup_iters = {args.lr_warmup_iters} has to end before the schedule of the learning rate does: "
+            "shorten it, or raise train_iters",
         ),
         (
             args.reset_attention_mask or args.reset_position_ids,

@@ -76,6 +76,9 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
     here. Raises ValueError, in one line, if the training fails. verbose: no bar, Megatron's output as it comes.
     """
     run = read_run(recipe, flags)
+    if _is_finished(run) and "--skip-train" not in flags:
+        print(f"{title}: {run.save} has all {run.train_iters} steps already", flush=True)
+        return
     logs = run.save / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / time.strftime("train-%Y%m%d-%H%M%S.log")
@@ -97,6 +100,12 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
         raise KeyboardInterrupt
     if process.returncode != 0:
         raise ValueError(f"training failed with exit code {process.returncode}" if verbose else failure(log))
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether the last step's checkpoint is there: upstream, started again, would ask for samples beyond the last."""
+    newest = run.save / "latest_checkpointed_iteration.txt"
+    return newest.is_file() and newest.read_text(encoding="utf-8").strip() == str(run.train_iters)
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:

@@ -104,6 +104,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"sfr_hf_load": "a", "init_model_with_meta_device": True}, [], "then --pretrained-checkpoint"),
         ({"sfr_fresh_head": True}, [], "goes with --load DIR --finetune"),
         ({"vocab_size": None}, [], "--vocab-size is missing"),
+        ({"lr_warmup_iters": 5}, [], "lr_warmup_iters = 5 has to end before the schedule"),
         ({"train_data_path": None}, [], "no training data"),
         ({"calculate_per_token_loss": False}, [], "every term here is a sum over the global batch"),
         ({"objective": "jem"}, [], "invalid choice: 'jem'"),

@@ -49,3 +49,14 @@ def test_wrong_calls_end_with_2_and_one_line(argv: list[str], message: str, caps
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_run_that_has_all_its_steps_is_not_started_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"save: {save}\ntrain_iters: 30\nmicro_batch_size: 2\nseq_length: 8\n", encoding="utf-8")
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("30", encoding="utf-8")
+    assert cli.main(["train", str(recipe)]) == 0
+    assert "has all 30 steps already" in capsys.readouterr().out
+    assert not (save / "logs").exists()

@@ -50,10 +50,10 @@ def markdown(report: Report, title: str, picture: str) -> str:
     names = columns(report)
     lines = [f"# {title}", "", f"![frontiers]({picture})", ""]
     lines += [*(f"- {verdict(gap)}" for gap in report.gaps), ""]
-    lines += _markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
+    lines += markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
     lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{note}" for note in report.notes)]
     for caption, table in loss_tables(report, str):
-        lines += ["", f"{caption}:", "", *_markdown_table(table)]
+        lines += ["", f"{caption}:", "", *markdown_table(table)]
     lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
@@ -120,8 +120,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the head; a cell's bars and line breaks do not end it."""
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in cells]
     return [head, "|" + "---|" * len(rows[0]), *body]
 
 

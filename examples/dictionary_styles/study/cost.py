@@ -1,0 +1,55 @@
+"""What a step of each arm costs: short runs in turn, nothing beside them, and the median time of a step."""
+
+import itertools
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from examples.dictionary_styles.study.plan import EXAMPLE, Run
+from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
+from megatron_sfr.evaluation.tables import whole
+
+ROUNDS, STEPS, WARM = 2, 25, 5
+# From the second step on all that an arm does in its long run: the head's gradient reaches the model, and is measured.
+SHORT = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--eval-iters", 0, "--save-interval", 10**6)
+HEAD = ("--sfr-warmup-steps", 1, "--sfr-ramp-steps", 1)
+
+Costs = dict[str, list[float]]  # arm -> seconds of each step that counts
+
+
+def known(place: Place) -> Costs:
+    """What an earlier call measured; nothing if none did."""
+    path = place.study / "cost.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def measure(runs: Sequence[Run], place: Place) -> Costs:
+    """Times of an arm's steps, one run an arm; what an earlier call measured is kept."""
+    if costs := known(place):
+        return costs
+    for turn in range(ROUNDS):
+        for run in tqdm(runs, desc=f"cost of a step, round {turn + 1} of {ROUNDS}", unit="arm"):
+            folder = place.study / "cost" / run.name
+            shutil.rmtree(folder, ignore_errors=True)
+            head = HEAD if run.arm.recipe is not None and "sfr" in run.arm.recipe else ()
+            flags = (*run.flags(folder, place.base), *SHORT, *head)
+            megatron_sfr(place.study / "logs" / "cost.log", "train", EXAMPLE / "ce.yaml", *flags)
+            times = [row["time"] for row in rows(folder / "metrics.jsonl") if "lm loss" in row]
+            steps = [after - before for before, after in itertools.pairwise(times)]
+            costs.setdefault(run.arm.name, []).extend(steps[WARM:])
+    with whole(place.study / "cost.json") as file:
+        json.dump(costs, file)
+    return costs
+
+
+def table(costs: Costs) -> list[list[str]]:
+    """Median and quartiles of each arm's step, and the median beside the first arm's."""
+    base = statistics.median(next(iter(costs.values())))
+    lines = [["arm", "ms a step", "quartiles", "beside the baseline"]]
+    for arm, seconds in costs.items():
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        lines.append([arm, f"{1e3 * middle:.0f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}", f"{middle / base:.3f}"])
+    return lines

@@ -1,0 +1,170 @@
+"""The study as one page, HTML and Markdown: what moved beyond noise, what did not, tables, picture, samples, costs."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from examples.dictionary_styles.study import cost
+from examples.dictionary_styles.study.choice import Table
+from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Settings, judged
+from examples.dictionary_styles.study.verdicts import Verdict
+from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
+from megatron_sfr.evaluation.curves import Curve, Loss
+from megatron_sfr.evaluation.plot import draw
+from megatron_sfr.evaluation.report import Report, summarise
+from megatron_sfr.evaluation.tables import columns, heads, markdown_table, score_rows, whole
+from megatron_sfr.pages import bullets, document, heading, image, note, table
+
+TITLE = "Dictionary styles: seven objectives, one start"
+SAMPLE_PROMPTS = 6
+Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that the study found. curves: one a seed for each arm; repeated: verdicts on other replies of what moved."""
+
+    plan: Plan
+    settings: dict[str, Settings]
+    tried: Table
+    curves: dict[str, list[Curve]]
+    verdicts: list[Verdict]
+    repeated: list[Verdict]
+    costs: cost.Costs
+
+    @property
+    def moved(self) -> list[Verdict]:
+        """What moved in both samplings: only this is called an effect."""
+        again = {(v.arm, v.axes) for v in self.repeated if v.moved}
+        return [v for v in self.verdicts if v.moved and (v.arm, v.axes) in again]
+
+
+def summary(found: Found) -> str:
+    return "\n".join(f"- {text}" for text in (*said(found, moved=True), *said(found, moved=False)))
+
+
+def said(found: Found, *, moved: bool) -> list[str]:
+    """One sentence a verdict. One that is not there again in other replies is told among those that did not move."""
+    chosen = [v for v in found.verdicts if (v in found.moved) == moved]
+    return [v.sentence + (" Not so in a second sampling." if v.moved and not moved else "") for v in chosen]
+
+
+def write(found: Found, place: Place) -> None:
+    """study.html, which holds everything, study.md, study.png and study.json."""
+    judge = scorer(JUDGING, found.plan, place)
+    mean = [average(arm, curves) for arm, curves in found.curves.items()]
+    report = summarise(mean, AXES, judge.notes(), judge.real())
+    picture = place.study / "study.png"
+    draw(report, picture, TITLE)
+    sections = [
+        ("What moved beyond noise", bullet(said(found, moved=True)), "text"),
+        ("What did not", bullet(said(found, moved=False)), "text"),
+        ("The arms", arms(found), "table"),
+        ("Settings that were tried", tried(found), "table"),
+        ("Cost of a step", cost.table(found.costs) if found.costs else [], "table"),
+        ("Scores, mean over seeds", scores(report), "table"),
+        ("Samples, the first of each", samples(found, place), "table"),
+    ]
+    html = [note(how(found.plan)), heading("Frontiers"), image(picture.read_bytes(), "a curve an arm")]
+    text = [f"# {TITLE}", "", how(found.plan), "", f"![frontiers]({picture.name})"]
+    for title, content, kind in sections:
+        if not content:
+            continue
+        html += [heading(title), bullets(content) if kind == "text" else table(content)]
+        text += ["", f"## {title}", "", *([f"- {c}" for c in content] if kind == "text" else markdown_table(content))]
+    html += list(map(note, report.notes))
+    text += ["", *report.notes]
+    for name, whole_text in (("study.html", document(TITLE, html)), ("study.md", "\n".join(text) + "\n")):
+        write_text(place.study / name, whole_text)
+    content = {"plan": asdict(found.plan), "settings": found.settings, "costs": found.costs}
+    content |= {"verdicts": [asdict(v) | {"moved": v.moved} for v in (*found.verdicts, *found.repeated)]}
+    write_text(place.study / "study.json", json.dumps(content, indent=1))
+
+
+def how(plan: Plan) -> str:
+    return (
+        f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from one start in one order of data; "
+        f"{plan.samples} replies a prompt at temperatures {', '.join(f'{t:g}' for t in plan.temperatures)} with common "
+        "random numbers. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "
+        "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer "
+        "together, and all of it holds again in a second sampling. "
+        f"That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of twenty would leave 0 out by chance."
+    )
+
+
+def bullet(texts: list[str]) -> list[str]:
+    return texts or ["Nothing."]
+
+
+def average(arm: str, curves: list[Curve]) -> Curve:
+    """The mean curve of an arm's seeds."""
+
+    def mean(losses: list[Loss]) -> Loss:
+        return Loss(*(np.mean([getattr(loss, part) for loss in losses], axis=0) for part in ("nll", "tokens")))
+
+    first = curves[0]
+    return Curve(
+        arm,
+        first.temperatures,
+        {name: np.mean([curve.scores[name] for curve in curves], axis=0) for name in first.scores},
+        {name: mean([curve.losses[name] for curve in curves]) for name in first.losses},
+        {name: mean([curve.personas[name] for curve in curves]) for name in first.personas},
+    )
+
+
+def arms(found: Found) -> Rows:
+    """Settings, and the loss on held-out replies at temperature 1: mean over seeds, and each seed's difference."""
+    lines = [["arm", "chosen settings", "nats a token on held-out replies", "seed by seed, less the baseline's"]]
+    nats = {arm: [_nats(curve) for curve in curves] for arm, curves in found.curves.items()}
+    for arm, values in nats.items():
+        less = ", ".join(f"{a - b:+.3f}" for a, b in zip(values, nats[BASELINE], strict=True))
+        settings = next(dict(run.settings) for run in judged(found.plan, found.settings) if run.arm.name == arm)
+        lines.append([arm, _said(settings), f"{np.mean(values):.3f}", "" if arm == BASELINE else less])
+    return lines
+
+
+def _nats(curve: Curve) -> float:
+    (loss,) = curve.losses.values()
+    return float(loss.nll.sum() / loss.tokens.sum())
+
+
+def tried(found: Found) -> Rows:
+    lines: Rows = []
+    for arm, options in found.tried.items():
+        for option in options:
+            gains: dict = option["gains"]  # type: ignore[assignment]
+            lines = lines or [["arm", "settings", *gains, "chosen"]]
+            cells = [f"{gain:+.3f}" for gain in gains.values()]
+            lines.append([arm, _said(option["settings"]), *cells, "yes" if option["chosen"] else ""])  # type: ignore[arg-type]
+    return lines
+
+
+def _said(settings: Settings) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+    )
+
+
+def scores(report: Report) -> Rows:
+    names = columns(report)
+    return [["model", "temperature", *heads(report, names)], *score_rows(report, names, lambda e: f"{e.mean:.3f}")]
+
+
+def samples(found: Found, place: Place) -> Rows:
+    """The first reply of every arm to a few prompts, at the middle temperature and the first seed."""
+    temperature = found.plan.temperatures[len(found.plan.temperatures) // 2]
+    lines: Rows = []
+    for run in judged(found.plan, found.settings)[: len(found.plan.arms)]:
+        path = place.curve(run, JUDGING, found.plan).with_suffix(".jsonl")
+        replies = [r for r in rows(path) if r["temperature"] == temperature and r["sample"] == 0]
+        chosen = [replies[i * len(replies) // SAMPLE_PROMPTS] for i in range(SAMPLE_PROMPTS)]
+        lines = lines or [["arm", *(f"{r['question']} ({r['persona']})" for r in chosen)]]
+        lines.append([run.arm.name, *(r["text"] for r in chosen)])
+    return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as file:
+        file.write(text)

@@ -1,0 +1,122 @@
+"""What the study compares: its arms, the settings that are tried for them, the seeds, and how replies are sampled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_sfr.evaluation.report import Axes
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent
+Settings = Mapping[str, object]  # options of a recipe
+
+BASELINE = "CE"
+CHOOSING_SEED = 0  # trains the runs that settings are chosen by; no run that is judged has it
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. recipe: a file of ../arms over ../ce.yaml. tried: settings, of which one is chosen.
+
+    like: arms whose chosen settings this one takes over, so that it differs from them in nothing but its own recipe.
+    """
+
+    name: str
+    recipe: str | None = None
+    tried: tuple[Settings, ...] = ({},)
+    like: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace("+", "_").replace("-", "_")
+
+
+ARMS = (
+    Arm(BASELINE),
+    Arm("SFR", "sfr", tuple({"sfr_grad_ratio": ratio} for ratio in (0.1, 0.3, 1.0))),
+    Arm("SFR-mse", "sfr_mse", like=("SFR",)),
+    Arm("MTP", "mtp", tuple({"mtp_loss_scaling_factor": share} for share in (0.1, 0.3))),
+    Arm("GEM", "gem", tuple({"gem_beta": beta} for beta in (0.7, 0.85))),
+    Arm("SED", "sed"),
+    Arm("GEM+SFR", "gem_sfr", ({"gem_h": "linear"},), like=("GEM", "SFR")),
+)
+AXES = (Axes("style fidelity", "CS-SB-1"), Axes("relevance", "self-BLEU-4"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. The defaults are an evening on two CPU cores."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    steps: int = 150
+    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+    samples: int = 4
+    max_new_tokens: int = 64
+    choosing_share: float = 0.25
+    sampling_seed: int = 0
+    arms: tuple[Arm, ...] = field(default=ARMS, hash=False)
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: two or more different ones, or nothing tells noise from an effect")
+        if CHOOSING_SEED in self.seeds:
+            raise ValueError(f"seed {CHOOSING_SEED} trains the runs that settings are chosen by: judge other ones")
+        if len(self.temperatures) < 2:
+            raise ValueError("one temperature cannot tell diversity from a warmer model: give two or more")
+        if self.steps < 100:
+            raise ValueError(f"{self.steps} steps: the arms warm up for 60, so give at least 100")
+
+    def find(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm with its settings and a seed."""
+
+    arm: Arm
+    settings: tuple[tuple[str, object], ...]
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Names its folder; another setting is another run."""
+        said = "".join(f"-{key.rpartition('_')[2]}{value}" for key, value in self.settings)
+        return f"{self.arm.slug}{said}-{self.steps}-s{self.seed}"
+
+    def flags(self, folder: Path, base: Path) -> list[str]:
+        """Of `megatron-sfr train ce.yaml`."""
+        recipe = [] if self.arm.recipe is None else ["--recipe", str(EXAMPLE / "arms" / f"{self.arm.recipe}.yaml")]
+        given = dict(self.settings) | {
+            "seed": self.seed,
+            "train_iters": self.steps,
+            "save": folder,
+            "sfr_hf_load": base,
+        }
+        settings = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return [*recipe, "--recipe", str(HERE / "arm.yaml"), *settings]
+
+
+def candidates(plan: Plan) -> list[Run]:
+    """The runs that settings are chosen by: the baseline, and every setting of an arm that has a choice."""
+    runs = [
+        _run(arm, dict(tried), CHOOSING_SEED, plan) for arm in plan.arms if len(arm.tried) > 1 for tried in arm.tried
+    ]
+    return [_run(plan.find(BASELINE), {}, CHOOSING_SEED, plan), *runs] if runs else []
+
+
+def judged(plan: Plan, chosen: Mapping[str, Settings]) -> list[Run]:
+    """The runs that count, arm by arm for each seed, so that a study that is cut off has whole seeds."""
+    runs = []
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            settings: dict[str, object] = {}
+            for name in (*arm.like, arm.name):
+                settings |= chosen.get(name, {})
+            runs.append(_run(arm, settings, seed, plan))
+    return runs
+
+
+def _run(arm: Arm, settings: Settings, seed: int, plan: Plan) -> Run:
+    return Run(arm, tuple(sorted(settings.items())), seed, plan.steps)

@@ -1,0 +1,87 @@
+"""What the seeds amount to: how far each arm's frontier lies from the baseline's, and whether that is more than noise.
+
+A frontier is a curve over temperatures (evaluation/frontier.py). An arm's curve is the mean of its seeds' curves; its
+interval resamples seeds and headwords together. How far apart two seeds of the baseline lie is the noise of training,
+which an effect has to exceed before it is called one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from megatron_sfr.evaluation.bootstrap import DRAWS, Estimate, interval
+from megatron_sfr.evaluation.curves import Curve
+from megatron_sfr.evaluation.frontier import gap
+from megatron_sfr.evaluation.report import Axes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An arm against the baseline on one pair of axes.
+
+    by_seed: a seed against the same seed. noise: the largest |gap| between two seeds of the baseline.
+    """
+
+    arm: str
+    axes: Axes
+    estimate: Estimate
+    by_seed: tuple[float, ...]
+    noise: float
+
+    @property
+    def moved(self) -> bool:
+        """The interval leaves 0 out, the seeds agree on the side, and the baseline's own lie nearer together."""
+        sign = np.sign(self.estimate.mean)
+        excluded = self.estimate.low > 0 or self.estimate.high < 0
+        return bool(excluded and all(np.sign(g) == sign for g in self.by_seed) and abs(self.estimate.mean) > self.noise)
+
+    @property
+    def sentence(self) -> str:
+        seeds = ", ".join(f"{g:+.3f}" for g in self.by_seed)
+        judged = "no difference beyond noise"
+        if self.moved:
+            judged = f"{'more' if self.estimate.mean > 0 else 'less'} diverse at equal quality, beyond noise"
+        return (
+            f"{self.arm}: {self.axes.label} at equal {self.axes.quality}: {self.estimate.mean:+.3f} "
+            f"[{self.estimate.low:+.3f}, {self.estimate.high:+.3f}], by seed {seeds}; two seeds of the baseline lie up "
+            f"to {self.noise:.3f} apart: {judged}."
+        )
+
+
+def compare(arm: str, curves: Sequence[Curve], baseline: Sequence[Curve], axes: Axes) -> Verdict:
+    """curves and baseline: one a seed, in the same order of seeds."""
+    a, b = _arrays(axes, baseline, curves)
+    n = a.shape[-1]
+    everything = np.arange(n)
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(DRAWS // 4):
+        seeds, prompts = generator.integers(len(a), size=len(a)), generator.integers(n, size=n)
+        drawn.append(_gap(a[seeds], b[seeds], prompts))
+    by_seed = tuple(_gap(x[None], y[None], everything) for x, y in zip(a, b, strict=True))
+    noise = max(abs(_gap(x[None], y[None], everything)) for x, y in combinations(a, 2))
+    estimate = Estimate(_gap(a, b, everything), *interval(np.array(drawn)), n)
+    return Verdict(arm, axes, estimate, by_seed, noise)
+
+
+def mean_gap(axes: Axes, curves: Sequence[Curve], baseline: Sequence[Curve]) -> float:
+    """How far the mean curve of some runs lies above that of others; NaN where they share no quality."""
+    a, b = _arrays(axes, baseline, curves)
+    return _gap(a, b, np.arange(a.shape[-1]))
+
+
+def _arrays(axes: Axes, *groups: Sequence[Curve]) -> list[np.ndarray]:
+    """Quality and diversity of each group, [run, 2, T, P], over the headwords that have both in every run."""
+    pairs = [[np.stack(axes.of(curve)) for curve in group] for group in groups]
+    used = ~np.isnan(np.stack([pair for group in pairs for pair in group])).any(axis=(0, 1, 2))
+    if not used.any():
+        raise ValueError(f"no headword has both {axes.quality} and {axes.diversity} in every run")
+    return [np.stack(group)[..., used] for group in pairs]
+
+
+def _gap(a: np.ndarray, b: np.ndarray, prompts: np.ndarray) -> float:
+    """Of the mean curves of two groups of runs [seed, 2, T, P] over these prompts."""
+    line_a, line_b = (group.mean(axis=0)[:, :, prompts].mean(axis=2) for group in (a, b))
+    return gap((line_a[0], line_a[1]), (line_b[0], line_b[1]))

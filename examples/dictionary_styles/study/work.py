@@ -1,0 +1,154 @@
+"""One run from its training to its curve: trained, exported, asked, scored. Whatever is finished is kept."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from examples.dictionary_styles.selection import draw
+from examples.dictionary_styles.study.plan import EXAMPLE, Plan, Run
+from megatron_sfr.data.encoder import Encoder, EncoderOptions
+from megatron_sfr.evaluation.answers import Answers, Hardware, answers
+from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Scorer
+from megatron_sfr.evaluation.prompts import Asked, read_asked
+from megatron_sfr.evaluation.sampling import SamplingOptions, record
+from megatron_sfr.evaluation.style import Styled, StyleJudge
+from megatron_sfr.evaluation.tables import whole
+
+CHOOSING, JUDGING = "choosing", "judging"
+FIDELITY_ROWS = 6000  # real replies that the classifier of styles learns from
+EMBEDDED = 64  # headwords whose replies are embedded
+
+
+@dataclass(frozen=True)
+class Place:
+    """The study's folder and what the example's commands left beside it."""
+
+    root: Path = Path("runs/dictionary_styles")
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study"
+
+    @property
+    def base(self) -> Path:
+        return self.study / "base-hf"
+
+    def folder(self, run: Run) -> Path:
+        return self.study / "runs" / run.name
+
+    def curve(self, run: Run, side: str, plan: Plan) -> Path:
+        """One file for each way of asking: another number of samples is another curve."""
+        asked = (*plan.temperatures, plan.samples, plan.max_new_tokens, f"seed{plan.sampling_seed}")
+        return self.folder(run) / f"{side}-{'-'.join(map(str, asked))}.npz"
+
+
+def megatron_sfr(log: Path, *words: object) -> None:
+    """One of the library's commands, its output in a log; ValueError with its last line if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as sink:
+        command = [sys.executable, "-m", "megatron_sfr.cli", *map(str, words)]
+        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        raise ValueError(f"{words[0]} failed: {said} (the rest: {log})")
+
+
+def train(run: Run, place: Place) -> None:
+    """Trains and exports a run, unless its folder holds the exported model already."""
+    folder = place.folder(run)
+    if (folder / "hf").exists():
+        return
+    megatron_sfr(folder / "train.log", "train", EXAMPLE / "ce.yaml", *run.flags(folder, place.base))
+    export = ("convert", "export", "--checkpoint", folder, "--like", place.root / "model", "--output", folder / "hf")
+    megatron_sfr(folder / "export.log", *export)
+
+
+def finish(task: tuple[Run, str, Plan, Place]) -> str:
+    """Makes the run's curve on one side of the headwords, unless it is there; returns the run's name."""
+    run, side, plan, place = task
+    path = place.curve(run, side, plan)
+    if not path.exists():
+        train(run, place)
+        judge = scorer(side, plan, place)
+        (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware("cpu"))
+        write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
+        save(judge.curve(answered), path)
+    return run.name
+
+
+@lru_cache(maxsize=2)
+def scorer(side: str, plan: Plan, place: Place) -> Scorer:
+    """What replies are held against, once for each process."""
+    held_out = headwords(side, plan.choosing_share, place)
+    sampling = SamplingOptions(plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed)
+    options = EvaluationOptions(sampling, plan.temperatures, embedded=plan.samples, embedded_prompts=EMBEDDED)
+    encoder = Encoder("minilm", EncoderOptions(device="cpu"))
+    return Scorer(held_out, {"held-out replies": held_out}, options, encoder, judge=style_judge(place))
+
+
+def headwords(side: str, share: float, place: Place) -> list[Asked]:
+    """The held-out headwords that settings are chosen by, or the others; replies that were trained on are left out."""
+    trained = {entry["messages"][-1]["content"] for entry in rows(place.root / "text" / "train.jsonl")}
+    found = []
+    for entry in read_asked(place.root / "wide-text" / "prompts.jsonl"):
+        unseen = [c for c in entry.references if c.messages[-1]["content"] not in trained]
+        chosen = draw(0, "study", entry.prompt.question) < share
+        if unseen and chosen == (side == CHOOSING):
+            found.append(replace(entry, references=unseen))
+    return found
+
+
+def style_judge(place: Place) -> StyleJudge:
+    """Hears a persona as its training replies sound, which share no headword with what it judges."""
+    every = rows(place.root / "text" / "train.jsonl")[:FIDELITY_ROWS]
+    return StyleJudge([Styled(r["messages"][-2]["content"], r["persona"], r["messages"][-1]["content"]) for r in every])
+
+
+def rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_samples(path: Path, answered: Answers, judge: Scorer, plan: Plan) -> None:
+    questions = judge.questions()
+    with whole(path) as file:
+        for options, replies in zip(questions.sweep, answered.replies, strict=True):
+            for prompt, row in zip(questions.prompts, replies, strict=True):
+                lines = (record(answered.model, prompt, options, reply) for reply in row)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def save(curve: Curve, path: Path) -> None:
+    """A curve as plain arrays; the file is whole or not there."""
+    arrays = {f"score/{name}": values for name, values in curve.scores.items()}
+    for kind, losses in (("loss", curve.losses), ("persona", curve.personas)):
+        arrays |= {f"{kind}/{name}": np.stack([loss.nll, loss.tokens]) for name, loss in losses.items()}
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_curve(path: Path, name: str, temperatures: Sequence[float]) -> Curve:
+    """A curve that `save` wrote; ValueError where the file is none."""
+    kinds: dict[str, dict[str, np.ndarray]] = {"score": {}, "loss": {}, "persona": {}}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                kind, _, what = key.partition("/")
+                kinds[kind][what] = file[key]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no curve of the study ({error}): remove it and run again") from error
+    losses, personas = ({what: Loss(*pair) for what, pair in kinds[kind].items()} for kind in ("loss", "persona"))
+    return Curve(name, tuple(temperatures), kinds["score"], losses, personas)

@@ -1,0 +1,144 @@
+"""The study of examples/dictionary_styles: its recipes, its verdicts on curves made up to have one, its files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.dictionary_styles.study import choice, cost, page
+from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, CHOOSING_SEED, Plan, candidates, judged
+from examples.dictionary_styles.study.verdicts import Verdict, compare
+from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
+from megatron_sfr.config import read_settings
+from megatron_sfr.evaluation.curves import Curve, Loss
+
+PROMPTS = 60
+TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
+CE_YAML = Path(choice.__file__).parents[1] / "ce.yaml"
+
+
+def curve(seed: int, lift: float = 0.0, noise: float = 0.02) -> Curve:
+    """Quality falls and diversity rises with the temperature; lift: diversity added at every quality."""
+    generator = np.random.default_rng(seed)
+    t = np.array(TEMPERATURES)[:, None]
+    quality = 0.9 - 0.3 * t + generator.normal(0, noise, (len(t), PROMPTS))
+    similarity = 0.5 - 0.3 * t - lift + generator.normal(0, noise, (len(t), PROMPTS))
+    scores = {"style fidelity": quality, "relevance": quality, "CS-SB-1": similarity, "self-BLEU-4": similarity}
+    loss = Loss(np.full(PROMPTS, 12.0), np.full(PROMPTS, 4.0))
+    return Curve(f"run {seed}", TEMPERATURES, scores, {"held-out replies": loss}, {"bierce": loss})
+
+
+def verdict(lifts: tuple[float, ...], baseline: tuple[float, ...] = (0.0, 0.0, 0.0)) -> Verdict:
+    arm = [curve(10 + i, lift) for i, lift in enumerate(lifts)]
+    return compare("SFR", arm, [curve(i, lift) for i, lift in enumerate(baseline)], AXES[0])
+
+
+def test_a_higher_frontier_is_called_so_by_how_much_it_is_higher() -> None:
+    found = verdict((0.05, 0.05, 0.05))
+    assert found.moved
+    assert found.estimate.mean == pytest.approx(0.05, abs=0.01)
+    assert "more diverse at equal quality" in found.sentence
+
+
+def test_a_lower_frontier_is_called_so() -> None:
+    assert "less diverse at equal quality" in verdict((-0.05, -0.05, -0.05)).sentence
+
+
+def test_equal_arms_do_not_differ() -> None:
+    found = verdict((0.0, 0.0, 0.0))
+    assert not found.moved
+    assert "no difference beyond noise" in found.sentence
+
+
+def test_one_seed_that_disagrees_is_no_effect() -> None:
+    assert not verdict((0.2, 0.2, -0.02)).moved
+
+
+def test_an_effect_within_the_spread_of_the_baselines_seeds_is_none() -> None:
+    found = verdict((0.09, 0.05, 0.13), baseline=(0.0, 0.04, 0.12))
+    assert found.noise == pytest.approx(0.12, abs=0.02)
+    assert found.estimate.low < found.estimate.mean < found.noise
+    assert not found.moved
+
+
+def test_headwords_without_a_value_are_left_out_for_every_run() -> None:
+    arm, baseline = curve(1), curve(2)
+    arm.scores["CS-SB-1"][2, 7] = np.nan
+    assert compare("SFR", [arm, arm], [baseline, baseline], AXES[0]).estimate.n == PROMPTS - 1
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.slug)
+def test_every_arm_starts_from_the_same_model_and_differs_in_its_objective(arm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    chosen = {other.name: dict(other.tried[-1]) for other in ARMS} | {"SED": {"sed_threshold": 0.6}}
+    runs = [run for run in judged(Plan(), chosen) if run.seed == 1]
+    flags = {run.arm.name: run.flags(tmp_path / run.name, tmp_path / "base-hf") for run in runs}
+    base, ours = (read_settings([f"--recipe={CE_YAML}", *flags[name]]).recipe for name in (BASELINE, arm.name))
+    differing = {key for key in {*base, *ours} if base.get(key) != ours.get(key)}
+    places = {"save", "load", "tensorboard_dir"}
+    assert {key for key in differing - places if not key.startswith(("sfr", "gem", "sed", "mtp", "objective"))} == set()
+    assert ours["sfr_hf_load"] == str(tmp_path / "base-hf")
+    assert "pretrained_checkpoint" not in ours
+
+
+def test_an_ablation_takes_over_what_was_chosen_for_its_model() -> None:
+    chosen = {"CE": {}, "SFR": {"sfr_grad_ratio": 0.3}, "GEM": {"gem_beta": 0.85}, "GEM+SFR": {"gem_h": "linear"}}
+    runs = {run.arm.name: dict(run.settings) for run in judged(Plan(seeds=(1, 2)), chosen)}
+    assert runs["SFR-mse"] == {"sfr_grad_ratio": 0.3}
+    assert runs["GEM+SFR"] == {"sfr_grad_ratio": 0.3, "gem_beta": 0.85, "gem_h": "linear"}
+
+
+def test_settings_are_chosen_by_other_runs_than_are_judged() -> None:
+    plan = Plan()
+    chosen = {arm.name: arm.tried[0] for arm in ARMS}
+    assert not {run.name for run in candidates(plan)} & {run.name for run in judged(plan, chosen)}
+    with pytest.raises(ValueError, match="judge other ones"):
+        Plan(seeds=(CHOOSING_SEED, 1))
+    with pytest.raises(ValueError, match="two or more"):
+        Plan(seeds=(1,))
+
+
+def test_the_highest_frontier_is_chosen(tmp_path: Path) -> None:
+    plan, place = Plan(), Place(tmp_path)
+    for i, run in enumerate(candidates(plan)):
+        best = {"sfr_grad_ratio": 0.3, "gem_beta": 0.7}.items() & dict(run.settings).items()
+        path = place.curve(run, CHOOSING, plan)
+        path.parent.mkdir(parents=True)
+        save(curve(i, 0.1 if best else 0.0), path)
+    chosen, tried = choice.choose(plan, place, sed_threshold=0.5)
+    assert chosen["SFR"] == {"sfr_grad_ratio": 0.3}
+    assert chosen["GEM"] == {"gem_beta": 0.7}
+    assert chosen["SED"] == {"sed_threshold": 0.5}
+    assert [row["chosen"] for row in tried["SFR"]] == [False, True, False]
+
+
+def test_a_curve_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    made = curve(3)
+    save(made, tmp_path / "c.npz")
+    read = read_curve(tmp_path / "c.npz", made.model, TEMPERATURES)
+    assert all(np.array_equal(read.scores[name], values) for name, values in made.scores.items())
+    assert np.array_equal(read.losses["held-out replies"].nll, made.losses["held-out replies"].nll)
+    (tmp_path / "c.npz").write_bytes(b"half")
+    with pytest.raises(ValueError, match="remove it and run again"):
+        read_curve(tmp_path / "c.npz", "x", TEMPERATURES)
+
+
+def test_another_way_to_ask_is_another_file() -> None:
+    run, plan = judged(Plan(), {arm.name: {} for arm in ARMS})[0], Plan()
+    asked = [plan, replace(plan, samples=8), replace(plan, sampling_seed=1), replace(plan, temperatures=(0.5, 1.0))]
+    assert len({Place().curve(run, CHOOSING, each) for each in asked}) == len(asked)
+
+
+def test_a_win_that_is_not_there_again_is_told_among_what_did_not_move() -> None:
+    won, lost = verdict((0.05, 0.05, 0.05)), verdict((0.0, 0.0, 0.0))
+    curves = {BASELINE: [curve(1)], "SFR": [curve(2)]}
+    found = page.Found(Plan(), {}, {}, curves, [won], [lost], {})
+    assert page.said(found, moved=True) == []
+    assert page.said(found, moved=False)[0].endswith("Not so in a second sampling.")
+    assert replace(found, repeated=[won]).moved == [won]
+
+
+def test_costs_are_medians_beside_the_baselines() -> None:
+    lines = cost.table({"CE": [1.0, 1.0, 4.0], "SFR": [1.2, 1.3, 1.2]})
+    assert lines[2][0] == "SFR"
+    assert lines[2][3] == "1.200"
