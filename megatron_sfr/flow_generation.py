@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
 from megatron_sfr.evaluation.resumable import contents_of, resumable
 from megatron_sfr.flow.simplex import Simplex
@@ -91,6 +91,7 @@ def plan(job: Job) -> Plan:
             raise ValueError(f"{name} is {given}; give at least 1")
     if wrong := [n for n in ("num_attention_heads", "num_query_groups") if (run.get(n) or job.nproc) % job.nproc]:
         raise ValueError(f"--nproc {job.nproc} does not divide the model's {wrong[0]} of {run[wrong[0]]}")
+    choose(job.backend)
     tokenizer = load_tokenizer(job.tokenizer, chat=bool(job.prompt or job.prompts))
     if len(tokenizer) > run["vocab_size"]:
         raise ValueError(
@@ -167,21 +168,24 @@ def generate(job: Job, made: Plan, screen: IO[str]) -> None:
     with _output(job, made, found, first) as (file, done_here):
         done = int(broadcast_over_tensor(torch.tensor([done_here], device=device())))
         left = [batch for i, batch in enumerate(found) if sum(map(len, found[:i])) >= done]
-        areas = [canvas(batch, device()) for batch in left]
-        steps = [made.options.steps_of(area.free_BS) for area in areas]
-        total = sum(int(steps_B.max()) for steps_B in steps)
+        total = sum(max(_steps(batch, made.options)) for batch in left)
         with tqdm(total=total, unit="step", file=screen, disable=not first, dynamic_ncols=True) as bar:
-            for batch, area, steps_B in zip(left, areas, steps, strict=True):
+            for batch in left:
                 bar.set_description(f"sample {done + 1}")
+                area = canvas(batch, device())
                 tokens_BS = sample(
                     denoiser, area, shard, made.simplex, made.options, lambda moment: bar.update(moment.number > 0)
                 )
-                rows = zip(batch, tokens_BS.tolist(), steps_B.tolist(), strict=True)
-                for line in (json.dumps(record(w, x, n, made), ensure_ascii=False) for w, x, n in rows):
-                    file.write(line + "\n")
+                for row in zip(batch, tokens_BS.tolist(), _steps(batch, made.options), strict=True):
+                    file.write(json.dumps(record(*row, made), ensure_ascii=False) + "\n")
                 done += len(batch)
     if job.film is not None:
         _film(job.film, made, denoiser, shard, first)
+
+
+def _steps(batch: Sequence[Wanted], options: SamplerOptions) -> list[int]:
+    found: list[int] = options.steps_of(canvas(batch, torch.device("cpu")).free_BS).tolist()
+    return found
 
 
 def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
@@ -202,6 +206,7 @@ def _output(job: Job, made: Plan, found: list[list[Wanted]], first: bool) -> Ite
     """The file that an earlier run may have begun, and its lines; the other ranks write to nowhere."""
     identity = {
         "checkpoint": contents_of(made.folder),
+        "tokenizer": tokenizer_sha256(made.tokenizer),
         "requests": [asdict(request) for request in made.requests],
         "options": asdict(made.options) | {"samples": job.samples, "batch_size": job.batch_size, "nproc": job.nproc},
     }

@@ -21,6 +21,7 @@ from megatron_sfr.train import ERROR
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
+LOSSES = ("lm loss", "sfr loss", "kl-flow loss")
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def _bar(run: Run, title: str) -> Iterator[None]:
             offset += len(whole)
             for line in whole.splitlines():
                 row = json.loads(line)
-                if "lm loss" not in row:
+                if not row.keys() & {"lm loss", "kl-flow loss"}:
                     continue
-                shown = {name: f"{row[name]:.3f}" for name in ("lm loss", "sfr loss") if name in row}
+                shown = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
                 if last is not None and row["time"] > last["time"]:
                     rate = run.tokens_per_step * (row["step"] - last["step"]) / (row["time"] - last["time"])
                     shown["tokens/s"] = f"{rate:,.0f}"

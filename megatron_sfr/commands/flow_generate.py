@@ -8,9 +8,12 @@ size and --nproc. A run that was stopped goes on when it is started again, and w
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,21 +60,32 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
     if (args.prompts or args.infill) and args.output is None:
         raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
-    scratch = Path(tempfile.mkdtemp(prefix="flow-generate-"))
-    job = _job(args, scratch)
-    plan(job)  # what is wrong is said before processes start
-    _start(job, scratch)
-    lines = Path(job.output).read_text(encoding="utf-8").splitlines()
-    if args.output is None:
-        print(*(json.loads(line)["text"] for line in lines), sep="\n")
-    else:
-        print(f"{args.output}: {len(lines):,} samples")
-    if job.film is not None:
-        _show(Path(job.film), args.film)
-    for path in scratch.iterdir():
-        path.unlink()
-    scratch.rmdir()
+    with _scratch() as scratch:
+        job = _job(args, scratch)
+        plan(job)  # what is wrong is said before processes start
+        start(job, scratch / "log")
+        lines = Path(job.output).read_text(encoding="utf-8").splitlines()
+        if args.output is None:
+            print(*(json.loads(line)["text"] for line in lines), sep="\n")
+        else:
+            print(f"{args.output}: {len(lines):,} samples")
+        if job.film is not None:
+            _show(Path(job.film), args.film)
     return 0
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what the processes leave; it stays where its log says why they failed."""
+    folder, stays = Path(tempfile.mkdtemp(prefix="flow-generate-")), False
+    try:
+        yield folder
+    except ValueError:
+        stays = (folder / "log").exists()
+        raise
+    finally:
+        if not stays:
+            shutil.rmtree(folder)
 
 
 def _job(args: argparse.Namespace, scratch: Path) -> "Job":
@@ -86,14 +100,14 @@ def _job(args: argparse.Namespace, scratch: Path) -> "Job":
     return Job(**as_text)
 
 
-def _start(job: "Job", scratch: Path) -> None:
+def start(job: "Job", log: Path) -> None:
     """Runs the job on its processes; a bar on the terminal, the rest of what they say in a log."""
     from dataclasses import asdict
 
     from megatron_sfr.flow_generation import ERROR
     from megatron_sfr.launcher import failure
 
-    file, log = scratch / "job.json", scratch / "log"
+    file = log.with_name("job.json")
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.nproc)] if job.nproc > 1 else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.nproc))}
@@ -110,7 +124,6 @@ def _start(job: "Job", scratch: Path) -> None:
 
 def _show(frames: Path, film: str) -> None:
     """The film as a page, or on the terminal: moving where there is one, else a few stills."""
-    import shutil
     import time
 
     from megatron_sfr.evaluation.tables import whole

@@ -83,11 +83,14 @@ def test_a_modulated_norm_is_the_norm_until_it_has_learnt() -> None:
     torch.testing.assert_close(norm(x_SBH)[3, 1], norm.norm(x_SBH)[3, 1] * (1 + scale_BH[1]) + shift_BH[1])
 
 
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("sharded", [False, True])
 def test_what_knows_the_time_is_summed_over_the_tensor_group_where_its_positions_are_split(sharded: bool) -> None:
     parallel = transformer(sequence_parallel=sharded, tensor_model_parallel_size=2)
-    for p in ModulatedNorm(parallel, H).parameters():
-        assert p.sequence_parallel == sharded
+    embedding = SimplexEmbedding(parallel, make_table(), FlowTime("token"), seed=1)
+    layers = (ModulatedNorm(parallel, H), embedding.time_in, embedding.time_out)
+    assert {p.sequence_parallel for layer in layers for p in layer.parameters()} == {sharded}
+    assert not hasattr(embedding.word_embeddings.weight, "sequence_parallel")
 
 
 @pytest.mark.usefixtures("one_rank")

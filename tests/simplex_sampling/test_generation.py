@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_sfr.cli import main
+from megatron_sfr.commands.flow_generate import start
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.flow_generation import Job, plan
@@ -128,6 +129,11 @@ def test_a_job_that_was_stopped_goes_on_where_it_was(made: Path) -> None:
     first, *others = rows(made / "cut.jsonl")
     assert first["seed"] == "of the first run"
     assert others == rows(made / "one-reply.jsonl")[1:]
+
+
+def test_what_fails_in_a_process_is_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*nowhere: no checkpoint here[^\n]*$"):
+        start(Job(**job(folder, "unwritten.jsonl", checkpoint=str(tmp_path / "nowhere"))), tmp_path / "log")
 
 
 REFUSED = {
