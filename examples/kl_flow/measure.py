@@ -6,6 +6,7 @@ how often a function is valid Python once its gap is filled; as Markdown, JSON a
 import argparse
 import json
 import os
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -62,6 +63,13 @@ def references(asked: Sequence[Gap]) -> dict[str, list[tuple[int, ...]]]:
     return {REAL: real, "nothing": [()] * len(real), "another gap's lines": [*real[1:], real[0]]}
 
 
+def shuffled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """As many rows of one length, of the same tokens in any order: what a model of frequencies alone would write."""
+    tokens = [token for row in rows for token in row]
+    random.Random(0).shuffle(tokens)
+    return [tokens[i : i + len(rows[0])] for i in range(0, len(tokens), len(rows[0]))]
+
+
 def measure(root: Path, output: Path, plan: Plan) -> tuple[Table, Table]:
     """The scores of texts and of gaps, by writer."""
     backend = choose("auto")
@@ -71,7 +79,7 @@ def measure(root: Path, output: Path, plan: Plan) -> tuple[Table, Table]:
     modules = list(texts(root / "validation.jsonl"))
     real = text_rows(modules, judge.tokenizer, length, plan.texts)
     asked = Asked(length, tuple(row[0] for row in real), tuple(gaps(modules, judge.tokenizer, length, plan.gaps)))
-    by_text: Table = {REAL: of_texts(real, judge)}
+    by_text: Table = {REAL: of_texts(real, judge), "its tokens, shuffled": of_texts(shuffled(real), judge)}
     by_gap: Table = {name: of_gaps(asked.gaps, rows, judge.tokenizer) for name, rows in references(asked.gaps).items()}
     for kind, name, rows in sampled(
         Folder(output / "pieces"), plan, asked, root / "kl_flow", root / "autoregressive-hf", backend

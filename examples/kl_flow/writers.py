@@ -91,7 +91,7 @@ class Autoregressive:
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max(wanted),
-                eos_token_id=-1,
+                eos_token_id=network.config.vocab_size,  # none
                 pad_token_id=0,
             )
             rows += [row[:n] for row, n in zip(out_BL[:, width:].tolist(), wanted, strict=True)]

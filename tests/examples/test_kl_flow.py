@@ -183,6 +183,14 @@ def test_the_references_bound_what_a_writer_can_reach(tokenizer) -> None:
     assert "| valid (n=1) | same (n=1) |" in text
 
 
+def test_shuffled_rows_keep_the_tokens_and_their_entropy() -> None:
+    rows = [list(range(10)), [0] * 10]
+    mixed = measure.shuffled(rows)
+    assert mixed != rows
+    assert [len(row) for row in mixed] == [10, 10]
+    assert scores.entropy_over_all(mixed, 1).mean == pytest.approx(scores.entropy_over_all(rows, 1).mean)
+
+
 def test_a_piece_is_sampled_once_and_again_when_what_it_depends_on_changes(tmp_path: Path) -> None:
     folder, calls = Folder(tmp_path), []
 
