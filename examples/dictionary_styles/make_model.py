@@ -19,7 +19,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
-}  # 5 million parameters; base.yaml, ce.yaml and sfr.yaml say the same in Megatron's words
+}  # 5 million parameters with that vocabulary; base.yaml, ce.yaml and sfr.yaml say the same in Megatron's words
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -30,19 +30,19 @@ def texts(path: Path) -> Iterator[str]:
             yield from (message["content"] for message in row["messages"])
 
 
-def make_model(text: Iterable[str], output: Path) -> None:
+def make_model(text: Iterable[str], output: Path, vocabulary: int = VOCABULARY) -> None:
     """Writes tokenizer and config to a folder; ValueError for a text too short for the vocabulary."""
     from transformers import GenerationConfig, Qwen3Config
 
     from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 
-    tokenizer = train_tokenizer(text, VOCABULARY)
-    if len(tokenizer) != VOCABULARY:
-        raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {VOCABULARY}: it is too short a text")
+    tokenizer = train_tokenizer(text, vocabulary)
+    if len(tokenizer) != vocabulary:
+        raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {vocabulary}: it is too short a text")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     output.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, output)
-    Qwen3Config(vocab_size=VOCABULARY, architectures=["Qwen3ForCausalLM"], **SHAPE, **ends).save_pretrained(output)
+    Qwen3Config(vocab_size=vocabulary, architectures=["Qwen3ForCausalLM"], **SHAPE, **ends).save_pretrained(output)
     GenerationConfig(do_sample=True, **ends).save_pretrained(output)
 
 

@@ -1,0 +1,95 @@
+"""What is sampled for the measurement, piece by piece: a piece that is there already is not sampled again."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_sfr.evaluation.resumable import contents_of
+from megatron_sfr.evaluation.sampling import load_model
+from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.hf.checkpoint import find_checkpoint
+from megatron_sfr.simplex_sampling.options import METHODS, Method
+
+from .gaps import Gap
+from .writers import Autoregressive, Denoiser, Rows
+
+Kind = Literal["texts", "gaps"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how much of it is sampled."""
+
+    steps: tuple[int, ...] = (8, 32, 128)
+    methods: tuple[Method, ...] = METHODS
+    temperatures: tuple[float, ...] = (1.0, 0.7)
+    texts: int = 64
+    gaps: int = 128
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The same for all writers."""
+
+    length: int
+    starts: tuple[int, ...]
+    """The first token of each text of the autoregressive model."""
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where pieces are kept, each with what it depends on."""
+
+    path: Path
+
+    def piece(self, name: str, depends: Any, make: Callable[..., Rows], *given: Any) -> Rows:
+        """The rows that make(*given) returned once, or returns now."""
+        file = self.path / f"{name.replace(' ', '-')}.json"
+        depends = json.loads(json.dumps(depends))
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["depends"] == depends:
+                return kept["rows"]
+        print(f"sampling {name}", flush=True)
+        rows = make(*given)
+        with whole(file) as out:
+            json.dump({"depends": depends, "rows": rows}, out)
+        return rows
+
+
+def sampled(
+    folder: Folder, plan: Plan, asked: Asked, checkpoint: Path, baseline: Path, backend: Literal["cpu", "cuda"]
+) -> Iterator[tuple[Kind, str, Sequence[Sequence[int]]]]:
+    """(kind, writer, rows) of every piece: whole texts, and what stands in each gap."""
+    of = {"asked": asdict(asked), "texts": plan.texts, "batch_size": plan.batch_size}
+    flow = cache(lambda: Denoiser(checkpoint, backend, plan.batch_size))  # loaded when a piece is not there
+    old = cache(lambda: Autoregressive(load_model("baseline", baseline), plan.batch_size))
+
+    def write_old(temperature: float) -> Rows:
+        return old().texts(asked.starts, asked.length, temperature)
+
+    def fill_old(temperature: float) -> Rows:
+        return old().fill(asked.gaps, temperature)
+
+    def write(method: Method, steps: int) -> Rows:
+        return flow().texts(plan.texts, method, steps)
+
+    def fill(method: Method, steps: int) -> Rows:
+        return flow().fill(asked.gaps, method, steps)
+
+    depends = of | {"model": contents_of(baseline)}
+    for t in plan.temperatures:
+        name = f"autoregressive T={t:g}"
+        yield "texts", name, folder.piece(f"texts {name}", depends, write_old, t)
+        yield "gaps", name, folder.piece(f"gaps {name}", depends, fill_old, t)
+    depends = of | {"model": contents_of(find_checkpoint(checkpoint))}
+    for method in plan.methods:
+        for n in plan.steps:
+            name = f"KL-flow {method} {n}"
+            yield "texts", name, folder.piece(f"texts {name}", depends, write, method, n)
+            yield "gaps", name, folder.piece(f"gaps {name}", depends, fill, method, n)

@@ -1,0 +1,98 @@
+"""The two kinds of models that write: a denoiser, at all positions at once, and an autoregressive model of its size."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_sfr.denoiser import load_denoiser
+from megatron_sfr.evaluation.sampling import Model
+from megatron_sfr.flow.simplex import Simplex
+from megatron_sfr.flow_generation import SPLIT
+from megatron_sfr.model.kl_flow import denoise, time_positions
+from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.runtime.backend import device
+from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
+from megatron_sfr.simplex_sampling.requests import Request, batches, blank, canvas, gap
+from megatron_sfr.simplex_sampling.samplers import sample
+from megatron_sfr.simplex_sampling.shards import Shard
+
+from .gaps import Gap
+
+Rows = list[list[int]]
+
+
+class Denoiser:
+    """A checkpoint of KL-flow."""
+
+    def __init__(self, checkpoint: Path, backend: Literal["cpu", "cuda"], batch_size: int) -> None:
+        model, run = load_denoiser(checkpoint, backend)
+        vocab = Vocab(run.vocab_size)
+        self.call, self.shard = partial(denoise, model, vocab=vocab), Shard(vocab, run.padded_vocab_size)
+        self.simplex, self.t_max = Simplex(run.vocab_size, run.kl_flow_smoothing), run.kl_flow_t_max
+        self.length, self.batch_size = run.seq_length - time_positions(model), batch_size
+        self.parameters = sum(p.numel() for p in model.parameters())
+
+    def texts(self, count: int, method: Method, steps: int) -> Rows:
+        return self._write([blank(self.length)], count, method, steps)
+
+    def fill(self, gaps: Sequence[Gap], method: Method, steps: int) -> Rows:
+        """What stands in each gap."""
+        requests = [gap(g.tokens[: g.start], g.stop - g.start, g.tokens[g.stop :], {}) for g in gaps]
+        rows = self._write(requests, 1, method, steps)
+        return [row[g.start : g.stop] for row, g in zip(rows, gaps, strict=True)]
+
+    def _write(self, requests: Sequence[Request], samples: int, method: Method, steps: int) -> Rows:
+        options = SamplerOptions(method, steps, t_max=self.t_max, t_split=SPLIT * self.t_max)
+        rows: Rows = []
+        for batch in batches(requests, samples, self.batch_size):
+            area = canvas(batch, device())
+            rows += sample(self.call, area, self.shard, self.simplex, options).tolist()
+        return rows
+
+
+class Autoregressive:
+    """A Hugging Face model that writes from left to right."""
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def texts(self, starts: Sequence[int], length: int, temperature: float) -> Rows:
+        """Texts of `length` tokens, each after a first one that is given: nothing else says where a row begins."""
+        return [
+            [first, *rest]
+            for first, rest in zip(
+                starts, self._continue([[t] for t in starts], [length - 1] * len(starts), temperature), strict=True
+            )
+        ]
+
+    def fill(self, gaps: Sequence[Gap], temperature: float) -> Rows:
+        """As many tokens as the gap has after what stands before it; what stands behind it is not seen."""
+        prefixes = [list(g.tokens[: g.start]) for g in gaps]
+        return self._continue(prefixes, [g.stop - g.start for g in gaps], temperature)
+
+    @torch.inference_mode()
+    def _continue(self, prefixes: Sequence[list[int]], lengths: Sequence[int], temperature: float) -> Rows:
+        """Drawn from the whole vocabulary; texts do not end early."""
+        torch.manual_seed(0)
+        network, rows = self.model.network, Rows()
+        for i in range(0, len(prefixes), self.batch_size):
+            some, wanted = prefixes[i : i + self.batch_size], lengths[i : i + self.batch_size]
+            width = max(map(len, some))
+            tokens_BL = torch.tensor([[0] * (width - len(row)) + row for row in some], device=network.device)
+            mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in some], device=network.device)
+            out_BL = network.generate(
+                tokens_BL,
+                attention_mask=mask_BL,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max(wanted),
+                eos_token_id=network.config.vocab_size,  # none
+                pad_token_id=0,
+            )
+            rows += [row[:n] for row, n in zip(out_BL[:, width:].tolist(), wanted, strict=True)]
+        return rows
