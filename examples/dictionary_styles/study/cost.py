@@ -12,7 +12,7 @@ from examples.dictionary_styles.study.plan import EXAMPLE, Run
 from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
 from megatron_sfr.evaluation.tables import whole
 
-ROUNDS, STEPS, WARM = 2, 25, 5
+ROUNDS, STEPS, WARM = 2, 20, 5
 # From the second step on all that an arm does in its long run: the head's gradient reaches the model, and is measured.
 SHORT = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--eval-iters", 0, "--save-interval", 10**6)
 HEAD = ("--sfr-warmup-steps", 1, "--sfr-ramp-steps", 1)
