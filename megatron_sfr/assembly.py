@@ -12,12 +12,15 @@ from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.horizons import horizons_of
 from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.hf.start import start_from
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
+from megatron_sfr.model.kl_flow import KLFlowModelConfig
 from megatron_sfr.model.local_spec import local_block_spec
 from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.gem import GEMOptions
+from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.objectives.schedule import ScheduleOptions
 from megatron_sfr.objectives.sed import SEDOptions
 from megatron_sfr.objectives.sfr import SFROptions
@@ -26,12 +29,18 @@ from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import adapt_config_to_cpu
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
+from megatron_sfr.training.kl_flow import KLFlowStep
 from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 from megatron_sfr.training.step import ForwardStep
 
 
-def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
+def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig | KLFlowModelConfig:
     """The model to build. With --sfr opens the target stores, to learn what they hold."""
+    if args.training_task == "kl-flow":
+        denoiser = denoiser_config(args)
+        if backend == "cpu":
+            adapt_config_to_cpu(denoiser.transformer)
+        return denoiser
     config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
     config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
     if backend == "cpu":
@@ -47,8 +56,11 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig:
     return config
 
 
-def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep:
+def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep | KLFlowStep:
     """Upstream's forward_step_func for these arguments and the provider of the datasets."""
+    if args.training_task == "kl-flow":
+        kl_flow = options(KLFlowOptions, args)
+        return KLFlowStep(args.vocab_size, args.seq_length, kl_flow, time_everywhere=args.kl_flow_time == "adaln")
     objective = OBJECTIVES[args.objective](options(GEMOptions, args), options(SEDOptions, args))
     term = None
     if args.sfr:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train", "convert"),
-    *("generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
+    *("generate", "flow-generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
 )
 
 

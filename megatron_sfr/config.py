@@ -19,8 +19,10 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron_sfr.conflicts import contradiction
 from megatron_sfr.hf.start import StartOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
+from megatron_sfr.model.kl_flow import KLFlowModelOptions
 from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.gem import GEMOptions
+from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.objectives.schedule import ScheduleOptions
 from megatron_sfr.objectives.sed import SEDOptions
 from megatron_sfr.objectives.sfr import SFROptions
@@ -28,6 +30,7 @@ from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
+from megatron_sfr.training.kl_flow import TaskOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
 
 
@@ -50,7 +53,7 @@ class PresetOptions:
 
 
 PARTS = (
-    *(ObjectiveOptions, GEMOptions, SEDOptions),
+    *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions, GEMOptions, SEDOptions),
     *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions),
     *(LockForkOptions, LoadOptions, StartOptions, BackendOptions),
 )

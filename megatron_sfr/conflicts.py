@@ -1,6 +1,7 @@
 """Arguments that contradict each other or the objectives, each with what to do; upstream checks its own."""
 
 import argparse
+import math
 from typing import Any
 
 Rows = list[tuple[Any, str]]
@@ -10,6 +11,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     """The first contradiction among parsed arguments, in one line; None where there is none."""
     rows = _of_the_run(args) + _of_the_start(args) + _of_separation(args)
     rows += _of_the_term(args) if args.sfr else []
+    rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)
 
 
@@ -27,6 +29,11 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
         (
             not (args.train_data_path or args.data_path),
             "no training data: set train_data_path to a folder that `megatron-sfr prepare` wrote",
+        ),
+        (
+            args.lr_warmup_iters >= (args.lr_decay_iters or args.train_iters or math.inf) > 0,
+            f"lr_warmup_iters = {args.lr_warmup_iters} has to end before the schedule of the learning rate does: "
+            "shorten it, or raise train_iters",
         ),
         (
             args.reset_attention_mask or args.reset_position_ids,
@@ -142,5 +149,68 @@ def _of_the_term(args: argparse.Namespace) -> Rows:
         (
             layer and args.recompute_granularity == "full",
             "sfr_layer needs a layer's output, which full recomputation drops: use recompute_granularity selective",
+        ),
+    ]
+
+
+def _of_kl_flow(args: argparse.Namespace) -> Rows:
+    """Some are of the method, some of what has not been tried."""
+    autoregressive = {
+        "sfr": (args.sfr, "leave --sfr out"),
+        "objective": (args.objective != "ce", "set objective to ce"),
+        "sfr_lock_fork_interval": (args.sfr_lock_fork_interval > 0, "leave it out"),
+        "mtp_num_layers": (args.mtp_num_layers, "leave it out"),
+        "sfr_hf_load": (args.sfr_hf_load is not None, "no Hugging Face model starts it; leave it out"),
+    }
+    unknown = {
+        "sfr_packing": args.sfr_packing != "none",
+        "dataloader_inter_document_masking": args.dataloader_inter_document_masking,
+        "eod_mask_loss": args.eod_mask_loss,
+        "context_parallel_size": args.context_parallel_size > 1,
+        "fp8_format": args.fp8,
+        "fp4_format": args.fp4,
+        "num_experts": args.num_experts,
+        "window_size": args.window_size is not None,
+        "multi_latent_attention": args.multi_latent_attention,
+        "use_mup": args.use_mup,
+        "spec": args.spec is not None,
+        "init_model_with_meta_device": args.init_model_with_meta_device,
+        "use_megatron_fsdp": args.use_megatron_fsdp,
+        "use_torch_fsdp2": args.use_torch_fsdp2,
+    }
+    task = "--training-task kl-flow"
+    return [
+        *(
+            (wrong, f"{name} is for autoregressive training, not {task}: {do}")
+            for name, (wrong, do) in autoregressive.items()
+        ),
+        *((wrong, f"{name} does not go with {task} yet: leave it out") for name, wrong in unknown.items()),
+        (
+            args.position_embedding_type != "rope",
+            f"{task} masks nothing, so order must come from rotary positions: set position_embedding_type to rope",
+        ),
+        (
+            args.tensor_model_parallel_size > 1 and args.make_vocab_size_divisible_by % 4,
+            f"{task} draws noise in blocks of 4: set make_vocab_size_divisible_by to a multiple of 4",
+        ),
+        *_of_modulated_norms(args),
+    ]
+
+
+def _of_modulated_norms(args: argparse.Namespace) -> Rows:
+    if args.kl_flow_time != "adaln":
+        return []
+    full = args.recompute_granularity == "full"
+    norms = args.recompute_granularity == "selective" and "layernorm" in (args.recompute_modules or ())
+    return [
+        (
+            full or norms,
+            "kl_flow_time = adaln: recomputed norms would read a later microbatch's time; set kl_flow_time to token, "
+            "or recompute_granularity to selective without layernorm",
+        ),
+        (
+            args.transformer_impl != "local",
+            "kl_flow_time = adaln needs norms apart from products, which Transformer Engine fuses: set kl_flow_time to "
+            "token, or transformer_impl to local",
         ),
     ]

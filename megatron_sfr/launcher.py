@@ -21,6 +21,7 @@ from megatron_sfr.train import ERROR
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
+LOSSES = ("lm loss", "sfr loss", "kl-flow loss")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
         print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
     if process.returncode != 0:
-        raise ValueError(f"training failed with exit code {process.returncode}" if verbose else _failure(log))
+        raise ValueError(f"training failed with exit code {process.returncode}" if verbose else failure(log))
 
 
 def _is_finished(run: Run) -> bool:
@@ -150,9 +151,9 @@ def _bar(run: Run, title: str) -> Iterator[None]:
             offset += len(whole)
             for line in whole.splitlines():
                 row = json.loads(line)
-                if "lm loss" not in row:
+                if not row.keys() & {"lm loss", "kl-flow loss"}:
                     continue
-                shown = {name: f"{row[name]:.3f}" for name in ("lm loss", "sfr loss") if name in row}
+                shown = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
                 if last is not None and row["time"] > last["time"]:
                     rate = run.tokens_per_step * (row["step"] - last["step"]) / (row["time"] - last["time"])
                     shown["tokens/s"] = f"{rate:,.0f}"
@@ -164,14 +165,14 @@ def _bar(run: Run, title: str) -> Iterator[None]:
             yield
 
 
-def _failure(log: Path) -> str:
-    """One line that says why a run failed, from its log."""
+def failure(log: Path, mark: str = ERROR, what: str = "training") -> str:
+    """One line that says why a run failed, from its log: what follows the mark, or the first Python error."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    if found := re.findall(rf"^.*{re.escape(ERROR)} (.*)$", text, flags=re.MULTILINE):
+    if found := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
         return found[0]
     raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
     reason = raised[0] if raised else "no Python error was printed (out of memory?)"
-    return f"training failed: {reason[:300]}; see {log}"
+    return f"{what} failed: {reason[:300]}; see {log}"
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:

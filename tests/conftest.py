@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-SHARE_RUNS = ("test_layouts", "test_objectives", "test_phases", "test_resume", "test_online")
+SHARE_RUNS = ("test_layouts", "test_objectives", "test_phases", "test_resume", "test_online", "test_kl_flow")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 hypothesis.settings.register_profile("house", deadline=None)  # no timing in tests: another process may have the cores

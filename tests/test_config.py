@@ -58,6 +58,8 @@ def test_switches_lists_and_nulls() -> None:
 
 
 PACKED = {"sfr_packing": "first_fit_decreasing"}
+KL_FLOW = {"training_task": "kl-flow", "position_embedding_type": "rope"}
+ADALN = {"kl_flow_time": "adaln"}
 
 
 def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
@@ -68,6 +70,16 @@ def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
     assert contradiction(args) is None
     args.context_parallel_size = 2
     assert "context_parallel_size to 1" in str(contradiction(args))
+
+
+def test_kl_flow_with_transformer_engine_has_its_time_as_a_token() -> None:
+    words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss"]
+    args = Parser().read([*words, *to_flags(KL_FLOW | ADALN, Parser())])
+    assert "set kl_flow_time to token, or transformer_impl to local" in str(contradiction(args))
+    args.kl_flow_time = "token"
+    assert contradiction(args) is None
+    args.fp8 = "hybrid"
+    assert "fp8_format does not go with" in str(contradiction(args))
 
 
 def test_cpu_changes_are_said(tmp_path: Path) -> None:
@@ -92,6 +104,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"sfr_hf_load": "a", "init_model_with_meta_device": True}, [], "then --pretrained-checkpoint"),
         ({"sfr_fresh_head": True}, [], "goes with --load DIR --finetune"),
         ({"vocab_size": None}, [], "--vocab-size is missing"),
+        ({"lr_warmup_iters": 5}, [], "lr_warmup_iters = 5 has to end before the schedule"),
         ({"train_data_path": None}, [], "no training data"),
         ({"calculate_per_token_loss": False}, [], "every term here is a sum over the global batch"),
         ({"objective": "jem"}, [], "invalid choice: 'jem'"),
@@ -121,6 +134,34 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({**PACKED, "mtp_num_layers": 1}, [], "sfr_packing with mtp_num_layers needs Transformer Engine"),
         ({**PACKED, "window_size": "8,0"}, [], "sfr_packing with window_size needs Transformer Engine"),
         ({**PACKED, "sfr": True, "sfr_loss": "cka"}, [], "sfr_loss = cka compares the anchors of one conversation"),
+        ({"kl_flow_t_max": 1.0}, [], "kl_flow_t_max = 1.0"),
+        ({"training_task": "klflow"}, [], "invalid choice: 'klflow'"),
+        ({"training_task": "kl-flow", "position_embedding_type": "none"}, [], "set position_embedding_type to rope"),
+        (
+            {**KL_FLOW, "sfr": True},
+            [],
+            "sfr is for autoregressive training, not --training-task kl-flow: leave --sfr out",
+        ),
+        ({**KL_FLOW, "objective": "gem"}, [], "set objective to ce"),
+        ({**KL_FLOW, "sfr_lock_fork_interval": 5}, [], "sfr_lock_fork_interval is for autoregressive training"),
+        ({**KL_FLOW, "mtp_num_layers": 1}, [], "mtp_num_layers is for autoregressive training"),
+        ({**KL_FLOW, "sfr_hf_load": "model"}, [], "no Hugging Face model starts it"),
+        ({**KL_FLOW, **PACKED}, [], "sfr_packing does not go with --training-task kl-flow yet"),
+        ({**KL_FLOW, "dataloader_inter_document_masking": True}, [], "does not go with --training-task kl-flow yet"),
+        ({**KL_FLOW, "eod_mask_loss": True}, [], "eod_mask_loss does not go with --training-task kl-flow yet"),
+        ({**KL_FLOW, "num_experts": 4}, [], "num_experts does not go with --training-task kl-flow yet"),
+        ({**KL_FLOW, "window_size": "8,0"}, [], "window_size does not go with --training-task kl-flow yet"),
+        (
+            {**KL_FLOW, "tensor_model_parallel_size": 2, "make_vocab_size_divisible_by": 6},
+            [],
+            "set make_vocab_size_divisible_by to a multiple of 4",
+        ),
+        ({**KL_FLOW, **ADALN, "recompute_granularity": "full"}, [], "recomputed norms would read a later microbatch's"),
+        (
+            {**KL_FLOW, **ADALN, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+            [],
+            "recomputed norms would read a later microbatch's",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, changes: dict, flags: list[str], message: str) -> None:

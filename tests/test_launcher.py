@@ -1,11 +1,12 @@
 """What the launcher knows before anything is started."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_sfr import cli
-from megatron_sfr.launcher import read_run
+from megatron_sfr.launcher import Run, _bar, read_run
 
 SIZES = "train-iters: 7\nmicro_batch_size: 2\nglobal_batch_size: 8\nseq_length: 16\n"
 
@@ -27,6 +28,23 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_run(write(tmp_path, text), [])
+
+
+@pytest.mark.parametrize("loss", ["lm loss", "kl-flow loss"])
+def test_the_bar_moves_with_the_steps_of_either_task(tmp_path: Path, loss: str, capsys: pytest.CaptureFixture) -> None:
+    bar = _bar(Run(tmp_path, 7, 1), "train")
+    next(bar)
+    rows = [
+        {"step": 1, "time": 0.0, loss: 2.0},
+        {"step": 1, "time": 0.5, "entropy": 1.0},
+        {"step": 2, "time": 1.0, loss: 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    next(bar)
+    bar.close()  # type: ignore[attr-defined]
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "2/7" in shown
+    assert f"{loss}=0.500" in shown
 
 
 def test_dry_run_prints_the_torchrun_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 PACKAGE = "megatron_sfr"
 FLOORS = {
-    **dict.fromkeys(("data", "flow", "kernels", "pages", "runtime"), 1),
+    "runtime": 0,
+    **dict.fromkeys(("data", "flow", "kernels", "pages"), 1),
     **dict.fromkeys(("model", "objectives"), 2),
-    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "conflicts"), 3),
+    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts"), 3),
     "config": 4,
-    **dict.fromkeys(("cli", "train", "assembly", "launcher", "commands", "demo"), 5),
+    **dict.fromkeys(("cli", "train", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5),
 }
 TOP = max(FLOORS.values())
-WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives")
+WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives", "simplex_sampling")
 FOLDERS = (PACKAGE, "tests", "tools", "examples")
 MOST_FILE_LINES = 300
 MOST_FUNCTION_LINES = 50

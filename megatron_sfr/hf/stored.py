@@ -66,6 +66,11 @@ class StoredModel:
     """The tensors of a checkpoint under their HF names; ValueError where checkpoint and config do not agree."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
+        if checkpoint.arguments().get("training_task") == "kl-flow":
+            raise ValueError(
+                f"{checkpoint.folder} holds a KL-flow denoiser, which no Hugging Face architecture computes: it stays "
+                "a Megatron checkpoint"
+            )
         family = family_of(config)
         self.checkpoint = checkpoint
         self.dimensions = family.dimensions(config)

@@ -1,1 +1,1 @@
-"""Upstream's GPT with a flow head on the stage that computes the loss."""
+"""Upstream's GPT with a flow head on the stage that computes the loss, and as a denoiser on the simplex."""

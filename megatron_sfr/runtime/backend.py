@@ -1,6 +1,7 @@
 """Chooses CPU with gloo or CUDA with NCCL, once a process, and says what the choice changes in Megatron's flags."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,23 @@ def start(backend: Literal["cpu", "cuda"]) -> None:
     cpu.install()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+
+
+def join(backend: Literal["cpu", "cuda"]) -> None:
+    """Prepares the process as one of torchrun's ranks or, without it, as the only one; upstream starts nothing."""
+    if backend == "cpu":
+        from megatron_sfr.runtime import cpu
+
+        cpu.install()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        return
+    name = "gloo" if backend == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(name)
+    else:
+        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def device() -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
+PIECE = 1 << 17  # numbers that `uniforms` draws at a time: their counters fit a cache
 
 
 def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,3 +67,23 @@ def normal(seed: int, sample: Tensor, position: Tensor, draw: Tensor, dim: int, 
     angle = [2 * math.pi * x for x in (u[1], u[3])]
     z = torch.stack([f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)], dim=-1)
     return z.flatten(-2)[..., :dim]
+
+
+def uniforms(
+    seed: int, sample: Tensor, position: Tensor, draw: Tensor, width: int, *, start: int = 0, stream: int
+) -> Tensor:
+    """width independent float32 numbers in (0, 1) for each (sample, position, draw): [..., width].
+
+    Column i is number start + i of a longer vector (start a multiple of 4), so the shards of an axis fit together.
+    """
+    if start % 4:
+        raise ValueError(f"start = {start}: blocks hold 4 numbers, so a shard starts at a multiple of 4")
+    position, sample, rest = torch.broadcast_tensors(*_counter(sample, position, draw, stream))
+    drawn = torch.empty(*sample.shape, width, device=sample.device)
+    piece = max(4, PIECE // max(1, sample.numel()) // 4 * 4)
+    for at in range(0, width, piece):
+        end = min(at + piece, width)
+        block = torch.arange((start + at) // 4, math.ceil((start + end) / 4), device=sample.device)
+        w = philox((block, position[..., None], sample[..., None], rest[..., None]), seed)
+        drawn[..., at:end] = torch.stack([to_unit(x) for x in w], dim=-1).flatten(-2)[..., : end - at]
+    return drawn

@@ -25,10 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
-    """Upstream's dataset configuration, whether rows are packed, and what anchors become (None: nothing)."""
+    """Upstream's dataset configuration, whether rows are packed, what anchors become (None: nothing) and, for KL-flow,
+    how many tokens of a row its texts have (None: rows are not for KL-flow)."""
 
     packed: bool = False
     anchors: AnchorPlan | None = None
+    text_length: int | None = None
 
 
 class PreparedDataset(MegatronDataset):
@@ -65,6 +67,12 @@ class PreparedDataset(MegatronDataset):
                 f"{dataset_path} was prepared for sequences of {prepared.manifest.seq_length} tokens, the recipe's "
                 f"seq_length is {config.sequence_length}: raise it, or prepare again with --seq-length"
             )
+        longest = prepared.manifest.seq_length + 1
+        if config.text_length is not None and longest > config.text_length:
+            raise ValueError(
+                f"{dataset_path} has conversations of up to {longest} tokens, and at this seq_length kl-flow reads "
+                f"{config.text_length}: raise seq_length to {config.sequence_length + longest - config.text_length}"
+            )
         return prepared
 
     def _epoch(self, epoch: int) -> Rows:
@@ -91,6 +99,8 @@ class PreparedDataset(MegatronDataset):
         item: dict[str, Any] = dict(row_arrays(samples, self.config.sequence_length))
         if not self.config.packed:
             del item["document"]
+        if self.config.text_length is not None:
+            item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:
             keys = epoch * len(self.dataset) + conversations
             parts = [sample.anchors for sample in samples]

@@ -74,12 +74,20 @@ def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
         "path_to_cache": args.data_cache_path,
         "full_validation": args.full_validation,
         "anchors": anchors,
+        "text_length": text_length(args),
     }
     if not any(map(holds_documents, paths)):
         if args.dataloader_inter_document_masking:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         return PreparedDatasetConfig(**common, packed=args.sfr_packing != "none")
     return _documents_config(args, paths, common)
+
+
+def text_length(args: Any) -> int | None:
+    """Tokens of a row that KL-flow reads: the time's token takes a position. None for other training."""
+    if args.training_task != "kl-flow":
+        return None
+    return int(args.seq_length) - (args.kl_flow_time == "token")
 
 
 def _documents_config(args: Any, paths: list[Path], common: dict[str, Any]) -> DocumentDatasetConfig:

@@ -22,11 +22,13 @@ from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, R
 @dataclass
 class DocumentDatasetConfig(GPTDatasetConfig):
     """Upstream's dataset configuration, whether attention is kept inside documents, and what anchors become (None:
-    nothing). `contents` stands for the bytes of all folders: upstream finds its cached indices by it."""
+    nothing). `contents` stands for the bytes of all folders: upstream finds its cached indices by it. For KL-flow
+    text_length says how many tokens of a row its texts have (None: rows are not for KL-flow)."""
 
     separate: bool = False
     anchors: AnchorPlan | None = None
     contents: dict[str, str] = field(default_factory=dict)
+    text_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class DocumentDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         item: dict[str, Any] = super().__getitem__(idx)
+        if self.config.text_length is not None:
+            item["sample"] = 0 if idx is None else int(idx)
         if self.config.separate or self.targets is not None:
             pieces = self.pieces(0 if idx is None else int(idx))
             if self.config.separate:

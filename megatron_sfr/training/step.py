@@ -61,7 +61,7 @@ class ForwardStep:
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
             batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
-        batch = _to_device(batch)
+        batch = to_device(batch)
         if last:
             head = get_attr_wrapped_model(model, "flow_head") if self.term is not None else None
             if self.term is not None and head is not None:
@@ -166,10 +166,7 @@ class ForwardStep:
             report |= self._report(term, weight, tokens)
         if "target_wait" in batch:
             report["target wait"] = pair(batch["target_wait"], torch.ones_like(batch["target_wait"][0]))
-        if get_args().check_for_nan_in_loss_and_grad:
-            get_rerun_state_machine().validate_result(
-                result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
-            )
+        check_finite(total)
         return total.view(()), tokens.to(torch.int), report
 
     def _full_weight(self) -> Tensor | float:
@@ -194,10 +191,19 @@ class ForwardStep:
         return report
 
 
+def check_finite(total: Tensor) -> None:
+    """Ends the run at a loss that is not a number, as upstream's own loss function does."""
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
+        )
+
+
 def next_batch(data_iterator: Iterator[Batch]) -> Batch:
     """The next microbatch, as a dictionary that may be changed: upstream keeps its own, to run a step again."""
     return dict(next(data_iterator))
 
 
-def _to_device(batch: Batch) -> Batch:
+def to_device(batch: Batch) -> Batch:
+    """The microbatch where this process's tensors are."""
     return {name: x.to(device(), non_blocking=True) for name, x in batch.items()}

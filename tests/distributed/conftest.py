@@ -10,6 +10,10 @@ from megatron_sfr.data.embedding import embed
 from .launch import train_many
 from .settings import (
     APART,
+    KL_FLOW,
+    KL_FLOW_LAYOUTS,
+    KL_FLOW_RESUME,
+    KL_FLOWS,
     LAYOUTS,
     OBJECTIVE_LAYOUTS,
     OBJECTIVES,
@@ -20,6 +24,7 @@ from .settings import (
     RATIO,
     RESUMES,
     TP2,
+    has_kl_flow,
     has_layout,
 )
 from .tiny import BLOCKS, write_documents, write_prepared, write_recipe
@@ -37,11 +42,16 @@ class Corpus:
     twenty_six: Path
     documents: Path
 
+    @property
+    def tied(self) -> Path:
+        """A recipe of one line, to stand beside another."""
+        return self.recipe("tying")
+
     def recipe(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
     def run(self, recipe: str, name: str, *flags: str) -> list[str]:
-        flags = tuple(flag.format(**vars(self)) for flag in flags)
+        flags = tuple(flag.format(**vars(self), tied=self.tied) for flag in flags)
         return ["--recipe", str(self.recipe(recipe)), "--save", str(self.folder / name), "--save-interval", "1", *flags]
 
     def layouts(self, processes: int) -> list[list[str]]:
@@ -75,6 +85,28 @@ class Corpus:
         flags = (*RATIO, *online(ONLINE_STOPPED), "--sfr-lookahead", "0")
         return [self.run("recipe", ONLINE_STOPPED, *flags, "--exit-interval", stop) for stop in ("2", "4")]
 
+    def kl_flow_starts(self) -> list[list[str]]:
+        return [
+            self.run("plain", f"kl-{name}", *KL_FLOW, *flags, "--train-iters", "1") for name, flags in KL_FLOWS.items()
+        ]
+
+    def kl_flow(self, processes: int) -> list[list[str]]:
+        listing = []
+        for name, flags in KL_FLOWS.items():
+            for layout, more in KL_FLOW_LAYOUTS[processes].items():
+                if has_kl_flow(name, layout):
+                    start = self.start(f"kl-{name}")
+                    saves = ("--save-interval", "3") if processes > 1 else ()
+                    listing.append(self.run("plain", f"kl-{name}-{layout}", *KL_FLOW, *start, *flags, *more, *saves))
+        return listing
+
+    def kl_flow_resumed(self) -> list[list[str]]:
+        flags = (*KL_FLOW, *KL_FLOW_RESUME)
+        return [
+            self.run("plain", "kl-resume-straight", *flags),
+            *(self.run("plain", "kl-resume", *flags, "--exit-interval", stop) for stop in ("2", "4")),
+        ]
+
     def apart(self) -> list[list[str]]:
         fresh = (*self.start("plain"), "--sfr-fresh-head", *MEASURED)
         return [self.run("recipe", f"{name}-apart", *fresh, *flags) for name, flags in APART.items()]
@@ -99,6 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         embed(corpus.prepared, "minilm", BLOCKS, output=corpus.prepared / store, later=True, progress=False)
     write_recipe(corpus.recipe("recipe"), corpus.prepared)
     write_recipe(corpus.recipe("plain"), corpus.prepared, sfr=False)
+    corpus.tied.write_text("untie_embeddings_and_output_weights: false\n", encoding="utf-8")
     write_recipe(corpus.recipe("tied"), corpus.prepared, untie_embeddings_and_output_weights=False)
     run = corpus.run
     validation = ("--valid-data-path", str(corpus.prepared), "--eval-iters", "2", "--eval-interval", "1")
@@ -126,10 +159,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *corpus.resumes(1),
             *corpus.objectives(1),
             *corpus.apart(),
+            *corpus.kl_flow_starts(),
+            *corpus.kl_flow(1),
             *corpus.online_stopped(),
         ],
         folder,
     )
-    train_many(2, [*two, *corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2), *corpus.online(2)], folder)
-    train_many(4, [*corpus.layouts(4), *corpus.objectives(4), *corpus.online(4)], folder)
+    two += [*corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2), *corpus.online(2)]
+    train_many(2, [*two, *corpus.kl_flow(2), *corpus.kl_flow_resumed()], folder)
+    train_many(4, [*corpus.layouts(4), *corpus.objectives(4), *corpus.online(4), *corpus.kl_flow(4)], folder)
     return folder

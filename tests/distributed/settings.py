@@ -114,6 +114,34 @@ def has_layout(objective: str, layout: str) -> bool:
     return layout in (("single", "dp2", "tp2-sp", "tp4", "tp2-pp2") if token else ("single", "dp2", "tp2-pp2-sp"))
 
 
+# KL-flow: two positions more than the rows have, one for the time; each trains on from a checkpoint of its kind.
+KL_FLOW = ("--training-task", "kl-flow", "--seq-length", "84", "--max-position-embeddings", "84")
+TIED = ("--recipe", "{tied}")  # beside the first recipe
+KL_FLOWS: dict[str, tuple[str, ...]] = {
+    "token": ("--kl-flow-infill", "0.5"),
+    "adaln": ("--kl-flow-time", "adaln", "--normalization", "LayerNorm"),
+    "documents": (*TIED, "--train-data-path", "{documents}", "--kl-flow-infill", "0.5"),
+}
+KL_FLOW_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"single": (), "micro-batch-4": ("--micro-batch-size", "4"), "recompute": RECOMPUTE},
+    2: {
+        "tp2": TP2,
+        "tp2-sp": (*TP2, SP),
+        "pp2-vpp": (*PP2, *VPP),
+        "dp2-sharded": (*SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
+    },
+    4: {"tp2-pp2": (*TP2, *PP2), "tp2-pp2-sp": (*TP2, *PP2, SP)},
+}
+KL_FLOW_RESUME = ("--bf16", *TP2, SP, "--train-iters", "4", "--kl-flow-infill", "0.5")
+
+
+def has_kl_flow(name: str, layout: str) -> bool:
+    """The token in every layout; what differs from it where that can show."""
+    if name == "adaln":
+        return layout not in ("recompute", "micro-batch-4")
+    return name == "token" or layout in ("single", "tp2-pp2-sp", "dp2-sharded")
+
+
 # Single-process runs about phases; clipping would couple the backbone to the head's gradient norm.
 PHASES: dict[str, tuple[str, ...]] = {
     "plain": ("--clip-grad", "0"),

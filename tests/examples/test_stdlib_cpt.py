@@ -45,3 +45,12 @@ def test_the_second_run_goes_on_from_the_first() -> None:
         "dataloader_inter_document_masking",
     )
     assert [key for key in model if more[key] != base[key]] == []
+
+
+def test_the_denoiser_is_the_same_model_over_the_same_rows() -> None:
+    base = read_settings(["--recipe", str(FOLDER / "base.yaml")]).recipe
+    more = read_settings(["--recipe", str(FOLDER / "base.yaml"), "--recipe", str(FOLDER / "kl_flow.yaml")]).recipe
+    assert more["training_task"] == "kl-flow"
+    assert more["save"] != base["save"]
+    model = ("num_layers", "hidden_size", "vocab_size", "seq_length", "train_data_path")
+    assert [key for key in model if more[key] != base[key]] == []

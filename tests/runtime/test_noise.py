@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.runtime.noise import MASK, normal, philox, uniform
+from megatron_sfr.runtime.noise import MASK, PIECE, normal, philox, uniform, uniforms
 
 # Known answers of Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN = [
@@ -55,6 +55,45 @@ def test_every_key_matters() -> None:
 
     others = [draw(seed=2), draw(s=3), draw(s=2 + 2**32), draw(p=4), draw(k=5), draw(stream=1), draw(seed=1 + 2**32)]
     assert not any(torch.equal(draw(), other) for other in others)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 12), st.integers(1, 40), st.integers(1, 3))
+def test_shards_of_a_vector_fit_together(s: int, blocks: int, rest: int, rows: int) -> None:
+    """Also where a shard is drawn in pieces, alone or with others."""
+    sample, position, draw = torch.full((rows, 1), s), torch.tensor([3, 5]), torch.tensor(0)
+    whole = uniforms(3, sample, position, draw, 4 * blocks + rest, stream=1)
+    second = uniforms(3, sample, position, draw, rest, start=4 * blocks, stream=1)
+    assert torch.equal(whole[..., 4 * blocks :], second)
+    alone = uniforms(3, torch.tensor(s), torch.tensor(5), draw, 4 * blocks, stream=1)
+    assert torch.equal(whole[-1, 1, : 4 * blocks], alone)
+
+
+def test_pieces_of_a_long_vector_fit_together() -> None:
+    key = (torch.arange(3), torch.tensor(1), torch.tensor(2))
+    whole = uniforms(5, *key, PIECE // 2 + 7, stream=0)
+    ends = PIECE // 3 // 4 * 4  # where the first piece of three rows ends
+    for start in (0, 4, ends - 4, ends, PIECE // 2):
+        part = uniforms(5, *key, 7, start=start, stream=0)
+        assert torch.equal(whole[:, start : start + 7], part)
+
+
+def test_many_uniforms_are_uniform_and_their_logarithms_exponential() -> None:
+    u = uniforms(7, torch.arange(2000), torch.tensor(0), torch.tensor(0), 50, stream=0).double()
+    assert u.min() > 0
+    assert u.max() < 1
+    assert u.mean() == pytest.approx(0.5, abs=0.003)
+    assert u.var() == pytest.approx(1 / 12, rel=0.01)
+    assert torch.corrcoef(u.T).fill_diagonal_(0).abs().max() < 0.12
+    e = (-u.log()).flatten().sort().values
+    law = 1 - (-e).exp()
+    assert (law - (torch.arange(len(e)) + 0.5) / len(e)).abs().max() < 0.006  # Kolmogorov-Smirnov
+    assert e.mean() == pytest.approx(1, abs=0.01)
+    assert e.var() == pytest.approx(1, rel=0.03)
+
+
+def test_a_shard_starts_where_a_block_does() -> None:
+    with pytest.raises(ValueError, match="a shard starts at a multiple of 4"):
+        uniforms(1, torch.tensor(0), torch.tensor(0), torch.tensor(0), 8, start=6, stream=0)
 
 
 def test_the_fused_philox_gives_the_same_words() -> None:

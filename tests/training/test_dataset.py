@@ -47,6 +47,8 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "sfr_targets": "stored",
         "sfr_packing": "none",
         "dataloader_inter_document_masking": False,
+        "training_task": "autoregressive",
+        "kl_flow_time": "token",
     }
     return Namespace(**read | changes)
 

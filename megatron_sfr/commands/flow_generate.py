@@ -1,0 +1,143 @@
+"""Sample text from a KL-flow checkpoint, all of its tokens at once.
+
+Without an input texts are written from nothing; --prompt and --prompts ask for replies; --infill fills gaps: rows
+{"prefix": text, "suffix": text, "length": tokens between them}. Equal commands give equal samples, whatever the batch
+size and --nproc. A run that was stopped goes on when it is started again, and writes the same file in the end.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sfr.flow_generation import Job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the --save folder of a run")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the tokenizer of its data")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="one user turn to reply to")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL: prompt or messages, and persona if any")
+    what.add_argument("--infill", type=Path, metavar="FILE", help="JSONL: prefix, suffix and the length between them")
+    parser.add_argument("--persona", metavar="NAME", help="who answers --prompt")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write (default: the terminal)")
+    parser.add_argument("--samples", type=int, default=1, help="of each input (%(default)s)")
+    parser.add_argument("--length", type=int, help="tokens of a text from nothing (default: all positions)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest reply (default: all positions after the prompt)")
+    parser.add_argument(
+        "--method",
+        choices=("basic", "sampling", "hybrid"),
+        default="hybrid",
+        help="the differential equation, draws and fresh noise, or the one and then the other (%(default)s)",
+    )
+    parser.add_argument("--steps", type=int, help="(default: one a free token where some are given, else 512)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (%(default)s)")
+    parser.add_argument("--final-top-k", type=int, default=1, help="the same for the last reading (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of draws (%(default)s)")
+    parser.add_argument("--t-split", type=float, help="where hybrid begins to draw (default: 0.28 / 0.3 of t_max)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the random numbers (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time (%(default)s)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that share the model (%(default)s)")
+    parser.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
+    parser.add_argument(
+        "--film", metavar="FILE.html", help="the first sample as it forms, as a page; -: on the terminal"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.flow_generation import plan
+
+    if args.persona is not None and args.prompt is None:
+        raise ValueError("--persona goes with --prompt; in a file each row names its own")
+    if (args.prompts or args.infill) and args.output is None:
+        raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
+    with _scratch() as scratch:
+        job = _job(args, scratch)
+        plan(job)  # what is wrong is said before processes start
+        start(job, scratch / "log")
+        lines = Path(job.output).read_text(encoding="utf-8").splitlines()
+        if args.output is None:
+            print(*(json.loads(line)["text"] for line in lines), sep="\n")
+        else:
+            print(f"{args.output}: {len(lines):,} samples")
+        if job.film is not None:
+            _show(Path(job.film), args.film)
+    return 0
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what the processes leave; it stays where its log says why they failed."""
+    folder, stays = Path(tempfile.mkdtemp(prefix="flow-generate-")), False
+    try:
+        yield folder
+    except ValueError:
+        stays = (folder / "log").exists()
+        raise
+    finally:
+        if not stays:
+            shutil.rmtree(folder)
+
+
+def _job(args: argparse.Namespace, scratch: Path) -> "Job":
+    from dataclasses import fields
+
+    from megatron_sfr.flow_generation import Job
+
+    given = {field.name: getattr(args, field.name) for field in fields(Job)}
+    given["output"] = args.output or scratch / "samples.jsonl"
+    given["film"] = scratch / "film.json" if args.film else None
+    as_text: dict[str, Any] = {name: str(x) if isinstance(x, Path) else x for name, x in given.items()}
+    return Job(**as_text)
+
+
+def start(job: "Job", log: Path) -> None:
+    """Runs the job on its processes; a bar on the terminal, the rest of what they say in a log."""
+    from dataclasses import asdict
+
+    from megatron_sfr.flow_generation import ERROR
+    from megatron_sfr.launcher import failure
+
+    file = log.with_name("job.json")
+    file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.nproc)] if job.nproc > 1 else []
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.nproc))}
+    with log.open("wb") as sink:
+        done = subprocess.run(
+            [sys.executable, *ranks, "-m", "megatron_sfr.flow_generation", str(file)],
+            stdout=sys.__stderr__,
+            stderr=sink,
+            env=threads | os.environ,
+        )
+    if done.returncode != 0:
+        raise ValueError(failure(log, ERROR, "sampling"))
+
+
+def _show(frames: Path, film: str) -> None:
+    """The film as a page, or on the terminal: moving where there is one, else a few stills."""
+    import time
+
+    from megatron_sfr.evaluation.tables import whole
+    from megatron_sfr.simplex_sampling.film import from_json, moving, stills
+    from megatron_sfr.simplex_sampling.film_page import page
+
+    made = from_json(frames.read_text(encoding="utf-8"))
+    if film != "-":
+        with whole(Path(film)) as file:
+            file.write(page(made))
+        print(f"{film}: {len(made.frames)} frames")
+    elif sys.stdout.isatty():
+        for picture in moving(made, shutil.get_terminal_size().columns):
+            print(picture, end="", flush=True)
+            time.sleep(0.05)
+    else:
+        print(*stills(made), sep="\n")

@@ -1,0 +1,118 @@
+"""KL-flow's forward step (arXiv 2411.16821): a noisy point of each text into the first stage, the cross-entropy of its
+clean tokens out of the last one. Every stage finds time and noise by itself: they depend on the sample alone.
+
+Letters: B samples, S positions of the model, N of the text, V vocabulary columns of the shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_sfr.model.kl_flow import set_time, time_positions
+from megatron_sfr.objectives.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, free_text, noisy_point
+from megatron_sfr.objectives.token_loss import IGNORED, token_loss
+from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
+from megatron_sfr.training.flow_term import DATASET_BITS, Batch
+from megatron_sfr.training.metrics import pair
+from megatron_sfr.training.step import check_finite, next_batch, to_device
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What kind of model is trained."""
+
+    training_task: Literal["autoregressive", "kl-flow"] = "autoregressive"
+    """'autoregressive': each token from those before it; 'kl-flow': all tokens of a text at once, by flow matching on
+    the simplex (arXiv 2411.16821), with attention in both directions. Same data, layouts and checkpoints."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A microbatch as KL-flow sees it."""
+
+    tokens_BN: Tensor
+    free_BN: Tensor
+    t_B: Tensor
+    sample_B: Tensor
+
+
+class KLFlowStep:
+    """Upstream's forward_step_func; keeps nothing from one call to the next."""
+
+    def __init__(self, vocab_size: int, seq_length: int, options: KLFlowOptions, time_everywhere: bool) -> None:
+        """time_everywhere: whether the stages between first and last are to know the time too."""
+        self.vocab_size, self.seq_length, self.options = vocab_size, seq_length, options
+        self.time_everywhere = time_everywhere
+
+    def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
+        """One microbatch: the stage's output and, on the last stage, the function that turns it into the loss."""
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
+        x_BNV, free_BN, more = None, None, dict[str, Any]()
+        if first or last or self.time_everywhere:
+            texts = self.texts(to_device(next_batch(data_iterator)), self.seq_length - time_positions(model))
+            set_time(model, texts.t_B)
+            if first:
+                table = get_attr_wrapped_model(model, "embedding").word_embeddings.weight
+                x_BNV = self.points(texts, len(table)).to(table.dtype)
+            if last:
+                free_BN = texts.free_BN
+                more = {"output_processor": self.losses, "output_processor_context": texts}
+        output = model(input_ids=x_BNV, position_ids=None, attention_mask=None, **more)
+        return output, partial(self.loss, free_BN)
+
+    def texts(self, batch: Batch, length: int) -> Texts:
+        """The clean tokens, which of them are free, and the time."""
+        sample_B = batch["sample"]
+        if "dataset_id" in batch:  # in a blend each dataset counts its own samples
+            sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
+        rows = batch["tokens"], batch["labels"], batch["loss_mask"]
+        tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options)
+        return Texts(tokens_BN, free_BN, draw_time(sample_B, self.options), sample_B)
+
+    def points(self, texts: Texts, width: int) -> Tensor:
+        """x_t of this rank's shard of the vocabulary: [B, N, V]."""
+        of = texts.tokens_BN, texts.free_BN, texts.t_B, texts.sample_B
+        return noisy_point(*of, self._vocab(width), width, self.options)
+
+    def _vocab(self, width: int) -> Vocab:
+        return Vocab(self.vocab_size, tensor_rank() * width, tensor_group())
+
+    def losses(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: Texts,
+        runtime_gather_output: bool | None,
+        scale_logits: Any,
+        **_: Any,
+    ) -> Tensor:
+        """Upstream's output_processor: the denoiser's cross-entropy [B, S], 0 where nothing is to be found."""
+        logits_SBV, _bias = output_layer(
+            hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
+        )
+        wanted_BN = torch.where(context.free_BN, context.tokens_BN, IGNORED)
+        y_SB = F.pad(wanted_BN, (len(logits_SBV) - wanted_BN.shape[1], 0), value=IGNORED).t()
+        z_TV = scale_logits(logits_SBV).flatten(0, 1)
+        loss_T, _cross_entropy_T = token_loss(
+            z_TV, y_SB.reshape(-1), CrossEntropy(), self._vocab(z_TV.shape[-1]), overwrite=True
+        )
+        return loss_T.view(y_SB.shape).t()
+
+    def loss(self, free_BN: Tensor | None, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """Upstream's loss_func: the sum to differentiate, the free positions that divide it, {name: [sum, count]}."""
+        assert free_BN is not None
+        total, tokens = loss_BS.sum(), free_BN.sum()
+        check_finite(total)
+        return total, tokens.to(torch.int), {"kl-flow loss": pair(total, tokens)}

@@ -1,0 +1,92 @@
+"""KL-flow's training is the same however model and batch are split, resumes bit for bit, and leaves a model that one
+process reads from any layout: losses, Adam's first moments, which hold the gradients of all steps, and weights.
+
+Not exercised: context parallelism, packing, experts and FP8, which are refused, and Transformer Engine's layers.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.stored import StoredModel
+
+from .launch import ROOT, read_checkpoint, read_metrics, torchrun
+from .settings import KL_FLOW_LAYOUTS, KL_FLOWS, has_kl_flow
+from .test_layouts import MOMENT, difference
+
+pytestmark = pytest.mark.distributed
+LAYOUTS = [name for layouts in KL_FLOW_LAYOUTS.values() for name in layouts if name != "single"]
+CASES = [(name, layout) for name in KL_FLOWS for layout in LAYOUTS if has_kl_flow(name, layout)]
+PROGRAM = ROOT / "tests" / "distributed" / "denoise_program.py"
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_layout_changes_no_number(runs: Path, name: str, layout: str) -> None:
+    single, other = (read_checkpoint(runs / f"kl-{name}-{x}" / "iter_0000003") for x in ("single", layout))
+    heads = [] if name == "documents" else ["output_layer."]  # tied
+    for prefix in (MOMENT, "decoder.", "embedding.", *heads):
+        assert difference(single, other, prefix) < (1e-5, "")
+    expected, found = (read_metrics(runs / f"kl-{name}-{x}") for x in ("single", layout))
+    assert [row["step"] for row in found] == [1, 2, 3]
+    for row, row_found in zip(expected, found, strict=True):
+        terms = ("kl-flow loss", "grad-norm")
+        assert [row_found[t] for t in terms] == pytest.approx([row[t] for t in terms], rel=1e-5)
+
+
+def test_every_parameter_learns_and_the_kinds_differ(runs: Path) -> None:
+    """Else the test above would compare what is not there."""
+    states = {name: read_checkpoint(runs / f"kl-{name}-single" / "iter_0000003") for name in KL_FLOWS}
+    for state in states.values():
+        assert [key for key, x in state.items() if key.startswith(MOMENT) and not x.any()] == []
+    assert "embedding.time_in.weight" in states["token"]
+    assert any("modulation" in key for key in states["adaln"])
+    assert "output_layer.weight" not in states["documents"]
+    losses = [read_metrics(runs / f"kl-{name}-single")[-1]["kl-flow loss"] for name in KL_FLOWS]
+    assert len(set(losses)) == len(losses)
+
+
+def test_resumed_run_equals_the_straight_one_bit_for_bit(runs: Path) -> None:
+    straight, resumed = (read_checkpoint(runs / name / "iter_0000004") for name in ("kl-resume-straight", "kl-resume"))
+    assert straight.keys() == resumed.keys()
+    assert [key for key in straight if not torch.equal(straight[key], resumed[key])] == []
+
+
+@pytest.mark.parametrize("name", ["kl-adaln-single", "kl-documents-single"])
+def test_no_denoiser_is_exported_as_a_hugging_face_model(runs: Path, name: str) -> None:
+    checkpoint = Checkpoint(find_checkpoint(runs / name))
+    with pytest.raises(
+        ValueError, match="holds a KL-flow denoiser, which no Hugging Face architecture computes"
+    ) as caught:
+        StoredModel(checkpoint, {"architectures": ["Qwen3ForCausalLM"]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["token", "adaln", "documents"])
+def test_one_process_reads_the_denoiser_of_any_layout(runs: Path, name: str) -> None:
+    """Beside it: a token sees those after it, and knows where it stands."""
+    found = {}
+    for layout in ("single", "tp2-pp2-sp"):
+        out = runs / f"logits-{name}-{layout}.pt"
+        torchrun(1, str(PROGRAM), str(runs / f"kl-{name}-{layout}"), str(out))
+        found[layout] = torch.load(out)
+    single = found["single"]
+    torch.testing.assert_close(found["tp2-pp2-sp"]["plain"], single["plain"], rtol=1e-4, atol=1e-5)
+    assert (single["last changed"] - single["plain"])[:, 0].abs().max() > 1e-4
+    assert (single["reversed"].flip(1) - single["plain"]).abs().max() > 1e-4
+    assert (single["later"] - single["plain"]).abs().amax((1, 2)).gt(0).tolist() == [False, True]
+
+
+def test_one_process_reads_a_denoiser_in_bf16(runs: Path) -> None:
+    out = runs / "logits-bf16.pt"
+    torchrun(1, str(PROGRAM), str(runs / "kl-resume"), str(out))
+    found = torch.load(out)
+    assert found["plain"].dtype == torch.bfloat16
+    assert found["plain"].float().abs().max() > 0.05
+    assert (found["last changed"] != found["plain"])[:, 0].any()
+
+
+def test_what_is_no_denoiser_is_not_read_as_one(runs: Path) -> None:
+    done = torchrun(1, str(PROGRAM), str(runs / "plain"), str(runs / "none.pt"), check=False)
+    assert "holds no KL-flow model: train one with --training-task kl-flow" in done.stderr

@@ -1,0 +1,158 @@
+"""flow-generate on a checkpoint that KL-flow's training wrote: one text on one process and on two, and its film."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_sfr.cli import main
+from megatron_sfr.commands.flow_generate import start
+from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.flow_generation import Job, plan
+from tests.distributed.launch import torchrun
+from tests.distributed.tiny import recipe, write_corpus
+from tests.simplex_sampling import generation_program
+
+pytestmark = pytest.mark.distributed
+POSITIONS = 83  # of 84, the time's token has one
+GAPS = [
+    {"prefix": "red green", "suffix": " quick slow", "length": 6},
+    {"prefix": "river", "length": 9},
+    {"suffix": "cloud", "length": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of training: logits are next to even, so that draws decide, and any unlike number changes a text."""
+    folder = tmp_path_factory.mktemp("kl-flow")
+    corpus = write_corpus(folder)
+    save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
+    prepare([corpus], folder / "prepared", folder / "tokenizer", PrepareOptions(seq_length=80), progress=False)
+    plain = {key: value for key, value in recipe(folder / "prepared").items() if not key.startswith("sfr")}
+    plain |= {"training_task": "kl-flow", "train_iters": 2, "save": str(folder / "run")}
+    plain |= {"seq_length": POSITIONS + 1, "max_position_embeddings": POSITIONS + 1}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    torchrun(1, "-m", "megatron_sfr.train", "--recipe", str(folder / "recipe.yaml"))
+    (folder / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GAPS), encoding="utf-8")
+    prompts = [{"prompt": "green stone", "persona": "voice 1"}, {"prompt": "song"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    return folder
+
+
+def job(folder: Path, output: str, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = dict.fromkeys(Job.__annotations__)
+    arguments |= {"checkpoint": str(folder / "run"), "tokenizer": str(folder / "tokenizer"), "backend": "cpu"}
+    arguments |= {"nproc": 1, "samples": 3, "batch_size": 4, "method": "hybrid", "top_k": 0, "final_top_k": 0}
+    arguments |= {"temperature": 1.0, "seed": 5, "output": str(folder / output)}
+    return arguments | changes
+
+
+def jobs(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+    gaps, prompts = str(folder / "gaps.jsonl"), str(folder / "prompts.jsonl")
+    return [
+        job(folder, f"{name}-blank.jsonl", method="basic", steps=7, length=20, **changes),
+        job(folder, f"{name}-reply.jsonl", prompts=prompts, steps=7, top_k=9, max_new_tokens=11, **changes),
+        job(folder, f"{name}-gap.jsonl", infill=gaps, method="sampling", film=str(folder / f"{name}.json"), **changes),
+    ]
+
+
+def do(folder: Path, nproc: int, listing: list[dict[str, Any]]) -> None:
+    path = folder / f"jobs-{nproc}.json"
+    path.write_text(json.dumps(listing), encoding="utf-8")
+    torchrun(nproc, str(Path(generation_program.__file__)), str(path))
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Path:
+    """Every job on one process and on two; one is stopped and goes on."""
+    reply = jobs(folder, "one")[1]
+    do(folder, 1, [*jobs(folder, "one"), reply | {"output": str(folder / "cut.jsonl"), "batch_size": 2}])
+    do(folder, 2, jobs(folder, "two", nproc=2))
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("what", ["blank", "reply", "gap"])
+def test_two_processes_write_what_one_writes(made: Path, what: str) -> None:
+    one, two = rows(made / f"one-{what}.jsonl"), rows(made / f"two-{what}.jsonl")
+    assert one == two
+    assert len({tuple(row["token_ids"]) for row in one}) == len(one)
+
+
+def test_rows_say_what_was_asked_and_how_it_was_made(made: Path) -> None:
+    blank, reply, gap = (rows(made / f"one-{what}.jsonl") for what in ("blank", "reply", "gap"))
+    assert [(row["sample"], row["tokens"], row["method"], row["steps"]) for row in blank] == [
+        (sample, 20, "basic", 7) for sample in range(3)
+    ]
+    assert [(row["question"], row["persona"]) for row in reply] == [("green stone", "voice 1")] * 3 + [
+        ("song", None)
+    ] * 3
+    assert all(row["tokens"] == len(row["token_ids"]) <= 11 for row in reply)
+    shown = {(row["prefix"], row["suffix"], row["tokens"], row["steps"]) for row in gap}
+    assert shown == {("red green", " quick slow", 6, 6), ("river", "", 9, 9), ("", "cloud", 3, 3)}
+    assert len(gap) == 9
+
+
+def test_a_film_ends_as_the_sample_does(made: Path) -> None:
+    first = next(row for row in rows(made / "one-gap.jsonl") if row["tokens"] == 6 and row["sample"] == 0)
+    one, two = (json.loads((made / f"{name}.json").read_text(encoding="utf-8")) for name in ("one", "two"))
+    assert one == two
+    assert one["frames"][-1]["tokens"] == first["token_ids"]
+    assert [frame["step"] for frame in one["frames"]] == list(range(7))
+
+
+def test_the_command_writes_the_same_in_other_batches_and_a_film(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = made / "command.jsonl"
+    arguments = [
+        *("flow-generate", "--checkpoint", str(made / "run"), "--tokenizer", str(made / "tokenizer")),
+        *("--prompts", str(made / "prompts.jsonl"), "--output", str(output), "--samples", "3", "--batch-size", "2"),
+        *("--steps", "7", "--top-k", "9", "--final-top-k", "0", "--max-new-tokens", "11", "--seed", "5"),
+        *("--backend", "cpu", "--film", str(made / "film.html")),
+    ]
+    assert main(arguments) == 0
+    one = rows(made / "one-reply.jsonl")
+    assert rows(output) == one
+    page = (made / "film.html").read_text(encoding="utf-8")
+    assert json.loads(re.findall(r'id="film">(.*?)</script>', page)[0])["frames"][-1]["step"] == 7
+    assert "6 samples" in capfd.readouterr().out
+
+
+def test_a_job_that_was_stopped_goes_on_where_it_was(made: Path) -> None:
+    first, *others = rows(made / "cut.jsonl")
+    assert first["seed"] == "of the first run"
+    assert others == rows(made / "one-reply.jsonl")[1:]
+
+
+def test_what_fails_in_a_process_is_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*nowhere: no checkpoint here[^\n]*$"):
+        start(Job(**job(folder, "unwritten.jsonl", checkpoint=str(tmp_path / "nowhere"))), tmp_path / "log")
+
+
+REFUSED = {
+    "no checkpoint here": {"checkpoint": "{folder}/prepared"},
+    "no tokenizer at": {"tokenizer": "{folder}/prepared"},
+    "--nproc 3 does not divide": {"nproc": 3},
+    "samples is 0": {"samples": 0},
+    "--length 84 is more than the 83 positions": {"length": 84},
+    "steps is 0": {"steps": 0},
+    "leaves no room": {"prompt": "green " * 90},
+    "gaps.jsonl:2: not a gap": {"infill": "{folder}/bad/gaps.jsonl"},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_does_not_fit_is_told_before_a_process_starts(folder: Path, words: str) -> None:
+    (folder / "bad").mkdir(exist_ok=True)
+    good = json.dumps(GAPS[0])
+    (folder / "bad" / "gaps.jsonl").write_text(f'{good}\n{{"text": "a <mask> b"}}\n', encoding="utf-8")
+    changes = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in REFUSED[words].items()}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        plan(Job(**job(folder, "unwritten.jsonl", **changes)))

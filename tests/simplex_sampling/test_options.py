@@ -1,0 +1,38 @@
+"""What a sampler may be asked, and how many steps a row takes."""
+
+import pytest
+import torch
+
+from megatron_sfr.simplex_sampling.options import DEFAULT_STEPS, SamplerOptions
+
+REFUSED = {
+    "method": {"method": "euler"},
+    "t_max": {"t_max": 1.0},
+    "t_split": {"t_split": -0.1},
+    "steps": {"steps": 0},
+    "steps is 4096": {"steps": 4096},
+    "steps is 2": {"steps": 2, "t_max": 0.9},
+    "top_k": {"top_k": -1},
+    "temperature": {"temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused_by_name(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SamplerOptions(**REFUSED[words])  # type: ignore[arg-type]
+
+
+def test_a_condition_makes_one_step_a_token() -> None:
+    free_BS = torch.ones(4, 8, dtype=torch.bool)
+    free_BS[0, :3], free_BS[1, :7], free_BS[2] = False, False, False
+    assert SamplerOptions().steps_of(free_BS).tolist() == [5, 1, 1, DEFAULT_STEPS]
+    assert SamplerOptions(t_max=0.9).steps_of(free_BS).tolist() == [5, 3, 3, DEFAULT_STEPS]
+    assert SamplerOptions(steps=7).steps_of(free_BS).tolist() == [7] * 4
+
+
+def test_times_are_even_in_their_logarithm_and_end_at_t_max() -> None:
+    chosen, steps_B = SamplerOptions(), torch.tensor([4, 16])
+    assert chosen.time(0, steps_B).tolist() == [0, 0]
+    assert chosen.time(2, steps_B).tolist() == pytest.approx([1 - 0.7**0.5, 1 - 0.7**0.125])
+    assert float(chosen.time(4, steps_B)[0]) == pytest.approx(0.3)
