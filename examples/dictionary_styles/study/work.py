@@ -17,14 +17,14 @@ from examples.dictionary_styles.study.plan import EXAMPLE, Plan, Run
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.answers import Answers, Hardware, answers
 from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Scorer
-from megatron_sfr.evaluation.prompts import Asked, read_asked
+from megatron_sfr.evaluation.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.style import Styled, StyleJudge
 from megatron_sfr.evaluation.tables import whole
 
 CHOOSING, JUDGING = "choosing", "judging"
 FIDELITY_ROWS = 6000  # real replies that the classifier of styles learns from
-EMBEDDED = 64  # headwords whose replies are embedded
+HEADWORDS = 64  # at most, that settings are chosen by, and that arms are judged by
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def scorer(side: str, plan: Plan, place: Place) -> Scorer:
     """What replies are held against, once for each process."""
     held_out = headwords(side, plan.choosing_share, place)
     sampling = SamplingOptions(plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed)
-    options = EvaluationOptions(sampling, plan.temperatures, embedded=plan.samples, embedded_prompts=EMBEDDED)
+    options = EvaluationOptions(sampling, plan.temperatures, embedded=plan.samples, embedded_prompts=HEADWORDS)
     encoder = Encoder("minilm", EncoderOptions(device="cpu"))
     return Scorer(held_out, {"held-out replies": held_out}, options, encoder, judge=style_judge(place))
 
@@ -104,7 +104,7 @@ def headwords(side: str, share: float, place: Place) -> list[Asked]:
         chosen = draw(0, "study", entry.prompt.question) < share
         if unseen and chosen == (side == CHOOSING):
             found.append(replace(entry, references=unseen))
-    return found
+    return limit(found, HEADWORDS)
 
 
 def style_judge(place: Place) -> StyleJudge:

@@ -1,0 +1,114 @@
+"""The study from materials to pages, stage by stage; each goes on where an earlier call stopped."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from examples.dictionary_styles.study import choice, cost, materials, page
+from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Run, candidates, judged
+from examples.dictionary_styles.study.verdicts import Verdict, compare
+from examples.dictionary_styles.study.work import CHOOSING, JUDGING, Place, finish, read_curve
+from megatron_sfr.evaluation.curves import Curve
+
+DESCRIPTION = "Run the study, or go on with it, and write its pages."
+
+Curves = dict[str, list[Curve]]  # arm -> one a seed
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    plan = Plan()
+    parser = argparse.ArgumentParser(prog="study", description=DESCRIPTION)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=plan.steps, help="of each arm (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=plan.samples, help="replies a prompt (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side (%(default)s)")
+    parser.add_argument("--skip-cost", action="store_true", help="do not time the arms' steps (needs a quiet machine)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many runs as cores instead
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples)
+        study(plan, Place(), args.processes, timed=not args.skip_cost)
+    except ValueError as error:
+        print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstudy: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def study(plan: Plan, place: Place, processes: int, *, timed: bool) -> None:
+    """Every stage of the study; what earlier calls finished is kept."""
+    materials.prepare(place)
+    work(((run, CHOOSING, plan, place) for run in candidates(plan)), processes, "settings")
+    settings, tried = choice.choose(plan, place, materials.sed_threshold(place))
+    runs = judged(plan, settings)
+    work(((run, JUDGING, plan, place) for run in runs), processes, "runs")
+    curves = read(runs, plan, place)
+    verdicts = verdicts_of(curves)
+    again = replace(plan, sampling_seed=plan.sampling_seed + 1)
+    names = {verdict.arm for verdict in verdicts if verdict.moved}
+    repeated: list[Verdict] = []
+    if names:  # a win counts if it is there again in other replies
+        some = [run for run in runs if run.arm.name in names | {BASELINE}]
+        work(((run, JUDGING, again, place) for run in some), processes, "sampled again")
+        repeated = verdicts_of(read(some, again, place))
+    costs = cost.measure(runs[: len(plan.arms)], place) if timed else cost.known(place)
+    found = page.Found(plan, settings, tried, curves, verdicts, repeated, costs)
+    page.write(found, place)
+    print(f"{page.summary(found)}\n\nwrote {place.study / 'study.html'} and study.md beside it")
+
+
+def work(tasks: Iterable[tuple[Run, str, Plan, Place]], processes: int, title: str) -> None:
+    """Finishes the tasks that are not, some side by side, each on one thread."""
+    missing = [task for task in tasks if not task[3].curve(task[0], task[1], task[2]).exists()]
+    if not missing:
+        return
+    spawn = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
+    with (
+        ProcessPoolExecutor(min(processes, len(missing)), spawn, _begin) as pool,
+        tqdm(total=len(missing), desc=title, unit="run", dynamic_ncols=True) as bar,
+    ):
+        futures = [pool.submit(finish, task) for task in missing]
+        try:
+            for future in as_completed(futures):
+                bar.set_postfix_str(future.result())
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    """A worker is silent: its bars would overwrite ours, and Ctrl-C is told once."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def read(runs: Iterable[Run], plan: Plan, place: Place) -> Curves:
+    curves: Curves = {}
+    for run in runs:
+        curve = read_curve(place.curve(run, JUDGING, plan), run.name, plan.temperatures)
+        curves.setdefault(run.arm.name, []).append(curve)
+    return curves
+
+
+def verdicts_of(curves: Curves) -> list[Verdict]:
+    """Every arm against the baseline on every pair of axes."""
+    arms = [arm for arm in curves if arm != BASELINE]
+    return [compare(arm, curves[arm], curves[BASELINE], axes) for arm in arms for axes in AXES]
