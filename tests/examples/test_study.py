@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.dictionary_styles.study import choice, cost, page
+from examples.dictionary_styles.study import choice, cost, page, stages
 from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, CHOOSING_SEED, Plan, candidates, judged
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
@@ -142,3 +142,10 @@ def test_costs_are_medians_beside_the_baselines() -> None:
     lines = cost.table({"CE": [1.0, 1.0, 4.0], "SFR": [1.2, 1.3, 1.2]})
     assert lines[2][0] == "SFR"
     assert lines[2][3] == "1.200"
+
+
+def test_wrong_calls_end_with_2_and_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert stages.main(["--seeds", "1"]) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "study: error: seeds (1,): two or more different ones, or nothing tells noise from an effect"
+    ]
