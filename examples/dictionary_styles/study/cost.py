@@ -1,4 +1,4 @@
-"""What a step of each arm costs: short runs in turn, nothing beside them, and the median time of a step."""
+"""What a step of each arm costs: short runs one after the other, nothing beside them, and the median time of a step."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from examples.dictionary_styles.study.plan import EXAMPLE, Run
 from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
 from megatron_sfr.evaluation.tables import whole
 
-ROUNDS, STEPS, WARM = 2, 20, 5
+STEPS, WARM = 25, 5
 # From the second step on all that an arm does in its long run: the head's gradient reaches the model, and is measured.
 SHORT = ("--train-iters", STEPS, "--lr-warmup-iters", 1, "--eval-iters", 0, "--save-interval", 10**6)
 HEAD = ("--sfr-warmup-steps", 1, "--sfr-ramp-steps", 1)
@@ -30,16 +30,14 @@ def measure(runs: Sequence[Run], place: Place) -> Costs:
     """Times of an arm's steps, one run an arm; what an earlier call measured is kept."""
     if costs := known(place):
         return costs
-    for turn in range(ROUNDS):
-        for run in tqdm(runs, desc=f"cost of a step, round {turn + 1} of {ROUNDS}", unit="arm"):
-            folder = place.study / "cost" / run.name
-            shutil.rmtree(folder, ignore_errors=True)
-            head = HEAD if run.arm.recipe is not None and "sfr" in run.arm.recipe else ()
-            flags = (*run.flags(folder, place.base), *SHORT, *head)
-            megatron_sfr(place.study / "logs" / "cost.log", "train", EXAMPLE / "ce.yaml", *flags)
-            times = [row["time"] for row in rows(folder / "metrics.jsonl") if "lm loss" in row]
-            steps = [after - before for before, after in itertools.pairwise(times)]
-            costs.setdefault(run.arm.name, []).extend(steps[WARM:])
+    for run in tqdm(runs, desc="cost of a step", unit="arm"):
+        folder = place.study / "cost" / run.name
+        shutil.rmtree(folder, ignore_errors=True)
+        head = HEAD if run.arm.recipe is not None and "sfr" in run.arm.recipe else ()
+        flags = (*run.flags(folder, place.base), *SHORT, *head)
+        megatron_sfr(place.study / "logs" / "cost.log", "train", EXAMPLE / "ce.yaml", *flags)
+        times = [row["time"] for row in rows(folder / "metrics.jsonl") if "lm loss" in row]
+        costs[run.arm.name] = [after - before for before, after in itertools.pairwise(times)][WARM:]
     with whole(place.study / "cost.json") as file:
         json.dump(costs, file)
     return costs
