@@ -68,6 +68,25 @@ def test_headwords_without_a_value_are_left_out_for_every_run() -> None:
     assert compare("SFR", [arm, arm], [baseline, baseline], AXES[0]).estimate.n == PROMPTS - 1
 
 
+def test_more_temperatures_of_the_baseline_can_only_make_a_win_harder() -> None:
+    def bent(seed: int, temperatures: tuple[float, ...], warmth: float) -> Curve:
+        """On one frontier, which bends outwards: diversity rises early, quality falls late."""
+        generator = np.random.default_rng(seed)
+        t = warmth * np.array(temperatures)[:, None]
+        quality = 0.9 - 0.3 * t**2 + generator.normal(0, 0.002, (len(t), PROMPTS))
+        similarity = 0.5 * np.exp(-4 * t) + generator.normal(0, 0.002, (len(t), PROMPTS))
+        return replace(curve(seed), temperatures=temperatures, scores={"relevance": quality, "self-BLEU-4": similarity})
+
+    plan = Plan()
+    same = [bent(10 + i, plan.temperatures, 1.0) for i in range(3)]
+    few, many = (
+        compare("GEM", same, [bent(i, temperatures, 1.0) for i in range(3)], AXES[1])
+        for temperatures in (plan.temperatures, plan.sweep(plan.find(BASELINE), judging=True))
+    )
+    assert abs(few.estimate.mean) < 2e-4
+    assert -5e-3 < many.estimate.mean < -1e-3
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.slug)
 def test_every_arm_starts_from_the_same_model_and_differs_in_its_objective(arm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     chosen = {other.name: dict(other.tried[-1]) for other in ARMS} | {"SED": {"sed_threshold": 0.6}}

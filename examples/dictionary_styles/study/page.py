@@ -53,8 +53,8 @@ def said(found: Found, *, moved: bool) -> list[str]:
 
 def write(found: Found, place: Place) -> None:
     """study.html, which holds everything, study.md, study.png and study.json."""
-    judge = scorer(JUDGING, found.plan, place)
-    mean = [average(arm, curves) for arm, curves in found.curves.items()]
+    judge = scorer(JUDGING, found.plan.temperatures, found.plan, place)
+    mean = [average(arm, curves, found.plan.temperatures) for arm, curves in found.curves.items()]
     report = summarise(mean, AXES, judge.notes(), judge.real())
     picture = place.study / "study.png"
     draw(report, picture, TITLE)
@@ -84,13 +84,14 @@ def write(found: Found, place: Place) -> None:
 
 
 def how(plan: Plan) -> str:
+    both, more = (", ".join(f"{t:g}" for t in found) for found in (plan.temperatures, plan.between))
     return (
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from one start in one order of data; "
-        f"{plan.samples} replies a prompt at temperatures {', '.join(f'{t:g}' for t in plan.temperatures)} with common "
-        "random numbers. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "
-        "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer "
-        "together, and all of it holds again in a second sampling. "
-        f"That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of twenty would leave 0 out by chance."
+        f"{plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at {more} too. "
+        "An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % interval over "
+        "seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and all of "
+        f"it holds again in a second sampling. That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of twenty "
+        "would leave 0 out by chance."
     )
 
 
@@ -98,17 +99,18 @@ def bullet(texts: list[str]) -> list[str]:
     return texts or ["Nothing."]
 
 
-def average(arm: str, curves: list[Curve]) -> Curve:
-    """The mean curve of an arm's seeds."""
+def average(arm: str, curves: list[Curve], temperatures: tuple[float, ...]) -> Curve:
+    """The mean curve of an arm's seeds at some of its temperatures."""
 
     def mean(losses: list[Loss]) -> Loss:
         return Loss(*(np.mean([getattr(loss, part) for loss in losses], axis=0) for part in ("nll", "tokens")))
 
     first = curves[0]
+    at = [first.temperatures.index(t) for t in temperatures]
     return Curve(
         arm,
-        first.temperatures,
-        {name: np.mean([curve.scores[name] for curve in curves], axis=0) for name in first.scores},
+        temperatures,
+        {name: np.mean([curve.scores[name][at] for curve in curves], axis=0) for name in first.scores},
         {name: mean([curve.losses[name] for curve in curves]) for name in first.losses},
         {name: mean([curve.personas[name] for curve in curves]) for name in first.personas},
     )

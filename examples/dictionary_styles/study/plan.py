@@ -50,6 +50,9 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 150
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+    between: tuple[float, ...] = (0.5, 0.7, 0.9)
+    """More temperatures of the baseline when it is judged against: a frontier bends outwards, so a broken line with few
+    points lies below it, and an arm that is but a warmer baseline could seem to win. It makes a win harder."""
     samples: int = 4
     max_new_tokens: int = 64
     choosing_share: float = 0.25
@@ -65,6 +68,11 @@ class Plan:
             raise ValueError("one temperature cannot tell diversity from a warmer model: give two or more")
         if self.steps < 100:
             raise ValueError(f"{self.steps} steps: the arms warm up for 60, so give at least 100")
+
+    def sweep(self, arm: Arm, *, judging: bool) -> tuple[float, ...]:
+        """The temperatures that an arm is sampled at."""
+        more = self.between if judging and arm.name == BASELINE else ()
+        return tuple(sorted((*self.temperatures, *more)))
 
     def find(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

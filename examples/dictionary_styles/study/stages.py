@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many runs as cores instead
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported: ours has a bar, the workers' have none
     try:
         plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples)
         study(plan, Place(), args.processes, timed=not args.skip_cost)
@@ -92,18 +93,17 @@ def work(tasks: Iterable[tuple[Run, str, Plan, Place]], processes: int, title: s
 
 
 def _begin() -> None:
-    """A worker is silent: its bars would overwrite ours, and Ctrl-C is told once."""
+    """Ctrl-C is told once, by the parent."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def read(runs: Iterable[Run], plan: Plan, place: Place) -> Curves:
     curves: Curves = {}
     for run in runs:
-        curve = read_curve(place.curve(run, JUDGING, plan), run.name, plan.temperatures)
+        curve = read_curve(place.curve(run, JUDGING, plan), run.name, plan.sweep(run.arm, judging=True))
         curves.setdefault(run.arm.name, []).append(curve)
     return curves
 

@@ -75,7 +75,7 @@ def mean_gap(axes: Axes, curves: Sequence[Curve], baseline: Sequence[Curve]) -> 
 def _arrays(axes: Axes, *groups: Sequence[Curve]) -> list[np.ndarray]:
     """Quality and diversity of each group, [run, 2, T, P], over the headwords that have both in every run."""
     pairs = [[np.stack(axes.of(curve)) for curve in group] for group in groups]
-    used = ~np.isnan(np.stack([pair for group in pairs for pair in group])).any(axis=(0, 1, 2))
+    used = ~np.any([np.isnan(pair).any(axis=(0, 1)) for group in pairs for pair in group], axis=0)
     if not used.any():
         raise ValueError(f"no headword has both {axes.quality} and {axes.diversity} in every run")
     return [np.stack(group)[..., used] for group in pairs]

@@ -46,7 +46,12 @@ class Place:
 
     def curve(self, run: Run, side: str, plan: Plan) -> Path:
         """One file for each way of asking: another number of samples is another curve."""
-        asked = (*plan.temperatures, plan.samples, plan.max_new_tokens, f"seed{plan.sampling_seed}")
+        asked = (
+            *plan.sweep(run.arm, judging=side == JUDGING),
+            plan.samples,
+            plan.max_new_tokens,
+            f"seed{plan.sampling_seed}",
+        )
         return self.folder(run) / f"{side}-{'-'.join(map(str, asked))}.npz"
 
 
@@ -78,19 +83,19 @@ def finish(task: tuple[Run, str, Plan, Place]) -> str:
     path = place.curve(run, side, plan)
     if not path.exists():
         train(run, place)
-        judge = scorer(side, plan, place)
+        judge = scorer(side, plan.sweep(run.arm, judging=side == JUDGING), plan, place)
         (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware("cpu"))
         write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
         save(judge.curve(answered), path)
     return run.name
 
 
-@lru_cache(maxsize=2)
-def scorer(side: str, plan: Plan, place: Place) -> Scorer:
+@lru_cache(maxsize=3)
+def scorer(side: str, temperatures: tuple[float, ...], plan: Plan, place: Place) -> Scorer:
     """What replies are held against, once for each process."""
     held_out = headwords(side, plan.choosing_share, place)
     sampling = SamplingOptions(plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed)
-    options = EvaluationOptions(sampling, plan.temperatures, embedded=plan.samples, embedded_prompts=HEADWORDS)
+    options = EvaluationOptions(sampling, temperatures, embedded=plan.samples, embedded_prompts=HEADWORDS)
     encoder = Encoder("minilm", EncoderOptions(device="cpu"))
     return Scorer(held_out, {"held-out replies": held_out}, options, encoder, judge=style_judge(place))
 
