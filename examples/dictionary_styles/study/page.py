@@ -88,10 +88,10 @@ def how(plan: Plan) -> str:
     return (
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from one start in one order of data; "
         f"{plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at {more} "
-        "too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % interval over "
-        "seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and all "
-        f"of it holds again in a second sampling. That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of twenty "
-        "would leave 0 out by chance."
+        "too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % interval "
+        "over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and "
+        f"all of it holds again in a second sampling. That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of "
+        "twenty would leave 0 out by chance."
     )
 
 
