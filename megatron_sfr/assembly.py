@@ -13,6 +13,7 @@ from megatron_sfr.data.horizons import horizons_of
 from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.denoiser import denoiser_config
+from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.start import start_from
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
@@ -54,6 +55,18 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig | KLF
     if args.sfr_hf_load is not None and not checkpoint_exists(args.load):
         config.pre_wrap_hooks.append(start_from(Path(args.sfr_hf_load), args))
     return config
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """ValueError where the run starts from a model of another task: upstream would take from it whatever fits."""
+    paths = [path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)]
+    for path in paths if args.ckpt_format == "torch_dist" else []:
+        task = Checkpoint(find_checkpoint(Path(path))).arguments().get("training_task", "autoregressive")
+        if task != args.training_task:
+            raise ValueError(
+                f"{path} holds a model of --training-task {task}, this run is {args.training_task}: give another "
+                "--load or --pretrained-checkpoint, or another --save"
+            )
 
 
 def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep | KLFlowStep:

@@ -113,6 +113,18 @@ def plan(job: Job) -> Plan:
     return Plan(folder, tokenizer, requests, options, Simplex(run["vocab_size"], run["kl_flow_smoothing"]))
 
 
+def notice(made: Plan) -> str | None:
+    """What the user may not expect of the method, in one line."""
+    options = made.options
+    steps = {n for request in made.requests for n in _steps([Wanted(request, 0)], options)}
+    if options.method != "hybrid" or options.t_split >= options.t_max or any(map(options.draws_on_the_way, steps)):
+        return None
+    return (
+        f"--method hybrid with {max(steps)} steps is basic: none begins at t_split = {options.t_split:g} or later; "
+        "take more steps or an earlier --t-split"
+    )
+
+
 def _positions(run: Mapping[str, Any]) -> int:
     """Positions of text in the model's rows: the time may be a token before it."""
     return int(run["seq_length"]) - (run["kl_flow_time"] == "token")

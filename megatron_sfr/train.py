@@ -17,7 +17,7 @@ ERROR = "megatron-sfr train: error:"
 
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
-    from megatron_sfr.assembly import forward_step, model_config
+    from megatron_sfr.assembly import check_task, forward_step, model_config
     from megatron_sfr.config import parse, read_settings
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import DataProvider
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     if rank == 0:
         print(f"backend: {settings.backend}", *settings.changes, sep="\n  ", flush=True)
     args = parse(settings)
+    check_task(args)
     config = model_config(args, settings.backend)
     if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))

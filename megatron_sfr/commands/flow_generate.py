@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.flow_generation import plan
+    from megatron_sfr.flow_generation import notice, plan
 
     if args.persona is not None and args.prompt is None:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
     with _scratch() as scratch:
         job = _job(args, scratch)
-        plan(job)  # what is wrong is said before processes start
+        if told := notice(plan(job)):  # and what is wrong is said before processes start
+            print(told, file=sys.stderr)
         start(job, scratch / "log")
         lines = Path(job.output).read_text(encoding="utf-8").splitlines()
         if args.output is None:

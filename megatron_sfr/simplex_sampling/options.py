@@ -65,6 +65,11 @@ class SamplerOptions:
         free_B = free_BS.sum(dim=1).clamp(self.fewest_steps, MOST_STEPS)
         return torch.where(free_BS.all(dim=1), DEFAULT_STEPS, free_B)
 
+    def draws_on_the_way(self, steps: int) -> bool:
+        """Whether any of a row's steps is a draw; a hybrid of few steps is basic, for none begins beyond t_split."""
+        begins = float(self.time(steps - 1, torch.tensor([steps])))
+        return self.method == "sampling" or (self.method == "hybrid" and begins >= self.t_split)
+
     def time(self, step: int, steps_B: Tensor) -> Tensor:
         """t of a step in rows of so many steps, float64 [B]: 1 - exp(-step h), h = -ln(1 - t_max) / steps."""
         return 1 - torch.exp(-step * self.length / steps_B.double())

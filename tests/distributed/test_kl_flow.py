@@ -4,11 +4,13 @@ process reads from any layout: losses, Adam's first moments, which hold the grad
 Not exercised: context parallelism, packing, experts and FP8, which are refused, and Transformer Engine's layers.
 """
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_sfr.assembly import check_task
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.stored import StoredModel
 
@@ -85,6 +87,17 @@ def test_one_process_reads_a_denoiser_in_bf16(runs: Path) -> None:
     assert found["plain"].dtype == torch.bfloat16
     assert found["plain"].float().abs().max() > 0.05
     assert (found["last changed"] != found["plain"])[:, 0].any()
+
+
+@pytest.mark.parametrize(("run", "task"), [("kl-token-single", "autoregressive"), ("plain", "kl-flow")])
+@pytest.mark.parametrize("option", ["load", "pretrained_checkpoint"])
+def test_a_run_starts_from_a_model_of_its_task(runs: Path, run: str, task: str, option: str) -> None:
+    plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist"}
+    args = argparse.Namespace(**plain | {option: str(runs / run), "training_task": task})
+    with pytest.raises(ValueError, match=rf"{run} holds a model of --training-task .*, this run is {task}"):
+        check_task(args)
+    args.training_task = {"autoregressive": "kl-flow", "kl-flow": "autoregressive"}[task]
+    check_task(args)
 
 
 def test_what_is_no_denoiser_is_not_read_as_one(runs: Path) -> None:

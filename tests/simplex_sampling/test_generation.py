@@ -13,7 +13,7 @@ from megatron_sfr.commands.flow_generate import start
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.flow_generation import Job, plan
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import torchrun, train_many
 from tests.distributed.tiny import recipe, write_corpus
 from tests.simplex_sampling import generation_program
 
@@ -28,7 +28,7 @@ GAPS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of training: logits are next to even, so that draws decide, and any unlike number changes a text."""
+    """Two steps of training, the time as a token and by adaln: logits are next to even, so draws decide the text."""
     folder = tmp_path_factory.mktemp("kl-flow")
     corpus = write_corpus(folder)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
@@ -37,7 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain |= {"training_task": "kl-flow", "train_iters": 2, "save": str(folder / "run")}
     plain |= {"seq_length": POSITIONS + 1, "max_position_embeddings": POSITIONS + 1}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
-    torchrun(1, "-m", "megatron_sfr.train", "--recipe", str(folder / "recipe.yaml"))
+    token = ["--recipe", str(folder / "recipe.yaml")]
+    adaln = [*token, "--save", str(folder / "adaln"), "--kl-flow-time", "adaln", "--normalization", "LayerNorm"]
+    train_many(1, [token, adaln], folder)
     (folder / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GAPS), encoding="utf-8")
     prompts = [{"prompt": "green stone", "persona": "voice 1"}, {"prompt": "song"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
@@ -58,6 +60,7 @@ def jobs(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
         job(folder, f"{name}-blank.jsonl", method="basic", steps=7, length=20, **changes),
         job(folder, f"{name}-reply.jsonl", prompts=prompts, steps=7, top_k=9, max_new_tokens=11, **changes),
         job(folder, f"{name}-gap.jsonl", infill=gaps, method="sampling", film=str(folder / f"{name}.json"), **changes),
+        job(folder, f"{name}-adaln.jsonl", checkpoint=str(folder / "adaln"), steps=16, **changes),
     ]
 
 
@@ -80,7 +83,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("what", ["blank", "reply", "gap"])
+@pytest.mark.parametrize("what", ["blank", "reply", "gap", "adaln"])
 def test_two_processes_write_what_one_writes(made: Path, what: str) -> None:
     one, two = rows(made / f"one-{what}.jsonl"), rows(made / f"two-{what}.jsonl")
     assert one == two
@@ -99,6 +102,10 @@ def test_rows_say_what_was_asked_and_how_it_was_made(made: Path) -> None:
     shown = {(row["prefix"], row["suffix"], row["tokens"], row["steps"]) for row in gap}
     assert shown == {("red green", " quick slow", 6, 6), ("river", "", 9, 9), ("", "cloud", 3, 3)}
     assert len(gap) == 9
+
+
+def test_without_a_token_for_the_time_a_text_has_all_positions(made: Path) -> None:
+    assert [row["tokens"] for row in rows(made / "one-adaln.jsonl")] == [POSITIONS + 1] * 3
 
 
 def test_a_film_ends_as_the_sample_does(made: Path) -> None:
@@ -122,7 +129,9 @@ def test_the_command_writes_the_same_in_other_batches_and_a_film(made: Path, cap
     assert rows(output) == one
     page = (made / "film.html").read_text(encoding="utf-8")
     assert json.loads(re.findall(r'id="film">(.*?)</script>', page)[0])["frames"][-1]["step"] == 7
-    assert "6 samples" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "6 samples" in said.out
+    assert "--method hybrid with 7 steps is basic" in said.err
 
 
 def test_a_job_that_was_stopped_goes_on_where_it_was(made: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sfr.simplex_sampling.options import DEFAULT_STEPS, SamplerOptions
+from megatron_sfr.simplex_sampling.options import DEFAULT_STEPS, Method, SamplerOptions
 
 REFUSED = {
     "method": {"method": "euler"},
@@ -29,6 +29,20 @@ def test_a_condition_makes_one_step_a_token() -> None:
     assert SamplerOptions().steps_of(free_BS).tolist() == [5, 1, 1, DEFAULT_STEPS]
     assert SamplerOptions(t_max=0.9).steps_of(free_BS).tolist() == [5, 3, 3, DEFAULT_STEPS]
     assert SamplerOptions(steps=7).steps_of(free_BS).tolist() == [7] * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "t_split", "steps", "draws"),
+    [
+        ("hybrid", 0.28, 12, False),  # its last step begins at t = 0.279
+        ("hybrid", 0.28, 13, True),
+        ("hybrid", 0.1, 2, True),
+        ("sampling", 0.28, 1, True),
+        ("basic", 0.0, 512, False),
+    ],
+)
+def test_a_hybrid_of_few_steps_is_basic(method: Method, t_split: float, steps: int, draws: bool) -> None:
+    assert SamplerOptions(method=method, t_split=t_split).draws_on_the_way(steps) is draws
 
 
 def test_times_are_even_in_their_logarithm_and_end_at_t_max() -> None:
