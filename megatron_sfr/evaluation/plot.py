@@ -1,12 +1,14 @@
 """The picture: one panel for each pair of scores, diversity against quality, a curve a model over temperatures."""
 
+import math
 from pathlib import Path
 
 from megatron_sfr.evaluation.bootstrap import Estimate
 from megatron_sfr.evaluation.report import Axes, Report
 
-COLOURS = ("#4c566a", "#d1495b", "#2e86ab", "#8f6bb3", "#3a7d44", "#c98a1b")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#4c566a", "#d1495b", "#2e86ab", "#8f6bb3", "#3a7d44", "#c98a1b", "#13a89e", "#8c4a2f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MOST_LABELLED = 3  # curves; of more only the first has its temperatures written, and the others' follow in that order
 
 
 def draw(report: Report, path: Path, title: str) -> None:
@@ -25,7 +27,9 @@ def draw(report: Report, path: Path, title: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.12)  # room for the labels
     figure.suptitle(title, fontsize=11)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    curves = figure.axes[0].get_legend_handles_labels()
+    columns = math.ceil(len(report.scores) / math.ceil(len(report.scores) / 6))  # rows of at most six, next to equal
+    figure.legend(*curves, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format="png")
@@ -33,7 +37,7 @@ def draw(report: Report, path: Path, title: str) -> None:
 
 
 def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # type: ignore[no-untyped-def]
-    """One model's broken line through its temperatures, each of which is written beside its point."""
+    """One model's broken line through its temperatures, which are written beside the points where there is room."""
     quality = report.scores[model][axes.quality]
     diversity = [_turn(estimate, axes) for estimate in report.scores[model][axes.diversity]]
     x, y = [e.mean for e in quality], [e.mean for e in diversity]
@@ -42,6 +46,8 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
         x, y, xerr=_arms(quality), yerr=_arms(diversity), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45
     )
     panel.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.5, label=model)
+    if i > 0 and len(report.scores) > MOST_LABELLED:
+        return
     side = -1 if i % 2 == 0 else 1  # labels of neighbouring models stand on either side
     for temperature, at_x, at_y in zip(report.temperatures, x, y, strict=True):
         panel.annotate(

@@ -9,7 +9,7 @@ import numpy as np
 from examples.dictionary_styles.study import cost
 from examples.dictionary_styles.study.choice import Table
 from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Settings, judged
-from examples.dictionary_styles.study.verdicts import Verdict
+from examples.dictionary_styles.study.verdicts import NO_EFFECT, Verdict
 from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
 from megatron_sfr.evaluation.curves import Curve, Loss
 from megatron_sfr.evaluation.plot import draw
@@ -36,9 +36,9 @@ class Found:
 
     @property
     def moved(self) -> list[Verdict]:
-        """What moved in both samplings: only this is called an effect."""
-        again = {(v.arm, v.axes) for v in self.repeated if v.moved}
-        return [v for v in self.verdicts if v.moved and (v.arm, v.axes) in again]
+        """What moved in both samplings, to the same side: only this is called an effect."""
+        again = {(v.arm, v.axes, v.judged) for v in self.repeated if v.moved}
+        return [v for v in self.verdicts if v.moved and (v.arm, v.axes, v.judged) in again]
 
 
 def summary(found: Found) -> str:
@@ -60,7 +60,7 @@ def write(found: Found, place: Place) -> None:
     draw(report, picture, TITLE)
     sections = [
         ("What moved beyond noise", bullet(said(found, moved=True)), "text"),
-        ("What did not", bullet(said(found, moved=False)), "text"),
+        ("Every comparison with the baseline", comparisons(found), "table"),
         ("The arms", arms(found), "table"),
         ("Settings that were tried", tried(found), "table"),
         ("Cost of a step", cost.table(found.costs) if found.costs else [], "table"),
@@ -114,6 +114,18 @@ def average(arm: str, curves: list[Curve], temperatures: tuple[float, ...]) -> C
         {name: mean([curve.losses[name] for curve in curves]) for name in first.losses},
         {name: mean([curve.personas[name] for curve in curves]) for name in first.personas},
     )
+
+
+def comparisons(found: Found) -> Rows:
+    """Every verdict, and beside those that moved the same in a second sampling."""
+    again = {(v.arm, v.axes): v for v in found.repeated}
+    lines: Rows = [["arm", "gap", "", "seed by seed", "two seeds of the baseline", "in a second sampling", "verdict"]]
+    for v in found.verdicts:
+        second = again.get((v.arm, v.axes)) if v.moved else None
+        repeated = f"{second.gap}; {second.seeds}; {second.noise:.3f}" if second else ""
+        judged = v.judged if v in found.moved else NO_EFFECT
+        lines.append([v.arm, v.measure, v.gap, v.seeds, f"{v.noise:.3f}", repeated, judged])
+    return lines
 
 
 def arms(found: Found) -> Rows:

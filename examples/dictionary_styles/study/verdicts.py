@@ -16,6 +16,8 @@ from megatron_sfr.evaluation.curves import Curve
 from megatron_sfr.evaluation.frontier import gap
 from megatron_sfr.evaluation.report import Axes
 
+NO_EFFECT = "no difference beyond noise"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -38,15 +40,28 @@ class Verdict:
         return bool(excluded and all(np.sign(g) == sign for g in self.by_seed) and abs(self.estimate.mean) > self.noise)
 
     @property
+    def measure(self) -> str:
+        return f"{self.axes.label} at equal {self.axes.quality}"
+
+    @property
+    def gap(self) -> str:
+        return f"{self.estimate.mean:+.3f} [{self.estimate.low:+.3f}, {self.estimate.high:+.3f}]"
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(f"{g:+.3f}" for g in self.by_seed)
+
+    @property
+    def judged(self) -> str:
+        if not self.moved:
+            return NO_EFFECT
+        return f"{'more' if self.estimate.mean > 0 else 'less'} diverse at equal quality, beyond noise"
+
+    @property
     def sentence(self) -> str:
-        seeds = ", ".join(f"{g:+.3f}" for g in self.by_seed)
-        judged = "no difference beyond noise"
-        if self.moved:
-            judged = f"{'more' if self.estimate.mean > 0 else 'less'} diverse at equal quality, beyond noise"
         return (
-            f"{self.arm}: {self.axes.label} at equal {self.axes.quality}: {self.estimate.mean:+.3f} "
-            f"[{self.estimate.low:+.3f}, {self.estimate.high:+.3f}], by seed {seeds}; two seeds of the baseline lie up "
-            f"to {self.noise:.3f} apart: {judged}."
+            f"{self.arm}: {self.measure}: {self.gap}, by seed {self.seeds}; two seeds of the baseline lie up to "
+            f"{self.noise:.3f} apart: {self.judged}."
         )
 
 
