@@ -52,7 +52,7 @@ class Plan:
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
     between: tuple[float, ...] = (0.5, 0.7, 0.9)
     """More temperatures of the baseline when it is judged against: a frontier bends outwards, so a broken line with few
-    points lies below it, and an arm that is but a warmer baseline could seem to win. It makes a win harder."""
+    points lies below it, and an arm that is but a warmer baseline could seem to win."""
     samples: int = 4
     max_new_tokens: int = 64
     choosing_share: float = 0.25
