@@ -154,7 +154,8 @@ def test_a_win_that_is_not_there_again_is_told_among_what_did_not_move() -> None
     found = page.Found(Plan(), {}, {}, curves, [won], [lost], {})
     assert page.said(found, moved=True) == []
     assert page.said(found, moved=False)[0].endswith("Not so in a second sampling.")
-    assert page.comparisons(found)[1][-2:] == [f"{lost.gap}; {lost.seeds}; {lost.noise:.3f}", "no difference beyond noise"]
+    repeated = f"{lost.gap}; {lost.seeds}; {lost.noise:.3f}"
+    assert page.comparisons(found)[1][-2:] == [repeated, "no difference beyond noise"]
     assert replace(found, repeated=[verdict((-0.05, -0.05, -0.05))]).moved == []
     twice = replace(found, repeated=[won])
     assert twice.moved == [won]
