@@ -19,7 +19,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
-}  # 5 million parameters with that vocabulary; base.yaml, ce.yaml and sfr.yaml say the same in Megatron's words
+}  # 5 million parameters with that vocabulary; model.yaml says the same in Megatron's words
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -1,21 +1,23 @@
 """The study of examples/dictionary_styles: its recipes, its verdicts on curves made up to have one, its files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from examples.dictionary_styles.study import choice, cost, page, stages
+from examples.dictionary_styles.study import choice, cost, materials, page, stages
 from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, CHOOSING_SEED, Plan, candidates, judged
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
 from megatron_sfr.config import read_settings
 from megatron_sfr.evaluation.curves import Curve, Loss
+from tests.house.test_cluster_recipes import QWEN3_CONFIG, validate
 
 PROMPTS = 60
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
-CE_YAML = Path(choice.__file__).parents[1] / "ce.yaml"
 
 
 def curve(seed: int, lift: float = 0.0, noise: float = 0.02) -> Curve:
@@ -68,7 +70,7 @@ def test_headwords_without_a_value_are_left_out_for_every_run() -> None:
     assert compare("SFR", [arm, arm], [baseline, baseline], AXES[0]).estimate.n == PROMPTS - 1
 
 
-def test_more_temperatures_of_the_baseline_can_only_make_a_win_harder() -> None:
+def test_on_one_bent_frontier_few_temperatures_lie_below_many() -> None:
     def bent(seed: int, temperatures: tuple[float, ...], warmth: float) -> Curve:
         """On one frontier, which bends outwards: diversity rises early, quality falls late."""
         generator = np.random.default_rng(seed)
@@ -91,13 +93,45 @@ def test_more_temperatures_of_the_baseline_can_only_make_a_win_harder() -> None:
 def test_every_arm_starts_from_the_same_model_and_differs_in_its_objective(arm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     chosen = {other.name: dict(other.tried[-1]) for other in ARMS} | {"SED": {"sed_threshold": 0.6}}
     runs = [run for run in judged(Plan(), chosen) if run.seed == 1]
-    flags = {run.arm.name: run.flags(tmp_path / run.name, tmp_path / "base-hf") for run in runs}
-    base, ours = (read_settings([f"--recipe={CE_YAML}", *flags[name]]).recipe for name in (BASELINE, arm.name))
+    place = Place(tmp_path)
+    flags = {run.arm.name: list(map(str, place.training(run, tmp_path / run.name))) for run in runs}
+    base, ours = (read_settings(["--recipe", *flags[name]]).recipe for name in (BASELINE, arm.name))
     differing = {key for key in {*base, *ours} if base.get(key) != ours.get(key)}
     places = {"save", "load", "tensorboard_dir"}
     assert {key for key in differing - places if not key.startswith(("sfr", "gem", "sed", "mtp", "objective"))} == set()
-    assert ours["sfr_hf_load"] == str(tmp_path / "base-hf")
+    assert ours["sfr_hf_load"] == str(tmp_path / "study" / "base-hf")
     assert "pretrained_checkpoint" not in ours
+
+
+@pytest.mark.parametrize("arm", ["SFR", "MTP"])
+def test_upstream_takes_an_arm_from_a_pretrained_model_on_a_gpu(arm: str, tmp_path: Path) -> None:
+    """Parsed and checked as on one GPU; no GPU has run it."""
+    start, gpu = tmp_path / "Qwen3-0.6B", Path(materials.__file__).with_name("gpu.yaml")
+    start.mkdir()
+    small = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    (start / "config.json").write_text(json.dumps(QWEN3_CONFIG | small | {"tie_word_embeddings": True}))
+    place = Place(tmp_path / "root", start, gpu, "cuda")
+    materials.describe(place)()
+    (run,) = (run for run in judged(Plan(), {}) if (run.arm.name, run.seed) == (arm, 1))
+    shape, *words = map(str, place.training(run, tmp_path / "run"))
+    recipes = [shape, *(words[i + 1] for i in range(len(words)) if words[i] == "--recipe")]
+    flags = words[2 * len(recipes) - 2 :]
+    merged = {key: value for path in recipes for key, value in yaml.safe_load(Path(path).read_text()).items()}
+    (tmp_path / "merged.yaml").write_text(yaml.safe_dump(merged))
+    done = validate(1, str(tmp_path / "merged.yaml"), *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["layers"] == [28]
+    assert (merged["vocab_size"], merged["lr"], merged["untie_embeddings_and_output_weights"]) == (151936, 2e-5, False)
+    assert f"--train-data-path {place.study}/text/train" in " ".join(flags)
+
+
+def test_a_study_is_made_from_one_thing(tmp_path: Path) -> None:
+    materials.claim(Place(tmp_path))
+    materials.claim(Place(tmp_path))
+    (tmp_path / "more.yaml").write_text("lr: 1.0e-4")
+    with pytest.raises(ValueError, match="study was begun with another recipe: move that folder"):
+        materials.claim(Place(tmp_path, recipe=tmp_path / "more.yaml"))
+    materials.claim(Place(tmp_path, start=tmp_path / "other", recipe=tmp_path / "more.yaml"))
 
 
 def test_an_ablation_takes_over_what_was_chosen_for_its_model() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from examples.dictionary_styles.study.plan import EXAMPLE, Run
+from examples.dictionary_styles.study.plan import Run
 from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
 from megatron_sfr.evaluation.tables import whole
 
@@ -34,8 +34,7 @@ def measure(runs: Sequence[Run], place: Place) -> Costs:
         folder = place.study / "cost" / run.name
         shutil.rmtree(folder, ignore_errors=True)
         head = HEAD if run.arm.recipe is not None and "sfr" in run.arm.recipe else ()
-        flags = (*run.flags(folder, place.base), *SHORT, *head)
-        megatron_sfr(place.study / "logs" / "cost.log", "train", EXAMPLE / "ce.yaml", *flags)
+        megatron_sfr(place.study / "logs" / "cost.log", "train", *place.training(run, folder), *SHORT, *head)
         times = [row["time"] for row in rows(folder / "metrics.jsonl") if "lm loss" in row]
         costs[run.arm.name] = [after - before for before, after in itertools.pairwise(times)][WARM:]
     with whole(place.study / "cost.json") as file:

@@ -1,16 +1,24 @@
 """What the study stands on: dictionaries, text, tokens, targets, the common start. What is there is not made again."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from examples.dictionary_styles.dictd import check_sources
-from examples.dictionary_styles.study.plan import EXAMPLE, HERE
-from examples.dictionary_styles.study.work import Place, megatron_sfr
+from examples.dictionary_styles.study.work import EXAMPLE, HERE, Place, megatron_sfr
+from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.hf.families import megatron_flags
+from megatron_sfr.hf.folder import read_config
+
+Step = tuple[str, Path, Callable[[], object]]
+"""(its name, what is there once it is done, what does it)"""
 
 PACKAGES = (
     *("dict-gcide", "dict-wn", "dict-devil", "dict-jargon", "dict-foldoc", "dict-vera", "dict-elements"),
@@ -22,33 +30,79 @@ PROMPTS = 140  # held-out headwords, those first that most dictionaries define
 
 def prepare(place: Place) -> None:
     """Makes whatever is missing, in order; ValueError in one line where something cannot be had."""
-    root, logs = place.root, place.study / "logs"
-    wide, text, model = root / "wide-text", root / "text", root / "model"
-    steps = [
-        ("dictionaries", root / "packages" / "usr", lambda: unpack(root / "packages")),
-        (
-            "wide text",
-            wide / "train.jsonl",
-            lambda: write_text(place, wide, "--max-per-persona", 40000, "--prompts", PROMPTS),
-        ),
-        ("balanced text", text / "train.jsonl", lambda: write_text(place, text)),
-        ("tokenizer", model / "config.json", lambda: make_model(wide, model)),
-    ]
-    for data in (wide / "train", text / "train", text / "validation"):
-        words = ("prepare", "--input", f"{data}.jsonl", "--tokenizer", model, "--output", data, *LENGTHS)
-        steps.append((f"tokens of {data.parent.name}", data / "manifest.json", _command(logs, *words)))
-    for data in (text / "train", text / "validation"):
-        words = ("embed", "--data", data, "--encoder", "minilm", "--dtype", "bfloat16")
-        steps.append((f"targets of {data.parent.name}/{data.name}", data / "targets", _command(logs, *words)))
-    train = ("train", EXAMPLE / "base.yaml", "--recipe", HERE / "base.yaml")
-    export = ("convert", "export", "--checkpoint", place.study / "base", "--like", model, "--output", place.base)
-    steps.append(
-        ("the common start", place.base, lambda: [megatron_sfr(logs / "base.log", *w) for w in (train, export)])
-    )
+    claim(place)
+    steps = [*texts(place), *(tokens_of_start(place) if place.start is None else []), *tokens(place)]
+    steps.append(common_start(place) if place.start is None else ("the start's shape", place.shape, describe(place)))
     missing = [step for step in steps if not step[1].exists()]
     for name, _, make in (bar := tqdm(missing, desc="materials", unit="step", disable=not missing)):
         bar.set_postfix_str(name)
         make()
+
+
+def claim(place: Place) -> None:
+    """Notes what the study is made from; ValueError where its folder has one that was made from something else."""
+    said = {
+        "start": None if place.start is None else str(place.start.resolve()),
+        "recipe": "" if place.recipe is None else place.recipe.read_text(encoding="utf-8"),
+        "device": place.device,
+    }
+    path = place.study / "made_from.json"
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != said:
+        changed = " and ".join(key for key in said if before.get(key) != said[key])
+        raise ValueError(f"{place.study} was begun with another {changed}: move that folder, or ask for the same")
+    with whole(path) as file:
+        json.dump(said, file)
+
+
+def texts(place: Place) -> list[Step]:
+    root = place.root
+    wide, text = root / "wide-text", root / "text"
+    much = ("--max-per-persona", 40000, "--prompts", PROMPTS)
+    return [
+        ("dictionaries", root / "packages" / "usr", lambda: unpack(root / "packages")),
+        ("wide text", wide / "train.jsonl", lambda: write_text(place, wide, *much)),
+        ("balanced text", text / "train.jsonl", lambda: write_text(place, text)),
+    ]
+
+
+def tokens_of_start(place: Place) -> list[Step]:
+    wide = place.root / "wide-text"
+    return [
+        ("tokenizer", place.model / "config.json", lambda: make_model(wide, place.model)),
+        _tokens(place, wide / "train.jsonl", wide / "train"),
+    ]
+
+
+def tokens(place: Place) -> list[Step]:
+    found = []
+    for side in ("train", "validation"):
+        words = ("embed", "--data", place.data(side), "--encoder", "minilm", "--dtype", "bfloat16")
+        found.append(_tokens(place, place.root / "text" / f"{side}.jsonl", place.data(side)))
+        found.append((f"targets of text/{side}", place.data(side) / "targets", _command(place, *words)))
+    return found
+
+
+def _tokens(place: Place, text: Path, output: Path) -> Step:
+    words = ("prepare", "--input", text, "--tokenizer", place.model, "--output", output, *LENGTHS)
+    return f"tokens of {text.parent.name}/{text.stem}", output / "manifest.json", _command(place, *words)
+
+
+def common_start(place: Place) -> Step:
+    recipes = ("--recipe", EXAMPLE / "base.yaml", "--recipe", HERE / "base.yaml", "--sfr-backend", place.device)
+    train = ("train", place.shape, *recipes)
+    export = ("convert", "export", "--checkpoint", place.study / "base", "--like", place.model, "--output", place.base)
+    log = place.study / "logs" / "base.log"
+    return "the common start", place.base, lambda: [megatron_sfr(log, *words) for words in (train, export)]
+
+
+def describe(place: Place) -> Callable[[], object]:
+    """Writes what `megatron-sfr convert recipe` prints of the start."""
+
+    def write() -> None:
+        with whole(place.shape) as file:
+            yaml.safe_dump(megatron_flags(read_config(place.base)), file, sort_keys=False)
+
+    return write
 
 
 def unpack(folder: Path) -> None:
@@ -78,9 +132,8 @@ def sed_threshold(place: Place) -> float:
     """What `megatron-sfr calibrate-sed` finds for the common start."""
     log = place.study / "logs" / "calibrate-sed.log"
     if not log.exists() or not _threshold(log):
-        megatron_sfr(
-            log, "calibrate-sed", "--model", place.base, "--data", place.root / "text" / "train", "--top-k", 10
-        )
+        words = ("--data", place.data("train"), "--top-k", 10, "--device", place.device)
+        megatron_sfr(log, "calibrate-sed", "--model", place.base, *words)
     found = _threshold(log)
     assert found is not None, f"{log} names no threshold"
     return float(found[1])
@@ -90,8 +143,8 @@ def _threshold(log: Path) -> re.Match[str] | None:
     return re.search(r"^sed_threshold: (\S+)$", log.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def _command(logs: Path, *words: object):  # type: ignore[no-untyped-def]
-    return lambda: megatron_sfr(logs / f"{words[0]}.log", *words)
+def _command(place: Place, *words: object) -> Callable[[], object]:
+    return lambda: megatron_sfr(place.study / "logs" / f"{words[0]}.log", *words)
 
 
 def _example(module: str, *words: object) -> None:

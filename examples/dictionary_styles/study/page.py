@@ -67,8 +67,8 @@ def write(found: Found, place: Place) -> None:
         ("Scores, mean over seeds", scores(report), "table"),
         ("Samples, the first of each", samples(found, place), "table"),
     ]
-    html = [note(how(found.plan)), heading("Frontiers"), image(picture.read_bytes(), "a curve an arm")]
-    text = [f"# {TITLE}", "", how(found.plan), "", f"![frontiers]({picture.name})"]
+    html = [note(how(found.plan, place)), heading("Frontiers"), image(picture.read_bytes(), "a curve an arm")]
+    text = [f"# {TITLE}", "", how(found.plan, place), "", f"![frontiers]({picture.name})"]
     for title, content, kind in sections:
         if not content:
             continue
@@ -83,13 +83,13 @@ def write(found: Found, place: Place) -> None:
     write_text(place.study / "study.json", json.dumps(content, indent=1))
 
 
-def how(plan: Plan) -> str:
+def how(plan: Plan, place: Place) -> str:
     both, more = (", ".join(f"{t:g}" for t in found) for found in (plan.temperatures, plan.between))
     return (
-        f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from one start in one order of data; "
-        f"{plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at {more} "
-        "too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % interval "
-        "over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and "
+        f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from {place.base.name} in one order "
+        f"of data; {plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at "
+        f"{more} too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "
+        "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and "
         f"all of it holds again in a second sampling. That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of "
         "twenty would leave 0 out by chance."
     )

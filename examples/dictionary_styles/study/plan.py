@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_sfr.evaluation.report import Axes
 
-HERE = Path(__file__).parent
-EXAMPLE = HERE.parent
 Settings = Mapping[str, object]  # options of a recipe
 
 BASELINE = "CE"
@@ -92,18 +89,6 @@ class Run:
         """Names its folder; another setting is another run."""
         said = "".join(f"-{key.rpartition('_')[2]}{value}" for key, value in self.settings)
         return f"{self.arm.slug}{said}-{self.steps}-s{self.seed}"
-
-    def flags(self, folder: Path, base: Path) -> list[str]:
-        """Of `megatron-sfr train ce.yaml`."""
-        recipe = [] if self.arm.recipe is None else ["--recipe", str(EXAMPLE / "arms" / f"{self.arm.recipe}.yaml")]
-        given = dict(self.settings) | {
-            "seed": self.seed,
-            "train_iters": self.steps,
-            "save": folder,
-            "sfr_hf_load": base,
-        }
-        settings = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        return [*recipe, "--recipe", str(HERE / "arm.yaml"), *settings]
 
 
 def candidates(plan: Plan) -> list[Run]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -28,7 +29,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=plan.steps, help="of each arm (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=plan.samples, help="replies a prompt (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side (%(default)s)")
+    parser.add_argument("--start", type=Path, metavar="HF_DIR", help="the model to begin from (a small one, made here)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="over the arms' recipes, as study/gpu.yaml")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="runs side by side (default: one a core, on cuda one)")
     parser.add_argument("--skip-cost", action="store_true", help="do not time the arms' steps (needs a quiet machine)")
     return parser.parse_args(arguments)
 
@@ -40,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported: ours has a bar, the workers' have none
     try:
         plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples)
-        study(plan, Place(), args.processes, timed=not args.skip_cost)
-    except ValueError as error:
+        place = Place(start=args.start, recipe=args.recipe, device=args.device)
+        processes = args.processes or (1 if args.device == "cuda" else os.cpu_count() or 1)
+        study(plan, place, processes, timed=not args.skip_cost)
+    except (ValueError, OSError) as error:
         print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from examples.dictionary_styles.selection import draw
-from examples.dictionary_styles.study.plan import EXAMPLE, Plan, Run
+from examples.dictionary_styles.study.plan import Plan, Run
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.answers import Answers, Hardware, answers
 from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Scorer
@@ -22,6 +23,8 @@ from megatron_sfr.evaluation.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.style import Styled, StyleJudge
 from megatron_sfr.evaluation.tables import whole
 
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent
 CHOOSING, JUDGING = "choosing", "judging"
 FIDELITY_ROWS = 6000  # real replies that the classifier of styles learns from
 HEADWORDS = 64  # at most, that settings are chosen by, and that arms are judged by
@@ -29,17 +32,53 @@ HEADWORDS = 64  # at most, that settings are chosen by, and that arms are judged
 
 @dataclass(frozen=True)
 class Place:
-    """The study's folder and what the example's commands left beside it."""
+    """Where the study is made, from what and on what."""
 
     root: Path = Path("runs/dictionary_styles")
+    """Holds the text, which all studies share."""
+    start: Path | None = None
+    """A Hugging Face model that all arms begin from; None: a small one that the study trains first."""
+    recipe: Path | None = None
+    """A recipe over those of the arms, for another size or machine."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def study(self) -> Path:
-        return self.root / "study"
+        return self.root / ("study" if self.start is None else f"study-{self.start.resolve().name}")
 
     @property
     def base(self) -> Path:
-        return self.study / "base-hf"
+        return self.start or self.study / "base-hf"
+
+    @property
+    def model(self) -> Path:
+        """The start's tokenizer and config."""
+        return self.start or self.root / "model"
+
+    @property
+    def shape(self) -> Path:
+        """The recipe's part that describes the model."""
+        return EXAMPLE / "model.yaml" if self.start is None else self.study / "model.yaml"
+
+    def data(self, side: str) -> Path:
+        """The balanced text as the model's tokens: its train or validation side."""
+        return (self.root if self.start is None else self.study) / "text" / side
+
+    def training(self, run: Run, folder: Path) -> list[object]:
+        """What follows `megatron-sfr train`."""
+        arm = () if run.arm.recipe is None else (EXAMPLE / "arms" / f"{run.arm.recipe}.yaml",)
+        recipes = (EXAMPLE / "ce.yaml", *arm, HERE / "arm.yaml", *(() if self.recipe is None else (self.recipe,)))
+        given = dict(run.settings) | {
+            "seed": run.seed,
+            "train_iters": run.steps,
+            "train_data_path": self.data("train"),
+            "valid_data_path": self.data("validation"),
+            "sfr_hf_load": self.base,
+            "sfr_backend": self.device,
+            "save": folder,
+        }
+        settings = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+        return [self.shape, *(word for recipe in recipes for word in ("--recipe", recipe)), *settings]
 
     def folder(self, run: Run) -> Path:
         return self.study / "runs" / run.name
@@ -72,8 +111,8 @@ def train(run: Run, place: Place) -> None:
     folder = place.folder(run)
     if (folder / "hf").exists():
         return
-    megatron_sfr(folder / "train.log", "train", EXAMPLE / "ce.yaml", *run.flags(folder, place.base))
-    export = ("convert", "export", "--checkpoint", folder, "--like", place.root / "model", "--output", folder / "hf")
+    megatron_sfr(folder / "train.log", "train", *place.training(run, folder))
+    export = ("convert", "export", "--checkpoint", folder, "--like", place.model, "--output", folder / "hf")
     megatron_sfr(folder / "export.log", *export)
 
 
@@ -84,7 +123,7 @@ def finish(task: tuple[Run, str, Plan, Place]) -> str:
     if not path.exists():
         train(run, place)
         judge = scorer(side, plan.sweep(run.arm, judging=side == JUDGING), plan, place)
-        (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware("cpu"))
+        (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware(place.device))
         write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
         save(judge.curve(answered), path)
     return run.name
@@ -96,7 +135,7 @@ def scorer(side: str, temperatures: tuple[float, ...], plan: Plan, place: Place)
     held_out = headwords(side, plan.choosing_share, place)
     sampling = SamplingOptions(plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed)
     options = EvaluationOptions(sampling, temperatures, embedded=plan.samples, embedded_prompts=HEADWORDS)
-    encoder = Encoder("minilm", EncoderOptions(device="cpu"))
+    encoder = Encoder("minilm", EncoderOptions(device=place.device))
     return Scorer(held_out, {"held-out replies": held_out}, options, encoder, judge=style_judge(place))
 
 
