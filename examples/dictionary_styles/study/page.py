@@ -89,9 +89,9 @@ def how(plan: Plan, place: Place) -> str:
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from {place.base.name} in one order "
         f"of data; {plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at "
         f"{more} too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "
-        "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer together, and "
-        f"all of it holds again in a second sampling. That is {len(AXES) * (len(plan.arms) - 1)} comparisons: one of "
-        "twenty would leave 0 out by chance."
+        "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer "
+        "together, and all of it holds again in a second sampling. That is "
+        f"{len(AXES) * (len(plan.arms) - 1)} comparisons: one of twenty would leave 0 out by chance."
     )
 
 
