@@ -1,4 +1,6 @@
-"""Reads a denoiser and writes its logits [B, S, V] on seeded points, and on changed ones. argv: checkpoint, file.
+"""Reads denoisers and writes what each makes of seeded points: logits [B, S, V] to logits.pt in its folder.
+
+argv: the folders of checkpoints. One that holds none is told in logits.txt beside it.
 
 Letters: B samples, S positions, V tokens.
 """
@@ -14,7 +16,7 @@ from megatron_sfr.objectives.vocab import Vocab
 
 
 @torch.inference_mode()
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path) -> None:
     model, args = load_denoiser(folder, "cpu")
     vocab = Vocab(args.vocab_size)
     x_BSV = torch.randn(2, 20, args.vocab_size, generator=torch.Generator().manual_seed(1)).mul(4).softmax(-1)
@@ -28,8 +30,12 @@ def main(folder: Path, out: Path) -> None:
         "later": denoise(model, x_BSV, later_B, vocab),
     }
     assert all((z_BSV[..., args.vocab_size :] == -torch.inf).all() for z_BSV in found.values())
-    torch.save({name: z_BSV[..., : args.vocab_size].clone() for name, z_BSV in found.items()}, out)
+    torch.save({name: z_BSV[..., : args.vocab_size].clone() for name, z_BSV in found.items()}, folder / "logits.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    for path in map(Path, sys.argv[1:]):
+        try:
+            main(path)
+        except ValueError as error:
+            (path / "logits.txt").write_text(str(error), encoding="utf-8")

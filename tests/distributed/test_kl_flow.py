@@ -65,28 +65,34 @@ def test_no_denoiser_is_exported_as_a_hugging_face_model(runs: Path, name: str) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["token", "adaln", "documents"])
-def test_one_process_reads_the_denoiser_of_any_layout(runs: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def read(runs: Path) -> Path:
+    """What one process reads from the checkpoints of several layouts, and from one of another task."""
+    names = [f"kl-{name}-{layout}" for name in KL_FLOWS for layout in ("single", "tp2-pp2-sp")]
+    torchrun(1, str(PROGRAM), *(str(runs / name) for name in (*names, "kl-resume", "plain")))
+    return runs
+
+
+@pytest.mark.parametrize("name", KL_FLOWS)
+def test_one_process_reads_the_denoiser_of_any_layout(read: Path, name: str) -> None:
     """Beside it: a token sees those after it, and knows where it stands."""
-    found = {}
-    for layout in ("single", "tp2-pp2-sp"):
-        out = runs / f"logits-{name}-{layout}.pt"
-        torchrun(1, str(PROGRAM), str(runs / f"kl-{name}-{layout}"), str(out))
-        found[layout] = torch.load(out)
-    single = found["single"]
-    torch.testing.assert_close(found["tp2-pp2-sp"]["plain"], single["plain"], rtol=1e-4, atol=1e-5)
+    single, other = (torch.load(read / f"kl-{name}-{layout}" / "logits.pt") for layout in ("single", "tp2-pp2-sp"))
+    torch.testing.assert_close(other["plain"], single["plain"], rtol=1e-4, atol=1e-5)
     assert (single["last changed"] - single["plain"])[:, 0].abs().max() > 1e-4
     assert (single["reversed"].flip(1) - single["plain"]).abs().max() > 1e-4
     assert (single["later"] - single["plain"]).abs().amax((1, 2)).gt(0).tolist() == [False, True]
 
 
-def test_one_process_reads_a_denoiser_in_bf16(runs: Path) -> None:
-    out = runs / "logits-bf16.pt"
-    torchrun(1, str(PROGRAM), str(runs / "kl-resume"), str(out))
-    found = torch.load(out)
+def test_one_process_reads_a_denoiser_in_bf16(read: Path) -> None:
+    found = torch.load(read / "kl-resume" / "logits.pt")
     assert found["plain"].dtype == torch.bfloat16
     assert found["plain"].float().abs().max() > 0.05
     assert (found["last changed"] != found["plain"])[:, 0].any()
+
+
+def test_what_is_no_denoiser_is_not_read_as_one(read: Path) -> None:
+    said = (read / "plain" / "logits.txt").read_text(encoding="utf-8")
+    assert said.endswith("holds no KL-flow model: train one with --training-task kl-flow")
 
 
 @pytest.mark.parametrize(("run", "task"), [("kl-token-single", "autoregressive"), ("plain", "kl-flow")])
@@ -98,8 +104,3 @@ def test_a_run_starts_from_a_model_of_its_task(runs: Path, run: str, task: str, 
         check_task(args)
     args.training_task = {"autoregressive": "kl-flow", "kl-flow": "autoregressive"}[task]
     check_task(args)
-
-
-def test_what_is_no_denoiser_is_not_read_as_one(runs: Path) -> None:
-    done = torchrun(1, str(PROGRAM), str(runs / "plain"), str(runs / "none.pt"), check=False)
-    assert "holds no KL-flow model: train one with --training-task kl-flow" in done.stderr
