@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.dictionary_styles.make_model import make_model
+from examples.dictionary_styles.make_model import VOCABULARY, make_model
 
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 VALIDATION_SHARE = 0.05
@@ -57,13 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="corpus", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--megabytes", type=float, default=4.0, help="of source code (%(default)s; all is about 12)")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens of the model (%(default)s)")
     parser.add_argument(
         "--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="whose source (Python's)"
     )
     args = parser.parse_args(arguments)
     try:
         counts = write_corpus(args.library, args.output, args.megabytes)
-        make_model(texts(args.output / "train.jsonl"), args.output / "model")
+        make_model(texts(args.output / "train.jsonl"), args.output / "model", args.vocabulary)
     except (ValueError, OSError) as error:
         print(f"corpus: error: {error}", file=sys.stderr)
         return 2

@@ -14,14 +14,15 @@ import pytest
 import torch
 import yaml
 
-from examples.kl_flow import corpus, gaps, measure, scores
+from examples.kl_flow import gaps, measure, scores
 from examples.kl_flow.pieces import Folder
+from examples.stdlib_cpt import corpus
 from megatron_sfr.config import Parser, read_recipe, read_settings, to_flags
 from megatron_sfr.evaluation.sampling import Model
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
 
-FOLDER = Path(corpus.__file__).parent
+FOLDER = Path(measure.__file__).parent
 ROOT = FOLDER.parents[1]
 LENGTH = 48
 MODULE = '''"""A module."""
@@ -52,7 +53,7 @@ def total(shelves):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the corpus's command writes of a part of the library."""
     folder = tmp_path_factory.mktemp("kl_flow")
-    assert corpus.main(["--output", str(folder), "--megabytes", "1"]) == 0
+    assert corpus.main(["--output", str(folder), "--megabytes", "1", "--vocabulary", "512"]) == 0
     return folder
 
 
@@ -76,7 +77,7 @@ def test_the_baseline_is_the_model_that_the_corpus_wrote(made: Path) -> None:
     flags = megatron_flags(read_config(made / "model"))
     base = recipe("autoregressive.yaml")
     assert {key: base.get(key) for key in flags} == flags
-    assert base["vocab_size"] == corpus.VOCABULARY
+    assert base["vocab_size"] == 512
 
 
 def test_the_denoiser_has_the_baselines_layers_rows_and_steps() -> None:
