@@ -61,7 +61,11 @@ def check_task(args: argparse.Namespace) -> None:
     """ValueError where the run starts from a model of another task: upstream would take from it whatever fits."""
     paths = [path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)]
     for path in paths if args.ckpt_format == "torch_dist" else []:
-        task = Checkpoint(find_checkpoint(Path(path))).arguments().get("training_task", "autoregressive")
+        try:
+            stored = Checkpoint(find_checkpoint(Path(path))).arguments()
+        except ValueError:  # damaged, or of a format that upstream reads and we do not: upstream says so, or goes on
+            continue
+        task = stored.get("training_task", "autoregressive")
         if task != args.training_task:
             raise ValueError(
                 f"{path} holds a model of --training-task {task}, this run is {args.training_task}: give another "

@@ -19,7 +19,7 @@ from examples.stdlib_cpt.corpus import texts
 from megatron_sfr import pages
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
 from megatron_sfr.evaluation.sampling import Model, load_model
-from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.evaluation.tables import markdown_table, whole
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.runtime.backend import choose
 
@@ -101,8 +101,7 @@ def cells(table: Table) -> list[list[str]]:
 def markdown(tables: Mapping[str, Table]) -> str:
     lines: list[str] = []
     for title, table in tables.items():
-        head, *body = [f"| {' | '.join(row)} |" for row in cells(table)]
-        lines += [f"## {title}", "", head, "|" + "---|" * (head.count("|") - 1), *body, ""]
+        lines += [f"## {title}", "", *markdown_table(cells(table)), ""]
     return "\n".join([*lines, *(f"{note}\n" for note in NOTES)])
 
 

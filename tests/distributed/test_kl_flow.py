@@ -104,3 +104,13 @@ def test_a_run_starts_from_a_model_of_its_task(runs: Path, run: str, task: str, 
         check_task(args)
     args.training_task = {"autoregressive": "kl-flow", "kl-flow": "autoregressive"}[task]
     check_task(args)
+
+
+def test_a_checkpoint_of_another_format_is_left_to_upstream(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    check_task(
+        argparse.Namespace(
+            load=str(tmp_path), pretrained_checkpoint=None, ckpt_format="torch_dist", training_task="kl-flow"
+        )
+    )

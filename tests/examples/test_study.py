@@ -134,6 +134,16 @@ def test_a_study_is_made_from_one_thing(tmp_path: Path) -> None:
     materials.claim(Place(tmp_path, start=tmp_path / "other", recipe=tmp_path / "more.yaml"))
 
 
+def test_targets_that_are_not_complete_are_gone_on_with(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (place.data("train") / "targets").mkdir(parents=True)
+    signs = {name: sign.exists() for name, sign, _ in materials.tokens(place)}
+    assert signs["targets of text/train"] is False
+    (place.data("train") / "targets" / "statistics.bin").touch()
+    signs = {name: sign.exists() for name, sign, _ in materials.tokens(place)}
+    assert signs["targets of text/train"] is True
+
+
 def test_an_ablation_takes_over_what_was_chosen_for_its_model() -> None:
     chosen = {"CE": {}, "SFR": {"sfr_grad_ratio": 0.3}, "GEM": {"gem_beta": 0.85}, "GEM+SFR": {"gem_h": "linear"}}
     runs = {run.arm.name: dict(run.settings) for run in judged(Plan(seeds=(1, 2)), chosen)}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from examples.dictionary_styles.dictd import check_sources
 from examples.dictionary_styles.study.work import EXAMPLE, HERE, Place, megatron_sfr
+from megatron_sfr.data.targets import DEFAULT, STATISTICS
 from megatron_sfr.evaluation.tables import whole
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
@@ -78,7 +79,8 @@ def tokens(place: Place) -> list[Step]:
     for side in ("train", "validation"):
         words = ("embed", "--data", place.data(side), "--encoder", "minilm", "--dtype", "bfloat16")
         found.append(_tokens(place, place.root / "text" / f"{side}.jsonl", place.data(side)))
-        found.append((f"targets of text/{side}", place.data(side) / "targets", _command(place, *words)))
+        done = place.data(side) / DEFAULT / STATISTICS  # written once all rows are there: `embed` goes on before
+        found.append((f"targets of text/{side}", done, _command(place, *words)))
     return found
 
 
