@@ -29,11 +29,13 @@ def choose(name: Name) -> Literal["cpu", "cuda"]:
 
 def start(backend: Literal["cpu", "cuda"]) -> None:
     """Prepares the process; on CPU replaces what upstream asks of CUDA and joins the gloo group of torchrun."""
-    if backend == "cuda":
-        return
-    from megatron_sfr.runtime import cpu
+    from megatron_sfr.runtime import cpu, resharding
 
+    if backend == "cuda":
+        resharding.install()
+        return
     cpu.install()
+    resharding.install()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
 
