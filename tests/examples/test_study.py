@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from examples.dictionary_styles.study import choice, cost, materials, page, stages
-from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, CHOOSING_SEED, Plan, candidates, judged
+from examples.dictionary_styles.study.plan import (
+    ARMS,
+    AXES,
+    BASELINE,
+    CHOOSING_SEED,
+    Plan,
+    candidates,
+    choose_arms,
+    judged,
+)
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
 from megatron_sfr.config import read_settings
@@ -217,3 +226,9 @@ def test_wrong_calls_end_with_2_and_one_line(capsys: pytest.CaptureFixture) -> N
     assert capsys.readouterr().err.strip().splitlines() == [
         "study: error: seeds (1,): two or more different ones, or nothing tells noise from an effect"
     ]
+    assert stages.main(["--arms", "SFR", "KTO"]) == 2
+    assert "study: error: KTO is not an arm: choose from CE, SFR, " in capsys.readouterr().err
+
+
+def test_chosen_arms_include_the_baseline() -> None:
+    assert [arm.name for arm in choose_arms(["SFR-mse", "SFR"])] == ["CE", "SFR", "SFR-mse"]

@@ -17,7 +17,7 @@ from megatron_sfr.evaluation.report import Report, summarise
 from megatron_sfr.evaluation.tables import columns, heads, markdown_table, score_rows, whole
 from megatron_sfr.pages import bullets, document, heading, image, note, table
 
-TITLE = "Dictionary styles: seven objectives, one start"
+TITLE = "Dictionary styles: objectives from one start"
 SAMPLE_PROMPTS = 6
 Rows = list[list[str]]
 

@@ -1,12 +1,13 @@
 """What the study compares: its arms, the settings that are tried for them, the seeds, and how replies are sampled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_sfr.evaluation.report import Axes
 
 Settings = Mapping[str, object]  # options of a recipe
 
+AXES = (Axes("style fidelity", "CS-SB-1"), Axes("relevance", "self-BLEU-4"))
 BASELINE = "CE"
 CHOOSING_SEED = 100  # trains the runs that settings are chosen by; no run that is judged has it
 
@@ -37,7 +38,13 @@ ARMS = (
     Arm("SED", "sed"),
     Arm("GEM+SFR", "gem_sfr", ({"gem_h": "linear"},), like=("GEM", "SFR")),
 )
-AXES = (Axes("style fidelity", "CS-SB-1"), Axes("relevance", "self-BLEU-4"))
+
+
+def choose_arms(names: Sequence[str]) -> tuple[Arm, ...]:
+    """The baseline and the named arms, in the order of ARMS. ValueError for a name that is not an arm."""
+    if unknown := [name for name in names if name not in {arm.name for arm in ARMS}]:
+        raise ValueError(f"{unknown[0]} is not an arm: choose from {', '.join(arm.name for arm in ARMS)}")
+    return tuple(arm for arm in ARMS if arm.name in {BASELINE, *names})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.dictionary_styles.study import choice, cost, materials, page
-from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Run, candidates, judged
+from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, Plan, Run, candidates, choose_arms, judged
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, JUDGING, Place, finish, read_curve
 from megatron_sfr.evaluation.curves import Curve
@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     plan = Plan()
     parser = argparse.ArgumentParser(prog="study", description=DESCRIPTION)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"only these of {' '.join(a.name for a in plan.arms)}")
     parser.add_argument("--steps", type=int, default=plan.steps, help="of each arm (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=plan.samples, help="replies a prompt (default: %(default)s)")
     parser.add_argument("--start", type=Path, metavar="HF_DIR", help="the model to begin from (a small one, made here)")
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported: ours has a bar, the workers' have none
     try:
-        plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples)
+        arms = choose_arms(args.arms) if args.arms else ARMS
+        plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples, arms=arms)
         place = Place(start=args.start, recipe=args.recipe, device=args.device)
         processes = args.processes or (1 if args.device == "cuda" else os.cpu_count() or 1)
         study(plan, place, processes, timed=not args.skip_cost)
