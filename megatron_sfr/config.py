@@ -30,6 +30,7 @@ from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
+from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.kl_flow import TaskOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
 
@@ -54,7 +55,16 @@ class PresetOptions:
 
 PARTS = (
     *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions, GEMOptions, SEDOptions),
-    *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions),
+    *(
+        DataOptions,
+        PresetOptions,
+        SFROptions,
+        TargetOptions,
+        ScheduleOptions,
+        GateOptions,
+        FlowHeadOptions,
+        HeadOptimizerOptions,
+    ),
     *(LockForkOptions, LoadOptions, StartOptions, BackendOptions),
 )
 
@@ -66,6 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sfr-time-per": "sequence",
         "sfr-draws": 1,
         "sfr-weight": 1.0,
+        "sfr-weight-on": "loss",
         "sfr-decay": "constant",
         "sfr-head": "mlp",
         "sfr-head-width": 1024,
@@ -252,5 +263,5 @@ def parse(settings: Settings) -> argparse.Namespace:
         assertion = traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or assertion}") from error
     # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.
-    args.sfr = args.sfr and (args.sfr_weight > 0 or args.sfr_weight_control == "ratio")
+    args.sfr = args.sfr and args.sfr_weight > 0
     return args

@@ -113,9 +113,34 @@ def _of_separation(args: argparse.Namespace) -> Rows:
     ]
 
 
+def _of_the_head(args: argparse.Namespace) -> Rows:
+    """Options of the head's optimizer that would have no effect."""
+    own_clip, own_rate = args.sfr_clip_grad is not None, args.sfr_head_lr_mult != 1
+    return [
+        (
+            own_clip and args.sfr_weight_on == "loss",
+            "sfr_clip_grad: with sfr_weight_on = loss (so in the reference preset) head and backbone are clipped "
+            "together; leave it out, or set sfr_weight_on to hidden",
+        ),
+        (
+            own_clip and args.clip_grad == 0,
+            "sfr_clip_grad has no effect at clip_grad = 0, where nothing is clipped: set clip_grad above 0",
+        ),
+        (
+            (own_clip or own_rate) and args.sfr_loss == "cka",
+            "sfr_loss = cka has no head: leave sfr_clip_grad and sfr_head_lr_mult out",
+        ),
+        (
+            own_rate and args.use_mup,
+            "sfr_head_lr_mult does not work with use_mup, which sets the learning rates of all parameters",
+        ),
+    ]
+
+
 def _of_the_term(args: argparse.Namespace) -> Rows:
     layer = args.sfr_layer is not None
     return [
+        *_of_the_head(args),
         (
             args.context_parallel_size > 1,
             "--sfr does not work with context parallelism yet: set context_parallel_size to 1",

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ ERROR = "megatron-sfr train: error:"
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
     from megatron_sfr.assembly import check_task, forward_step, model_config
-    from megatron_sfr.config import parse, read_settings
+    from megatron_sfr.config import options, parse, read_settings
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import DataProvider
+    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
 
     settings = read_settings(argv)
     backend.start(settings.backend)
@@ -43,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
 
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider()
     try:
-        pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
+        with head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext():
+            pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     finally:

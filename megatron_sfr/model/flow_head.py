@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from megatron_sfr.model.state import FlowState
 from megatron_sfr.model.velocity import VELOCITIES
 
+GRADIENT_NORM_GROUP = "sfr_head"
+"""Upstream's optimizer clips the parameters of such a group apart from all others (training/head_optimizer.py)."""
+
 
 @dataclass(frozen=True)
 class FlowHeadOptions:
@@ -65,6 +68,8 @@ class FlowHeadPlan:
     has_network: bool = True
     """Whether there is a velocity to learn at all: cka has none."""
     gate_bins: int = 1
+    clipped_apart: bool = True
+    """Whether the head's gradient is kept out of the norm that clips the backbone."""
     weight: float = 1.0
     """Where the steered weight of the loss starts."""
     seed: int = 1234
@@ -99,6 +104,8 @@ class FlowHead(MegatronModule):
             net.initialise(torch.Generator().manual_seed(plan.seed))
             for p in net.parameters():  # under sequence parallelism each rank has anchors of its own: sum over them
                 p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            if plan.clipped_apart:
+                _keep_apart(net)
             self.net = net
             if options.sfr_ema == "teacher":
                 self.ema = copy.deepcopy(net).requires_grad_(False)
@@ -143,6 +150,19 @@ class FlowHead(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As upstream's; empty while the head is fresh, so that a checkpoint without a head can be read."""
         return {} if self.fresh else super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def _keep_apart(net: nn.Module) -> None:
+    """Marks the network's parameters, so that upstream treats the backbone exactly as it would without them.
+
+    Upstream's distributed optimizer starts a new bucket after a parameter marked as `shared_embedding`. On the first
+    parameter (buckets fill from the last) that leaves the backbone's buckets, and hence its shards and the rounding of
+    its gradient norm, as they are without a head.
+    """
+    parameters = list(net.parameters())
+    for p in parameters:
+        p.grad_norm_group = GRADIENT_NORM_GROUP  # type: ignore[attr-defined]
+    parameters[0].shared_embedding = True  # type: ignore[attr-defined]
 
 
 def _keep_fresh(head: FlowHead, state: dict[str, Any], prefix: str, *_: Any) -> None:

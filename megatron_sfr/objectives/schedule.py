@@ -10,7 +10,12 @@ class ScheduleOptions:
     """When and how strongly the flow-matching loss reaches the backbone."""
 
     sfr_weight: float = 1.0
-    """Weight lambda of the flow-matching loss. 0 trains exactly as plain cross-entropy does."""
+    """Weight lambda of SFR. 0 trains exactly as plain cross-entropy does."""
+    sfr_weight_on: Literal["hidden", "loss"] = "hidden"
+    """Where the weight acts. 'hidden': on SFR's gradient at the hidden states, so that it concerns the backbone alone;
+    the head learns from its own loss at weight 1 and is clipped apart (sfr_clip_grad). 'loss': on the whole loss, with
+    one gradient norm for head and backbone, as the authors' code has it; a large weight then shrinks the backbone's
+    step."""
     sfr_warmup: Literal["head_only", "detached"] = "head_only"
     """Phase A: 'head_only' trains the head and gives the backbone a gradient of exactly zero (weight decay, if any,
     still applies to it); 'detached' trains the backbone by cross-entropy while the head learns on detached states."""
@@ -21,11 +26,13 @@ class ScheduleOptions:
     sfr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Phase C: the weight's course over the remaining steps."""
     sfr_weight_control: Literal["fixed", "ratio"] = "fixed"
-    """'ratio' steers the weight so that the gradient norm of SFR at h stays at sfr_grad_ratio of cross-entropy's."""
+    """'ratio' steers the weight so that the gradient norm of SFR at h stays at sfr_grad_ratio of cross-entropy's. It
+    starts from a measurement at the last step of phase A and stays within a factor of 10,000 of sfr_weight."""
     sfr_grad_ratio: float = 0.1
-    """Wanted ratio of gradient norms at h, for sfr_weight_control = ratio."""
+    """Target ratio of gradient norms at h, for sfr_weight_control = ratio."""
     sfr_measure_interval: int = 50
-    """Steps between two measurements of the gradient ratio and its signal share; 0 never measures."""
+    """Steps between two measurements of the gradient ratio and its signal share; 0 never measures. The last step of
+    phase A is measured as well."""
 
     def __post_init__(self) -> None:
         for name in ("sfr_weight", "sfr_warmup_steps", "sfr_ramp_steps", "sfr_measure_interval"):
@@ -35,6 +42,8 @@ class ScheduleOptions:
             raise ValueError(f"sfr_grad_ratio = {self.sfr_grad_ratio}: a steered weight needs a ratio above 0")
         if self.sfr_weight_control == "ratio" and self.sfr_measure_interval == 0:
             raise ValueError("sfr_weight_control = ratio needs measurements: set sfr_measure_interval above 0")
+        if self.sfr_weight_control == "ratio" and self.sfr_weight == 0:
+            raise ValueError("sfr_weight_control = ratio steers the weight around sfr_weight: set it above 0")
 
 
 @dataclass(frozen=True)

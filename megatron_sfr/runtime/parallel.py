@@ -98,9 +98,12 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
-        return grad * factor.to(grad.dtype), None
+        return torch.where(factor == 0, torch.zeros_like(grad), grad * factor.to(grad.dtype)), None
 
 
-def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x, whose gradient is multiplied by a factor [1] that stays on the device: no branch, no synchronisation."""
+def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
+    """x, whose gradient is multiplied by a factor: a number, or a tensor [1] that stays on the device, without
+    synchronisation. At 0 the gradient is exactly 0, also where it would be infinite or NaN."""
+    if isinstance(factor, float):
+        return x if factor == 1 else _ScaleGradient.apply(x, torch.full((1,), factor, device=x.device))
     return _ScaleGradient.apply(x, factor)

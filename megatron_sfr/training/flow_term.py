@@ -57,7 +57,7 @@ class Term(NamedTuple):
     """Sums over this tensor-parallel group's microbatch."""
 
     objective: Tensor
-    """What is differentiated."""
+    """The loss to differentiate."""
     loss: Tensor
     """The head's loss, for the log."""
     weight: Tensor
@@ -110,21 +110,33 @@ class FlowTerm:
         head.average(first=step == first_average)
 
     def __call__(
-        self, head: FlowHead, batch: Batch, h_SBH: Tensor, *, detach: bool, sharded: bool, microbatches: int
+        self,
+        head: FlowHead,
+        batch: Batch,
+        h_SBH: Tensor,
+        *,
+        detach: bool,
+        sharded: bool,
+        microbatches: int,
+        weight_at_h: Tensor | float = 1.0,
     ) -> Term:
-        """The term of one microbatch; in training its last microbatch moves the gate and the targets' statistics.
+        """The auxiliary loss of one microbatch; in training the last microbatch of a step updates gate and statistics.
 
-        Args: detach: the hidden states are not to learn. sharded: h holds this tensor-parallel rank's positions only.
+        Args:
+            detach: whether the hidden states are detached, so that only the head learns.
+            sharded: whether h holds only this tensor-parallel rank's positions.
+            weight_at_h: factor on the gradient that reaches h; the head's own gradient is not multiplied by it.
         """
         anchors, pick = self.anchors(head, batch, sharded)
         teacher = self.options.head.sfr_ema == "teacher" and not detach
-        gated_SBH = h_SBH if self.options.gate.sfr_gate == "none" else scale_gradient(h_SBH, self.known["gate"])
-        student_SBH = h_SBH.detach() if detach or teacher else gated_SBH
+        gated = self.options.gate.sfr_gate != "none"
+        weighted_SBH = scale_gradient(h_SBH, weight_at_h * self.known["gate"] if gated else weight_at_h)
+        student_SBH = h_SBH.detach() if detach or teacher else weighted_SBH
         noise = self._noise(anchors, first_draw=0)
         error, weight, t = self._errors(head, anchors, noise, pick(student_SBH))
         loss = objective = weighted_sum(error, weight)
         if teacher:
-            taught = self._errors(head, anchors, noise, pick(gated_SBH), averaged=True)
+            taught = self._errors(head, anchors, noise, pick(weighted_SBH), averaged=True)
             objective = loss + weighted_sum(taught[0], taught[1])
         sums = torch.stack([objective, loss.detach(), weight.sum()])
         split = sharded and self.options.sfr.sfr_loss != "cka"

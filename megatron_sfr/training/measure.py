@@ -18,7 +18,7 @@ from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.flow_term import StepSums
 
 SMOOTHING = 0.5  # weight of a new measurement in the steered weight, in the log domain
-LARGEST_CHANGE = 100.0  # the steered weight stays within this factor of --sfr-weight
+LARGEST_CHANGE = 10_000.0  # the steered weight stays within this factor of --sfr-weight
 
 
 def token_power(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab, weight_VH: Tensor) -> Tensor:
@@ -46,22 +46,43 @@ class GradientMeasurement:
         self.target_ratio, self.base_weight = target_ratio, base_weight
         self.sums = StepSums()
 
-    def add(self, step: int, microbatches: int, powers: Tensor, state: FlowState) -> None:
-        """powers: [|g_token|^2, |g_1|^2, |g_2|^2, g_1 . g_2] of one microbatch, equal on all tensor-parallel ranks."""
-        if (total := self.sums.add(step, microbatches, powers)) is not None:
-            self._finish(total, state)
+    def add(
+        self, step: int, microbatches: int, powers: Tensor, state: FlowState, *, restart: bool = False
+    ) -> Tensor | None:
+        """Adds one microbatch; after the last of the step, updates the state.
 
-    def _finish(self, total: Tensor, state: FlowState) -> None:
+        Args:
+            powers: [|g_token|^2, |g_1|^2, |g_2|^2, g_1 . g_2] of one microbatch, equal on all tensor-parallel ranks.
+            restart: take the weight that this measurement asks for, without averaging it with earlier ones.
+        Returns:
+            None before the last microbatch; then whether the weight is at its bound, as a tensor [1].
+        """
+        if (total := self.sums.add(step, microbatches, powers)) is None:
+            return None
+        return self._finish(total, state, restart)
+
+    def _finish(self, total: Tensor, state: FlowState, restart: bool) -> Tensor:
         token, g_1, g_2, dot = total.unbind()
         ratio = (g_1 / token).sqrt()
         # <g_1, g_2> estimates the power of the expectation; the rest of |g|^2 averages out over noise draws.
         signal = (dot / (g_1 * g_2).sqrt()).clamp(0.0, 1.0)
-        wanted = self.target_ratio / ratio
-        first = state.ratio == 0
-        weight = torch.where(first, wanted, state.weight ** (1 - SMOOTHING) * wanted**SMOOTHING)
+        target = self.target_ratio / ratio
+        averaged = state.weight ** (1 - SMOOTHING) * target**SMOOTHING
+        weight = torch.where((state.ratio == 0) | restart, target, averaged)
         low, high = self.base_weight / LARGEST_CHANGE, self.base_weight * LARGEST_CHANGE
-        # A head that still answers 0 pulls at nothing: there is no ratio yet, and what is there stays.
-        found = {"weight": weight.clamp(low, high), "ratio": ratio, "signal": signal}
-        for name, value in found.items():
+        # A head that still answers 0 has no gradient at h: there is no ratio yet, and the state is kept.
+        measured = (g_1 > 0) & (token > 0)
+        values = {"weight": weight.clamp(low, high), "ratio": ratio, "signal": signal}
+        for name, value in values.items():
             buffer = getattr(state, name)
-            buffer.copy_(torch.where((g_1 > 0) & (token > 0), value, buffer))
+            buffer.copy_(torch.where(measured, value, buffer))
+        return measured & ((weight <= low) | (weight >= high))
+
+
+def at_bound(step: int, weight: float, target_ratio: float) -> str:
+    """The line that says that a steered weight has reached its bound."""
+    return (
+        f"SFR's steered weight is at its bound, {weight:g} (step {step + 1}): its gradient at the hidden states is not "
+        f"within reach of sfr_grad_ratio = {target_ratio:g}. Train the head longer in phase A (sfr_warmup_steps), or "
+        "change sfr_weight, from which the bound is counted."
+    )

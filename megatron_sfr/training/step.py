@@ -13,6 +13,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer
+from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead
@@ -25,7 +26,7 @@ from megatron_sfr.training.attention import block_mask, packed_sequence
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
 from megatron_sfr.training.lock_fork import LockFork
-from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
+from megatron_sfr.training.measure import GradientMeasurement, at_bound, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
 
 # What the last stage computes of one microbatch: objective and cross-entropy [B, S], and the flow term if there is one.
@@ -51,6 +52,7 @@ class ForwardStep:
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork = data, lock_fork
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
+        self.told_bound = False
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
@@ -120,8 +122,15 @@ class ForwardStep:
     def _flow(self, head: FlowHead, batch: Batch, last_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
         h_SBH, head.caught = (last_SBH if head.caught is None else head.caught), None
+        phase = self._phase()
         return self.term(
-            head, batch, h_SBH, detach=self._phase().detach, sharded=sharded, microbatches=get_num_microbatches()
+            head,
+            batch,
+            h_SBH,
+            detach=phase.detach,
+            sharded=sharded,
+            microbatches=get_num_microbatches(),
+            weight_at_h=self._weight(phase) if self.schedule.sfr_weight_on == "hidden" else 1.0,
         )
 
     def _measure(self, head: FlowHead, batch: Batch, last_SBH: Tensor, power: Tensor, sharded: bool) -> None:
@@ -130,7 +139,12 @@ class ForwardStep:
         h_SBH = last_SBH if head.caught is None else head.caught
         losses = self.term.losses(head, batch, sharded, self._phase().detach)
         powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
-        self.measurement.add(get_args().curr_iteration, get_num_microbatches(), powers, head.state)
+        step, steered = get_args().curr_iteration, self.schedule.sfr_weight_control == "ratio"
+        in_phase_a = step < self.schedule.sfr_warmup_steps
+        reached = self.measurement.add(step, get_num_microbatches(), powers, head.state, restart=in_phase_a)
+        if steered and reached is not None and not self.told_bound and bool(reached):
+            self.told_bound = True
+            print_rank_last(at_bound(step, float(head.state.weight), self.schedule.sfr_grad_ratio))
 
     def _look(
         self, head: FlowHead | None, batch: Batch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
@@ -149,8 +163,9 @@ class ForwardStep:
         self.lock_fork.add(get_args().curr_iteration, get_num_microbatches(), sums, get_tensorboard_writer())
 
     def _measured_step(self) -> bool:
-        interval = self.schedule.sfr_measure_interval
-        return interval > 0 and get_args().curr_iteration % interval == 0
+        """Every interval, and at the last step of phase A, from whose measurement the steered weight starts."""
+        interval, step = self.schedule.sfr_measure_interval, get_args().curr_iteration
+        return interval > 0 and (step % interval == 0 or step == self.schedule.sfr_warmup_steps - 1)
 
     def loss(self, batch: Batch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the sum to differentiate, the tokens that divide it, and {name: [sum, count]}."""
@@ -161,18 +176,20 @@ class ForwardStep:
             report[f"{self.name} loss"] = pair(total, tokens)
         if sums is not None:
             term, phase = Term(*sums), self._phase()
-            weight = phase.share * self._full_weight()
-            total = phase.cross_entropy * total + weight * term.objective
+            weight = self._weight(phase)
+            term_factor = weight if self.schedule.sfr_weight_on == "loss" else 1.0  # otherwise it acts at h
+            total = phase.cross_entropy * total + term_factor * term.objective
             report |= self._report(term, weight, tokens)
         if "target_wait" in batch:
             report["target wait"] = pair(batch["target_wait"], torch.ones_like(batch["target_wait"][0]))
         check_finite(total)
         return total.view(()), tokens.to(torch.int), report
 
-    def _full_weight(self) -> Tensor | float:
+    def _weight(self, phase: Phase) -> Tensor | float:
+        """SFR's weight at this step."""
         assert self.term is not None
         steered = self.schedule.sfr_weight_control == "ratio"
-        return self.term.known["weight"] if steered else self.schedule.sfr_weight
+        return phase.share * (self.term.known["weight"] if steered else self.schedule.sfr_weight)
 
     def _report(self, term: Term, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
         """The term's lines on the log; what was measured is told as of the last measurement, at this step's weight."""

@@ -24,6 +24,9 @@ from .settings import (
     RATIO,
     RESUMES,
     TP2,
+    TWO_CLIPS,
+    UNTOUCHED,
+    UNTOUCHED_LAYOUTS,
     has_kl_flow,
     has_layout,
 )
@@ -55,7 +58,9 @@ class Corpus:
         return ["--recipe", str(self.recipe(recipe)), "--save", str(self.folder / name), "--save-interval", "1", *flags]
 
     def layouts(self, processes: int) -> list[list[str]]:
-        return [self.run("recipe", name, *self.start(), *flags) for name, flags in LAYOUTS[processes].items()]
+        return [
+            self.run("recipe", name, *self.start(), *TWO_CLIPS, *flags) for name, flags in LAYOUTS[processes].items()
+        ]
 
     def resumes(self, processes: int) -> list[list[str]]:
         listing = []
@@ -73,11 +78,23 @@ class Corpus:
                     listing.append(self.run("recipe", f"{name}-{layout}", *fresh, *flags, *more))
         return listing
 
+    def untouched(self) -> list[list[str]]:
+        """Two processes; one of the runs stops after its first step and resumes."""
+        listing = [
+            self.run("plain", f"{name}-{layout}", *flags, *more)
+            for layout, more in UNTOUCHED_LAYOUTS.items()
+            for name, flags in UNTOUCHED.items()
+        ]
+        flags = (*UNTOUCHED["closed"], *UNTOUCHED_LAYOUTS["dp2-sharded"])
+        stops = [("--exit-interval", "1"), ()]
+        return listing + [self.run("plain", "resumed-dp2-sharded", *flags, *stop) for stop in stops]
+
     def online(self, processes: int) -> list[list[str]]:
         validation = ("--valid-data-path", str(self.prepared), "--eval-iters", "1", "--eval-interval", "1")
         runs = ONLINE[processes].items()
         return [
-            self.run("recipe", name, *self.start(), *flags, *online(name), *validation) for name, (_, flags) in runs
+            self.run("recipe", name, *self.start(), *TWO_CLIPS, *flags, *online(name), *validation)
+            for name, (_, flags) in runs
         ]
 
     def online_stopped(self) -> list[list[str]]:
@@ -139,10 +156,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("recipe", "start", "--train-iters", "1"),
         *(run("plain", name, *flags) for name, flags in PHASES.items()),
         run("plain", "plain-mtp", *OBJECTIVES["mtp"], "--train-iters", "1"),
-        run("recipe", "validated", *corpus.start(), *validation),
+        run("recipe", "validated", *corpus.start(), *TWO_CLIPS, *validation),
         run("tied", "tied"),
         run("recipe", "fresh-head", *corpus.start("plain"), "--sfr-fresh-head"),
-        run("recipe", "asynchronous", "--async-save", *corpus.start()),
+        run("recipe", "asynchronous", "--async-save", *corpus.start(), *TWO_CLIPS),
     ]
     two = [
         run("tied", "tied-pp2", *corpus.start("tied"), *PP2),
@@ -165,7 +182,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder,
     )
-    two += [*corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2), *corpus.online(2)]
+    two += [*corpus.layouts(2), *corpus.resumes(2), *corpus.objectives(2), *corpus.online(2), *corpus.untouched()]
     train_many(2, [*two, *corpus.kl_flow(2), *corpus.kl_flow_resumed()], folder)
     train_many(4, [*corpus.layouts(4), *corpus.objectives(4), *corpus.online(4), *corpus.kl_flow(4)], folder)
     return folder

@@ -23,7 +23,10 @@ APART: dict[str, tuple[str, ...]] = {
     "packed-sequence": (*TWENTY_SIX, *PER_CONVERSATION, "--global-batch-size", "26"),
 }
 
-# Each trains on from the same checkpoint: {processes: {name: flags}}.
+# Head and backbone are clipped in every step, each by its own norm, and the head has its own learning rate.
+TWO_CLIPS = ("--clip-grad", "0.5", "--sfr-clip-grad", "0.1", "--sfr-head-lr-mult", "0.5")
+
+# Each trains on from the same checkpoint with TWO_CLIPS: {processes: {name: flags}}.
 LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
     1: {"single": (), "micro-batch-4": ("--micro-batch-size", "4"), "recompute": RECOMPUTE},
     2: {
@@ -142,11 +145,30 @@ def has_kl_flow(name: str, layout: str) -> bool:
     return name == "token" or layout in ("single", "tp2-pp2-sp", "dp2-sharded")
 
 
-# Single-process runs about phases; clipping would couple the backbone to the head's gradient norm.
+# Single-process runs about phases; gradients are clipped in every step.
+CLIP = ("--clip-grad", "0.05")
+DETACHED = ("--sfr", "--sfr-warmup", "detached", "--sfr-warmup-steps", "9", *CLIP)
+# A static gate that closes after the first step, which belongs to phase A.
+CLOSED = ("--sfr", "--sfr-gate", "static", "--sfr-gate-threshold", "1e9", *LATE, *CLIP)
 PHASES: dict[str, tuple[str, ...]] = {
-    "plain": ("--clip-grad", "0"),
-    "weight-0": ("--sfr", "--sfr-weight", "0", "--clip-grad", "0"),
-    "detached": ("--sfr", "--sfr-warmup", "detached", "--sfr-warmup-steps", "9", "--clip-grad", "0"),
-    "ramp-0": ("--sfr", "--sfr-ramp-steps", "3", "--clip-grad", "0"),
+    "plain": CLIP,
+    "weight-0": ("--sfr", "--sfr-weight", "0", *CLIP),
+    "detached": DETACHED,
+    "closed": CLOSED,
+    "ramp-0": ("--sfr", "--sfr-ramp-steps", "3", *CLIP),
     "head-only": ("--sfr", "--sfr-warmup-steps", "9", "--weight-decay", "0"),
+    "clipped-head": ("--sfr", "--sfr-clip-grad", "0.01", *CLIP),
+    "unclipped-head": ("--sfr", "--sfr-clip-grad", "0", *CLIP),
+    "slow-head": ("--sfr", "--sfr-head-lr-mult", "0.25", "--train-iters", "1"),
+    "weight-on-loss": ("--sfr", "--sfr-weight-on", "loss", "--sfr-weight", "50", "--train-iters", "1", *CLIP),
+    "weight-50": ("--sfr", "--sfr-weight", "50", "--train-iters", "1", *CLIP),
+    "weight-1": ("--sfr", "--train-iters", "1", *CLIP),
 }
+# Layouts in which a head without a weight changes no bit of the backbone; each also runs without a head, "plain".
+UNTOUCHED_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "tp2": TP2,
+    "pp2": PP2,
+    "dp2-sharded": (*SHARDED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather"),
+    "dp2-sharded-bf16": ("--bf16", *SHARDED_OPTIMIZER),
+}
+UNTOUCHED = {"plain": CLIP, "detached": DETACHED, "closed": CLOSED}

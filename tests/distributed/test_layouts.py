@@ -10,7 +10,7 @@ from .settings import LAYOUTS
 from .tiny import VOCAB_SIZE
 
 pytestmark = pytest.mark.distributed
-TERMS = ("lm loss", "sfr loss", "sfr weight", "sfr grad ratio", "sfr grad signal", "grad-norm")
+TERMS = ("lm loss", "sfr loss", "sfr weight", "sfr grad ratio", "sfr grad signal", "grad-norm", "sfr head grad-norm")
 # Adam's first moment after one step from zero is (1 - beta_1) times the gradient: every gradient is in the checkpoint.
 MOMENT = "optimizer.state.exp_avg."
 
@@ -38,6 +38,7 @@ def test_layout_changes_no_number(runs: Path, name: str) -> None:
             assert difference(single, other, prefix) < (1e-5, "")
     expected, found = read_metrics(runs / "single"), read_metrics(runs / name)
     assert [row["step"] for row in found] == [1, 2, 3]
+    assert all(row["grad-norm"] > 0.5 and row["sfr head grad-norm"] > 0.1 for row in found)  # both are clipped
     for row, row_found in zip(expected, found, strict=True):
         assert [row_found[t] for t in TERMS] == pytest.approx([row[t] for t in TERMS], rel=1e-5)
 

@@ -148,6 +148,6 @@ def test_the_preset_parses_into_what_the_authors_have() -> None:
     assert options(DataOptions, args).sfr_anchors == "nearest"
     assert options(TargetOptions, args).sfr_target_scale == "l2"
     assert options(SFROptions, args) == SFROptions(sfr_time_per="sequence", sfr_draws=1)
-    assert options(ScheduleOptions, args) == ScheduleOptions()
+    assert options(ScheduleOptions, args) == ScheduleOptions(sfr_weight_on="loss")
     assert options(GateOptions, args) == GateOptions("dynamic", sfr_gate_bins=1)
     assert options(FlowHeadOptions, args) == FlowHeadOptions(sfr_time_scale=1.0, sfr_ema="smooth")

@@ -9,6 +9,7 @@ from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.sfr import SFROptions
 from megatron_sfr.objectives.targets import TargetOptions, scale_targets
+from megatron_sfr.runtime.parallel import scale_gradient
 from megatron_sfr.training.flow_term import FlowTerm, Term, TermOptions
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -67,6 +68,29 @@ def test_every_loss_reaches_the_states_of_anchors_that_weigh_and_no_others(loss:
     assert touched == {(s, 0) for s in (0, 2, 3, 4, 5)} | {(s, 1) for s in (1, 2, 4, 5)}
     assert found.weight.item() == 13
     assert all(p.grad is not None for p in head.parameters() if loss == "flow")
+
+
+@pytest.mark.parametrize("options", [{}, {"sfr_ema": "teacher"}, {"sfr_loss": "cosine"}, {"sfr_gate": "static"}])
+def test_the_weight_multiplies_the_gradient_at_h_and_no_other(options: dict[str, object]) -> None:
+    gradients = []
+    for weight in (1.0, 3.0, torch.tensor([3.0])):
+        term, head = make(**options)
+        h = states()
+        term.begin(head, 0, 100)
+        loss = term(head, make_batch(), h, detach=False, sharded=False, microbatches=1, weight_at_h=weight)
+        loss.objective.backward()
+        gradients.append((h.grad, [p.grad for p in head.net.parameters()]))
+    (h_1, net_1), *others = gradients
+    for h_3, net_3 in others:
+        torch.testing.assert_close(h_3, 3 * h_1)
+        assert all(torch.equal(a, b) for a, b in zip(net_1, net_3, strict=True))
+
+
+def test_at_weight_0_even_an_infinite_gradient_is_0() -> None:
+    for factor in (0.0, torch.zeros(1)):
+        x = torch.ones(3, requires_grad=True)
+        (scale_gradient(x, factor) * torch.tensor([1.0, float("inf"), float("nan")])).sum().backward()
+        assert torch.equal(x.grad, torch.zeros(3))
 
 
 @pytest.mark.parametrize("ema", ["none", "smooth", "teacher"])

@@ -96,9 +96,18 @@ def test_the_weight_goes_to_the_wanted_ratio_and_stays_in_bounds() -> None:
     assert [state.ratio.item(), state.signal.item(), state.weight.item()] == pytest.approx([0.2, 0.5, 0.5])
     measurement.add(1, 1, torch.tensor([100.0, 1.0, 1.0, 0.5]), state)  # half the pull: twice the weight
     assert state.weight.item() == pytest.approx(0.5**0.5)  # the geometric mean of old and wanted
-    for step in range(2, 40):
-        measurement.add(step, 1, torch.tensor([100.0, 1e-12, 1e-12, 0.0]), state)
-    assert state.weight.item() == pytest.approx(100.0)
+    for step in range(2, 60):
+        at_bound = measurement.add(step, 1, torch.tensor([100.0, 1e-16, 1e-16, 0.0]), state)
+    assert at_bound.item()
+    assert state.weight.item() == pytest.approx(10_000.0)
+
+
+def test_a_measurement_in_phase_a_sets_the_weight_without_averaging() -> None:
+    measurement, state = GradientMeasurement(0.1, 1.0), make_state(1.0)
+    for step, power in ((0, 4.0), (1, 1.0)):
+        at_bound = measurement.add(step, 1, torch.tensor([100.0, power, power, 0.5]), state, restart=True)
+        assert not at_bound.item()
+    assert state.weight.item() == pytest.approx(1.0)  # 0.1 / sqrt(1 / 100), whatever the first measurement asked for
 
 
 @pytest.mark.parametrize("powers", [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])

@@ -1,0 +1,94 @@
+"""The flow head in upstream's optimizer: its own gradient norm, clip threshold and learning rate.
+
+Without this the head's gradient enters the norm that clips the backbone, and shrinks the backbone's step. Upstream
+(megatron-core 0.19.2) clips the parameters of a registered `grad_norm_group` by the norm of that group, on any layout;
+this module registers the head's group and replaces three of upstream's names for the length of a run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import optimizer as upstream_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.training import training as upstream_training
+from torch import Tensor
+
+from megatron_sfr.model.flow_head import GRADIENT_NORM_GROUP
+from megatron_sfr.runtime.backend import device
+
+
+@dataclass(frozen=True)
+class HeadOptimizerOptions:
+    """How the optimizer treats the flow head."""
+
+    sfr_clip_grad: float | None = None
+    """Gradient norm to which the head is clipped, apart from the backbone; 0 does not clip it. Default: clip_grad."""
+    sfr_head_lr_mult: float = 1.0
+    """Learning rate of the head as a multiple of lr and min_lr."""
+
+    def __post_init__(self) -> None:
+        if self.sfr_clip_grad is not None and self.sfr_clip_grad < 0:
+            raise ValueError(f"sfr_clip_grad is {self.sfr_clip_grad}; give a norm above 0, or 0 for no clipping")
+        if self.sfr_head_lr_mult <= 0:
+            raise ValueError(f"sfr_head_lr_mult is {self.sfr_head_lr_mult}; give a factor above 0")
+
+
+@contextmanager
+def head_optimizer(options: HeadOptimizerOptions) -> Iterator[None]:
+    """Within it, upstream's optimizer treats the head as `options` say and logs `sfr head grad-norm`."""
+    replaced = (
+        (upstream_optimizer, "SEPARATE_GRAD_NORM_GROUPS", lambda groups: (*groups, GRADIENT_NORM_GROUP)),
+        (upstream_optimizer, "clip_grad_by_total_norm_fp32", lambda clip: _clip(clip, options.sfr_clip_grad)),
+        (upstream_training, "get_standard_config_overrides", lambda make: _overrides(make, options.sfr_head_lr_mult)),
+        (upstream_training, "train_step", _report_norm),
+    )
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for (module, name, replace), original in zip(replaced, originals, strict=True):
+        setattr(module, name, replace(original))
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _clip(original: Callable[..., None], threshold: float | None) -> Callable[..., None]:
+    """Upstream's clipping of a list of parameters, with the head's own threshold for the head."""
+
+    def clip(parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
+        if threshold is not None and getattr(parameters[0], "grad_norm_group", None) == GRADIENT_NORM_GROUP:
+            max_norm = threshold
+            if threshold == 0:
+                return
+        original(parameters, max_norm, total_norm, use_decoupled_grad=use_decoupled_grad)
+
+    return clip
+
+
+def _overrides(original: Callable[[Any], dict], factor: float) -> Callable[[Any], dict]:
+    """Upstream's overrides by parameter, plus the head's learning rate."""
+
+    def overrides(config: Any) -> dict:
+        if factor == 1:
+            return original(config)
+        rates = {"max_lr": factor * config.lr, "min_lr": factor * (config.min_lr or 0.0)}
+        return {**original(config), ParamKey(name="*flow_head.*"): rates}
+
+    return overrides
+
+
+def _report_norm(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Upstream's training step, which also reports the head's gradient norm before clipping."""
+
+    def train_step(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> tuple:
+        losses, *rest = original(step, data, model, optimizer, *args, **kwargs)
+        norm: Tensor | float | None = getattr(optimizer, "grad_norms_by_group", {}).get(GRADIENT_NORM_GROUP)
+        if losses and norm is not None:
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=device()).view(())
+            losses = {**losses, "sfr head grad-norm": norm}
+        return losses, *rest
+
+    return train_step
