@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from megatron_sfr.evaluation.quality import Truth, context_relevance, relevance,
 from megatron_sfr.evaluation.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.sampling import SamplingOptions
 from megatron_sfr.evaluation.style import StyleJudge
-from megatron_sfr.evaluation.tokenizers import CHOICES, Tokenizer, bleu_metric, choose_tokenizer
+from megatron_sfr.evaluation.tokenizers import CHOICES, Choice, bleu_metric, resolved
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
 AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can be held against other real replies only
@@ -40,7 +39,7 @@ class EvaluationOptions:
     embedded: int = 4  # replies embedded for each prompt and persona
     embedded_prompts: int = 32  # shared prompts whose replies are embedded
     mode_threshold: float = THRESHOLD
-    bleu_tokenize: Tokenizer | Literal["auto"] = "auto"  # auto: by the script of prompts and real replies
+    bleu_tokenize: Choice = "auto"  # auto: by the script of prompts and real replies
     one_temperature: bool = False  # diversity at one temperature says little: it has to be asked for
 
     def __post_init__(self) -> None:
@@ -106,8 +105,8 @@ class Scorer:
         self.prompts = list(self._cells)
         count = min(options.embedded_prompts, len(self.prompts))
         self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
-        told = choose_tokenizer(text for entry in asked for text in (entry.prompt.question, *entry.texts))
-        self.tokenizer: Tokenizer = told if options.bleu_tokenize == "auto" else options.bleu_tokenize
+        texts = (text for entry in asked for text in (entry.prompt.question, *entry.texts))
+        self.tokenizer = resolved(options.bleu_tokenize, texts)
         bleu_metric(1, self.tokenizer)  # fails now, not after sampling, where it is not installed
         self._references = self._embed([entry.texts for entry in asked])
         self._questions = self._embed([[entry.prompt.question] for entry in asked])

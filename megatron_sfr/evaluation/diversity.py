@@ -1,6 +1,7 @@
 """How different texts are: distinct-n, self-BLEU, cross-style BLEU, embedding spread, Vendi score. Pure functions.
 
-None of them means anything without a measure of quality beside it: noise is diverse.
+None of them means anything without a measure of quality beside it: noise is diverse. `tokenizer` names sacrebleu's
+tokens; `auto` chooses them by the script of the texts given.
 """
 
 import random
@@ -10,42 +11,44 @@ from itertools import permutations
 
 import numpy as np
 
-from megatron_sfr.evaluation.tokenizers import Tokenizer, bleu_metric, words
+from megatron_sfr.evaluation.tokenizers import Choice, Tokenizer, bleu_metric, resolved, words
 from megatron_sfr.flow.clusters import spread
 
 
-def distinct_n(texts: Sequence[str], n: int, tokenizer: Tokenizer = "13a") -> float:
+def distinct_n(texts: Sequence[str], n: int, tokenizer: Choice = "auto") -> float:
     """Distinct n-grams of words over all n-grams of words in the texts, in (0, 1] (Li et al., NAACL 2016).
 
     It falls with the number and length of texts: compare equal numbers. NaN where no text has n words.
     """
-    tokens = [words(text, tokenizer) for text in texts]
+    chosen = resolved(tokenizer, texts)
+    tokens = [words(text, chosen) for text in texts]
     grams = [gram for row in tokens for gram in zip(*(row[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
-def bleu(hypothesis: str, reference: str, n: int, tokenizer: Tokenizer = "13a") -> float:
+def bleu(hypothesis: str, reference: str, n: int, tokenizer: Choice = "auto") -> float:
     """Sentence BLEU-n in [0, 1] by sacrebleu: exponential smoothing, effective order for short texts.
 
     Two texts without any token are equal: 1. Against any other text, one without tokens has 0.
     """
-    metric = bleu_metric(n, tokenizer)
+    tokenizer = resolved(tokenizer, (hypothesis, reference))
     if not _tokens(hypothesis, n, tokenizer) and not _tokens(reference, n, tokenizer):
         return 1.0
-    return min(1.0, float(metric.sentence_score(hypothesis, [reference]).score) / 100)
+    return min(1.0, float(bleu_metric(n, tokenizer).sentence_score(hypothesis, [reference]).score) / 100)
 
 
-def self_bleu(texts: Sequence[str], n: int, *, pairs: int, seed: int, tokenizer: Tokenizer = "13a") -> float:
+def self_bleu(texts: Sequence[str], n: int, *, pairs: int, seed: int, tokenizer: Choice = "auto") -> float:
     """Pairwise self-BLEU: mean BLEU-n of one text against one other, over ordered pairs of texts for one prompt.
 
     1: all are the same. At most `pairs` pairs, drawn by seed: all pairs are quadratic in the number of texts. NaN for
     fewer than two texts.
     """
+    tokenizer = resolved(tokenizer, texts)
     chosen = _draw(list(permutations(range(len(texts)), 2)), pairs, seed)
     return _mean([bleu(texts[i], texts[j], n, tokenizer) for i, j in chosen])
 
 
-def self_bleu_all(texts: Sequence[str], n: int, tokenizer: Tokenizer = "13a") -> float:
+def self_bleu_all(texts: Sequence[str], n: int, tokenizer: Choice = "auto") -> float:
     """Self-BLEU of Zhu et al. (SIGIR 2018): mean BLEU-n of each text with all the others as its references.
 
     An n-gram counts as often as it occurs in that reference which has it most often; the length is compared with the
@@ -54,6 +57,7 @@ def self_bleu_all(texts: Sequence[str], n: int, tokenizer: Tokenizer = "13a") ->
     """
     if len(texts) < 2:
         return float("nan")
+    tokenizer = resolved(tokenizer, texts)
     counts = [Counter(_grams(_tokens(text, n, tokenizer), n)) for text in texts]
     lengths = [len(_tokens(text, n, tokenizer)) for text in texts]
     top: dict[tuple[str, ...], tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -93,13 +97,14 @@ def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def cross_style_bleu(
-    texts: Mapping[str, Sequence[str]], n: int, *, pairs: int, seed: int, tokenizer: Tokenizer = "13a"
+    texts: Mapping[str, Sequence[str]], n: int, *, pairs: int, seed: int, tokenizer: Choice = "auto"
 ) -> float:
     """CS-SB-n: mean BLEU-n of a reply of persona a against one of persona b, over ordered pairs (a, b), on one prompt.
 
     Each of at most `pairs` comparisons takes another ordered pair of personas as long as there is one, and a text of
     either drawn by seed. NaN for fewer than two personas.
     """
+    tokenizer = resolved(tokenizer, (text for row in texts.values() for text in row))
     rng = random.Random(seed)
     styles = list(permutations([persona for persona in sorted(texts) if texts[persona]], 2))
     rng.shuffle(styles)

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 Tokenizer = Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab"]
+Choice = Tokenizer | Literal["auto"]
 CHOICES = ("auto", *get_args(Tokenizer))
 HAN, KANA = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff", r"\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 OTHERS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u0f00-\u0fff"  # Thai, Lao, Burmese, Khmer, Tibetan
@@ -25,6 +26,11 @@ def choose_tokenizer(texts: Iterable[str]) -> Tokenizer:
     if counts["han"] + counts["kana"] + counts["others"] < SHARE * letters:
         return "13a"
     return "char" if counts["kana"] >= KANA_SHARE * letters or counts["others"] > counts["han"] else "zh"
+
+
+def resolved(tokenizer: Choice, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer itself; for `auto`, the choice for these texts."""
+    return choose_tokenizer(texts) if tokenizer == "auto" else tokenizer
 
 
 def words(text: str, tokenizer: Tokenizer) -> list[str]:

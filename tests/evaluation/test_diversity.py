@@ -94,7 +94,9 @@ def test_the_tokenizer_is_told_from_the_script(text: str, tokenizer: str) -> Non
 
 def test_text_without_spaces_is_compared_by_its_tokens() -> None:
     replies = ["今天天气很好，我们去公园吧。", "今天天气很好，我们去学校吧。"]  # 12 of 14 characters in common
-    assert bleu(*replies, 1) == 0  # 13a: each is one word or two
+    assert bleu(*replies, 1, "13a") == 0  # each is one word or two
+    assert bleu(*replies, 1) == bleu(*replies, 1, "zh")
+    assert 0 < self_bleu(replies, 4, pairs=8, seed=0) < 1
     assert bleu(*replies, 1, "zh") == pytest.approx(12 / 14)
     assert self_bleu_all(replies, 4, "zh") == pytest.approx(bleu(*replies, 4, "zh"))
     assert distinct_n(replies, 2, "zh") == (13 + 3) / 26
