@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=64, help="at most this many different prompts (%(default)s)")
     parser.add_argument("--encoder", default="minilm", metavar="NAME_OR_DIR", help="sentence encoder (%(default)s)")
     parser.add_argument("--pairs", type=int, default=16, help="BLEU comparisons a prompt and persona (%(default)s)")
+    parser.add_argument(
+        "--bleu-tokenize",
+        choices=("auto", "13a", "intl", "zh", "char", "ja-mecab", "ko-mecab"),
+        default="auto",
+        help="sacrebleu's tokens, for distinct-n too where words have no spaces (auto: by the script of the text)",
+    )
     parser.add_argument("--embedded", type=int, default=4, help="replies embedded a prompt and persona (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="models side by side, for CPUs (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
@@ -54,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         temperatures=tuple(sorted(args.temperatures)),
         pairs=args.pairs,
         embedded=args.embedded,
+        bleu_tokenize=args.bleu_tokenize,
         one_temperature=args.one_temperature,
     )
     judge = style_judge(asked)

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="programs at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of a program (%(default)s)")
-    parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="its address space (%(default)s)")
+    parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="memory of a program (%(default)s)")
     parser.add_argument(
         "--isolation",
         choices=("auto", "namespaces", "audit"),
         default="auto",
-        help="the cage: namespaces hide network and files; audit stops accidents only (auto: the best there is)",
+        help="the sandbox: namespaces hide network and files; audit stops accidents only (auto: the best available)",
     )
 
 
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(wall=args.seconds, cpu=max(1, round(args.seconds)), memory=args.memory * MIB)
     isolation = isolation_here() if args.isolation == "auto" else args.isolation
     scored = score(tasks, read_replies(args.replies, tasks), limits, isolation, args.processes)
-    cage = "stops accidents, not attackers" if isolation == "audit" else "no network, none of this machine's files"
+    stops = "stops accidents, not attackers" if isolation == "audit" else "no network, none of this machine's files"
     notes = [
-        f"Sandbox: {isolation} ({cage}); each program has {limits.wall:g} s, {args.memory} MiB and {limits.processes} "
-        "processes.",
+        f"Sandbox: {isolation} ({stops}); each program is one process of at most {limits.wall:g} s, {args.memory} MiB "
+        f"and {limits.threads} threads.",
         "Intervals are 95 % bootstrap intervals over tasks; pass@k is unbiased, for k up to the replies of each task.",
     ]
     for name, text in (("code.json", as_json(scored, notes)), ("code.md", as_markdown(scored, notes))):

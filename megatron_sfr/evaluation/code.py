@@ -63,7 +63,12 @@ def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> 
     for program in task.programs(reply):
         to_the_end = program.expected is None
         outcome = run_program(
-            program.source, stdin=program.stdin, limits=limits, isolation=isolation, to_the_end=to_the_end
+            program.source,
+            stdin=program.stdin,
+            name="solution" if to_the_end else "__main__",  # a main guard is part of a program, not of a function
+            limits=limits,
+            isolation=isolation,
+            to_the_end=to_the_end,
         )
         if outcome.ending == "failed" and outcome.error.startswith("AssertionError"):
             return "wrong answer"

@@ -8,7 +8,14 @@ import numpy as np
 
 from megatron_sfr.data.encoder import Encoder
 from megatron_sfr.evaluation.answers import Answers, Questions
-from megatron_sfr.evaluation.diversity import cross_style_bleu, distinct_n, embedding_spread, self_bleu, vendi_score
+from megatron_sfr.evaluation.diversity import (
+    cross_style_bleu,
+    distinct_n,
+    embedding_spread,
+    self_bleu,
+    self_bleu_all,
+    vendi_score,
+)
 from megatron_sfr.evaluation.metrics import CROSS_STYLE_ORDERS
 from megatron_sfr.evaluation.modes import THRESHOLD, mode_coverage
 from megatron_sfr.evaluation.prompts import Asked
@@ -16,6 +23,7 @@ from megatron_sfr.evaluation.quality import Truth, context_relevance, relevance,
 from megatron_sfr.evaluation.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.sampling import SamplingOptions
 from megatron_sfr.evaluation.style import StyleJudge
+from megatron_sfr.evaluation.tokenizers import CHOICES, Choice, bleu_metric, resolved
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
 AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can be held against other real replies only
@@ -31,6 +39,7 @@ class EvaluationOptions:
     embedded: int = 4  # replies embedded for each prompt and persona
     embedded_prompts: int = 32  # shared prompts whose replies are embedded
     mode_threshold: float = THRESHOLD
+    bleu_tokenize: Choice = "auto"  # auto: by the script of prompts and real replies
     one_temperature: bool = False  # diversity at one temperature says little: it has to be asked for
 
     def __post_init__(self) -> None:
@@ -41,6 +50,8 @@ class EvaluationOptions:
                 "one temperature cannot tell diversity from a warmer model: give two or more, "
                 "or insist with --one-temperature"
             )
+        if self.bleu_tokenize not in CHOICES:
+            raise ValueError(f"bleu_tokenize is {self.bleu_tokenize!r}; choose one of {', '.join(CHOICES)}")
         for name in ("pairs", "embedded", "embedded_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -94,6 +105,9 @@ class Scorer:
         self.prompts = list(self._cells)
         count = min(options.embedded_prompts, len(self.prompts))
         self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
+        texts = (text for entry in asked for text in (entry.prompt.question, *entry.texts))
+        self.tokenizer = resolved(options.bleu_tokenize, texts)
+        bleu_metric(1, self.tokenizer)  # fails now, not after sampling, where it is not installed
         self._references = self._embed([entry.texts for entry in asked])
         self._questions = self._embed([[entry.prompt.question] for entry in asked])
 
@@ -113,7 +127,10 @@ class Scorer:
             f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona, {options.sampling.samples} "
             "replies to each pair at each temperature; models share random numbers.",
             f"BLEU is quadratic in the replies and capped: at most {options.pairs} comparisons, drawn by seed, a pair "
-            "(self-BLEU) or a prompt (CS-SB).",
+            "(self-BLEU-4, pairwise) or a prompt (CS-SB). self-BLEU-4 all (Zhu et al. 2018) reads every reply.",
+            f"BLEU's tokens: sacrebleu's {self.tokenizer} "
+            f"({'by the text' if options.bleu_tokenize == 'auto' else 'as asked'}); distinct-2 counts "
+            + ("words between spaces." if self.tokenizer in ("13a", "intl") else "the same tokens."),
             f"What is embedded (relevance, style, context, modes, spread, Vendi): {options.embedded} replies a pair on "
             f"{len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. Modes "
             f"are clusters of real replies at cosine {options.mode_threshold:g}. A loop has {LOOP} words or more.",
@@ -179,7 +196,9 @@ class Scorer:
         by_persona = {self.asked[i].prompt.persona or "": replies[i] for i in cells}
         seed = self.asked[cells[0]].prompt.key
         for n in CROSS_STYLE_ORDERS:
-            means[f"CS-SB-{n}"] = cross_style_bleu(by_persona, n, pairs=self.options.pairs, seed=seed)
+            means[f"CS-SB-{n}"] = cross_style_bleu(
+                by_persona, n, pairs=self.options.pairs, seed=seed, tokenizer=self.tokenizer
+            )
         return means
 
     def _score_cell(
@@ -196,8 +215,10 @@ class Scorer:
             "context": context_relevance(vectors, self._questions[i]),
             "loops": loop_share(texts),
             "modes": mode_coverage(vectors, references[persona], self.options.mode_threshold),
-            "distinct-2": distinct_n(texts, 2),
-            "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key),
+            "distinct-2": distinct_n(texts, 2, self.tokenizer),
+            "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key, tokenizer=self.tokenizer),
+            "self-BLEU-4 all": self_bleu_all(texts, 4, self.tokenizer),
+            "empty": _mean([float(not text.strip()) for text in texts]),
             "spread": embedding_spread(vectors),
             "Vendi": vendi_score(vectors),
         }

@@ -1,9 +1,10 @@
-"""Runs one Python program in a cage. A program of its own, started by sandbox.py: it imports nothing of the package.
+"""Runs one Python program in a sandbox. A separate program, started by sandbox.py; it imports nothing of the package.
 
-Two cages. `namespaces`: new network (none at all), processes, mounts and, without root, users; the file system is a
+Two kinds. `namespaces`: new network (none at all), processes, mounts and, without root, users; the file system is a
 read-only view of the system's libraries and Python, with an empty folder in memory to work in; as root the program runs
-under a user id that nobody has. `audit`: no more than a hook in the interpreter that refuses sockets, processes and
-writing outside the folder: it stops accidents, not attackers. Both have limits of time, memory, files and processes.
+under an unused user id. `audit`: only a hook in the interpreter that refuses sockets, processes and writing outside the
+folder: it stops accidents, not attackers. Both limit time, memory, files and threads, and both install the seccomp
+filter of system_calls.py, which keeps the program one process, so that its memory limit is the limit of the whole.
 """
 
 import ctypes
@@ -19,14 +20,25 @@ from typing import Any
 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 1 << 14, 1 << 18
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_READ_ONLY, ATTR_NOSUID = 442, -100, 0x8000, 1, 2  # Linux 5.12
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
+INODES = 4096  # files in the working folder; each costs kernel memory that its size limit does not count
 NAMESPACES = os.CLONE_NEWNET | os.CLONE_NEWNS | os.CLONE_NEWPID | os.CLONE_NEWIPC | os.CLONE_NEWUTS
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 WORK = "/box"
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": WORK, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"),
+    "1",  # an arena reserves 64 MiB of address space
 )
-RUN = "import runpy, sys; sys.path = ['.', *sys.path, {site!r}]; runpy.run_path('main.py', None, '__main__')"
+RUN = """
+import runpy, sys
+sys.path = ['.', *sys.path, {site!r}]
+try:
+    runpy.run_path('main.py', None, {name!r})
+except SystemExit:
+    if not {may_exit!r}:
+        raise
+"""
 REFUSED = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "ctypes.", "pty.")
 WRITING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 OPENED_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -63,13 +75,21 @@ def build_root(spec: dict[str, Any]) -> None:
     os.mkdir(box + WORK)
     attributes = struct.pack("QQQQ", ATTR_READ_ONLY | ATTR_NOSUID, 0, 0, 0)
     checked(libc.syscall(MOUNT_SETATTR, AT_FDCWD, box.encode(), AT_RECURSIVE, attributes, 32), "mount_setattr")
-    mount("tmpfs", box + WORK, "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['disk']},mode=777")
+    mount("tmpfs", box + WORK, "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['disk']},nr_inodes={INODES},mode=777")
 
 
 def limit(spec: dict[str, Any]) -> None:
-    limits = {"CPU": spec["cpu"], "AS": spec["memory"], "FSIZE": spec["file_size"], "NPROC": spec["processes"]}
+    limits = {"CPU": spec["cpu"], "AS": spec["memory"], "FSIZE": spec["file_size"], "NPROC": spec["threads"]}
     for name, value in (limits | {"CORE": 0, "NOFILE": 64}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def refuse_system_calls(code: bytes) -> None:
+    """Installs a seccomp filter (an array of struct sock_filter) for this process and all that it executes."""
+    instructions = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))  # struct sock_fprog
+    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(program), 0, 0), "seccomp")
 
 
 def in_namespaces(spec: dict[str, Any], mark: int) -> int:
@@ -92,13 +112,14 @@ def in_namespaces(spec: dict[str, Any], mark: int) -> int:
             os.setgroups([])
             os.setgid(stranger)
             os.setuid(stranger)
-        checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        refuse_system_calls(bytes.fromhex(spec["filter"]))
         limit(spec)
         python, _, site = spec["python"]
         if not os.access(python, os.X_OK):
             raise FileNotFoundError(python)
-        os.write(mark, b"namespaces\n")  # the cage stands
-        os.execve(python, [python, "-I", "-S", "-B", "-c", RUN.format(site=site)], dict(os.environ))
+        run = RUN.format(site=site, name=spec["name"], may_exit=spec["may_exit"])
+        os.write(mark, b"namespaces\n")  # the sandbox is complete
+        os.execve(python, [python, "-I", "-S", "-B", "-c", run], dict(os.environ))
 
     def first() -> int:
         checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
@@ -124,9 +145,10 @@ def waited(work: Callable[[], int]) -> int:
 
 
 def under_audit(spec: dict[str, Any], mark: int) -> int:
-    os.write(mark, b"audit\n")
     os.chdir(spec["box"])
     write_source(spec)
+    refuse_system_calls(bytes.fromhex(spec["filter"]))
+    os.write(mark, b"audit\n")
     limit(spec)
     here = os.path.realpath(".") + os.sep
 
@@ -139,12 +161,16 @@ def under_audit(spec: dict[str, Any], mark: int) -> int:
 
     sys.path = [here, *sys.path, spec["python"][2]]
     sys.addaudithook(refuse)
-    runpy.run_path("main.py", None, "__main__")
+    try:
+        runpy.run_path("main.py", None, spec["name"])
+    except SystemExit:
+        if not spec["may_exit"]:
+            raise
     return 0
 
 
 def write_source(spec: dict[str, Any]) -> None:
-    with open("main.py", "w", encoding="utf-8", errors="surrogatepass") as file:  # what is no text will not compile
+    with open("main.py", "w", encoding="utf-8", errors="surrogatepass") as file:  # lone surrogates will not compile
         file.write(spec["source"])
 
 

@@ -23,7 +23,11 @@ METRICS = {
     "loops": Metric("quality", "share of replies that run in circles: the canary", lower=True),
     "modes": Metric("diversity", "share of the clusters of real replies that are hit"),
     "distinct-2": Metric("diversity", "distinct bigrams over all bigrams", detail=True),
-    "self-BLEU-4": Metric("diversity", "BLEU-4 between replies of one persona", lower=True),
+    "self-BLEU-4": Metric("diversity", "BLEU-4 of a reply against one other of the persona (pairwise)", lower=True),
+    "self-BLEU-4 all": Metric(
+        "diversity", "BLEU-4 of a reply against all others of the persona (Zhu et al. 2018)", lower=True, detail=True
+    ),
+    "empty": Metric("quality", "share of replies that are blank", lower=True, detail=True),
     "spread": Metric("diversity", "mean 1 - cosine between replies"),
     "Vendi": Metric("diversity", "effective number of different replies among those embedded"),
     "CS-SB-1": Metric("diversity", "BLEU-1 between personas' replies to one prompt", lower=True),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.evaluation.prompts import Prompt
+from megatron_sfr.evaluation.thinking import without_empty_thought
 from megatron_sfr.runtime.devices import gpus
 from megatron_sfr.runtime.noise import uniform
 
@@ -164,6 +165,11 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """A reply's text, without special tokens and without an empty thought at its start."""
+    return without_empty_thought(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 @torch.inference_mode()
 def _sample_batch(
     model: Model,
@@ -199,7 +205,7 @@ def _sample_batch(
             state.select(live_B.nonzero()[:, 0])
             held_B, token_B, live_B = held_B[live_B], token_B[live_B], live_B[live_B]
         state.advance(token_B, model)
-    texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = [decoded(model.tokenizer, row) for row in tokens]
     return [
         Sampled(s, text, tuple(row), logprob, row[-1] in model.end_tokens)
         for (_, s), text, row, logprob in zip(rows, texts, tokens, logprobs, strict=True)

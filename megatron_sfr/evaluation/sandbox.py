@@ -1,4 +1,4 @@
-"""Runs a Python program that nobody has read: in a process of its own, in a cage (jail.py), within limits.
+"""Runs an untrusted Python program in a separate process, in a sandbox (jail.py), within limits.
 
 The verdict does not rest on the exit code: with `to_the_end`, a program counts only if it reaches its own last line,
 where it writes a random mark. So `sys.exit(0)` before the tests is a failure. A program that sets out to forge the mark
@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Literal
 
+from megatron_sfr.evaluation.system_calls import seccomp_filter
+
 JAIL = Path(__file__).with_name("jail.py")
 MIB = 1 << 20
 Isolation = Literal["namespaces", "audit"]
@@ -27,14 +29,18 @@ Ending = Literal["ended", "failed", "left early", "timeout"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. Time in seconds, sizes in bytes."""
+    """Limits of one program. Time in seconds, sizes in bytes.
+
+    A program is one process (system_calls.py), so `memory` bounds all of it. Files in the working folder are in memory
+    too, up to `disk` beside it.
+    """
 
     wall: float = 10.0
     cpu: int = 10
     memory: int = 1024 * MIB  # of address space
     file_size: int = 16 * MIB  # standard output among them
-    disk: int = 64 * MIB  # all files together; in the audit cage only each file is limited
-    processes: int = 32
+    disk: int = 64 * MIB  # all files together; under `audit` only each file is limited
+    threads: int = 32
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -52,9 +58,27 @@ class Outcome:
 
 
 def run_program(
-    source: str, *, stdin: str = "", limits: Limits, isolation: Isolation | None = None, to_the_end: bool = True
+    source: str,
+    *,
+    stdin: str = "",
+    name: str = "__main__",
+    limits: Limits,
+    isolation: Isolation | None = None,
+    to_the_end: bool = True,
 ) -> Outcome:
-    """Runs it. isolation None: the best that this machine permits. ValueError where the cage cannot be built."""
+    """Runs a program.
+
+    Args:
+        source: The program's text.
+        stdin: What it reads from standard input.
+        name: Its `__name__`; under another name than `__main__`, lines below a main guard do not run.
+        limits: Of time, memory, files and threads.
+        isolation: The kind of sandbox; None for the best that this machine permits.
+        to_the_end: Whether the program has to reach its last line. If not, it may leave early by SystemExit.
+
+    Raises:
+        ValueError: The sandbox cannot be built on this machine.
+    """
     isolation = isolation or isolation_here()
     token = secrets.token_hex(16)
     with (
@@ -66,24 +90,12 @@ def run_program(
         tempfile.TemporaryFile() as errors,
     ):
         last = f"\n\n__import__('os').write({mark.fileno()}, b'{token}')\n" if to_the_end else ""
-        python = (os.path.realpath(sys.executable), sys.base_prefix, sysconfig.get_path("purelib"))
-        json.dump(
-            asdict(limits) | {"isolation": isolation, "box": box, "python": python, "source": source + last}, spec
-        )
+        settings = {"isolation": isolation, "box": box, "source": source + last, "name": name}
+        json.dump(asdict(limits) | settings | _machine() | {"may_exit": not to_the_end}, spec)
         spec.seek(0)
         given.write(stdin.encode(errors="surrogatepass"))
         given.seek(0)
-        descriptors = (spec.fileno(), mark.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(JAIL), *map(str, descriptors)],
-            stdin=given,
-            stdout=output,
-            stderr=errors,
-            pass_fds=descriptors,
-            start_new_session=True,
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # Python may need it
-            cwd=box,
-        )
+        process = _start((spec.fileno(), mark.fileno()), given, output, errors, box)
         code = _wait(process, limits.wall)
         found, said = _read(mark), _read(errors).strip().rpartition("\n")[2]
         if code is not None and not found.startswith(isolation):
@@ -95,12 +107,34 @@ def run_program(
 
 @cache
 def isolation_here() -> Isolation:
-    """`namespaces` where the kernel lets us make them, else `audit`."""
+    """`namespaces` where the kernel permits them, else `audit`."""
     try:
-        found = run_program("", limits=Limits(), isolation="namespaces")
+        found = run_program("", limits=Limits(wall=60, cpu=60), isolation="namespaces")
     except ValueError:
         return "audit"
     return "namespaces" if found.ending == "ended" else "audit"
+
+
+def _start(
+    descriptors: tuple[int, int], given: IO[bytes], output: IO[bytes], errors: IO[bytes], box: str
+) -> subprocess.Popen:
+    """jail.py in a new session, with the descriptors of its settings and of the mark, and none of our environment."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", str(JAIL), *map(str, descriptors)],
+        stdin=given,
+        stdout=output,
+        stderr=errors,
+        pass_fds=descriptors,
+        start_new_session=True,
+        env={key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ},  # Python may need it
+        cwd=box,
+    )
+
+
+def _machine() -> dict[str, object]:
+    """What jail.py has to know of this machine: Python, its library and its packages; the filter of system calls."""
+    python = (os.path.realpath(sys.executable), sys.base_prefix, sysconfig.get_path("purelib"))
+    return {"python": python, "filter": seccomp_filter().hex()}
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

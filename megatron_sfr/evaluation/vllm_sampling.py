@@ -13,7 +13,15 @@ from typing import Any
 
 from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.evaluation.prompts import Prompt
-from megatron_sfr.evaluation.sampling import Sampled, SamplingOptions, check_folder, end_tokens, in_order, token_ids
+from megatron_sfr.evaluation.sampling import (
+    Sampled,
+    SamplingOptions,
+    check_folder,
+    decoded,
+    end_tokens,
+    in_order,
+    token_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def sample(
         for (p, s), output in zip(batch, model.engine.generate(requests, given, use_tqdm=False), strict=True):
             reply = output.outputs[0]
             tokens = tuple(reply.token_ids)
-            text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = decoded(model.tokenizer, tokens)
             yield p, Sampled(s, text, tokens, reply.cumulative_logprob, tokens[-1] in model.end_tokens)
 
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_sfr.cli import main
 from megatron_sfr.evaluation.code import verdict_of
 from megatron_sfr.evaluation.sandbox import Limits, isolation_here
-from megatron_sfr.evaluation.tasks import Task, agrees, extract_code, read_tasks
+from megatron_sfr.evaluation.tasks import Task, agrees, read_tasks
 
 HUMAN_EVAL = {
     "task_id": "HumanEval/x",
@@ -49,6 +49,7 @@ def tasks(path: Path) -> dict[str, Task]:
     return {task.name: task for task in read_tasks(path)}
 
 
+LEAST = "def least(a, b):\n    return a * b // gcd(a, b)\n"
 SUM = "import sys\nfor line in sys.stdin:\n    print(sum(map(int, line.split())))"
 
 
@@ -67,12 +68,29 @@ SUM = "import sys\nfor line in sys.stdin:\n    print(sum(map(int, line.split()))
         ("sum", SUM, "passed"),
         ("sum", f"{SUM}\nsys.exit(0)", "passed"),  # its output is judged, and is there
         ("sum", "print(3)\nprint(7)", "wrong answer"),  # right in public, wrong in private
-        ("sum", "print('3\\n7')\nraise SystemExit(1)", "failed"),
+        ("sum", "print(5)\nraise SystemExit(1)", "wrong answer"),  # judged by its output, as by LiveCodeBench
+        ("sum", "print(5)\n1 / 0", "failed"),
+        ("sum", f"{SUM.replace('import sys', 'from __future__ import annotations')}", "passed"),  # sys is imported
         (
-            "pairs",
-            "class Solution:\n    def pairs(self, a: List, b):\n        return [(x, b) for x in a]",
+            "sum",
+            "def run():\n    for line in sys.stdin:\n        print(sum(map(int, line.split())))\n"
+            "if __name__ == '__main__':\n    run()",
             "passed",
         ),
+        (
+            "pairs",
+            "class Solution:\n    def pairs(self, a: List, b):\n        return [[x, b] for x in a]",
+            "passed",
+        ),
+        ("pairs", "def pairs(a, b):\n    return tuple([x, b] for x in a)", "passed"),
+        ("pairs", "def pairs(a, b):\n    return [(x, b) for x in a]", "wrong answer"),  # as LiveCodeBench judges
+        ("HumanEval/x", f"{LEAST}\nif __name__ == '__main__':\n    print(least(int(input()), 2))", "passed"),
+        (
+            "7",
+            "def twice(x):\n    return x + x\n\nif __name__ == '__main__':\n    import sys\n    sys.exit(3)",
+            "passed",
+        ),
+        ("7", "import sys\nsys.exit(0)\ndef twice(x):\n    return x + x", "left early"),
         ("pairs", "def pairs(a, b):\n    return [[x, b] for x in a]", "passed"),
         ("pairs", "def pairs(a, b):\n    return a", "wrong answer"),
         ("pairs", "I cannot do that.", "failed"),
@@ -82,16 +100,54 @@ def test_a_reply_passes_if_and_only_if_it_is_right(tasks: dict[str, Task], task:
     assert verdict_of(tasks[task], reply, Limits(), isolation_here()) == verdict
 
 
-def test_code_is_what_stands_in_the_first_fence() -> None:
-    assert extract_code("a\n```py\nx = 1\n```\n```python\ny = 2\n```") == "x = 1\n"
-    assert extract_code("```\ncut off") == "cut off"
-    assert extract_code("x = 1") == "x = 1"
+def test_programs_are_those_of_the_harnesses(tasks: dict[str, Task]) -> None:
+    """Written anew from openai/human-eval execution.py and bigcode-evaluation-harness mbpp.py."""
+    for reply in ("    return a * b // gcd(a, b)\n", LEAST, "    x = '```'\n    return 1\n\n\nprint(least(1, 2))"):
+        theirs = f"{HUMAN_EVAL['prompt']}{reply}\n{HUMAN_EVAL['test']}\ncheck(least)"
+        assert [program.source for program in tasks["HumanEval/x"].programs(reply)] == [theirs]
+    reply = "def twice(x):\n    return x + x"
+    theirs = "\n".join([reply, *MBPP["test_list"]])
+    assert [program.source for program in tasks["7"].programs(reply)] == [theirs]
 
 
-def test_outputs_agree_but_for_white_space_at_ends() -> None:
-    assert agrees("1 2 \n3\n\n", "1 2\n3")
-    assert not agrees("1  2", "1 2")
-    assert not agrees("1\n\n2", "1\n2")
+def test_a_harness_of_live_code_bench_agrees(tasks: dict[str, Task]) -> None:
+    """Its imports stand before a reply, whose calls are graded one by one."""
+    [program] = tasks["pairs"].programs(
+        "class Solution:\n    def pairs(self, a, b):\n        return list(product(a, [b]))"
+    )
+    known: dict[str, object] = {}
+    exec(program.source.partition("\nimport json as _json")[0], known)
+    assert {"deque", "heappush", "gcd", "Counter", "List", "Decimal", "reduce", "accumulate", "sys"} - known.keys() == {
+        "Decimal"
+    }
+
+
+def test_a_function_without_a_body_is_not_doubled() -> None:
+    task = Task("x", "", "import math\n\ndef f(a):\n", ("f",), continues=True, tests="check(f)")
+    assert task.programs("    return a")[0].source == "import math\n\ndef f(a):\n    return a\ncheck(f)"
+    assert task.programs("def f(a):\n    return 1")[0].source == "import math\n\ndef f(a):\n    return 1\ncheck(f)"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "equal"),
+    [
+        ("1 2 \n3\n\n", "1 2\n3", True),
+        ("  1\n\t2", "1\n2", True),
+        ("1  2", "1 2", True),  # numbers: word by word
+        ("a  b", "a b", False),
+        ("1\n\n2", "1\n2", False),
+        ("0.50 2", "0.5 2.0", True),
+        ("1e2", "100", True),
+        ("50000000000000000", "50000000000000001", False),
+        ("0.1", "0.10000001", False),
+        ("YES 1.0", "YES 1", False),  # a word among them: as text
+        ("", "\n", True),
+        ("nan", "NaN", False),
+        ("1 2", "1 2 3", False),
+    ],
+)
+def test_outputs_are_compared_as_live_code_bench_does(found: str, expected: str, equal: bool) -> None:
+    assert agrees(found, expected) == agrees(expected, found) == equal
 
 
 def test_prompts_are_written_and_replies_scored(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -126,6 +182,19 @@ def test_prompts_are_written_and_replies_scored(path: Path, tmp_path: Path, caps
         ({**STDIN, "private_test_cases": "eJxrYJ0"}, "packed as a pickle?"),
         ({**STDIN, "public_test_cases": [], "private_test_cases": []}, "has no test cases"),
         ({key: value for key, value in HUMAN_EVAL.items() if key != "test"}, "the field 'test' is missing"),
+        (HUMAN_EVAL | {"test": "def check(f):\n    pass\n"}, "test asserts nothing"),
+        (HUMAN_EVAL | {"test": "assert True"}, "test defines no function `check`"),
+        (HUMAN_EVAL | {"prompt": 3}, "prompt is not a string"),
+        (HUMAN_EVAL | {"entry_point": "a b"}, "entry_point 'a b' is not the name of a function"),
+        (MBPP | {"task_id": 8, "test_list": []}, "test_list has no tests"),
+        (MBPP | {"task_id": 8, "test_list": ["", " "]}, "test_list has no tests"),
+        (MBPP | {"task_id": 8, "test_list": None}, "test_list has no tests"),
+        (MBPP | {"task_id": 8, "test_list": ["pass"]}, "test_list asserts nothing"),
+        (MBPP | {"task_id": 8, "test_list": ["assert f("]}, "test_list is not Python"),
+        (MBPP | {"task_id": 8, "test_list": "assert twice(2) == 4"}, "test_list is not a list of strings"),
+        (MBPP | {"task_id": 8, "test_list": [1]}, "test_list is not a list of strings"),
+        (MBPP | {"task_id": None}, "task_id is neither a string nor a number"),
+        ([1], "a task is a JSON object"),
     ],
 )
 def test_what_is_no_task_is_refused_by_line(row: dict, reason: str, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert found["scores"]["a"] == found["scores"]["b"]
     assert found["scores"]["a"].keys() == METRICS.keys() - {"precision", "fidelity", "coverage"}  # those need a truth
     assert found["real"].keys() == found["scores"]["a"].keys()
+    assert any("BLEU's tokens: sacrebleu's 13a (by the text)" in note for note in found["notes"])
     assert found["real"]["CS-SB-1"]["n"] == 2
     assert found["perplexities"]["a"].keys() == set(PERSONAS)
     gaps = [gap["estimate"]["mean"] for gap in found["gaps"]]  # one model under two names; None: noise has one style

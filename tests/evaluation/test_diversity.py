@@ -13,8 +13,10 @@ from megatron_sfr.evaluation.diversity import (
     distinct_n,
     embedding_spread,
     self_bleu,
+    self_bleu_all,
     vendi_score,
 )
+from megatron_sfr.evaluation.tokenizers import bleu_metric, choose_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the mat", "a bird flew over the house"]
 
@@ -42,6 +44,73 @@ def test_self_bleu_is_the_mean_over_ordered_pairs() -> None:
     assert self_bleu(TEXTS, 2, pairs=100, seed=0) == pytest.approx(np.mean(pairs))
     assert self_bleu([TEXTS[0]] * 4, 4, pairs=100, seed=0) == pytest.approx(1)
     assert math.isnan(self_bleu(TEXTS[:1], 4, pairs=100, seed=0))
+
+
+@pytest.mark.parametrize("text", ["", " \n", "...", "yes", "a longer reply, all the same", "今天天气很好"])
+def test_replies_that_are_the_same_are_never_diverse(text: str) -> None:
+    tokenizer = choose_tokenizer([text])
+    assert self_bleu([text] * 4, 4, pairs=9, seed=0, tokenizer=tokenizer) == pytest.approx(1)
+    assert self_bleu_all([text] * 4, 4, tokenizer) == pytest.approx(1)
+    assert cross_style_bleu({"a": [text], "b": [text]}, 1, pairs=9, seed=0, tokenizer=tokenizer) == pytest.approx(1)
+    distinct = distinct_n([text] * 4, 2, tokenizer)
+    assert math.isnan(distinct) or distinct <= 1 / 4  # no value, or as few as there are
+
+
+@given(st.lists(st.text("ab ", max_size=12), min_size=2, max_size=6), st.integers(1, 4))
+def test_bleu_is_at_most_1_and_0_for_an_empty_reply_among_others(texts: list[str], n: int) -> None:
+    assert all(0 <= bleu(a, b, n) <= 1 for a in texts for b in texts)
+    assert bleu("", "a text", n) == bleu("a text", "", n) == 0
+
+
+@given(st.lists(st.text("abc ", min_size=1, max_size=14).filter(str.strip), min_size=2, max_size=6), st.integers(1, 4))
+def test_self_bleu_of_zhu_is_sacrebleu_with_all_others_as_references(texts: list[str], n: int) -> None:
+    scores = [bleu_metric(n, "13a").sentence_score(a, texts[:i] + texts[i + 1 :]).score for i, a in enumerate(texts)]
+    assert self_bleu_all(texts, n) == pytest.approx(np.mean(scores) / 100)
+
+
+def test_self_bleu_of_zhu_counts_an_empty_reply_as_equal_to_another_only() -> None:
+    assert self_bleu_all(["", "", "a b"], 4) == pytest.approx(2 / 3)
+    assert self_bleu_all(["", "a b", "a b"], 4) == pytest.approx(2 / 3)
+    assert math.isnan(self_bleu_all(["a"], 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("The cat sat on the mat.", "13a"),
+        ("", "13a"),
+        ("Übergrößenträger fahren gern Rad.", "13a"),
+        ("고양이가 매트 위에 앉았다.", "13a"),  # Korean has spaces
+        ("The word 猫 means cat, and that is all that I know about it.", "13a"),
+        ("今天天气很好，我们去公园吧。", "zh"),
+        ("我们用 PyTorch 训练语言模型 with Megatron", "zh"),
+        ("今日は天気がいいので、公園に行きましょう。", "char"),
+        ("วันนี้อากาศดีมาก", "char"),
+    ],
+)
+def test_the_tokenizer_is_told_from_the_script(text: str, tokenizer: str) -> None:
+    assert choose_tokenizer([text]) == tokenizer
+
+
+def test_text_without_spaces_is_compared_by_its_tokens() -> None:
+    replies = ["今天天气很好，我们去公园吧。", "今天天气很好，我们去学校吧。"]  # 12 of 14 characters in common
+    assert bleu(*replies, 1, "13a") == 0  # each is one word or two
+    assert bleu(*replies, 1) == bleu(*replies, 1, "zh")
+    assert 0 < self_bleu(replies, 4, pairs=8, seed=0) < 1
+    assert bleu(*replies, 1, "zh") == pytest.approx(12 / 14)
+    assert self_bleu_all(replies, 4, "zh") == pytest.approx(bleu(*replies, 4, "zh"))
+    assert distinct_n(replies, 2, "zh") == (13 + 3) / 26
+    assert distinct_n(["a b c"], 2, "13a") == distinct_n(["a b c"], 2, "intl") == 1
+
+
+def test_a_tokenizer_that_is_not_installed_is_refused() -> None:
+    try:
+        import MeCab  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match=r"--bleu-tokenize ja-mecab needs sacrebleu\[ja\]"):
+            bleu("今日", "今日", 1, "ja-mecab")
+    else:
+        assert bleu("今日は雨", "今日は雪", 1, "ja-mecab") == pytest.approx(2 / 3)
 
 
 def test_capped_pairs_are_drawn_by_seed() -> None:

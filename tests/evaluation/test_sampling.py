@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.evaluation.prompts import Prompt, ask
-from megatron_sfr.evaluation.sampling import Model, Sampled, SamplingOptions, choose, load_model, sample
+from megatron_sfr.evaluation.sampling import Model, Sampled, SamplingOptions, choose, decoded, load_model, sample
 
 PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birthday present?"), ask("Why?", "robot")]
 OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)
@@ -67,6 +67,11 @@ def test_temperature_0_is_what_transformers_generates_greedily(model: Model) -> 
         )[0, len(ids) :]
         assert reply.text == model.tokenizer.decode(greedy, skip_special_tokens=True)
         assert list(reply.tokens) == greedy.tolist()
+
+
+def test_an_empty_thought_is_no_part_of_a_reply(model: Model) -> None:
+    for text in ("<think>\n\n</think>\n\nHello", "Hello"):
+        assert decoded(model.tokenizer, model.tokenizer(text)["input_ids"]) == "Hello"
 
 
 def test_logprob_is_that_of_the_whole_reply_at_temperature_1(model: Model) -> None:

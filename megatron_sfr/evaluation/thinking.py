@@ -1,0 +1,25 @@
+"""Thoughts in a reply, `<think>...</think>`: what is dropped before a reply is scored."""
+
+import re
+
+EMPTY = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+def without_empty_thought(reply: str) -> str:
+    """The reply without an empty thought at its start, which some templates have a model write (Qwen3).
+
+    Its opening tag may be part of the prompt.
+    """
+    found = EMPTY.match(reply)
+    return reply[found.end() :] if found else reply
+
+
+def without_thoughts(reply: str) -> str:
+    """The reply without its thoughts and the blank lines after them; a thought that is cut off ends the reply.
+
+    A closing tag without an opening one ends a thought that began in the prompt.
+    """
+    text = CLOSED.sub("", reply)
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    return re.sub(r"\A(?:[ \t]*\n)+", "", text) if text != reply else text
