@@ -15,7 +15,7 @@ SCHEDULE = (
     *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 """Upstream's arguments that make up the schedule of learning rate and weight decay."""
-RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "sfr_head_lr_mult")
 """Those that identify a group of parameters in the optimizer's state, which cannot be loaded with others."""
 
 

@@ -4,6 +4,7 @@ Two commands that write one file or folder would mix their work. The lock is flo
 releases it too. The lock file says who holds it and is removed at the end; one that a kill left behind blocks nobody.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -37,6 +38,7 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
         ValueError: another process holds it; the message says which.
     """
     path = lock_file(output, inside=inside)
+    is_new = inside and not output.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = UnixFileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed holder
     try:
@@ -55,6 +57,9 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
     finally:
         path.unlink(missing_ok=True)  # while it is held: whoever opened this file already sees that it has no name
         lock.release()
+        if is_new:  # a command that has written nothing leaves nothing
+            with contextlib.suppress(OSError):
+                output.rmdir()
 
 
 def _this_process() -> dict[str, object]:

@@ -60,6 +60,15 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_a_folder_that_stays_empty_is_not_left(tmp_path: Path) -> None:
+    with hold(tmp_path / "out", inside=True):
+        assert (tmp_path / "out").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with hold(tmp_path / "out", inside=True):
+        (tmp_path / "out" / "report").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report"]
+
+
 def test_it_is_released_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold(tmp_path / "out"):
         raise KeyError
