@@ -31,6 +31,7 @@ setup(
         "scikit-learn",
         "matplotlib",
         "tqdm",
+        "filelock>=4",  # locks that can be told never to outlive their holder (fallback_to_soft)
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]"],

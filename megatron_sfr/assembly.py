@@ -1,7 +1,9 @@
 """From arguments to what is trained: the model with its head, and the forward step with its objective and its term."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
@@ -15,6 +17,7 @@ from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.start import start_from
+from megatron_sfr.hf.tracker import newest
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.model.kl_flow import KLFlowModelConfig
@@ -57,20 +60,28 @@ def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig | KLF
     return config
 
 
-def check_task(args: argparse.Namespace) -> None:
-    """ValueError where the run starts from a model of another task: upstream would take from it whatever fits."""
+def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
+    """The arguments of the run whose checkpoint --load holds; empty where it holds none.
+
+    ValueError where the run starts from a model of another task: upstream would take from it whatever fits.
+    """
+    arguments: dict[str, Mapping[str, Any]] = {}
     paths = [path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)]
     for path in paths if args.ckpt_format == "torch_dist" else []:
         try:
-            stored = Checkpoint(find_checkpoint(Path(path))).arguments()
-        except ValueError:  # damaged, or of a format that upstream reads and we do not: upstream says so, or goes on
+            found = newest(Path(path))
+            folder = Path(path, f"iter_{args.ckpt_step:07d}") if args.ckpt_step else found and found.folder
+            stored = Checkpoint(find_checkpoint(folder or Path(path))).arguments()
+        except ValueError:  # of a format that upstream reads and we do not: upstream says so, or continues
             continue
+        arguments[path] = stored
         task = stored.get("training_task", "autoregressive")
         if task != args.training_task:
             raise ValueError(
                 f"{path} holds a model of --training-task {task}, this run is {args.training_task}: give another "
                 "--load or --pretrained-checkpoint, or another --save"
             )
+    return arguments.get(args.load, {})
 
 
 def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep | KLFlowStep:

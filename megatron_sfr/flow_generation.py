@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
-from megatron_sfr.evaluation.resumable import contents_of, resumable
+from megatron_sfr.evaluation.resumable import is_finished, resumable
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import Name, choose
+from megatron_sfr.runtime.provenance import contents_of
 from megatron_sfr.simplex_sampling.film import Recorder
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
 from megatron_sfr.simplex_sampling.requests import (
@@ -213,20 +214,28 @@ def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
     return partial(denoise, model, vocab=vocab), Shard(vocab, width)
 
 
-@contextmanager
-def _output(job: Job, made: Plan, found: list[list[Wanted]], first: bool) -> Iterator[tuple[IO[str], int]]:
-    """The file that an earlier run may have begun, and its lines; the other ranks write to nowhere."""
-    identity = {
+def is_up_to_date(job: Job, made: Plan) -> bool:
+    """Whether the output is there, from the same job; ValueError where it is another one's."""
+    return is_finished(Path(job.output), _identity(job, made))
+
+
+def _identity(job: Job, made: Plan) -> dict[str, object]:
+    return {
         "checkpoint": contents_of(made.folder),
         "tokenizer": tokenizer_sha256(made.tokenizer),
         "requests": [asdict(request) for request in made.requests],
         "options": asdict(made.options) | {"samples": job.samples, "batch_size": job.batch_size, "nproc": job.nproc},
     }
+
+
+@contextmanager
+def _output(job: Job, made: Plan, found: list[list[Wanted]], first: bool) -> Iterator[tuple[IO[str], int]]:
+    """The file that an earlier run may have begun, and its lines; the other ranks write to nowhere."""
     if not first:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             yield nowhere, 0
         return
-    with resumable(Path(job.output), identity, lambda lines: whole_batches(found, lines)) as opened:
+    with resumable(Path(job.output), _identity(job, made), lambda lines: whole_batches(found, lines)) as opened:
         yield opened
 
 

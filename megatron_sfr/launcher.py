@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +16,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from megatron_sfr.train import ERROR
+from megatron_sfr.hf.tracker import newest
+from megatron_sfr.runtime.failures import failure
+from megatron_sfr.runtime.lock import hold
+from megatron_sfr.train import ERROR, LOCK_WAIT_S
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
@@ -31,6 +33,8 @@ class Run:
     save: Path
     train_iters: int
     tokens_per_step: int
+    any_format: bool = False
+    """Its checkpoints are not torch_dist's, which alone tell whether they are complete."""
 
 
 def command(recipe: Path, nproc: int, flags: Sequence[str]) -> list[str]:
@@ -46,7 +50,7 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
-    for name in names:
+    for name in (*names, "ckpt_format"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     given = vars(parser.parse_known_args(list(flags))[0])
     keys = {key: value for path in (recipe, *given.pop("recipe")) for key, value in _mapping(path).items()}
@@ -58,7 +62,8 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
                 f"{recipe}: {name} is missing; megatron-sfr train needs it (or --{name.replace('_', '-')})"
             )
     tokens = int(keys["global_batch_size"]) * int(keys["seq_length"])
-    return Run(Path(str(keys["save"])), int(keys["train_iters"]), tokens)
+    any_format = keys.get("ckpt_format", "torch_dist") != "torch_dist"
+    return Run(Path(str(keys["save"])), int(keys["train_iters"]), tokens, any_format)
 
 
 def _mapping(recipe: Path) -> dict[str, Any]:
@@ -77,8 +82,14 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
     here. Raises ValueError, in one line, if the training fails. verbose: no bar, Megatron's output as it comes.
     """
     run = read_run(recipe, flags)
-    if _is_finished(run) and "--skip-train" not in flags:
-        print(f"{title}: {run.save} has all {run.train_iters} steps already", flush=True)
+    with hold(run.save, inside=True, wait=LOCK_WAIT_S):
+        pass  # refused here, before anything is started; it is the first rank that holds it
+    found = newest(run.save, any_format=run.any_format)  # upstream, started again at the end, asks for further samples
+    if found is not None and found.note is not None:
+        print(f"{title}: {found.note}", flush=True)
+    if found is not None and found.step >= run.train_iters and "--skip-train" not in flags:
+        had = f" ({found.step}, to be exact)" if found.step > run.train_iters else ""
+        print(f"{title}: {run.save} has all {run.train_iters} steps already{had}", flush=True)
         return
     logs = run.save / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -100,13 +111,11 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
         print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
     if process.returncode != 0:
-        raise ValueError(f"training failed with exit code {process.returncode}" if verbose else failure(log))
-
-
-def _is_finished(run: Run) -> bool:
-    """Whether the last step's checkpoint is there: upstream, started again, would ask for samples beyond the last."""
-    newest = run.save / "latest_checkpointed_iteration.txt"
-    return newest.is_file() and newest.read_text(encoding="utf-8").strip() == str(run.train_iters)
+        raise ValueError(
+            f"training failed with exit code {process.returncode}"
+            if verbose
+            else failure(log, ERROR, returncode=process.returncode)
+        )
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
@@ -137,20 +146,10 @@ def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
 
 def _bar(run: Run, title: str) -> Iterator[None]:
     """A generator that reads new lines of the run's metrics at each step and draws the bar."""
-    metrics = run.save / "metrics.jsonl"
-    offset = metrics.stat().st_size if metrics.exists() else 0
     last: dict[str, Any] | None = None
     with tqdm(total=run.train_iters, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
-        while True:
-            text = b""
-            if metrics.exists():
-                with metrics.open("rb") as file:
-                    file.seek(offset)
-                    text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            offset += len(whole)
-            for line in whole.splitlines():
-                row = json.loads(line)
+        for rows in new_rows(run.save / "metrics.jsonl"):
+            for row in rows:
                 if not row.keys() & {"lm loss", "kl-flow loss"}:
                     continue
                 shown = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
@@ -165,14 +164,28 @@ def _bar(run: Run, title: str) -> Iterator[None]:
             yield
 
 
-def failure(log: Path, mark: str = ERROR, what: str = "training") -> str:
-    """One line that says why a run failed, from its log: what follows the mark, or the first Python error."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if found := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
-        return found[0]
-    raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
-    reason = raised[0] if raised else "no Python error was printed (out of memory?)"
-    return f"{what} failed: {reason[:300]}; see {log}"
+def new_rows(metrics: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yields the rows that were added since the last time, starting with the present end of the file.
+
+    A resumed run replaces the file by its beginning (training/metrics.py); the rows of before are not new then either.
+    """
+    began = time.time()
+    old = metrics.stat() if metrics.exists() else None
+    inode, offset, replaced = (old.st_ino, old.st_size, False) if old else (None, 0, False)
+    while True:
+        text = b""
+        if metrics.exists():
+            with metrics.open("rb") as file:
+                now = os.fstat(file.fileno()).st_ino
+                if inode is not None and now != inode:
+                    offset, replaced = 0, True
+                inode = now
+                file.seek(offset)
+                text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        offset += len(whole)
+        rows = [json.loads(line) for line in whole.splitlines()]
+        yield [row for row in rows if not replaced or row["time"] >= began]
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:

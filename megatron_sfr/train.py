@@ -3,38 +3,66 @@
 torchrun --nproc-per-node 2 -m megatron_sfr.train --recipe FILE.yaml [any of Megatron's flags]
 """
 
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_sfr.runtime.atomic import replacing
+from megatron_sfr.runtime.failures import reason
+from megatron_sfr.runtime.lock import hold
+
+if TYPE_CHECKING:
+    from megatron_sfr.config import Settings
+
 ERROR = "megatron-sfr train: error:"
+LOCK_WAIT_S = 10.0
+"""Patience with a run in the same --save folder that was killed and whose processes are still ending."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
+    from megatron_sfr.config import read_settings
+
+    settings = read_settings(argv)
+    save = settings.recipe.get("save")
+    first = int(os.environ.get("RANK", "0")) == 0
+    with hold(Path(save), inside=True, wait=LOCK_WAIT_S) if first and save else nullcontext():
+        _train(settings, first)
+
+
+def _train(settings: "Settings", first: bool) -> None:
+    """A run whose folder is locked by its first rank, which alone prints."""
     from megatron_sfr.assembly import check_task, forward_step, model_config
-    from megatron_sfr.config import options, parse, read_settings
+    from megatron_sfr.config import options, parse
+    from megatron_sfr.resume import check_schedule, repair_trackers, resumed_step
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
 
-    settings = read_settings(argv)
+    say = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        print(f"backend: {settings.backend}", *settings.changes, sep="\n  ", flush=True)
+    say("\n  ".join([f"backend: {settings.backend}", *settings.changes]))
+    for line in repair_trackers(settings.recipe):
+        say(line)
     args = parse(settings)
-    check_task(args)
+    stored = check_task(args)
+    if step := resumed_step(args):
+        if step >= (args.train_iters or math.inf) and not args.skip_train:
+            return say(f"{args.load} has {step} steps already, of {args.train_iters}")
+        if adapted := check_schedule(args, stored):
+            say(adapted)
     config = model_config(args, settings.backend)
     if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
-    if rank == 0 and args.save:
+    if first and args.save:
         save_recipe(settings.recipe, Path(args.save))
     lines = log_as_json_lines(args)
 
@@ -49,6 +77,10 @@ def main(argv: Sequence[str]) -> None:
             pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
+    except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
+        if not end.code and not hasattr(args, "curr_iteration"):
+            raise ValueError("Megatron ended before the first step; the last lines of its output say why") from end
+        raise
     finally:
         data.close()
         if lines is not None:
@@ -68,9 +100,8 @@ def _missing(error: Any, checkpoint: str) -> Exception:
 def save_recipe(recipe: dict[str, Any], folder: Path) -> None:
     """Writes the resolved recipe to FOLDER/recipe.yaml, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".recipe.yaml"
-    partial.write_text(yaml.safe_dump(recipe, sort_keys=True), encoding="utf-8")
-    partial.replace(folder / "recipe.yaml")
+    with replacing(folder / "recipe.yaml") as file:
+        yaml.safe_dump(recipe, file, sort_keys=True)
 
 
 def log_as_json_lines(args: Any) -> Any:
@@ -83,12 +114,12 @@ def log_as_json_lines(args: Any) -> Any:
     if writer is None or not args.save:
         return None
     Path(args.save).mkdir(parents=True, exist_ok=True)
-    return JsonLines(writer, Path(args.save) / "metrics.jsonl")
+    return JsonLines(writer, Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"{ERROR} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{ERROR} {reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)

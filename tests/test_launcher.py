@@ -1,12 +1,18 @@
 """What the launcher knows before anything is started."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_sfr import cli
-from megatron_sfr.launcher import Run, _bar, read_run
+from megatron_sfr import cli, launcher
+from megatron_sfr.hf.checkpoint import COMMON, write_checkpoint
+from megatron_sfr.hf.tracker import CONFIG, TRACKER
+from megatron_sfr.launcher import Run, _bar, new_rows, read_run
+from megatron_sfr.runtime.lock import hold
+from megatron_sfr.training.metrics import cut_back
 
 SIZES = "train-iters: 7\nmicro_batch_size: 2\nglobal_batch_size: 8\nseq_length: 16\n"
 
@@ -69,12 +75,68 @@ def test_wrong_calls_end_with_2_and_one_line(argv: list[str], message: str, caps
     assert error.count("\n") == 1
 
 
-def test_a_run_that_has_all_its_steps_is_not_started_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    save = tmp_path / "run"
-    recipe = tmp_path / "recipe.yaml"
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe of 30 steps and the folder of its run, which has a checkpoint of step 30 and one of step 20."""
+    save, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(f"save: {save}\ntrain_iters: 30\nmicro_batch_size: 2\nseq_length: 8\n", encoding="utf-8")
-    save.mkdir()
-    (save / "latest_checkpointed_iteration.txt").write_text("30", encoding="utf-8")
+    for step in (20, 30):
+        write_checkpoint(save / f"iter_{step:07d}", [], {COMMON: {"iteration": step}})
+    (save / TRACKER).write_text("30", encoding="utf-8")
+    return recipe, save
+
+
+@pytest.mark.parametrize("tracker", ["30", "", None])
+def test_a_run_that_has_all_its_steps_is_not_started_again(
+    finished: tuple[Path, Path], tracker: str | None, capsys: pytest.CaptureFixture
+) -> None:
+    recipe, save = finished
+    (save / TRACKER).unlink()
+    if tracker is not None:
+        (save / TRACKER).write_text(tracker, encoding="utf-8")
     assert cli.main(["train", str(recipe)]) == 0
-    assert "has all 30 steps already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "has all 30 steps already" in printed
+    assert ("iter_0000030 is used" in printed) == (tracker != "30")
     assert not (save / "logs").exists()
+    assert cli.main(["train", str(recipe), "--train-iters", "25"]) == 0
+    assert "has all 25 steps already (30, to be exact)" in capsys.readouterr().out
+
+
+def test_a_run_whose_last_checkpoint_is_not_complete_is_started_again(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe, save = finished
+    (save / "iter_0000030" / CONFIG).unlink()
+    monkeypatch.setattr(launcher, "command", lambda *_: ["false"])
+    assert cli.main(["train", str(recipe)]) == 2
+    printed = capsys.readouterr()
+    assert "training failed: no process said why" in printed.err
+    assert "which has no metadata.json" in printed.out
+    assert "iter_0000020 is used" in printed.out
+    assert "already" not in printed.out
+
+
+def test_a_run_in_progress_is_not_started_a_second_time(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe, save = finished
+    monkeypatch.setattr(launcher, "LOCK_WAIT_S", 0.0)
+    with hold(save, inside=True):
+        assert cli.main(["train", str(recipe)]) == 2
+    assert f"{save} is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not (save / ".lock").exists()
+
+
+def test_the_bar_copes_with_metrics_that_are_cut_back(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    row = '{{"step": {}, "time": {}, "lm loss": 2.0}}\n'.format
+    metrics.write_text("".join(row(step, 1.0) for step in range(1, 9)), encoding="utf-8")
+    rows = new_rows(metrics)
+    assert next(rows) == []
+    cut_back(metrics, 5)
+    assert next(rows) == []
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write("".join(row(step, time.time() + 1) for step in range(6, 20)) + '{"step": 20')
+    assert [row["step"] for row in next(rows)] == list(range(6, 20))
+    assert next(rows) == []

@@ -16,7 +16,9 @@ FLOORS = {
     **dict.fromkeys(("model", "objectives"), 2),
     **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts"), 3),
     "config": 4,
-    **dict.fromkeys(("cli", "train", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5),
+    **dict.fromkeys(
+        ("cli", "train", "resume", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5
+    ),
 }
 TOP = max(FLOORS.values())
 WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives", "simplex_sampling")

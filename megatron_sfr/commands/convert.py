@@ -49,6 +49,8 @@ def _import(args: argparse.Namespace) -> None:
     from megatron_sfr.hf.importer import import_hf
 
     report = import_hf(args.hf, args.output, check=args.check, force=args.force)
+    if report.up_to_date:
+        print(f"{report.output} is up to date")
     checked = ", read back bit for bit" if report.checked else ""
     print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}{checked}")
     print(f"train from it with: load: {report.output}, finetune: true, and what `convert recipe --hf {args.hf}` prints")
@@ -72,6 +74,8 @@ def _export(args: argparse.Namespace) -> None:
         head=args.keep_head,
         force=args.force,
     )
+    if report.up_to_date:
+        print(f"{report.output} is up to date")
     files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
     print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}, in {files}")
     print(f"from {report.checkpoint}; {report.padding} rows of vocabulary padding cut off")

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.diagnostics.labels import LabelOptions
     from megatron_sfr.evaluation.calibration import CalibrationOptions, check_same_tokens
     from megatron_sfr.evaluation.sampling import check_folder, load_model
+    from megatron_sfr.runtime.lock import hold
 
     labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
     futures = FutureOptions(args.draws, args.steps, args.method, horizon=args.horizon)
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         return model.network
 
     models = {name: partial(load, name, folder) for name, folder in folders.items()}
-    _write(args, folders, data, store, examine(models, data, options, head))
+    with hold(args.output, inside=True):
+        _write(args, folders, data, store, examine(models, data, options, head))
     return 0
 
 

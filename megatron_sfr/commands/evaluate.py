@@ -43,6 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.runtime.lock import hold
+    from megatron_sfr.runtime.provenance import is_up_to_date
+
+    if args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
+    last, identity = args.output / "evaluation.json", _identity(args)
+    if is_up_to_date(last, last, identity, "choose another --output, or remove the file"):
+        print(f"{args.output} is up to date")
+        return 0
+    with hold(args.output, inside=True):
+        _evaluate(args, identity)
+    return 0
+
+
+def _identity(args: argparse.Namespace) -> dict[str, object]:
+    """What decides the report. An encoder that is named, not a folder, counts by its name."""
+    from megatron_sfr.data.manifest import sha256_of
+    from megatron_sfr.runtime.provenance import contents_of
+
+    sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")
+    scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded")
+    folders = model_folders(args.model)
+    return {
+        "models": {name: contents_of(folder) for name, folder in folders.items() if folder.is_dir()},
+        "baseline": next(iter(folders)),
+        "data": sha256_of(args.data),
+        "encoder": contents_of(Path(args.encoder)) if Path(args.encoder).is_dir() else None,
+        "options": {name: getattr(args, name) for name in (*sampling, *scoring)},
+    }
+
+
+def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
     from megatron_sfr.data.encoder import Encoder, EncoderOptions
     from megatron_sfr.evaluation.answers import Hardware
     from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
@@ -50,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.evaluation.report import Axes
     from megatron_sfr.evaluation.run import evaluate
 
-    if args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
     asked = limit(read_asked(args.data), args.limit)
     if not asked:
         raise ValueError(f"{args.data} has no conversations")
@@ -76,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
         title=f"{args.data.name}: diversity against quality",
         picture="frontier.png",
         hardware=Hardware(args.device, args.dtype, args.processes),
+        identity=identity,
     )
-    return 0
 
 
 def style_judge(asked: "Sequence[Asked]") -> "StyleJudge | None":

@@ -8,6 +8,10 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sfr.evaluation.tasks import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.evaluation.code import as_json, as_markdown, read_replies, score
-    from megatron_sfr.evaluation.sandbox import MIB, Limits, isolation_here
     from megatron_sfr.evaluation.tables import whole
     from megatron_sfr.evaluation.tasks import read_tasks
+    from megatron_sfr.runtime.lock import hold
 
     tasks = read_tasks(args.tasks)
     if args.write_prompts is not None:
@@ -41,6 +44,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is None:
         raise ValueError("--replies needs --output DIR for the scores")
+    with hold(args.output, inside=True):
+        _score(args, tasks)
+    return 0
+
+
+def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
+    """Scores the replies; writes and prints the result."""
+    from megatron_sfr.evaluation.code import as_json, as_markdown, read_replies, score
+    from megatron_sfr.evaluation.sandbox import MIB, Limits, isolation_here
+    from megatron_sfr.evaluation.tables import whole
+
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: give at least 1")
     limits = Limits(wall=args.seconds, cpu=max(1, round(args.seconds)), memory=args.memory * MIB)
@@ -56,4 +70,3 @@ def run(args: argparse.Namespace) -> int:
         with whole(args.output / name) as file:
             file.write(text)
     print(as_markdown(scored, notes))
-    return 0

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.flow_generation import notice, plan
+    from megatron_sfr.flow_generation import is_up_to_date, notice, plan
 
     if args.persona is not None and args.prompt is None:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
@@ -62,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
     with _scratch() as scratch:
         job = _job(args, scratch)
-        if told := notice(plan(job)):  # and what is wrong is said before processes start
+        made = plan(job)  # what is wrong is said before processes start
+        if job.film is None and is_up_to_date(job, made):
+            print(f"{args.output} is up to date")
+            return 0
+        if told := notice(made):
             print(told, file=sys.stderr)
         start(job, scratch / "log")
         lines = Path(job.output).read_text(encoding="utf-8").splitlines()
@@ -106,7 +110,7 @@ def start(job: "Job", log: Path) -> None:
     from dataclasses import asdict
 
     from megatron_sfr.flow_generation import ERROR
-    from megatron_sfr.launcher import failure
+    from megatron_sfr.runtime.failures import failure
 
     file = log.with_name("job.json")
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -120,7 +124,7 @@ def start(job: "Job", log: Path) -> None:
             env=threads | os.environ,
         )
     if done.returncode != 0:
-        raise ValueError(failure(log, ERROR, "sampling"))
+        raise ValueError(failure(log, ERROR, "sampling", done.returncode))
 
 
 def _show(frames: Path, film: str) -> None:

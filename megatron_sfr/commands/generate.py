@@ -69,8 +69,9 @@ def _write(
 
     from tqdm import tqdm
 
-    from megatron_sfr.evaluation.resumable import contents_of, resumable
+    from megatron_sfr.evaluation.resumable import is_finished, resumable
     from megatron_sfr.evaluation.sampling import check_folder, record
+    from megatron_sfr.runtime.provenance import contents_of
 
     load_model, sample = _engine(args.engine)
     each = len(prompts) * options.samples
@@ -87,6 +88,9 @@ def _write(
         """Whole batches: a batch that was cut off is drawn again as it was, to the last bit of its rounding."""
         return lines - lines % each % options.batch_size
 
+    if is_finished(args.output, identity):
+        print(f"{args.output} is up to date")
+        return
     total = len(folders) * each
     with (
         resumable(args.output, identity, boundary) as (file, done),

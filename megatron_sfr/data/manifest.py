@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
+
+from megatron_sfr.runtime.atomic import replacing, sync_folder
+from megatron_sfr.runtime.lock import hold
 
 NAME = "manifest.json"
 
@@ -43,14 +44,9 @@ def sha256_of(path: Path) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Written under a temporary name, flushed, renamed: it is there whole or not at all."""
     content = {"kind": manifest.kind, "version": manifest.version, **asdict(manifest)}
-    temporary = folder / f".{NAME}.partial"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(folder / NAME) as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
-    sync_folder(folder)
 
 
 def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
@@ -94,14 +90,6 @@ def check_contents(folder: Path, files: dict[str, FileRecord], remedy: str) -> N
             raise ValueError(f"{folder / name} is not what was written (its sha256 differs); {remedy}")
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def staging(output: Path, *, keep: bool) -> Iterator[Path]:
     """A folder beside `output` to write in, for one process at a time.
@@ -109,13 +97,8 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
     It must be gone, by `publish`, when the block ends. After an error it is removed, or left for a later run (`keep`).
     """
     folder = output.parent / f".{output.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing {output}; wait for it, or stop it") from error
+    with hold(output):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             if not keep:
                 empty_folder(folder)
@@ -124,8 +107,6 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
             if not keep:
                 shutil.rmtree(folder)
             raise
-    finally:
-        os.close(descriptor)
 
 
 def publish(folder: Path, output: Path) -> None:

@@ -29,6 +29,7 @@ from megatron_sfr.evaluation.tables import whole
 from megatron_sfr.hf.exporter import export_hf
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
+from megatron_sfr.hf.tracker import newest
 from megatron_sfr.launcher import train
 
 ENCODER = "minilm"
@@ -135,10 +136,9 @@ def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, 
 
 
 def _is_trained(save: Path, recipe: Path) -> bool:
-    """The run's newest whole checkpoint is that of its last step."""
-    newest = save / "latest_checkpointed_iteration.txt"
-    steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
-    return newest.exists() and newest.read_text(encoding="utf-8").strip() == str(steps)
+    """Whether the run's newest complete checkpoint is that of its last step."""
+    found = newest(save)
+    return found is not None and found.step >= yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
 
 
 def _compare(output: Path, scale: Scale) -> None:

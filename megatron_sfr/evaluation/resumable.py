@@ -1,13 +1,26 @@
 """A file of lines that a killed run leaves half written and the same run, started again, ends with the same bytes."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.runtime.atomic import sync_folder
+from megatron_sfr.runtime.lock import hold
+from megatron_sfr.runtime.provenance import differences, is_up_to_date, read_record, write_record
+
+_REMEDY = "choose another --output, or remove it"
+
+
+def record_of(path: Path) -> Path:
+    """Where a file's record is: what command writes it, and its size once it is finished."""
+    return path.with_name(f".{path.name}.identity.json")
+
+
+def is_finished(path: Path, identity: Mapping[str, object]) -> bool:
+    """Whether a file is there, from a finished run of this identity; ValueError where it is another one's."""
+    return is_up_to_date(path, record_of(path), identity, _REMEDY)
 
 
 @contextmanager
@@ -16,32 +29,30 @@ def resumable(
 ) -> Iterator[tuple[IO[str], int]]:
     """A text file to append lines to, and how many it has already; it takes its name when the block ends well.
 
-    Until then it is `.NAME.partial`, beside it `.NAME.identity.json`. Of the whole lines that an earlier run left,
-    boundary(lines) stay. ValueError where that run was of another identity.
+    Until then it is `.NAME.partial`. The record beside it stays. Of the complete lines that an earlier run left,
+    boundary(lines) stay.
+
+    Raises:
+        ValueError: the file or the partial one is of another identity, or another process is writing it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, record = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.identity.json")
-    known = json.loads(json.dumps(identity))
-    if partial.exists() and record.exists() and json.loads(record.read_text(encoding="utf-8")) != known:
-        raise ValueError(
-            f"{partial} was begun by another command (other models, prompts or options): remove it to start anew, "
-            "or run that command again to finish it"
-        )
-    done = _keep(partial, boundary) if record.exists() else 0
-    with whole(record) as file:
-        json.dump(known, file)
-    with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # each line is handed over at once
-        yield file, done
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    record.unlink()
-
-
-def contents_of(folder: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of the last change) of each file of a folder: cheap, and another model has others."""
-    found = sorted(path for path in folder.iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    partial, record = path.with_name(f".{path.name}.partial"), record_of(path)
+    with hold(path):
+        is_finished(path, identity)
+        known = read_record(record)
+        if partial.exists() and known is not None and (changed := differences(known["identity"], identity)):
+            raise ValueError(
+                f"{partial} was begun by another command, with other values of {', '.join(changed)}: remove it to "
+                "start again, or run that command again to finish it"
+            )
+        done = _keep(partial, boundary) if known is not None else 0
+        write_record(record, identity, {})
+        with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # a line is written at once
+            yield file, done
+            file.flush()
+            os.fsync(file.fileno())
+        write_record(record, identity, {path.name: partial.stat().st_size})
+        partial.replace(path)
+        sync_folder(path.parent)
 
 
 def _keep(partial: Path, boundary: Callable[[int], int]) -> int:

@@ -22,8 +22,12 @@ def evaluate(
     title: str,
     picture: str,
     hardware: Hardware,
+    identity: Mapping[str, object] | None = None,
 ) -> Report:
-    """Asks and scores every model, the first being the baseline; prints the table and writes it with the picture."""
+    """Asks and scores every model, the first being the baseline; prints the table and writes it with the picture.
+
+    identity: what decides the numbers, kept in evaluation.json, which is written last.
+    """
     questions = scorer.questions()
     answered = answers(folders, questions, hardware)
     with whole(output / "samples.jsonl") as file:
@@ -38,10 +42,12 @@ def evaluate(
     pages = {
         "report.md": markdown(report, title, picture),
         "report.html": page(report, title, (output / picture).read_bytes(), samples),
-        "evaluation.json": as_json(report),
     }
     for name, text in pages.items():
         with whole(output / name) as file:
             file.write(text)
+    sizes = {name: (output / name).stat().st_size for name in ("samples.jsonl", picture, *pages)}
+    with whole(output / "evaluation.json") as file:
+        file.write(as_json(report, {"identity": identity, "files": sizes} if identity else {}))
     print(terminal(report), flush=True)
     return report

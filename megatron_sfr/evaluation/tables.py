@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import IO, Any
 from megatron_sfr.evaluation.bootstrap import Estimate
 from megatron_sfr.evaluation.metrics import METRICS, metric
 from megatron_sfr.evaluation.report import Report, verdict
+from megatron_sfr.runtime.atomic import replacing
 
 INTERVALS = (
     "Intervals are 95 % bootstrap intervals over {n} prompts; they cover prompts and sampling, not training seeds."
@@ -22,15 +22,8 @@ INTERVALS = (
 def whole(path: Path) -> Iterator[IO[str]]:
     """A text file that takes its name only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        yield file
 
 
 def terminal(report: Report) -> str:
@@ -58,9 +51,9 @@ def markdown(report: Report, title: str, picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(report: Report) -> str:
-    """Everything, numbers in full; what has no value is null."""
-    content = asdict(report) | {"verdicts": [verdict(gap) for gap in report.gaps]}
+def as_json(report: Report, record: Mapping[str, object]) -> str:
+    """Everything, numbers in full; what has no value is null. record: what made it, beside the report's own keys."""
+    content = asdict(report) | {"verdicts": [verdict(gap) for gap in report.gaps]} | dict(record)
     return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
 
 

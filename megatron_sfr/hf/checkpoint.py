@@ -5,6 +5,7 @@ each box lies, and Megatron's `metadata.json`, written last. It knows no layout:
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,8 +28,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_sfr.hf.pickles import read_common_state, read_metadata
+from megatron_sfr.hf.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
 
-TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor: the arguments, the iteration, versions."""
 CHUNK_BYTES = 128 << 20
@@ -36,33 +37,36 @@ CHUNK_BYTES = 128 << 20
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one complete checkpoint, from that folder or from the --save folder that names its newest."""
-    tracker = path / TRACKER
-    if tracker.is_file():
-        said = tracker.read_text().strip()
-        if said != "release" and not said.isdecimal():
-            raise ValueError(f"{tracker}: {said!r} is neither an iteration nor 'release'")
-        folder = path / (said if said == "release" else f"iter_{int(said):07d}")
-    elif path.name == "release" or path.name.startswith("iter_") or (path / METADATA).is_file():
+    """The folder of one complete checkpoint, from that folder or from the newest of a --save folder.
+
+    Where the tracker of a --save folder is damaged or names a checkpoint that is not complete, the newest complete one
+    is used and a warning says so.
+    """
+    of_its_own = path.name == RELEASE or path.name.startswith("iter_") or (path / METADATA).is_file()
+    if of_its_own and not (path / TRACKER).is_file():
         folder = path
+        if wrong := incomplete(folder):
+            raise ValueError(f"{folder} {wrong}{_others(folder)}")
     else:
-        raise ValueError(f"{path}: no checkpoint here (no {TRACKER}): wrong folder, or its first save is not finished")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist")
+        found = newest(path)
+        if found is None:
+            raise ValueError(
+                f"{path}: no checkpoint here (no {TRACKER}): wrong folder, or its first save is not finished"
+            )
+        if found.note:
+            logging.getLogger(__name__).warning("warning: %s", found.note)
+        folder = found.folder
     if any(folder.glob("mp_rank_*")):
         raise ValueError(f"{folder}: saved with --ckpt-format torch; load and save it with --ckpt-format torch_dist")
-    for name in (METADATA, CONFIG):  # upstream writes metadata.json last, also after an asynchronous save
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: still being written, or its save was cut off{_whole(folder)}")
     backend = json.loads((folder / CONFIG).read_text()).get("sharded_backend")
     if backend != "torch_dist":
         raise ValueError(f"{folder}: its format is {backend}; only torch_dist is read")
     return folder
 
 
-def _whole(folder: Path) -> str:
-    whole = sorted(x.parent.name for x in folder.parent.glob(f"*/{CONFIG}"))
-    return f"; complete: {', '.join(whole)}" if whole else ""
+def _others(folder: Path) -> str:
+    complete = sorted(path.name for path in folder.parent.glob("iter_*") if incomplete(path) is None)
+    return f"; complete: {', '.join(complete)}" if complete else ""
 
 
 class Checkpoint:

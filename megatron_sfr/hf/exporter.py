@@ -14,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.hf.folder import CONFIG, INDEX, new_folder, read_config
+from megatron_sfr.hf.folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.hf.stored import HEAD, StoredModel
+from megatron_sfr.runtime.provenance import contents_of
 
 COMPANIONS = (
     "generation_config.json",
@@ -48,6 +49,8 @@ class ExportReport:
     dropped: tuple[str, ...]
     padding: int
     """Rows of vocabulary padding that were cut off."""
+    up_to_date: bool
+    """The same export had written it already."""
 
 
 def export_hf(
@@ -68,6 +71,7 @@ def export_hf(
     dtype: of the weights; by default as the checkpoint has them, so that nothing is rounded unasked.
     workers: processes that write, a file each at a time; the files are the same for any number.
     head: writes the flow head beside the model; `hf.head.load_head` reads it.
+    Returns the report, also where the same export has written `output` already and it stays as it is.
     """
     if workers < 1 or shard_bytes < 1:
         raise ValueError(f"{workers} workers writing files of {shard_bytes} bytes: both have to be positive")
@@ -78,17 +82,16 @@ def export_hf(
     size, dtypes = sum(x.bytes for x in headers.values()), tuple(dict.fromkeys(x.dtype for x in headers.values()))
     if output.resolve() == like.resolve():
         raise ValueError(f"{output} is the folder of --like: choose another --output")
-    with new_folder(output, mark=CONFIG, force=force, size=size) as folder:
-        copy_companions(like, folder)
-        _write_config(config, dtypes, folder / CONFIG)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
-            _write_weights(model, shards, folder, bar, workers)
-        if head:
-            from megatron_sfr.hf.head import keep_head  # which imports Megatron, as nothing else here does
-
-            keep_head(model.checkpoint, folder)
-        if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
-            _write_index(shards, size, folder / INDEX)
+    options = {"dtype": str(dtype), "shard_bytes": shard_bytes, "head": head}
+    inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
+    identity = {"command": "convert export", **inputs, "options": options}
+    if not (done := is_up_to_date(output, identity, force=force)):
+        with new_folder(output, mark=CONFIG, force=force, size=size, identity=identity) as folder:
+            copy_companions(like, folder)
+            _write_config(config, dtypes, folder / CONFIG)
+            with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
+                _write_weights(model, shards, folder, bar, workers)
+            _write_head_and_index(model, shards, size, folder, head)
     return ExportReport(
         output=output,
         checkpoint=model.checkpoint.folder,
@@ -98,7 +101,17 @@ def export_hf(
         dtypes=dtypes,
         dropped=tuple(key for key in model.dropped if not (head and key.startswith(HEAD))),
         padding=model.padding,
+        up_to_date=done,
     )
+
+
+def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
+    if head:
+        from megatron_sfr.hf.head import keep_head  # which imports Megatron, as nothing else here does
+
+        keep_head(model.checkpoint, folder)
+    if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
+        _write_index(shards, size, folder / INDEX)
 
 
 def _headers(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Header]:

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sfr.hf.rows import Config
+from megatron_sfr.runtime import provenance
+from megatron_sfr.runtime.lock import hold
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+RECORD = "conversion.json"
+"""What made the folder: the identity of the conversion, and the sizes of its files."""
+WEIGHT_FILES = (CONFIG, INDEX, "*.safetensors")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OTHER = "choose another --output, or replace it with --force"
 _STALE = "the index is of other files: download both again"
 _ROOM = "the disk has no room for it: make some or choose another --output"
 _ACCESS = "the place cannot be written to: choose another --output"
@@ -83,38 +89,63 @@ class Weights:
             return tensors.get_tensor(name)
 
 
-@contextmanager
-def new_folder(output: Path, *, mark: str, force: bool, size: int = 0) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when all went well and is removed when not.
+def is_up_to_date(output: Path, identity: Mapping[str, object], *, force: bool) -> bool:
+    """Whether a conversion of this identity has written `output`; False where it is to be written or replaced.
 
-    An existing `output` is refused, or with `force` replaced at the end, if it holds the file `mark` (so that a
-    mistyped path does not cost another folder). size: the bytes it will take, for which there must be room.
+    Raises:
+        ValueError: `output` is another conversion's, or its files have changed.
     """
-    if output.exists() or output.is_symlink():
-        if not force:
-            raise ValueError(f"{output} exists: choose another --output, or replace it with --force")
-        if not (output / mark).is_file():
-            raise ValueError(f"{output} has no {mark}: --force replaces only what a conversion has written")
+    made = not force and (output / RECORD).is_file()
+    return made and provenance.is_up_to_date(output, output / RECORD, identity, _OTHER)
+
+
+@contextmanager
+def new_folder(
+    output: Path, *, mark: str, force: bool, size: int = 0, identity: Mapping[str, object] | None = None
+) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when all went well and is removed when not; for one process at a time.
+
+    Args:
+        output: the folder to write. An existing one is refused.
+        mark: a file of every folder that this conversion writes.
+        force: replace an existing folder that has the mark (so that a mistyped path does not cost another folder).
+        size: the bytes it will take, for which there must be room.
+        identity: what decides its bytes, kept in it for `is_up_to_date`.
+    """
     partial = output.with_name(f".{output.name}.partial")
     replaced = output.with_name(f".{output.name}.replaced")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if (free := shutil.disk_usage(output.parent).free) < size:
-            raise ValueError(f"{output}: {size:,} bytes to write, {free:,} free: make room or choose another --output")
-        partial.mkdir()
-        yield partial
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
+        with hold(output):
+            _check_replaceable(output, mark, force)
+            try:
+                for leftover in (partial, replaced):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                if (free := shutil.disk_usage(output.parent).free) < size:
+                    raise ValueError(
+                        f"{output}: {size:,} bytes to write, {free:,} free: make room or choose another --output"
+                    )
+                partial.mkdir()
+                yield partial
+                if identity is not None:
+                    provenance.write_record(partial / RECORD, identity, provenance.sizes_of(partial))
+                if output.exists():
+                    output.rename(replaced)
+                partial.rename(output)
+            finally:
+                for leftover in (partial, replaced):
+                    shutil.rmtree(leftover, ignore_errors=True)
     except OSError as e:
         if e.errno not in _NOT_WRITTEN:
             raise
         raise ValueError(f"{output} is not written and nothing left of it; {_NOT_WRITTEN[e.errno]} ({e})") from e
-    finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, mark: str, force: bool) -> None:
+    if output.exists() or output.is_symlink():
+        if not force:
+            raise ValueError(f"{output} exists: {_OTHER}")
+        if not (output / mark).is_file():
+            raise ValueError(f"{output} has no {mark}: --force replaces only what a conversion has written")
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -4,7 +4,7 @@ The checkpoint knows no layout, so any TP, PP, VPP loads it (`--load DIR`). It h
 layout pads for itself (megatron-core marks both embeddings allow_shape_mismatch and zeroes what is not stored).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import ceil, prod
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sfr.hf.checkpoint import CHUNK_BYTES, COMMON, TRACKER, Checkpoint, Piece, write_checkpoint
-from megatron_sfr.hf.folder import Weights, new_folder
+from megatron_sfr.hf.checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.rows import EXPERT, LAYER, Config, Dimensions, Entry, Family
 from megatron_sfr.hf.source import Source, bits, open_source
 from megatron_sfr.hf.stored import StoredModel
+from megatron_sfr.hf.tracker import RELEASE, TRACKER
+from megatron_sfr.runtime.provenance import contents_of
 
-RELEASE = "release"
-"""Megatron's name for a checkpoint that no run has written: training starts at step 0 with a fresh optimizer."""
 COMMON_STATE = {
     "checkpoint_version": 3.0,  # the order of query, key and value in linear_qkv
     "iteration": 0,
@@ -39,6 +39,8 @@ class ImportReport:
     bytes: int
     dtypes: tuple[torch.dtype, ...]
     checked: bool
+    up_to_date: bool
+    """The same import had written it already."""
 
 
 def import_hf(
@@ -46,19 +48,33 @@ def import_hf(
 ) -> ImportReport:
     """Writes `output` (a tracker file and `release/`), which Megatron's --load takes in any layout.
 
+    An `output` that the same import has written stays as it is.
     check: reads everything back and compares it bit for bit with the source.
     """
     model = open_source(source)
     d = model.dimensions
     size = sum(prod(entry.row.megatron_shape(d)) * dtype.itemsize for entry, dtype in model.dtypes.items())
-    with new_folder(output, mark=TRACKER, force=force, size=size) as folder:
+    identity = {"command": "convert import", "hf": contents_of(source, WEIGHT_FILES)}
+    if done := is_up_to_date(output, identity, force=force):
+        if check:
+            check_import(output / RELEASE, model.config, model.weights, progress=progress)
+    else:
+        _write(model, output, identity, size, check=check, force=force, progress=progress)
+    dtypes = tuple(dict.fromkeys(model.dtypes.values()))
+    return ImportReport(output, len(model.weights.files), size, dtypes, checked=check, up_to_date=done)
+
+
+def _write(
+    model: Source, output: Path, identity: Mapping[str, object], size: int, *, check: bool, force: bool, progress: bool
+) -> None:
+    d = model.dimensions
+    with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             pieces = (piece for entry in model.dtypes for piece in _pieces(model, entry, bar))
             write_checkpoint(folder / RELEASE, pieces, _objects(model.family, d))
         (folder / TRACKER).write_text(RELEASE)
         if check:
             check_import(folder / RELEASE, model.config, model.weights, progress=progress)
-    return ImportReport(output, len(model.weights.files), size, tuple(dict.fromkeys(model.dtypes.values())), check)
 
 
 def check_import(folder: Path, config: Config, weights: Weights, *, progress: bool = True) -> None:

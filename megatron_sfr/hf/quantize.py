@@ -58,11 +58,11 @@ def quantize_hf(
     rows = _tokens(source, calibration, samples, length)
     held, used = rows[::8], [row for i, row in enumerate(rows) if i % 8]
     mto.enable_huggingface_checkpointing()
-    model = _load(source)
-    wanted = _logits(model, held)
-    mtq.quantize(model, getattr(mtq, FORMATS[format]), lambda model: [model(row) for row in used])
-    found = _logits(model, held)
     with new_folder(output, mark=CONFIG, force=force) as folder:
+        model = _load(source)
+        wanted = _logits(model, held)
+        mtq.quantize(model, getattr(mtq, FORMATS[format]), lambda model: [model(row) for row in used])
+        found = _logits(model, held)
         model.save_pretrained(folder)
         copy_companions(source, folder)
         del model

@@ -29,13 +29,14 @@ def choose(name: Name) -> Literal["cpu", "cuda"]:
 
 def start(backend: Literal["cpu", "cuda"]) -> None:
     """Prepares the process; on CPU replaces what upstream asks of CUDA and joins the gloo group of torchrun."""
-    from megatron_sfr.runtime import cpu, resharding
+    from megatron_sfr.runtime import cpu, durable, resharding
 
-    if backend == "cuda":
-        resharding.install()
-        return
-    cpu.install()
+    if backend == "cpu":
+        cpu.install()
+    durable.install()
     resharding.install()
+    if backend == "cuda":
+        return
     if not dist.is_initialized():
         dist.init_process_group("gloo")
 

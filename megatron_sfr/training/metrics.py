@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_sfr.runtime.atomic import replacing
 
 
 def pair(total: Tensor | float, count: Tensor) -> Tensor:
@@ -16,11 +19,18 @@ def pair(total: Tensor | float, count: Tensor) -> Tensor:
 
 
 class JsonLines:
-    """Writes what upstream sends to its TensorBoard writer to a file too, one line a step; appends on resume."""
+    """Writes what upstream sends to its TensorBoard writer to a file too, one line a step.
 
-    def __init__(self, writer: Any, path: Path) -> None:
-        self._add_scalar = writer.add_scalar
-        self._path, self._step, self._row = path, 0, dict[str, float]()
+    A resumed run appends to the file, cut back to the step that it resumes from.
+
+    Args:
+        resumed: gives the step that the run resumes from, 0 for one that starts. Called at the first scalar, when it is
+            certain that no other run writes to the folder.
+    """
+
+    def __init__(self, writer: Any, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
+        self._add_scalar, self._resumed = writer.add_scalar, resumed
+        self._path, self._step, self._row, self._fresh = path, 0, dict[str, float](), True
         writer.add_scalar = self.add_scalar
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
@@ -28,6 +38,9 @@ class JsonLines:
         self._add_scalar(tag, scalar_value, global_step, *args, **kwargs)
         if tag.endswith(" vs samples"):
             return
+        if self._fresh:
+            cut_back(self._path, self._resumed())
+            self._fresh = False
         if global_step != self._step:
             self.flush()
             self._step = global_step
@@ -40,3 +53,21 @@ class JsonLines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self._row = {}
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the lines of later steps and a last line that a kill cut off. The file is replaced atomically."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        if all(_stays(line, step) for line in file):
+            return
+    with open(path, "rb") as file, replacing(path, "wb") as kept:
+        kept.writelines(line for line in file if _stays(line, step))
+
+
+def _stays(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return True  # not a line of ours: it stays as it is

@@ -1,5 +1,6 @@
 """A run that is stopped or killed loses at most the step or the save it was in, and says where to go on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,10 @@ def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Pa
     save = tmp_path / "run"
     process = start(recipe, save, "--save-interval", "1")
     wait_for(lambda: (save / "iter_0000003").is_dir(), process)  # made first, filled and marked later
+    second = start(recipe, save)  # refused while the first rank of the first run holds the folder
+    refused = second.communicate(timeout=120)[0]
+    assert second.returncode == 2, refused
+    assert f"{save} is being written by process" in refused
     for child in psutil.Process(process.pid).children(recursive=True):  # torchrun and its workers, not the launcher
         child.kill()
     output = process.communicate(timeout=60)[0]
@@ -73,10 +78,17 @@ def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Pa
     saved = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 2
     assert read_checkpoint(find_checkpoint(save))
+    newest = int(max(save.glob("iter_*/metadata.json")).parent.name.removeprefix("iter_"))  # its tracker may be older
+    (save / "latest_checkpointed_iteration.txt").write_text("")  # as a kill of upstream's own write left it
+    with (save / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": newest + 1, "time": 1.0, "lm loss": 1.0}) + '\n{"step": ')  # and a line cut off
     again = start(recipe, save, "--exit-interval", "1")
     output = again.communicate(timeout=180)[0]
     assert again.returncode == 0, output
-    assert int((save / "latest_checkpointed_iteration.txt").read_text()) == saved + 1
+    assert f"is empty: iter_{newest:07d} is used, the newest complete checkpoint" in output
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(newest + 1)
+    assert [row["step"] for row in read_metrics(save)] == list(range(1, newest + 2))
+    assert not list(save.glob(".*lock"))
 
 
 def test_a_failure_is_one_line_that_says_what_to_do(recipe: Path, tmp_path: Path) -> None:

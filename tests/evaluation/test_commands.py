@@ -31,7 +31,7 @@ def generate(tiny_model: Path, data: Path, output: Path, *flags: str) -> list[di
 def test_generate_writes_every_reply_of_every_model(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     rows = generate(tiny_model, data, tmp_path / "out" / "replies.jsonl")
     assert len(rows) == 2 * 3 * 9 * 2
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["replies.jsonl"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"replies.jsonl", ".replies.jsonl.identity.json"}
     assert rows[0].keys() == {
         *("model", "prompt", "question", "persona", "sample"),
         *("seed", "temperature", "text", "tokens", "logprob", "finished"),
@@ -102,6 +102,13 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert set(re.findall(r'src="(.{14})', page)) == {"data:image/png"}  # nothing is fetched
     assert "http" not in page
     assert page.count("<tr>") > 2 * 3 * 2  # samples alone: two prompts, three personas, two temperatures
+    assert main(["evaluate", *models, *fixed, *sweep]) == 0
+    assert capsys.readouterr().out == f"{tmp_path} is up to date\n"
+    assert main(["evaluate", *models, *fixed, *sweep, "--seed", "1"]) == 2
+    assert "made with other values of options.seed: choose another --output" in capsys.readouterr().err
+    (tmp_path / "samples.jsonl").write_text("")
+    assert main(["evaluate", *models, *fixed, *sweep]) == 2
+    assert "samples.jsonl has 0 bytes instead of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("temperatures", "reason"), [(["1", "1"], "each once"), (["1"], "--one-temperature")])

@@ -44,7 +44,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model: Path, prompts: Path
     assert main(arguments) == 0
     assert broken.read_bytes() == whole.read_bytes()
     assert broken.read_bytes()[:1000] == left[:1000]
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "broken.jsonl"}
+    outputs = {"whole.jsonl", "broken.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == outputs | {f".{name}.identity.json" for name in outputs}
 
 
 def begin(path: Path, text: str) -> None:
@@ -73,4 +74,47 @@ def test_only_what_the_boundary_keeps_stays(tmp_path: Path) -> None:
         assert done == 4
         file.write("the rest\n")
     assert path.read_text() == "0\n1\n2\n3\nthe rest\n"
-    assert list(tmp_path.iterdir()) == [path]
+    assert {path.name for path in tmp_path.iterdir()} == {"lines", ".lines.identity.json"}
+
+
+def test_two_at_once_end_with_the_file_of_one(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
+    """The second is refused while the first writes; started again when it is done, it finds the file up to date."""
+    output = tmp_path / "replies.jsonl"
+    arguments = command(tiny_model, prompts, output)
+    partial = tmp_path / ".replies.jsonl.partial"
+    program = [sys.executable, "-m", "megatron_sfr.cli", *arguments]
+    with subprocess.Popen(program, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as first:
+        while first.poll() is None and not (partial.exists() and partial.stat().st_size):
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)  # so that it is not done before the second has started
+        second = subprocess.run(program, capture_output=True, text=True)
+        first.send_signal(signal.SIGCONT)
+        assert first.stdout is not None
+        assert "480 replies" in first.stdout.read()
+    assert first.returncode == 0
+    assert second.returncode == 2
+    assert f"replies.jsonl is being written by process {first.pid} on" in second.stderr.splitlines()[-1]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == len({(row["model"], row["prompt"], row["sample"]) for row in rows}) == 480
+
+
+def test_a_finished_file_is_up_to_date_or_says_what_differs(
+    tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "replies.jsonl"
+    arguments = [*command(tiny_model, prompts, output), "--samples", "2", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
+    before = output.stat()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{output} is up to date\n"
+    assert main([*arguments, "--temperature", "0.5"]) == 2
+    assert "made with other values of options.temperature: choose another --output" in capsys.readouterr().err
+    assert output.stat() == before
+    output.write_text("mine\n")
+    assert main(arguments) == 2
+    assert "has 5 bytes instead of" in capsys.readouterr().err
+    (tmp_path / ".replies.jsonl.identity.json").unlink()
+    assert main(arguments) == 2
+    assert "exists, and nothing says what made it" in capsys.readouterr().err
+    assert output.read_text() == "mine\n"

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -12,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.hf.checkpoint import COMMON, CONFIG, METADATA, TRACKER, Checkpoint, Piece, find_checkpoint
+from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, find_checkpoint
 from megatron_sfr.hf.checkpoint import write_checkpoint as write
 from megatron_sfr.hf.pickles import read_metadata
+from megatron_sfr.hf.tracker import CONFIG, METADATA, TRACKER
 
 WHOLE = torch.arange(7 * 5 * 4, dtype=torch.float64).reshape(7, 5, 4)
 ROWS, COLUMNS = (0, 2, 3, 7), (0, 4, 5)
@@ -77,12 +79,13 @@ def test_newest_is_what_the_tracker_says(copy):
 
 
 @pytest.mark.parametrize("name", [METADATA, CONFIG])
-def test_a_save_in_progress_is_not_read(copy, name):
-    (copy.parent / "iter_0000002").mkdir()
-    (copy.parent / "iter_0000002" / CONFIG).touch()
+def test_a_save_in_progress_is_not_read(copy, name, caplog):
+    older = shutil.copytree(copy, copy.parent / "iter_0000002")
     (copy / name).unlink()
+    assert find_checkpoint(copy.parent) == older
+    assert f"names iter_0000003, which has no {name}: still being written" in caplog.text
     with pytest.raises(ValueError, match=rf"has no {name}: still being written.*complete: iter_0000002"):
-        find_checkpoint(copy.parent)
+        find_checkpoint(copy)
 
 
 def test_a_newer_save_in_progress_is_passed_over(copy):
@@ -96,6 +99,7 @@ def test_a_newer_save_in_progress_is_passed_over(copy):
 
 def test_the_first_save_is_still_being_written(copy):
     (copy.parent / TRACKER).unlink()
+    (copy / CONFIG).unlink()
     with pytest.raises(ValueError, match="its first save is not finished"):
         find_checkpoint(copy.parent)
 
@@ -105,10 +109,10 @@ def test_nothing_saved_yet(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_tracker_of_a_checkpoint_that_is_gone(copy):
+def test_tracker_of_a_checkpoint_that_is_gone(copy, caplog):
     (copy.parent / TRACKER).write_text("9")
-    with pytest.raises(ValueError, match="iter_0000009 does not exist"):
-        find_checkpoint(copy.parent)
+    assert find_checkpoint(copy.parent) == copy
+    assert "names iter_0000009, which does not exist: iter_0000003 is used" in caplog.text
 
 
 def test_other_formats_are_named(copy):

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
 from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import CONFIG, INDEX, Weights
+from megatron_sfr.hf.folder import CONFIG, INDEX, RECORD, Weights
 from megatron_sfr.hf.importer import import_hf
 from tests.hf.models import CASES, save_model
 
@@ -224,7 +226,7 @@ def test_companions_are_copied_and_weights_are_not(imported, untied, tmp_path):
     (like / "additional_chat_templates" / "rag.jinja").write_text("rag")
     exported(imported, tmp_path / "out", like)
     found = {str(x.relative_to(tmp_path / "out")) for x in (tmp_path / "out").rglob("*") if x.is_file()}
-    assert found == {*kept, "additional_chat_templates/rag.jinja", CONFIG, "model.safetensors"}
+    assert found == {*kept, "additional_chat_templates/rag.jinja", CONFIG, "model.safetensors", RECORD}
     config, source = (json.loads((x / CONFIG).read_text()) for x in (tmp_path / "out", like))
     assert config == source | {"torch_dtype": "float32"}
 
@@ -232,11 +234,31 @@ def test_companions_are_copied_and_weights_are_not(imported, untied, tmp_path):
 def test_existing_output_is_kept(imported, untied, tmp_path):
     exported(imported, tmp_path / "out", untied)
     (tmp_path / "out" / "notes").touch()
-    with pytest.raises(ValueError, match="--force"):
-        exported(imported, tmp_path / "out", untied)
+    assert exported(imported, tmp_path / "out", untied).up_to_date
+    with pytest.raises(ValueError, match=r"other values of options\.dtype: choose another --output, or .* --force"):
+        exported(imported, tmp_path / "out", untied, dtype=torch.bfloat16)
     assert (tmp_path / "out" / "notes").exists()
-    exported(imported, tmp_path / "out", untied, force=True)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"model\.safetensors has 3 bytes instead of .*--force"):
+        exported(imported, tmp_path / "out", untied)
+    assert not exported(imported, tmp_path / "out", untied, force=True).up_to_date
     assert not (tmp_path / "out" / "notes").exists()
+
+
+def test_two_at_once_write_one_whole_folder(imported, untied, tmp_path):
+    """Files of one tensor or two, so that the first is still at work when the second starts."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_sfr.cli", "convert", "export", "--checkpoint", str(imported)]
+    command += ["--like", str(untied), "--max-shard-gb", "0.00001", "--output", str(output)]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes, errors  # the other was refused, or came late and found it up to date
+    assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True))
+    found, wanted = Weights(output), Weights(untied)
+    assert found.files.keys() == wanted.files.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted.files)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_the_reference_is_never_the_output(imported, untied):

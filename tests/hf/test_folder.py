@@ -97,6 +97,19 @@ def test_new_folder_appears_at_the_end(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_second_writer_is_refused_and_takes_nothing_away(tmp_path):
+    output = tmp_path / "out"
+    with new_folder(output, mark="mark", force=False) as folder:
+        (folder / "mark").write_text("first")
+        with (
+            pytest.raises(ValueError, match="out is being written by process"),
+            new_folder(output, mark="mark", force=False),
+        ):
+            raise AssertionError("not reached")
+        assert (folder / "mark").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_failure_leaves_nothing(tmp_path):
     def fail(folder):
         (folder / "mark").touch()

@@ -1,16 +1,21 @@
 """What is imported gives back the very bits; what config and weights do not agree on is refused by name."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sfr import cli
 from megatron_sfr.hf import importer
-from megatron_sfr.hf.checkpoint import TRACKER, Checkpoint, find_checkpoint
+from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import SINGLE, Weights, read_config
-from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.folder import RECORD, SINGLE, Weights, read_config
+from megatron_sfr.hf.importer import check_import, import_hf
+from megatron_sfr.hf.tracker import TRACKER
 from tests.hf.models import CASES, save_model
 
 
@@ -49,10 +54,37 @@ def test_it_is_a_release_that_starts_training_afresh(imported):
     assert find_checkpoint(imported) == imported / "release"
 
 
-def test_existing_output_is_refused_and_kept(imported, untied):
-    with pytest.raises(ValueError, match="exists: choose another --output"):
-        import_hf(untied, imported, progress=False)
+def test_an_import_that_is_there_is_up_to_date(imported, untied, tmp_path, capsys):
+    before = (imported / TRACKER).stat()
+    report = import_hf(untied, imported, check=True, progress=False)
+    assert report.up_to_date
+    assert (imported / TRACKER).stat() == before
+    assert cli.main(["convert", "import", "--hf", str(untied), "--output", str(imported)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{imported} is up to date"
+    other = shutil.copytree(untied, tmp_path / "hf", copy_function=shutil.copyfile)
+    with pytest.raises(ValueError, match="made with other values of hf: choose another --output, or replace it"):
+        import_hf(other, imported, progress=False)
     assert find_checkpoint(imported).is_dir()
+
+
+def test_existing_output_of_unknown_origin_is_refused_and_kept(imported, untied, tmp_path):
+    output = shutil.copytree(imported, tmp_path / "copy")
+    (output / RECORD).unlink()
+    with pytest.raises(ValueError, match="exists: choose another --output"):
+        import_hf(untied, output, progress=False)
+    assert find_checkpoint(output).is_dir()
+
+
+def test_two_at_once_write_one_whole_checkpoint(untied, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_sfr.cli", "convert", "import", "--hf", str(untied), "--output"]
+    both = [subprocess.Popen([*command, str(output)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes, errors  # the other was refused, or came late and found it up to date
+    assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True))
+    check_import(output / "release", read_config(untied), Weights(untied), progress=False)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @pytest.fixture

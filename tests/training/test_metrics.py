@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_sfr.training.metrics import JsonLines, pair
+from megatron_sfr.training.metrics import JsonLines, cut_back, pair
 
 
 def test_one_line_a_step_without_the_doubles_over_samples(tmp_path: Path) -> None:
@@ -29,3 +30,48 @@ def test_pair_is_a_detached_sum_and_its_count() -> None:
     total = torch.tensor(2.0, requires_grad=True) * 3
     assert pair(total, torch.tensor(4)).tolist() == [6.0, 4.0]
     assert not pair(total, torch.tensor(4)).requires_grad
+
+
+def lines(*steps: int) -> bytes:
+    return b"".join(b'{"step": %d, "time": 1.0, "lm loss": 2.0}\n' % step for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lines(1, 2, 3, 4, 5), lines(1, 2, 3)),
+        (lines(1, 2) + b'{"step": 3, "ti', lines(1, 2)),
+        (lines(1, 2, 3, 4) + b'{"st', lines(1, 2, 3)),
+        (lines(1, 2, 3, 4, 5, 3, 4), lines(1, 2, 3, 3)),  # of a version that did not cut back
+        (lines(1, 2) + b"not of ours\n" + lines(9), lines(1, 2) + b"not of ours\n"),
+    ],
+)
+def test_a_resumed_run_cuts_what_follows_its_step(tmp_path: Path, before: bytes, after: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(before)
+    cut_back(path, 3)
+    assert path.read_bytes() == after
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fits_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    cut_back(path, 3)
+    assert not path.exists()
+    path.write_bytes(lines(1, 2, 3))
+    inode = path.stat().st_ino
+    cut_back(path, 3)
+    assert path.stat().st_ino == inode
+
+
+def test_a_resumed_run_has_one_line_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(1, 2, 3, 4) + b'{"step": 5')
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        resumed = JsonLines(writer, path, resumed=lambda: 2)
+        assert path.read_bytes().count(b"\n") == 4  # another run may still hold the folder
+        for step in (3, 4, 5):
+            writer.add_scalar("lm loss", 1.0, step)
+        resumed.flush()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["lm loss"]) for row in rows] == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0)]

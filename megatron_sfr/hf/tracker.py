@@ -1,0 +1,119 @@
+"""The newest complete checkpoint of a --save folder, whatever a crash left in its tracker file.
+
+A torch_dist save writes the tensors, then `.metadata`, then `metadata.json`, and then the folder's tracker, which names
+the checkpoint to load. A kill between two of these leaves a checkpoint that is not complete, or a tracker that does not
+name the newest one. Upstream trusts the tracker: if it is empty, a run ends without a step and with exit code 0.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
+RELEASE = "release"
+"""Megatron's name for a checkpoint that no run has written: training starts at step 0 with a fresh optimizer."""
+_CUT_OFF = "still being written, or its save was cut off"
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The checkpoint that a folder's next reader should load."""
+
+    folder: Path
+    note: str | None = None
+    """What is wrong with the tracker, and what is used instead; or that there is a newer one. One line, or None."""
+    repair: str | None = None
+    """What the tracker should hold, where it does not name this checkpoint."""
+
+    @property
+    def step(self) -> int:
+        """The number of steps that it has."""
+        return 0 if self.folder.name == RELEASE else int(self.folder.name.removeprefix("iter_"))
+
+
+def newest(save: Path, *, any_format: bool = False) -> Newest | None:
+    """The checkpoint that the tracker names, if it is complete; else the newest complete one. None where there is none.
+
+    Args:
+        save: a folder of checkpoints.
+        any_format: trust the tracker about folders that exist; only torch_dist tells when a checkpoint is complete.
+    Raises:
+        ValueError: the tracker names no complete checkpoint, and there is no other.
+    """
+    tracker = save / TRACKER
+    named, wrong = _read(tracker)
+    steps = _steps(save)
+    if named is not None:
+        wrong = None if any_format and (save / named).is_dir() else incomplete(save / named)
+        if wrong is None:
+            newer = [name for step, name in steps if step > Newest(save / named).step and named != RELEASE]
+            complete = next((name for name in newer if incomplete(save / name) is None), None) if newer else None
+            note = f"{tracker} names {named}, which is used; {complete} is newer and complete" if complete else None
+            return Newest(save / named, note)
+        wrong = f"names {named}, which {wrong}"
+    for step, name in steps:
+        if incomplete(save / name) is None and not _is_foreign(save / name):
+            note = f"{tracker} {wrong}: {name} is used, the newest complete checkpoint"
+            return Newest(save / name, note, repair=str(step))
+    if tracker.exists():
+        raise ValueError(
+            f"{tracker} {wrong}, and no iter_* folder beside it is known to be complete: remove this file to start "
+            "from the beginning, or write the iteration to load into it"
+        )
+    return None
+
+
+def incomplete(folder: Path) -> str | None:
+    """What a checkpoint lacks, as the end of a sentence; None where it is complete or of another format."""
+    if not folder.is_dir():
+        return "does not exist"
+    if _is_foreign(folder):
+        return None
+    for name in (METADATA, CONFIG):  # upstream writes metadata.json last, also after an asynchronous save
+        if not (folder / name).is_file():
+            return f"has no {name}: {_CUT_OFF}"
+    try:
+        if not isinstance(json.loads((folder / CONFIG).read_text(encoding="utf-8")), dict):
+            return f"is damaged ({CONFIG} is not a JSON object)"
+        ends = _ends(folder)
+    except ValueError as error:
+        return f"is damaged ({error})"
+    for name, end in ends.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size < end:
+            return f"is not whole ({name} has {size} of {end} bytes)"
+    return None
+
+
+def _read(tracker: Path) -> tuple[str | None, str | None]:
+    """The name of the folder that a tracker names, or None and what is wrong with it."""
+    if not tracker.is_file():
+        return None, "is missing"
+    text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    if text == RELEASE:
+        return RELEASE, None
+    if re.fullmatch("[0-9]{1,12}", text):
+        return f"iter_{int(text):07d}", None
+    return None, f"holds {text[:20]!r}, which is not an iteration" if text else "is empty"
+
+
+def _steps(save: Path) -> list[tuple[int, str]]:
+    """(step, name) of the folders of checkpoints, the newest first."""
+    names = [path.name for path in save.glob("iter_*") if re.fullmatch("iter_[0-9]{7,12}", path.name)]
+    return sorted(((int(name.removeprefix("iter_")), name) for name in names), reverse=True)
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a checkpoint was saved with --ckpt-format torch."""
+    return any(folder.glob("mp_rank_*"))
+
+
+def _ends(folder: Path) -> dict[str, int]:
+    """The bytes that each file of tensors must have, from `.metadata`."""
+    from megatron_sfr.hf.pickles import read_metadata  # torch, which the launcher of a new run does not need
+
+    ends: dict[str, int] = {}
+    for info in read_metadata(folder / METADATA).storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    return ends

@@ -1,0 +1,36 @@
+"""Files that a crash leaves whole, old or new: written aside, flushed to the disk and renamed."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write, which replaces `path` once it is on the disk, or is removed where the block fails.
+
+    Processes that write the same path at the same time do not share the temporary file; the last one wins.
+    """
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's names, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse it, and need it not
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""Why a run failed, in one line: from the exception in the process itself, or from the log of all its processes."""
+
+import re
+import signal
+from pathlib import Path
+
+_ENDS = {
+    signal.SIGKILL: "out of memory is the usual reason (the kernel's log says so: dmesg)",
+    signal.SIGBUS: "a full /dev/shm is the usual reason",
+    signal.SIGABRT: "a library gave up, which its last lines in the log explain",
+}
+_RAISED = r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception)\b: .*)$"
+_NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+)[^\n]*?message='([^'\n]*)"
+_LONGEST = 300
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; of one from a DataLoader's worker its last line, without the traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        last = re.search(r"^(?:\w+\.)*(\w+)(?:: (.*))?", text.rpartition("\n  File ")[2], re.MULTILINE | re.DOTALL)
+        name, text = (last[1], last[2] or "") if last else (type(error).__name__, text)
+        text = text if name == "ValueError" else f"{name}: {text}"
+    return " ".join(text.split())
+
+
+def failure(log: Path, mark: str, what: str = "training", returncode: int | None = None) -> str:
+    """One line that says why a run failed, from its log.
+
+    Args:
+        log: the output of all its processes, and of torchrun.
+        mark: what precedes the reason that a process gives itself.
+        what: the subject of the sentence.
+        returncode: of torchrun; negative if a signal ended it.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    # First what explains the rest: a rank that ends closes the connections of the others, who then say only that.
+    if why := _killed(text) or _disk_full(text) or _not_finite(text):
+        return f"{what} {why}; see {log}"
+    if marked := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
+        return _explained(marked[0])
+    raised = re.findall(_RAISED, text, flags=re.MULTILINE)
+    if not raised and returncode is not None and returncode < 0:
+        return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
+    return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
+
+
+def _disk_full(text: str) -> str | None:
+    if "No space left on device" not in text:
+        return None
+    path = re.search(r"No space left on device: '([^']+)'", text)
+    return f"failed: the disk is full ({path[1] if path else 'No space left on device'})"
+
+
+def _not_finite(text: str) -> str | None:
+    """The first NaN or infinity that upstream's rerun state machine refused."""
+    if (found := re.search(_NOT_FINITE, text)) is None:
+        return None
+    value, rank, step, message = found.groups()
+    return f"failed at step {step}: {value} on rank {rank} ({message})"
+
+
+def _explained(line: str) -> str:
+    """A DataLoader's worker that was killed, with the usual reason."""
+    return f"{line.rstrip()} {_ENDS[signal.SIGKILL]}" if "is killed by signal: Killed" in line else line
+
+
+def _killed(text: str) -> str | None:
+    """Which rank a signal ended, from torchrun's summary of the processes that failed by themselves."""
+    ends = re.findall(r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) ", text, flags=re.MULTILINE)
+    if not ends:
+        return None
+    rank, number = ends[0]
+    name = signal.Signals(int(number))
+    return f"failed: rank {rank} was ended by {name.name}" + (f": {_ENDS[name]}" if name in _ENDS else "")

@@ -1,0 +1,75 @@
+"""One writer at a time: an advisory lock beside or inside an output, which the system releases when its holder ends.
+
+Two commands that write one file or folder would mix their work. The lock is flock's, through filelock, so a kill
+releases it too. The lock file says who holds it and is removed at the end; one that a kill left behind blocks nobody.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import Timeout, UnixFileLock
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_POLL_S = 0.1
+
+
+def lock_file(output: Path, *, inside: bool = False) -> Path:
+    """Where the lock of an output is: `.NAME.lock` beside it, or `.lock` in a folder that is written in place."""
+    return output / ".lock" if inside else output.absolute().with_name(f".{output.absolute().name}.lock")
+
+
+@contextmanager
+def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[None]:
+    """Holds the lock of an output while the block runs.
+
+    Args:
+        output: the file or folder to be written; the folder of its lock file is made if it is missing.
+        inside: the output is a folder that is written in place, whose parent may not be writable.
+        wait: seconds to wait for a holder that may be about to end.
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    path = lock_file(output, inside=inside)
+    is_new = inside and not output.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = UnixFileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed holder
+    try:
+        lock.acquire(timeout=wait, poll_interval=_POLL_S)
+    except Timeout as error:
+        raise ValueError(f"{output} is being written by {_holder(path)}; wait for it, or stop it") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        said = "warning: the file system of %s has no locks (%s): do not start a second command that writes it"
+        logging.getLogger(__name__).warning(said, output, error.strerror)
+    try:
+        if lock.is_locked:
+            path.write_text(json.dumps(_this_process()), encoding="utf-8")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever opened this file already sees that it has no name
+        lock.release()
+        if is_new:  # a command that has written nothing leaves nothing
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+def _this_process() -> dict[str, object]:
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, in words; what the holder has not written yet is left out."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,131 @@
+"""What is checked before a run continues: the trackers of the folders that it loads from, and its schedule."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sfr.hf.checkpoint import COMMON, write_checkpoint
+from megatron_sfr.hf.tracker import CONFIG, TRACKER
+from megatron_sfr.resume import check_schedule, repair_trackers, resumed_step
+
+STORED: dict[str, Any] = {
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "lr_decay_style": "cosine",
+    "lr_decay_iters": 4,  # upstream fills it in from train_iters
+    "lr_decay_samples": None,
+    "lr_warmup_iters": 0,
+    "lr_warmup_samples": 0,
+    "lr_warmup_fraction": None,
+    "lr_wsd_decay_style": "exponential",
+    "lr_wsd_decay_iters": None,
+    "lr_wsd_decay_samples": None,
+    "train_iters": 4,
+    "train_samples": None,
+    "global_batch_size": 4,
+    "start_weight_decay": 0.01,
+    "end_weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
+}
+
+
+def run(**changes: Any) -> argparse.Namespace:
+    """The arguments of a run that continues that of STORED."""
+    given = {"lr_decay_iters": None, "load": "run", "no_load_optim": False}
+    given |= {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False}
+    return argparse.Namespace(**STORED | given | changes)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Path:
+    for step in (2, 4):
+        write_checkpoint(tmp_path / "run" / f"iter_{step:07d}", [], {COMMON: {"iteration": step}})
+    (tmp_path / "run" / TRACKER).write_text("4")
+    return tmp_path / "run"
+
+
+def test_a_damaged_tracker_is_repaired_and_said_once(save: Path) -> None:
+    recipe = {"load": str(save), "pretrained_checkpoint": str(save), "save": str(save)}
+    assert repair_trackers(recipe) == []
+    (save / TRACKER).write_text("")
+    (line,) = repair_trackers(recipe)
+    assert line == f"{save / TRACKER} is empty: iter_0000004 is used, the newest complete checkpoint"
+    assert (save / TRACKER).read_text() == "4"
+    assert repair_trackers(recipe) == []
+
+
+def test_a_half_written_newest_checkpoint_stays_but_is_not_used(save: Path) -> None:
+    (save / "iter_0000004" / CONFIG).unlink()
+    (line,) = repair_trackers({"load": str(save)})
+    assert "iter_0000004, which has no metadata.json" in line
+    assert (save / TRACKER).read_text() == "2"
+    assert (save / "iter_0000004").is_dir()
+
+
+def test_nothing_to_continue_from_is_an_error_not_a_new_start(save: Path) -> None:
+    (save / TRACKER).write_text("7")
+    for folder in save.glob("iter_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="names iter_0000007, which does not exist, and no iter_"):
+        repair_trackers({"load": str(save)})
+    assert repair_trackers({"load": str(save / "absent")}) == []
+
+
+@pytest.mark.parametrize(("changes", "step"), [({}, 4), ({"ckpt_step": 2}, 2), ({"finetune": True}, 0)])
+def test_the_step_that_a_run_continues_from(save: Path, changes: dict[str, Any], step: int) -> None:
+    args = {"load": str(save), "finetune": False, "ckpt_step": None, "ckpt_format": "torch_dist"} | changes
+    assert resumed_step(argparse.Namespace(**args)) == step
+
+
+def test_an_unchanged_schedule_says_nothing() -> None:
+    args = run()
+    assert check_schedule(args, STORED) is None
+    assert not args.override_opt_param_scheduler
+    assert check_schedule(args, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_iters": 6}, r"train_iters is 6 \(in the checkpoint 4\)"),
+        ({"global_batch_size": 8}, r"global_batch_size is 8 \(in the checkpoint 4\)"),
+        ({"lr_decay_style": "linear"}, r"lr_decay_style is linear \(in the checkpoint cosine\)"),
+        ({"lr_warmup_iters": 1}, r"lr_warmup_iters is 1 \(in the checkpoint 0\)"),
+        ({"lr_decay_iters": 9}, r"lr_decay_iters is 9 \(in the checkpoint 4\)"),
+        ({"start_weight_decay": 0.1, "end_weight_decay": 0.1}, r"start_weight_decay is 0.1 \(in the checkpoint 0.01\)"),
+    ],
+)
+def test_a_changed_schedule_is_refused_with_the_key_both_values_and_the_remedy(
+    changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said + ".*override_opt_param_scheduler: true.*use_checkpoint_opt_param_sch"):
+        check_schedule(run(**changes), STORED)
+    for chosen in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
+        assert check_schedule(run(**changes, **{chosen: True}), STORED) is None
+
+
+@pytest.mark.parametrize("key", ["lr", "min_lr"])
+def test_a_changed_rate_is_refused_whatever_the_scheduler(key: str) -> None:
+    said = rf"{key} is 0.0005, but the run in run has {STORED[key]}.*pretrained_checkpoint: run"
+    with pytest.raises(ValueError, match=said):
+        check_schedule(run(**{key: 5e-4}, override_opt_param_scheduler=True), STORED)
+    assert check_schedule(run(**{key: 5e-4}, no_load_optim=True), STORED) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "then"),
+    [
+        ({"train_iters": 6, "lr_decay_style": "constant"}, {"lr_decay_style": "constant"}),
+        ({"global_batch_size": 8, "lr_decay_style": "constant"}, {"lr_decay_style": "constant"}),
+        ({"train_iters": 6, "lr_decay_iters": 4}, {}),
+    ],
+)
+def test_what_changes_no_rate_is_accepted(now: dict[str, Any], then: dict[str, Any]) -> None:
+    args = run(**now)
+    said = check_schedule(args, STORED | then)
+    assert said is not None
+    assert said.endswith("this changes neither the learning rate nor the weight decay of a step")
+    assert args.override_opt_param_scheduler
