@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts"), 3),
     "config": 4,
     **dict.fromkeys(("cli", "train", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5),
+    "agent": 5,
 }
 TOP = max(FLOORS.values())
 WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives", "simplex_sampling")
