@@ -16,7 +16,7 @@ setup(
     entry_points={"console_scripts": ["megatron-sfr = megatron_sfr.cli:main"]},
     install_requires=[
         MEGATRON_CORE,
-        "torch",
+        "torch>=2.11",  # docs/cluster.md says which versions were tested
         "transformers>=5",
         "sentence-transformers>=5",
         "tokenizers",

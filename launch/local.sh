@@ -6,7 +6,7 @@ set -euo pipefail
 # ---- site: edit these, or set them in the environment ----
 PYTHON=${PYTHON:-.venv/bin/python}   # of the environment that has megatron-sfr
 NPROC=${NPROC:-}                     # processes; empty: one for each GPU
-MAX_RESTARTS=${MAX_RESTARTS:-0}      # times that torchrun starts all processes again after one of them failed
+MAX_RESTARTS=${MAX_RESTARTS:-0}      # times that all processes start again from the last checkpoint after a failure
 GRACE_S=${GRACE_S:-600}              # seconds for the last checkpoint after SIGTERM or Ctrl-C
 # ----------------------------------------------------------
 
@@ -22,12 +22,15 @@ fi
 
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # up to Hopper, Megatron asks for 1 with TP
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE_S # torchrun's --shutdown-timeout; before torch 2.12 it is always 30
+if ((MAX_RESTARTS > 0)); then
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a store of its own for each attempt: pytorch/pytorch#135712
+fi
 
 DISTRIBUTED_ARGS=(
     --standalone
     --nproc-per-node "$NPROC"
     --max-restarts "$MAX_RESTARTS"
-    --shutdown-timeout "$GRACE_S"
 )
 MODEL_ARGS=(--recipe "$RECIPE") # shape, layout and precision are in the recipe
 DATA_ARGS=()                    # for example: --train-data-path /data/personas/train

@@ -37,12 +37,23 @@ class Run:
     """Its checkpoints are not torch_dist's, which alone tell whether they are complete."""
 
 
-def command(recipe: Path, nproc: int, flags: Sequence[str]) -> list[str]:
+def command(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 0) -> list[str]:
     """The torchrun command of a run on one machine."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)),
-        *("--shutdown-timeout", str(SHUTDOWN_S), "-m", "megatron_sfr.train", "--recipe", str(recipe), *flags),
+        *("--max-restarts", str(max_restarts), "-m", "megatron_sfr.train", "--recipe", str(recipe), *flags),
     ]
+
+
+def variables(max_restarts: int) -> dict[str, str]:
+    """What torchrun reads from the environment; a version of torch that does not know a variable ignores it."""
+    # The same as --shutdown-timeout, which torch has had since 2.12: torch 2.11 refuses the flag and waits 30 seconds.
+    read = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S)}
+    if max_restarts:
+        # By default torchrun keeps one store for all attempts, in which new ranks find the addresses of dead ones:
+        # "Connection refused" (pytorch/pytorch#135712, #167288; seen with torch 2.13). So rank 0 makes a new store.
+        read["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return read
 
 
 def read_run(recipe: Path, flags: Sequence[str]) -> Run:
@@ -75,11 +86,20 @@ def _mapping(recipe: Path) -> dict[str, Any]:
         raise ValueError(f"{recipe}: not a YAML mapping of flag names to values") from error
 
 
-def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool = False, title: str = "train") -> None:
+def train(
+    recipe: Path,
+    nproc: int,
+    flags: Sequence[str] = (),
+    *,
+    max_restarts: int = 0,
+    verbose: bool = False,
+    title: str = "train",
+) -> None:
     """Runs a recipe on nproc processes of this machine until its end.
 
     Ctrl-C and SIGTERM are passed on once: the run finishes its step, writes a checkpoint, and KeyboardInterrupt rises
-    here. Raises ValueError, in one line, if the training fails. verbose: no bar, Megatron's output as it comes.
+    here. Raises ValueError, in one line, if the training fails. max_restarts: times that all processes start again from
+    the last checkpoint after one of them failed. verbose: no bar, Megatron's output as it comes.
     """
     run = read_run(recipe, flags)
     with hold(run.save, inside=True, wait=LOCK_WAIT_S):
@@ -95,12 +115,12 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / time.strftime("train-%Y%m%d-%H%M%S.log")
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | os.environ
+    environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | variables(max_restarts) | os.environ
     if not verbose:
         print(f"{title}: {run.train_iters} steps on {nproc} processes; Megatron's output: {log}", flush=True)
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command(recipe, nproc, flags),
+            command(recipe, nproc, flags, max_restarts),
             stdout=None if verbose else sink,
             stderr=None if verbose else subprocess.STDOUT,
             env=environment,
@@ -188,6 +208,7 @@ def new_rows(metrics: Path) -> Iterator[list[dict[str, Any]]]:
         yield [row for row in rows if not replaced or row["time"] >= began]
 
 
-def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:
-    """The command, quoted for a shell."""
-    return shlex.join(command(recipe, nproc, flags))
+def show(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 0) -> str:
+    """The command with its environment variables, quoted for a shell."""
+    settings = [f"{name}={value}" for name, value in variables(max_restarts).items()]
+    return shlex.join([*settings, *command(recipe, nproc, flags, max_restarts)])

@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_sfr import cli, launcher
 from megatron_sfr.hf.checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.tracker import CONFIG, TRACKER
-from megatron_sfr.launcher import Run, _bar, new_rows, read_run
+from megatron_sfr.launcher import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
 from megatron_sfr.runtime.lock import hold
 from megatron_sfr.training.metrics import cut_back
 
@@ -53,11 +55,31 @@ def test_the_bar_moves_with_the_steps_of_either_task(tmp_path: Path, loss: str, 
     assert f"{loss}=0.500" in shown
 
 
+def test_torchrun_waits_for_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an environment variable: torch 2.11's torchrun refuses --shutdown-timeout, which newer ones have."""
+    (name,) = variables(max_restarts=0)
+    assert not any("shutdown" in word for word in command(Path("recipe.yaml"), 1, []))
+    monkeypatch.setenv(name, variables(0)[name])
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    if hasattr(config, "shutdown_timeout"):
+        assert config.shutdown_timeout == SHUTDOWN_S
+
+
+def test_each_restart_has_a_new_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's handler of the rendezvous reads the variable; the default shares one store between attempts."""
+    handler = DynamicRendezvousHandler.__new__(DynamicRendezvousHandler)
+    assert handler.use_agent_store
+    for name, value in variables(max_restarts=1).items():
+        monkeypatch.setenv(name, value)
+    assert not handler.use_agent_store
+
+
 def test_dry_run_prints_the_torchrun_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     recipe = write(tmp_path, SIZES + "save: here\n")
-    assert cli.main(["train", str(recipe), "--nproc", "2", "--dry-run", "--bf16"]) == 0
+    assert cli.main(["train", str(recipe), "--nproc", "2", "--max-restarts", "3", "--dry-run", "--bf16"]) == 0
     printed = capsys.readouterr().out
-    assert "torch.distributed.run --standalone --nproc-per-node 2" in printed
+    assert "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3" in printed
+    assert printed.startswith("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ")
     assert printed.strip().endswith(f"-m megatron_sfr.train --recipe {recipe} --bf16")
 
 
@@ -66,6 +88,7 @@ def test_dry_run_prints_the_torchrun_command(tmp_path: Path, capsys: pytest.Capt
     [
         (["train", "absent.yaml", "--nproc", "1"], "absent.yaml: no such recipe"),
         (["train", "absent.yaml", "--nproc", "0"], "at least one process"),
+        (["train", "absent.yaml", "--max-restarts", "-1"], "give 0 or more"),
     ],
 )
 def test_wrong_calls_end_with_2_and_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,8 @@ FLOORS = {
     **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts"), 3),
     "config": 4,
     **dict.fromkeys(
-        ("cli", "train", "resume", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5
+        ("cli", "train", "resume", "agent", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"),
+        5,
     ),
 }
 TOP = max(FLOORS.values())

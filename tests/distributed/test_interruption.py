@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_sfr.hf.checkpoint import find_checkpoint
 
@@ -89,6 +90,21 @@ def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Pa
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(newest + 1)
     assert [row["step"] for row in read_metrics(save)] == list(range(1, newest + 2))
     assert not list(save.glob(".*lock"))
+
+
+def test_a_restart_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+    steps_to_do = 60
+    limit = ["--train-iters", str(steps_to_do), "--save-interval", "5"]
+    process = start(recipe, tmp_path / "killed", "--max-restarts", "1", *limit)
+    wait_for(lambda: (tmp_path / "killed/iter_0000005").is_dir() and steps(tmp_path / "killed") >= 7, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in children if child.cmdline()[1:4] == ["-u", "-m", "megatron_sfr.train"]).kill()
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    straight = start(recipe, tmp_path / "straight", *limit)
+    assert straight.wait(timeout=300) == 0
+    expected, actual = (read_checkpoint(find_checkpoint(tmp_path / name)) for name in ("straight", "killed"))
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
 
 
 def test_a_failure_is_one_line_that_says_what_to_do(recipe: Path, tmp_path: Path) -> None:

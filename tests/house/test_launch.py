@@ -1,9 +1,11 @@
-"""The launch scripts: what they would run, what they refuse, and two real trainings that they start.
+"""The launch scripts: what they would run, what they refuse, and two real trainings in which a rank is killed.
 
-Slurm itself is not here: a stand-in for `srun` starts both nodes' agents on this machine, so the rendezvous, the
-hand-over of SIGTERM and the last checkpoint are real; the #SBATCH lines and real nodes are not exercised.
+A stand-in for `srun` starts both nodes' agents on this machine, so the rendezvous, the restart, SIGTERM and the last
+checkpoint are real; the #SBATCH lines are not read. tests/slurm has a real Slurm, where one is installed.
 """
 
+import contextlib
+import json
 import os
 import shlex
 import signal
@@ -11,8 +13,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.distributed.tiny import write_prepared, write_recipe
@@ -21,13 +26,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCAL, SLURM = "launch/local.sh", "launch/slurm.sbatch"
 RECIPE = "examples/qwen3_32b_personas/recipe.yaml"
 SRUN = """#!/usr/bin/env bash
-# Starts the command once for each of two nodes and passes SIGTERM on, as Slurm does with --signal=TERM.
+# Starts the command on two nodes and ends with the higher exit code. SIGTERM reaches the agents directly, as in Slurm.
 while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" & second=$!
-trap 'kill -TERM $first $second' TERM
-until wait $first $second; (($? <= 128)) || ! kill -0 $first 2>/dev/null; do :; done
-wait
+trap : TERM
+"$@" & agents=$!
+"$@" & agents+=" $!"
+highest=0
+for agent in $agents; do
+    while true; do code=0; wait $agent || code=$?; kill -0 $agent 2>/dev/null || break; done
+    ((code > highest)) && highest=$code
+done
+exit $highest
 """
 
 
@@ -49,7 +58,7 @@ def test_local_prints_the_command_with_its_flags_quoted() -> None:
     done = bash(LOCAL, "--dry-run", RECIPE, "--save", "runs/a b", "--train-iters", "5", NPROC="4")
     assert shlex.split(done.stdout) == [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-        *("--max-restarts", "0", "--shutdown-timeout", "600", "-m", "megatron_sfr.train", "--recipe", RECIPE),
+        *("--max-restarts", "0", "-m", "megatron_sfr.train", "--recipe", RECIPE),
         *("--exit-signal-handler", "--save", "runs/a b", "--train-iters", "5"),
     ]
 
@@ -59,6 +68,7 @@ def test_slurm_prints_the_command_outside_of_a_job() -> None:
     assert command[:2] == ["srun", "--ntasks-per-node=1"]
     assert command[command.index("--rdzv-endpoint") + 1] == "FIRST_NODE:29500"
     assert command[command.index("--nproc-per-node") + 1] == "8"
+    assert command[command.index("--rdzv-id") + 1] == "JOB.0.0"
     recipe = command.index("--recipe")
     assert command[recipe - 2 :] == [
         *("-m", "megatron_sfr.train", "--recipe", RECIPE, "--exit-signal-handler", "--train-iters", "5")
@@ -71,13 +81,24 @@ def test_the_grace_ends_before_slurm_kills() -> None:
     assert int(text.partition("GRACE_S=${GRACE_S:-")[2].partition("}")[0]) < warned
 
 
+@pytest.mark.parametrize("script", [LOCAL, SLURM])
+def test_torchrun_of_torch_2_11_knows_all_options(script: str) -> None:
+    command = shlex.split(bash(script, "--dry-run", RECIPE, NPROC="1").stdout)
+    start = max(command.index(name) for name in ("torch.distributed.run", "megatron_sfr.agent") if name in command)
+    options = {word for word in command[start : command.index("megatron_sfr.train")] if word.startswith("--")}
+    assert options <= {
+        *("--standalone", "--nnodes", "--nproc-per-node", "--max-restarts"),
+        *("--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"),
+    }
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
         ((LOCAL,), "usage: launch/local.sh"),
         ((LOCAL, "absent.yaml"), "absent.yaml: no such recipe"),
         ((SLURM, "absent.yaml"), "absent.yaml: no such recipe"),
-        ((SLURM, RECIPE), "this is no Slurm job: start it with sbatch"),
+        ((SLURM, RECIPE), "this is not a Slurm job: start it with sbatch"),
     ],
 )
 def test_a_wrong_start_is_one_line(command: tuple[str, ...], reason: str) -> None:
@@ -92,35 +113,57 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prepared(tmp_path_factory.mktemp("launch"))
 
 
-@pytest.mark.distributed
-def test_local_trains(prepared: Path, tmp_path: Path) -> None:
-    layout = {"pipeline_model_parallel_size": 2, "save": str(tmp_path / "run"), "save_interval": 2, "train_iters": 2}
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, **layout)
-    done = bash(LOCAL, str(recipe), "--log-interval", "1", NPROC="2")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (tmp_path / "run/latest_checkpointed_iteration.txt").read_text().strip() == "2"
-
-
-def stop_at_the_first_step(command: list[str], variables: dict[str, str], save: Path, log: Path) -> None:
-    """Starts a training, sends SIGTERM once it logs steps, and waits for its end."""
+@contextlib.contextmanager
+def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """A launch script in a session of its own, its output in the log; what still runs at the end is killed."""
     with log.open("w") as sink:
-        job = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=sink, stderr=sink, start_new_session=True)
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment(**variables), stdout=sink, stderr=sink, start_new_session=True
+        )
+    family = [psutil.Process(job.pid)]
     try:
-        metrics = save / "metrics.jsonl"
-        while not (metrics.exists() and "lm loss" in metrics.read_text()):  # before, handlers may not be in place
-            assert job.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.2)
-        job.send_signal(signal.SIGTERM)
-        job.wait(timeout=120)
+        yield job
     finally:
         if job.poll() is None:
-            os.killpg(job.pid, signal.SIGTERM)
+            family += family[0].children(recursive=True)
+            for process in family:
+                process.kill()
+            job.wait()
+
+
+def wait_for_step(step: int, save: Path, job: subprocess.Popen, log: Path) -> None:
+    """Waits until SAVE/metrics.jsonl has the step; before the first, signal handlers may not be in place."""
+    while not any(row["step"] >= step and "lm loss" in row for row in rows(save / "metrics.jsonl")):
+        assert job.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def rows(metrics: Path) -> list[dict[str, Any]]:
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kill_a_rank(job: subprocess.Popen) -> None:
+    children = psutil.Process(job.pid).children(recursive=True)
+    next(child for child in children if child.cmdline()[1:4] == ["-u", "-m", "megatron_sfr.train"]).kill()
 
 
 @pytest.mark.distributed
-def test_two_nodes_meet_and_leave_a_checkpoint_at_the_time_limit(prepared: Path, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    layout = {"pipeline_model_parallel_size": 2, "save": str(save), "save_interval": 10**6, "train_iters": 10**6}
+def test_local_restarts_after_a_rank_was_killed(prepared: Path, tmp_path: Path) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    layout = {"pipeline_model_parallel_size": 2, "save": str(save), "save_interval": 5, "train_iters": 40}
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, **layout)
+    with started(["bash", LOCAL, str(recipe)], log, NPROC="2", MAX_RESTARTS="1") as job:
+        wait_for_step(7, save, job, log)
+        kill_a_rank(job)
+        assert job.wait() == 0, log.read_text()[-3000:]
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "40"
+
+
+@pytest.mark.distributed
+def test_two_nodes_restart_and_leave_a_checkpoint_at_the_time_limit(prepared: Path, tmp_path: Path) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    layout = {"pipeline_model_parallel_size": 2, "save": str(save), "save_interval": 5, "train_iters": 10**6}
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, **layout)
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -131,8 +174,17 @@ def test_two_nodes_meet_and_leave_a_checkpoint_at_the_time_limit(prepared: Path,
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": port}
-    path = {"PATH": f"{programs}:{os.environ['PATH']}", "NPROC": "1", "PORT": port, "MAX_RESTARTS": "0"}
-    stop_at_the_first_step(["bash", SLURM, str(recipe)], environment(**slurm, **path), save, tmp_path / "log")
-    step = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert 0 < step < 10**6
-    assert (save / f"iter_{step:07d}/metadata.json").exists()
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "NPROC": "1", "PORT": port, "MAX_RESTARTS": "1"}
+    with started(["bash", SLURM, str(recipe)], log, **slurm, **path) as job:
+        wait_for_step(7, save, job, log)
+        kill_a_rank(job)
+        while "restart 1 of 1 from the last checkpoint" not in log.read_text():
+            assert job.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.1)
+        step = max(row["step"] for row in rows(save / "metrics.jsonl"))
+        wait_for_step(step + 1, save, job, log)
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait() == 128 + signal.SIGTERM, log.read_text()[-3000:]
+    last = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert last > step
+    assert (save / f"iter_{last:07d}/metadata.json").exists()

@@ -1,0 +1,29 @@
+"""The exit codes of `python -m megatron_sfr.agent`, which launch/slurm.sbatch reads. Ranks are one-line programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(2)", 2),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + 9),
+        ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", 128 + 15),
+    ],
+    ids=["finished", "user-error", "killed", "stopped"],
+)
+def test_the_exit_code_says_how_the_run_ended(program: str, code: int, tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "megatron_sfr.agent", "--standalone", "--nproc-per-node", "1", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
