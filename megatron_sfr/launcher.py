@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sfr.recipe import read_recipe
-from megatron_sfr.train import ERROR
+from megatron_sfr.train import ERROR, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
@@ -97,6 +97,9 @@ def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool 
             start_new_session=True,  # the terminal's Ctrl-C reaches the workers once, through us
         )
         stopped = _wait(process, None if verbose else _bar(run, title))
+    if not verbose:
+        for warning in marked(log, WARNING):
+            print(f"{title}: warning: {warning}", flush=True)
     if stopped:
         print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
@@ -168,12 +171,18 @@ def _bar(run: Run, title: str) -> Iterator[None]:
 
 def failure(log: Path, mark: str = ERROR, what: str = "training") -> str:
     """One line that says why a run failed, from its log: what follows the mark, or the first Python error."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if found := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
+    if found := marked(log, mark):
         return found[0]
+    text = log.read_text(encoding="utf-8", errors="replace")
     raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
     reason = raised[0] if raised else "no Python error was printed (out of memory?)"
     return f"{what} failed: {reason[:300]}; see {log}"
+
+
+def marked(log: Path, mark: str) -> list[str]:
+    """What follows a mark in the lines of a log, each once."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return list(dict.fromkeys(re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE)))
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.end_tokens import add_end_tokens
 from megatron_sfr.hf.folder import CONFIG, INDEX, new_folder, read_config
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
@@ -48,6 +49,8 @@ class ExportReport:
     dropped: tuple[str, ...]
     padding: int
     """Rows of vocabulary padding that were cut off."""
+    end_tokens: tuple[int, ...] = ()
+    """Ids that end the replies of the training data and were added to the model's end tokens."""
 
 
 def export_hf(
@@ -80,7 +83,7 @@ def export_hf(
         raise ValueError(f"{output} is the folder of --like: choose another --output")
     with new_folder(output, mark=CONFIG, force=force, size=size) as folder:
         copy_companions(like, folder)
-        _write_config(config, dtypes, folder / CONFIG)
+        end_tokens = _write_config(config, dtypes, model.checkpoint, folder)
         with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
             _write_weights(model, shards, folder, bar, workers)
         if head:
@@ -98,6 +101,7 @@ def export_hf(
         dtypes=dtypes,
         dropped=tuple(key for key in model.dropped if not (head and key.startswith(HEAD))),
         padding=model.padding,
+        end_tokens=end_tokens,
     )
 
 
@@ -152,10 +156,15 @@ def _write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
     path.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n")
 
 
-def _write_config(config: Config, dtypes: tuple[torch.dtype, ...], path: Path) -> None:
+def _write_config(
+    config: Config, dtypes: tuple[torch.dtype, ...], checkpoint: Checkpoint, folder: Path
+) -> tuple[int, ...]:
+    """Writes config.json. Returns the end tokens of the training data's replies that the model did not have."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 5 renamed it, and reads both
     dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
-    path.write_text(json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    return add_end_tokens(folder, checkpoint.arguments().get("reply_end_tokens") or ())
 
 
 def copy_companions(like: Path, folder: Path) -> None:

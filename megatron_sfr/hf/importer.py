@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import CHUNK_BYTES, COMMON, TRACKER, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.end_tokens import keep_end_tokens
 from megatron_sfr.hf.folder import Weights, new_folder
 from megatron_sfr.hf.rows import EXPERT, LAYER, Config, Dimensions, Entry, Family
 from megatron_sfr.hf.source import Source, bits, open_source
@@ -55,6 +56,7 @@ def import_hf(
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             pieces = (piece for entry in model.dtypes for piece in _pieces(model, entry, bar))
             write_checkpoint(folder / RELEASE, pieces, _objects(model.family, d))
+        keep_end_tokens(source, folder)
         (folder / TRACKER).write_text(RELEASE)
         if check:
             check_import(folder / RELEASE, model.config, model.weights, progress=progress)
