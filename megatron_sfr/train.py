@@ -14,15 +14,17 @@ from typing import Any
 import yaml
 
 ERROR = "megatron-sfr train: error:"
+WARNING = "megatron-sfr train: warning:"
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
-    from megatron_sfr.assembly import check_task, forward_step, model_config
+    from megatron_sfr.assembly import check_task, forward_step, model_config, unknown_end
     from megatron_sfr.config import options, parse, read_settings
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
+    from megatron_sfr.training.prepared_check import check_prepared, reply_end_tokens
 
     settings = read_settings(argv)
     backend.start(settings.backend)
@@ -31,6 +33,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"backend: {settings.backend}", *settings.changes, sep="\n  ", flush=True)
     args = parse(settings)
     check_task(args)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_prepared(args)
+    args.reply_end_tokens = reply_end_tokens(args)  # upstream keeps the arguments in its checkpoints
+    if rank == 0 and (warning := unknown_end(args)):
+        print(f"{WARNING} {warning}", flush=True)
     config = model_config(args, settings.backend)
     if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
