@@ -16,6 +16,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
 from megatron_sfr.conflicts import contradiction
+from megatron_sfr.flags.table import refusal
 from megatron_sfr.hf.start import StartOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.kl_flow import KLFlowModelOptions
@@ -222,6 +223,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     extra, changes = adapt_flags(backend, args)
     flags += extra
     args = parser.read(flags)
+    if found := refusal(args, vars(parser.read([]))):
+        raise ValueError(found)
     check(args)
     return Settings(flags, resolved(args, parser), backend, changes)
 

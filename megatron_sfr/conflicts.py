@@ -41,11 +41,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             "shorten it, or raise train_iters",
         ),
         (
-            args.reset_attention_mask or args.reset_position_ids,
-            "reset_attention_mask and reset_position_ids look for a token; set dataloader_inter_document_masking, "
-            "which knows where documents begin",
-        ),
-        (
             args.objective == "sed" and args.sed_threshold is None,
             "--objective sed needs --sed-threshold: `megatron-sfr calibrate-sed` finds it for your model and data",
         ),
@@ -106,6 +101,10 @@ def _of_separation(args: argparse.Namespace) -> Rows:
         (
             not local and args.micro_batch_size != 1,
             f"{option} with Transformer Engine takes one row at a time: set micro_batch_size to 1",
+        ),
+        (
+            not local and args.eval_micro_batch_size not in (None, 1),
+            f"{option} with Transformer Engine takes one row at a time: set eval_micro_batch_size to 1",
         ),
         (
             args.sfr and args.sfr_loss == "cka" and option == "sfr_packing",

@@ -138,7 +138,6 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"sfr": True, "sfr_layer": 2, "sfr_weight_control": "ratio"}, [], "leave sfr_layer out"),
         ({"sfr": True, "sfr_layer": 2, "recompute_granularity": "full"}, [], "full recomputation drops"),
         ({"mtp_num_layers": 1, "sequence_parallel": True}, [], "mtp_num_layers with sequence_parallel needs"),
-        ({"reset_position_ids": True}, [], "set dataloader_inter_document_masking, which knows"),
         ({**PACKED, "dataloader_inter_document_masking": True}, [], "set one of them"),
         ({**PACKED, "mtp_num_layers": 1}, [], "sfr_packing with mtp_num_layers needs Transformer Engine"),
         ({**PACKED, "window_size": "8,0"}, [], "sfr_packing with window_size needs Transformer Engine"),
