@@ -95,8 +95,15 @@ class DocumentEncoder:
     def _documents(self, chunk: Chunk | Span) -> Iterator[np.ndarray | BadRow]:
         """Tokens [n] of each document, int32."""
         if isinstance(chunk, Span):
-            corpus = self.open_corpus(chunk.prefix)
-            yield from (np.asarray(corpus[i], np.int32) for i in range(chunk.first, chunk.last))
+            corpus, known = self.open_corpus(chunk.prefix), len(self.tokenizer)
+            for i in range(chunk.first, chunk.last):
+                tokens = np.asarray(corpus[i], np.int32)
+                if len(tokens) and not 0 <= tokens.min() <= tokens.max() < known:
+                    raise ValueError(
+                        f"{chunk.prefix}.bin: document {i} has token ids from {tokens.min()} to {tokens.max()}, the "
+                        f"tokenizer has {known} tokens; name the tokenizer that the corpus was made with"
+                    )
+                yield tokens
             return
         for row in chunk.rows():
             try:

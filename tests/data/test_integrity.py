@@ -105,6 +105,17 @@ def test_a_flipped_bit_in_documents_is_found(tmp_path: Path, tokenizer_folder: P
         PreparedDocuments.open(tmp_path / folder).check()
 
 
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    corpus = write_documents(tmp_path, tokenizer_folder) / "documents"
+    (tmp_path / "copy.idx").write_bytes(corpus.with_suffix(".idx").read_bytes())
+    tokens = np.fromfile(corpus.with_suffix(".bin"), np.uint16)
+    tokens[3] = 60_000
+    tokens.tofile(tmp_path / "copy.bin")
+    options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
+    with pytest.raises(ValueError, match=r"copy\.bin: document 0 has token ids from \d+ to 60000, the tokenizer has"):
+        prepare_documents([tmp_path / "copy"], tmp_path / "out", tokenizer_folder, options, INDEXED, progress=False)
+
+
 def test_anchors_of_documents_that_point_outside_are_one_line(tmp_path: Path, tokenizer_folder: Path) -> None:
     documents = write_documents(tmp_path, tokenizer_folder)
     anchors = np.fromfile(documents / "anchors.bin", np.int32)

@@ -74,7 +74,7 @@ def test_the_token_that_ends_replies_is_recorded_and_said_where_engines_would_no
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     end = load_tokenizer(str(base)).convert_tokens_to_ids("<|im_end|>")
-    for folder, output in ((tokenizer_folder, "own"), (base, "base"), (base, "base")):  # the last one is up to date
+    for folder, output in ((tokenizer_folder, "a"), (base, "b"), (base, "b")):  # the last one is up to date
         assert prepare([rows], tmp_path / output, folder, OPTIONS).reply_end_tokens == [end]
         said = (
             "replies end on <|im_end|>, which is not the tokenizer's eos_token (<|endoftext|>)"
