@@ -16,6 +16,7 @@ from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.end_tokens import end_tokens_of
 from megatron_sfr.hf.start import start_from
 from megatron_sfr.hf.tracker import newest
 from megatron_sfr.model.builder import SFRModelConfig
@@ -82,6 +83,19 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
                 "--load or --pretrained-checkpoint, or another --save"
             )
     return arguments.get(args.load, {})
+
+
+def unknown_end(args: argparse.Namespace) -> str | None:
+    """A warning where the replies of the data end on tokens that the model to start from does not stop at."""
+    start = args.sfr_hf_load or args.pretrained_checkpoint or args.load
+    known = end_tokens_of(Path(start)) if start else ()
+    if not known or not (unknown := [id for id in args.reply_end_tokens if id not in known]):
+        return None
+    return (
+        f"the replies of the data end on token {', '.join(map(str, unknown))}, and {start} stops at "
+        f"{', '.join(map(str, known))} alone: `megatron-sfr convert export` adds it to generation_config.json; other "
+        "ways to save the model have to do the same"
+    )
 
 
 def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep | KLFlowStep:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from megatron_sfr.hf.tracker import newest
-from megatron_sfr.runtime.failures import failure
+from megatron_sfr.recipe import read_recipe
+from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.runtime.lock import hold
-from megatron_sfr.train import ERROR, LOCK_WAIT_S
+from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
@@ -64,7 +64,9 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     for name in (*names, "ckpt_format"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     given = vars(parser.parse_known_args(list(flags))[0])
-    keys = {key: value for path in (recipe, *given.pop("recipe")) for key, value in _mapping(path).items()}
+    keys: dict[str, Any] = {}
+    for path in (recipe, *given.pop("recipe")):
+        keys |= {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
     keys |= {key: value for key, value in given.items() if value is not None}
     keys.setdefault("global_batch_size", keys.get("micro_batch_size"))
     for name in names:
@@ -72,18 +74,17 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
             raise ValueError(
                 f"{recipe}: {name} is missing; megatron-sfr train needs it (or --{name.replace('_', '-')})"
             )
-    tokens = int(keys["global_batch_size"]) * int(keys["seq_length"])
+    sizes = {name: _whole_number(recipe, name, keys[name]) for name in names if name != "save"}
+    tokens = sizes["global_batch_size"] * sizes["seq_length"]
     any_format = keys.get("ckpt_format", "torch_dist") != "torch_dist"
-    return Run(Path(str(keys["save"])), int(keys["train_iters"]), tokens, any_format)
+    return Run(Path(str(keys["save"])), sizes["train_iters"], tokens, any_format)
 
 
-def _mapping(recipe: Path) -> dict[str, Any]:
-    if not recipe.is_file():
-        raise ValueError(f"{recipe}: no such recipe")
+def _whole_number(recipe: Path, name: str, value: Any) -> int:
     try:
-        return {str(k).replace("-", "_"): v for k, v in (yaml.safe_load(recipe.read_text(encoding="utf-8"))).items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{recipe}: not a YAML mapping of flag names to values") from error
+        return int(str(value))
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {name} is {str(value)[:40]!r}; give a whole number") from error
 
 
 def train(
@@ -104,12 +105,7 @@ def train(
     run = read_run(recipe, flags)
     with hold(run.save, inside=True, wait=LOCK_WAIT_S):
         pass  # refused here, before anything is started; it is the first rank that holds it
-    found = newest(run.save, any_format=run.any_format)  # upstream, started again at the end, asks for further samples
-    if found is not None and found.note is not None:
-        print(f"{title}: {found.note}", flush=True)
-    if found is not None and found.step >= run.train_iters and "--skip-train" not in flags:
-        had = f" ({found.step}, to be exact)" if found.step > run.train_iters else ""
-        print(f"{title}: {run.save} has all {run.train_iters} steps already{had}", flush=True)
+    if _is_finished(run, title) and "--skip-train" not in flags:
         return
     logs = run.save / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -127,6 +123,9 @@ def train(
             start_new_session=True,  # the terminal's Ctrl-C reaches the workers once, through us
         )
         stopped = _wait(process, None if verbose else _bar(run, title))
+    if not verbose:
+        for warning in marked(log, WARNING):
+            print(f"{title}: warning: {warning}", flush=True)
     if stopped:
         print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
@@ -136,6 +135,18 @@ def train(
             if verbose
             else failure(log, ERROR, returncode=process.returncode)
         )
+
+
+def _is_finished(run: Run, title: str) -> bool:
+    """Whether the checkpoint of the last step is there: started again, upstream would ask for further samples."""
+    found = newest(run.save, any_format=run.any_format)
+    if found is not None and found.note is not None:
+        print(f"{title}: {found.note}", flush=True)
+    if found is None or found.step < run.train_iters:
+        return False
+    had = f" (it has {found.step})" if found.step > run.train_iters else ""
+    print(f"{title}: {run.save} has all {run.train_iters} steps already{had}", flush=True)
+    return True
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:

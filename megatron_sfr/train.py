@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ERROR = "megatron-sfr train: error:"
 LOCK_WAIT_S = 10.0
 """Patience with a run in the same --save folder that was killed and whose processes are still ending."""
+WARNING = "megatron-sfr train: warning:"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,25 +41,21 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(settings: "Settings", first: bool) -> None:
     """A run whose folder is locked by its first rank, which alone prints."""
-    from megatron_sfr.assembly import check_task, forward_step, model_config
+    from megatron_sfr.assembly import forward_step, model_config
     from megatron_sfr.config import options, parse
-    from megatron_sfr.resume import check_schedule, repair_trackers, resumed_step
+    from megatron_sfr.resume import repair_trackers
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.dataset import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
 
-    say = partial(print, flush=True) if first else lambda line: None
+    say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend)
     say("\n  ".join([f"backend: {settings.backend}", *settings.changes]))
     for line in repair_trackers(settings.recipe):
         say(line)
     args = parse(settings)
-    stored = check_task(args)
-    if step := resumed_step(args):
-        if step >= (args.train_iters or math.inf) and not args.skip_train:
-            return say(f"{args.load} has {step} steps already, of {args.train_iters}")
-        if adapted := check_schedule(args, stored):
-            say(adapted)
+    if not _is_ready(args, say):
+        return
     config = model_config(args, settings.backend)
     if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
@@ -85,6 +82,27 @@ def _train(settings: "Settings", first: bool) -> None:
         data.close()
         if lines is not None:
             lines.flush()
+
+
+def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
+    """Checks data and checkpoint of a run before anything is built; whether there are steps left to train."""
+    from megatron_sfr.assembly import check_task, unknown_end
+    from megatron_sfr.resume import check_schedule, resumed_step
+    from megatron_sfr.training.prepared_check import check_prepared, reply_end_tokens
+
+    stored = check_task(args)
+    if step := resumed_step(args):
+        if step >= (args.train_iters or math.inf) and not args.skip_train:
+            say(f"{args.load} has {step} steps already, of {args.train_iters}")
+            return False
+        if adapted := check_schedule(args, stored):
+            say(adapted)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_prepared(args)
+    args.reply_end_tokens = reply_end_tokens(args)  # upstream keeps the arguments in its checkpoints
+    if warning := unknown_end(args):
+        say(f"{WARNING} {warning}")
+    return True
 
 
 def _missing(error: Any, checkpoint: str) -> Exception:

@@ -31,7 +31,14 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(SIZES, "save is missing"), ("a: [", "not a YAML mapping"), ("- a\n", "not a YAML mapping")]
+    ("text", "message"),
+    [
+        (SIZES, "save is missing"),
+        ("a: [", "not YAML"),
+        ("- a\n", "not a YAML mapping"),
+        (SIZES + "seq-length: 32\nsave: a", "seq_length and seq-length are one option, which is set in line 4"),
+        (SIZES.replace("7", "[4]") + "save: a", r"recipe.yaml: train_iters is '\[4\]'; give a whole number"),
+    ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -123,7 +130,7 @@ def test_a_run_that_has_all_its_steps_is_not_started_again(
     assert ("iter_0000030 is used" in printed) == (tracker != "30")
     assert not (save / "logs").exists()
     assert cli.main(["train", str(recipe), "--train-iters", "25"]) == 0
-    assert "has all 25 steps already (30, to be exact)" in capsys.readouterr().out
+    assert "has all 25 steps already (it has 30)" in capsys.readouterr().out
 
 
 def test_a_run_whose_last_checkpoint_is_not_complete_is_started_again(

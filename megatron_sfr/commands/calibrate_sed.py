@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
     )
     data = PreparedData.open(args.data)
+    data.check()
     model = load_model(str(args.model), args.model, device=args.device, dtype=args.dtype)
     p_n = top_masses(model, data, options)
     found = threshold(p_n, options.exempt)

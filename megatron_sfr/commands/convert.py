@@ -80,6 +80,9 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}, in {files}")
     print(f"from {report.checkpoint}; {report.padding} rows of vocabulary padding cut off")
     print(f"left behind: {', '.join(report.dropped) or 'nothing'}")
+    if report.end_tokens:
+        ids = ", ".join(map(str, report.end_tokens))
+        print(f"end tokens: the replies of the training data end on token {ids}, added to eos_token_id")
     if args.check:
         check = check_logits(args.output, args.check, tolerance=TOLERANCE if args.tolerance is None else args.tolerance)
         print(f"checked against {args.check}: {check.logits} logits, the largest {check.largest:.3g}")

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     futures = FutureOptions(args.draws, args.steps, args.method, horizon=args.horizon)
     options = ExamineOptions(labels, futures, args.samples, args.top_p)
     data = PreparedData.open(args.data)
+    data.check()
     folders = model_folders(args.model)
     for folder in folders.values():
         check_folder(folder)

@@ -73,7 +73,7 @@ def _write(
     from megatron_sfr.evaluation.sampling import check_folder, record
     from megatron_sfr.runtime.provenance import contents_of
 
-    load_model, sample = _engine(args.engine)
+    load_model, sample = _engine(args)
     each = len(prompts) * options.samples
     for folder in folders.values():
         check_folder(folder)
@@ -98,7 +98,7 @@ def _write(
     ):
         for name, folder in list(folders.items())[done // each :]:
             bar.set_description(name)
-            model = load_model(name, folder, device=args.device, dtype=args.dtype)
+            model = load_model(name, folder)
             for p, reply in sample(model, prompts, options, start=done % each):
                 file.write(json.dumps(record(name, prompts[p], options, reply), ensure_ascii=False) + "\n")
                 bar.update()
@@ -110,19 +110,26 @@ def _print(
     args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
 ) -> None:
     """Every model's replies on the terminal."""
-    load_model, sample = _engine(args.engine)
+    load_model, sample = _engine(args)
     for name, folder in folders.items():
-        model = load_model(name, folder, device=args.device, dtype=args.dtype)
+        model = load_model(name, folder)
         for _, reply in sample(model, prompts, options):
             print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
 
 
-def _engine(name: str) -> tuple[Any, Any]:
-    """(load_model, sample) of an engine."""
+def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(load_model, sample) of the engine; load_model takes a name and a folder, and warns of a model without end."""
     from megatron_sfr.evaluation import sampling, vllm_sampling
+    from megatron_sfr.evaluation.end_tokens import warn_of_unknown_end
 
-    module: Any = {"transformers": sampling, "vllm": vllm_sampling}[name]
-    return module.load_model, module.sample
+    engine: Any = {"transformers": sampling, "vllm": vllm_sampling}[args.engine]
+
+    def load_model(name: str, folder: Path) -> Any:
+        model = engine.load_model(name, folder, device=args.device, dtype=args.dtype)
+        warn_of_unknown_end(folder, model.tokenizer, model.end_tokens)
+        return model
+
+    return load_model, engine.sample
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:

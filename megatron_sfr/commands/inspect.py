@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="the same random samples each time")
     parser.add_argument("--anchors", type=int, default=8, metavar="N", help="how many to show (%(default)s)")
     parser.add_argument("--counts", action="store_true", help="the counts alone")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte of the folder and of the target stores in it and compare the checksums; shows nothing",
+    )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is now, if it was moved")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead of one here")
@@ -41,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.inspection_page import SAMPLES, write_page
 
     data = open_prepared(args.data)
+    if args.verify:
+        return _verify(data)
     if isinstance(data, PreparedDocuments):
         return _run_on_documents(data, args)
     chosen = _choose(len(data), args.sample, args.seed, SAMPLES if args.html else 1)
@@ -53,6 +60,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"samples {', '.join(map(str, chosen))}: {args.html}")
     else:
         _show(data, chosen[0], tokenizer, args.anchors, colour=_colour(args.color))
+    return 0
+
+
+def _verify(data: PreparedData | PreparedDocuments) -> int:
+    from megatron_sfr.data.targets import TargetStore, is_store
+
+    data.check()
+    data.verify()
+    print(f"{data.folder}: every file is as it was written")
+    for folder in sorted(path for path in data.folder.iterdir() if is_store(path)):
+        store = TargetStore.open(folder, data, partial=True)
+        store.verify()
+        state = "" if store.manifest.complete else "; not complete"
+        print(f"{folder}: every target is as it was written{state}")
     return 0
 
 

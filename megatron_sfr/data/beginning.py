@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sfr.data.flat import FlatWriter, map_flat
-from megatron_sfr.data.manifest import NAME, FileRecord, publish, read_manifest, sha256_of, staging, write_manifest
+from megatron_sfr.data.manifest import (
+    NAME,
+    FileRecord,
+    check_contents,
+    publish,
+    read_manifest,
+    sha256_of,
+    staging,
+    write_manifest,
+)
 from megatron_sfr.data.rows import CHUNK_ROWS, VECTORS, Rows, RowWriter
 from megatron_sfr.data.targets import (
     COPIED,
@@ -80,6 +89,8 @@ def _manifest(folder: Path, prepared: HasSegments, force: bool) -> TargetManifes
 def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sources: Sequence[Path], say: Say) -> None:
     segments = prepared.manifest.segments
     with staging(folder, keep=False) as new:
+        inspect = f"run: megatron-sfr inspect --verify --data {prepared.folder}"
+        check_contents(prepared.folder, {DIGESTS: prepared.manifest.files[DIGESTS]}, inspect)
         shutil.copyfile(prepared.folder / DIGESTS, new / DIGESTS)
         wanted = map_flat(new / DIGESTS, np.uint64).reshape(-1, 2)
         copied = np.zeros(segments, bool)

@@ -48,6 +48,7 @@ class EncodedDocuments:
     end: Place
     tokens: np.ndarray  # [n]; none where the corpus is there already
     lengths: np.ndarray  # int32 [S], in tokens
+    max_token_id: int  # -1 for none
     anchors: np.ndarray  # int32 [A, 3], but `segment` counts within this chunk's segments
     anchor_counts: np.ndarray  # int64 [S]
     segments: list[ChunkSegment]  # each once
@@ -67,6 +68,7 @@ class DocumentEncoder:
     def __call__(self, chunk: Chunk | Span) -> EncodedDocuments:
         texts, bad, kept = ChunkTexts(), list[BadRow](), list[np.ndarray]()
         anchors, counts, lengths = list[tuple[int, int, int]](), list[int](), list[int]()
+        max_token_id = -1
         for found in self._documents(chunk):
             if isinstance(found, BadRow):
                 bad.append(found)
@@ -76,12 +78,14 @@ class DocumentEncoder:
                 anchors.append((segment.position, texts.number(text), segment.horizon))
             counts.append(len(anchors) - before)
             lengths.append(len(found))
+            max_token_id = max(max_token_id, int(found.max(initial=-1)))
             if isinstance(chunk, Chunk):
                 kept.append(found)
         return EncodedDocuments(
             end=chunk.end,
             tokens=np.concatenate([*kept, np.empty(0, np.int32)]),
             lengths=np.array(lengths, np.int32),
+            max_token_id=max_token_id,
             anchors=np.array(anchors, np.int32).reshape(-1, COLUMNS),
             anchor_counts=np.array(counts, np.int64),
             segments=texts.segments(),
@@ -91,8 +95,15 @@ class DocumentEncoder:
     def _documents(self, chunk: Chunk | Span) -> Iterator[np.ndarray | BadRow]:
         """Tokens [n] of each document, int32."""
         if isinstance(chunk, Span):
-            corpus = self.open_corpus(chunk.prefix)
-            yield from (np.asarray(corpus[i], np.int32) for i in range(chunk.first, chunk.last))
+            corpus, known = self.open_corpus(chunk.prefix), len(self.tokenizer)
+            for i in range(chunk.first, chunk.last):
+                tokens = np.asarray(corpus[i], np.int32)
+                if len(tokens) and not 0 <= tokens.min() <= tokens.max() < known:
+                    raise ValueError(
+                        f"{chunk.prefix}.bin: document {i} has token ids from {tokens.min()} to {tokens.max()}, the "
+                        f"tokenizer has {known} tokens; name the tokenizer that the corpus was made with"
+                    )
+                yield tokens
             return
         for row in chunk.rows():
             try:

@@ -30,6 +30,7 @@ class Totals:
     documents: int = 0
     tokens: int = 0
     anchors: int = 0
+    max_token_id: int = -1
     rejected: int = 0
     first_bad: str = ""  # file:line: reason
 
@@ -74,6 +75,7 @@ class DocumentFiles:
         totals.documents += len(chunk.lengths)
         totals.tokens += int(chunk.lengths.sum(dtype=np.int64))
         totals.anchors += len(anchors)
+        totals.max_token_id = max(totals.max_token_id, chunk.max_token_id)
         totals.place = chunk.end
         if totals.documents:  # of bad rows alone there is nothing to keep
             files.commit(asdict(totals))

@@ -14,7 +14,7 @@ from megatron_sfr.data.documents import CORPUS, DocumentsManifest, PreparedDocum
 from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.journal import discard_without_journal
 from megatron_sfr.data.lines import CHUNK_BYTES, Chunk, Place, read_chunks
-from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
+from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.preparation import bytes_before, check_output, is_up_to_date
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED
@@ -169,6 +169,12 @@ def _tokens(place: Place) -> int:
     return place.byte
 
 
+def _records(prefix: str) -> dict[str, FileRecord]:
+    """Sizes and checksums of a corpus that stays where it is."""
+    paths = {end: Path(f"{prefix}{end}") for end in (".bin", ".idx")}
+    return {end: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for end, path in paths.items()}
+
+
 def _finish(
     files: DocumentFiles, origin: Origin, tokenizer: str | Path, write_index: WriteIndex | None
 ) -> DocumentsManifest:
@@ -181,6 +187,8 @@ def _finish(
         documents=totals.documents,
         tokens=totals.tokens,
         anchors=totals.anchors,
+        max_token_id=totals.max_token_id,
+        corpus_files=None if origin.corpus == CORPUS else _records(origin.corpus),
         segments=len(files.segments),
         rejected=totals.rejected,
         tokenizer=str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else str(tokenizer),

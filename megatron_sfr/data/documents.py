@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_sfr.data import texts
 from megatron_sfr.data.flat import map_flat
+from megatron_sfr.data.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
 from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.units import Segmenter
@@ -52,15 +53,21 @@ class DocumentsManifest:
     text_key: str
     inputs: list[InputRecord]  # JSONL files, or the .idx of a corpus that was there already
     files: dict[str, FileRecord]
+    max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
+    corpus_files: dict[str, FileRecord] | None = None  # .bin and .idx of a corpus that was there already
 
 
 class PreparedDocuments:
-    """The documents of a prepared folder. `open` checks the manifest and the sizes, `verify` every byte."""
+    """The documents of a prepared folder.
+
+    `open` checks the manifest and the sizes, `anchors` its ranges, `check` the offsets and a sample of the checksums,
+    `verify` every byte.
+    """
 
     def __init__(self, folder: Path, manifest: DocumentsManifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.texts = texts.SegmentTexts(folder)
+        self.texts = texts.SegmentTexts(folder, remedy(folder))
         self._anchors = map_flat(folder / "anchors.bin", np.int32).reshape(-1, COLUMNS)
         self._offsets = map_flat(folder / "anchor_offsets.bin", np.int64)
 
@@ -70,11 +77,23 @@ class PreparedDocuments:
         folder = Path(folder)
         manifest = read_manifest(folder, DocumentsManifest, remedy(folder))
         check_sizes(folder, manifest.files, remedy(folder))
+        check_counts(folder, manifest.files, _bytes_of(manifest), remedy(folder))
         opened = cls(folder, manifest)
         for end in (".bin", ".idx"):
             if not (path := Path(f"{opened.corpus}{end}")).is_file():
                 raise ValueError(f"{path}, the corpus of {folder}, is missing; {remedy(folder)}")
+        check_sizes(Path(), opened._corpus_records(), remedy(folder))
         return opened
+
+    def _corpus_records(self) -> dict[str, FileRecord]:
+        """The files of a corpus outside of the folder, by their paths."""
+        return {f"{self.corpus}{end}": record for end, record in (self.manifest.corpus_files or {}).items()}
+
+    def check(self, budget: int = SAMPLE_BYTES) -> None:
+        """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
+        hint = remedy(self.folder)
+        check_offsets(self.folder / "anchor_offsets.bin", self._offsets, self.manifest.anchors, hint)
+        check_sample(self.folder, self.manifest.files | self._corpus_records(), hint, budget)
 
     @property
     def corpus(self) -> str:
@@ -83,7 +102,7 @@ class PreparedDocuments:
 
     def verify(self) -> None:
         """Reads everything; ValueError names the file that is not what was written."""
-        check_contents(self.folder, self.manifest.files, remedy(self.folder))
+        check_contents(self.folder, self.manifest.files | self._corpus_records(), remedy(self.folder))
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -92,7 +111,14 @@ class PreparedDocuments:
         self, document: int, start: int = 0, end: int = np.iinfo(np.int32).max
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Position, segment and horizon, int64 [A] each, of the anchors at start <= position < end of a document."""
-        rows = self._anchors[self._offsets[document] : self._offsets[document + 1]]
+        begin, stop = self._offsets[document : document + 2].tolist()
+        if not 0 <= begin <= stop <= len(self._anchors):
+            what = f"document {document} runs from {begin} to {stop} of {len(self._anchors)}"
+            refuse(self.folder / "anchor_offsets.bin", what, remedy(self.folder))
+        rows = self._anchors[begin:stop]
+        if (rows < 0).any() or (rows[:, 1:] >= (self.manifest.segments, len(self.manifest.horizons))).any():
+            what = f"an anchor of document {document} is out of range"
+            refuse(self.folder / "anchors.bin", what, remedy(self.folder))
         first, last = np.searchsorted(rows[:, 0], [start, end])
         position, segment, horizon = rows[first:last].astype(np.int64).T
         return position, segment, horizon
@@ -118,6 +144,12 @@ def holds_documents(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
+
+
+def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
+    """The size of each file by the manifest's counts."""
+    own = {"anchors.bin": 4 * COLUMNS * manifest.anchors, "anchor_offsets.bin": 8 * (manifest.documents + 1)}
+    return own | texts.bytes_of(manifest)
 
 
 def remedy(folder: Path) -> str:

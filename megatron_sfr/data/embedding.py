@@ -60,6 +60,7 @@ def embed(
         identity = StoreIdentity(**asdict(crew.identity), batch_size=options.batch_size, block_rows=options.block_rows)
         begin_store(folder, data, identity, reuse=reuse, force=force, say=say)
         if verify:
+            data.texts.check(data.manifest.files)
             damaged = reopen_damaged(folder, data)
             say(f"{folder}: {damaged:,} of {data.manifest.segments:,} rows are missing or damaged")
         manifest = TargetStore.open(folder, data, partial=True).manifest
@@ -68,6 +69,7 @@ def embed(
         if manifest.complete:
             say(f"{folder} is up to date")
         else:
+            data.texts.check(data.manifest.files)
             with Filling(folder, data) as filling:
                 _fill(filling, crew, progress)
     return TargetStore.open(folder, data).manifest

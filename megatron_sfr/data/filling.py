@@ -21,12 +21,14 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from megatron_sfr.data.flat import FlatWriter
-from megatron_sfr.data.manifest import FileRecord, read_manifest, write_manifest
+from megatron_sfr.data.flat import FlatWriter, map_flat
+from megatron_sfr.data.manifest import FileRecord, check_contents, read_manifest, write_manifest
 from megatron_sfr.data.rows import RowWriter
+from megatron_sfr.data.segments import DIGEST_BYTES, text_digest
 from megatron_sfr.data.statistics import statistics_of
 from megatron_sfr.data.targets import (
     COPIED,
+    DIGESTS,
     STATISTICS,
     EncoderIdentity,
     TargetManifest,
@@ -57,7 +59,10 @@ class Filling:
         manifest = self.store.manifest
         self.blocks = -(-manifest.segments // manifest.block_rows)
         self._first_unfinished = 0  # every block before it is there
+        fixed = {name: manifest.files[name] for name in (COPIED, DIGESTS)}
+        check_contents(folder, fixed, remedy(folder, prepared, manifest, "--verify"))
         self._copied = np.fromfile(folder / COPIED, np.uint8).astype(bool)
+        self._digests = map_flat(folder / DIGESTS, np.uint8).reshape(-1, DIGEST_BYTES)
         with ExitStack() as stack:
             self._writer = stack.enter_context(RowWriter(folder, manifest.segments, manifest.dim))
             self._claims = os.open(folder / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,13 +104,24 @@ class Filling:
 
     def _encode(self, rows: np.ndarray, encoder: TextEncoder) -> np.ndarray:
         """fp16 [len(rows), dim], encoded longest first: batches of equal lengths need little padding."""
-        texts = [self.store.prepared.segment_text(row) for row in rows.tolist()]
+        texts = [self._text(row) for row in rows.tolist()]
         vectors = np.empty((len(texts), self.store.dim), np.float16)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for start in range(0, len(order), self.store.manifest.batch_size):
             batch = order[start : start + self.store.manifest.batch_size]
             vectors[batch] = encoder.encode([texts[i] for i in batch])
         return vectors
+
+    def _text(self, row: int) -> str:
+        """The text of a row; ValueError where it is not the text that the store was made for."""
+        text = self.store.prepared.segment_text(row)
+        if text_digest(text) != self._digests[row].tobytes():
+            prepared = self.store.prepared
+            raise ValueError(
+                f"{prepared.folder / 'segments.jsonl'} is damaged: segment {row} is not the text that was prepared "
+                f"(its digest differs); run: megatron-sfr inspect --verify --data {prepared.folder}"
+            )
+        return text
 
     def all_begun(self) -> bool:
         """Whether every row has a checksum, right or not; cheap, as blocks once found there are not looked at again."""

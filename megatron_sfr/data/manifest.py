@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
@@ -29,7 +29,10 @@ class InputRecord(TypedDict):
 
 
 class Manifest(Protocol):
-    """A frozen dataclass of JSON values; `kind` and `version` say which one wrote a file."""
+    """A frozen dataclass of JSON values; `kind` and `version` say which one wrote a file.
+
+    A field with a default is newer than its version: files without it are read too.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     kind: ClassVar[str]
@@ -64,7 +67,9 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
         raise ValueError(f"{folder} holds {kind}, not {cls.kind}; {remedy}")
     if version != cls.version:
         raise ValueError(f"{path} is of version {version}, this program reads version {cls.version}; {remedy}")
-    if content.keys() != {field.name for field in fields(cls)}:
+    known = {field.name for field in fields(cls)}
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+    if not required <= content.keys() <= known:
         raise ValueError(f"{path} is damaged; {remedy}")
     return cls(**content)
 

@@ -94,6 +94,7 @@ def prepare(
         if is_up_to_date(output, done, origin, options.skip_bad_rows):
             if progress:
                 print(f"{output} is up to date")
+                _print_end_tokens(done, loaded)
             return done
     cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
     formats = {str(path): record["format"] for path, record in zip(inputs, origin.inputs, strict=True)}
@@ -106,7 +107,20 @@ def prepare(
         if not manifest.rejected:
             (output / REJECTED).unlink(missing_ok=True)
         publish(folder, output)
+    if progress:
+        _print_end_tokens(manifest, loaded)
     return manifest
+
+
+def _print_end_tokens(manifest: PreparedManifest, tokenizer: Any) -> None:
+    """Says which tokens end the replies where they are not the tokenizer's eos_token, at which engines stop."""
+    others = [id for id in manifest.reply_end_tokens or () if id != tokenizer.eos_token_id]
+    if others:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(others))
+        print(
+            f"replies end on {names}, which is not the tokenizer's eos_token ({tokenizer.eos_token}): "
+            "`megatron-sfr convert export` adds it to the end tokens of generation_config.json"
+        )
 
 
 def _origin(inputs: Sequence[Path], tokenizer: Any, options: PrepareOptions, progress: bool) -> Origin:

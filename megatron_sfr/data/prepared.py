@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_sfr.data import texts
 from megatron_sfr.data.flat import map_flat
+from megatron_sfr.data.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, largest, refuse
 from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.units import Segmenter
 
@@ -62,6 +63,8 @@ class PreparedManifest:
     segments_sha256: str
     inputs: list[InputRecord]
     files: dict[str, FileRecord]
+    max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
+    reply_end_tokens: list[int] | None = None  # ids that end the replies; None in folders of earlier releases
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,11 @@ class Sample:
 
 
 class PreparedData:
-    """The samples of a prepared folder. `open` checks the manifest and the sizes, `verify` every byte."""
+    """The samples of a prepared folder.
+
+    `open` checks the manifest and the sizes, every sample its ranges, `check` the offsets and a sample of the
+    checksums, `verify` every byte.
+    """
 
     def __init__(self, folder: Path, manifest: PreparedManifest) -> None:
         self.folder = folder
@@ -110,7 +117,7 @@ class PreparedData:
         self._persona = self._map("personas.bin")
         self._anchors = self._map("anchors.bin").reshape(-1, 6)
         self._anchor_offsets = self._map("anchor_offsets.bin")
-        self.texts = texts.SegmentTexts(folder)
+        self.texts = texts.SegmentTexts(folder, remedy(folder))
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
@@ -118,7 +125,21 @@ class PreparedData:
         folder = Path(folder)
         manifest = read_manifest(folder, PreparedManifest, remedy(folder))
         check_sizes(folder, manifest.files, remedy(folder))
+        check_counts(folder, manifest.files, _bytes_of(manifest), remedy(folder))
         return cls(folder, manifest)
+
+    def check(self, budget: int = SAMPLE_BYTES) -> None:
+        """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
+        hint, manifest = remedy(self.folder), self.manifest
+        check_offsets(self.folder / "offsets.bin", self._offsets, manifest.tokens, hint)
+        check_offsets(self.folder / "anchor_offsets.bin", self._anchor_offsets, manifest.anchors, hint)
+        check_sample(self.folder, manifest.files, hint, budget)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id; reads all tokens of a folder that an earlier release wrote."""
+        recorded = self.manifest.max_token_id
+        return largest(self._tokens) if recorded is None else recorded
 
     def verify(self) -> None:
         """Reads everything; ValueError names the file that is not what was written."""
@@ -130,8 +151,9 @@ class PreparedData:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        start, end = self._offsets[index : index + 2]
-        first, last = self._anchor_offsets[index : index + 2]
+        start, end = self._bounds("offsets.bin", self._offsets, index, len(self._tokens))
+        first, last = self._bounds("anchor_offsets.bin", self._anchor_offsets, index, len(self._anchors))
+        self._check_ranges(index, int(end - start), self._anchors[first:last])
         # Copies: torch takes no read-only memory without a warning, and a sample is small.
         columns = self._anchors[first:last].T.copy()
         return Sample(
@@ -165,6 +187,33 @@ class PreparedData:
 
     def _map(self, name: str) -> np.ndarray:
         return map_flat(self.folder / name, DTYPES[name])
+
+    def _bounds(self, name: str, offsets: np.ndarray, index: int, total: int) -> tuple[int, int]:
+        start, end = offsets[index : index + 2].tolist()
+        if not 0 <= start <= end <= total:
+            refuse(self.folder / name, f"sample {index} runs from {start} to {end} of {total}", remedy(self.folder))
+        return start, end
+
+    def _check_ranges(self, index: int, tokens: int, anchors: np.ndarray) -> None:
+        """ValueError where a sample's numbers point outside of what there is; anchors [A, 6]."""
+        if not 0 <= self._persona[index] < len(self._personas):
+            refuse(self.folder / "personas.bin", f"sample {index} has no known persona", remedy(self.folder))
+        last = (tokens - 2, self.manifest.segments - 1, tokens - 1, tokens - 1, tokens, len(self.manifest.horizons) - 1)
+        if (anchors < 0).any() or (anchors > last).any():
+            refuse(self.folder / "anchors.bin", f"an anchor of sample {index} is out of range", remedy(self.folder))
+
+
+def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
+    """The size of each file by the manifest's counts."""
+    elements = {
+        "tokens.bin": manifest.tokens,
+        "mask.bin": manifest.tokens,
+        "offsets.bin": manifest.samples + 1,
+        "personas.bin": manifest.samples,
+        "anchors.bin": manifest.anchors * 6,
+        "anchor_offsets.bin": manifest.samples + 1,
+    }
+    return {name: n * np.dtype(DTYPES[name]).itemsize for name, n in elements.items()} | texts.bytes_of(manifest)
 
 
 def remedy(folder: Path) -> str:

@@ -36,6 +36,8 @@ class Totals:
     max_anchors: int = 0
     truncated: int = 0
     rejected: int = 0
+    max_token_id: int = -1
+    reply_end_tokens: list[int] = field(default_factory=list)
     personas: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""  # file:line: reason
 
@@ -93,6 +95,8 @@ class SampleFiles:
         totals.max_response_tokens = max(totals.max_response_tokens, int(chunk.supervised.max(initial=0)))
         totals.anchors += len(anchors)
         totals.max_anchors = max(totals.max_anchors, int(chunk.anchor_counts.max(initial=0)))
+        totals.max_token_id = max(totals.max_token_id, int(chunk.tokens.max(initial=-1)))
+        totals.reply_end_tokens = sorted(chunk.end_tokens.union(totals.reply_end_tokens))
         totals.truncated += chunk.truncated
         totals.place = chunk.end
         if totals.samples:  # of bad rows alone there is nothing to keep

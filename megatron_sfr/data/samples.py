@@ -36,6 +36,7 @@ class EncodedChunk:
     anchors: np.ndarray  # int32 [A, 6], the columns of Anchors, but `segment` counts within this chunk's segments
     anchor_counts: np.ndarray  # int64 [S]
     segments: list[ChunkSegment]  # each once
+    end_tokens: frozenset[int]  # ids that end the replies
     truncated: int
     bad: list[BadRow]
 
@@ -101,6 +102,7 @@ class _Samples:
     anchors: list[tuple[int, ...]] = field(default_factory=list)
     first_anchors: list[int] = field(default_factory=list)  # [S]
     texts: ChunkTexts = field(default_factory=ChunkTexts)
+    end_tokens: set[int] = field(default_factory=set)
     truncated: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
@@ -110,6 +112,7 @@ class _Samples:
         self.personas.append(persona)
         self.first_anchors.append(len(self.anchors))
         self.truncated += keep < len(encoded.tokens)
+        self.end_tokens.update(int(encoded.tokens[end - 1]) for _, end in encoded.replies)
         lengths = [min(end, keep) - start for start, end in encoded.replies]
         for s, text in found:
             row, length = self.texts.number(text), lengths[s.response]
@@ -127,6 +130,7 @@ class _Samples:
             anchors=np.array(self.anchors, np.int32).reshape(-1, len(COLUMNS)),
             anchor_counts=np.diff(np.array([*self.first_anchors, len(self.anchors)], np.int64)),
             segments=self.texts.segments(),
+            end_tokens=frozenset(self.end_tokens),
             truncated=self.truncated,
             bad=self.bad,
         )

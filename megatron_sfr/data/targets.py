@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_sfr.data.manifest import (
     check_sizes,
     read_manifest,
 )
-from megatron_sfr.data.rows import Rows, row_sizes
+from megatron_sfr.data.rows import VECTORS, Rows, row_sizes
 from megatron_sfr.data.texts import HasSegments
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
@@ -132,10 +133,11 @@ class TargetStore:
         return self._statistics[index]
 
     def verify(self) -> None:
-        """Reads everything; ValueError where a byte is not what was written."""
+        """Reads everything; ValueError where a byte is not what was written. Rows still to be encoded are no error."""
         command = remedy(self.folder, self.prepared, self.manifest, "--verify")
         check_contents(self.folder, self.manifest.files, command)
-        self._refuse(self.rows.missing())
+        bad = self.rows.missing()
+        self._refuse(bad if self.manifest.complete else bad[self.rows.begun(bad)])
 
     def __len__(self) -> int:
         return self.manifest.segments
@@ -161,6 +163,15 @@ class TargetStore:
 
 def _open(folder: Path, prepared: HasSegments, partial: bool) -> TargetStore:
     return TargetStore.open(folder, prepared, partial=partial)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a target store, of any version and in any state."""
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / VECTORS).exists()
+    return isinstance(manifest, dict) and manifest.get("kind") == TargetManifest.kind
 
 
 def check_files(folder: Path, manifest: TargetManifest, command: str) -> None:

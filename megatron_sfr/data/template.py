@@ -19,6 +19,7 @@ from megatron_sfr.data.lines import RowError
 from megatron_sfr.data.tool_turns import Message, check_calls_stand, ends_of_calls, has_tool_turns, strings_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EXAMPLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 TAIL = 64  # letters at the end of a reply that must stand before its end token
 
 
@@ -91,6 +92,15 @@ def reply_spans(
             "let the template write eos_token after each reply"
         )
     return ids, spans
+
+
+def reply_end_token(tokenizer: Any) -> int | None:
+    """The id on which the chat template ends a reply; None where it writes no control token there."""
+    try:
+        ids, spans = reply_spans(_EXAMPLE, tokenizer)
+    except RowError:
+        return None
+    return ids[spans[-1][1] - 1]
 
 
 @lru_cache(maxsize=8)

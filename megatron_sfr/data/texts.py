@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.manifest import FileRecord
+from megatron_sfr.data.integrity import refuse
+from megatron_sfr.data.manifest import FileRecord, check_contents
+from megatron_sfr.data.segments import DIGEST_BYTES
 
 DTYPES: dict[str, type[np.generic]] = {
     "segments.jsonl": np.uint8,
@@ -40,13 +43,17 @@ class HasSegments(Protocol):
     def folder(self) -> Path: ...
     @property
     def manifest(self) -> SegmentManifest: ...
+    @property
+    def texts(self) -> SegmentTexts: ...
     def segment_text(self, row: int) -> str: ...
 
 
 class SegmentTexts:
     """The texts, read where they are used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hint: str) -> None:
+        """hint: what to run where they are damaged."""
+        self._folder, self._hint = folder, hint
         self._lines = map_flat(folder / "segments.jsonl", np.uint8)
         self._offsets = map_flat(folder / "segment_offsets.bin", np.int64)
 
@@ -56,5 +63,22 @@ class SegmentTexts:
     def __getitem__(self, row: int) -> str:
         if not 0 <= row < len(self):
             raise IndexError(f"segment {row} of {len(self)}")
-        start, end = self._offsets[row : row + 2]
-        return json.loads(self._lines[start:end].tobytes())
+        start, end = self._offsets[row : row + 2].tolist()
+        if not 0 <= start < end <= len(self._lines):
+            refuse(self._folder / "segment_offsets.bin", f"segment {row} runs from {start} to {end}", self._hint)
+        try:
+            text = json.loads(self._lines[start:end].tobytes())
+        except ValueError:
+            text = None
+        if not isinstance(text, str):
+            refuse(self._folder / "segments.jsonl", f"segment {row} is not a JSON string", self._hint)
+        return text
+
+    def check(self, files: Mapping[str, FileRecord]) -> None:
+        """Reads all texts; ValueError where they are not what was written."""
+        check_contents(self._folder, {name: files[name] for name in DTYPES}, self._hint)
+
+
+def bytes_of(manifest: SegmentManifest) -> dict[str, int]:
+    """The sizes of the two files that a manifest's counts decide."""
+    return {"segment_offsets.bin": 8 * (manifest.segments + 1), "segment_digests.bin": DIGEST_BYTES * manifest.segments}

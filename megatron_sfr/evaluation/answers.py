@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sfr.data.chat import Conversation
+from megatron_sfr.evaluation.end_tokens import warn_of_unknown_end
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.quality import negative_log_likelihood
 from megatron_sfr.evaluation.sampling import Sampled, SamplingOptions, load_model, sample
@@ -73,6 +74,7 @@ def _begin(threads: int, lock: object) -> None:
 
 def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, place: int) -> Answers:
     model = load_model(name, folder, device=hardware.device, dtype=hardware.dtype)
+    warn_of_unknown_end(folder, model.tokenizer, model.end_tokens)
     total = len(questions.prompts) * sum(options.samples for options in questions.sweep)
     position = place if hardware.processes > 1 else None
     replies = []

@@ -61,7 +61,12 @@ def check_same_tokens(model: Model, data: PreparedData, options: CalibrationOpti
     manifest, vocabulary = data.manifest, model.network.config.get_text_config().vocab_size
     if options.top_k > vocabulary:
         raise ValueError(f"top_k is {options.top_k}, and {model.name} has {vocabulary} tokens: give at most that")
-    if tokenizer_sha256(model.tokenizer) != manifest.tokenizer_sha256 or manifest.vocab_size > vocabulary:
+    if (found := data.max_token_id) >= vocabulary:
+        raise ValueError(
+            f"{data.folder} has token ids up to {found}, and {model.name} has {vocabulary} tokens: prepare the data "
+            f"with --tokenizer {model.name}"
+        )
+    if tokenizer_sha256(model.tokenizer) != manifest.tokenizer_sha256:
         raise ValueError(
             f"{data.folder} was prepared with the tokenizer or chat template of {manifest.tokenizer}, which is not "
             f"that of {model.name}: prepare the data with --tokenizer {model.name}"

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.end_tokens import add_end_tokens
 from megatron_sfr.hf.folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
@@ -51,6 +52,8 @@ class ExportReport:
     """Rows of vocabulary padding that were cut off."""
     up_to_date: bool
     """The same export had written it already."""
+    end_tokens: tuple[int, ...] = ()
+    """Ids that end the replies of the training data and were added to the model's end tokens."""
 
 
 def export_hf(
@@ -82,13 +85,12 @@ def export_hf(
     size, dtypes = sum(x.bytes for x in headers.values()), tuple(dict.fromkeys(x.dtype for x in headers.values()))
     if output.resolve() == like.resolve():
         raise ValueError(f"{output} is the folder of --like: choose another --output")
-    options = {"dtype": str(dtype), "shard_bytes": shard_bytes, "head": head}
-    inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
-    identity = {"command": "convert export", **inputs, "options": options}
+    identity = _identity(model, like, {"dtype": str(dtype), "shard_bytes": shard_bytes, "head": head})
+    end_tokens: tuple[int, ...] = ()
     if not (done := is_up_to_date(output, identity, force=force)):
         with new_folder(output, mark=CONFIG, force=force, size=size, identity=identity) as folder:
             copy_companions(like, folder)
-            _write_config(config, dtypes, folder / CONFIG)
+            end_tokens = _write_config(config, dtypes, model.checkpoint, folder)
             with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
                 _write_weights(model, shards, folder, bar, workers)
             _write_head_and_index(model, shards, size, folder, head)
@@ -102,7 +104,14 @@ def export_hf(
         dropped=tuple(key for key in model.dropped if not (head and key.startswith(HEAD))),
         padding=model.padding,
         up_to_date=done,
+        end_tokens=end_tokens,
     )
+
+
+def _identity(model: StoredModel, like: Path, options: dict[str, object]) -> dict[str, object]:
+    """What an export is made from, by which a later call recognizes its own output."""
+    inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
+    return {"command": "convert export", **inputs, "options": options}
 
 
 def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
@@ -165,10 +174,15 @@ def _write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
     path.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n")
 
 
-def _write_config(config: Config, dtypes: tuple[torch.dtype, ...], path: Path) -> None:
+def _write_config(
+    config: Config, dtypes: tuple[torch.dtype, ...], checkpoint: Checkpoint, folder: Path
+) -> tuple[int, ...]:
+    """Writes config.json. Returns the end tokens of the training data's replies that the model did not have."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 5 renamed it, and reads both
     dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
-    path.write_text(json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    return add_end_tokens(folder, checkpoint.arguments().get("reply_end_tokens") or ())
 
 
 def copy_companions(like: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ def read_config(folder: Path) -> Config:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name the folder of a Hugging Face model")
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not a JSON object")
     return config
@@ -157,7 +157,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)"
             )
         return None
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{folder / INDEX}: no weight_map")
@@ -176,7 +176,8 @@ def _safe_open(path: Path) -> Any:
         raise ValueError(f"{path}: damaged or cut off ({e}): download it again") from e
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A JSON file; ValueError where it is not one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

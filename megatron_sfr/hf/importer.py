@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sfr.hf.checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.end_tokens import keep_end_tokens
 from megatron_sfr.hf.folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.rows import EXPERT, LAYER, Config, Dimensions, Entry, Family
 from megatron_sfr.hf.source import Source, bits, open_source
@@ -59,19 +60,28 @@ def import_hf(
         if check:
             check_import(output / RELEASE, model.config, model.weights, progress=progress)
     else:
-        _write(model, output, identity, size, check=check, force=force, progress=progress)
+        _write(model, source, output, identity, size, check=check, force=force, progress=progress)
     dtypes = tuple(dict.fromkeys(model.dtypes.values()))
     return ImportReport(output, len(model.weights.files), size, dtypes, checked=check, up_to_date=done)
 
 
 def _write(
-    model: Source, output: Path, identity: Mapping[str, object], size: int, *, check: bool, force: bool, progress: bool
+    model: Source,
+    source: Path,
+    output: Path,
+    identity: Mapping[str, object],
+    size: int,
+    *,
+    check: bool,
+    force: bool,
+    progress: bool,
 ) -> None:
     d = model.dimensions
     with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             pieces = (piece for entry in model.dtypes for piece in _pieces(model, entry, bar))
             write_checkpoint(folder / RELEASE, pieces, _objects(model.family, d))
+        keep_end_tokens(source, folder)
         (folder / TRACKER).write_text(RELEASE)
         if check:
             check_import(folder / RELEASE, model.config, model.weights, progress=progress)

@@ -37,12 +37,21 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
     # First what explains the rest: a rank that ends closes the connections of the others, who then say only that.
     if why := _killed(text) or _disk_full(text) or _not_finite(text):
         return f"{what} {why}; see {log}"
-    if marked := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
-        return _explained(marked[0])
+    if given := _marked(text, mark):
+        return _explained(given[0])
     raised = re.findall(_RAISED, text, flags=re.MULTILINE)
     if not raised and returncode is not None and returncode < 0:
         return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
     return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
+
+
+def marked(log: Path, mark: str) -> list[str]:
+    """What follows a mark in the lines of a log, each text once."""
+    return list(dict.fromkeys(_marked(log.read_text(encoding="utf-8", errors="replace"), mark)))
+
+
+def _marked(text: str, mark: str) -> list[str]:
+    return re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE)
 
 
 def _disk_full(text: str) -> str | None:

@@ -20,6 +20,7 @@ from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes
 from megatron_sfr.training.conversations import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.documents import DocumentDataset, DocumentDatasetConfig, contents_of
 from megatron_sfr.training.online import OnlineTargets, sampler_of
+from megatron_sfr.training.prepared_check import prepared_folders
 
 Config = PreparedDatasetConfig | DocumentDatasetConfig
 
@@ -58,8 +59,7 @@ class DataOptions:
 def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
     """Upstream's configuration for the folders of train, valid and test; ValueError where they do not go together."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    paths = [Path(path) for part in (blend, *(blend_per_split or ())) if part is not None for path in part[0]]
-    paths = list(dict.fromkeys(paths))
+    paths = prepared_folders(args)
     anchors = None
     if args.sfr:
         horizons_of(paths)  # one head has the horizons of all
@@ -73,12 +73,16 @@ def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
         "split": args.split,
         "path_to_cache": args.data_cache_path,
         "full_validation": args.full_validation,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
         "anchors": anchors,
         "text_length": text_length(args),
     }
     if not any(map(holds_documents, paths)):
         if args.dataloader_inter_document_masking:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
+        if args.eod_mask_loss:
+            raise ValueError("eod_mask_loss is for documents; conversations have masks of their own: leave it out")
         return PreparedDatasetConfig(**common, packed=args.sfr_packing != "none")
     return _documents_config(args, paths, common)
 

@@ -66,6 +66,23 @@ def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Pat
     assert (manifest.samples, manifest.rejected) == (4, 0)
 
 
+def test_the_token_that_ends_replies_is_recorded_and_said_where_engines_would_not_stop(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture
+):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    base = shutil.copytree(tokenizer_folder, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    end = load_tokenizer(str(base)).convert_tokens_to_ids("<|im_end|>")
+    for folder, output in ((tokenizer_folder, "a"), (base, "b"), (base, "b")):  # the last one is up to date
+        assert prepare([rows], tmp_path / output, folder, OPTIONS).reply_end_tokens == [end]
+        said = (
+            "replies end on <|im_end|>, which is not the tokenizer's eos_token (<|endoftext|>)"
+            in capsys.readouterr().out
+        )
+        assert said is (folder is base)
+
+
 def test_equal_segments_are_stored_once(prepared: Path):
     data = PreparedData.open(prepared)
     texts = [data.segment_text(row) for row in range(data.manifest.segments)]

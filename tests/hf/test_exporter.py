@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.end_tokens import GENERATION, end_tokens_of
 from megatron_sfr.hf.exporter import export_hf
 from megatron_sfr.hf.folder import CONFIG, INDEX, RECORD, Weights
 from megatron_sfr.hf.importer import import_hf
@@ -48,6 +50,32 @@ def test_transformers_loads_it_and_computes_the_same(imported, untied, tmp_path)
     tokens = torch.arange(40)[None] * 12
     assert torch.equal(found(tokens).logits, wanted(tokens).logits)
     assert found.generation_config.temperature == 0.7
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_token_that_ended_replies_in_training_becomes_an_end_token(release, untied, tmp_path, named):
+    like = shutil.copytree(untied, tmp_path / "like")
+    config = json.loads((like / CONFIG).read_text())
+    (like / CONFIG).write_text(json.dumps(config | {"eos_token_id": 2, "bos_token_id": 1}))
+    if not named:
+        (like / GENERATION).unlink()
+    else:
+        (like / GENERATION).write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.7}))
+    known = [2, 3] if named else [2]
+    for ids in ([7], [2], None):
+        common = {"args": argparse.Namespace(reply_end_tokens=ids)} if ids else {}
+        source = rewrite(release, tmp_path / f"checkpoint {ids}", objects={COMMON: common})
+        report = exported(source, tmp_path / f"out {ids}", like)
+        added = [7] if ids == [7] else []
+        assert report.end_tokens == tuple(added)
+        assert end_tokens_of(report.output) == (*known, *added)
+        if not added:
+            assert (report.output / GENERATION).exists() is named
+            assert json.loads((report.output / CONFIG).read_text())["eos_token_id"] == 2
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out [7]")
+    assert found.generation_config.eos_token_id == [*known, 7]
+    assert found.config.eos_token_id == [2, 7]
+    assert found.generation_config.bos_token_id == (None if named else 1)
 
 
 def test_shards_are_filled_up_to_their_size_and_indexed(imported, untied, tmp_path):

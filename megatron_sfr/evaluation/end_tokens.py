@@ -1,0 +1,25 @@
+"""A warning for models that would not stop: their chat template ends replies on a token that is no end token."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sfr.data.template import reply_end_token
+
+
+def unknown_end(tokenizer: Any, end_tokens: Sequence[int]) -> str | None:
+    """What is wrong, in one line; None where the chat template's end of a reply is an end token, or is not known."""
+    end = reply_end_token(tokenizer)
+    if end is None or end in end_tokens:
+        return None
+    name, *others = tokenizer.convert_ids_to_tokens([end, *end_tokens])
+    return (
+        f"the chat template ends replies on {name}, which is not among the model's end tokens ({', '.join(others)}): "
+        f"replies run on to --max-new-tokens; add {end} to eos_token_id in generation_config.json"
+    )
+
+
+def warn_of_unknown_end(folder: Path, tokenizer: Any, end_tokens: Sequence[int]) -> None:
+    if warning := unknown_end(tokenizer, end_tokens):
+        print(f"warning: {folder}: {warning}", file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""The tokens at which engines stop: `eos_token_id` of generation_config.json and config.json, kept and extended.
+
+A base model that is fine-tuned on a chat template ends its replies on a token that its configuration does not name. A
+checkpoint's arguments have the ids (`reply_end_tokens`); an export adds them.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sfr.hf.folder import CONFIG, read_json
+
+GENERATION = "generation_config.json"
+CARRIED = ("bos_token_id", "pad_token_id")
+"""What transformers takes from config.json, beside the end tokens, where there is no generation_config.json."""
+
+
+def end_tokens_of(folder: Path) -> tuple[int, ...]:
+    """The end tokens of a folder: of generation_config.json, else of config.json; none where neither names any."""
+    for name in (GENERATION, CONFIG):
+        if (folder / name).is_file() and (ids := _ids(_read(folder / name))):
+            return ids
+    return ()
+
+
+def keep_end_tokens(source: Path, folder: Path) -> None:
+    """Keeps the end tokens of an HF folder beside a checkpoint, where `megatron_sfr.train` compares them with the
+    data's."""
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
+    elif ids := end_tokens_of(source):
+        _write(folder / GENERATION, {"eos_token_id": list(ids)})
+
+
+def add_end_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
+    """Adds ids to the end tokens of an HF folder. Returns those that were not among them."""
+    known = end_tokens_of(folder) if ids else ()
+    added = tuple(id for id in ids if id not in known)
+    if not added:
+        return ()
+    config = _read(folder / CONFIG)
+    if (folder / GENERATION).is_file():
+        generation = _read(folder / GENERATION)
+    else:
+        generation = {name: config[name] for name in CARRIED if config.get(name) is not None}
+    _write(folder / GENERATION, generation | {"eos_token_id": [*known, *added]})
+    _write(folder / CONFIG, config | {"eos_token_id": [*dict.fromkeys((*(_ids(config) or known), *added))]})
+    return added
+
+
+def _ids(config: dict[str, Any]) -> tuple[int, ...]:
+    ids = config.get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

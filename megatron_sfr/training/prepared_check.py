@@ -1,0 +1,59 @@
+"""Checks of the prepared folders that a run reads, before its first step: damage, token ids, ends of replies."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_sfr.data.documents import PreparedDocuments, open_prepared
+from megatron_sfr.data.flat import map_flat
+from megatron_sfr.data.integrity import SAMPLE_BYTES, largest
+from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.training.corpus import open_corpus
+
+
+def prepared_folders(args: Any) -> list[Path]:
+    """The folders of all splits, each once."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    parts = [part for part in (blend, *(blend_per_split or ())) if part is not None]
+    return list(dict.fromkeys(Path(path) for part in parts for path in part[0]))
+
+
+def check_prepared(args: Any) -> None:
+    """ValueError where a folder is damaged or has token ids that the model does not have."""
+    folders = prepared_folders(args)
+    for folder in folders:
+        data = open_prepared(folder)
+        data.check(SAMPLE_BYTES // len(folders))
+        check_vocabulary(data, args.vocab_size)
+
+
+def check_vocabulary(data: PreparedData | PreparedDocuments, vocab_size: int) -> None:
+    """ValueError where data have a token id of at least `vocab_size`: no row of the embedding belongs to it."""
+    found = max_token_id(data)
+    if found >= vocab_size:
+        manifest = data.manifest
+        raise ValueError(
+            f"{data.folder} has token ids up to {found}, and vocab_size is {vocab_size}: set vocab_size to the model's "
+            f"(at least {found + 1}; the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens), or prepare "
+            "the data with the model's tokenizer"
+        )
+
+
+def max_token_id(data: PreparedData | PreparedDocuments) -> int:
+    """The largest token id; reads all tokens of a folder that an earlier release wrote."""
+    if isinstance(data, PreparedData):
+        return data.max_token_id
+    if data.manifest.max_token_id is not None:
+        return data.manifest.max_token_id
+    return largest(map_flat(Path(f"{data.corpus}.bin"), open_corpus(data.corpus).index.dtype))
+
+
+def reply_end_tokens(args: Any) -> list[int]:
+    """The ids on which the replies of all folders end; none for documents and for folders of earlier releases."""
+    found: set[int] = set()
+    for folder in prepared_folders(args):
+        data = open_prepared(folder)
+        if isinstance(data, PreparedData):
+            found.update(data.manifest.reply_end_tokens or ())
+    return sorted(found)

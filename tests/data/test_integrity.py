@@ -1,0 +1,173 @@
+"""Damage in prepared data and target stores is found, in one line that names the file."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sfr import cli
+from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.documents import PreparedDocuments
+from megatron_sfr.data.filling import Filling
+from megatron_sfr.data.integrity import check_offsets, check_sample
+from megatron_sfr.data.preparation import prepare
+from megatron_sfr.data.prepared import DTYPES, PreparedData
+from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+from tests.data.rows import OPTIONS, ROWS, write_rows
+from tests.data.stores import flip, open_store, run, write_prepared
+
+INDEXED = Indexed(open_corpus, write_index, token_dtype)
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # upstream warns where it has to guess it
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    prepare([write_rows(tmp_path / "rows.jsonl", ROWS)], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    return tmp_path / "out"
+
+
+def write_documents(folder: Path, tokenizer: Path) -> Path:
+    """FOLDER/documents, and FOLDER/again of the same corpus where it stands."""
+    rows = write_rows(folder / "texts.jsonl", [{"text": "the sea is blue and the sky is grey " * 4}] * 3)
+    options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
+    prepare_documents([rows], folder / "documents", tokenizer, options, INDEXED, progress=False)
+    corpus = folder / "documents" / "documents"
+    prepare_documents([corpus], folder / "again", tokenizer, options, INDEXED, progress=False)
+    return folder / "documents"
+
+
+@pytest.mark.parametrize("name", [*DTYPES])
+def test_a_flipped_bit_is_found_at_the_start_of_a_run_and_by_inspect(
+    prepared: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    PreparedData.open(prepared).check()
+    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    flip(prepared / name, (prepared / name).stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is .*; run: megatron-sfr prepare"):
+        PreparedData.open(prepared).check()
+    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["offsets.bin", "anchor_offsets.bin", "personas.bin", "anchors.bin"])
+@pytest.mark.parametrize("value", [-1, 2**31 - 1])
+def test_numbers_that_point_outside_are_one_line_where_a_sample_is_read(prepared: Path, name: str, value: int) -> None:
+    values = np.fromfile(prepared / name, DTYPES[name])
+    values[1] = value
+    values.tofile(prepared / name)
+    data = PreparedData.open(prepared)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged: .*; run: megatron-sfr prepare"):
+        [data[i] for i in range(len(data))]
+
+
+@pytest.mark.parametrize("key", ["samples", "tokens", "anchors", "segments"])
+def test_counts_that_contradict_the_files_are_refused(prepared: Path, key: str) -> None:
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {key: manifest[key] + 1}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: .* counts mean"):
+        PreparedData.open(prepared)
+
+
+def test_offsets_that_fall_are_refused() -> None:
+    check_offsets(Path("offsets.bin"), np.array([0, 3, 3, 7]), 7, "hint")
+    with pytest.raises(ValueError, match="offset 2 is less than the one before it; hint"):
+        check_offsets(Path("offsets.bin"), np.array([0, 5, 3, 7]), 7, "hint")
+    with pytest.raises(ValueError, match="run from 0 to 7, not from 0 to 8"):
+        check_offsets(Path("offsets.bin"), np.array([0, 5, 7]), 8, "hint")
+
+
+def test_the_sample_of_checksums_keeps_within_its_budget(prepared: Path) -> None:
+    files = PreparedData.open(prepared).manifest.files
+    sizes = sorted(record["bytes"] for record in files.values())
+    assert len(check_sample(prepared, files, "hint", budget=sum(sizes[:3]))) == 3
+    assert len(check_sample(prepared, files, "hint")) == len(files)
+
+
+@pytest.mark.parametrize("folder", ["documents", "again"])
+@pytest.mark.parametrize("name", ["documents.bin", "documents.idx", "anchors.bin", "anchor_offsets.bin"])
+def test_a_flipped_bit_in_documents_is_found(tmp_path: Path, tokenizer_folder: Path, folder: str, name: str) -> None:
+    documents = write_documents(tmp_path, tokenizer_folder)
+    opened = PreparedDocuments.open(tmp_path / folder)
+    opened.check()
+    of = documents if name.startswith("documents") else tmp_path / folder  # `again` reads the first one's corpus
+    flip(of / name, (of / name).stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is .*; run: megatron-sfr prepare-text"):
+        PreparedDocuments.open(tmp_path / folder).check()
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    corpus = write_documents(tmp_path, tokenizer_folder) / "documents"
+    (tmp_path / "copy.idx").write_bytes(corpus.with_suffix(".idx").read_bytes())
+    tokens = np.fromfile(corpus.with_suffix(".bin"), np.uint16)
+    tokens[3] = 60_000
+    tokens.tofile(tmp_path / "copy.bin")
+    options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
+    with pytest.raises(ValueError, match=r"copy\.bin: document 0 has token ids from \d+ to 60000, the tokenizer has"):
+        prepare_documents([tmp_path / "copy"], tmp_path / "out", tokenizer_folder, options, INDEXED, progress=False)
+
+
+def test_anchors_of_documents_that_point_outside_are_one_line(tmp_path: Path, tokenizer_folder: Path) -> None:
+    documents = write_documents(tmp_path, tokenizer_folder)
+    anchors = np.fromfile(documents / "anchors.bin", np.int32)
+    anchors[1] = 10**6  # the first anchor's segment
+    anchors.tofile(documents / "anchors.bin")
+    with pytest.raises(ValueError, match=r"anchors\.bin is damaged: an anchor of document 0 is out of range"):
+        PreparedDocuments.open(documents).anchors(0)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_embed_pairs_no_vector_with_a_text_that_was_not_prepared(
+    tmp_path: Path, tokenizer_folder: Path, encoded: list[str], verify: bool
+) -> None:
+    prepared = write_prepared(tmp_path, tokenizer_folder)
+    if verify:
+        run(prepared)
+        encoded.clear()
+    flip(prepared / "segments.jsonl", 3)
+    with pytest.raises(ValueError, match=r"segments\.jsonl is not what was written .*; run: megatron-sfr prepare"):
+        run(prepared, verify=verify)
+    assert encoded == []
+
+
+def test_online_targets_are_not_made_of_another_text(tmp_path: Path, tokenizer_folder: Path) -> None:
+    prepared = write_prepared(tmp_path, tokenizer_folder)
+    run(prepared, later=True)
+    flip(prepared / "segments.jsonl", 3)
+    with (
+        Filling(prepared / "targets", PreparedData.open(prepared)) as filling,
+        pytest.raises(ValueError, match=r"segments\.jsonl is damaged: segment 0 is not the text that was prepared"),
+    ):
+        filling.fill(0, None)  # type: ignore[arg-type]  # no encoder is reached
+
+
+@pytest.mark.parametrize(
+    "name", ["vectors.bin", "checksums.bin", "copied.bin", "segment_digests.bin", "statistics.bin"]
+)
+def test_inspect_verifies_the_stores_of_a_folder(
+    tmp_path: Path, tokenizer_folder: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    prepared = write_prepared(tmp_path, tokenizer_folder)
+    store = run(prepared)
+    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
+    assert "targets: every target is as it was written" in capsys.readouterr().out
+    flip(store / name, 0)
+    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert str(store) in error
+    assert "megatron-sfr embed" in error
+
+
+def test_a_store_that_is_still_to_be_filled_is_not_damaged(tmp_path: Path, tokenizer_folder: Path) -> None:
+    prepared = write_prepared(tmp_path, tokenizer_folder)
+    store = run(prepared, later=True)
+    open_store(store, prepared, partial=True).verify()

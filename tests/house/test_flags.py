@@ -1,0 +1,96 @@
+"""Each of Megatron's flags has a line in the table; those that would do nothing or harm are refused, with a reason.
+
+That a flag marked as passed on works is Megatron's own business and not tested here.
+"""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_sfr.config import DEFAULTS, Parser, read_settings, to_flags
+from megatron_sfr.flags.refused import REFUSED
+from megatron_sfr.flags.table import page, refusal, table
+from tests.test_config import write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def upstream() -> dict[str, argparse.Action]:
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    return {action.dest: action for action in parser._actions}
+
+
+def test_each_flag_of_megatron_has_a_line_in_the_table(upstream: dict[str, argparse.Action]) -> None:
+    known = table()
+    assert sorted(upstream.keys() - known.keys()) == [], "new in Megatron: find out who reads them, and add them"
+    assert sorted(known.keys() - upstream.keys()) == [], "gone from Megatron: take them out of megatron_sfr/flags/"
+
+
+def test_the_page_is_the_table() -> None:
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page(), "run: python tools/write_flags_page.py"
+
+
+def test_defaults_are_not_refused() -> None:
+    defaults = vars(Parser().read([]))
+    assert refusal(Parser().read(to_flags(DEFAULTS, Parser())), defaults) is None
+
+
+def test_a_refused_flag_is_refused_by_its_own_name() -> None:
+    defaults = vars(Parser().read([]))
+    for entry in REFUSED:
+        for name in entry.names.split() if entry.when is None else ():
+            found = refusal(argparse.Namespace(**defaults | {name: "something else"}), defaults)
+            assert found == f"{name} = something else: {entry.reason}; {entry.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sft", "sft = True: conversations and their loss masks come from `megatron-sfr prepare`"),
+        ("--mock-data", "mock_data = True: training reads prepared folders; name one in train_data_path"),
+        ("--logits-load-dir d", "logits_load_dir = d: distillation"),
+        ("--hybrid-context-parallel", "context parallelism is not supported"),
+        ("--overlap-moe-expert-parallel-comm", "schedule plan, which ours does not have"),
+        ("--tokenizer-type HuggingFaceTokenizer", "leave it out and set vocab_size"),
+        ("--tokenizer-model m", "name the tokenizer in `megatron-sfr prepare`"),
+        ("--reset-position-ids", "set dataloader_inter_document_masking, which knows where documents begin"),
+        ("--dataloader-type external", "use single or cyclic"),
+        ("--position-embedding-type mrope", "use rope, yarn, learned_absolute or none"),
+        ("--cross-entropy-loss-fusion", "the objectives have kernels of their own"),
+        ("--iterations-to-skip 3 --tensor-model-parallel-size 2", "on the first tensor-parallel rank alone"),
+        ("--heterogeneous-layers-config-path f", "train with Transformer Engine on CUDA"),
+        ("--yaml-cfg f", "it replaces all arguments"),
+        ("--per-split-data-args-path f", "list them there, with their weights"),
+    ],
+)
+def test_a_flag_without_effect_is_one_line(tmp_path: Path, flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_settings([*write(tmp_path), *flags.split()])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tokenizer-type NullTokenizer",
+        "--dataloader-type cyclic",
+        "--iterations-to-skip 3",
+        "--cross-entropy-loss-fusion --mtp-num-layers 1",
+        "--position-embedding-type rope",
+        "--no-create-attention-mask-in-dataloader",
+    ],
+)
+def test_what_works_is_accepted(tmp_path: Path, flags: str) -> None:
+    read_settings([*write(tmp_path), *flags.split()])
+
+
+@pytest.mark.parametrize("name", ["cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope_deprecated"])
+def test_a_captured_iteration_is_refused_however_it_is_asked_for(name: str) -> None:
+    defaults = vars(Parser().read([]))
+    found = refusal(argparse.Namespace(**defaults | {name: "full_iteration"}), defaults)
+    assert found is not None
+    assert "use cuda_graph_impl local or transformer_engine" in found
+    assert refusal(argparse.Namespace(**defaults | {name: "local"}), defaults) is None

@@ -1,0 +1,116 @@
+"""What a run checks of its prepared folders before the first step: token ids, damage, the ends of replies."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sfr.assembly import unknown_end
+from megatron_sfr.data.documents import open_prepared
+from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.training.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
+from tests.data.stores import flip
+from tests.distributed.launch import torchrun
+from tests.distributed.tiny import write_documents, write_prepared, write_recipe
+from tests.training.test_dataset import arguments
+
+NEW = ("max_token_id", "reply_end_tokens", "corpus_files")
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("conversations"), rows=6)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "texts", documents=6)
+
+
+def run(*folders: Path, vocab_size: int, **changes: object) -> Namespace:
+    return arguments([str(folder) for folder in folders], vocab_size=vocab_size, **changes)
+
+
+def of_an_earlier_release(folder: Path) -> Path:
+    """The folder without what manifests did not record then."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key not in NEW}))
+    return folder
+
+
+def test_the_manifest_knows_the_largest_id(conversations: Path, documents: Path) -> None:
+    data, texts = open_prepared(conversations), open_prepared(documents)
+    assert data.manifest.max_token_id == max(int(data[i].tokens.max()) for i in range(len(data)))
+    tokens = np.fromfile(documents / "documents.bin", np.uint16)
+    assert texts.manifest.max_token_id == tokens.max()
+
+
+def test_ids_beyond_the_vocabulary_are_refused_in_any_folder(conversations: Path, documents: Path) -> None:
+    for folder in (conversations, documents):
+        most = max_token_id(open_prepared(folder))
+        check_prepared(run(folder, vocab_size=most + 1))
+        message = f"{folder} has token ids up to {most}, and vocab_size is {most}: set vocab_size to the model's"
+        with pytest.raises(ValueError, match=message):
+            check_prepared(run(folder, vocab_size=most))
+    with pytest.raises(ValueError, match=f"{documents} has token ids up to"):  # of validation, and of a blend
+        check_prepared(run(conversations, vocab_size=9, train_data_path=None, valid_data_path=[str(documents)]))
+    most = max_token_id(open_prepared(conversations))
+    with pytest.raises(ValueError, match=f"{conversations} has token ids up to {most}"):
+        check_prepared(run(vocab_size=most, train_data_path=None, data_path=["1.0", str(conversations)]))
+
+
+def test_damage_is_refused(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path, rows=6)
+    flip(prepared / "mask.bin", 9)
+    with pytest.raises(ValueError, match=r"mask\.bin is not what was written .*; run: megatron-sfr prepare"):
+        check_prepared(run(prepared, vocab_size=600))
+
+
+def test_folders_of_earlier_releases_are_read_and_refused_too(tmp_path: Path, documents: Path) -> None:
+    for folder in (write_prepared(tmp_path / "chat", rows=6), documents):
+        most = max_token_id(open_prepared(folder))
+        old = open_prepared(of_an_earlier_release(folder))
+        assert old.manifest.max_token_id is None
+        assert max_token_id(old) == most
+        check_vocabulary(old, most + 1)
+        with pytest.raises(ValueError, match=f"token ids up to {most}"):
+            check_vocabulary(old, most)
+
+
+def test_the_token_that_ends_replies_is_known(conversations: Path, documents: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(conversations.parent / "tokenizer"))
+    assert reply_end_tokens(run(conversations, vocab_size=600)) == [tokenizer.eos_token_id]
+    assert reply_end_tokens(run(documents, vocab_size=600)) == []
+    assert reply_end_tokens(run(of_an_earlier_release(write_prepared(tmp_path / "c", rows=3)), vocab_size=600)) == []
+
+
+def test_a_run_warns_of_a_start_that_does_not_stop_where_replies_end(tmp_path: Path) -> None:
+    def warning(eos: object, **start: str) -> str | None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        paths = {"sfr_hf_load": None, "pretrained_checkpoint": None, "load": None} | start
+        return unknown_end(Namespace(reply_end_tokens=[310], **paths))
+
+    for name in ("sfr_hf_load", "pretrained_checkpoint", "load"):
+        assert warning([2, 310], **{name: str(tmp_path)}) is None
+        found = warning(2, **{name: str(tmp_path)})
+        assert found is not None
+        assert f"the replies of the data end on token 310, and {tmp_path} stops at 2 alone" in found
+    assert warning(2) is None, "a run from scratch"
+
+
+def test_a_run_refuses_foreign_ids_before_its_first_step(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path / "data", rows=6)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save=str(tmp_path / "run"), train_iters=1, sfr=False)
+    command = ("-m", "megatron_sfr.train", "--recipe", str(recipe), "--num-workers", "2")
+    done = torchrun(1, *command, "--vocab-size", "300", check=False)
+    assert done.returncode != 0
+    assert f"megatron-sfr train: error: {prepared} has token ids up to" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
