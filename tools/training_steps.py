@@ -111,7 +111,10 @@ def allocated() -> int:
 
 def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -> list[Arm]:
     """A step of cross-entropy, of SFR, and of SFR with its gradients measured; the last two share a model."""
-    args = parse(read_settings(flags(sizes)))
+    settings = read_settings(flags(sizes))
+    args = parse(settings)
+    if args.transformer_impl != sizes.transformer_impl:
+        raise SystemExit(f"--transformer-impl {sizes.transformer_impl} cannot be timed here: {settings.changes[0]}")
     training.initialize_megatron()
     args.curr_iteration = 0
     head = FlowHeadOptions(sfr_head=sizes.head, sfr_head_width=sizes.width, sfr_head_depth=sizes.depth)
