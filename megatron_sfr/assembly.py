@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
@@ -38,7 +38,7 @@ from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 from megatron_sfr.training.step import ForwardStep
 
 
-def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig | KLFlowModelConfig:
+def model_config(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> SFRModelConfig | KLFlowModelConfig:
     """The model to build. With --sfr opens the target stores, to learn what they hold."""
     if args.training_task == "kl-flow":
         denoiser = denoiser_config(args)

@@ -111,7 +111,7 @@ def make_autoregressive(sizes: argparse.Namespace) -> Any:
     return transformers.Qwen3ForCausalLM(config).to(device=backend.device(), dtype=torch.bfloat16).eval()
 
 
-def make_arms(sizes: argparse.Namespace, name: backend.Name) -> list[Arm]:
+def make_arms(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> list[Arm]:
     """All of one length after each other, the autoregressive model first."""
     denoiser, shard = make_denoiser(sizes, name)
     network, simplex = make_autoregressive(sizes), Simplex(sizes.vocab, 0.01)

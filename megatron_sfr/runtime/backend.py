@@ -119,7 +119,7 @@ UNFUSED = Change("gradient_accumulation_fusion", False, ("--no-gradient-accumula
 NO_PERSISTENT_NORM = Change("no_persist_layer_norm", True, ("--no-persist-layer-norm",))
 NO_ROPE_FUSION = Change("apply_rope_fusion", False, ("--no-rope-fusion",))
 NO_SOFTMAX_FUSION = Change("masked_softmax_fusion", False, ("--no-masked-softmax-fusion",))
-CPU_CHANGES = (
+CPU_CHANGES: tuple[Change, ...] = (
     LOCAL,
     Change("distributed_backend", "gloo", ("--distributed-backend", "gloo")),
     Change("use_cpu_initialization", True, ("--use-cpu-initialization",)),
@@ -169,10 +169,7 @@ def is_importable(*names: str) -> bool:
 
 def changes_for(backend: Literal["cpu", "cuda"], args: Any) -> tuple[Change, ...]:
     """The arguments that need another value on this backend, with what is installed here."""
-    if backend == "cpu":
-        changes = CPU_CHANGES
-    else:
-        changes = _cuda_changes(args)
+    changes = CPU_CHANGES if backend == "cpu" else _cuda_changes(args)
     return tuple(change for change in changes if getattr(args, change.dest) != change.value)
 
 
