@@ -69,27 +69,37 @@ def main() -> None:
     os.environ.setdefault("RANK", "0")
     os.environ |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
     backend.prepare([])
-    from tools.training_steps import allocated, make_arms
-
     name = backend.choose("auto")
     backend.start(name)
-    arms = make_arms(sizes, name)
-    for arm in arms:
-        count(arm)
+    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
+    from tools.training_steps import make_arms
+
+    with head_optimizer(HeadOptimizerOptions()):
+        arms = make_arms(sizes, name)
+        for arm in arms:
+            count(arm)
+        seconds = take_turns(arms, sizes.repetitions, on_gpu=name == "cuda")
+    report(sizes, torch.cuda.get_device_name() if name == "cuda" else None, arms, seconds)
+
+
+def take_turns(arms: "list[Arm]", repetitions: int, *, on_gpu: bool) -> dict[str, list[float]]:
+    """Seconds of each arm's steps, A B C A B C; on a GPU also the peak memory of each arm."""
+    from tools.training_steps import allocated
+
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for _ in range(sizes.repetitions):
+    for _ in range(repetitions):
         for arm in arms:
             before = allocated()
-            if name == "cuda":
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()  # on CPU the seam makes it nothing
             start = time.perf_counter()
             arm.take()
             torch.cuda.synchronize()
             seconds[arm.name].append(time.perf_counter() - start)
-            if name == "cuda":
+            if on_gpu:
                 arm.peak_bytes = max(arm.peak_bytes, arm.static_bytes + torch.cuda.max_memory_allocated() - before)
-    report(sizes, torch.cuda.get_device_name() if name == "cuda" else None, arms, seconds)
+    return seconds
 
 
 def count(arm: "Arm") -> None:
