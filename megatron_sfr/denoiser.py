@@ -19,7 +19,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron_sfr.config import Parser
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.kl_flow import KLFlowModelBuilder, KLFlowModelConfig
-from megatron_sfr.runtime.backend import CPU_CHANGES, UNFUSED, adapt_config_to_cpu, device, join
+from megatron_sfr.runtime.backend import UNFUSED, adapt_config, changes_for, device, join
 
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 LAYOUT = {
@@ -49,8 +49,9 @@ def _arguments(folder: Path, backend: Literal["cpu", "cuda"], ranks: int) -> arg
     stored = {name: value for name, value in Checkpoint(folder).arguments().items() if isinstance(value, PLAIN)}
     if stored.get("training_task") != "kl-flow":
         raise ValueError(f"{folder} holds no KL-flow model: train one with --training-task kl-flow")
-    changes = {change.dest: change.value for change in CPU_CHANGES} if backend == "cpu" else {}
-    args = argparse.Namespace(**vars(Parser().read([])) | stored | LAYOUT | changes)
+    args = argparse.Namespace(**vars(Parser().read([])) | stored | LAYOUT)
+    for change in changes_for(backend, args):
+        setattr(args, change.dest, change.value)
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     args.tensor_model_parallel_size = args.tensor_parallel_num_weight_shards = ranks
     args.make_vocab_size_divisible_by = math.lcm(4, args.make_vocab_size_divisible_by)  # noise comes in blocks of 4
@@ -73,8 +74,7 @@ def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel
         parallel_state.initialize_model_parallel(dist.get_world_size(), create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(args.seed)
     config = denoiser_config(args)
-    if backend == "cpu":
-        adapt_config_to_cpu(config.transformer)
+    adapt_config(backend, config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = KLFlowModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     if args.bf16 or args.fp16:

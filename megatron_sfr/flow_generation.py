@@ -21,7 +21,7 @@ from megatron_sfr.evaluation.resumable import is_finished, resumable
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.objectives.vocab import Vocab
-from megatron_sfr.runtime.backend import Name, choose
+from megatron_sfr.runtime.backend import Name, choose, prepare
 from megatron_sfr.runtime.provenance import contents_of
 from megatron_sfr.simplex_sampling.film import Recorder
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
@@ -204,6 +204,7 @@ def _steps(batch: Sequence[Wanted], options: SamplerOptions) -> list[int]:
 def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
     from functools import partial
 
+    prepare(["--sfr-backend", job.backend])
     from megatron_sfr.denoiser import load_denoiser
     from megatron_sfr.model.kl_flow import denoise
     from megatron_sfr.runtime.parallel import tensor_group, tensor_rank, tensor_size

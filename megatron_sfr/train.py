@@ -30,6 +30,9 @@ WARNING = "megatron-sfr train: warning:"
 
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say; ValueError for what the user can mend."""
+    from megatron_sfr.runtime import backend
+
+    backend.prepare(argv)
     from megatron_sfr.config import read_settings
 
     settings = read_settings(argv)

@@ -1,4 +1,4 @@
-"""For all tests: no downloads, gpu tests only where there is a CUDA device, and what is shared is made once."""
+"""For all tests: no downloads, the CPU backend except under `-m gpu`, and what is shared is made once."""
 
 import os
 from collections.abc import Iterator
@@ -24,6 +24,15 @@ class ByWhatIsShared(LoadFileScheduling):
         return "runs" if Path(file).stem in SHARE_RUNS and "distributed" in file else file
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs and their packages: the tests are of the CPU backend, but for those that `-m gpu` selects."""
+    if config.getoption("markexpr") != "gpu":
+        from megatron_sfr.runtime.cpu import hide_cuda_packages
+
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        hide_cuda_packages()
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
     return ByWhatIsShared(config, log)
 
@@ -35,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not gpus():
             for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu (make gpu)"))
 
 
 @pytest.fixture

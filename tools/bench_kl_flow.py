@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import megatron.core
 import torch
@@ -78,17 +78,16 @@ def flags(sizes: argparse.Namespace) -> list[str]:
         "transformer-impl": "local",
         "training-task": "kl-flow",
     }
-    switches = ["swiglu", "disable-bias-linear", "qk-layernorm", "no-gradient-accumulation-fusion", "bf16"]
+    switches = ["swiglu", "disable-bias-linear", "qk-layernorm", "bf16"]
     return [word for k, v in given.items() for word in (f"--{k}", str(v))] + [f"--{switch}" for switch in switches]
 
 
-def make_denoiser(sizes: argparse.Namespace, name: backend.Name) -> tuple[Denoiser, Shard]:
+def make_denoiser(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> tuple[Denoiser, Shard]:
     """A denoiser of fresh weights in bf16."""
     args = parse(read_settings(flags(sizes)))
     training.initialize_megatron()
     config = denoiser_config(args)
-    if name == "cpu":
-        backend.adapt_config_to_cpu(config.transformer)
+    backend.adapt_config(name, config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = KLFlowModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     model = model.to(device=backend.device(), dtype=torch.bfloat16).eval()
@@ -112,7 +111,7 @@ def make_autoregressive(sizes: argparse.Namespace) -> Any:
     return transformers.Qwen3ForCausalLM(config).to(device=backend.device(), dtype=torch.bfloat16).eval()
 
 
-def make_arms(sizes: argparse.Namespace, name: backend.Name) -> list[Arm]:
+def make_arms(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> list[Arm]:
     """All of one length after each other, the autoregressive model first."""
     denoiser, shard = make_denoiser(sizes, name)
     network, simplex = make_autoregressive(sizes), Simplex(sizes.vocab, 0.01)

@@ -31,6 +31,7 @@ from megatron_sfr.objectives.gem import GEM, GEMOptions
 from megatron_sfr.objectives.sed import SED, SEDOptions
 from megatron_sfr.objectives.token_loss import TokenObjective
 from megatron_sfr.objectives.vocab import Vocab
+from tools.model_shapes import SHAPES
 from tools.traffic import Traffic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,6 +58,12 @@ class Result:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def times(self, base: "Result") -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of this loss's time over another's, step by step."""
+        ratios = sorted(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
+        quarter = len(ratios) // 4
+        return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] and labels [T] -> the losses' sum
@@ -181,6 +188,7 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
     size = z_TV.element_size()
     rows = [
         f"{'bytes a logit:':36}{'memory':>7}{'cache':>7}{'peak':>7}  collectives  floats/row      ms (range)  tokens/s"
+        f"{'times ' + results[0].name:>26}"
     ]
     for r in results:
         numbers = [r.memory_bytes_per_logit, r.cache_bytes_per_logit, r.peak_bytes_per_logit]
@@ -188,6 +196,8 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
         sent = "" if r.collectives is None else f"{r.collectives:>13}{r.floats_per_row:>12g}"
         spread = f"{1e3 * r.median:.3g} ({1e3 * min(r.seconds):.3g}-{1e3 * max(r.seconds):.3g})"
         row = f"{r.name:36}{cells}{sent:25}{spread:>20}{T / r.median:>12.0f}"
+        low, ratio, high = r.times(results[0])
+        row += f"{f'{ratio:.3f} ({low:.3f}-{high:.3f})':>24}"
         if z_TV.is_cuda:
             rate = FLOOR * size * numel / r.median
             row += f"  floor's bytes at {rate / 1e9:.0f} GB/s, {rate / bandwidth():.0%} of the memory's"
@@ -197,6 +207,7 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", choices=SHAPES, help="tokens and vocabulary of a published model's training step")
     parser.add_argument("--tokens", type=int, help="rows of logits (512; 4096 on CUDA)")
     parser.add_argument("--vocabulary", type=int, help="columns (32768; 152064 on CUDA)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -204,8 +215,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the same here")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    T = options.tokens or (4096 if device == "cuda" else 512)
-    V = options.vocabulary or (152064 if device == "cuda" else 32768)
+    T, V = (4096, 152064) if device == "cuda" else (512, 32768)
+    if options.like:
+        T, V = SHAPES[options.like].seq, SHAPES[options.like].vocab
+    T, V = options.tokens or T, options.vocabulary or V
     if T * V * DTYPES[options.dtype].itemsize < 8 * plain.BLOCK_BYTES[device]:
         parser.error(f"{T} x {V} logits are too few to tell them from blocks: give more --tokens or --vocabulary")
     warnings.filterwarnings("ignore")  # upstream's, of companions that are not installed
@@ -223,7 +236,7 @@ def main() -> None:
     print(*table(results, z_TV), sep="\n")
     print(LEGEND)
     if options.json:
-        rows = [asdict(r) | {"median_seconds": r.median} for r in results]
+        rows = [asdict(r) | {"median_seconds": r.median, "times_first": r.times(results[0])} for r in results]
         options.json.write_text(json.dumps({"machine": about, "shape": shape, "results": rows}, indent=1) + "\n")
 
 

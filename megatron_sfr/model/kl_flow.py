@@ -25,6 +25,7 @@ from megatron.core.utils import get_attr_wrapped_model, make_tp_sharded_tensor_f
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from torch import Tensor, nn
 
+from megatron_sfr.model.gradient_fusion import fuse_layers
 from megatron_sfr.model.local_spec import local_block_spec, local_norm
 from megatron_sfr.model.velocity import sinusoids
 
@@ -49,6 +50,8 @@ class KLFlowModelConfig(GPTModelConfig):
     time: Way = "token"
     seed: int = 1234
     """Of the initial weights of what knows the time."""
+    fuses_layers: bool = False
+    """Gradient accumulation is fused in Transformer Engine's layers only (gradient_fusion.py)."""
 
 
 @dataclass
@@ -194,6 +197,8 @@ class KLFlowModelBuilder(GPTModelBuilder):
             )
         config.transformer_layer_spec = bidirectional_spec
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        if config.fuses_layers:
+            fuse_layers(model)
         model.flow_time = FlowTime(config.time)
         if model.pre_process:
             table = model.embedding.word_embeddings

@@ -1,13 +1,16 @@
-"""Chooses CPU with gloo or CUDA with NCCL, once a process, and says what the choice changes in Megatron's flags."""
+"""Chooses CPU with gloo or CUDA with NCCL, once per process, and adapts Megatron's flags to it and to this machine."""
 
+import argparse
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import yaml
 
 Name = Literal["auto", "cpu", "cuda"]
 
@@ -27,12 +30,41 @@ def choose(name: Name) -> Literal["cpu", "cuda"]:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def prepare(argv: Sequence[str]) -> None:
+    """Call before Megatron is imported: on the CPU backend hides the CUDA packages that upstream takes at import.
+
+    argv: the run's flags. Only the backend is read from them and from their recipes; config.py checks the rest.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--sfr-backend")
+    parser.add_argument("--recipe", type=Path, action="append", default=[])
+    given = parser.parse_known_args(list(argv))[0]
+    name = given.sfr_backend
+    for path in reversed(given.recipe):
+        name = name or _backend_in(path)
+    if name == "cpu" or (name in (None, "auto") and not torch.cuda.is_available()):
+        from megatron_sfr.runtime import cpu
+
+        cpu.hide_cuda_packages()
+
+
+def _backend_in(recipe: Path) -> str | None:
+    try:
+        keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # config.py reads it again and says what is wrong
+        return None
+    keys = keys if isinstance(keys, dict) else {}
+    return keys.get("sfr_backend", keys.get("sfr-backend"))
+
+
 def start(backend: Literal["cpu", "cuda"]) -> None:
-    """Prepares the process; on CPU replaces what upstream asks of CUDA and joins the gloo group of torchrun."""
+    """Prepares the process for training; on CPU replaces what upstream asks of CUDA and joins torchrun's gloo group."""
     from megatron_sfr.runtime import cpu, durable, resharding
 
     if backend == "cpu":
         cpu.install()
+    else:
+        cpu.repair_torch_adam()
     durable.install()
     resharding.install()
     if backend == "cuda":
@@ -65,31 +97,36 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Change:
-    """A Megatron argument that is needed otherwise: its name, the value that works, the flags that set it."""
+    """A Megatron argument that needs another value here: its name, the value, the flags that set it, the reason."""
 
     dest: str
     value: Any
     flags: tuple[str, ...]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A Megatron argument that cannot work on CPU, and what to do about it."""
+    """A Megatron argument that cannot work here, and what to do about it."""
 
     dest: str
     works: Callable[[Any], bool]
     reason: str
 
 
+LOCAL = Change("transformer_impl", "local", ("--transformer-impl", "local"))
 UNFUSED = Change("gradient_accumulation_fusion", False, ("--no-gradient-accumulation-fusion",))
-CPU_CHANGES = (
-    Change("transformer_impl", "local", ("--transformer-impl", "local")),
+NO_PERSISTENT_NORM = Change("no_persist_layer_norm", True, ("--no-persist-layer-norm",))
+NO_ROPE_FUSION = Change("apply_rope_fusion", False, ("--no-rope-fusion",))
+NO_SOFTMAX_FUSION = Change("masked_softmax_fusion", False, ("--no-masked-softmax-fusion",))
+CPU_CHANGES: tuple[Change, ...] = (
+    LOCAL,
     Change("distributed_backend", "gloo", ("--distributed-backend", "gloo")),
     Change("use_cpu_initialization", True, ("--use-cpu-initialization",)),
     UNFUSED,
-    Change("no_persist_layer_norm", True, ("--no-persist-layer-norm",)),
-    Change("apply_rope_fusion", False, ("--no-rope-fusion",)),
-    Change("masked_softmax_fusion", False, ("--no-masked-softmax-fusion",)),
+    NO_PERSISTENT_NORM,
+    NO_ROPE_FUSION,
+    NO_SOFTMAX_FUSION,
     Change("bias_swiglu_fusion", False, ("--no-bias-swiglu-fusion",)),
     Change("bias_gelu_fusion", False, ("--no-bias-gelu-fusion",)),
     Change("bias_dropout_fusion", False, ("--no-bias-dropout-fusion",)),
@@ -107,27 +144,89 @@ CPU_REFUSALS = (
 )
 
 
+NEEDS_TRANSFORMER_ENGINE = (
+    Refusal("fp8", lambda x: not x, "FP8 needs it; leave --fp8-format out"),
+    Refusal("fp4", lambda x: not x, "FP4 needs it; leave --fp4-format out"),
+    Refusal("context_parallel_size", lambda x: x == 1, "context parallelism needs it"),
+    Refusal("tp_comm_overlap", lambda x: not x, "overlapped tensor-parallel communication needs it"),
+)
+SOFTMAX_KERNELS = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
+GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron found Transformer Engine when it was imported."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def is_importable(*names: str) -> bool:
+    """Whether every module of these names is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def changes_for(backend: Literal["cpu", "cuda"], args: Any) -> tuple[Change, ...]:
+    """The arguments that need another value on this backend, with what is installed here."""
+    changes = CPU_CHANGES if backend == "cpu" else _cuda_changes(args)
+    return tuple(change for change in changes if getattr(args, change.dest) != change.value)
+
+
+def _cuda_changes(args: Any) -> tuple[Change, ...]:
+    changes: tuple[Change, ...] = ()
+    local = args.transformer_impl == "local"
+    if not has_transformer_engine():
+        absent, local = "Transformer Engine is not installed", True
+        changes += replace(LOCAL, reason=absent), replace(NO_ROPE_FUSION, reason=absent)
+    if local:  # torch's norm, which the local spec of multi-token prediction takes, asserts against a persistent one
+        changes += (replace(NO_PERSISTENT_NORM, reason="the local spec uses torch's norm"),)
+        if not is_importable(*SOFTMAX_KERNELS):
+            changes += (replace(NO_SOFTMAX_FUSION, reason="Megatron's softmax extension is not built"),)
+    sharded = args.use_megatron_fsdp or args.use_torch_fsdp2
+    if (local or sharded) and not is_importable(GRADIENT_KERNEL):
+        changes += (replace(UNFUSED, reason="Apex's extension is not built"),)
+    return changes
+
+
 def adapt_flags(backend: Literal["cpu", "cuda"], args: Any) -> tuple[list[str], list[str]]:
     """What the backend changes in parsed arguments: flags to add, lines that say so. ValueError if none can help."""
-    changes: tuple[Change, ...] = ()
     if backend == "cpu":
-        changes = CPU_CHANGES
-        for refusal in CPU_REFUSALS:
-            if not refusal.works(getattr(args, refusal.dest)):
-                raise ValueError(f"--{refusal.dest.replace('_', '-')} cannot work on CPU: {refusal.reason}")
+        _refuse(CPU_REFUSALS, args, "cannot work on CPU")
         parallel = args.tensor_model_parallel_size > 1 and args.expert_model_parallel_size > 1
         if parallel and args.expert_tensor_parallel_size != 1:
             raise ValueError(
                 "tensor parallel experts cannot work on CPU beside --expert-model-parallel-size: gloo gathers equal "
                 "sizes only; set --expert-tensor-parallel-size 1"
             )
-    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        changes = (UNFUSED,)  # on by default upstream, whose LM head then raises where Apex's extension is not built
-    changes = tuple(c for c in changes if getattr(args, c.dest) != c.value)
+    else:
+        if not has_transformer_engine():
+            _refuse(NEEDS_TRANSFORMER_ENGINE, args, "cannot work: Transformer Engine is not installed")
+        if args.defer_embedding_wgrad_compute and not is_importable(GRADIENT_KERNEL):
+            raise ValueError(
+                "--defer-embedding-wgrad-compute accumulates the output layer's gradient by Apex's extension "
+                f"{GRADIENT_KERNEL}, which is not built: leave it out"
+            )
+    changes = changes_for(backend, args)
     flags = [flag for change in changes for flag in change.flags]
-    return flags, [f"{c.dest}: {getattr(args, c.dest)} -> {c.value}" for c in changes]
+    because = {change.dest: f" ({change.reason})" if change.reason else "" for change in changes}
+    return flags, [f"{c.dest}: {getattr(args, c.dest)} -> {c.value}{because[c.dest]}" for c in changes]
 
 
-def adapt_config_to_cpu(config: Any) -> None:
-    """What no flag reaches. gloo's asynchronous sends read a stage's output after upstream has freed it."""
-    config.deallocate_pipeline_outputs = False
+def _refuse(refusals: Sequence[Refusal], args: Any, why: str) -> None:
+    for refusal in refusals:
+        if not refusal.works(getattr(args, refusal.dest)):
+            raise ValueError(f"--{refusal.dest.replace('_', '-')} {why}: {refusal.reason}")
+
+
+def adapt_config(backend: Literal["cpu", "cuda"], config: Any) -> None:
+    """Changes in a model's config, whose `transformer` is Megatron's, what no flag reaches.
+
+    On CPU gloo's asynchronous sends read a stage's output after upstream would have freed it. On CUDA without Apex's
+    extension the output layer cannot fuse gradient accumulation; Transformer Engine's layers still do, by their own
+    kernels (model/gradient_fusion.py).
+    """
+    if backend == "cpu":
+        config.transformer.deallocate_pipeline_outputs = False
+    elif config.transformer.gradient_accumulation_fusion and not is_importable(GRADIENT_KERNEL):
+        config.transformer.gradient_accumulation_fusion = False
+        config.fuses_layers = True

@@ -1,6 +1,7 @@
-"""Unmodified megatron-core on CPU and gloo: every upstream name that is replaced, and why. A no-op where CUDA is used.
+"""Unmodified megatron-core on CPU and gloo: every upstream name that is replaced, and why.
 
-Each row of ROWS has a contract test that fails when upstream moves the name (written against VERSIONS).
+Each row of ROWS has a contract test that fails when upstream moves the name (written against VERSIONS). On CUDA only
+TORCH_ADAM_ROWS are applied, and only where neither Transformer Engine nor Apex brings an optimizer.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,11 +195,7 @@ TORCH_ROWS = (
     Row("torch.cuda", "get_rng_state", _rng_state, "the dropout tracker and checkpoints"),
     Row("torch.cuda", "set_rng_state", _set_rng_state, "the dropout tracker and checkpoints"),
 )
-MEGATRON_ROWS = (
-    Row(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
-    Row(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
-    Row(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA unless allow_no_cuda is passed"),
-    Row(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
+TORCH_ADAM_ROWS = (
     Row(
         DISTRIBUTED,
         "DistributedOptimizer.sharded_state_dict",
@@ -216,6 +214,12 @@ MEGATRON_ROWS = (
         _state_without_step,
         "a load copies a placeholder over the step that was loaded, and in fp32 copies into views of leaves",
     ),
+)
+MEGATRON_ROWS = (
+    Row(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
+    Row(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
+    Row(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA unless allow_no_cuda is passed"),
+    Row(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
     Row(
         "megatron.core.fusions.fused_softmax",
         "get_default_causal_mask",
@@ -241,12 +245,37 @@ MEGATRON_ROWS = (
         "runs make in a folder without a Makefile and exits, though the wheel ships the module compiled",
     ),
 )
-ROWS = TORCH_ROWS + MEGATRON_ROWS
+ROWS = TORCH_ROWS + TORCH_ADAM_ROWS + MEGATRON_ROWS
+
+# Packages of CUDA kernels that upstream takes wherever they can be imported, on any device. Without them it falls back
+# to torch's optimizer and norms, which is what the CPU needs.
+HIDDEN_PACKAGES = {
+    "transformer_engine": "its FusedAdam and multi-tensor norm ask for a CUDA driver (core/optimizer/clip_grads.py)",
+    "apex": "its FusedAdam and FusedLayerNorm run on CUDA only (core/optimizer/__init__.py)",
+    "amp_C": "Apex's multi-tensor norm (core/optimizer/clip_grads.py)",
+}
+
+
+def hide_cuda_packages() -> None:
+    """Makes each import of HIDDEN_PACKAGES an ImportError. Too late for what has imported one: call it first."""
+    for name in HIDDEN_PACKAGES:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
+
+
+@functools.cache  # once a process
+def repair_torch_adam() -> None:
+    """Applies TORCH_ADAM_ROWS where upstream fell back to torch's Adam, on any device."""
+    from megatron.core import optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        for row in TORCH_ADAM_ROWS:
+            row.apply()
 
 
 @functools.cache  # once a process
 def install() -> None:
     """Applies every row and enters the function mode for the rest of the process."""
+    hide_cuda_packages()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.
@@ -254,6 +283,7 @@ def install() -> None:
     torch.compiler.set_stance("force_eager")  # for what was decorated before that variable was set
     for row in TORCH_ROWS + MEGATRON_ROWS:
         row.apply()
+    repair_torch_adam()
     # The tracker warns when the CPU generator moves inside a fork; here the CPU generator is the one that is forked.
     logging.getLogger(RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     CudaMeansCpu().__enter__()

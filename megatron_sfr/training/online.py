@@ -44,17 +44,18 @@ class OnlineTargets:
 
     def targets(self, store_B: Tensor, row_BR: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """fp16 [B, R, D] on the device, and milliseconds waited for [1]; row -1 is padding, which is 0."""
-        found = torch.zeros(*row_BR.shape, self._dim, dtype=torch.float16)
-        waited = 0.0
+        # Pinned, or the copies below would block. torch's allocator keeps pinned memory until the copy has ended.
+        pinned = device().type == "cuda"
+        found = torch.zeros(*row_BR.shape, self._dim, dtype=torch.float16, pin_memory=pinned)
+        wait = torch.zeros(1, dtype=torch.float32, pin_memory=pinned)
         if self._prefetcher is not None:
             before = self._prefetcher.waited
             for found_RD, store, row_R in zip(found.numpy(), store_B.tolist(), row_BR.numpy(), strict=True):
                 there = row_R >= 0
                 found_RD[there] = self._prefetcher.fetch(store, row_R[there])
-            waited = 1e3 * (self._prefetcher.waited - before)
+            wait[0] = 1e3 * (self._prefetcher.waited - before)
             if training:
                 self._prefetcher.advance()
-        wait = torch.tensor([waited], dtype=torch.float32)
         target, wait = (x.to(device(), non_blocking=True) for x in (found, wait))
         return broadcast_over_tensor(target), broadcast_over_tensor(wait)
 

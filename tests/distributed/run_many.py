@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_sfr.runtime import backend
 from megatron_sfr.train import main
 
 
@@ -30,6 +31,7 @@ def meet(place: Path) -> None:
 
 
 if __name__ == "__main__":
+    backend.prepare(["--sfr-backend", "cpu"])
     from megatron.training.training import destroy_global_state
 
     listing = Path(sys.argv[1])

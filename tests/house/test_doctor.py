@@ -1,6 +1,7 @@
 """The doctor on this machine, and what it says of the faults that users report, each made for real in a folder."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_the_apex_of_pypi_is_named_as_the_wrong_package(tmp_path: Path, monkeypa
 def test_apex_without_its_extensions_is_not_taken_for_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake(tmp_path, "apex", "0.1", "PyTorch Extensions written by NVIDIA")
     (tmp_path / "amp_C.py").touch()
+    monkeypatch.delitem(sys.modules, "amp_C", raising=False)  # hidden from the other tests
     monkeypatch.syspath_prepend(tmp_path)
     finding = doctor.apex_finding()
     assert finding.mark == "note"
@@ -81,6 +83,42 @@ def test_hopper_needs_one_connection(connections: str | None, warned: str, monke
     assert device == "ok       GPU 0: NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0"
     assert [f"CUDA_DEVICE_MAX_CONNECTIONS {warned}" in note for note in notes] == ([True] if warned else [])
     assert len(list(doctor.gpu_findings([B200]))) == 1
+
+
+def test_each_way_of_installing_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(doctor.NGC_VERSION, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing is installed
+    assert doctor.installation_finding([]) == doctor.Finding("ok", "installed by pip, for the CPU")
+    absent = doctor.installation_finding([H100])
+    assert (absent.mark, "without Transformer Engine" in absent.text) == ("note", True)
+    install_fake(tmp_path, "transformer-engine", "2.20.2")
+    assert doctor.installation_finding([H100]).text == "installed by pip, with Transformer Engine"
+    monkeypatch.setenv(doctor.NGC_VERSION, "26.05")
+    assert "container 26.05" in doctor.installation_finding([H100]).text
+
+
+def test_a_gpu_without_transformer_engine_is_told_what_happens_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    finding = doctor.transformer_engine_finding([H100])
+    assert finding.mark == "note"
+    assert "Megatron's local layers: no FP8, no context parallelism, no fused RoPE" in finding.text
+    assert "--no-build-isolation" in finding.text
+    assert "local layers" not in doctor.transformer_engine_finding([]).text
+
+
+@pytest.mark.parametrize(("gpus", "mark"), [([], "note"), ([H100], "problem")])
+def test_a_broken_transformer_engine_stops_a_gpu(
+    gpus: list[Gpu], mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake(tmp_path, "transformer-engine", "2.20.2")
+    (tmp_path / "transformer_engine.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor.transformer_engine_finding(gpus)
+    assert finding.mark == mark
+    assert "libcudart.so.13: cannot open; build it for this torch" in finding.text
 
 
 def test_torch_without_the_collectives_it_needs_is_a_problem() -> None:

@@ -10,7 +10,7 @@ from megatron_sfr.config import PARTS, PRESETS, Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 # What no recipe should say: where a machine's peculiarities are named, or a store other than the usual one.
-NOT_IN_RECIPES = {"sfr_backend", "sfr_target_store", "sfr_target_dim"}
+NOT_IN_RECIPES = {"sfr_target_store", "sfr_target_dim"}
 
 
 def options() -> set[str]:

@@ -1,7 +1,6 @@
 """Each upstream name that the CPU backend replaces is still there, with the shape that the replacement counts on."""
 
 import importlib.metadata
-import importlib.util
 import inspect
 
 import pytest
@@ -86,15 +85,6 @@ def test_experts_cut_both_ways_are_refused() -> None:
     with pytest.raises(ValueError, match="gloo gathers equal sizes only; set --expert-tensor-parallel-size 1"):
         adapt_flags("cpu", Parser().read(flags))
     adapt_flags("cpu", Parser().read([*flags, "--expert-tensor-parallel-size", "1"]))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="Apex is here")
-def test_cuda_switches_off_the_fusion_that_needs_apex_and_says_so() -> None:
-    from megatron_sfr.config import Parser
-
-    flags, lines = adapt_flags("cuda", Parser().read([]))
-    assert flags == ["--no-gradient-accumulation-fusion"]
-    assert lines == ["gradient_accumulation_fusion: True -> False"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")

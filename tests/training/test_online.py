@@ -2,14 +2,17 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.runtime.cpu import CudaMeansCpu
 from megatron_sfr.training.dataset import build, dataset_config
 from megatron_sfr.training.online import OnlineTargets, needs_of
 from tests.distributed.tiny import write_prepared
@@ -53,6 +56,33 @@ def test_stores_in_other_blocks_share_an_encoder(folders: list[Path], one_rank: 
         stored = TargetStore.open(store / "targets", open_prepared(store))
         there = row_R >= 0
         np.testing.assert_allclose(found.numpy()[there], stored[row_R[there]], atol=2e-3)  # other blocks: rounding
+
+
+class Pinned(TorchFunctionMode):
+    """Notes which new tensors are asked for in pinned memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.zeros:
+            self.asked.append(bool((kwargs or {}).get("pin_memory")))
+        return func(*args, **(kwargs or {}))
+
+
+def test_targets_for_a_gpu_are_read_into_pinned_memory(
+    folders: list[Path], one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sfr.training.online.device", lambda: torch.device("cuda"))
+    online = OnlineTargets(folders, "targets", lookahead=0, encoder_device="cpu", threads=1)
+    try:
+        with CudaMeansCpu(), Pinned() as pinned:
+            target, _ = online.targets(torch.tensor([0]), torch.tensor([[0, -1]]), training=True)
+    finally:
+        online.close()
+    assert target[0, 0].any()
+    assert pinned.asked == [True, True]
 
 
 def test_stores_of_other_encoders_are_refused(folders: list[Path], one_rank: None) -> None:

@@ -1,0 +1,61 @@
+"""The benchmarks' arithmetic: operations of a shape against those that torch counts, peaks, quartiles, sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench_loss import Result
+from tools.bench_overhead import quartiles, read_sizes, shape_of
+from tools.model_shapes import BF16, FP8, SHAPES, peak
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--layers 2 --hidden 64 --ffn 96 --heads 4 --groups 2 --kv-channels 16 --vocab 512 --seq 32 --batch 2 --dim 16 "
+    "--anchors 4 --width 32 --repetitions 4"
+).split()
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    command = [sys.executable, "-W", "ignore", "-m", "tools.bench_overhead", *TINY, "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    plain, sfr, measured = json.loads(file.read_text())["rows"]
+    sizes = read_sizes(TINY)
+    assert plain["counted_flops"] == sizes.batch * sizes.seq * shape_of(sizes).flops(causal=False)
+    assert (plain["ratio"], plain["predicted_by_flops"]) == (1, 1)
+    assert 1 < sfr["predicted_by_flops"] < measured["predicted_by_flops"]
+    assert sfr["ratio_quartiles"][0] <= sfr["ratio"] <= sfr["ratio_quartiles"][1]
+    assert plain["tokens_per_second"] == pytest.approx(1e3 * sizes.batch * sizes.seq / plain["ms"])
+    assert (plain["mfu"], plain["peak_gib"]) == (None, None)  # a CPU has no peak here
+
+
+def test_a_causal_mask_halves_the_scores_alone() -> None:
+    shape = SHAPES["qwen3-8b"]
+    scores = 3 * 2 * shape.layers * 2 * shape.seq * shape.heads * shape.kv_channels
+    assert shape.flops(causal=False) - shape.flops() == scores // 2
+
+
+def test_real_shapes_are_taken_and_cut() -> None:
+    sizes = read_sizes(
+        ["--like", "qwen3-8b", "--layers", "4", "--fp8", "tensorwise", "--transformer-impl", "transformer_engine"]
+    )
+    assert (sizes.layers, sizes.hidden, sizes.vocab, sizes.seq, sizes.batch) == (4, 4096, 151936, 4096, 1)
+    assert sizes.bf16
+    assert read_sizes([]).hidden == 256
+    with pytest.raises(SystemExit):
+        read_sizes(["--fp8", "tensorwise"])
+
+
+def test_only_devices_of_the_table_have_a_peak() -> None:
+    assert peak("NVIDIA H200", FP8) == 1978.9
+    assert peak("NVIDIA H100 80GB HBM3", BF16) == 989.4
+    assert peak("NVIDIA H100 PCIe", BF16) is None
+
+
+def test_ratios_are_of_neighbouring_steps() -> None:
+    base, other = Result("a", seconds=[1.0, 2.0, 4.0, 8.0]), Result("b", seconds=[2.0, 4.0, 8.0, 24.0])
+    assert other.times(base) == (2.0, 2.0, 2.0)
+    assert quartiles([4.0, 1.0, 3.0, 2.0]) == (2.0, 2.5, 3.0)
