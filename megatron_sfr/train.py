@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 -m megatron_sfr.train --recipe FILE.yaml [any of Meg
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_sfr.runtime import lifetime
 
 ERROR = "megatron-sfr train: error:"
 
@@ -32,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
     args = parse(settings)
     check_task(args)
     config = model_config(args, settings.backend)
-    if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
-        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
+    if args.exit_signal_handler:  # Ctrl-C and SIGHUP end a run as SIGTERM does: after the step, with a checkpoint
+        lifetime.stop_alike(args.exit_signal)
+        lifetime.end_with_peers()
     if rank == 0 and args.save:
         save_recipe(settings.recipe, Path(args.save))
     lines = log_as_json_lines(args)
@@ -86,9 +88,6 @@ def log_as_json_lines(args: Any) -> Any:
     return JsonLines(writer, Path(args.save) / "metrics.jsonl")
 
 
+lifetime.tie_rank(__name__)
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"{ERROR} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    lifetime.run(main, sys.argv[1:], ERROR)
