@@ -179,7 +179,7 @@ def failure(log: Path, mark: str = ERROR, what: str = "training") -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     if found := re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
         return found[0]
-    raised = re.findall(r"^(?:\[rank\d+\]: *)?(\w*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
+    raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception)\b: .*)$", text, flags=re.MULTILINE)
     reason = raised[0] if raised else "no Python error was printed (out of memory?)"
     return f"{what} failed: {reason[:300]}; see {log}"
 
