@@ -21,6 +21,7 @@ from megatron_sfr.evaluation.resumable import is_finished, resumable
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.backend import Name, choose, prepare
 from megatron_sfr.runtime.provenance import contents_of
 from megatron_sfr.simplex_sampling.film import Recorder
@@ -253,18 +254,14 @@ def _film(path: str, made: Plan, denoiser: Denoiser, shard: Shard, first: bool) 
         Path(path).write_text(json.dumps(asdict(film), ensure_ascii=False), encoding="utf-8")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """Megatron's own words go to stderr, the bar to what stdout was."""
     screen = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = Job(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))
-    try:
-        generate(job, plan(job), screen)
-    except ValueError as error:
-        print(f"{ERROR} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    generate(job, plan(job), screen)
 
 
+lifetime.tie_rank(__name__)
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    lifetime.run(main, sys.argv[1:], ERROR)

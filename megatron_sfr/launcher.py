@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_sfr.hf.tracker import newest
 from megatron_sfr.recipe import read_recipe
+from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.runtime.lock import hold
 from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
@@ -98,10 +99,12 @@ def train(
 ) -> None:
     """Runs a recipe on nproc processes of this machine until its end.
 
-    Ctrl-C and SIGTERM are passed on once: the run finishes its step, writes a checkpoint, and KeyboardInterrupt rises
-    here. Raises ValueError, in one line, if the training fails. max_restarts: times that all processes start again from
-    the last checkpoint after one of them failed. verbose: no bar, Megatron's output as it comes.
+    Ctrl-C, SIGTERM and SIGHUP are passed on: the run finishes its step, writes a checkpoint, and KeyboardInterrupt is
+    raised here. A second Ctrl-C or SIGTERM kills the run. Raises ValueError, in one line, if the training fails.
+    max_restarts: times that all processes start again from the last checkpoint after one of them failed. verbose: no
+    bar, Megatron's output as it comes.
     """
+    lifetime.outlive_terminal()
     run = read_run(recipe, flags)
     with hold(run.save, inside=True, wait=LOCK_WAIT_S):
         pass  # refused here, before anything is started; it is the first rank that holds it
@@ -116,7 +119,7 @@ def train(
         print(f"{title}: {run.train_iters} steps on {nproc} processes; Megatron's output: {log}", flush=True)
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command(recipe, nproc, flags, max_restarts),
+            lifetime.tied(command(recipe, nproc, flags, max_restarts)),
             stdout=None if verbose else sink,
             stderr=None if verbose else subprocess.STDOUT,
             env=environment,
@@ -150,16 +153,21 @@ def _is_finished(run: Run, title: str) -> bool:
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
-    """Waits for the process, moving the bar; passes a signal on and tells whether there was one."""
+    """Waits for the process, moving the bar; passes a signal on and returns whether there was one."""
     received: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
-        if not received:
-            print("\nstopping after this step ...", flush=True)
-            process.send_signal(signal.SIGTERM)
         received.append(number)
+        if len(received) == 1:
+            process.send_signal(signal.SIGTERM)
+            print("\nstopping after this step ... (a second Ctrl-C or SIGTERM kills the run)", flush=True)
+        elif number != signal.SIGHUP:  # a shell sends it a second time
+            process.kill()
 
-    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         while process.poll() is None:
             if bar is not None:
@@ -168,6 +176,7 @@ def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
         if bar is not None:
             next(bar)
     finally:
+        process.kill()  # after an error here; else it has ended
         for number, handler in old.items():
             signal.signal(number, handler)
         if bar is not None:

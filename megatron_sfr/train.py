@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 -m megatron_sfr.train --recipe FILE.yaml [any of Meg
 
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.atomic import replacing
-from megatron_sfr.runtime.failures import reason
 from megatron_sfr.runtime.lock import hold
 
 if TYPE_CHECKING:
@@ -60,8 +59,9 @@ def _train(settings: "Settings", first: bool) -> None:
     if not _is_ready(args, say):
         return
     config = model_config(args, settings.backend)
-    if args.exit_signal_handler:  # Ctrl-C ends a run as SIGTERM does: after the step, with a checkpoint
-        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), args.exit_signal))
+    if args.exit_signal_handler:  # Ctrl-C and SIGHUP end a run as SIGTERM does: after the step, with a checkpoint
+        lifetime.stop_alike(args.exit_signal)
+        lifetime.end_with_peers()
     if first and args.save:
         save_recipe(settings.recipe, Path(args.save))
     lines = log_as_json_lines(args)
@@ -138,9 +138,6 @@ def log_as_json_lines(args: Any) -> Any:
     return JsonLines(writer, Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
 
 
+lifetime.tie_rank(__name__)
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"{ERROR} {reason(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    lifetime.run(main, sys.argv[1:], ERROR)

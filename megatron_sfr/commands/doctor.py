@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_sfr.runtime.lifetime import tied
+
 if TYPE_CHECKING:
     from megatron_sfr.runtime.devices import Gpu
 
@@ -140,7 +142,8 @@ def package_finding(name: str, mark_if_absent: Literal["note", "problem"], remed
 
 def import_finding(module: str, mark_if_broken: Literal["note", "problem"], remedy: str) -> Finding:
     """Imports in a process of its own: a broken extension may end the process that loads it."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], capture_output=True, text=True)
+    command = tied([sys.executable, "-W", "ignore", "-c", f"import {module}"])
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return Finding("ok", f"import {module}")
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

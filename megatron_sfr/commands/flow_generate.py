@@ -111,6 +111,7 @@ def start(job: "Job", log: Path) -> None:
 
     from megatron_sfr.flow_generation import ERROR
     from megatron_sfr.runtime.failures import failure
+    from megatron_sfr.runtime.lifetime import tied
 
     file = log.with_name("job.json")
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -118,7 +119,7 @@ def start(job: "Job", log: Path) -> None:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.nproc))}
     with log.open("wb") as sink:
         done = subprocess.run(
-            [sys.executable, *ranks, "-m", "megatron_sfr.flow_generation", str(file)],
+            tied([sys.executable, *ranks, "-m", "megatron_sfr.flow_generation", str(file)]),
             stdout=sys.__stderr__,
             stderr=sink,
             env=threads | os.environ,

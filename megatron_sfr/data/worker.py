@@ -24,10 +24,10 @@ from typing import ClassVar
 from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.filling import Filling, TextEncoder
 from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.runtime.lifetime import end_with_parent
 
 OPEN, URGENT, AHEAD = 0, 1, 2  # in this order
 CLAIMED_WAIT = 0.002  # seconds before a block that another process is encoding is looked at again
-PARENT_CHECK = 0.5  # seconds between looks whether the parent is still there
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class EncodingProcess:
         """make_encoder is pickled and called there; threads: of torch in the process, None as torch chooses."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, make_encoder, threads, os.getpid())
+        arguments = (theirs, make_encoder, threads)
         self._process = context.Process(target=_serve, args=arguments, name="encoder", daemon=True)
         self._process.start()
         theirs.close()  # so that a process that ends is the end of the messages
@@ -138,11 +138,11 @@ class Queued:
 Queue = PriorityQueue[Queued]
 
 
-def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], threads: int | None, parent: int) -> None:
-    """The life of the process."""
+def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], threads: int | None) -> None:
+    """The main function of the process."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     queue: Queue = PriorityQueue()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     threading.Thread(target=_receive, args=(connection, queue), daemon=True).start()
     try:
         if threads is not None:
@@ -204,10 +204,3 @@ def _receive(connection: Connection, queue: Queue) -> None:
             queue.put(Queued(connection.recv()))
         except (EOFError, OSError):
             os._exit(0)
-
-
-def _end_with(parent: int) -> None:
-    """A process that the parent forked holds the connection open too, so its end alone would not be noticed."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK)
-    os._exit(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
+
+from megatron_sfr.runtime.lifetime import end_with_parent
 
 MOST_BY_DEFAULT = 8
 AHEAD = 2  # chunks a worker, waiting or done
@@ -53,18 +54,10 @@ _work: Callable[[Any], Any]  # of this worker process
 
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
+    end_with_parent()
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A worker holds both ends of the queue that it reads: of a parent that was killed it would never hear.
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _do(item: Any) -> Any:

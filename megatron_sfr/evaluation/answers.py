@@ -19,6 +19,7 @@ from megatron_sfr.evaluation.end_tokens import warn_of_unknown_end
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.quality import negative_log_likelihood
 from megatron_sfr.evaluation.sampling import Sampled, SamplingOptions, load_model, sample
+from megatron_sfr.runtime.lifetime import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def answers(folders: Mapping[str, Path], questions: Questions, hardware: Hardwar
 def _begin(threads: int, lock: object) -> None:
     import torch
 
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told once, by the parent
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)

@@ -90,7 +90,7 @@ def run_program(
         tempfile.TemporaryFile() as errors,
     ):
         last = f"\n\n__import__('os').write({mark.fileno()}, b'{token}')\n" if to_the_end else ""
-        settings = {"isolation": isolation, "box": box, "source": source + last, "name": name}
+        settings = {"isolation": isolation, "box": box, "source": source + last, "name": name, "parent": os.getpid()}
         json.dump(asdict(limits) | settings | _machine() | {"may_exit": not to_the_end}, spec)
         spec.seek(0)
         given.write(stdin.encode(errors="surrogatepass"))

@@ -19,6 +19,7 @@ from megatron_sfr.hf.folder import CONFIG, INDEX, is_up_to_date, new_folder, rea
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.hf.stored import HEAD, StoredModel
+from megatron_sfr.runtime.lifetime import end_with_parent
 from megatron_sfr.runtime.provenance import contents_of
 
 COMPANIONS = (
@@ -154,7 +155,7 @@ def _write_weights(model: StoredModel, shards: Sequence[Shard], folder: Path, ba
     if workers == 1:
         _write_shards(model, shards, folder, bar.update)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         todo = [pool.submit(_write_shards, model, shards[i::workers], folder) for i in range(workers)]
         waiting = set(todo)
         while waiting:

@@ -38,13 +38,18 @@ def write_corpus(folder: Path, rows: int = 40) -> Path:
     return path
 
 
-def write_prepared(folder: Path, rows: int = 40, horizons: tuple[tuple[int, int], ...] = ((1, 8),)) -> Path:
-    """Prepared data with real MiniLM targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
+def write_prepared(
+    folder: Path, rows: int = 40, horizons: tuple[tuple[int, int], ...] = ((1, 8),), *, later: bool = False
+) -> Path:
+    """Prepared data with real MiniLM targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer.
+
+    later: the targets are left to online encoding.
+    """
     corpus = write_corpus(folder, rows)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
-    embed(folder / "prepared", "minilm", BLOCKS, progress=False)
+    embed(folder / "prepared", "minilm", BLOCKS, later=later, progress=False)
     return folder / "prepared"
 
 

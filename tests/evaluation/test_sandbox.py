@@ -4,10 +4,12 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sfr.evaluation.sandbox import MIB, Isolation, Limits, Outcome, isolation_here, run_program
@@ -231,3 +233,15 @@ except PermissionError:
 def test_limits_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="wall is 0"):
         Limits(wall=0)
+
+
+def test_a_program_ends_with_the_process_that_runs_it(cage: Isolation) -> None:
+    program = f"run_program('import time; time.sleep(1000)', limits=Limits(wall=1000), isolation={cage!r})"
+    code = f"from megatron_sfr.evaluation.sandbox import Limits, run_program; {program}"
+    caller = psutil.Popen([sys.executable, "-c", code])
+    depth = {"namespaces": 3, "audit": 1}[cage]
+    while len(started := caller.children(recursive=True)) < depth:
+        time.sleep(0.02)
+    caller.kill()
+    caller.wait()
+    assert not psutil.wait_procs(started, 10)[1]
