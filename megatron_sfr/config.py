@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
@@ -28,6 +27,7 @@ from megatron_sfr.objectives.sed import SEDOptions
 from megatron_sfr.objectives.sfr import SFROptions
 from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.training.dataset import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
@@ -146,22 +146,6 @@ def nearest(wrong: str, names: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys and values of a recipe; ValueError where it is not a flat YAML mapping."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such recipe")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of Megatron's flag names to values")
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {key}: recipes are flat; give each option a line of its own")
-    return {str(key).replace("_", "-"): value for key, value in recipe.items()}
-
-
 def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
     """Flags that say what a recipe says. A value of null leaves upstream's default."""
     flags: list[str] = []
@@ -218,7 +202,9 @@ def read_settings(argv: Sequence[str]) -> Settings:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--recipe", type=Path, action="append", default=[])
     ours, flags = own.parse_known_args(list(argv))
-    recipe = {key: value for path in ours.recipe for key, value in read_recipe(path).items()}
+    recipe: dict[str, Any] = {}
+    for path in ours.recipe:
+        recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)
     try:
         args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
         flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags

@@ -25,6 +25,11 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
             "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
         ),
+        (
+            args.context_parallel_size > 1,
+            f"context_parallel_size = {args.context_parallel_size}: the batches are not divided along the sequence "
+            "yet, so every rank would train on all of it; set it to 1",
+        ),
         (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
         (
             not (args.train_data_path or args.data_path),
@@ -89,10 +94,6 @@ def _of_separation(args: argparse.Namespace) -> Rows:
             "sfr_packing is for conversations, dataloader_inter_document_masking for documents: set one of them",
         ),
         (
-            args.context_parallel_size > 1,
-            f"{option} does not work with context parallelism yet: set context_parallel_size to 1",
-        ),
-        (
             local and args.window_size is not None,
             f"{option} with window_size needs Transformer Engine: upstream's local attention replaces the mask of "
             "the texts by the window's",
@@ -142,10 +143,6 @@ def _of_the_term(args: argparse.Namespace) -> Rows:
     return [
         *_of_the_head(args),
         (
-            args.context_parallel_size > 1,
-            "--sfr does not work with context parallelism yet: set context_parallel_size to 1",
-        ),
-        (
             args.sfr_targets == "online" and args.dataloader_type not in (None, "single"),
             "sfr_targets = online looks ahead in the order of dataloader_type single: leave dataloader_type out",
         ),
@@ -191,7 +188,6 @@ def _of_kl_flow(args: argparse.Namespace) -> Rows:
         "sfr_packing": args.sfr_packing != "none",
         "dataloader_inter_document_masking": args.dataloader_inter_document_masking,
         "eod_mask_loss": args.eod_mask_loss,
-        "context_parallel_size": args.context_parallel_size > 1,
         "fp8_format": args.fp8,
         "fp4_format": args.fp4,
         "num_experts": args.num_experts,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from megatron_sfr.recipe import read_recipe
 from megatron_sfr.train import ERROR
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
@@ -49,7 +49,9 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}")
     given = vars(parser.parse_known_args(list(flags))[0])
-    keys = {key: value for path in (recipe, *given.pop("recipe")) for key, value in _mapping(path).items()}
+    keys: dict[str, Any] = {}
+    for path in (recipe, *given.pop("recipe")):
+        keys |= {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
     keys |= {key: value for key, value in given.items() if value is not None}
     keys.setdefault("global_batch_size", keys.get("micro_batch_size"))
     for name in names:
@@ -57,17 +59,16 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
             raise ValueError(
                 f"{recipe}: {name} is missing; megatron-sfr train needs it (or --{name.replace('_', '-')})"
             )
-    tokens = int(keys["global_batch_size"]) * int(keys["seq_length"])
-    return Run(Path(str(keys["save"])), int(keys["train_iters"]), tokens)
+    sizes = {name: _whole_number(recipe, name, keys[name]) for name in names if name != "save"}
+    tokens = sizes["global_batch_size"] * sizes["seq_length"]
+    return Run(Path(str(keys["save"])), sizes["train_iters"], tokens)
 
 
-def _mapping(recipe: Path) -> dict[str, Any]:
-    if not recipe.is_file():
-        raise ValueError(f"{recipe}: no such recipe")
+def _whole_number(recipe: Path, name: str, value: Any) -> int:
     try:
-        return {str(k).replace("-", "_"): v for k, v in (yaml.safe_load(recipe.read_text(encoding="utf-8"))).items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{recipe}: not a YAML mapping of flag names to values") from error
+        return int(str(value))
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {name} is {str(value)[:40]!r}; give a whole number") from error
 
 
 def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool = False, title: str = "train") -> None:

@@ -69,7 +69,7 @@ def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
     args.micro_batch_size = 1
     assert contradiction(args) is None
     args.context_parallel_size = 2
-    assert "context_parallel_size to 1" in str(contradiction(args))
+    assert "context_parallel_size = 2: the batches are not divided" in str(contradiction(args))
 
 
 def test_kl_flow_with_transformer_engine_has_its_time_as_a_token() -> None:
@@ -91,13 +91,15 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"sfr_wieght": 1.0}, [], r"recipe.yaml: unknown key 'sfr-wieght'; did you mean sfr_weight\?"),
+        ({"sfr_wieght": 1.0}, [], r"recipe.yaml:\d+: unknown key 'sfr-wieght'; did you mean sfr_weight\?"),
         ({}, ["--tensor-model-paralel-size", "2"], r"did you mean --tensor-model-parallel-size\?"),
         ({"swiglu": "yes please"}, [], "neither true nor false"),
         ({"sfr": {"weight": 1}}, [], "recipes are flat"),
         ({"train_iters": "many"}, [], "invalid int value"),
         ({"fp8_format": "hybrid"}, [], "FP8 needs Transformer Engine on CUDA"),
-        ({"context_parallel_size": 2}, [], "context parallelism needs Transformer Engine"),
+        ({"context_parallel_size": 2}, [], "context_parallel_size = 2: the batches are not divided"),
+        ({"context_parallel_size": 2, "sfr": True}, [], "context_parallel_size = 2: the batches are not divided"),
+        ({**KL_FLOW, "context_parallel_size": 2}, [], "context_parallel_size = 2: the batches are not divided"),
         ({"sfr": True, "sfr_draws": 0}, [], "sfr_draws = 0"),
         ({"sfr_hf_load": "a", "pretrained_checkpoint": "b"}, [], "both say where to start"),
         ({"sfr_hf_load": "a", "exit_on_missing_checkpoint": True}, [], "leave one out"),
@@ -191,6 +193,33 @@ def test_of_two_recipes_the_later_wins(tmp_path: Path) -> None:
     (tmp_path / "arm.yaml").write_text("lr: 0.5\nobjective: gem\n")
     recipe = read_settings([*write(tmp_path), "--recipe", str(tmp_path / "arm.yaml")]).recipe
     assert (recipe["lr"], recipe["objective"], recipe["train_iters"]) == (0.5, "gem", 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1\nseed: 2\nlr: 3\n", "lr is set in line 1 and again in line 3"),
+        (
+            "tensor-model-parallel-size: 1\ntensor_model_parallel_size: 2\n",
+            "tensor-model-parallel-size and tensor_model_parallel_size are one option, which is set in line 1 and",
+        ),
+        ("fp8: hybrid\nfp8_format: e4m3\n", "fp8 and fp8_format are one option"),
+        ("no_rope_fusion: true\n\napply_rope_fusion: true\n", "set in line 1 and again in line 3"),
+    ],
+)
+def test_an_option_that_a_recipe_sets_twice_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_settings(["--recipe", str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_a_recipe_nested_without_end_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lr: " + "[" * 100_000 + "]" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_settings(["--recipe", str(path)])
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "just words"])

@@ -23,7 +23,14 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(SIZES, "save is missing"), ("a: [", "not a YAML mapping"), ("- a\n", "not a YAML mapping")]
+    ("text", "message"),
+    [
+        (SIZES, "save is missing"),
+        ("a: [", "not YAML"),
+        ("- a\n", "not a YAML mapping"),
+        (SIZES + "seq-length: 32\nsave: a", "seq_length and seq-length are one option, which is set in line 4"),
+        (SIZES.replace("7", "[4]") + "save: a", r"recipe.yaml: train_iters is '\[4\]'; give a whole number"),
+    ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ FLOORS = {
     "runtime": 0,
     **dict.fromkeys(("data", "flow", "kernels", "pages"), 1),
     **dict.fromkeys(("model", "objectives"), 2),
-    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts"), 3),
+    **dict.fromkeys(("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts", "recipe"), 3),
     "config": 4,
     **dict.fromkeys(("cli", "train", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"), 5),
 }

@@ -97,7 +97,6 @@ CPU_REFUSALS = (
     Refusal("fp8", lambda x: not x, "FP8 needs Transformer Engine on CUDA; leave --fp8-format out"),
     Refusal("fp4", lambda x: not x, "FP4 needs Transformer Engine on CUDA; leave --fp4-format out"),
     Refusal("fp16", lambda x: not x, "fp16 needs CUDA's loss scaling; use --bf16 or fp32"),
-    Refusal("context_parallel_size", lambda x: x == 1, "context parallelism needs Transformer Engine on CUDA"),
     Refusal("tp_comm_overlap", lambda x: not x, "overlapped tensor-parallel communication needs Transformer Engine"),
     Refusal("cuda_graph_impl", lambda x: x in (None, "none"), "CUDA graphs need CUDA"),
     Refusal("use_megatron_fsdp", lambda x: not x, "Megatron FSDP needs CUDA"),
