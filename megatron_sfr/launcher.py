@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sfr.recipe import read_recipe
+from megatron_sfr.runtime.user_files import shown
 from megatron_sfr.train import ERROR
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
@@ -68,7 +69,7 @@ def _whole_number(recipe: Path, name: str, value: Any) -> int:
     try:
         return int(str(value))
     except ValueError as error:
-        raise ValueError(f"{recipe}: {name} is {str(value)[:40]!r}; give a whole number") from error
+        raise ValueError(f"{recipe}: {name} is {shown(str(value))}; give a whole number") from error
 
 
 def train(recipe: Path, nproc: int, flags: Sequence[str] = (), *, verbose: bool = False, title: str = "train") -> None:

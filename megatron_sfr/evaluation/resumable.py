@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.runtime.user_files import read_json
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def resumable(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, record = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.identity.json")
     known = json.loads(json.dumps(identity))
-    if partial.exists() and record.exists() and json.loads(record.read_text(encoding="utf-8")) != known:
+    if partial.exists() and record.exists() and read_json(record, f"remove it and {partial}") != known:
         raise ValueError(
             f"{partial} was begun by another command (other models, prompts or options): remove it to start anew, "
             "or run that command again to finish it"
