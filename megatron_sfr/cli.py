@@ -2,9 +2,16 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_sfr.runtime.user_files import is_out_of_memory, reason
+
+OUT_OF_MEMORY = (
+    "no memory is left; lower the batch size, the number of processes or the length, or use a machine with more memory"
+)
 COMMANDS = (
     *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train", "convert"),
     *("generate", "flow-generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
@@ -31,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. 0: done; 2: something the user can mend, said in one line; 130: stopped by Ctrl-C."""
+    """Runs a command.
+
+    0: done; 2: the user's error, in one line; 130: stopped by Ctrl-C; 141: nobody reads the output any more.
+    """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "passes_flags_on", False):
@@ -39,11 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.flags = rest
     try:
         return args.run(args)
+    except BrokenPipeError:  # whoever reads the output has ended; Python's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"megatron-sfr {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(args.command, f"{OUT_OF_MEMORY} ({reason(error)})" if is_out_of_memory(error) else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed(args.command, f"{OUT_OF_MEMORY} ({reason(error)})")
     except KeyboardInterrupt:
         return 130
+
+
+def _failed(command: str, why: str) -> int:
+    print(f"megatron-sfr {command}: error: {' '.join(why.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import argparse
 import difflib
 import enum
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,6 +32,7 @@ from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
+from megatron_sfr.runtime.user_files import cut, shown
 from megatron_sfr.training.dataset import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.kl_flow import TaskOptions
@@ -53,6 +56,8 @@ class PresetOptions:
     """'reference': the term as the authors' public code and YAML have it (arXiv 2605.27971); recipe and flags override
     single options. `megatron-sfr prepare` cuts as they do by default. By default ours."""
 
+
+LONG_VALUE = re.compile(r"'[^']{80,}'")  # that argparse repeats
 
 PARTS = (
     *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions, GEMOptions, SEDOptions),
@@ -112,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         add_options(add_megatron_arguments(self))
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(LONG_VALUE.sub(lambda found: f"{cut(found[0], 79)}'", message))
 
     def read(self, flags: Sequence[str]) -> argparse.Namespace:
         """Parses flags; ValueError for the first that nobody knows."""
@@ -156,13 +161,17 @@ def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
             continue
         if action.nargs == 0:  # a switch: its flag turns it on or, for --no-x and --disable-x, off
             if not isinstance(value, bool):
-                raise ValueError(f"{key}: {value!r} is neither true nor false")
+                raise ValueError(f"{key}: {shown(value)} is neither true nor false")
             if isinstance(action, argparse.BooleanOptionalAction):
                 flags.append(action.option_strings[0 if value else -1])
             elif value == (getattr(action, "const", True) if flag is None else True):
                 flags.append(flag or action.option_strings[0])
         else:
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) and action.nargs is not None else [value]
+            if wrong := [v for v in values if not isinstance(v, str | int | float)]:
+                expected = "a value or a list of values" if action.nargs is not None else "one value"
+                quote = ", in quotes where YAML takes it for a date" if isinstance(wrong[0], date) else ""
+                raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
             flags += [flag or action.option_strings[0], *(str(v) for v in values)]
     return flags
 

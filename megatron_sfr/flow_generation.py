@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.template import load_tokenizer, prompt_ids, tokenizer_sha256
 from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
 from megatron_sfr.evaluation.resumable import is_finished, resumable
 from megatron_sfr.flow.simplex import Simplex
@@ -24,6 +24,7 @@ from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.backend import Name, choose, prepare
 from megatron_sfr.runtime.provenance import contents_of
+from megatron_sfr.runtime.user_files import shown
 from megatron_sfr.simplex_sampling.film import Recorder
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
 from megatron_sfr.simplex_sampling.requests import (
@@ -146,13 +147,12 @@ def _requests(job: Job, tokenizer: Any, positions: int) -> list[Request]:
 def _reply_to(prompt: Prompt, tokenizer: Any, positions: int, longest: int | None) -> Request:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer names no end token; set eos_token in its tokenizer_config.json")
-    text = tokenizer.apply_chat_template(prompt.turns(), tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     told = {"prompt": prompt.shared, "question": prompt.question, "persona": prompt.persona}
     try:
+        ids = prompt_ids(prompt.turns(), tokenizer)
         return reply(ids, positions, longest, tokenizer.eos_token_id, prompt.key, told)
     except ValueError as error:
-        raise ValueError(f"{prompt.question[:40]!r}: {error}") from error
+        raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
 
 
 def record(wanted: Wanted, tokens: Sequence[int], steps: int, made: Plan) -> dict[str, object]:

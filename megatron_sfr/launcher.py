@@ -20,6 +20,7 @@ from megatron_sfr.recipe import read_recipe
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.runtime.lock import hold
+from megatron_sfr.runtime.user_files import shown
 from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
@@ -85,7 +86,7 @@ def _whole_number(recipe: Path, name: str, value: Any) -> int:
     try:
         return int(str(value))
     except ValueError as error:
-        raise ValueError(f"{recipe}: {name} is {str(value)[:40]!r}; give a whole number") from error
+        raise ValueError(f"{recipe}: {name} is {shown(str(value))}; give a whole number") from error
 
 
 def train(

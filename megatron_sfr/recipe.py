@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from megatron_sfr.runtime.user_files import cut
+
 
 def hyphenated(key: str) -> str:
     """`tensor-model-parallel-size` for both spellings of a key."""
@@ -34,7 +36,7 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
         _check_keys(path, node, option_of)
         recipe = loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not YAML: {cut(str(error), 240)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply; recipes are flat") from error
     return {hyphenated(str(key)): value for key, value in recipe.items()}

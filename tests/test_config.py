@@ -1,5 +1,6 @@
 """Recipes, flags and defaults become one set of arguments; what is wrong with them is said in one line."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({}, ["--tensor-model-paralel-size", "2"], r"did you mean --tensor-model-parallel-size\?"),
         ({"swiglu": "yes please"}, [], "neither true nor false"),
         ({"sfr": {"weight": 1}}, [], "recipes are flat"),
+        ({"train_iters": [4]}, [], r"recipe.yaml: train-iters: \[4\] is not one value"),
+        ({"train_data_path": [["a"]]}, [], r"train-data-path: \['a'\] is not a value or a list of values"),
+        (
+            {"lr": date(2020, 1, 1)},
+            [],
+            r"lr: datetime.date\(2020, 1, 1\) is not one value; .* in quotes where YAML",
+        ),
+        ({"train_iters": "1e3"}, [], r"recipe.yaml: argument --train-iters: invalid int value: '1e3'"),
+        ({"train_iters": "y" * 6000}, [], r"recipe.yaml: argument --train-iters: invalid int value: 'y{70,80}\.\.\.'$"),
         ({"train_iters": "many"}, [], "invalid int value"),
         ({"fp8_format": "hybrid"}, [], "FP8 needs Transformer Engine on CUDA"),
         ({"context_parallel_size": 2}, [], "context_parallel_size = 2: the batches are not divided"),

@@ -64,6 +64,8 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.tolerance is not None and args.check is None:
         raise ValueError("--tolerance says how close --check must be: give --check HF_DIR too")
+    if not 0 < args.max_shard_gb < 1e9:
+        raise ValueError(f"--max-shard-gb {args.max_shard_gb:g}: give a size in GB, such as 5")
     report = export_hf(
         args.checkpoint,
         args.output,

@@ -80,23 +80,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[Head | None, TargetStore | None]":
     """The flow head and the store of its targets; neither where none was asked for and the base has none."""
-    import json
-
     import torch
 
     from megatron_sfr.data.targets import DEFAULT, TargetStore
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.futures import Scale
-    from megatron_sfr.hf.head import DESCRIPTION, load_head
+    from megatron_sfr.hf.head import DESCRIPTION, load_head, read_description
     from megatron_sfr.objectives.targets import TargetOptions
 
     folder = args.head or base
     if args.head is None and not (base / DESCRIPTION).is_file():
         return None, None
     head = load_head(folder)
-    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    said = read_description(folder)
     store = TargetStore.open(args.targets or args.data / DEFAULT, data)
-    known = said["encoder"] or {}
+    known = said.get("encoder") or {}
     encoder = store.manifest.encoder_sha256
     if head.dim != store.dim or known.get("encoder_sha256", encoder) != encoder:
         raise ValueError(f"{store.folder} has embeddings of another encoder than the head in {folder} was trained on")
@@ -109,7 +107,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     mean, std = (torch.from_numpy(values.copy()) for values in (store.mean, store.std))
     if options.sfr_target_scale == "whiten":  # what the head was trained with, wherever it came from
         mean, std = head.state.target_mean, head.state.target_std
-    layer = said["head"]["sfr_layer"]
+    layer = said["head"].get("sfr_layer")
     return Head(head.float(), Scale(mean, std, options), -1 if layer is None else layer), store
 
 

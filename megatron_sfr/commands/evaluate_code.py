@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.tasks import Task
 
+MOST_SECONDS, MOST_MIB = 86_400, 1 << 24
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSONL of programming tasks")
@@ -57,6 +59,10 @@ def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
 
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: give at least 1")
+    if not 0 < args.seconds <= MOST_SECONDS or not 1 <= args.memory <= MOST_MIB:
+        raise ValueError(
+            f"--seconds {args.seconds:g}, --memory {args.memory}: above 0, at most {MOST_SECONDS} and {MOST_MIB}"
+        )
     limits = Limits(wall=args.seconds, cpu=max(1, round(args.seconds)), memory=args.memory * MIB)
     isolation = isolation_here() if args.isolation == "auto" else args.isolation
     scored = score(tasks, read_replies(args.replies, tasks), limits, isolation, args.processes)

@@ -13,6 +13,7 @@ from megatron_sfr.data.formats import detect, load_fields, turns_of
 from megatron_sfr.data.lines import BadRow, Row, RowError, read_rows
 from megatron_sfr.data.template import reply_spans
 from megatron_sfr.data.tool_turns import Message, strings_of
+from megatron_sfr.runtime.user_files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.
@@ -115,12 +116,12 @@ def _check_message(message: Any, number: int) -> None:
         raise RowError(f'message {number} is not an object; write {{"role": ..., "content": ...}}')
     role = message.get("role")
     if role not in ROLES:
-        raise RowError(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+        raise RowError(f"message {number} has the unknown role {shown(role)}; roles are {', '.join(ROLES)}")
     if role == "system" and number > 1:
         raise RowError(f"message {number} is a system turn; a system turn comes first or not at all")
     known = {"role", "content"} | FIELDS.get(role, set())
     if extra := sorted(name for name, value in message.items() if name not in known and value is not None):
-        raise RowError(f"message {number} has the field {extra[0]!r}, which is not supported; remove it")
+        raise RowError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
     content, calls = message.get("content"), message.get("tool_calls")
     if calls:
         _check_calls(calls, number)

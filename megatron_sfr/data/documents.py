@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from megatron_sfr.data.integrity import SAMPLE_BYTES, check_counts, check_offset
 from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.units import Segmenter
+from megatron_sfr.runtime.user_files import read_json
 
 CORPUS = "documents"  # the indexed dataset inside its folder
 ANCHOR_DTYPES: dict[str, type[np.generic]] = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
@@ -140,7 +140,7 @@ def open_prepared(folder: Path) -> PreparedData | PreparedDocuments:
 def holds_documents(folder: Path) -> bool:
     """Whether a prepared folder holds documents; a folder without a manifest that can be read holds none."""
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        manifest = read_json(folder / NAME)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind

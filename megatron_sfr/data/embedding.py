@@ -14,6 +14,8 @@ from megatron_sfr.data.encoder import EncoderOptions
 from megatron_sfr.data.filling import Filling
 from megatron_sfr.data.targets import DEFAULT, StoreIdentity, TargetManifest, TargetStore
 
+MOST = 1_000_000  # of anything that EmbedOptions counts
+
 
 @dataclass(frozen=True)
 class EmbedOptions(EncoderOptions):
@@ -27,8 +29,8 @@ class EmbedOptions(EncoderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "block_rows", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, and at most {MOST:,}")
         if self.device and self.devices:
             raise ValueError("give one device or several devices, not both")
 

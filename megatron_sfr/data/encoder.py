@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.runtime.user_files import loading
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
 NORMALIZE = ("unit", "none")
@@ -118,17 +119,19 @@ def _load(name: str, options: EncoderOptions) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    try:
+    from megatron_sfr.runtime.devices import usable_device
+
+    if not name:
+        raise ValueError("the encoder has no name; give a sentence-transformers folder or name")
+    device = None if options.device is None else usable_device(options.device)
+    with loading(f"cannot load the encoder {name}", "give a sentence-transformers folder"):
         model = SentenceTransformer(
             encoder_path(name),
-            device=options.device,
+            device=device,
             model_kwargs={"dtype": getattr(torch, options.dtype)},
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot load the encoder {name} ({reason}); give a sentence-transformers folder") from error
     return model.eval()
 
 

@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_sfr.data.lines import Row, RowError, read_rows
 from megatron_sfr.data.tool_turns import Message
+from megatron_sfr.runtime.user_files import parse_json, shown
 
 TITLES = {"messages": "messages", "sharegpt": "ShareGPT", "alpaca": "alpaca", "text": "plain text"}
 FORMATS = ("messages", "sharegpt", "alpaca")  # those that hold chats
@@ -28,11 +28,9 @@ SHAREGPT_ROLES = (
 def load_fields(row: Row) -> dict[str, Any]:
     """The JSON object of a row; RowError where there is none."""
     try:
-        fields = json.loads(row.text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"not JSON ({error}); write one JSON object a line") from error
+        fields = parse_json(row.text)
+    except ValueError as error:
+        raise RowError(f"{error}; write one JSON object on each line") from error
     if not isinstance(fields, dict):
         raise RowError('not a JSON object; write {"messages": [...]}')
     return fields
@@ -87,19 +85,19 @@ def _sharegpt_turn(turn: Any, number: int) -> Message:
         raise RowError(f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or name the list "messages"')
     extra = sorted(name for name, value in turn.items() if name not in ("from", "value") and value is not None)
     if extra:
-        raise RowError(f"turn {number} has the field {extra[0]!r}, which is not supported; remove it")
+        raise RowError(f"turn {number} has the field {shown(extra[0])}, which is not supported; remove it")
     who, value = turn["from"], turn.get("value")
     if who == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(value, number)}
-    if who not in SHAREGPT_ROLES:
-        raise RowError(f"turn {number} is from the unknown {who!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    if not isinstance(who, str) or who not in SHAREGPT_ROLES:
+        raise RowError(f"turn {number} is from the unknown {shown(who)}; known are {', '.join(SHAREGPT_ROLES)}")
     return {"role": SHAREGPT_ROLES[who], "content": value}
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     try:
-        calls = json.loads(value)
-    except (TypeError, ValueError, RecursionError) as error:
+        calls = parse_json(value if isinstance(value, str) else "")
+    except ValueError as error:
         raise RowError(
             f'the call of turn {number} is not JSON; write "value": "{{\\"name\\": ..., \\"arguments\\": {{...}}}}"'
         ) from error
@@ -134,9 +132,9 @@ def _tools(tools: Any) -> list[Any] | None:
     """A list of tools, which some files hold as JSON in a string."""
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"the tools are not JSON ({error}); write a list of tools") from error
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise RowError(f"the tools are {error}; write a list of tools") from error
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

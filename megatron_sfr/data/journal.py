@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from megatron_sfr.data.flat import FlatWriter
 from megatron_sfr.data.manifest import FileRecord, empty_folder
+from megatron_sfr.runtime.user_files import read_json
 
 JOURNAL = "journal.json"
 
@@ -66,7 +67,7 @@ class JournaledFiles:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+            journal = read_json(self.folder / JOURNAL)
         except (FileNotFoundError, ValueError):
             return None
         return journal if isinstance(journal, dict) and journal.get("about") == self._about else None

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Protocol, TypedDict
 
 from megatron_sfr.runtime.atomic import replacing, sync_folder
 from megatron_sfr.runtime.lock import hold
+from megatron_sfr.runtime.user_files import check_fields, cut, read_json_object, shown
 
 NAME = "manifest.json"
+MOST = 1 << 62  # of a count or a size
 
 
 class FileRecord(TypedDict):
@@ -56,21 +58,27 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
     """The manifest of a folder; ValueError ending in `remedy` where it is missing, damaged or of another version."""
     path = folder / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         kind, version = content.pop("kind"), content.pop("version")
     except FileNotFoundError as error:
         missing = "has no manifest.json: it is incomplete" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {missing}; {remedy}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged; {remedy}") from error
     if kind != cls.kind:
-        raise ValueError(f"{folder} holds {kind}, not {cls.kind}; {remedy}")
+        raise ValueError(f"{folder} holds {cut(str(kind))}, not {cls.kind}; {remedy}")
     if version != cls.version:
-        raise ValueError(f"{path} is of version {version}, this program reads version {cls.version}; {remedy}")
+        raise ValueError(f"{path} is of version {shown(version)}, this program reads version {cls.version}; {remedy}")
     known = {field.name for field in fields(cls)}
     required = {field.name for field in fields(cls) if field.default is MISSING}
     if not required <= content.keys() <= known:
         raise ValueError(f"{path} is damaged; {remedy}")
+    try:
+        check_fields(content, cls)
+        if negative := [name for name, value in content.items() if type(value) is int and not 0 <= value <= MOST]:
+            raise ValueError(f"{negative[0]} is {shown(content[negative[0]])}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
     return cls(**content)
 
 

@@ -16,10 +16,16 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_sfr.data.lines import RowError
+from megatron_sfr.data.template_limits import check_output, render_bounded
 from megatron_sfr.data.tool_turns import Message, check_calls_stand, ends_of_calls, has_tool_turns, strings_of
+from megatron_sfr.runtime.user_files import loading, reason
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EXAMPLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+_HINT = (
+    "give a folder with tokenizer.json; it, tokenizer_config.json or config.json may be damaged, or written by another "
+    "version of tokenizers"
+)
 TAIL = 64  # letters at the end of a reply that must stand before its end token
 
 
@@ -27,15 +33,19 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
     """A fast tokenizer, with a chat template if it is for chats, from a local folder or by name; runs no code of it."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"no tokenizer that can be read at {tokenizer}", _HINT):
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"no tokenizer at {tokenizer} ({reason}); give a folder that has tokenizer.json") from error
+        if loaded.is_fast:  # some damage shows in use only
+            control_tokens(loaded)
+            _tokenize("a", loaded)
+            tokenizer_sha256(loaded)
     if not loaded.is_fast:
         raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
     if chat and not loaded.chat_template:
         raise ValueError(f"the tokenizer at {tokenizer} has no chat template; put a chat_template.jinja beside it")
+    if chat:
+        with loading(f"the chat template of the tokenizer at {tokenizer} cannot be used", "correct the template"):
+            _compiled(loaded.get_chat_template())
     return loaded
 
 
@@ -158,6 +168,11 @@ def _render(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None
     return text, [len(prompt) for prompt in prompts]
 
 
+def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """Token ids of the messages with the generation prompt. RowError where the template fails."""
+    return _tokenize(_render_text(messages, tokenizer, None, add_generation_prompt=True), tokenizer)
+
+
 def _render_text(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool) -> str:
     return _render_blocks(messages, tokenizer, tools, **options)[0]
 
@@ -166,20 +181,33 @@ def _render_blocks(
     messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text as transformers renders it, and [start, end) of each {% generation %} block if they are asked for."""
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    try:
-        texts, blocks = render_jinja_template(
+    template = tokenizer.get_chat_template(tools=tools)
+
+    def render() -> tuple[list[str], list[list[tuple[int, int]]]]:
+        return render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
-            chat_template=tokenizer.get_chat_template(tools=tools),
+            chat_template=template,
             **options,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError) as error:  # a template that adds a list or None to text raises TypeError
-        raise RowError(f"the chat template refuses the conversation ({error}); change its turns") from error
-    return texts[0], blocks[0] if blocks else []
+
+    try:
+        texts, blocks = render_bounded(_compiled(template), render)
+        return check_output(texts[0]), blocks[0] if blocks else []
+    except Exception as error:  # a template is a program: it divides by zero, adds None to text, asks for a terabyte
+        raise RowError(
+            f"the chat template refuses the conversation ({reason(error)}); change its turns, or correct the template"
+        ) from error
+
+
+def _compiled(template: str) -> Any:
+    """transformers' compiled template, the one that it renders. ValueError of jinja2 for a syntax error."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
 
 
 def _tokenize(text: str, tokenizer: Any) -> list[int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_sfr.data.lines import RowError
+from megatron_sfr.runtime.user_files import parse_json
 
 Message = dict[str, Any]
 
@@ -117,7 +118,7 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[list[str]]
 
 def _names(arguments: str) -> list[str]:
     try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
+        parsed = parse_json(arguments)
+    except ValueError:
         return []
     return list(parsed) if isinstance(parsed, dict) else []

@@ -1,11 +1,13 @@
 """Scores of replies to programming tasks: every reply is run in the sandbox, pass@k follows with its interval."""
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,8 +16,11 @@ from megatron_sfr.data.lines import read_rows
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
 from megatron_sfr.evaluation.passes import pass_at_k
 from megatron_sfr.evaluation.sandbox import Isolation, Limits, run_program
+from megatron_sfr.evaluation.tables import escaped
 from megatron_sfr.evaluation.tasks import Task, agrees
+from megatron_sfr.runtime.user_files import parse_json, shown
 
+_REPLY = '{"task_id": "...", "completion": "..."}'
 Setting = tuple[str, float]  # model, temperature
 
 
@@ -44,18 +49,34 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
     by_prompt, names = {task.prompt.strip(): task.name for task in tasks}, {task.name for task in tasks}
     replies = []
     for row in read_rows(path):
-        fields = json.loads(row.text)
-        name = str(fields["task_id"]) if "task_id" in fields else by_prompt.get(str(fields.get("question")).strip())
-        text = fields.get("completion", fields.get("text"))
-        if name not in names or not isinstance(text, str):
-            raise ValueError(
-                f"{row.source}:{row.line}: no reply to a task; write task_id and completion, or ask the prompts that "
-                "--write-prompts gives"
-            )
-        replies.append(Reply((fields.get("model", "model"), float(fields.get("temperature", 1.0))), name, text))
+        try:
+            fields = parse_json(row.text)
+            if not isinstance(fields, dict):
+                raise ValueError(f"{shown(fields)} is not a reply; write {_REPLY}")
+            name = str(fields["task_id"]) if "task_id" in fields else by_prompt.get(str(fields.get("question")).strip())
+            text = fields.get("completion", fields.get("text"))
+            if name not in names or not isinstance(text, str):
+                raise ValueError(
+                    f"not a reply to a task; write {_REPLY}, or ask the prompts that --write-prompts gives"
+                )
+            replies.append(Reply(_setting(fields), name, text))
+        except ValueError as error:
+            raise ValueError(f"{row.source}:{row.line}: {error}") from error
     if not replies:
         raise ValueError(f"{path} has no replies")
     return replies
+
+
+def _setting(fields: Mapping[str, Any]) -> Setting:
+    """The model and the temperature of a reply; a missing one and null are the same."""
+    model, temperature = fields.get("model"), fields.get("temperature")
+    if not isinstance(model, str | None):
+        raise ValueError(f"the model is {shown(model)}; write its name, or leave the field out")
+    if temperature is None:
+        return model or "model", 1.0
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"the temperature is {shown(temperature)}; write a number, or leave the field out")
+    return model or "model", float(temperature)
 
 
 def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> str:
@@ -121,7 +142,7 @@ def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
         numbers = [str(passes.pass_at[k - 1]) for k in shown]
         counts = [str(passes.outcomes.get(name, 0)) for name in endings]
         row = [passes.model, f"{passes.temperature:g}", str(len(passes.tasks)), *numbers, *counts]
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(map(escaped, row))} |")
     return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
 
 

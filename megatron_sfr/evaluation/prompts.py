@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sfr.data.chat import ROLES, Conversation, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.chat import ROLES, Conversation, check_text, persona_turn, prompt_of, read_conversations
 from megatron_sfr.data.lines import read_rows
 from megatron_sfr.data.tool_turns import Message
+from megatron_sfr.runtime.user_files import parse_json, shown
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,21 @@ def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
 
 
 def _parse(text: bytes) -> Prompt:
-    fields = json.loads(text)
+    fields = parse_json(text)
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
     turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
     for turn in turns if isinstance(turns, list) else [turns]:
         well_formed = isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
         if not well_formed or not turn["content"].strip():
-            raise ValueError(f"{turn!r} is no turn; write a role ({', '.join(ROLES)}) and its text")
+            raise ValueError(f"{shown(turn)} is not a turn; write a role ({', '.join(ROLES)}) and its text")
     persona = fields.get("persona")
     if persona is not None and (not isinstance(persona, str) or not persona.strip()):
         raise ValueError("the persona is no text; name it, or leave the field out")
+    if not isinstance(turns, list):
+        raise ValueError('messages is not a list; write {"messages": [{"role": "user", "content": "..."}]}')
+    for text in [persona or "", *(turn["content"] for turn in turns)]:
+        check_text(text, "the text")
     asked = prompt_of(turns) if turns and turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] != "user":
         raise ValueError("no user turn to reply to; end the prompt on one")

@@ -5,6 +5,7 @@ cumulative distribution. So a reply does not depend on what else is in its batch
 temperatures share random numbers.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.data.lines import RowError
+from megatron_sfr.data.template import load_tokenizer, prompt_ids
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.thinking import without_empty_thought
-from megatron_sfr.runtime.devices import gpus
+from megatron_sfr.runtime.devices import usable_device
 from megatron_sfr.runtime.noise import uniform
+from megatron_sfr.runtime.user_files import loading, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
 KEPT = 0.75  # ended rows are dropped once fewer than this share go on: dropping copies the whole cache
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
 
@@ -42,7 +46,7 @@ class SamplingOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.samples > MAX_SAMPLES:
             raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} replies a prompt can be told apart")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
 
 
@@ -69,27 +73,40 @@ class Model:
 
 def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
     """The model and tokenizer of a Hugging Face folder; none of its code is run. device None: a GPU if there is one."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
     check_folder(folder)
+    place = usable_device(device)
     tokenizer = load_tokenizer(str(folder))
-    disable_progress_bar()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load the model in {folder}: {str(error).strip().splitlines()[0]}") from error
+    network = load_network(folder, dtype, place)
     ends = end_tokens(network.generation_config.eos_token_id, tokenizer, folder)
-    network.to(device or ("cuda" if gpus() else "cpu")).eval()
     return Model(name, network, tokenizer, ends)
 
 
-def end_tokens(named: int | list[int] | None, tokenizer: Any, folder: Path) -> tuple[int, ...]:
+def load_network(folder: Path, dtype: str, device: str) -> Any:
+    """The causal language model of a Hugging Face folder, in evaluation; ValueError where its files are damaged."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {shown(dtype)} is unknown; choose {', '.join(DTYPES)}")
+    disable_progress_bar()
+    with loading(f"cannot load the model in {folder}", "files are damaged or do not belong together: export it again"):
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
+        with torch.inference_mode():  # a config.json of odd types may fail here only
+            network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=True)
+    return network
+
+
+def end_tokens(named: object, tokenizer: Any, folder: Path) -> tuple[int, ...]:
     """The tokens that end a reply, as the generation config names them, else the tokenizer; ValueError without any."""
     ends = tokenizer.eos_token_id if named is None else named
     if ends is None:
         raise ValueError(f"{folder} names no end token; set eos_token_id in generation_config.json")
-    return tuple(ends) if isinstance(ends, list) else (ends,)
+    listed = ends if isinstance(ends, list) else [ends]
+    if not listed or not all(type(end) is int and end >= 0 for end in listed):
+        raise ValueError(
+            f"{folder}/generation_config.json: eos_token_id is {shown(ends)}; give the id of a token, or a list of them"
+        )
+    return tuple(listed)
 
 
 def check_folder(folder: Path) -> None:
@@ -144,6 +161,8 @@ def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Te
         total_BV = p_BV.cumsum(dim=-1)
         # right=True passes over tokens of probability 0; u < 1 keeps the last one with any in reach.
         token_B = torch.searchsorted(total_BV, u_B.double()[:, None] * total_BV[:, -1:], right=True)[:, 0]
+    if not bool(log_p_BV.amax(dim=-1).isfinite().all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged, or overflow in this --dtype")
     return token_B, log_p_BV.gather(-1, token_B[:, None])[:, 0]
 
 
@@ -160,9 +179,14 @@ def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt by the tokenizer's template, up to where the reply begins."""
-    text = tokenizer.apply_chat_template(prompt.turns(), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The prompt by the tokenizer's template, up to where the reply begins. ValueError where there is none."""
+    try:
+        ids = prompt_ids(prompt.turns(), tokenizer)
+    except RowError as error:
+        raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
+    if not ids:
+        raise ValueError(f"the prompt {shown(prompt.question)}: the chat template writes nothing for it; correct it")
+    return ids
 
 
 def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:

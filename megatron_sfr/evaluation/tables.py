@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from megatron_sfr.evaluation.metrics import METRICS, metric
 from megatron_sfr.evaluation.report import Report, verdict
 from megatron_sfr.runtime.atomic import replacing
 
+MARKUP = re.compile(r"[\\`*_|~$]|\](?=[(\[])")  # of GitHub's Markdown, within a line
 INTERVALS = (
     "Intervals are 95 % bootstrap intervals over {n} prompts; they cover prompts and sampling, not training seeds."
 )
@@ -41,10 +43,10 @@ def terminal(report: Report) -> str:
 def markdown(report: Report, title: str, picture: str) -> str:
     """The same as a page, with full intervals."""
     names = columns(report)
-    lines = [f"# {title}", "", f"![frontiers]({picture})", ""]
-    lines += [*(f"- {verdict(gap)}" for gap in report.gaps), ""]
+    lines = [f"# {escaped(title)}", "", f"![frontiers]({picture})", ""]
+    lines += [*(f"- {escaped(verdict(gap))}" for gap in report.gaps), ""]
     lines += markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
-    lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{note}" for note in report.notes)]
+    lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{escaped(note)}" for note in report.notes)]
     for caption, table in loss_tables(report, str):
         lines += ["", f"{caption}:", "", *markdown_table(table)]
     lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
@@ -115,9 +117,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first row is the head; a cell's bars and line breaks do not end it."""
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[escaped(cell) for cell in row] for row in rows]
     head, *body = [f"| {' | '.join(row)} |" for row in cells]
     return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def escaped(text: str) -> str:
+    """Text from data in one line of Markdown that shows as it stands: no markup, HTML, link, or end of a cell."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _without_nan(value: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_sfr.data.lines import read_rows
 from megatron_sfr.evaluation.code_blocks import extract_code, parses
+from megatron_sfr.runtime.user_files import parse_json
 
 MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
@@ -100,7 +101,7 @@ def read_tasks(path: Path) -> list[Task]:
     tasks: dict[str, Task] = {}
     for row in read_rows(path):
         try:
-            task = _parse(json.loads(row.text))
+            task = _parse(parse_json(row.text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
             where = f"{row.source}:{row.line}"

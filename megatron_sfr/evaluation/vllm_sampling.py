@@ -22,6 +22,7 @@ from megatron_sfr.evaluation.sampling import (
     in_order,
     token_ids,
 )
+from megatron_sfr.runtime.user_files import loading
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
 
     check_folder(folder)
     tokenizer = load_tokenizer(str(folder))
-    if (folder / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
-        ends = AutoConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
+    with loading(f"cannot load the model in {folder}", "its config.json or generation_config.json is damaged"):
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            ends = AutoConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
     engine = LLM(model=str(folder), dtype=dtype, trust_remote_code=False, logprobs_mode="raw_logprobs")
     return Served(name, engine, tokenizer, end_tokens(ends, tokenizer, folder))
 

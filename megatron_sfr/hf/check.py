@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sfr.runtime.user_files import loading
+
 TOLERANCE = 1e-5
 """Largest difference that passes, as a share of the largest logit: fp32's rounding, nothing more."""
 
@@ -43,7 +45,8 @@ def check_logits(
 def _logits(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
     logits: Tensor = model(tokens).logits

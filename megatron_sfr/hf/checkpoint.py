@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -27,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sfr.hf.pickles import read_common_state, read_metadata
+from megatron_sfr.hf.pickles import HINT, read_common_state, read_metadata
 from megatron_sfr.hf.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
+from megatron_sfr.runtime.user_files import cut, loading, read_json_object
 
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor: the arguments, the iteration, versions."""
@@ -58,9 +60,9 @@ def find_checkpoint(path: Path) -> Path:
         folder = found.folder
     if any(folder.glob("mp_rank_*")):
         raise ValueError(f"{folder}: saved with --ckpt-format torch; load and save it with --ckpt-format torch_dist")
-    backend = json.loads((folder / CONFIG).read_text()).get("sharded_backend")
+    backend = read_json_object(folder / CONFIG).get("sharded_backend")
     if backend != "torch_dist":
-        raise ValueError(f"{folder}: its format is {backend}; only torch_dist is read")
+        raise ValueError(f"{folder}: its format is {cut(str(backend))}; only torch_dist is read")
     return folder
 
 
@@ -75,32 +77,29 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metadata = read_metadata(folder / METADATA)
-        stored = self._metadata.state_dict_metadata
-        self.tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
-        self.objects = frozenset(k for k, v in stored.items() if isinstance(v, BytesStorageMetadata))
-        self._reader = FileSystemReader(folder)
-        self._reader.set_up_storage_reader(self._metadata, True)
-        self._check_files()
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for info in self._metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        with loading(f"{folder / METADATA} is damaged", HINT):
+            stored = self._metadata.state_dict_metadata
+            self.tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+            self.objects = frozenset(k for k, v in stored.items() if isinstance(v, BytesStorageMetadata))
+            self._reader = FileSystemReader(folder)
+            self._reader.set_up_storage_reader(self._metadata, True)
+            ends = _file_ends(self._metadata)
         for name, end in ends.items():
-            path = self.folder / name
+            path = folder / name
             size = path.stat().st_size if path.is_file() else 0
             if size < end:
-                raise ValueError(f"{path} has {size} of {end} bytes: the checkpoint is not whole")
+                raise ValueError(f"{path} has {size} of {end} bytes: the checkpoint is not complete; {HINT}")
 
     def read(self, key: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of that size at that offset, reading only the stored boxes that it touches."""
         tensor = self.tensors[key]
-        out = torch.empty(tuple(size), dtype=tensor.properties.dtype)
-        box = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-        items = create_read_items_for_chunk_list(key, tensor, [box])
-        if sum(prod(item.lengths) for item in items) != out.numel():
-            raise ValueError(f"{self.folder}: parts of {key} are not stored: the checkpoint is not whole")
-        self._reader.read_data(LoadPlan(items), _Box(out)).wait()
+        with loading(f"{self.folder}: {key} cannot be read", HINT):
+            out = torch.empty(tuple(size), dtype=tensor.properties.dtype)
+            box = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+            items = create_read_items_for_chunk_list(key, tensor, [box])
+            if sum(prod(item.lengths) for item in items) != out.numel():
+                raise ValueError(f"parts of {key} are not stored")
+            self._reader.read_data(LoadPlan(items), _Box(out)).wait()
         return out
 
     def arguments(self) -> Mapping[str, Any]:
@@ -111,8 +110,18 @@ class Checkpoint:
         with (self.folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
             stored = BytesIO(file.read(info.length))
-        common = read_common_state(stored)
-        return vars(common["args"]) if "args" in common else {}
+        path = self.folder / info.relative_path
+        with loading(f"{path}: the run's arguments cannot be read", HINT):
+            common = read_common_state(stored)
+            return vars(common["args"]) if "args" in common else {}
+
+
+def _file_ends(metadata: Metadata) -> dict[str, int]:
+    """How many bytes each file of a checkpoint has at least."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    return ends
 
 
 class _Box(DefaultLoadPlanner):

@@ -6,7 +6,8 @@ the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_
 
 from collections.abc import Sequence
 
-from megatron_sfr.hf.rows import QKV, Config, Dimensions, Direct, GatedMLP, Row, need
+from megatron_sfr.hf.rows import QKV, Config, Dimensions, Direct, GatedMLP, Row, is_true, mapping, number, size
+from megatron_sfr.runtime.user_files import cut, shown
 
 M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
 """Prefixes of a layer's names in Megatron and in Hugging Face."""
@@ -47,20 +48,23 @@ def rows(config: Config, attention: tuple[Row, ...] = (), mlp: tuple[Row, ...] =
 
 
 def is_tied(config: Config) -> bool:
-    return bool(config.get("tie_word_embeddings", False))
+    return is_true(config, "tie_word_embeddings")
 
 
 def dimensions(config: Config, head_dim: int | None = None) -> Dimensions:
     """Sizes of the model; head_dim: of a head where the config does not say (None: hidden_size / heads)."""
-    heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
+    heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
+    groups = size(config, "num_key_value_heads", heads)
+    if heads % groups:
+        raise ValueError(f"config.json: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
     return Dimensions(
-        layers=need(config, "num_hidden_layers"),
-        vocab=need(config, "vocab_size"),
+        layers=size(config, "num_hidden_layers"),
+        vocab=size(config, "vocab_size"),
         hidden=hidden,
-        ffn=need(config, "intermediate_size"),
+        ffn=size(config, "intermediate_size"),
         heads=heads,
-        groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or head_dim or hidden // heads,
+        groups=groups,
+        head_dim=size(config, "head_dim", head_dim or max(1, hidden // heads)),
     )
 
 
@@ -78,48 +82,53 @@ def flags(config: Config, d: Dimensions) -> dict[str, object]:
         "swiglu": True,
         "disable_bias_linear": True,
         "normalization": "RMSNorm",
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
         "position_embedding_type": "rope",
         "rotary_base": rotary_base(config),
-        "max_position_embeddings": need(config, "max_position_embeddings"),
+        "max_position_embeddings": size(config, "max_position_embeddings"),
         "vocab_size": d.vocab,
         "make_vocab_size_divisible_by": 128,
         "untie_embeddings_and_output_weights": not is_tied(config),
-        "attention_dropout": float(config.get("attention_dropout") or 0.0),
+        "attention_dropout": float(number(config, "attention_dropout", 0.0)),
         "hidden_dropout": 0.0,
-        "init_method_std": config.get("initializer_range", 0.02),
+        "init_method_std": number(config, "initializer_range", 0.02),
     }
 
 
 def _refuse(config: Config) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"hidden_act: {activation}: Megatron's --swiglu is SiLU-gated; no other gate is converted")
+        raise ValueError(
+            f"hidden_act: {cut(str(activation))}: Megatron's --swiglu is SiLU-gated; others are not converted"
+        )
     if config.get("quantization_config"):
         raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
     part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
     if part not in (None, 1.0):
         raise ValueError(
-            f"partial_rotary_factor: {part}: this family turns whole heads; a part of them is not converted"
+            f"partial_rotary_factor: {shown(part)}: this family turns whole heads; a part of them is not converted"
         )
 
 
 def refuse_attention_bias(config: Config) -> None:
     """For families whose `attention_bias` puts a bias on all four projections."""
-    if config.get("attention_bias", False):
+    if is_true(config, "attention_bias"):
         raise ValueError("attention_bias: true: Megatron has a bias on q, k, v (--add-qkv-bias), not on o_proj alone")
 
 
 def refuse_sliding_layers(config: Config) -> None:
     """For families in which `use_sliding_window` gives some layers a window and leaves it to others."""
-    if config.get("use_sliding_window", False) or "sliding_attention" in (config.get("layer_types") or ()):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"config.json: layer_types is {shown(kinds)}; it has to be a list")
+    if is_true(config, "use_sliding_window") or "sliding_attention" in kinds:
         raise ValueError("use_sliding_window: true: layers with a sliding window are not converted")
 
 
 def rope_parameters(config: Config) -> Config:
     """transformers 5 writes `rope_parameters`; before, it was `rope_theta` beside `rope_scaling`."""
     old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return {**old, **mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
 
 
 def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
@@ -128,13 +137,13 @@ def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in known:
         raise ValueError(
-            f"rope_scaling: {kind}: for this family only rotary frequencies of type {' and '.join(known)} are converted"
+            f"rope_scaling: {cut(kind)}: for this family only frequencies of type {' and '.join(known)} are converted"
         )
     return kind
 
 
 def rotary_base(config: Config) -> int:
-    theta = float(rope_parameters(config).get("rope_theta", 10000.0))
-    if not theta.is_integer():
-        raise ValueError(f"rope_theta: {theta}: Megatron's --rotary-base is a whole number")
+    theta = float(number(rope_parameters(config), "rope_theta", 10000.0))
+    if not theta.is_integer() or not theta:
+        raise ValueError(f"rope_theta: {theta}: Megatron's --rotary-base is a whole number, at least 1")
     return int(theta)

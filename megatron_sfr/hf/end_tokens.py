@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.folder import CONFIG, read_json
+from megatron_sfr.hf.folder import CONFIG
+from megatron_sfr.runtime.user_files import read_json_object
 
 GENERATION = "generation_config.json"
 CARRIED = ("bos_token_id", "pad_token_id")
@@ -20,7 +21,7 @@ CARRIED = ("bos_token_id", "pad_token_id")
 def end_tokens_of(folder: Path) -> tuple[int, ...]:
     """The end tokens of a folder: of generation_config.json, else of config.json; none where neither names any."""
     for name in (GENERATION, CONFIG):
-        if (folder / name).is_file() and (ids := _ids(_read(folder / name))):
+        if (folder / name).is_file() and (ids := _ids(read_json_object(folder / name))):
             return ids
     return ()
 
@@ -40,9 +41,9 @@ def add_end_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
     added = tuple(id for id in ids if id not in known)
     if not added:
         return ()
-    config = _read(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     if (folder / GENERATION).is_file():
-        generation = _read(folder / GENERATION)
+        generation = read_json_object(folder / GENERATION)
     else:
         generation = {name: config[name] for name in CARRIED if config.get(name) is not None}
     _write(folder / GENERATION, generation | {"eos_token_id": [*known, *added]})
@@ -53,13 +54,6 @@ def add_end_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
 def _ids(config: dict[str, Any]) -> tuple[int, ...]:
     ids = config.get("eos_token_id")
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

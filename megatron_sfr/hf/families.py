@@ -2,6 +2,7 @@
 
 from megatron_sfr.hf import llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_sfr.hf.rows import Config, Family
+from megatron_sfr.runtime.user_files import cut, shown
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -15,10 +16,12 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Config) -> Family:
     """The family that an HF config names; ValueError listing the known ones where it is another."""
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"config.json: architectures is {shown(architectures)}; it has to be a list of names")
     for name in architectures:
         if name in FAMILIES:
             return FAMILIES[name]
-    said = ", ".join(architectures) or f"model_type {config.get('model_type', 'missing')}"
+    said = cut(", ".join(architectures)) or f"model_type {shown(config.get('model_type'))}"
     raise ValueError(f"architecture {said}: not converted; known: {', '.join(FAMILIES)}")
 
 

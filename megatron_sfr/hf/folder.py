@@ -1,7 +1,6 @@
 """A Hugging Face folder: its config, its safetensors by name; and a new folder that appears whole or not at all."""
 
 import errno
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 from megatron_sfr.hf.rows import Config
 from megatron_sfr.runtime import provenance
 from megatron_sfr.runtime.lock import hold
+from megatron_sfr.runtime.user_files import read_json_object, shown
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 RECORD = "conversion.json"
@@ -36,10 +36,7 @@ def read_config(folder: Path) -> Config:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name the folder of a Hugging Face model")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 class Weights:
@@ -157,10 +154,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)"
             )
         return None
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
+    files = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise ValueError(f"{folder / INDEX}: no weight_map")
+        raise ValueError(f"{folder / INDEX}: no weight_map: download it again")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{folder / INDEX}: {shown(file)} is not the name of a file beside it: download it again")
     if single and SINGLE not in files.values():
         raise ValueError(f"{folder}: {SINGLE} beside {INDEX} of other files: which is the model? Remove the other")
     missing = sorted({file for file in files.values() if not (folder / file).is_file()})
@@ -174,11 +173,3 @@ def _safe_open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as e:
         raise ValueError(f"{path}: damaged or cut off ({e}): download it again") from e
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; ValueError where it is not one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_sfr.data.manifest import NAME
@@ -17,6 +16,7 @@ from megatron_sfr.hf.shards import Header, Shard, ShardWriter
 from megatron_sfr.hf.stored import HEAD
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.runtime.user_files import check_fields, loading, read_json_object, shown
 
 WEIGHTS, DESCRIPTION = "flow_head.safetensors", "flow_head.json"
 
@@ -64,9 +64,19 @@ def encoder_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     for path in arguments.get("train_data_path") or ():
         manifest = Path(path) / arguments["sfr_target_store"] / NAME
         if manifest.is_file():
-            stored = json.loads(manifest.read_text(encoding="utf-8"))
+            stored = read_json_object(manifest)
             return {field.name: stored.get(field.name) for field in fields(EncoderIdentity)}
     return None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """flow_head.json of a folder. ValueError where it is damaged."""
+    hint = "export the model again with --keep-head"
+    said = read_json_object(folder / DESCRIPTION, hint)
+    for name, kind in {"encoder": dict | None, "head": dict, "targets": dict, "horizons": int, "loss": str}.items():
+        if not isinstance(said.get(name), kind):
+            raise ValueError(f"{folder / DESCRIPTION}: {name} is {shown(said.get(name))}; {hint}")
+    return said
 
 
 def load_head(folder: Path) -> FlowHead:
@@ -74,9 +84,11 @@ def load_head(folder: Path) -> FlowHead:
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: export it with `megatron-sfr convert export --keep-head`")
-    try:
-        said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        options = FlowHeadOptions(**said["head"])
+    said = read_description(folder)
+    with loading(f"{folder}: {WEIGHTS} and {DESCRIPTION} are damaged or do not belong together", "export them again"):
+        check_fields(said["head"], FlowHeadOptions)
+        check_fields(said["targets"], TargetOptions)
+        options, _ = FlowHeadOptions(**said["head"]), TargetOptions(**said["targets"])
         plan = FlowHeadPlan(options, said["dim"], said["horizons"], said["has_network"], said["gate_bins"])
         # cuda_graph_modules: megatron-core 0.19.2 warns of its own default
         config = TransformerConfig(
@@ -86,6 +98,4 @@ def load_head(folder: Path) -> FlowHead:
         if head.net is not None:
             head.to(tensors["net.output.weight"].dtype)
         head.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder}: {WEIGHTS} and {DESCRIPTION} do not go together ({e}): export them again") from e
     return head.eval()

@@ -5,7 +5,8 @@ megatron-core 0.19.2 has Llama 3.1's function with three of its four numbers fix
 """
 
 from megatron_sfr.hf import dense
-from megatron_sfr.hf.rows import Config, Family
+from megatron_sfr.hf.rows import Config, Family, is_true, need, number
+from megatron_sfr.runtime.user_files import shown
 
 FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """RotaryEmbedding._apply_scaling's own, which no flag reaches."""
@@ -13,7 +14,7 @@ FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position
 
 def flags(config: Config) -> dict[str, object]:
     dense.refuse_attention_bias(config)
-    if config.get("mlp_bias", False):
+    if is_true(config, "mlp_bias"):
         raise ValueError("mlp_bias: true: Megatron has a bias in the MLP only together with all other layers")
     return dense.flags(config, dense.dimensions(config)) | _scaling(config)
 
@@ -25,12 +26,11 @@ def _scaling(config: Config) -> dict[str, object]:
     for key, value in FIXED.items():
         if rope.get(key) != value:
             raise ValueError(
-                f"rope_scaling: llama3 with {key}: {rope.get(key)}: Megatron's --use-rope-scaling computes it with "
-                f"{value:g} only"
+                f"rope_scaling: llama3 with {key}: {shown(rope.get(key))}: Megatron's --use-rope-scaling computes it "
+                f"with {value:g} only"
             )
-    if not isinstance(rope.get("factor"), int | float):
-        raise ValueError(f"rope_scaling: llama3 with factor: {rope.get('factor')}: it has to be a number")
-    return {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    need(rope, "factor")
+    return {"use_rope_scaling": True, "rope_scaling_factor": float(number(rope, "factor", 1.0))}
 
 
 FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -6,7 +6,8 @@ ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of
 """
 
 from megatron_sfr.hf import dense
-from megatron_sfr.hf.rows import Config, Family
+from megatron_sfr.hf.rows import LARGEST, Config, Family
+from megatron_sfr.runtime.user_files import shown
 
 DEFAULT_WINDOW = 4096
 """MistralConfig's, where config.json has no such key; null is another thing."""
@@ -23,8 +24,10 @@ def _window(config: Config) -> dict[str, object]:
     window = config.get("sliding_window", DEFAULT_WINDOW)
     if window is None:
         return {}
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"sliding_window: {window}: it has to be a number of tokens, or null for full attention")
+    if type(window) is not int or not 1 <= window <= LARGEST:
+        raise ValueError(
+            f"sliding_window: {shown(window)}: it has to be a number of tokens, or null for full attention"
+        )
     return {"window_size": f"{window - 1},0", "no_masked_softmax_fusion": True}
 
 

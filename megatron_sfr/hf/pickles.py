@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_sfr.runtime.user_files import loading
+
+HINT = "take another checkpoint of the run, or copy this one again"
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -36,19 +39,21 @@ _PLAIN = {("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections
 
 def read_metadata(path: Path) -> Metadata:
     """`.metadata` of torch.distributed.checkpoint: which tensors there are, and where their boxes lie."""
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file, loading(f"{path} is damaged", HINT):
+        try:
             metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as e:
-        raise ValueError(f"{path}: damaged, or no metadata of torch.distributed.checkpoint ({e})") from e
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path}: no metadata of torch.distributed.checkpoint")
+        except MemoryError:
+            raise pickle.UnpicklingError("a length in it is garbled") from None
+        if not isinstance(metadata, Metadata):
+            raise ValueError("not the metadata of torch.distributed.checkpoint")
     return metadata
 
 
 def read_common_state(stored: BytesIO) -> dict[str, Any]:
     """What megatron-core keeps beside the tensors, of which the plain values are true."""
     (common,) = torch.load(stored, map_location="cpu", weights_only=False, pickle_module=_INERT)
+    if not isinstance(common, dict):
+        raise ValueError("the common state is not a mapping")
     return common
 
 
@@ -79,4 +84,9 @@ class _InertUnpickler(pickle.Unpickler):
         return super().find_class(module, name) if (module, name) in _PLAIN else _Inert
 
 
-_INERT = SimpleNamespace(__name__="inert", Unpickler=_InertUnpickler)
+def _load(file: Any, **options: Any) -> Any:
+    """pickle.load, which torch's formats of before 1.6 are read with."""
+    return _InertUnpickler(file, **options).load()
+
+
+_INERT = SimpleNamespace(__name__="inert", Unpickler=_InertUnpickler, load=_load)

@@ -18,6 +18,7 @@ from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.hf.exporter import copy_companions
 from megatron_sfr.hf.families import family_of
 from megatron_sfr.hf.folder import CONFIG, new_folder, read_config
+from megatron_sfr.runtime.user_files import loading
 
 FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
 """Model Optimizer's configurations: E4M3 a tensor; INT8 weights a channel, with smoothed activations."""
@@ -98,7 +99,8 @@ def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
 @torch.no_grad()

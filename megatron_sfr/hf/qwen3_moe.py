@@ -9,7 +9,7 @@ from functools import partial
 
 from megatron_sfr.hf import dense, qwen3
 from megatron_sfr.hf.dense import H, M
-from megatron_sfr.hf.rows import EXPERT, Config, Dimensions, Direct, Family, GatedMLP, need
+from megatron_sfr.hf.rows import EXPERT, Config, Dimensions, Direct, Family, GatedMLP, is_true, size
 
 E = f"{H}mlp.experts.{EXPERT}."
 MLP = (
@@ -25,8 +25,10 @@ MLP = (
 
 
 def dimensions(config: Config) -> Dimensions:
-    experts = config.get("num_experts") or need(config, "num_local_experts")  # transformers 5 renamed it
-    return replace(qwen3.dimensions(config), experts=experts, expert_ffn=need(config, "moe_intermediate_size"))
+    name = "num_experts" if config.get("num_experts") else "num_local_experts"  # transformers 5 renamed it
+    return replace(
+        qwen3.dimensions(config), experts=size(config, name), expert_ffn=size(config, "moe_intermediate_size")
+    )
 
 
 def flags(config: Config) -> dict[str, object]:
@@ -36,9 +38,9 @@ def flags(config: Config) -> dict[str, object]:
     return qwen3.flags(config) | {
         "num_experts": d.experts,
         "moe_ffn_hidden_size": d.expert_ffn,
-        "moe_router_topk": need(config, "num_experts_per_tok"),
+        "moe_router_topk": size(config, "num_experts_per_tok"),
         # Softmax of the chosen alone is softmax of all, normalised over the chosen.
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not is_true(config, "norm_topk_prob"),
         "moe_router_score_function": "softmax",
         "moe_token_dispatcher_type": "alltoall",
     }

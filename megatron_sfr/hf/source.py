@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sfr.hf.dense import rope_type, rotary_base
 from megatron_sfr.hf.families import family_of
 from megatron_sfr.hf.folder import Weights, read_config
 from megatron_sfr.hf.rows import Config, Dimensions, Entry, Family, entries
+
+ROTARY_BUFFER = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,36 @@ def open_source(folder: Path) -> Source:
     d = family.dimensions(config)
     todo = entries(family.rows(config), d)
     weights = Weights(folder)
-    _check_names(weights, todo, family)
+    _check_names(weights, todo, family, _rotary_buffers(weights, config, d))
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
     _check_stacks(folder, dtypes)
     return Source(config, family, flags, d, weights, dtypes)
 
 
-def _check_names(weights: Weights, todo: list[Entry], family: Family) -> None:
+def _rotary_buffers(weights: Weights, config: Config, d: Dimensions) -> set[str]:
+    """Names of stored rotary frequencies, which transformers wrote until 2023; ValueError where config.json's differ.
+
+    They are not weights: they follow from rope_theta and the size of a head.
+    """
+    names = {name for name in weights.files if name.endswith(ROTARY_BUFFER)}
+    if not names or rope_type(config, ("default", "llama3")) != "default":
+        return set()
+    theta = rotary_base(config)
+    expected = theta ** -(torch.arange(0, d.head_dim, 2, dtype=torch.float64) / d.head_dim)
+    for name in sorted(names):
+        stored = weights[name]
+        tolerance = max(1e-5, 2 * torch.finfo(weights.dtype(name)).eps)
+        if stored.shape != expected.shape or not torch.allclose(stored.double(), expected, rtol=tolerance, atol=0):
+            raise ValueError(
+                f"{weights.folder / weights.files[name]}: {name} has other rotary frequencies than config.json's "
+                f"rope_theta {theta} and heads of {d.head_dim} give: config and weights are of different models"
+            )
+    return names
+
+
+def _check_names(weights: Weights, todo: list[Entry], family: Family, buffers: set[str]) -> None:
     wanted = {name for entry in todo for name in entry.names}
-    missing, unknown = sorted(wanted - weights.files.keys()), sorted(weights.files.keys() - wanted)
+    missing, unknown = sorted(wanted - weights.files.keys()), sorted(weights.files.keys() - wanted - buffers)
     copy, original = family.tied
     if copy in unknown and original in wanted:
         if not torch.equal(bits(weights[copy]), bits(weights[original])):

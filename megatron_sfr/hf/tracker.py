@@ -5,10 +5,11 @@ the checkpoint to load. A kill between two of these leaves a checkpoint that is 
 name the newest one. Upstream trusts the tracker: if it is empty, a run ends without a step and with exit code 0.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_sfr.runtime.user_files import read_json_object
 
 TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 RELEASE = "release"
@@ -74,8 +75,7 @@ def incomplete(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"has no {name}: {_CUT_OFF}"
     try:
-        if not isinstance(json.loads((folder / CONFIG).read_text(encoding="utf-8")), dict):
-            return f"is damaged ({CONFIG} is not a JSON object)"
+        read_json_object(folder / CONFIG)
         ends = _ends(folder)
     except ValueError as error:
         return f"is damaged ({error})"

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_sfr.runtime.user_files import is_out_of_memory, reason, shown
+
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -27,6 +29,20 @@ def gpus() -> list[Gpu]:
             return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [Gpu(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def usable_device(name: str | None) -> str:
+    """The device of that name, by default a GPU if there is one; ValueError where nothing can be computed on it."""
+    if name is None:
+        return "cuda" if gpus() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # `meta` has no numbers to give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        known = ", ".join(["cpu", *(f"cuda:{i}" for i in range(len(gpus())))])
+        raise ValueError(f"device {shown(name)} cannot be used ({reason(error)}); this machine has {known}") from error
+    return name
 
 
 def driver_is_there() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.runtime.atomic import replacing
+from megatron_sfr.runtime.user_files import read_json
 
 
 def contents_of(folder: Path, patterns: Iterable[str] = ("*",)) -> list[tuple[str, int, int]]:
@@ -31,7 +32,7 @@ def write_record(record: Path, identity: Mapping[str, object], files: Mapping[st
 def read_record(record: Path) -> dict[str, Any] | None:
     """{"identity": ..., "files": {name: bytes}}, or None where there is none that can be read."""
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = read_json(record)
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) and content.keys() >= {"identity", "files"} else None

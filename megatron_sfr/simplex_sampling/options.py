@@ -45,7 +45,7 @@ class SamplerOptions:
             raise ValueError(
                 f"steps is {self.steps}; give {self.fewest_steps} to {MOST_STEPS}: a step of -ln(1 - t) stays below 1"
             )
-        if self.top_k < 0 or self.final_top_k < 0 or self.temperature <= 0:
+        if self.top_k < 0 or self.final_top_k < 0 or not 0 < self.temperature < math.inf:
             raise ValueError("top_k and final_top_k are at least 0, temperature is above 0; top_k 1 is the likeliest")
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_sfr.data.lines import RowError, read_rows
+from megatron_sfr.runtime.user_files import parse_json, shown
 from megatron_sfr.simplex_sampling.samplers import Canvas
 
 KEYS = 1 << 48  # the generator's counter takes samples of 48 bits
@@ -81,12 +82,12 @@ def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
 
 
 def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
-    fields = json.loads(text)
+    fields = parse_json(text)
     if not isinstance(fields, dict) or "length" not in fields or fields.keys() - {"prefix", "suffix", "length"}:
         raise RowError('not a gap; write {"prefix": "...", "suffix": "...", "length": 8}')
     length, texts = fields["length"], [fields.get(side, "") for side in ("prefix", "suffix")]
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise RowError(f"length is {length!r}; give the number of tokens between prefix and suffix, at least 1")
+        raise RowError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
     if not all(isinstance(side, str) for side in texts) or not any(texts):
         raise RowError("prefix and suffix are texts, and one of them is not empty")
     prefix, suffix = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in texts)

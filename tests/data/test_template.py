@@ -162,7 +162,7 @@ REFUSED = {
         ("hi", "yes"),
         "the chat template refuses the conversation (no more than one turn)",
     ),
-    "broken template": ("{% for %}", ("hi", "yes"), "the chat template refuses the conversation"),
+    "template divides by 0": ("{{ 1 // 0 }}", ("hi", "yes"), "(ZeroDivisionError: "),
 }
 
 
@@ -177,9 +177,11 @@ def test_refuses_where_no_mask_is_exact(make_tokenizer, template: str, contents:
 def test_refuses_a_tokenizer_that_cannot_do(make_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="has no chat template; put a chat_template"):
         load_tokenizer(str(make_tokenizer(None)))
-    with pytest.raises(ValueError, match=r"no tokenizer at .*; give a folder") as caught:
+    with pytest.raises(ValueError, match=r"no tokenizer that can be read at .*; give a folder") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"the chat template of the tokenizer at .* cannot be used \(TemplateSyntaxE"):
+        load_tokenizer(str(make_tokenizer("{% for %}")))
 
 
 def test_the_hash_follows_the_template_and_not_the_folder(make_tokenizer):

@@ -162,7 +162,7 @@ def test_the_command_draws_futures_from_the_head_beside_the_model(
     [
         ({"loss": "mse"}, "sfr_loss = mse"),
         ({"encoder": {"encoder_sha256": "other"}}, "another encoder"),
-        ({"hidden_size": 7}, "do not go together"),
+        ({"hidden_size": 7}, "do not belong together"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(

@@ -209,7 +209,7 @@ def test_what_is_no_task_is_refused_by_line(row: dict, reason: str, tmp_path: Pa
     ("rows", "reason"),
     [
         ([], "has no replies"),
-        ([{"task_id": "unknown", "completion": ""}], "replies.jsonl:1: no reply to a task"),
+        ([{"task_id": "unknown", "completion": ""}], "replies.jsonl:1: not a reply to a task"),
         ([{"task_id": "7", "completion": ""}], "has no reply to HumanEval/x"),
     ],
 )

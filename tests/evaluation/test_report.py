@@ -16,7 +16,7 @@ from megatron_sfr.evaluation.frontier import Gap
 from megatron_sfr.evaluation.page import page
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise, verdict
-from megatron_sfr.evaluation.tables import as_json, columns, markdown, terminal, whole
+from megatron_sfr.evaluation.tables import as_json, columns, escaped, markdown, markdown_table, terminal, whole
 
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
 
@@ -69,6 +69,14 @@ def test_the_table_shows_what_has_a_value_with_its_interval(report: Report) -> N
     assert "| model | temperature | precision (n=6) | CS-SB-1 (n=6) |" in page
     assert "| real | - | 1.000 [1.000, 1.000] | 0.250 [0.250, 0.250] |" in page
     assert f"| CE | {math.exp(1.5):.3f} [{math.exp(1.5):.3f}, {math.exp(1.5):.3f}] |" in page  # the poet's perplexity
+
+
+def test_text_from_data_is_no_markup_in_the_markdown() -> None:
+    """Names of personas and models come from files: GitHub renders HTML, links and images of a page."""
+    hostile = "<script>alert(1)</script> [a](javascript:b) ![c](d) **e** `f` | g\n# h &lt;"
+    (row,) = markdown_table([["name"], [hostile]])[2:]
+    assert row == (r"| &lt;script>alert(1)&lt;/script> [a\](javascript:b) ![c\](d) \*\*e\*\* \`f\` \| g # h &amp;lt; |")
+    assert escaped("self-BLEU-4 0.250 [0.200, 0.300]") == "self-BLEU-4 0.250 [0.200, 0.300]"
 
 
 def test_quality_comes_before_diversity(report: Report) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from io import BytesIO
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, find_checkpoint
 from megatron_sfr.hf.checkpoint import write_checkpoint as write
-from megatron_sfr.hf.pickles import read_metadata
+from megatron_sfr.hf.pickles import read_common_state, read_metadata
 from megatron_sfr.hf.tracker import CONFIG, METADATA, TRACKER
 
 WHOLE = torch.arange(7 * 5 * 4, dtype=torch.float64).reshape(7, 5, 4)
@@ -157,7 +158,23 @@ def test_common_state_that_would_run_something_does_nothing(tmp_path, capfd):
     assert "never run" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("zipped", [True, False])  # torch's format since 1.6, and the one before
+def test_a_common_state_of_either_format_runs_nothing(zipped, capfd):
+    stored = BytesIO()
+    state = {"args": argparse.Namespace(a=Hostile(), b=1)}
+    torch.save([state], stored, _use_new_zipfile_serialization=zipped)
+    stored.seek(0)
+    assert read_common_state(stored)["args"].b == 1
+    assert "never run" not in capfd.readouterr().out
+
+
+def test_a_common_state_that_is_not_a_mapping_is_refused(tmp_path):
+    write(tmp_path, pieces(), {COMMON: [1]})
+    with pytest.raises(ValueError, match=r"arguments cannot be read \(the common state is not a mapping\)"):
+        Checkpoint(tmp_path).arguments()
+
+
 def test_damaged_metadata(copy):
     (copy / METADATA).write_bytes((copy / METADATA).read_bytes()[:50])
-    with pytest.raises(ValueError, match="damaged, or no metadata"):
+    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
         Checkpoint(copy)

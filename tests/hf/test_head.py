@@ -85,11 +85,11 @@ def test_a_damaged_head_is_refused(trained, tmp_path):
         (tmp_path / name).write_bytes((trained / "mlp hf" / name).read_bytes())
     said = json.loads((tmp_path / DESCRIPTION).read_text())
     (tmp_path / DESCRIPTION).write_text(json.dumps(said | {"dim": 383}))
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(ValueError, match="do not belong together"):
         load_head(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps(said))
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-10])
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(ValueError, match="do not belong together"):
         load_head(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"has no flow_head\.safetensors: export it with"):

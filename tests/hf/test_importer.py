@@ -123,6 +123,28 @@ def test_unknown_tensor(folder):
     refused(folder, r"model\.layers\.0\.self_attn\.sinks: no weight of config\.json's architecture")
 
 
+def with_rotary_buffers(folder, dtype, base):
+    """As Llama models of 2023: the rotary frequencies of heads of 10 numbers, stored with each layer."""
+    frequencies = 1 / base ** (torch.arange(0, 10, 2) / 10)
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(4)]
+    change_tensors(folder, lambda x: x.update({name: frequencies.to(dtype) for name in names}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stored_rotary_frequencies_are_left_out(folder, tmp_path, dtype):
+    weights = load_file(folder / SINGLE)
+    with_rotary_buffers(folder, dtype, 50000.0)
+    import_hf(folder, tmp_path / "megatron", check=True, progress=False)
+    export_hf(tmp_path / "megatron", tmp_path / "back", like=folder, progress=False)
+    assert load_file(tmp_path / "back" / SINGLE).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_rotary_frequencies_of_another_base_are_refused(folder, dtype):
+    with_rotary_buffers(folder, dtype, 10000.0)
+    refused(folder, r"inv_freq (has other rotary frequencies than config\.json's|is I64)")
+
+
 def test_config_of_another_size(folder):
     change_config(folder, intermediate_size=48)
     refused(folder, r"gate_proj\.weight is \[44, 36\], config\.json means \[48, 36\]")

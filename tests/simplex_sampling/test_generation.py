@@ -147,7 +147,7 @@ def test_what_fails_in_a_process_is_one_line(folder: Path, tmp_path: Path) -> No
 
 REFUSED = {
     "no checkpoint here": {"checkpoint": "{folder}/prepared"},
-    "no tokenizer at": {"tokenizer": "{folder}/prepared"},
+    "no tokenizer that can be read at": {"tokenizer": "{folder}/prepared"},
     "--nproc 3 does not divide": {"nproc": 3},
     "samples is 0": {"samples": 0},
     "--length 84 is more than the 83 positions": {"length": 84},

@@ -190,6 +190,31 @@ def test_a_bad_row_says_where_and_why(tmp_path: Path, tokenizer: Path, row: str,
     assert (manifest.documents, manifest.rejected) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("position", "value", "reason"),
+    [
+        (0, b"x", r"corpus\.idx is damaged: its header"),
+        (17, b"\x09", r"corpus\.idx is damaged: its header"),  # the dtype
+        (18, b"\xff" * 8, r"corpus\.idx is damaged: its header"),  # the number of documents
+        (34, b"\xff\xff\xff\x7f", r"corpus\.idx is damaged, or does not belong"),  # a length
+        (-4, b"\xff\xff", r"corpus\.idx is damaged, or does not belong"),  # the end of a document
+        (None, b"", r"corpus\.idx is damaged: its header"),  # the end of the file is missing
+    ],
+)
+def test_a_damaged_index_is_refused(
+    tmp_path: Path, folder: Path, position: int | None, value: bytes, reason: str
+) -> None:
+    data = bytearray((folder / "documents.idx").read_bytes())
+    if position is None:
+        del data[-9:]
+    else:
+        data[position : position + len(value) or None] = value
+    (tmp_path / "corpus.idx").write_bytes(data)
+    (tmp_path / "corpus.bin").write_bytes((folder / "documents.bin").read_bytes())
+    with pytest.raises(ValueError, match=reason):
+        open_corpus(str(tmp_path / "corpus"))
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
     chats = write_prepared(tmp_path, 3, OPTIONS.horizons)
     blend = document_arguments(folder, train_data_path=["0.5", str(folder), "0.5", str(chats)])

@@ -1,0 +1,130 @@
+"""Files from users: JSON, values in messages, and what libraries parse. What is wrong with one is a ValueError.
+
+Every reader of JSON, and every call by which a library loads a user's files, goes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+SHOWN = 80
+DEEPEST = 100  # levels of JSON: far more than any record has, and less than recursion over a value can follow
+_REPR = reprlib.Repr(maxlevel=4, maxstring=SHOWN, maxother=SHOWN, maxlong=40)
+_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
+
+
+def shown(value: object) -> str:
+    """The repr of a value for a message, cut to 80 letters."""
+    return cut(_REPR.repr(value))
+
+
+def cut(text: str, letters: int = SHOWN) -> str:
+    """The text in one line; of a longer one the first letters."""
+    text = " ".join(text[: 8 * letters].split())
+    return text if len(text) <= letters else f"{text[: letters - 3]}..."
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8. ValueError where it is damaged or nested too deeply."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text.removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"not JSON that can be read (nested more than {DEEPEST} levels deep)") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON ({cut(str(error))})") from error
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError(f"not JSON that can be read (nested more than {DEEPEST} levels deep)")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [x for x in inner if isinstance(x, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def read_json(path: Path, hint: str = "") -> Any:
+    """The value of a JSON file. ValueError `path: reason; hint`; OSError where it cannot be opened."""
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}{'; ' + hint if hint else ''}") from error
+
+
+def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """As `read_json`, for a file that holds an object."""
+    value = read_json(path, hint)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {shown(value)}{'; ' + hint if hint else ''}")
+    return value
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type: plain, or made of list, dict, tuple, |, Literal and TypedDict."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (UnionType, Union):
+        return any(has_type(value, part) for part in inner)
+    if origin is list:
+        return isinstance(value, list) and all(has_type(x, inner[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(x, inner[1]) for x in value.values())
+    if is_typeddict(hint):
+        parts = get_type_hints(hint)
+        known = isinstance(value, dict) and value.keys() == parts.keys()
+        return known and all(has_type(value[name], part) for name, part in parts.items())
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def check_fields(content: dict[str, Any], cls: type) -> None:
+    """ValueError for the first value of a JSON object that is not of the type of the dataclass's field of that name."""
+    for name, hint in get_type_hints(cls).items():
+        if name in content and not has_type(content[name], hint):
+            raise ValueError(f"{name} is {shown(content[name])}")
+
+
+@contextmanager
+def loading(what: str, hint: str) -> Iterator[None]:
+    """For a block in which a library parses a user's files: what it raises becomes ValueError `what (reason); hint`.
+
+    Libraries meet damaged files with whatever their code stumbles over: tokenizers raises plain Exception, transformers
+    AttributeError and TypeError, torch AssertionError. Running out of memory is not a fault of the files and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{what} ({reason(error)}); {hint}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says: the first sentence of its message, with its type unless that is plain."""
+    said = cut(re.split(r"(?<!:)\n", str(error).strip(), maxsplit=1)[0], 200)
+    if type(error).__name__ in ("Exception", "ValueError", "OSError", "TemplateError") and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, or the one that it was raised from, says that no memory is left: Python's or torch's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
