@@ -56,7 +56,7 @@ def test_the_model_talks(output: Path, capsys: pytest.CaptureFixture) -> None:
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     assert main(["demo", "--tiny", "--output", str(tmp_path)]) == 2
-    assert "holds no demo" in capsys.readouterr().err
+    assert "is not a demo folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "demo.json").write_text("{}")

@@ -116,7 +116,7 @@ def test_a_token_elsewhere_raises_no_column() -> None:
 
 @pytest.mark.parametrize(("size", "b"), [(1, 0.01), (5, 0.0), (5, 1.0)])
 def test_no_simplex_without_two_tokens_and_a_smoothing_between_0_and_1(size: int, b: float) -> None:
-    with pytest.raises(ValueError, match="need 2 or more"):
+    with pytest.raises(ValueError, match="give at least 2 tokens"):
         Simplex(size, b)
 
 

@@ -158,5 +158,5 @@ def test_what_is_saved_is_loaded() -> None:
 
 def test_impossible_options_are_refused() -> None:
     for wrong in ({"sfr_head_width": 0}, {"sfr_head_depth": -1}, {"sfr_ema_decay": 1.0}, {"sfr_layer": 0}):
-        with pytest.raises(ValueError, match=r"cannot be built|sfr_"):
+        with pytest.raises(ValueError, match="sfr_"):
             FlowHeadOptions(**wrong)

@@ -152,8 +152,8 @@ REFUSED = {
     "samples is 0": {"samples": 0},
     "--length 84 is more than the 83 positions": {"length": 84},
     "steps is 0": {"steps": 0},
-    "leaves no room": {"prompt": "green " * 90},
-    "gaps.jsonl:2: not a gap": {"infill": "{folder}/bad/gaps.jsonl"},
+    "none are left for the reply": {"prompt": "green " * 90},
+    "gaps.jsonl:2: not an infill record": {"infill": "{folder}/bad/gaps.jsonl"},
 }
 
 
