@@ -138,7 +138,8 @@ def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, 
 def _is_trained(save: Path, recipe: Path) -> bool:
     """Whether the run's newest complete checkpoint is from its last step."""
     checkpoint = newest(save)
-    return checkpoint is not None and checkpoint.step >= yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
+    steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
+    return checkpoint is not None and checkpoint.step >= steps
 
 
 def _compare(output: Path, scale: Scale) -> None:

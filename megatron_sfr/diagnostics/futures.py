@@ -101,7 +101,7 @@ def futures(head: FlowHead, hidden_NH: Tensor, where: Positions, scale: Scale, o
 
 
 def nearest(vectors: np.ndarray, store: TargetStore, rows_at_once: int = 65536) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the store's embedding nearest to each unit vector [M, D], and its cosine: [M] each."""
+    """Index of the stored embedding nearest to each unit vector [M, D], and its cosine: [M] each."""
     best, cosine = np.zeros(len(vectors), int), np.full(len(vectors), -np.inf, np.float32)
     for start in range(0, len(store), rows_at_once):
         rows = store[np.arange(start, min(start + rows_at_once, len(store)))].astype(np.float32)

@@ -49,12 +49,12 @@ def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
 def _keep_largest(top_K, z_LC, K: tl.constexpr):
     """The K largest of the values kept so far and of a tile, ties included; unused slots hold +inf."""
     z_N = tl.reshape(z_LC, (z_LC.shape[0] * z_LC.shape[1],), can_reorder=True)
-    largest, place = tl.max(z_N, 0, return_indices=True)
+    largest, index = tl.max(z_N, 0, return_indices=True)
     smallest, slot = tl.min(top_K, 0, return_indices=True)
     while largest > smallest:
         top_K = tl.where(tl.arange(0, K) == slot, largest, top_K)
-        z_N = tl.where(tl.arange(0, z_N.shape[0]) == place, float("-inf"), z_N)
-        largest, place = tl.max(z_N, 0, return_indices=True)
+        z_N = tl.where(tl.arange(0, z_N.shape[0]) == index, float("-inf"), z_N)
+        largest, index = tl.max(z_N, 0, return_indices=True)
         smallest, slot = tl.min(top_K, 0, return_indices=True)
     return top_K
 
@@ -75,13 +75,13 @@ def _row_statistics(
     nothing_L = tl.zeros((L,), tl.float32)
     sums = (nothing_L + EMPTY, nothing_L, nothing_L, nothing_L, nothing_L)
     top_K = tl.where(tl.arange(0, K) < TOP_K, EMPTY, float("inf"))
-    whole = V // (L * C) * (L * C)
-    for start in range(0, whole, L * C):  # unmasked: a mask would split the loads of an odd V into single columns
+    tiled = V // (L * C) * (L * C)
+    for start in range(0, tiled, L * C):  # unmasked: a mask would split the loads of an odd V into single columns
         z_LC = tl.load(z_ptr + (start + column_LC)).to(tl.float32)
         sums = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
         if TOP_K:
             top_K = _keep_largest(top_K, z_LC, K)
-    z_LC = tl.load(z_ptr + (whole + column_LC), mask=whole + column_LC < V, other=float("-inf")).to(tl.float32)
+    z_LC = tl.load(z_ptr + (tiled + column_LC), mask=tiled + column_LC < V, other=float("-inf")).to(tl.float32)
     m_L, u, s, a, a_x = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
     m = tl.max(m_L, 0)
     d = m_L - m
@@ -129,16 +129,16 @@ def _write_gradient(
     if HAS_C:
         z_y = tl.load(z_y_ptr + row)
     column = tl.arange(0, L * C)
-    whole = V // (L * C) * (L * C)
+    tiled = V // (L * C) * (L * C)
     if (scale != 0) | (spike != 0):
-        for start in range(0, whole, L * C):
+        for start in range(0, tiled, L * C):
             _write_tile(z_ptr, start + column, y, m, z_y, scale, spike, k, c, None, HAS_C)
-        _write_tile(z_ptr, whole + column, y, m, z_y, scale, spike, k, c, whole + column < V, HAS_C)
+        _write_tile(z_ptr, tiled + column, y, m, z_y, scale, spike, k, c, tiled + column < V, HAS_C)
     else:  # an ignored token: its logits are not read
         zero = tl.zeros((L * C,), z_ptr.dtype.element_ty)
-        for start in range(0, whole, L * C):
+        for start in range(0, tiled, L * C):
             tl.store(z_ptr + (start + column), zero)
-        tl.store(z_ptr + (whole + column), zero, mask=whole + column < V)
+        tl.store(z_ptr + (tiled + column), zero, mask=tiled + column < V)
 
 
 def row_statistics(

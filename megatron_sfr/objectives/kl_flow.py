@@ -61,30 +61,30 @@ def free_text(
     text_BN = torch.cat([tokens_BS[:, :1], labels_BS], dim=1)[:, :length]
     mask_BS = loss_mask_BS > 0  # of the labels; the first token has none
     mask_BN = torch.cat([mask_BS.all(-1, keepdim=True), mask_BS], dim=1)[:, :length]
-    place_N = torch.arange(length, device=text_BN.device)
+    position_N = torch.arange(length, device=text_BN.device)
     reply_BN = (mask_BN & ~F.pad(mask_BN, (1, 0))[:, :-1]).cumsum(-1)  # number of replies begun
     chosen_B1 = _choice(REPLY, reply_BN[:, -1:], sample_B, options)
     free_BN = mask_BN & (reply_BN == 1 + chosen_B1)
-    last_B1 = torch.where(free_BN, place_N, -1).amax(-1, keepdim=True)
-    after_BN = (place_N > last_B1) & (last_B1 >= 0)
+    last_B1 = torch.where(free_BN, position_N, -1).amax(-1, keepdim=True)
+    after_BN = (position_N > last_B1) & (last_B1 >= 0)
     text_BN = torch.where(after_BN, text_BN.gather(-1, last_B1.clamp(min=0)), text_BN)
     free_BN = free_BN | after_BN
-    return text_BN, _infilled(free_BN, place_N, sample_B, options) if options.kl_flow_infill > 0 else free_BN
+    return text_BN, _infilled(free_BN, position_N, sample_B, options) if options.kl_flow_infill > 0 else free_BN
 
 
-def _infilled(free_BN: Tensor, place_N: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
+def _infilled(free_BN: Tensor, position_N: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
     """The free positions, which reach to the end of the text, or a random span of them."""
     size_B1 = free_BN.sum(-1, keepdim=True)
     length_B1 = 1 + _choice(LENGTH, size_B1, sample_B, options)
     begin_B1 = free_BN.shape[-1] - size_B1 + _choice(BEGIN, size_B1 - length_B1 + 1, sample_B, options)
-    span_BN = (place_N >= begin_B1) & (place_N < begin_B1 + length_B1)
+    span_BN = (position_N >= begin_B1) & (position_N < begin_B1 + length_B1)
     infill_B1 = _number(INFILL, sample_B, options) < options.kl_flow_infill
     return free_BN & (span_BN | ~infill_B1)
 
 
 def _number(what: int, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    place_B = torch.full_like(sample_B, what)
-    number_B = uniform(options.kl_flow_noise_seed, sample_B, place_B, torch.zeros_like(place_B), stream=CHOICE_STREAM)
+    choice_B = torch.full_like(sample_B, what)
+    number_B = uniform(options.kl_flow_noise_seed, sample_B, choice_B, torch.zeros_like(choice_B), stream=CHOICE_STREAM)
     return number_B[:, None]
 
 
@@ -104,8 +104,8 @@ def noisy_point(
 
     Args: width: columns V of the shard, including padding.
     """
-    place_N = torch.arange(text_BN.shape[1], device=text_BN.device)
-    key = options.kl_flow_noise_seed, sample_B[:, None], place_N, torch.zeros_like(place_N)
+    position_N = torch.arange(text_BN.shape[1], device=text_BN.device)
+    key = options.kl_flow_noise_seed, sample_B[:, None], position_N, torch.zeros_like(position_N)
     l_BNV = log_dirichlet(*key, width, start=vocab.start, stream=SOURCE_STREAM)
     real = vocab.real(l_BNV.flatten(0, 1)).shape[-1]
     column_BN = vocab.local(text_BN, real)

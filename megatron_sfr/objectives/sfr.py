@@ -93,13 +93,13 @@ def draw_noise(
         start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
         return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
     draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_BA.device)
-    sample, place = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
+    sample, position = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
     seed = options.sfr_noise_seed
-    x_0 = noise.normal(seed, sample, place, draw_K, dim, stream=SOURCE_STREAM)
+    x_0 = noise.normal(seed, sample, position, draw_K, dim, stream=SOURCE_STREAM)
     if options.sfr_time == "zero":
         return x_0, torch.zeros_like(x_0[..., :1])
-    place = place if options.sfr_time_per == "anchor" else torch.zeros_like(place)
-    t = noise.uniform(seed, sample, place, draw_K, stream=TIME_STREAM)
+    position = position if options.sfr_time_per == "anchor" else torch.zeros_like(position)
+    t = noise.uniform(seed, sample, position, draw_K, stream=TIME_STREAM)
     if options.sfr_time == "logit_normal":
         t = torch.special.ndtri(t).sigmoid()
     return x_0, t[..., None]

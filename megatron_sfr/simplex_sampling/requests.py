@@ -137,9 +137,9 @@ def _ends(batches: Sequence[Sequence[Wanted]]) -> Iterator[int]:
 def canvas(batch: Sequence[Wanted], device: torch.device) -> Canvas:
     """The sequences of one batch as tensors."""
     tokens_BS = torch.tensor([spec.request.tokens for spec in batch], device=device)
-    place_S = torch.arange(tokens_BS.shape[1], device=device)
+    position_S = torch.arange(tokens_BS.shape[1], device=device)
     start_B1, stop_B1 = (
         torch.tensor([[getattr(spec.request, name)] for spec in batch], device=device) for name in ("start", "stop")
     )
     numbers = [(spec.request.key + spec.sample) % KEYS for spec in batch]
-    return Canvas(tokens_BS, (place_S >= start_B1) & (place_S < stop_B1), torch.tensor(numbers, device=device))
+    return Canvas(tokens_BS, (position_S >= start_B1) & (position_S < stop_B1), torch.tensor(numbers, device=device))

@@ -84,7 +84,7 @@ class _State:
     def __init__(self, canvas: Canvas, shard: Shard, options: SamplerOptions) -> None:
         self.shard, self.options = shard, options
         self.row_F, position_F = canvas.free_BS.nonzero(as_tuple=True)
-        self.place_F = self.row_F * canvas.free_BS.shape[1] + position_F
+        self.index_F = self.row_F * canvas.free_BS.shape[1] + position_F
         self.keys = Keys(options.seed, canvas.sample_B[self.row_F], position_F)
         self.l_FW = self._noise(self.keys, 0)
         self.x_BSW = self.l_FW.new_zeros(*canvas.free_BS.shape, shard.width)
@@ -99,9 +99,9 @@ class _State:
     def denoise(self, denoiser: Denoiser, t_B: Tensor, rows: int) -> Tensor:
         """The denoiser's logits at the free positions of the first `rows` sequences: [F, W]."""
         free = self._free_of(rows)
-        self.x_BSW.flatten(0, 1)[self.place_F[free]] = self.shard.softmax(self.l_FW[free])
+        self.x_BSW.flatten(0, 1)[self.index_F[free]] = self.shard.softmax(self.l_FW[free])
         logits_BSW = denoiser(self.x_BSW[:rows], t_B[:rows].float())
-        return self.shard.without_padding(logits_BSW.flatten(0, 1)[self.place_F[free]].float())
+        return self.shard.without_padding(logits_BSW.flatten(0, 1)[self.index_F[free]].float())
 
     def _free_of(self, rows: int) -> slice:
         return slice(int((self.row_F < rows).sum()))

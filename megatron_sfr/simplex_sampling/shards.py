@@ -76,5 +76,5 @@ class Shard:
         both = torch.stack([z_FK.double(), (column_FK + self.vocab.start).double()], dim=-1)
         of_R = self.vocab.gather(both.flatten(1)).unflatten(-1, (-1, 2))
         z_FN, token_FN = of_R.transpose(0, 1).flatten(1, 2).unbind(-1)
-        z_FK, place_FK = z_FN.topk(min(k, z_FN.shape[1]), dim=-1)
-        return z_FK, token_FN.gather(1, place_FK).long()
+        z_FK, index_FK = z_FN.topk(min(k, z_FN.shape[1]), dim=-1)
+        return z_FK, token_FN.gather(1, index_FK).long()

@@ -13,8 +13,8 @@ def block_mask(document_BS: Tensor) -> Tensor:
 
     document_BS numbers the documents of a sequence in order.
     """
-    place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
-    later_SS = place_S[None, :] > place_S[:, None]
+    position_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    later_SS = position_S[None, :] > position_S[:, None]
     return (later_SS | (document_BS[:, :, None] != document_BS[:, None, :]))[:, None]
 
 

@@ -169,11 +169,11 @@ class FlowTerm:
         """
         fields = [batch[f"anchor_{name}"] for name in ("position", "sample", "place", "horizon", "weight", "row")]
         sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
-        whole = self.options.sfr.sfr_loss == "cka"
+        all_anchors = self.options.sfr.sfr_loss == "cka"
         n, rank = (tensor_size(), tensor_rank()) if sharded else (1, 0)
         fields = [F.pad(x, (0, -x.shape[1] % n)) for x in fields]
         all_BA = fields[0]
-        if not whole:
+        if not all_anchors:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
         position, sample, place, horizon, weight, row = fields
         state = head.state
@@ -185,7 +185,7 @@ class FlowTerm:
             local_BA = all_BA - rank * len(h_SBH)
             here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
             h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B1] * here_BA[..., None]
-            return sum_parts(h_BAH) if whole else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
+            return sum_parts(h_BAH) if all_anchors else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
 
         if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample = sample + (batch["dataset_id"][:, None] << DATASET_BITS)

@@ -1,4 +1,4 @@
-"""TensorBoard's scalars arrive in the JSON lines too, a line a step."""
+"""TensorBoard's scalars are also written as JSONL, one line per step."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_sfr.training.metrics import JsonLines, cut_back, pair
 
 
-def test_one_line_a_step_without_the_doubles_over_samples(tmp_path: Path) -> None:
+def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path / "tensorboard") as writer:
         lines = JsonLines(writer, tmp_path / "metrics.jsonl")
         for step in (1, 2):
