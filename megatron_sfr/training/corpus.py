@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 1 << 22  # entries of an index that are checked at a time
+CHUNK = 1 << 22  # index entries that are checked at a time
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 """Bytes of a token by megatron-core 0.19.2's DType code."""
 
@@ -32,9 +32,9 @@ def open_corpus(prefix: str) -> Any:
 
 
 def check_index(path: Path, tokens_bytes: int) -> None:
-    """ValueError unless a .idx is whole and its documents lie inside a .bin of that size.
+    """Raises ValueError unless a .idx is complete and its documents fit into a .bin of `tokens_bytes` bytes.
 
-    Upstream's reader maps whatever the file says: of a damaged one it fails late, or reads other memory.
+    Upstream's reader trusts the file: with a damaged one it fails late or reads other memory.
     """
     hint = "build the corpus again with Megatron's tools/preprocess_data.py"
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)

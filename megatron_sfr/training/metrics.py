@@ -24,8 +24,8 @@ class JsonLines:
     A resumed run truncates the file to the step that it resumes from, and appends.
 
     Args:
-        resumed: gives the step that the run resumes from, 0 for one that starts. Called at the first scalar, when it is
-            certain that no other run writes to the folder.
+        resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no other
+            run can be writing to the folder.
     """
 
     def __init__(self, writer: Any, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
@@ -56,7 +56,7 @@ class JsonLines:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of later steps and a last line that a kill cut off. The file is replaced atomically."""
+    """Drops the lines of later steps, and an incomplete last line. The file is replaced atomically."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -70,4 +70,4 @@ def _stays(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return True  # not a line of ours: it stays as it is
+        return True  # not written by us: keep it

@@ -61,7 +61,7 @@ def test_stores_with_different_block_sizes_share_an_encoder(folders: list[Path],
 
 
 class Pinned(TorchFunctionMode):
-    """Notes which new tensors are asked for in pinned memory."""
+    """Records for each torch.zeros call whether it requests pinned memory."""
 
     def __init__(self) -> None:
         super().__init__()
