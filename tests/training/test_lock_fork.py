@@ -77,7 +77,7 @@ def test_without_a_head_all_supervised_positions_count() -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"sfr_lock_fork_interval": -1}, "give at least 0"), ({"sfr_lock_entropy": 2.0}, "lie below sfr_fork_entropy")],
+    [({"sfr_lock_fork_interval": -1}, "give at least 0"), ({"sfr_lock_entropy": 2.0}, "below sfr_fork_entropy")],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
