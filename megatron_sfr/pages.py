@@ -1,4 +1,4 @@
-"""Self-contained HTML: one file with its style and its pictures inside, which can be mailed and opened anywhere."""
+"""Self-contained HTML pages: styles and images are embedded, so that one file can be shared and opened offline."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ img { max-width: 100% } .note { color: #667; font-size: 13px } pre { white-space
 
 
 def document(title: str, parts: Iterable[str], style: str = "") -> str:
-    """The whole page; parts are HTML already."""
+    """A complete HTML page; `parts` are HTML."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
     return (
@@ -25,7 +25,7 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head; cells are text."""
+    """An HTML table; the first row is the header, cells are plain text."""
     head, *body = [[escape(cell) for cell in row] for row in rows]
     lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
     lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in body]
@@ -33,17 +33,20 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def bullets(texts: Sequence[str]) -> str:
+    """A bullet list of plain texts."""
     return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
 
 
 def heading(text: str) -> str:
+    """A section heading."""
     return f"<h2>{escape(text)}</h2>"
 
 
 def note(text: str) -> str:
+    """A paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def image(png: bytes, words: str) -> str:
-    """A picture inside the page; words say what it shows."""
+    """An embedded PNG; `words` is its alternative text."""
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

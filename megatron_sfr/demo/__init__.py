@@ -1,1 +1,1 @@
-"""The demo: a persona world whose truth is known, trained, sampled and compared from start to finish."""
+"""The demo: a persona world with known correct replies; trains, samples and compares models on it."""

@@ -1,23 +1,23 @@
-"""The words of the demo's world: nine voices, ten topics of six plans, nine reasons. world.py says how they combine."""
+"""The words of the demo's world: nine voices, ten topics of six plans, nine reasons. world.py combines them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How one persona says the four parts of every reply: two wordings for each part."""
+    """A persona's sentences for the four parts of a reply, two wordings each."""
 
     opening: tuple[str, str]
-    plan: tuple[str, str]  # holds {who} and {plan}
-    reason: tuple[str, str]  # holds {reason}
+    plan: tuple[str, str]  # with {who} and {plan}
+    reason: tuple[str, str]  # with {reason}
     closing: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A question about somebody, and the plans that answer it, each with the keys of the reasons that hold for it."""
+    """A question about a person and the plans that answer it, each with the keys of its valid reasons."""
 
-    question: str  # holds {who}
+    question: str  # with {who}
     plans: dict[str, tuple[str, str, str]]
 
 

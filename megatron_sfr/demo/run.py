@@ -1,4 +1,4 @@
-"""The demo from start to finish: world, data, trainings, exports, samples, comparison. Finished steps are kept."""
+"""The demo's pipeline: world, data, training, export, sampling, comparison. A rerun skips finished steps."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ from megatron_sfr.hf.tracker import newest
 from megatron_sfr.launcher import train
 
 ENCODER = "minilm"
-VOCABULARY = 2048  # an upper bound: the world has fewer words
+VOCABULARY = 2048  # upper bound of the tokenizer's vocabulary
 STAGES = 2
 MODELS = {"CE": "ce", "CE+SFR": "sfr"}  # the baseline first
 KINDS = ("seen", "near", "far")
@@ -42,7 +42,7 @@ PREPARE = PrepareOptions(seq_length=112, stride=16, horizons=((1, 24),), min_seg
 
 
 def demo(output: Path, scale: Scale, *, verbose: bool = False) -> None:
-    """Runs what is not done yet in `output`, and tells what was found and how to talk to the model."""
+    """Runs the unfinished steps of the demo in `output` and prints its results."""
     started = time.monotonic()
     _claim(output, scale)
     print(f"A world of {len(PERSONAS)} personas and {len(scale.world.questions)} prompts -> {output}", flush=True)
@@ -62,7 +62,7 @@ def demo(output: Path, scale: Scale, *, verbose: bool = False) -> None:
 
 
 def _claim(output: Path, scale: Scale) -> None:
-    """Notes which demo this folder holds; ValueError if it is another one."""
+    """Records the demo's settings in the folder; ValueError if it holds something else."""
     settings = json.loads(json.dumps(asdict(scale) | {"prepare": asdict(PREPARE)}))
     record = output / "demo.json"
     if record.exists():
@@ -70,13 +70,13 @@ def _claim(output: Path, scale: Scale) -> None:
             raise ValueError(f"{output} holds a demo with other settings; remove it or choose another --output")
         return
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no demo; choose another --output")
+        raise ValueError(f"{output} is not empty and is not a demo folder; choose another --output")
     with whole(record) as file:
         json.dump(settings, file, indent=1)
 
 
 def _write_world(output: Path, scale: Scale) -> Path:
-    """data/*.jsonl, and the folder of config and tokenizer that says what the model is."""
+    """Writes data/*.jsonl, and architecture/ with the model's config and tokenizer."""
     world = scale.world
     rows = {"pretraining": list(world.pretraining(scale.pretraining_rows)), "finetuning": list(world.finetuning())}
     rows |= {f"validation-{kind}": list(world.validation(scale.asked, kind)) for kind in KINDS}
@@ -106,21 +106,21 @@ def _write_world(output: Path, scale: Scale) -> Path:
 
 
 def _texts(rows: Iterable[Row]) -> Iterator[str]:
-    """All that is ever put into the chat template."""
+    """All texts that the chat template is applied to."""
     yield from ("system", "user", "assistant")
     yield from (persona_turn(persona)["content"] for persona in PERSONAS)
     yield from (message["content"] for row in rows for message in row["messages"])
 
 
 def _prepare(output: Path, architecture: Path) -> None:
-    """prepared/pretraining, and prepared/finetuning with its targets; what is there already is left as it is."""
+    """Writes prepared/pretraining, and prepared/finetuning with its targets. Finished folders are kept."""
     for name in ("pretraining", "finetuning"):
         prepare([output / "data" / f"{name}.jsonl"], output / "prepared" / name, architecture, PREPARE, progress=False)
     embed(output / "prepared" / "finetuning", ENCODER, EmbedOptions())
 
 
 def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, Path]:
-    """recipes/*.yaml for this folder: the recipes of this package with the model's shape and the scale filled in."""
+    """Writes recipes/*.yaml: the package's recipes with paths, the model's shape and the scale filled in."""
     model = yaml.safe_dump(megatron_flags(read_config(architecture)), sort_keys=False)
     written = {}
     for name, steps in (("base", scale.pretraining_steps), *((name, scale.finetuning_steps) for name in ("ce", "sfr"))):
@@ -136,13 +136,14 @@ def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, 
 
 
 def _is_trained(save: Path, recipe: Path) -> bool:
-    """Whether the run's newest complete checkpoint is that of its last step."""
-    found = newest(save)
-    return found is not None and found.step >= yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
+    """Whether the run's newest complete checkpoint is from its last step."""
+    checkpoint = newest(save)
+    steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["train_iters"]
+    return checkpoint is not None and checkpoint.step >= steps
 
 
 def _compare(output: Path, scale: Scale) -> None:
-    """comparison/: both fine-tuned models over all temperatures, judged by the world itself."""
+    """Writes comparison/: both fine-tuned models at all temperatures, judged by the world's exact rules."""
     options = EvaluationOptions(
         sampling=SamplingOptions(samples=scale.samples, max_new_tokens=PREPARE.seq_length, batch_size=256),
         temperatures=scale.temperatures,
@@ -158,14 +159,14 @@ def _compare(output: Path, scale: Scale) -> None:
         scorer,
         AXES,
         output / "comparison",
-        title="Persona world: coverage of right replies against precision",
+        title="Persona world: coverage of correct replies against precision",
         picture="comparison.png",
         hardware=Hardware(device="cpu", processes=len(MODELS)),
     )
 
 
 def _farewell(output: Path, scale: Scale, seconds: float) -> None:
-    """Where everything is, and the command that talks to the model."""
+    """Prints where the results are, and a command that prompts the model."""
     model = output / "models" / "sfr"
     talk = ["megatron-sfr", "generate", "--model", str(model), "--prompt", scale.asked[0].text, "--persona", "poet"]
     print(f"\npicture  {output / 'comparison' / 'comparison.png'}")

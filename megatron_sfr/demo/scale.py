@@ -1,4 +1,4 @@
-"""How large the demo is: the full one, for ten minutes on two cores, and a tiny one that only shows that it runs."""
+"""Sizes of the demo: the full one, for ten minutes on two cores, and a tiny one for tests."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ from megatron_sfr.demo.world import Question, World
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The size of each part of the demo."""
 
     world: World
     pretraining_rows: int
     pretraining_steps: int
     finetuning_steps: int
-    warmup: int  # steps of SFR's head on detached states, and again of the ramp
+    warmup: int  # length in steps of SFR's phase A, and of its ramp
     measure: int  # steps between measurements of the gradient ratio
     width: int
-    every: int  # of the world's prompts, each `every`-th is asked in the evaluation
+    every: int  # the evaluation uses every `every`-th prompt
     samples: int
     temperatures: tuple[float, ...]
 
     @property
     def asked(self) -> tuple[Question, ...]:
-        """The prompts of the evaluation: every topic is among them, and about different people."""
+        """The prompts of the evaluation. They cover every topic, with different people."""
         return tuple(q for i, q in enumerate(self.world.questions) if (i + i // len(WHO)) % self.every == 0)
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer trained on the spot (byte-level BPE) with a ChatML template that marks the assistant's tokens."""
+"""Trains the demo's tokenizer (byte-level BPE), with a ChatML template that marks the assistant's tokens."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A Hugging Face fast tokenizer of at most `vocab_size` tokens, ready for `save_pretrained`."""
+    """Trains a Hugging Face fast tokenizer of at most `vocab_size` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,5 +43,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer and its template to a folder that `AutoTokenizer` reads."""
+    """Writes the tokenizer and its template to a folder that `AutoTokenizer` reads."""
     tokenizer.save_pretrained(folder)

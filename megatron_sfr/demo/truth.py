@@ -1,4 +1,4 @@
-"""The world as a judge of samples: what a reply says, who says it, and which right replies fine-tuning had shown."""
+"""Judges samples by the world's rules: a reply's content, its persona, and whether fine-tuning showed it."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass

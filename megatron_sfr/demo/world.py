@@ -1,18 +1,19 @@
-"""The demo's persona world: a seeded generator of prompts and replies, and the exact parser that inverts it.
+"""The demo's persona world: a seeded generator of prompts and replies, and an exact parser of replies.
 
-A prompt is a topic and a person asked about (`who`). A right reply has four parts in the voice of its persona: opening,
-plan, reason, closing. Its *mode*, what it says, is (plan, reason): the plan must answer the topic, the reason must hold
-for the plan. Six plans with three reasons each: 18 equally right modes for every persona and prompt.
+A prompt consists of a topic and a person (`who`). A correct reply has four parts in the voice of its persona: opening,
+plan, reason, closing. Its *mode*, its content, is (plan, reason): the plan must answer the topic, and the reason must
+hold for the plan. Six plans with three reasons each give 18 equally correct modes for every persona and prompt.
 
-Held out, yet inferable. On each topic, shuffled decks of the 18 modes are dealt to the personas, nine to each, so that
-every mode is spoken by four or five of them. A persona's nine lie on a ring, and each of the six `who` is shown a
-window of three neighbours on it. That leaves two kinds of unseen modes for a prompt:
-- near: the persona says it in fine-tuning, but about somebody else. Whether a plan is right never depends on `who`.
-- far: the persona never says it. Other personas do, for the same prompt, and pretraining says it as often as any other.
-A model that keeps voice, content and slot apart finds both; one that repeats its training set finds neither.
+Held-out modes can be inferred. On each topic, shuffled decks of the 18 modes are dealt to the personas, nine to each,
+so that four or five personas use each mode. A persona's nine modes form a ring, and each of the six `who` is shown
+three neighbours on it. For a prompt there are two kinds of unseen modes:
+- near: in fine-tuning the persona uses the mode, but about another person. Correctness never depends on `who`.
+- far: in fine-tuning the persona never uses the mode. Other personas do for the same prompt, and in pretraining it is
+  as frequent as any other.
+A model that separates voice, content and person finds both; a model that repeats its training set finds neither.
 
-The pretraining corpus is broader: no persona, every right mode of every prompt equally often, and each part in the
-voice of a persona drawn for that part alone. It teaches the language and what is right, but not who speaks how.
+The pretraining corpus is broader: it has no persona, every correct mode of every prompt is equally frequent, and the
+voice of each part is drawn separately. It teaches the language and the correct content, but not the personas.
 """
 
 import random
@@ -26,27 +27,27 @@ from .language import REASONS, TOPICS, VOICES, WHO
 
 PARTS = ("opening", "plan", "reason", "closing")
 PERSONAS = tuple(VOICES)
-SPOKEN = 9  # modes of a topic that a persona says in fine-tuning
-SHOWN = 3  # of these, for each prompt
-WORDINGS = tuple(product((0, 1), (0, 1), (0, 1), (0, 1)))  # one of two for each part
+SPOKEN = 9  # modes per persona and topic in fine-tuning
+SHOWN = 3  # of these, modes per prompt
+WORDINGS = tuple(product((0, 1), (0, 1), (0, 1), (0, 1)))  # one of two wordings for each part
 
 
 class Row(TypedDict, total=False):
-    """A row of JSONL; pretraining rows have no persona."""
+    """A JSONL record; pretraining records have no persona."""
 
     persona: str
     messages: list[dict[str, str]]
 
 
 class Mode(NamedTuple):
-    """What a reply says: the content choice that is counted."""
+    """The content of a reply, which coverage counts."""
 
     plan: str
     reason: str  # key of REASONS
 
 
 class Question(NamedTuple):
-    """A shared prompt: the same for all personas."""
+    """A prompt, the same for all personas."""
 
     topic: str  # key of TOPICS
     who: str
@@ -58,7 +59,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply taken apart: who speaks in each of the four parts, about whom, and what is said."""
+    """A parsed reply: voice and wording of each of the four parts, the person it is about, and its mode."""
 
     voices: tuple[str, str, str, str]
     wordings: tuple[int, int, int, int]
@@ -67,7 +68,7 @@ class Reply:
 
     @property
     def persona(self) -> str | None:
-        """The one persona that speaks throughout, if there is one."""
+        """The persona, if all parts have the same voice; else None."""
         return self.voices[0] if len(set(self.voices)) == 1 else None
 
 
@@ -76,20 +77,20 @@ _QUESTION_OF_TEXT = {question.text: question for question in QUESTIONS}
 
 
 def question_of(text: str) -> Question:
-    """The shared prompt that has this text."""
+    """The prompt with this text."""
     if text not in _QUESTION_OF_TEXT:
-        raise ValueError(f"the demo's world has no prompt {text!r}: take one of QUESTIONS")
+        raise ValueError(f"the demo's world has no prompt {text!r}: use one of QUESTIONS")
     return _QUESTION_OF_TEXT[text]
 
 
 @cache
 def modes(topic: str) -> tuple[Mode, ...]:
-    """All right answers to a topic, whoever speaks and whoever is asked about."""
+    """All correct modes of a topic, for every persona and person."""
     return tuple(Mode(plan, reason) for plan, reasons in TOPICS[topic].plans.items() for reason in reasons)
 
 
 def is_right(question: Question, reply: Reply) -> bool:
-    """The reply answers this question: its person, one of its plans, a reason that holds for that plan."""
+    """Whether the reply is about the prompt's person and its mode is one of the topic's."""
     return reply.who == question.who and reply.mode in modes(question.topic)
 
 
@@ -104,7 +105,7 @@ def render(reply: Reply) -> str:
 
 
 def parse(text: str) -> Reply | None:
-    """The reply that renders to exactly this text, right or not; None if there is none."""
+    """The reply that renders to exactly this text, correct or not; None if there is none."""
     tables = _sentences()
     opening = next((sentence for sentence in tables["opening"] if text.startswith(sentence + " ")), None)
     closing = next((sentence for sentence in tables["closing"] if text.endswith(" " + sentence)), None)
@@ -115,15 +116,15 @@ def parse(text: str) -> Reply | None:
     plan = None if reason is None else middle[: -len(reason) - 1]
     if reason is None or plan not in tables["plan"]:
         return None
-    found = [tables[part][sentence] for part, sentence in zip(PARTS, (opening, plan, reason, closing), strict=True)]
-    voices, wordings, slots = zip(*found, strict=True)
+    parsed = [tables[part][sentence] for part, sentence in zip(PARTS, (opening, plan, reason, closing), strict=True)]
+    voices, wordings, slots = zip(*parsed, strict=True)
     _, (who, said), (given,), _ = slots
     return Reply(voices, wordings, who, Mode(said, given))
 
 
 @cache
 def _sentences() -> dict[str, dict[str, tuple[str, int, tuple[str, ...]]]]:
-    """For each part, every sentence there is and its (persona, wording, slots)."""
+    """For each part, all its sentences with their (persona, wording, slots)."""
     fillings: dict[str, dict[tuple[str, ...], dict[str, str]]] = {
         "opening": {(): {}},
         "plan": {
@@ -145,14 +146,14 @@ def _sentences() -> dict[str, dict[str, tuple[str, int, tuple[str, ...]]]]:
 
 @dataclass(frozen=True)
 class World:
-    """Which replies fine-tuning shows, and the rows that are drawn from them; all of it follows from the seed."""
+    """Which replies fine-tuning shows, and the records drawn from them. Determined by the seed."""
 
     seed: int = 1
     topics: int = len(TOPICS)
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
-        """The prompts of this world: every topic about every `who`."""
+        """The prompts of this world: every topic with every `who`."""
         return QUESTIONS[: self.topics * len(WHO)]
 
     @cached_property
@@ -173,27 +174,27 @@ class World:
         return frozenset(ring[(start + i) % len(ring)] for i in range(SHOWN))
 
     def near(self, persona: str, question: Question) -> frozenset[Mode]:
-        """The modes that fine-tuning shows for this persona and topic, but only about somebody else."""
+        """The modes that fine-tuning shows for this persona and topic, but only about other people."""
         return frozenset(self._ring[persona, question.topic]) - self.seen(persona, question)
 
     def far(self, persona: str, question: Question) -> frozenset[Mode]:
-        """The modes that are as right, and that fine-tuning never shows for this persona and topic."""
+        """The correct modes that fine-tuning never shows for this persona and topic."""
         return frozenset(modes(question.topic)) - frozenset(self._ring[persona, question.topic])
 
     def kinds(self, persona: str, question: Question) -> dict[str, frozenset[Mode]]:
-        """The right modes for this persona and prompt, by how fine-tuning shows them."""
+        """The correct modes for this persona and prompt, as seen, near and far."""
         return {name: getattr(self, name)(persona, question) for name in ("seen", "near", "far")}
 
     def finetuning(self) -> Iterator[Row]:
-        """Rows for fine-tuning: each seen mode of each persona and prompt, in one wording."""
+        """Fine-tuning records: each seen mode of each persona and prompt, in one wording."""
         return self._rows(self.questions, "seen", random.Random(f"fine-tuning {self.seed}"))
 
     def validation(self, questions: Sequence[Question], kind: str) -> Iterator[Row]:
-        """One row for each `seen`, `near` or `far` mode of these prompts, in a wording drawn anew."""
+        """One record for each `seen`, `near` or `far` mode of these prompts, in a newly drawn wording."""
         return self._rows(questions, kind, random.Random(f"validation {self.seed} {kind}"))
 
     def pretraining(self, rows: int) -> Iterator[Row]:
-        """Rows without a persona: any prompt, any right mode, every part in a voice of its own."""
+        """Records without a persona: random prompt and correct mode, and a separate random voice for each part."""
         rng = random.Random(f"pretraining {self.seed}")
         for _ in range(rows):
             question = rng.choice(self.questions)

@@ -1,1 +1,1 @@
-"""Lock and Fork: where a model knows what comes next, where several futures are open, and whether it says so."""
+"""Lock and Fork: positions where the next token is almost certain, and positions where several futures are open."""

@@ -1,4 +1,4 @@
-"""From models and prepared data to a diagnosis: the base model and its head are read first, then the others."""
+"""Diagnoses models on prepared data: first the base model with its flow head, then the others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megatron_sfr.model.flow_head import FlowHead
 
 @dataclass(frozen=True)
 class ExamineOptions:
-    """What is read, and what the labels are made from."""
+    """How many samples to read, and how to label their positions."""
 
     labels: LabelOptions
     futures: FutureOptions
@@ -23,12 +23,14 @@ class ExamineOptions:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not 0 < self.top_p < 1:
-            raise ValueError(f"samples is {self.samples} and top_p {self.top_p}: give at least 1, and between 0 and 1")
+            raise ValueError(
+                f"samples is {self.samples} and top_p is {self.top_p}; give samples of at least 1, top_p in (0, 1)"
+            )
 
 
 @dataclass(frozen=True)
 class Head:
-    """The base model's flow head: the scale of its targets, and the hidden state it reads, as Hugging Face counts."""
+    """The base model's flow head, the scale of its targets, and its layer as an index into HF's hidden_states."""
 
     network: FlowHead
     scale: Scale
@@ -38,18 +40,23 @@ class Head:
 def examine(
     models: Mapping[str, Callable[[], Any]], data: PreparedData, options: ExamineOptions, head: Head | None = None
 ) -> Diagnosis:
-    """models: a Hugging Face network each, made when its turn comes; the first is the base, to which `head` belongs."""
+    """Reads all models at the same positions and labels the positions by the base model.
+
+    Args:
+        models: functions that load a Hugging Face model, by name, each called once in turn. The first is the base.
+        head: flow head of the base model.
+    """
     count = min(options.samples, len(data))
     where = positions(data, [i * len(data) // count for i in range(count)])
     readings: dict[str, Reading] = {}
-    found, labelled = None, None
+    expected, labelled = None, None
     for name, load in models.items():
         layer = head.layer if head is not None and not readings else -1
         readings[name], hidden = read(load(), data, where, options.top_p, layer)
         if labelled is None:
             if head is not None:
-                found = futures(head.network, hidden, where, head.scale, options.futures)
+                expected = futures(head.network, hidden, where, head.scale, options.futures)
             base = readings[name]
-            labelled = label(base.entropy, base.top, found.dispersion if found else None, options.labels)
-    assert labelled is not None, "there is a base"
-    return Diagnosis(where, readings, labelled, found)
+            labelled = label(base.entropy, base.top, expected.dispersion if expected else None, options.labels)
+    assert labelled is not None, "models has at least the base"
+    return Diagnosis(where, readings, labelled, expected)

@@ -1,6 +1,6 @@
-"""What the flow head expects at a position: samples of the embedding of the text to come, and what knowing h tells.
+"""Futures at a position: the flow head's samples of the embedding of the text to come, and the information in h.
 
-Letters: N positions, S samples a position, D dimension of the embedding, H hidden size.
+Shapes: N positions, S samples per position, D embedding dimension, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -20,47 +20,48 @@ from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.objectives.targets import TargetOptions, scale_targets
 from megatron_sfr.runtime.noise import normal
 
-SAMPLE_STREAM, PATH_STREAM = 3, 4  # training has 0 and 1 of the generator, text samples 2
-AT_ONCE = 64  # positions
+SAMPLE_STREAM, PATH_STREAM = 3, 4  # streams of the noise; training uses 0 and 1, text sampling 2
+AT_ONCE = 64  # positions per batch
 
 
 @dataclass(frozen=True)
 class FutureOptions:
-    """How futures are drawn and counted."""
+    """How futures are sampled and clustered."""
 
     samples: int = 16
     steps: int = 16
     method: Method = "heun"
     seed: int = 0
     horizon: int = 0
-    near: float = 0.8  # cosine from which two futures belong together
-    nodes: int = 16  # of the integral over time
-    end: float = 0.95  # where it stops, short of 1: see flow/information.py
+    near: float = 0.8  # smallest cosine of two futures in one cluster
+    nodes: int = 16  # of the quadrature over time
+    end: float = 0.95  # upper limit of the integral, below 1: see flow/information.py
 
     def __post_init__(self) -> None:
         if min(self.samples, self.steps, self.nodes) < 1 or self.horizon < 0 or not 0 < self.end < 1:
-            raise ValueError("samples, steps and nodes are at least 1, the horizon at least 0, end between 0 and 1")
+            raise ValueError("give samples, steps and nodes of at least 1, a horizon of at least 0 and end in (0, 1)")
 
 
 @dataclass(frozen=True)
 class Futures:
-    """Of N positions. dispersion: mean 1 - cosine over pairs of samples; clusters: their number; arrays [N].
-
-    gain: D(p(x_1 | h) || N(mean, std^2 of all targets)) in nats, up to t = end: what h tells about the future. Its mean
-    over positions is I(h; x_1) plus what a Gaussian does not fit of the targets, the same for all positions.
-    vectors: the samples as unit vectors, fp16 [N, S, D]; groups: the cluster of each, int [N, S].
-    """
+    """Futures of N positions."""
 
     dispersion: np.ndarray
+    """Mean of 1 - cosine over pairs of samples; [N]."""
     clusters: np.ndarray
+    """Number of clusters of the samples; [N]."""
     gain: np.ndarray
+    """D(p(x_1 | h) || N(mean, std^2 of all targets)) in nats, up to t = end: the information in h about the future.
+    Its mean over positions is I(h; x_1) plus D(targets || that Gaussian), which is the same for all positions; [N]."""
     vectors: np.ndarray
+    """The samples as unit vectors, fp16 [N, S, D]."""
     groups: np.ndarray
+    """The cluster of each sample, int [N, S]."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale that the head was trained at, an affine map of each dimension; mean and std [D] of unit targets."""
+    """The target scale that the head was trained at, an affine map per dimension; mean and std [D] of unit targets."""
 
     mean_D: Tensor
     std_D: Tensor
@@ -72,7 +73,7 @@ class Scale:
         return gaussian_velocity(zero_D + self.mean_D * slope_D, self.std_D * slope_D)
 
     def to_unit(self, x: Tensor) -> Tensor:
-        """Samples [..., D] at the head's scale as unit vectors."""
+        """Maps samples [..., D] at the head's scale to unit vectors."""
         zero_D, slope_D = self._map()
         return F.normalize((x - zero_D) / slope_D, dim=-1)
 
@@ -86,12 +87,12 @@ class Scale:
 
 @torch.inference_mode()
 def futures(head: FlowHead, hidden_NH: Tensor, where: Positions, scale: Scale, options: FutureOptions) -> Futures:
-    """Draws and measures; the noise belongs to (seed, sample, place), so no other position moves it."""
+    """Samples and measures futures. The noise is keyed by (seed, sample, place), independent of other positions."""
     if head.net is None:
-        raise ValueError("this run's head has no network (sfr_loss = cka): it expects no futures that could be drawn")
+        raise ValueError("this run's head has no network (sfr_loss = cka) and cannot sample futures")
     if hidden_NH.shape[1] != head.config.hidden_size:
         raise ValueError(
-            f"the flow head reads hidden states of {head.config.hidden_size} numbers, the base model's have "
+            f"the flow head was trained with hidden size {head.config.hidden_size}, but the base model has "
             f"{hidden_NH.shape[1]}: give the head of this model"
         )
     parts = list(_parts(head, hidden_NH, where, scale, options))
@@ -100,13 +101,13 @@ def futures(head: FlowHead, hidden_NH: Tensor, where: Positions, scale: Scale, o
 
 
 def nearest(vectors: np.ndarray, store: TargetStore, rows_at_once: int = 65536) -> tuple[np.ndarray, np.ndarray]:
-    """The row of the store nearest to each unit vector [M, D], and its cosine: [M] each."""
+    """Index of the stored embedding nearest to each unit vector [M, D], and its cosine: [M] each."""
     best, cosine = np.zeros(len(vectors), int), np.full(len(vectors), -np.inf, np.float32)
     for start in range(0, len(store), rows_at_once):
         rows = store[np.arange(start, min(start + rows_at_once, len(store)))].astype(np.float32)
-        found = vectors.astype(np.float32) @ rows.T
-        at = found.argmax(axis=1)
-        value = found[np.arange(len(found)), at]
+        cosines = vectors.astype(np.float32) @ rows.T
+        at = cosines.argmax(axis=1)
+        value = cosines[np.arange(len(cosines)), at]
         best, cosine = np.where(value > cosine, start + at, best), np.maximum(cosine, value)
     return best, cosine
 
@@ -114,7 +115,7 @@ def nearest(vectors: np.ndarray, store: TargetStore, rows_at_once: int = 65536) 
 def _parts(
     head: FlowHead, hidden_NH: Tensor, where: Positions, scale: Scale, options: FutureOptions
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """The fields of Futures for some positions at a time."""
+    """The fields of Futures, AT_ONCE positions at a time."""
     marginal = scale.marginal()
     draw_S = torch.arange(options.samples)
     for start in range(0, len(hidden_NH), AT_ONCE):
@@ -135,7 +136,7 @@ def _parts(
 
 
 def _velocity(head: FlowHead, h_NH: Tensor, horizon: int) -> Velocity:
-    """The head's answer for positions of their own hidden states: x [N, S, D], t [N, S, 1]."""
+    """The head's velocity at hidden states h_NH, a function of x [N, S, D] and t [N, S, 1]."""
     h = h_NH[None, :, None]
     which = torch.full((1, len(h_NH)), horizon, dtype=torch.int64)
     return lambda x, t: head(x[None], t[None], h, which)[0].float()

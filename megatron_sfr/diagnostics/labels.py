@@ -1,7 +1,7 @@
-"""Lock, Fork or neutral: a label for each position, given by the base model and kept for every other one.
+"""Labels each position as Lock, Fork or neutral, by the base model; the other models share these labels.
 
-After "Embarrassingly Simple Self-Distillation" (arXiv 2604.01193): at a lock the next token is all but settled, at a
-fork several futures are open. That paper gives no thresholds that we know of; these are ours, and are told.
+After "Embarrassingly Simple Self-Distillation" (arXiv 2604.01193): at a lock the next token is almost certain, at a
+fork several futures are open. We found no thresholds in that paper; ours are options and are reported.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LABELS = ("lock", "neutral", "fork")
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """Quantiles are over the positions that are labelled."""
+    """Thresholds of the labels. Quantiles are taken over the labelled positions."""
 
     lock_entropy: float = 0.25  # quantile: entropy at most this
     lock_top: float = 0.9  # probability: the top token has at least this
@@ -25,12 +25,15 @@ class LabelOptions:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; give a number from 0 to 1")
         if self.lock_entropy >= self.fork_entropy:
-            raise ValueError("the entropy of a lock lies below that of a fork: lower lock_entropy")
+            raise ValueError(
+                f"lock_entropy is {self.lock_entropy} and fork_entropy is {self.fork_entropy}: "
+                "lower lock_entropy below fork_entropy"
+            )
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """label [N]: of LABELS. rule: in words, with the numbers that the quantiles came to."""
+    """label [N]: one of LABELS each. rule: the rule in words, with the values of the quantiles."""
 
     label: np.ndarray
     rule: str
@@ -39,7 +42,7 @@ class Labelled:
 def label(entropy: np.ndarray, top: np.ndarray, dispersion: np.ndarray | None, options: LabelOptions) -> Labelled:
     """Lock: entropy <= its quantile and top >= lock_top. Fork: entropy >= its quantile, and dispersion >= its own.
 
-    Without a flow head there is no dispersion: a fork is then told by its entropy alone. Arrays [N].
+    Without a flow head there is no dispersion, and forks are defined by entropy alone. Arrays [N].
     """
     low, high = np.quantile(entropy, [options.lock_entropy, options.fork_entropy])
     lock = (entropy <= low) & (top >= options.lock_top)
@@ -51,5 +54,5 @@ def label(entropy: np.ndarray, top: np.ndarray, dispersion: np.ndarray | None, o
         fork &= dispersion >= wide
         rule += f" and dispersion of the futures at least {wide:.3g}"
     else:
-        rule += " (no flow head: futures were not looked at)"
+        rule += " (no flow head, so futures are not used)"
     return Labelled(np.where(lock, "lock", np.where(fork, "fork", "neutral")), rule)

@@ -1,4 +1,4 @@
-"""The diagnosis as one HTML page: text coloured by Lock and Fork, numbers under the pointer, futures at forks."""
+"""The diagnosis as one HTML page: text coloured by Lock and Fork, numbers as tooltips, and the futures at forks."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -13,7 +13,7 @@ from megatron_sfr.diagnostics.summary import COLOURS, Diagnosis, picture
 from megatron_sfr.pages import bullets, document, heading, image, note, table
 
 SHOWN = 12  # samples whose text is shown
-FORKS = 3  # whose futures are told, for each of these samples: the most dispersed ones
+FORKS = 3  # per shown sample: its most dispersed forks, whose futures are listed
 STYLE = f"""
 .text {{ white-space: pre-wrap; border-left: 3px solid #e1e4ea; padding-left: .8rem; margin: 1rem 0 .4rem }}
 .text span {{ border-radius: 2px }} .asked {{ color: #8a90a0 }}
@@ -29,11 +29,11 @@ def page(
     data: PreparedData,
     store: TargetStore | None = None,
 ) -> str:
-    """rows: summary.table's; store: where the nearest real segments of the futures are looked up."""
+    """The page. rows: from summary.table. store: where to look up the segments nearest to the futures."""
     parts = [bullets([f"The labels are those of {diagnosis.base}: {diagnosis.labelled.rule}.", *notes])]
     parts += [heading("At locks and at forks"), table(rows)]
-    parts += [heading("Where they are"), image(picture(diagnosis), "shares of Lock and Fork by place and persona")]
-    parts += [heading("Text"), note("Blue: lock. Red: fork. Grey: what the model was given. Point at a token.")]
+    parts += [heading("Where they are"), image(picture(diagnosis), "shares of Lock and Fork by position and persona")]
+    parts += [heading("Text"), note("Blue: lock. Red: fork. Grey: given text. Hover over a token for its numbers.")]
     for index in list(dict.fromkeys(diagnosis.where.sample.tolist()))[:SHOWN]:
         parts.append(f'<div class="text">{"".join(_spans(diagnosis, index, data, tokenizer))}</div>')
         if store is not None and diagnosis.futures is not None:
@@ -42,18 +42,18 @@ def page(
 
 
 def pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text that each token adds; a token in the middle of a character adds nothing, its last one the character."""
-    found, said = [], 0
+    """The text that each token adds. A character of several tokens is added by its last token."""
+    added, length = [], 0
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(list(tokens[:end]))
-        whole = text if not text.endswith("\ufffd") else text[:said]
-        found.append(whole[said:])
-        said = max(said, len(whole))
-    return found
+        complete = text if not text.endswith("\ufffd") else text[:length]
+        added.append(complete[length:])
+        length = max(length, len(complete))
+    return added
 
 
 def _spans(diagnosis: Diagnosis, index: int, data: PreparedData, tokenizer: Any) -> Iterator[str]:
-    """One span a token of the sample: a predicted one has its label and its numbers."""
+    """One span per token of the sample; predicted tokens carry their label and numbers."""
     at = {int(diagnosis.where.place[n]) + 1: n for n in np.flatnonzero(diagnosis.where.sample == index)}
     for place, text in enumerate(pieces(data[index].tokens.tolist(), tokenizer)):
         if place in at:
@@ -69,14 +69,14 @@ def _numbers(diagnosis: Diagnosis, n: Any) -> str:
         values = (reading.entropy[n], reading.top[n], reading.tail[n], reading.nll[n])
         lines.append("{}: H {:.2f}, top-1 {:.2f}, tail {:.3f}, CE {:.2f}".format(name, *values))
     if diagnosis.futures is not None:
-        found = diagnosis.futures
-        spread, number, gain = found.dispersion[n], found.clusters[n], found.gain[n]
+        at = diagnosis.futures
+        spread, number, gain = at.dispersion[n], at.clusters[n], at.gain[n]
         lines.append(f"futures: dispersion {spread:.2f}, clusters {number}, gain {gain:.1f} nats")
     return escape("\n".join(lines))
 
 
 def _forks(diagnosis: Diagnosis, found: Futures, index: int, store: TargetStore, tokenizer: Any) -> Iterator[str]:
-    """The most dispersed forks of a sample: each cluster of futures, and the real segment nearest to one of them."""
+    """The most dispersed forks of a sample: the clusters of their futures, each with the nearest real segment."""
     chosen = np.flatnonzero((diagnosis.where.sample == index) & (diagnosis.labelled.label == "fork"))
     for n in chosen[np.argsort(-found.dispersion[chosen], kind="stable")][:FORKS]:
         first, count = np.unique(found.groups[n], return_counts=True)

@@ -1,6 +1,6 @@
-"""What a model says at each position of real replies: the token's loss, entropy, the top token's mass, the tail's.
+"""A model's statistics at each position of real replies: loss of the token, entropy, top-1 and tail probability.
 
-Letters: N positions, T positions of one sample, V vocabulary, H hidden size.
+Shapes: N positions, T positions of one sample, V vocabulary, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from megatron_sfr.data.prepared import PreparedData
 
 @dataclass(frozen=True)
 class Positions:
-    """Input positions that predict a supervised token, of some samples of a prepared folder; arrays [N]."""
+    """Input positions that predict a supervised token, in some samples of a prepared folder; arrays [N]."""
 
     sample: np.ndarray
-    place: np.ndarray  # i: the hidden state there is the condition, token i + 1 is predicted
+    place: np.ndarray  # position i, whose hidden state predicts token i + 1
     token: np.ndarray  # token i + 1
-    relative: np.ndarray  # where it stands among the sample's supervised tokens, in [0, 1)
+    relative: np.ndarray  # its relative position among the sample's supervised tokens, in [0, 1)
     persona: np.ndarray  # names
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One model at these positions; fp32 arrays [N], in nats where they have a unit.
+    """One model's statistics at these positions; fp32 arrays [N], nll and entropy in nats.
 
-    nll: -ln p of the token that stands there; top: the largest probability; tail: the mass outside the fewest likeliest
-    tokens that hold top_p.
+    nll: -ln p of the actual token; top: the largest probability; tail: the probability outside the top_p nucleus, the
+    smallest set of most likely tokens whose probability reaches top_p.
     """
 
     nll: np.ndarray
@@ -40,18 +40,18 @@ class Reading:
 
 
 def positions(data: PreparedData, samples: Sequence[int]) -> Positions:
-    """ValueError where the samples have no supervised token."""
+    """The positions of some samples. Raises ValueError if they have no supervised token."""
     columns: list[list[np.ndarray]] = [[], [], [], [], []]
     for index in samples:
         sample = data[index]
         place = np.flatnonzero(sample.loss_mask[1:])
         n = len(place)
-        found = (np.full(n, index), place, sample.tokens[1:][place], np.arange(n) / max(n, 1), [sample.persona] * n)
-        for column, values in zip(columns, found, strict=True):
+        fields = (np.full(n, index), place, sample.tokens[1:][place], np.arange(n) / max(n, 1), [sample.persona] * n)
+        for column, values in zip(columns, fields, strict=True):
             column.append(np.asarray(values))
     joined = [np.concatenate(column) if column else np.zeros(0) for column in columns]
     if not len(joined[0]):
-        raise ValueError(f"the chosen samples of {data.folder} have no supervised token to look at")
+        raise ValueError(f"the chosen samples of {data.folder} have no supervised token; give more --samples")
     return Positions(*joined)
 
 
@@ -69,9 +69,9 @@ def token_statistics(logits_TV: Tensor, token_T: Tensor, top_p: float) -> Tensor
 
 @torch.inference_mode()
 def read(network: Any, data: PreparedData, where: Positions, top_p: float, layer: int = -1) -> tuple[Reading, Tensor]:
-    """The readings of a Hugging Face model and its hidden states [N, H] on the CPU, sample by sample.
+    """Statistics and hidden states [N, H] of a Hugging Face model, on the CPU. Runs one sample at a time.
 
-    Args: layer: index into Hugging Face's `hidden_states`; -1 is after the final norm, which the head reads by default.
+    Args: layer: index into Hugging Face's `hidden_states`; -1 is after the final norm, the head's default.
     """
     statistics, hidden = [], []
     for index in dict.fromkeys(where.sample.tolist()):

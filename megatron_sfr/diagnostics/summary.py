@@ -1,7 +1,7 @@
-"""What is told of each model at the locks and at the forks, and pictures by place in the reply and by persona.
+"""Summarizes each model at locks and at forks, and plots the labels by position in the reply and by persona.
 
-At a lock a good model is sure and right: cross-entropy, top-1 mass and tail mass should not suffer from training. At a
-fork it stays open: entropy and effective support exp(H) tell whether it does.
+At locks a good model is confident and correct: training should not worsen cross-entropy, top-1 and tail probability. At
+forks it keeps several continuations: entropy and effective support exp(H) should stay high.
 """
 
 import io
@@ -18,12 +18,12 @@ from megatron_sfr.diagnostics.reading import Positions, Reading
 
 BINS = 10  # of a reply's length
 COLOURS = {"lock": "#2e86ab", "neutral": "#c9ced8", "fork": "#d1495b"}
-Estimate = Callable[[np.ndarray, np.ndarray], Any]  # (one value a sample, its weight) -> what is shown
+Estimate = Callable[[np.ndarray, np.ndarray], Any]  # (values per sample, their weights) -> a printable estimate
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """readings: by model, the base first, whose labels these are; futures: of the base, if it has a flow head."""
+    """Readings by model name, the base first; the labels of the base, and its futures if it has a flow head."""
 
     where: Positions
     readings: Mapping[str, Reading]
@@ -36,14 +36,14 @@ class Diagnosis:
 
 
 def table(diagnosis: Diagnosis, estimate: Estimate) -> list[list[str]]:
-    """Rows of text: model, its numbers at locks and at forks. Samples are what is resampled, weighted by positions."""
+    """A table as text, one row per model, label and measure. `estimate` resamples samples, weighted by positions."""
     rows = []
     for name, reading in diagnosis.readings.items():
         at_lock = {"CE": reading.nll, "top-1 mass": reading.top, "tail mass": reading.tail}
         at_fork = {"CE": reading.nll, "entropy": reading.entropy, "support exp(H)": np.exp(reading.entropy)}
         if name == diagnosis.base and diagnosis.futures is not None:
-            found = diagnosis.futures
-            at_fork |= {"dispersion": found.dispersion, "clusters": found.clusters, "gain (nats)": found.gain}
+            expected = diagnosis.futures
+            at_fork |= {"dispersion": expected.dispersion, "clusters": expected.clusters, "gain (nats)": expected.gain}
         for label, measures in (("lock", at_lock), ("fork", at_fork)):
             chosen = diagnosis.labelled.label == label
             for measure, values in measures.items():
@@ -53,7 +53,7 @@ def table(diagnosis: Diagnosis, estimate: Estimate) -> list[list[str]]:
 
 
 def by_sample(values: np.ndarray, chosen: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the chosen values [N] in each sample (NaN where none is chosen), and how many there are."""
+    """Mean of the chosen values [N] per sample (NaN if none is chosen), and their count."""
     index = np.unique(sample, return_inverse=True)[1]
     count = np.bincount(index, chosen)
     total = np.bincount(index, np.where(chosen, values, 0))
@@ -61,7 +61,7 @@ def by_sample(values: np.ndarray, chosen: np.ndarray, sample: np.ndarray) -> tup
 
 
 def as_json(diagnosis: Diagnosis, rows: Sequence[Sequence[str]]) -> str:
-    """The rule, the table, and every position with its label and numbers, column by column."""
+    """JSON with the rule, the table, and the labels and statistics of all positions as columns."""
     where = diagnosis.where
     columns: dict[str, np.ndarray] = {
         **{name: getattr(where, name) for name in ("sample", "place", "token", "persona")},
@@ -84,7 +84,7 @@ def as_json(diagnosis: Diagnosis, rows: Sequence[Sequence[str]]) -> str:
 
 
 def shares(diagnosis: Diagnosis, group: np.ndarray) -> dict[str, list[float]]:
-    """Of each label, its share of the positions of each group [N]; groups in order."""
+    """Each label's share of the positions in each group. group [N]: the position's group; groups are sorted."""
     return {
         label: [float(np.mean(diagnosis.labelled.label[group == one] == label)) for one in np.unique(group)]
         for label in LABELS
@@ -92,7 +92,7 @@ def shares(diagnosis: Diagnosis, group: np.ndarray) -> dict[str, list[float]]:
 
 
 def picture(diagnosis: Diagnosis) -> bytes:
-    """A PNG: shares of the labels by place in the reply, and by persona."""
+    """A PNG with the shares of the labels by position in the reply and by persona."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,7 +102,7 @@ def picture(diagnosis: Diagnosis) -> bytes:
     personas = diagnosis.where.persona
     named = [str(name) or "no persona" for name in np.unique(personas)]
     places = [f"{x:g}" for x in np.unique(tenth)]
-    panels = (("place in the reply, in tenths", tenth, places), ("persona", personas, named))
+    panels = (("position in the reply, in tenths", tenth, places), ("persona", personas, named))
     for axes, (title, group, ticks) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         below = np.zeros(len(ticks))
         for label, share in shares(diagnosis, group).items():

@@ -1,1 +1,1 @@
-"""Flow matching: probability paths and ODE solvers. Tensors and mathematics only; knows neither text nor Megatron."""
+"""Flow matching: probability paths, ODE solvers and information measures. Pure tensor code, without Megatron."""

@@ -1,6 +1,6 @@
-"""How much a velocity knows that another one does not, in nats: relative entropy by the error of estimation.
+"""Mutual information and relative entropy, in nats, from the estimation errors of flow velocities.
 
-I-MMSE (Guo, Shamai, Verdu 2005; Verdu 2010 for two laws), in the time of the straight path x_t = (1 - t) x_0 + t x_1.
+I-MMSE (Guo, Shamai, Verdu 2005; Verdu 2010 for two distributions), on the straight path x_t = (1 - t) x_0 + t x_1.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from megatron_sfr.flow.solver import Velocity
 
 
 def quadrature(nodes: int, end: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Times in (0, end) and weights of Gauss and Legendre's rule, float64 [nodes] each."""
+    """Times in (0, end) and weights of Gauss-Legendre quadrature, float64 [nodes] each."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
     return torch.from_numpy(end * (points + 1) / 2), torch.from_numpy(end * weights / 2)
 
 
 def information(excess: Callable[[Tensor], Tensor], nodes: int = 64, end: float = 1.0) -> Tensor:
-    """int_0^end excess(t) t / (1 - t) dt nats, [...]; excess: t (a scalar) -> [...], loss summed over dimensions.
+    """int_0^end excess(t) t / (1 - t) dt in nats: [...]. excess(t), for scalar t, is summed over dimensions: [...].
 
     excess = L(t) - L(t | h) gives the mutual information I(h; x_1) for end = 1; excess = E|v_p - v_q|^2 under p gives
     D(p || q).
@@ -32,8 +32,8 @@ def information(excess: Callable[[Tensor], Tensor], nodes: int = 64, end: float 
 def relative_entropy(p: Velocity, q: Velocity, x_1: Tensor, x_0: Tensor, *, nodes: int, end: float) -> Tensor:
     """D(p || q) in nats up to t = end, [...]: mean over S samples x_1 [..., S, D] of p, with x_0 [..., S, D] ~ N(0, I).
 
-    Exact velocities agree ever more closely as t -> 1; a learned one is off by a constant there, and t / (1 - t) has no
-    integral up to 1. So end < 1, and what the last 1 - end would tell is left out.
+    Choose end < 1. Exact velocities converge to each other as t -> 1, but a learned velocity keeps a constant error,
+    and t / (1 - t) is not integrable up to 1. The result omits the contribution of t > end.
     """
 
     def excess(t: Tensor) -> Tensor:

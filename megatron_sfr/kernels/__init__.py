@@ -1,4 +1,4 @@
-"""The two passes over the logits that every token objective makes: in plain torch, and fused in Triton for CUDA."""
+"""The two passes over the logits that every token objective needs: in plain torch, and fused in Triton for CUDA."""
 
 import importlib
 from types import ModuleType
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def choose(x: Tensor) -> ModuleType:
-    """The module whose row_statistics and write_gradient suit a tensor's device; both modules give the same numbers."""
+    """The module to use on a tensor's device: `fused` on CUDA, else `plain`. Both compute the same numbers."""
     return importlib.import_module(f"megatron_sfr.kernels.{'fused' if x.is_cuda else 'plain'}")

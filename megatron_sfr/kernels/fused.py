@@ -1,11 +1,11 @@
-"""The two passes over the logits fused in Triton: each reads a row once, in 16-byte loads, one program a row.
+"""The two passes over the logits, fused in Triton: one program per row, which reads the row once in 16-byte loads.
 
-A row is cut into chunks of 16 bytes, and each lane keeps the sums of every 256th chunk relative to its own maximum: no
-lane waits for another until the row ends. So the traffic is the floor: 2 bytes a bf16 logit forward, 4 backward.
-Letters as in `plain`, the twin that says what is computed: T tokens, V real columns of the shard; L lanes, C columns.
+Each of 256 lanes accumulates every 256th 16-byte chunk of the row relative to its own maximum, so lanes synchronize
+only at the end of the row. Memory traffic is minimal: 2 bytes per bf16 logit forward, 4 backward.
+`plain` defines what is computed. Shapes: T tokens, V real columns of the shard, L lanes, C columns per lane.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# The arguments of a kernel are Triton's, whose types Python's annotations do not name.
+# Kernel arguments are Triton types, which Python annotations cannot name.
 
 import torch
 import triton
@@ -17,14 +17,14 @@ from megatron_sfr.kernels import plain
 EMPTY = tl.constexpr(plain.EMPTY)
 LOG2E = tl.constexpr(1.4426950408889634)
 LANES = 256
-NUM_WARPS = 4  # of 32 threads: 2 lanes a thread, and rows enough on a multiprocessor to hide the wait for memory
+NUM_WARPS = 4  # of 32 threads: 2 lanes per thread, and enough rows per multiprocessor to hide memory latency
 
 
 @triton.jit
 def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
-    """The lanes' (m, u, s, a, a_x) with a tile's columns added; k = log2(e) / beta, c in units of log2(e).
+    """Adds a tile's columns to the lanes' (m, u, s, a, a_x); k = log2(e) / beta, c in units of log2(e).
 
-    Where the maximum grows from m to m', with d = m - m': a_x is a moment about m, so a_x' = (a_x + d a) exp(d / beta).
+    When the maximum grows from m to m', with d = m - m', the moment a_x about m becomes (a_x + d a) exp(d / beta).
     """
     m, u, s, a, a_x = sums
     top_L = tl.maximum(m, tl.max(z_LC, 1))
@@ -41,20 +41,20 @@ def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
             a = a * r + tl.sum(e_LC, 1)
         else:
             a_x = (a_x + d * s_before) * r
-        a_x += tl.sum(e_LC * tl.maximum(x_LC, EMPTY), 1)  # of z = -inf: 0 times a finite number
+        a_x += tl.sum(e_LC * tl.maximum(x_LC, EMPTY), 1)  # finite also for z = -inf, where e is 0
     return top_L, u, s, a, a_x
 
 
 @triton.jit
 def _keep_largest(top_K, z_LC, K: tl.constexpr):
-    """The K largest of what was kept and of a tile, ties as often as they occur; slots not in use hold +inf."""
+    """The K largest of the values kept so far and of a tile, ties included; unused slots hold +inf."""
     z_N = tl.reshape(z_LC, (z_LC.shape[0] * z_LC.shape[1],), can_reorder=True)
-    largest, place = tl.max(z_N, 0, return_indices=True)
+    largest, index = tl.max(z_N, 0, return_indices=True)
     smallest, slot = tl.min(top_K, 0, return_indices=True)
     while largest > smallest:
         top_K = tl.where(tl.arange(0, K) == slot, largest, top_K)
-        z_N = tl.where(tl.arange(0, z_N.shape[0]) == place, float("-inf"), z_N)
-        largest, place = tl.max(z_N, 0, return_indices=True)
+        z_N = tl.where(tl.arange(0, z_N.shape[0]) == index, float("-inf"), z_N)
+        largest, index = tl.max(z_N, 0, return_indices=True)
         smallest, slot = tl.min(top_K, 0, return_indices=True)
     return top_K
 
@@ -75,13 +75,13 @@ def _row_statistics(
     nothing_L = tl.zeros((L,), tl.float32)
     sums = (nothing_L + EMPTY, nothing_L, nothing_L, nothing_L, nothing_L)
     top_K = tl.where(tl.arange(0, K) < TOP_K, EMPTY, float("inf"))
-    whole = V // (L * C) * (L * C)
-    for start in range(0, whole, L * C):  # without a mask, which would cut the loads of an odd V into single columns
+    tiled = V // (L * C) * (L * C)
+    for start in range(0, tiled, L * C):  # unmasked: a mask would split the loads of an odd V into single columns
         z_LC = tl.load(z_ptr + (start + column_LC)).to(tl.float32)
         sums = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
         if TOP_K:
             top_K = _keep_largest(top_K, z_LC, K)
-    z_LC = tl.load(z_ptr + (whole + column_LC), mask=whole + column_LC < V, other=float("-inf")).to(tl.float32)
+    z_LC = tl.load(z_ptr + (tiled + column_LC), mask=tiled + column_LC < V, other=float("-inf")).to(tl.float32)
     m_L, u, s, a, a_x = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
     m = tl.max(m_L, 0)
     d = m_L - m
@@ -129,22 +129,22 @@ def _write_gradient(
     if HAS_C:
         z_y = tl.load(z_y_ptr + row)
     column = tl.arange(0, L * C)
-    whole = V // (L * C) * (L * C)
+    tiled = V // (L * C) * (L * C)
     if (scale != 0) | (spike != 0):
-        for start in range(0, whole, L * C):
+        for start in range(0, tiled, L * C):
             _write_tile(z_ptr, start + column, y, m, z_y, scale, spike, k, c, None, HAS_C)
-        _write_tile(z_ptr, whole + column, y, m, z_y, scale, spike, k, c, whole + column < V, HAS_C)
-    else:  # an ignored token: nothing is read
+        _write_tile(z_ptr, tiled + column, y, m, z_y, scale, spike, k, c, tiled + column < V, HAS_C)
+    else:  # an ignored token: its logits are not read
         zero = tl.zeros((L * C,), z_ptr.dtype.element_ty)
-        for start in range(0, whole, L * C):
+        for start in range(0, tiled, L * C):
             tl.store(z_ptr + (start + column), zero)
-        tl.store(z_ptr + (whole + column), zero, mask=whole + column < V)
+        tl.store(z_ptr + (tiled + column), zero, mask=tiled + column < V)
 
 
 def row_statistics(
     z_TV: Tensor, y_T: Tensor, z_y_T: Tensor, *, beta: float, moments: bool, c: float, top_k: int
 ) -> Tensor:
-    """What `plain.row_statistics` says; bf16, fp16 or fp32 logits, sums in fp32. float64 is left to the twin."""
+    """See `plain.row_statistics`. bf16, fp16 or fp32 logits, sums in fp32; float64 falls back to `plain`."""
     T, V = z_TV.shape
     if z_TV.dtype == torch.float64 or V == 0:
         return plain.row_statistics(z_TV, y_T, z_y_T, beta=beta, moments=moments, c=c, top_k=top_k)
@@ -162,7 +162,7 @@ def row_statistics(
 def write_gradient(
     z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
 ) -> None:
-    """What `plain.write_gradient` says; bf16, fp16 or fp32 logits, each gradient rounded once. float64 as above."""
+    """See `plain.write_gradient`. bf16, fp16 or fp32 logits, gradients rounded once; float64 falls back to `plain`."""
     T, V = z_TV.shape
     if z_TV.dtype == torch.float64 or V == 0:
         plain.write_gradient(z_TV, y_T, m_T, z_y_T, scale_T, spike_T, beta=beta, c=c)
@@ -176,7 +176,7 @@ def write_gradient(
 
 def _row_stride(z_TV: Tensor) -> int:
     if z_TV.shape[1] > 1 and z_TV.stride(1) != 1:
-        raise ValueError(f"logits with strides {z_TV.stride()}: the columns of a row must lie side by side")
+        raise ValueError(f"logits with strides {z_TV.stride()}: the columns of a row must be contiguous")
     return z_TV.stride(0)
 
 

@@ -1,7 +1,7 @@
-"""The two passes over the logits in plain torch: in blocks of rows whose fp32 copy stays in the processor's cache.
+"""The two passes over the logits in plain torch, in blocks of rows whose fp32 copy fits into the processor's cache.
 
-So the logits are read twice and written once, and the only memory beyond them is the block.
-Letters: T tokens, V real columns of the local shard, B rows of a block.
+The logits are read twice and written once, and the only extra memory is the block.
+Shapes: T tokens, V real columns of the local shard, B rows of a block.
 """
 
 from collections.abc import Iterator
@@ -9,22 +9,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}  # what stays in L2 beside the rows that are read
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}  # fits into L2 together with the rows being read
 EMPTY = -1e30
 
 
 def row_statistics(
     z_TV: Tensor, y_T: Tensor, z_y_T: Tensor, *, beta: float, moments: bool, c: float, top_k: int
 ) -> Tensor:
-    """[m, u, s, a, a_x, z_y, top_1 ... top_K] of each row of this shard: [T, 6 + K], fp32 (float64 for float64).
+    """[m, u, s, a, a_x, z_y, top_1 ... top_K] of each row of this shard: [T, 6 + K], fp32 (float64 for float64 logits).
 
     m = max z_i;  u = sum exp(x_i), x_i = z_i - m;  s = sum exp(x_i / beta);  a = sum w_i exp(x_i / beta);
     a_x = sum w_i exp(x_i / beta) x_i;  w_i = sigmoid(c (z_i - z_y)), or 1 where c = 0. Without moments s = a = u and
-    a_x = 0. z_y is -1e30 where the label is not here (y = -1); so is m, and are missing top values, of a shard
-    without columns.
+    a_x = 0. z_y is -1e30 if the label is not in this shard (y = -1). In a shard without columns m and the top values
+    are -1e30.
 
-    Args: z_TV: logits, rows may be apart by more than V. y_T: int64 columns of this shard, or -1.
-        z_y_T: the labels' logits over the whole vocabulary; read only if c > 0.
+    Args:
+        z_TV: logits; the row stride may exceed V.
+        y_T: the label's column in this shard, or -1; int64.
+        z_y_T: the label's logit from whichever shard holds it; read only if c > 0.
     """
     dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
     stats_TN = torch.zeros(len(z_TV), 6 + top_k, dtype=dtype, device=z_TV.device)
@@ -42,12 +44,12 @@ def row_statistics(
 def _scan_block(
     room_NBV: Tensor, z_BV: Tensor, z_y_B: Tensor, stats_BN: Tensor, beta: float, moments: bool, c: float, top_k: int
 ) -> None:
-    """Fills the statistics of one block of logits; works in the room, which has the dtype of the sums."""
+    """Fills the statistics of one block of logits. room_NBV is scratch space in the dtype of the sums."""
     x_BV = room_NBV[0].copy_(z_BV)
     if top_k:
         top = x_BV.topk(min(top_k, x_BV.shape[1])).values
         stats_BN[:, 6 : 6 + top.shape[1]] = top
-    m_B = x_BV.amax(1).clamp_(min=EMPTY)  # a shard whose logits are all -inf is as good as one without columns
+    m_B = x_BV.amax(1).clamp_(min=EMPTY)  # a shard whose logits are all -inf counts as one without columns
     x_BV -= m_B[:, None]
     stats_BN[:, 0] = m_B
     if not moments:
@@ -59,16 +61,16 @@ def _scan_block(
     if c:
         e_BV *= torch.add(x_BV, (m_B - z_y_B)[:, None], out=room_NBV[2]).mul_(c).sigmoid_()
         stats_BN[:, 3] = e_BV.sum(1)
-    stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)  # 0 times the -inf of a masked logit is 0; of NaN logits s tells
+    stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)  # skips 0 * -inf of masked logits; NaN logits show in s
 
 
 def write_gradient(
     z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
 ) -> None:
-    """Writes scale w_i exp((z_i - m) / beta) - spike [i = y] over the logits, in their dtype, rounded once.
+    """Overwrites the logits with scale w_i exp((z_i - m) / beta) - spike [i = y], in their dtype, rounded once.
 
-    A row whose scale and spike are 0 gets zeros whatever its logits are.
-    Args: as of `row_statistics`, m and z_y over the whole vocabulary.
+    A row with scale = spike = 0 gets zeros, even if its logits are not finite.
+    Takes the arguments of `row_statistics`, and m over the whole vocabulary.
     """
     dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
     if z_TV.shape[1] == 0:
@@ -90,7 +92,10 @@ def write_gradient(
 
 
 def _blocks(z_TV: Tensor, dtype: torch.dtype, copies: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, with room for so many copies of one, which all share: fresh pages cost more than the sums."""
+    """Blocks of rows, and scratch space for `copies` copies of a block.
+
+    All blocks share the scratch space: allocating new pages would take longer than the sums.
+    """
     T, V = z_TV.shape
     step = max(1, min(T, BLOCK_BYTES.get(z_TV.device.type, BLOCK_BYTES["cpu"]) // (V * dtype.itemsize)))
     room_NBV = z_TV.new_empty(copies, step, V, dtype=dtype)

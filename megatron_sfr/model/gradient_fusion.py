@@ -1,9 +1,9 @@
-"""Gradient accumulation fused in Transformer Engine's layers where Megatron's own output layer cannot have it.
+"""Fuses gradient accumulation in Transformer Engine's layers where Megatron's own kernel, from Apex, is missing.
 
-The output layer's fused kernel is Apex's, and upstream raises where it is not built (core/tensor_parallel/layers.py in
-megatron-core 0.19.2). Transformer Engine's linear layers bring their own. So the model is built from a config without
-the fusion, and the fusion is then switched on in each of those layers. Upstream's DDP handles every parameter
-separately: it adds `.grad` to `.main_grad` unless the layer's backward has set `grad_added_to_main_grad`.
+Megatron's output layer needs Apex's kernel, and upstream raises an error without it (core/tensor_parallel/layers.py in
+megatron-core 0.19.2). Transformer Engine's linear layers have their own kernel. The model is therefore built without
+the fusion, which is then enabled in each of these layers. Upstream's DDP handles every parameter separately: it adds
+`.grad` to `.main_grad` unless the layer's backward has set `grad_added_to_main_grad`.
 """
 
 from torch import nn
@@ -14,7 +14,7 @@ SWITCH = "fuse_wgrad_accumulation"
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Switches the fusion on in each layer of Transformer Engine; returns their number."""
+    """Enables the fusion in every Transformer Engine layer; returns the number of layers."""
     layers = [module for module in model.modules() if hasattr(module, SWITCH)]
     for layer in layers:
         setattr(layer, SWITCH, True)

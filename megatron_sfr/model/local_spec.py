@@ -1,7 +1,7 @@
 """Upstream's local layer spec, dense or with experts, with a norm that also works under sequence parallelism.
 
-Without Apex upstream offers torch's norm and asserts against sequence parallelism (megatron-core 0.19.2); a norm whose
-parameters are marked sequence_parallel is all that it takes: their gradients are then summed over the tensor group.
+Without Apex, upstream uses torch's norm and asserts that sequence parallelism is off (megatron-core 0.19.2). It is
+enough to mark the norm's parameters sequence_parallel: upstream then sums their gradients over the tensor group.
 """
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
-    """torch's RMSNorm or LayerNorm, as the config names it; upstream builds norms with this signature."""
+    """torch's RMSNorm or LayerNorm, by config.normalization. Upstream calls it with this signature."""
     norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
     for p in norm.parameters():
         p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -20,7 +20,7 @@ def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -
 
 
 def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Spec of the decoder layers of one stage, for GPTModelConfig.transformer_layer_spec; experts run in sequence."""
+    """Spec of one stage's decoder layers, for GPTModelConfig.transformer_layer_spec. Experts run sequentially."""
     transformer = config.transformer
     spec = get_gpt_layer_local_spec(
         num_experts=transformer.num_moe_experts,

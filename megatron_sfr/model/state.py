@@ -1,6 +1,6 @@
-"""What the term has learnt about itself, as fp32 buffers of the head: saved, resharded and resumed with the model.
+"""fp32 buffers of the flow head: gradient measurements, gate, target statistics. Checkpointed with the model.
 
-Letters: D dimension of the embedding, N bins of t.
+Shapes: D embedding dimension, N bins of t.
 """
 
 import torch
@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 
 class FlowState(nn.Module):
-    """The gradient measurements, the gate and the targets' statistics. The same on every rank, at every step."""
+    """Gradient measurements, gate and target statistics. Equal on all ranks at every step."""
 
     ratio: Tensor
-    """Norm of SFR's gradient at h, at weight 1, over the token objective's; 0 before the first measurement: [1]."""
+    """Norm of SFR's gradient at h at weight 1 over the token objective's; 0 before the first measurement: [1]."""
     signal: Tensor
-    """Share of SFR's gradient power that does not average out over noise draws: [1]."""
+    """Noise-free share of SFR's squared gradient norm: the part that does not average out over noise draws: [1]."""
     weight: Tensor
-    """The steered weight, for sfr_weight_control = ratio: [1]."""
+    """The adaptive weight, for sfr_weight_control = ratio: [1]."""
     gate: Tensor
-    """1 where the term's gradient reaches the backbone, 0 where the gate is closed: [1]."""
+    """1 if SFR's gradient reaches the backbone, 0 if the gate is closed: [1]."""
     baseline: Tensor
-    """Running mean of the loss in each bin of t; 0 before the first: [N]."""
+    """EMA of the loss in each bin of t; 0 before the first value: [N]."""
     target_mean: Tensor
     """Mean of the targets, for sfr_target_scale = whiten: [D]."""
     target_std: Tensor
-    """Their standard deviation: [D]."""
+    """Standard deviation of the targets: [D]."""
     batches: Tensor
-    """Batches in these statistics, for sfr_whiten = ema: [1]."""
+    """Number of batches in the target statistics, for sfr_whiten = ema: [1]."""
 
     def __init__(self, weight: float, dim: int, bins: int) -> None:
         super().__init__()

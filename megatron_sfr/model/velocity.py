@@ -1,7 +1,7 @@
-"""The networks that answer a velocity: concatenated input, as SFR's authors have it, or modulated residual blocks.
+"""Velocity networks: an MLP on concatenated inputs, as in SFR's code, or residual blocks modulated by adaLN.
 
-Every product is a call of its own Linear, so that upstream's hooks on modules see each weight before it is read.
-Letters: B samples, A anchors, K noise draws, D dimension of the embedding, H of the hidden state, W width.
+Every weight is used by calling its module, so that upstream's forward pre-hooks run before the weight is read.
+Shapes: B samples, A anchors, K noise draws, D embedding dimension, H hidden size, W width.
 """
 
 import math
@@ -14,7 +14,7 @@ ADALN_FREQUENCIES = 256
 
 
 def sinusoids(t: Tensor, dim: int, scale: float) -> Tensor:
-    """[..., 1] -> [..., dim] in fp32 (float64 for it): sines, then cosines, of scale t at frequencies 1 to 1/10000."""
+    """[..., 1] -> [..., dim]: sines, then cosines, of scale * t at frequencies 1 to 1/10000. At least fp32."""
     t, half = t.to(torch.promote_types(t.dtype, torch.float32)), (dim + 1) // 2
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
     angle = t * scale * frequency
@@ -33,10 +33,10 @@ class ResidualBlock(nn.Module):
 
 
 class MLPVelocity(nn.Module):
-    """concat(x_t, emb(t), h) -> Linear -> LayerNorm -> SiLU -> residual blocks -> Linear, as SFR's public code.
+    """concat(x_t, emb(t), h) -> Linear -> LayerNorm -> SiLU -> residual blocks -> Linear, as in SFR's public code.
 
-    emb(t): D sines and cosines -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The first Linear is held by parts, so h is
-    projected once an anchor, not once a draw.
+    emb(t): D sines and cosines -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The first Linear is split by input, so that h
+    is projected once per anchor and not once per draw.
     """
 
     def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
@@ -51,7 +51,7 @@ class MLPVelocity(nn.Module):
         self.output = nn.Linear(W, D)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """torch's default everywhere, the first Linear as one of 2D + H inputs; the last one zero."""
+        """torch's defaults, with the first Linear treated as one of 2D + H inputs and the last one zero."""
         inputs = (self.input_x, self.input_t, self.input_h)
         fan_in = sum(part.in_features for part in inputs)
         _initialise(self, generator, fan_in=dict.fromkeys(inputs, fan_in), zero=(self.output,))
@@ -69,7 +69,7 @@ class MLPVelocity(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """x + gate MLP((1 + scale) LN(x) + shift), with shift, scale and gate from the condition; zero at first."""
+    """x + gate MLP((1 + scale) LN(x) + shift), with shift, scale and gate from the condition; initially x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class ModulatedBlock(nn.Module):
 class AdaLNVelocity(nn.Module):
     """x_t -> Linear -> blocks modulated by emb(t) + Linear(h) -> modulated LayerNorm -> Linear.
 
-    MAR's diffusion head (arXiv 2406.11838; adaLN-Zero of DiT, arXiv 2212.09748): modulations and last Linear are zero
-    at first. emb(t): 256 sines and cosines -> Linear -> SiLU -> Linear.
+    MAR's diffusion head (arXiv 2406.11838; adaLN-Zero of DiT, arXiv 2212.09748): modulations and the last Linear are
+    initialised to zero. emb(t): 256 sines and cosines -> Linear -> SiLU -> Linear.
     """
 
     def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
@@ -101,12 +101,12 @@ class AdaLNVelocity(nn.Module):
         self.output = nn.Linear(W, D)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """torch's default; every modulation and the last Linear zero."""
+        """torch's defaults, with every modulation and the last Linear zero."""
         modulations = [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)]
         _initialise(self, generator, fan_in={}, zero=(*modulations, self.modulation, self.output))
 
     def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
-        """As MLPVelocity's."""
+        """See MLPVelocity.forward."""
         time = self.time_out(F.silu(self.time_in(sinusoids(t, ADALN_FREQUENCIES, self.time_scale))))
         condition = time + self.input_h(h)
         if self.horizon is not None:
@@ -122,7 +122,7 @@ class AdaLNVelocity(nn.Module):
 def _initialise(
     net: nn.Module, generator: torch.Generator, *, fan_in: dict[nn.Linear, int], zero: tuple[nn.Linear, ...]
 ) -> None:
-    """torch's own defaults, drawn on the CPU from a generator: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); embeddings 0.02."""
+    """torch's defaults, drawn on the CPU: U(-1/sqrt(fan_in), 1/sqrt(fan_in)). Embeddings have std 0.02."""
     for module in net.modules():
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)

@@ -1,1 +1,1 @@
-"""Training objectives, one file a paper. Tensors and process groups come in; no Megatron here."""
+"""Training objectives, one file per paper. They take tensors and process groups and do not depend on Megatron."""

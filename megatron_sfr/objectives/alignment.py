@@ -1,6 +1,6 @@
 """Deterministic ablations of SFR (arXiv 2605.27971): cosine regression, and alignment of representations by CKA.
 
-Letters: B samples, A anchors, D dimension of the embedding, H of the hidden state.
+Shapes: B samples, A anchors, D embedding dimension, H hidden size.
 """
 
 import torch
@@ -10,9 +10,9 @@ FEWEST = 4  # the unbiased HSIC divides by n - 3
 
 
 def cosine_error(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cos(x, y) along the last axis, in [0, 2], of an answer x and a target y; x shorter than 1 counts as it is.
+    """1 - cos(x, y) along the last axis, in [0, 2], of a prediction x and a target y, with |x| replaced by max(|x|, 1).
 
-    1 - x.y / (max(|x|, 1) |y|): cosine proper has a gradient in x of 1 / |x|, without bound at a new head's answer 0.
+    1 - x.y / (max(|x|, 1) |y|): the gradient of the plain cosine grows as 1 / |x|, and a new head predicts x = 0.
     """
     length = torch.linalg.vector_norm(x, dim=-1).clamp(min=1) * torch.linalg.vector_norm(y, dim=-1).clamp(min=1e-8)
     return 1 - (x * y).sum(-1) / length
@@ -22,8 +22,8 @@ def linear_cka_error(h_BAH: Tensor, x_BAD: Tensor, weight_BA: Tensor) -> tuple[T
     """1 - CKA(h, x) over the anchors of each sample, and the sample's weight: [B, 1, 1] each.
 
     Linear CKA with the unbiased HSIC (Kornblith et al., arXiv 1905.00414; Song et al., JMLR 2012). A sample with fewer
-    than 4 anchors of positive weight weighs 0. The authors pool each sequence and compare a micro-batch, which
-    depends on how the batch is split; over the anchors of one sample it does not.
+    than 4 anchors of positive weight has weight 0. The authors pool each sequence and compute CKA over a microbatch,
+    which depends on how the batch is split; CKA over the anchors of one sample does not.
     """
     valid_BA = (weight_BA > 0).double()  # float64: the terms of the unbiased HSIC cancel
     n_B = valid_BA.sum(-1)
@@ -37,7 +37,7 @@ def linear_cka_error(h_BAH: Tensor, x_BAD: Tensor, weight_BA: Tensor) -> tuple[T
 
 
 def _gram(x_BAH: Tensor, valid_BA: Tensor) -> Tensor:
-    """Inner products of the valid rows at unit mean square, without the diagonal: CKA does not see the scale."""
+    """Gram matrix of the valid rows, with diagonal 0. x is normalised first: CKA does not depend on its scale."""
     x = x_BAH * valid_BA[..., None]
     x = x / x.square().sum((1, 2), keepdim=True).clamp(min=1e-20).sqrt()
     k_BAA = x @ x.transpose(1, 2)
@@ -45,7 +45,7 @@ def _gram(x_BAH: Tensor, valid_BA: Tensor) -> Tensor:
 
 
 def _unbiased_hsic(k_BAA: Tensor, l_BAA: Tensor, n_B: Tensor) -> Tensor:
-    """[tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2 1'KL1 / (n-2)] / (n (n-3)) for Gram matrices without diagonal: [B]."""
+    """[tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2 1'KL1 / (n-2)] / (n (n-3)) for Gram matrices with zero diagonal: [B]."""
     k_BA, l_BA = k_BAA.sum(-1), l_BAA.sum(-1)
     trace, both = (k_BAA * l_BAA).sum((1, 2)), (k_BA * l_BA).sum(-1)
     ends = k_BA.sum(-1) * l_BA.sum(-1)

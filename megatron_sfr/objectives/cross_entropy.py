@@ -14,7 +14,7 @@ class CrossEntropy:
 
     @property
     def scan(self) -> Scan:
-        """The plain sum alone."""
+        """Only the sum at temperature 1."""
         return Scan()
 
     def close(self, rows: Rows) -> Closed:

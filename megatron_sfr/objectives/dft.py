@@ -1,6 +1,6 @@
 """DFT (Dynamic Fine-Tuning, arXiv 2508.05629): cross-entropy weighted by the label's own probability.
 
-L = -sg(p_y) ln p_y,  dL/dz = p_y (softmax(z) - e_y), with sg = stop gradient: what is improbable is hardly learnt.
+L = -sg(p_y) ln p_y,  dL/dz = p_y (softmax(z) - e_y), with sg = stop gradient. Improbable labels have little effect.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from megatron_sfr.objectives.vocab import Rows, Scan
 
 @dataclass(frozen=True)
 class DFT:
-    """Cross-entropy times the probability that the label has already."""
+    """Cross-entropy times the label's current probability."""
 
     @property
     def scan(self) -> Scan:
-        """The plain sum alone."""
+        """Only the sum at temperature 1."""
         return Scan()
 
     def close(self, rows: Rows) -> Closed:

@@ -1,6 +1,6 @@
-"""The gradient gate of SFR's public code: where the head has solved its task, the backbone is left alone for a step.
+"""The gradient gate of SFR's public code: it keeps SFR's gradient from the backbone while the head's loss is low.
 
-Letters: N bins of t.
+Shapes: N bins of t.
 """
 
 from dataclasses import dataclass
@@ -12,32 +12,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GateOptions:
-    """When the term's gradient stops short of the backbone."""
+    """When the gate keeps the auxiliary loss's gradient from the backbone."""
 
     sfr_gate: Literal["none", "static", "dynamic"] = "none"
-    """'static' closes after a step whose loss was below sfr_gate_threshold; 'dynamic' after one whose loss was below
-    its running baseline over sfr_gate_ratio (on in the authors' YAML). While closed, only the head learns."""
+    """Whether a low SFR loss closes the gate for the next step, so that only the head learns. 'none' (default): never.
+    'static': when the loss is below sfr_gate_threshold. 'dynamic': when the loss is below its running baseline divided
+    by sfr_gate_ratio (on in the authors' YAML)."""
     sfr_gate_threshold: float = 0.1
-    """Loss below which the static gate closes."""
+    """Loss below which the static gate closes. Default 0.1."""
     sfr_gate_ratio: float = 1.5
-    """How many times below its baseline the loss must be for the dynamic gate to close; the authors' 1.5."""
+    """The dynamic gate closes when the loss is below the baseline divided by this ratio. Default 1.5, as in the
+    authors' code."""
     sfr_gate_decay: float = 0.99
-    """Share of the baseline that a step keeps; the authors' 0.99."""
+    """EMA decay of the baseline per step. Default 0.99, as in the authors' code."""
     sfr_gate_bins: int = 8
-    """Bins of t with a baseline each. The loss depends on t far more than on progress, so with the authors' single bin
-    the gate mostly follows the times that were drawn."""
+    """Number of bins of t, each with its own baseline. The loss depends far more on t than on training progress: with
+    the authors' single bin the gate mostly reacts to which t were drawn. Default 8."""
 
     def __post_init__(self) -> None:
         if self.sfr_gate_ratio < 1:
             raise ValueError(f"sfr_gate_ratio = {self.sfr_gate_ratio}: below 1 the gate would close on every step")
         if not 0 <= self.sfr_gate_decay < 1:
-            raise ValueError(f"sfr_gate_decay = {self.sfr_gate_decay}: choose 0 up to, but not, 1")
+            raise ValueError(f"sfr_gate_decay = {self.sfr_gate_decay}: choose at least 0 and below 1")
         if not 1 <= self.sfr_gate_bins <= 1024:
             raise ValueError(f"sfr_gate_bins = {self.sfr_gate_bins}: choose 1 to 1024")
 
 
 def sums_by_time(error: Tensor, weight: Tensor, t: Tensor, bins: int) -> Tensor:
-    """[sum w error, sum w] in each bin of t in [0, 1], for tensors that broadcast: [2, N], without a gradient."""
+    """[sum w error, sum w] in each bin of t in [0, 1]: [2, N], detached. The tensors are broadcast first."""
     error, weight, t = (x.detach().reshape(-1) for x in torch.broadcast_tensors(error, weight, t))
     index = (t * bins).long().clamp(0, bins - 1)
     sums_2N = torch.zeros(2, bins, dtype=error.dtype, device=error.device)
@@ -45,12 +47,12 @@ def sums_by_time(error: Tensor, weight: Tensor, t: Tensor, bins: int) -> Tensor:
 
 
 def decide(sums_2N: Tensor, baseline_N: Tensor, options: GateOptions) -> tuple[Tensor, Tensor]:
-    """Whether the gate is open for the next step (1.0 or 0.0, [1]), and the baseline [N] with this step in it.
+    """Whether the gate is open for the next step (1.0 or 0.0, [1]), and the updated baseline [N].
 
-    A bin without a baseline yet (0) is left out of the comparison; with none, the gate is open.
+    Bins that have no baseline yet (0) are not compared; if no bin has one, the gate is open.
     """
     total_N, weight_N = sums_2N
-    found_N = total_N / weight_N.clamp(min=1e-20)
+    mean_N = total_N / weight_N.clamp(min=1e-20)
     known_N = (baseline_N > 0) & (weight_N > 0)
     if options.sfr_gate == "static":
         closed = (total_N.sum() < options.sfr_gate_threshold * weight_N.sum()) & (weight_N.sum() > 0)
@@ -58,5 +60,5 @@ def decide(sums_2N: Tensor, baseline_N: Tensor, options: GateOptions) -> tuple[T
         expected = torch.where(known_N, weight_N * baseline_N, 0).sum()
         closed = torch.where(known_N, total_N, 0).sum() * options.sfr_gate_ratio < expected
     keep = options.sfr_gate_decay
-    baseline = torch.where(baseline_N > 0, keep * baseline_N + (1 - keep) * found_N, found_N)
+    baseline = torch.where(baseline_N > 0, keep * baseline_N + (1 - keep) * mean_N, mean_N)
     return (~closed).to(baseline_N.dtype)[None], torch.where(weight_N > 0, baseline, baseline_N)

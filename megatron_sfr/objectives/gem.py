@@ -1,4 +1,4 @@
-"""GEM, Preserving Diversity in Supervised Fine-Tuning of LLMs (arXiv 2408.16673): learn only against close rivals.
+"""GEM, Preserving Diversity in Supervised Fine-Tuning of LLMs (arXiv 2408.16673): push down only close competitors.
 
 With q = sg softmax(z / beta), w_i = 1 (linear) or sg sigmoid(c (z_i - z_y)) (logsigmoid), sg = stop gradient:
 L = -sum_i q_i w_i (ln p_y - ln p_i) = sum_i a_i z_i - A z_y,  a_i = q_i w_i,  A = sum_i a_i,  and  dL/dz = a - A e_y.
@@ -17,13 +17,15 @@ class GEMOptions:
     """GEM, for --objective gem."""
 
     gem_beta: float = 0.7
-    """Temperature beta of the rivals q, in (0, 1]: 1 has cross-entropy's gradient, towards 0 only the most probable
-    rival counts and a token that is the most probable one already teaches nothing. 0.7 is the authors' value."""
+    """Temperature beta of q, the distribution over competing tokens, in (0, 1]. 1 gives the gradient of cross-entropy.
+    Towards 0 only the most probable token competes, and a label that is already the most probable token has no
+    gradient. Default 0.7, as in the paper."""
     gem_h: Literal["linear", "logsigmoid"] = "linear"
-    """The paper's function h of the log-ratio: 'linear' weighs all rivals alike, 'logsigmoid' by
-    sigmoid(c (z_i - z_y)), as the authors' scripts do."""
+    """The paper's function h of the log-ratio. 'linear' (default) gives all competing tokens weight 1; 'logsigmoid'
+    weights them by sigmoid(c (z_i - z_y)), as the authors' scripts do."""
     gem_slope: float = 0.01
-    """Slope c of the logsigmoid. At the authors' 0.01 its loss is about half the linear one."""
+    """Slope c of the logsigmoid. Default 0.01, as in the authors' scripts; the loss is then about half the linear
+    one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gem_beta <= 1:
@@ -34,13 +36,13 @@ class GEMOptions:
 
 @dataclass(frozen=True)
 class GEM:
-    """The loss of one token."""
+    """GEM's loss of one token."""
 
     options: GEMOptions = GEMOptions()
 
     @property
     def scan(self) -> Scan:
-        """Sums at temperature beta, with the logsigmoid's weights if it has them."""
+        """Sums at temperature beta, weighted if h is the logsigmoid."""
         c = self.options.gem_slope if self.options.gem_h == "logsigmoid" else 0.0
         return Scan(beta=self.options.gem_beta, moments=True, c=c)
 

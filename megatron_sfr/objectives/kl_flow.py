@@ -1,7 +1,7 @@
-"""What KL-flow (Logit-KL Flow Matching, arXiv 2411.16821) shows its denoiser: which tokens of a text are free, and the
-point of the simplex between noise and text. Its loss is the cross-entropy of the clean tokens at the free positions.
+"""The input of KL-flow's denoiser (Logit-KL Flow Matching, arXiv 2411.16821): which tokens of a text are free, and the
+point of the simplex between noise and text. The loss is the cross-entropy of the clean tokens at the free positions.
 
-Letters: B samples, S positions of a row of tokens, N of a text, V vocabulary columns of the shard, T positions in all.
+Shapes: B samples, S positions of a sequence, N positions of a text, V vocabulary columns of the shard, T = B N.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from megatron_sfr.flow.simplex import Simplex, log_dirichlet
 from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.noise import uniform
 
-SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and what looks at it have lower ones
-REPLY, INFILL, LENGTH, BEGIN = range(4)  # what is chosen of a text
+SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and its diagnostics use lower streams
+REPLY, INFILL, LENGTH, BEGIN = range(4)  # the random choices made for a text
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,15 @@ class KLFlowOptions:
     """Flow matching on the simplex of tokens (--training-task kl-flow)."""
 
     kl_flow_smoothing: float = 0.01
-    """b: mass that the target's smoothed one-hot spreads evenly over all tokens; the paper's 0.01."""
+    """b: probability mass of the target's one-hot that is spread evenly over all tokens. Default 0.01, as in the
+    paper."""
     kl_flow_t_max: float = 0.3
-    """t is drawn from U[0, t_max], one a text; the paper's 0.3, beyond which the token is all but certain."""
+    """Each text draws one t from U[0, t_max]. Default 0.3, as in the paper; at larger t the token is almost certain."""
     kl_flow_noise_seed: int = 1234
-    """Key of the noise, which is a function of (key, sample, position, token) alone."""
+    """Seed of the noise, which depends only on (seed, sample, position, token). Default 1234."""
     kl_flow_infill: float = 0.0
-    """Share of the texts of which only one span is free, its length uniform from 1 to all that was free, its place
-    uniform; the rest is given as it is."""
+    """Fraction of the texts that are trained on infilling: a single span is free, with uniform length and position
+    within what would have been free; the rest of the text is given. Default 0."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_flow_smoothing < 1:
@@ -38,7 +39,7 @@ class KLFlowOptions:
         if not 0 < self.kl_flow_t_max < 1:
             raise ValueError(f"kl_flow_t_max = {self.kl_flow_t_max}: choose above 0 and below 1")
         if not 0 <= self.kl_flow_infill <= 1:
-            raise ValueError(f"kl_flow_infill = {self.kl_flow_infill}: a share is from 0 to 1")
+            raise ValueError(f"kl_flow_infill = {self.kl_flow_infill}: choose a fraction from 0 to 1")
 
 
 def draw_time(sample_B: Tensor, options: KLFlowOptions) -> Tensor:
@@ -50,44 +51,45 @@ def draw_time(sample_B: Tensor, options: KLFlowOptions) -> Tensor:
 def free_text(
     tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, sample_B: Tensor, length: int, options: KLFlowOptions
 ) -> tuple[Tensor, Tensor]:
-    """The first `length` tokens of each row, int64 [B, N], and which of them are to be found, bool [B, N].
+    """The first `length` tokens of each sequence, int64 [B, N], and which of them are free, bool [B, N].
 
-    A row of documents is free altogether. Of a conversation one reply is, drawn afresh each epoch; what comes before is
-    given, and what comes after is free too and filled with the reply's last token, its end, as LLaDA (arXiv 2502.09992)
-    does: a model that knew where the text ends would not learn to end it. Rows without supervised tokens are not free.
+    A sequence of documents is entirely free. Of a conversation one reply is free, drawn again each epoch. The tokens
+    before it are given. The positions after it are free too and hold the reply's last token, which ends it, as in LLaDA
+    (arXiv 2502.09992): a model that saw where the text ends would not learn to end it. A sequence without supervised
+    tokens has no free positions.
     """
     text_BN = torch.cat([tokens_BS[:, :1], labels_BS], dim=1)[:, :length]
-    mask_BS = loss_mask_BS > 0  # of the labels; before the first token of a conversation nothing could ask for it
+    mask_BS = loss_mask_BS > 0  # of the labels; the first token has none
     mask_BN = torch.cat([mask_BS.all(-1, keepdim=True), mask_BS], dim=1)[:, :length]
-    place_N = torch.arange(length, device=text_BN.device)
-    reply_BN = (mask_BN & ~F.pad(mask_BN, (1, 0))[:, :-1]).cumsum(-1)  # counts them from 1, at them and after
+    position_N = torch.arange(length, device=text_BN.device)
+    reply_BN = (mask_BN & ~F.pad(mask_BN, (1, 0))[:, :-1]).cumsum(-1)  # number of replies begun
     chosen_B1 = _choice(REPLY, reply_BN[:, -1:], sample_B, options)
     free_BN = mask_BN & (reply_BN == 1 + chosen_B1)
-    last_B1 = torch.where(free_BN, place_N, -1).amax(-1, keepdim=True)
-    after_BN = (place_N > last_B1) & (last_B1 >= 0)
+    last_B1 = torch.where(free_BN, position_N, -1).amax(-1, keepdim=True)
+    after_BN = (position_N > last_B1) & (last_B1 >= 0)
     text_BN = torch.where(after_BN, text_BN.gather(-1, last_B1.clamp(min=0)), text_BN)
     free_BN = free_BN | after_BN
-    return text_BN, _infilled(free_BN, place_N, sample_B, options) if options.kl_flow_infill > 0 else free_BN
+    return text_BN, _infilled(free_BN, position_N, sample_B, options) if options.kl_flow_infill > 0 else free_BN
 
 
-def _infilled(free_BN: Tensor, place_N: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    """What is free, which reaches from some place to the end, or a span of it."""
+def _infilled(free_BN: Tensor, position_N: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
+    """The free positions, which reach to the end of the text, or a random span of them."""
     size_B1 = free_BN.sum(-1, keepdim=True)
     length_B1 = 1 + _choice(LENGTH, size_B1, sample_B, options)
     begin_B1 = free_BN.shape[-1] - size_B1 + _choice(BEGIN, size_B1 - length_B1 + 1, sample_B, options)
-    span_BN = (place_N >= begin_B1) & (place_N < begin_B1 + length_B1)
+    span_BN = (position_N >= begin_B1) & (position_N < begin_B1 + length_B1)
     infill_B1 = _number(INFILL, sample_B, options) < options.kl_flow_infill
     return free_BN & (span_BN | ~infill_B1)
 
 
 def _number(what: int, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    place_B = torch.full_like(sample_B, what)
-    number_B = uniform(options.kl_flow_noise_seed, sample_B, place_B, torch.zeros_like(place_B), stream=CHOICE_STREAM)
+    choice_B = torch.full_like(sample_B, what)
+    number_B = uniform(options.kl_flow_noise_seed, sample_B, choice_B, torch.zeros_like(choice_B), stream=CHOICE_STREAM)
     return number_B[:, None]
 
 
 def _choice(what: int, count_B1: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    """0 to count - 1, evenly: int64 [B, 1]; 0 where the count is 0."""
+    """Uniform from 0 to count - 1: int64 [B, 1]; 0 where the count is 0."""
     chosen_B1 = (_number(what, sample_B, options).double() * count_B1).long()
     return torch.minimum(chosen_B1, (count_B1 - 1).clamp(min=0))
 
@@ -95,14 +97,15 @@ def _choice(what: int, count_B1: Tensor, sample_B: Tensor, options: KLFlowOption
 def noisy_point(
     text_BN: Tensor, free_BN: Tensor, t_B: Tensor, sample_B: Tensor, vocab: Vocab, width: int, options: KLFlowOptions
 ) -> Tensor:
-    """The shard [B, N, V] of x_t = softmax((1 - t) ln x_0 + t l_1), x_0 ~ Dirichlet(1), at the free positions; of the
-    token's own one-hot at the others. fp32; columns that only pad the vocabulary are 0.
+    """This rank's columns [B, N, V] of the denoiser's input, fp32: x_t at the free positions, one-hot at the others.
 
-    Args: width: columns V of the shard, padding among them. One collective, of two numbers a position; one tensor of
-        the size of the result.
+    x_t = softmax((1 - t) ln x_0 + t l_1) with x_0 ~ Dirichlet(1). Padding columns of the vocabulary are 0. Needs one
+    collective of two numbers per position and allocates one tensor of the size of the result.
+
+    Args: width: columns V of the shard, including padding.
     """
-    place_N = torch.arange(text_BN.shape[1], device=text_BN.device)
-    key = options.kl_flow_noise_seed, sample_B[:, None], place_N, torch.zeros_like(place_N)
+    position_N = torch.arange(text_BN.shape[1], device=text_BN.device)
+    key = options.kl_flow_noise_seed, sample_B[:, None], position_N, torch.zeros_like(position_N)
     l_BNV = log_dirichlet(*key, width, start=vocab.start, stream=SOURCE_STREAM)
     real = vocab.real(l_BNV.flatten(0, 1)).shape[-1]
     column_BN = vocab.local(text_BN, real)
@@ -117,7 +120,7 @@ def noisy_point(
 
 
 def sharded_softmax(l_TV: Tensor, vocab: Vocab) -> Tensor:
-    """softmax over the whole vocabulary of a shard [T, V], in place; -inf becomes 0, and may fill a shard."""
+    """Softmax over the whole vocabulary of a shard [T, V], in place. -inf becomes 0; a shard may hold only -inf."""
     m_T1 = l_TV.amax(-1, keepdim=True).clamp(min=torch.finfo(l_TV.dtype).min)
     l_TV.sub_(m_T1).exp_()
     m_RT1, u_RT1 = vocab.gather(torch.cat([m_T1, l_TV.sum(-1, keepdim=True)], dim=-1)).split(1, dim=-1)

@@ -1,4 +1,4 @@
-"""SED-SFT (arXiv 2602.07464): cross-entropy, held back where the model has room for several continuations.
+"""SED-SFT (arXiv 2602.07464): cross-entropy, attenuated where the model spreads its mass over many continuations.
 
 L = -ln p_y + lambda M (p_y - 1/2)^2,  M = 1 if the k largest probabilities sum to less than tau, else 0;
 dL/dz = (1 - 2 lambda M p_y (p_y - 1/2)) (softmax(z) - e_y). The paper's "entropy" is that square, not Shannon's.
@@ -17,13 +17,15 @@ class SEDOptions:
     """SED-SFT, for --objective sed."""
 
     sed_weight: float = 1.0
-    """Weight lambda of the square. 0 is cross-entropy; above 1 it can push a probable label down: its probability
-    comes to rest at (1 + sqrt(1 + 8 / lambda)) / 4."""
+    """Weight lambda of the squared term. Default 1. 0 is cross-entropy. Above 1 the term can push a probable label
+    down: its probability converges to (1 + sqrt(1 + 8 / lambda)) / 4."""
     sed_top_k: int = 10
-    """How many of the largest probabilities P_k sums; the same number as in `megatron-sfr calibrate-sed`."""
+    """Number k of the largest probabilities that P_k sums; use the same k as in `megatron-sfr calibrate-sed`. Default
+    10."""
     sed_threshold: float | None = None
-    """Threshold tau: tokens with P_k below it are held back. `megatron-sfr calibrate-sed` finds it for a wanted share
-    of exempt tokens; 0 exempts all (cross-entropy), above 1 none."""
+    """Threshold tau: the squared term applies to tokens whose P_k is below it. 0 exempts every token (cross-entropy), a
+    value above 1 none. `megatron-sfr calibrate-sed` computes it for a given share of exempt tokens. Required with
+    --objective sed."""
 
     def __post_init__(self) -> None:
         if self.sed_weight < 0:
@@ -39,17 +41,17 @@ def top_mass(rows: Rows) -> Tensor:
 
 @dataclass(frozen=True)
 class SED:
-    """The loss of one token."""
+    """SED-SFT's loss of one token."""
 
     options: SEDOptions
 
     @property
     def scan(self) -> Scan:
-        """The plain sum and the k largest logits."""
+        """The sum at temperature 1 and the k largest logits."""
         return Scan(top_k=self.options.sed_top_k)
 
     def close(self, rows: Rows) -> Closed:
-        """Cross-entropy and the square; cross-entropy's gradient times a gain."""
+        """Cross-entropy plus the squared term; the gradient of cross-entropy times a gain."""
         assert self.options.sed_threshold is not None
         weight = self.options.sed_weight * (top_mass(rows) < self.options.sed_threshold).to(rows.u.dtype)
         p_y = rows.x_y.exp() / rows.u

@@ -1,6 +1,6 @@
-"""Semantic Flow Regularization (arXiv 2605.27971): a stochastic head must model embeddings of the text to come.
+"""Semantic Flow Regularization (arXiv 2605.27971): a stochastic head models embeddings of the text that follows.
 
-Letters: B samples, A anchors a sample, K noise draws, D dimension of the sentence embedding, H of the hidden state.
+Shapes: B samples, A anchors per sample, K noise draws, D embedding dimension, H hidden size.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,33 @@ from megatron_sfr.objectives.alignment import cosine_error, linear_cka_error
 from megatron_sfr.runtime import noise
 
 SOURCE_STREAM, TIME_STREAM = 0, 1
-HORIZON_BITS = 24  # positions stay below 2^24; the horizon is counted above them
+HORIZON_BITS = 24  # positions are below 2^24; the bits above hold the horizon
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SFROptions:
-    """The term that looks ahead."""
+    """SFR's auxiliary loss."""
 
     sfr_loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
-    """'flow': flow matching, the method. The paper's ablations are deterministic: 'mse' regresses the head's answer
-    at x_t = 0, t = 0 on the embedding (flow with source and time zero), 'cosine' turns it there, 'cka' aligns the
-    hidden states themselves over each sample's anchors (linear CKA, at least 4 anchors; the authors: over a batch)."""
+    """'flow' (default): flow matching, the method. The others are the paper's deterministic ablations. 'mse': squared
+    error between the embedding and the head's output at x_t = 0, t = 0 (flow with source and time zero). 'cosine':
+    cosine distance between the same two. 'cka': linear CKA between hidden states and embeddings over the anchors of
+    each sample, at least 4 (the authors: over a batch)."""
     sfr_source: Literal["normal", "zero"] = "normal"
-    """Source x_0 of the flow: N(0, I), or the degenerate 0, which wants sfr_time = zero: at t > 0 it would leak the
-    target, x_1 = x_t / t."""
+    """Source x_0 of the flow. 'normal' (default): N(0, I). 'zero': 0, which requires sfr_time = zero, because at t > 0
+    it leaks the target, x_1 = x_t / t."""
     sfr_time: Literal["uniform", "logit_normal", "zero"] = "uniform"
-    """Law of t: U(0, 1) as the authors' code, sigmoid(N(0, 1)) as Stable Diffusion 3 (arXiv 2403.03206), or 0."""
+    """Distribution of t. 'uniform' (default): U(0, 1), as in the authors' code. 'logit_normal': sigmoid(N(0, 1)), as in
+    Stable Diffusion 3 (arXiv 2403.03206). 'zero': 0."""
     sfr_time_per: Literal["anchor", "sequence"] = "anchor"
-    """Whether each anchor draws its own t, or all anchors of a sequence share one (as the authors' code does)."""
+    """Whether each anchor draws its own t (default), or all anchors of a sequence share one, as in the authors'
+    code."""
     sfr_draws: int = 4
-    """Noise draws (x_0, t) an anchor and step; their losses are averaged. MAR (arXiv 2406.11838) takes 4, the authors'
-    code 1."""
+    """Noise draws (x_0, t) per anchor and step; their losses are averaged. Default 4, as in MAR (arXiv 2406.11838); the
+    authors' code uses 1."""
     sfr_noise_seed: int = 1234
-    """Key of the noise, which is a function of (key, sample, anchor, draw) alone."""
+    """Seed of the noise, which depends only on (seed, sample, anchor, draw). Default 1234."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.sfr_draws <= 1024:
@@ -52,18 +55,21 @@ class SFROptions:
 
     @property
     def stochastic(self) -> bool:
-        """Whether noise is drawn."""
+        """Whether the loss uses noise."""
         return self.sfr_loss == "flow" and (self.sfr_source == "normal" or self.sfr_time != "zero")
 
 
 def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
     """Weights of one sample's anchors: proportional to (N - j) / N, scaled to sum to N over each response.
 
-    The paper's position weight w_t = (N - pos_t + 1) / N with pos = j + 1. Summing to the response's number of
-    supervised tokens N makes "sum of terms over the global batch / its supervised tokens" SFR's mean too, on any
-    layout. A response without anchors weighs nothing.
+    The paper's position weight is w_t = (N - pos_t + 1) / N with pos = j + 1. The weights of a response sum to its
+    number of supervised tokens N, so dividing the sum over the global batch by its supervised tokens gives SFR's mean
+    on any parallel layout. A response without anchors has weight 0.
 
-    Args: int arrays [A]: j (0-based place of the predicted token in its response), N, which response of the sample.
+    Args:
+        ordinal: j, the 0-based index of the predicted token in its response; int [A].
+        length: N; int [A].
+        response: index of the response in the sample; int [A].
     Returns: float32 [A].
     """
     raw = (length - ordinal) / np.maximum(length, 1)
@@ -75,22 +81,25 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
 def draw_noise(
     sample_BA: Tensor, position_BA: Tensor, horizon_BA: Tensor, dim: int, first_draw: int, options: SFROptions
 ) -> tuple[Tensor, Tensor]:
-    """Source points x_0 [B, A, K, D] and times t [B, A, K, 1] in fp32, stateless: same keys, same numbers.
+    """Source points x_0 [B, A, K, D] and times t [B, A, K, 1] in fp32. Stateless: the same keys give the same numbers.
 
-    Args: which conversation of the run each anchor is of, its token position there, and its horizon; int64.
-        first_draw: number of the first of the K draws, so that a second, independent set can be had.
+    Args:
+        sample_BA: number of the anchor's conversation in the run, int64.
+        position_BA: token position of the anchor in that conversation, int64.
+        horizon_BA: horizon of the anchor, int64.
+        first_draw: index of the first of the K draws; another value gives an independent set.
     """
     if not options.stochastic:  # one deterministic pair, at the start of the path
         start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
         return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
     draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_BA.device)
-    sample, place = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
+    sample, position = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
     seed = options.sfr_noise_seed
-    x_0 = noise.normal(seed, sample, place, draw_K, dim, stream=SOURCE_STREAM)
+    x_0 = noise.normal(seed, sample, position, draw_K, dim, stream=SOURCE_STREAM)
     if options.sfr_time == "zero":
         return x_0, torch.zeros_like(x_0[..., :1])
-    place = place if options.sfr_time_per == "anchor" else torch.zeros_like(place)
-    t = noise.uniform(seed, sample, place, draw_K, stream=TIME_STREAM)
+    position = position if options.sfr_time_per == "anchor" else torch.zeros_like(position)
+    t = noise.uniform(seed, sample, position, draw_K, stream=TIME_STREAM)
     if options.sfr_time == "logit_normal":
         t = torch.special.ndtri(t).sigmoid()
     return x_0, t[..., None]
@@ -99,10 +108,12 @@ def draw_noise(
 def flow_matching_error(velocity: Velocity, h_BAH: Tensor, x_1_BAD: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
     """mean_d (v(x_t, t, h) - (x_1 - x_0))^2 of each anchor and draw [B, A, K], in the dtype of the noise (fp32).
 
-    A head that answers 0 costs E|x_1 - x_0|^2 / D: 1 + 1/D for unit-length targets, 2 for sqrt_d. The optimum is
-    v* = E[x_1 - x_0 | x_t, h]: a stochastic x_0 makes the head model the distribution of futures, not their mean.
+    A head that predicts 0 has the loss E|x_1 - x_0|^2 / D: 1 + 1/D for unit-length targets, 2 for sqrt_d. The optimum
+    is v* = E[x_1 - x_0 | x_t, h]: a stochastic x_0 makes the head model the distribution of futures, not their mean.
 
-    Args: velocity: (x_t [B, A, K, D], t [B, A, K, 1], h [B, A, 1, H]) -> [B, A, K, D]; x_0, t: as `draw_noise` gives.
+    Args:
+        velocity: (x_t [B, A, K, D], t [B, A, K, 1], h [B, A, 1, H]) -> [B, A, K, D].
+        x_0, t: noise from `draw_noise`.
     """
     x_t, v = interpolate(x_0, x_1_BAD[:, :, None], t)
     return (velocity(x_t, t, h_BAH[:, :, None]).to(v.dtype) - v).square().mean(-1)
@@ -117,9 +128,9 @@ def anchor_errors(
     t: Tensor,
     options: SFROptions,
 ) -> tuple[Tensor, Tensor]:
-    """Errors [B, A, K] and their weights [B, A, 1] of the loss that the options name; weight 0 is padding.
+    """Errors [B, A, K] and their weights [B, A, 1] for options.sfr_loss; padding has weight 0.
 
-    cka has one error a sample: [B, 1, 1]. velocity may be None for it alone: it has no head.
+    cka has one error per sample, [B, 1, 1], and no velocity network: only there may `velocity` be None.
     """
     if options.sfr_loss == "cka":
         return linear_cka_error(h_BAH, x_1_BAD, weight_BA)

@@ -13,11 +13,11 @@ from megatron_sfr.objectives.token_loss import TokenObjective
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """What is minimised on each token."""
+    """The loss of each token."""
 
     objective: Literal["ce", "gem", "sed", "dft"] = "ce"
-    """Loss of a token: cross-entropy, GEM (arXiv 2408.16673), SED-SFT (arXiv 2602.07464) or DFT (arXiv 2508.05629);
-    with --sfr beside the flow-matching loss. `lm loss` is cross-entropy in every log."""
+    """Loss of each token: cross-entropy (default), GEM (arXiv 2408.16673), SED-SFT (arXiv 2602.07464) or DFT (arXiv
+    2508.05629). --sfr adds the flow-matching loss to it. The log's `lm loss` is always cross-entropy."""
 
 
 OBJECTIVES: dict[str, Callable[[GEMOptions, SEDOptions], TokenObjective]] = {

@@ -1,4 +1,4 @@
-"""The scale at which sentence embeddings are targets of the flow. Letters: D dimension of the embedding."""
+"""Scaling of sentence embeddings to targets of the flow. Shapes: D embedding dimension."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,29 +6,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SMALLEST = 0.01  # a dimension's spread counts as at least this share of 1 / sqrt(D), the spread of a unit vector
+SMALLEST = 0.01  # lower bound on a dimension's standard deviation, in units of 1 / sqrt(D), that of a unit vector
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What the flow is trained to reach."""
+    """The targets of the flow."""
 
     sfr_target_scale: Literal["l2", "sqrt_d", "whiten"] = "sqrt_d"
-    """'l2': unit-length targets as the authors' code has them; 'sqrt_d': times sqrt(D), so that noise and target have
-    the same scale in each dimension; 'whiten': less the mean and over the standard deviation of each dimension."""
+    """Scale of the targets. 'l2': unit length, as in the authors' code. 'sqrt_d' (default): unit length times sqrt(D),
+    so that noise and targets have the same scale in each dimension. 'whiten': subtract the mean of each dimension and
+    divide by its standard deviation."""
     sfr_whiten: Literal["store", "ema"] = "store"
-    """Statistics for sfr_target_scale = whiten: those of the target store, or a running average over batches that
-    starts at sqrt_d. Both are in the checkpoint."""
+    """Statistics for sfr_target_scale = whiten. 'store' (default): those of the target store. 'ema': an EMA over
+    batches that starts at the scale of sqrt_d. Checkpoints contain either."""
     sfr_whiten_decay: float = 0.99
-    """Share of the running average that a step keeps, for sfr_whiten = ema."""
+    """EMA decay per step, for sfr_whiten = ema. Default 0.99."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sfr_whiten_decay < 1:
-            raise ValueError(f"sfr_whiten_decay = {self.sfr_whiten_decay}: choose 0 up to, but not, 1")
+            raise ValueError(f"sfr_whiten_decay = {self.sfr_whiten_decay}: choose at least 0 and below 1")
 
 
 def scale_targets(x_1: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOptions) -> Tensor:
-    """Unit-length embeddings [..., D] to the scale that the flow is trained at; fp32. Statistics only for whiten."""
+    """Scales unit-length embeddings [..., D] to targets of the flow, fp32. Only 'whiten' uses the statistics."""
     x_1, root = x_1.float(), x_1.shape[-1] ** 0.5
     if options.sfr_target_scale == "whiten":
         return (x_1 - mean_D) / std_D.clamp(min=SMALLEST / root)
@@ -36,7 +37,7 @@ def scale_targets(x_1: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOpt
 
 
 def unit_targets(x: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOptions) -> Tensor:
-    """The inverse of `scale_targets`, up to the length: points [..., D] at the flow's scale as embeddings."""
+    """The inverse of `scale_targets` up to length: maps points [..., D] at the flow's scale to embeddings."""
     if options.sfr_target_scale == "whiten":
         return x * std_D.clamp(min=SMALLEST / x.shape[-1] ** 0.5) + mean_D
     return x
@@ -49,8 +50,10 @@ def batch_moments(x_1: Tensor, weight: Tensor) -> Tensor:
 
 
 def running_statistics(moments: Tensor, mean_D: Tensor, std_D: Tensor, seen: Tensor, decay: float) -> tuple:
-    """(mean, std, seen) after one more batch: its own for the first one, then decay old + (1 - decay) new, of mean and
-    variance. seen counts the batches; a batch without weight changes nothing."""
+    """(mean, std, seen) after one more batch: an EMA of mean and variance, decay old + (1 - decay) new.
+
+    The first batch replaces the initial values. `seen` counts batches; a batch of weight 0 changes nothing.
+    """
     w, x, square = moments[0], *moments[1:].chunk(2)
     mean = x / w.clamp(min=1e-20)
     variance = (square / w.clamp(min=1e-20) - mean.square()).clamp(min=0)

@@ -1,8 +1,8 @@
-"""Losses of one token against its logits, vocab-parallel: one pass finds each row's sums, one writes the gradient.
+"""Vocab-parallel token losses: one pass over the logits computes the statistics of each token, one writes the gradient.
 
-Every objective here has a gradient of the form  dL/dz_i = scale w_i exp((z_i - m) / beta) - spike [i = y],  so the file
-of a paper says what to scan for and what follows from a row's sums; logits are never gathered, and never copied.
-Letters: T tokens, V columns of the local shard, N statistics of a row.
+Every objective has a gradient of the form  dL/dz_i = scale w_i exp((z_i - m) / beta) - spike [i = y],  so an objective
+only names the statistics it needs and computes loss, scale and spike from them. Logits are never gathered or copied.
+Shapes: T tokens, V columns of the local shard, N statistics per token.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class Closed(NamedTuple):
-    """What an objective makes of a row's sums; [T] each."""
+    """Loss, softmax coefficient (scale) and label coefficient (spike) of each token; [T] each."""
 
     loss: Tensor
     scale: Tensor
@@ -26,19 +26,19 @@ class Closed(NamedTuple):
 
 
 class TokenObjective(Protocol):
-    """One paper's loss on a token."""
+    """A loss of one token, given by statistics of its logits."""
 
     @property
     def scan(self) -> Scan:
-        """What it needs of the logits."""
+        """The statistics that the loss needs."""
 
     def close(self, rows: Rows) -> Closed:
-        """Its loss, and the two numbers that its gradient needs."""
+        """The loss and the two coefficients of its gradient, computed from the statistics."""
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Everything about the rows of a batch that does not depend on the column."""
+    """Everything the backward pass needs that does not depend on the column."""
 
     rows: Rows
     z_y_T: Tensor
@@ -50,7 +50,7 @@ def _know(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab) ->
     scan, width = objective.scan, z_TV.shape[-1]
     y_local_T = vocab.local(y_T, width)
     z_y_T = z_TV.new_zeros(len(y_T), dtype=_accumulator(z_TV))
-    if scan.c:  # the weights need the label's logit before the pass: one more collective of a float a row
+    if scan.c:  # the weights need the label's logit before the pass: one more collective of one float per token
         own_T = z_TV.gather(-1, y_local_T.clamp(min=0)[:, None])[:, 0] if width else z_y_T
         own_T = torch.where(y_local_T >= 0, own_T.to(z_y_T.dtype), 0)
         z_y_T = vocab.gather(own_T[:, None]).sum(0)[:, 0]
@@ -90,7 +90,7 @@ class _TokenLoss(torch.autograd.Function):
 def _write_gradient(
     z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, scan: Scan, vocab: Vocab
 ) -> None:
-    """Overwrites a shard's logits by the gradient; columns that only pad the vocabulary by 0."""
+    """Overwrites a shard's logits with the gradient, and the padding columns of the vocabulary with 0."""
     real_TV = vocab.real(z_TV)
     width = real_TV.shape[-1]
     choose(z_TV).write_gradient(
@@ -102,18 +102,19 @@ def _write_gradient(
 def token_loss(
     z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The objective's loss and plain cross-entropy (without a gradient) of each token: [T] each, fp32 (or float64).
+    """The objective's loss and the cross-entropy (not differentiable) of each token: [T] each, fp32 (or float64).
 
-    Args: z_TV: logits of this shard, any floating dtype. y_T: int64 labels in the whole vocabulary; a negative one is
-        ignored: loss and gradient are exactly 0. overwrite: the backward pass writes the gradient over the logits,
-        which nothing else may need then.
+    Args:
+        z_TV: logits of this shard, any floating dtype.
+        y_T: int64 labels in the whole vocabulary. Negative labels are ignored: loss and gradient are exactly 0.
+        overwrite: whether the backward pass writes the gradient over the logits; nothing else may then read them.
     """
     return _TokenLoss.apply(z_TV, y_T, objective, vocab, overwrite)
 
 
 @torch.no_grad()
 def certainty(z_TV: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
-    """Entropy in nats and probability of the likeliest token: fp32 (or float64) [T] each.
+    """Entropy in nats and largest probability of each token's distribution: fp32 (or float64) [T] each.
 
     With x_i = z_i - m and u = sum_i exp(x_i): H = ln u - sum_i exp(x_i) x_i / u, and the largest probability is 1 / u.
     """
@@ -127,7 +128,7 @@ def certainty(z_TV: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logit_gradient(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab) -> Tensor:
-    """Gradient of the summed loss in the logits [T, V], in their dtype, apart from autograd: for measuring it."""
+    """Gradient of the summed loss with respect to the logits [T, V], in their dtype, computed without autograd."""
     known, g_TV = _know(vocab.real(z_TV), y_T, objective, vocab), z_TV.clone()
     closed = known.closed
     _write_gradient(g_TV, y_T, known.rows.m, known.z_y_T, closed.scale, closed.spike, objective.scan, vocab)

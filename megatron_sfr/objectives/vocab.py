@@ -1,6 +1,6 @@
-"""The vocabulary axis, whole or sharded over tensor-parallel ranks: what one pass over the logits finds of each row.
+"""The vocabulary axis, complete or sharded over tensor-parallel ranks, and the statistics of the logits over it.
 
-Letters: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits kept.
+Shapes: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits.
 """
 
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocab:
-    """A shard of the vocabulary. Columns from `size` on only pad it: they are never read and get no gradient."""
+    """A shard of the vocabulary. Columns from `size` on are padding: they are never read and their gradient is 0."""
 
     size: int
-    """Real columns of the whole vocabulary."""
+    """Number of tokens of the whole vocabulary, without padding."""
     start: int = 0
     """First column of this shard."""
     group: dist.ProcessGroup | None = None
-    """The ranks that hold the other columns; None: all are here."""
+    """The ranks that share the vocabulary; None: this rank holds all columns."""
 
     def real(self, z_TV: Tensor) -> Tensor:
-        """The columns of a shard that stand for tokens, a view: [T, width]."""
+        """A view of the shard without padding columns: [T, width]."""
         return z_TV[:, : min(max(self.size - self.start, 0), z_TV.shape[-1])]
 
     def local(self, y_T: Tensor, width: int) -> Tensor:
-        """Labels as columns of this shard; -1 where the label is elsewhere or ignored (negative): int64 [T]."""
+        """Labels as columns of this shard, int64 [T]; -1 if the label is ignored (negative) or on another rank."""
         column_T = y_T - self.start
         return torch.where((y_T >= 0) & (column_T >= 0) & (column_T < width), column_T, -1)
 
     def gather(self, x_TN: Tensor) -> Tensor:
-        """Every rank's rows: [R, T, N], in one collective."""
+        """The tensors of all ranks, [R, T, N], in one collective."""
         if self.group is None:
             return x_TN[None]
         rows_RTN = x_TN.new_empty(dist.get_world_size(self.group), *x_TN.shape)
@@ -43,32 +43,35 @@ class Vocab:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the logits z of a row has to find. With x_i = z_i - m, w_i = 1 or sigmoid(c (z_i - z_y)):"""
+    """The statistics that one pass over the logits z of a token computes. See `Rows` for their formulas."""
 
     beta: float = 1.0
-    """Temperature of the second sum."""
+    """Temperature of s, a and a_x."""
     moments: bool = False
-    """Whether the sums at temperature beta are wanted, or only the plain one."""
+    """Whether to compute s, a and a_x, or only u."""
     c: float = 0.0
-    """Slope of the weights w; 0: all are 1."""
+    """Slope of the weights w_i = sigmoid(c (z_i - z_y)); 0: all weights are 1."""
     top_k: int = 0
-    """How many of the largest logits to keep."""
+    """Number of largest logits to keep."""
 
 
 class Rows(NamedTuple):
-    """What is known of each row over the whole vocabulary; [T] each, top [T, K]. Without moments s = a = u."""
+    """Statistics of each token's logits over the whole vocabulary; [T] each, top [T, K]. x_i = z_i - m.
+
+    Without moments s = a = u and a_x = 0.
+    """
 
     m: Tensor  # the largest logit
     u: Tensor  # sum_i exp(x_i)
     s: Tensor  # sum_i exp(x_i / beta)
     a: Tensor  # sum_i w_i exp(x_i / beta)
     a_x: Tensor  # sum_i w_i exp(x_i / beta) x_i
-    x_y: Tensor  # the label's logit, less m; without meaning where it is ignored
-    top: Tensor  # the K largest logits, less m, falling
+    x_y: Tensor  # the label's logit minus m; undefined if the label is ignored
+    top: Tensor  # the K largest logits minus m, in descending order
 
 
 def combine(stats_RTN: Tensor, beta: float) -> Rows:
-    """Rows of the whole vocabulary from each shard's [m, u, s, a, a_x, z_y, top ...], sums relative to its own m."""
+    """Combines each shard's [m, u, s, a, a_x, z_y, top ...], whose sums are relative to the shard's own m."""
     m_RT, u, s, a, a_x, z_y = stats_RTN[..., :6].unbind(-1)
     m_T = m_RT.amax(0)
     d_RT = m_RT - m_T

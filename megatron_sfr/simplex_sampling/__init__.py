@@ -1,1 +1,1 @@
-"""Non-autoregressive text from a denoiser on the simplex: KL-flow's samplers, what they are asked, and their film."""
+"""Non-autoregressive generation with a denoiser on the simplex: KL-flow's samplers, their requests and trajectories."""

@@ -1,4 +1,4 @@
-"""A film of one sample as it forms: at each step the token that the denoiser thinks likeliest, and how sure it is."""
+"""The trajectory of one sample: at each step the denoiser's most likely tokens and their probabilities."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from megatron_sfr.simplex_sampling.samplers import Moment
 from megatron_sfr.simplex_sampling.shards import Shard
 
 MOST_FRAMES = 120
-STILLS = 8  # frames that a terminal shows which cannot draw over itself
+STILLS = 8  # frames printed where the output cannot be redrawn
 DIM, BRIGHT = 238, 255  # grey levels of xterm's 256 colours
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What the free positions look like at time t: token ids, and the probability of each in percent."""
+    """The free positions at time t: most likely token ids and their probabilities in percent."""
 
     step: int
     t: float
@@ -26,8 +26,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Film:
-    """Frames of the free positions [start, stop) of a row; `tokens` is the row in the end, and where `end` fills its
-    tail only the first one is shown."""
+    """Frames of the free positions [start, stop) of a sequence.
+
+    `tokens` is the final sequence. Of a tail of `end` tokens only the first is shown.
+    """
 
     title: str
     tokens: tuple[int, ...]
@@ -35,11 +37,11 @@ class Film:
     stop: int
     frames: tuple[Frame, ...]
     texts: dict[int, str]
-    """What each token says."""
+    """The text of each token."""
     end: int | None = None
 
     def row(self, frame: Frame) -> Iterator[tuple[str, int | None]]:
-        """(text, percent) of each position of the row that is shown; None percent: it is given."""
+        """(text, percent) of each shown position; percent is None at given positions."""
         tokens = [*self.tokens[: self.start], *frame.tokens, *self.tokens[self.stop :]]
         shown = len(tokens)
         while shown > 1 and tokens[shown - 1] == tokens[shown - 2] == self.end:
@@ -50,15 +52,15 @@ class Film:
 
 
 def from_json(text: str) -> Film:
-    """The film that `json.dumps(asdict(film))` wrote."""
-    told = json.loads(text)
-    frames = tuple(Frame(f["step"], f["t"], tuple(f["tokens"]), tuple(f["percent"])) for f in told["frames"])
-    texts = {int(token): said for token, said in told["texts"].items()}
-    return Film(told["title"], tuple(told["tokens"]), told["start"], told["stop"], frames, texts, told["end"])
+    """Reads a film that `json.dumps(asdict(film))` wrote."""
+    data = json.loads(text)
+    frames = tuple(Frame(f["step"], f["t"], tuple(f["tokens"]), tuple(f["percent"])) for f in data["frames"])
+    texts = {int(token): text for token, text in data["texts"].items()}
+    return Film(data["title"], tuple(data["tokens"]), data["start"], data["stop"], frames, texts, data["end"])
 
 
 class Recorder:
-    """Watches the sampling of one row, on every rank, and keeps evenly spaced steps of it."""
+    """Records evenly spaced steps while one sequence is sampled. Every rank must call it."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -73,16 +75,16 @@ class Recorder:
         self.frames.append(Frame(moment.number, moment.t, tuple(token_F.tolist()), tuple(percent)))
 
     def film(self, title: str, tokens: Sequence[int], request: Request, tokenizer: Any) -> Film:
-        """The film of the request's row, of which these tokens came."""
-        last, found = self.frames[-1], tuple(tokens[request.start : request.stop])
-        frames = [*self.frames[:-1], Frame(last.step, last.t, found, last.percent)]
+        """The recorded film; `tokens` is the final sequence, and replaces the most likely tokens of the last frame."""
+        last, final = self.frames[-1], tuple(tokens[request.start : request.stop])
+        frames = [*self.frames[:-1], Frame(last.step, last.t, final, last.percent)]
         ids = {*tokens, *(token for frame in frames for token in frame.tokens)}
         texts = {token: tokenizer.decode([token]) for token in sorted(ids)}
         return Film(title, tuple(tokens), request.start, request.stop, tuple(frames), texts, request.end)
 
 
 def stills(film: Film) -> Iterator[str]:
-    """Some frames as plain text; of a token that is not yet half certain only its length is seen."""
+    """Some frames as plain text. Tokens of less than 50 % are shown as dots."""
     count = min(STILLS, len(film.frames))
     for i in range(count):
         frame = film.frames[round(i * (len(film.frames) - 1) / max(1, count - 1))]
@@ -93,7 +95,7 @@ def stills(film: Film) -> Iterator[str]:
 
 
 def moving(film: Film, columns: int) -> Iterator[str]:
-    """Frames for a terminal, each over the one before: the greyer the less certain, what is given blue."""
+    """Frames for a terminal, each drawn over the previous one. Less certain tokens are greyer, given ones blue."""
     lines = 0
     for frame in film.frames:
         head = f"step {frame.step:4d}  t {frame.t:.3f}"
@@ -105,7 +107,7 @@ def moving(film: Film, columns: int) -> Iterator[str]:
 
 
 def _printed(text: str) -> str:
-    """One line of letters that a terminal shows: no control character moves its cursor."""
+    """The text on one line of printable characters, so that no control character moves the cursor."""
     return "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else " " for letter in text)
 
 

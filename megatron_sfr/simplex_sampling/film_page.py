@@ -1,4 +1,4 @@
-"""The film of a sample as one HTML page, which plays by itself and needs no network."""
+"""The trajectory of a sample as one self-contained HTML page with playback controls."""
 
 import json
 
@@ -56,8 +56,8 @@ show();
 
 
 def page(film: Film) -> str:
-    """A slider over the steps and a button that plays them; tokens from red (unsure) to green (certain)."""
-    told = {
+    """A page with a slider over the steps and a play button; tokens from red (uncertain) to green (certain)."""
+    content = {
         "tokens": film.tokens,
         "start": film.start,
         "stop": film.stop,
@@ -65,7 +65,8 @@ def page(film: Film) -> str:
         "texts": film.texts,
         "frames": [{"step": f.step, "t": round(f.t, 4), "tokens": f.tokens, "percent": f.percent} for f in film.frames],
     }
-    data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends the script
-    words = "The likeliest token at each place, from red (unsure) to green (certain); what was given is blue."
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # text must not close the script element
+    words = "The most likely token at each position, from red (uncertain) to green (certain). Given text is blue."
     scripts = f'<script type="application/json" id="film">{data}</script>\n<script>{SCRIPT}</script>'
     return document(film.title, [note(words), CONTROLS, scripts], STYLE)

@@ -1,7 +1,7 @@
-"""KL-flow's three samplers (Logit-KL Flow Matching, arXiv 2411.16821), over any denoiser.
+"""KL-flow's three samplers (Logit-KL Flow Matching, arXiv 2411.16821), for any denoiser.
 
-Letters: B rows, S positions of a row, F free positions of all rows one after another, W columns of the vocabulary's
-shard; l log-probabilities up to a constant, x = softmax(l) a point of the simplex, t time, t' = -ln(1 - t).
+Shapes: B sequences, S positions, F free positions of all sequences, W columns of the vocabulary's shard.
+l: log-probabilities up to a constant; x = softmax(l): a point of the simplex; t: time; t' = -ln(1 - t).
 """
 
 from collections.abc import Callable
@@ -15,36 +15,36 @@ from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.simplex_sampling.options import MOST_STEPS, SamplerOptions
 from megatron_sfr.simplex_sampling.shards import Keys, Shard
 
-NOISE_STREAM, TOKEN_STREAM = 9, 10  # of the generator
+NOISE_STREAM, TOKEN_STREAM = 9, 10  # streams of the noise
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x_BSW, t_B) -> logits_BSW of the tokens at t = 1, this rank's columns of both."""
+"""(x_BSW, t_B) -> logits_BSW of the clean tokens; x and logits are this rank's columns."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is given and what is to be found: a row of text each, some of whose positions are free."""
+    """A batch of sequences with given and free positions."""
 
     tokens_BS: Tensor
-    """int64; read where a position is not free."""
+    """int64; ignored at free positions."""
     free_BS: Tensor
-    """bool."""
+    """bool; the positions to generate."""
     sample_B: Tensor
-    """int64: the number that a row's noise belongs to, so that a row is the same in any batch."""
+    """int64; keys the noise, so that a sequence does not depend on the rest of its batch."""
 
     def __getitem__(self, rows: Tensor) -> "Canvas":
         return Canvas(self.tokens_BS[rows], self.free_BS[rows], self.sample_B[rows])
 
 
 class Moment(NamedTuple):
-    """What a watcher sees: before step `number` of `steps`, or at number = steps as the tokens are read off."""
+    """The state passed to `watch` before step `number` of `steps`, and at number = steps when tokens are decoded."""
 
     number: int
     steps: int
     t: float
-    """Of the first row that is still on its way."""
+    """Time of the longest sequence."""
     logits_FW: Tensor
-    """The denoiser's, at the free positions; without padding."""
+    """The denoiser's logits at the free positions; -inf in padding columns."""
 
 
 @torch.inference_mode()
@@ -56,35 +56,35 @@ def sample(
     options: SamplerOptions,
     watch: Callable[[Moment], object] | None = None,
 ) -> Tensor:
-    """Tokens int64 [B, S]: the canvas's where it is not free, found ones where it is.
+    """Generates the free positions. Returns tokens int64 [B, S], with the canvas's tokens at given positions.
 
-    Every rank of the shard's group calls this with the same canvas and gets the same tokens. A row takes its own number
-    of steps; watch is called at each step of the longest one, on every rank.
+    Every rank of the shard's group must call this with the same canvas and gets the same tokens. Sequences may take
+    different numbers of steps; `watch` is called at each step of the longest one, on every rank.
     """
     steps_B = options.steps_of(canvas.free_BS)
-    order_B = steps_B.argsort(descending=True, stable=True)  # those on their way are always the first ones
+    order_B = steps_B.argsort(descending=True, stable=True)  # unfinished sequences come first
     canvas, steps_B = canvas[order_B], steps_B[order_B]
     state = _State(canvas, shard, options)
     most = int(steps_B[0])
     for number in range(most):
-        logits_FW = state.look(denoiser, options.time(number, steps_B), int((steps_B > number).sum()))
+        logits_FW = state.denoise(denoiser, options.time(number, steps_B), int((steps_B > number).sum()))
         if watch is not None:
             watch(Moment(number, most, float(options.time(number, steps_B[:1])), logits_FW))
         state.step(logits_FW, number, steps_B, simplex)
-    logits_FW = state.look(denoiser, options.time(1, torch.ones_like(steps_B)), len(steps_B))
+    logits_FW = state.denoise(denoiser, options.time(1, torch.ones_like(steps_B)), len(steps_B))
     if watch is not None:
         watch(Moment(most, most, options.t_max, logits_FW))
-    tokens_BS = canvas.tokens_BS.masked_scatter(canvas.free_BS, state.read(logits_FW))
+    tokens_BS = canvas.tokens_BS.masked_scatter(canvas.free_BS, state.decode(logits_FW))
     return tokens_BS[order_B.argsort()]
 
 
 class _State:
-    """The points of all rows as the denoiser reads them, and the logarithms of the free ones, which move."""
+    """The points x of all positions, the denoiser's input, and the log-probabilities l of the free ones."""
 
     def __init__(self, canvas: Canvas, shard: Shard, options: SamplerOptions) -> None:
         self.shard, self.options = shard, options
         self.row_F, position_F = canvas.free_BS.nonzero(as_tuple=True)
-        self.place_F = self.row_F * canvas.free_BS.shape[1] + position_F
+        self.index_F = self.row_F * canvas.free_BS.shape[1] + position_F
         self.keys = Keys(options.seed, canvas.sample_B[self.row_F], position_F)
         self.l_FW = self._noise(self.keys, 0)
         self.x_BSW = self.l_FW.new_zeros(*canvas.free_BS.shape, shard.width)
@@ -92,22 +92,22 @@ class _State:
         self.x_BSW.scatter_(-1, column_BS.clamp(min=0)[..., None], (column_BS >= 0)[..., None].float())
 
     def _noise(self, keys: Keys, draw: int) -> Tensor:
-        """l0 of x0 ~ Dirichlet(1): [F, W]."""
+        """l0 = ln x0 with x0 ~ Dirichlet(1): [F, W]."""
         width, start = self.shard.width, self.shard.vocab.start
         return self.shard.without_padding(keys.log_exponentials(draw, width, start=start, stream=NOISE_STREAM))
 
-    def look(self, denoiser: Denoiser, t_B: Tensor, rows: int) -> Tensor:
-        """The denoiser's logits at the free positions of the first rows: [F, W]."""
+    def denoise(self, denoiser: Denoiser, t_B: Tensor, rows: int) -> Tensor:
+        """The denoiser's logits at the free positions of the first `rows` sequences: [F, W]."""
         free = self._free_of(rows)
-        self.x_BSW.flatten(0, 1)[self.place_F[free]] = self.shard.softmax(self.l_FW[free])
+        self.x_BSW.flatten(0, 1)[self.index_F[free]] = self.shard.softmax(self.l_FW[free])
         logits_BSW = denoiser(self.x_BSW[:rows], t_B[:rows].float())
-        return self.shard.without_padding(logits_BSW.flatten(0, 1)[self.place_F[free]].float())
+        return self.shard.without_padding(logits_BSW.flatten(0, 1)[self.index_F[free]].float())
 
     def _free_of(self, rows: int) -> slice:
         return slice(int((self.row_F < rows).sum()))
 
     def step(self, logits_FW: Tensor, number: int, steps_B: Tensor, simplex: Simplex) -> None:
-        """Moves the rows that are on their way from one time to the next."""
+        """Moves the unfinished sequences from time step `number` to the next."""
         here_B, next_B = (self.options.time(n, steps_B) for n in (number, number + 1))
         split = {"basic": 1.0, "sampling": 0.0, "hybrid": self.options.t_split}[self.options.method]
         row_F = self.row_F[: len(logits_FW)]
@@ -124,8 +124,8 @@ class _State:
             l_0_FW = self._noise(keys, number + 1)
             self.l_FW[draws] = simplex.between(l_0_FW, column_F, next_B[row_F[draws]].float())
 
-    def read(self, logits_FW: Tensor) -> Tensor:
-        """The tokens at the end, int64 [F]."""
+    def decode(self, logits_FW: Tensor) -> Tensor:
+        """The final tokens, int64 [F]."""
         return self._tokens(logits_FW, self.options.final_top_k, self.keys, MOST_STEPS)
 
     def _tokens(self, logits_FW: Tensor, top_k: int, keys: Keys, number: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""What upstream's training loop asks of us: datasets, the forward step, the loss terms, their metrics."""
+"""The parts that upstream's training loop calls: datasets, the forward step, the auxiliary loss and metrics."""

@@ -1,8 +1,8 @@
-"""The anchors of a row of tokens as arrays of the same shapes in a whole run: targets once, and who is to foresee them.
+"""The anchors of a sequence as arrays of fixed shape: each target embedding once, and the positions that predict it.
 
-Letters: S positions of a row, which holds one conversation or several; R rows of targets and P entries of the loss,
-each the most of any row of tokens in a run; D dimension of the embeddings. An entry is a position that is to foresee
-one row of targets at one horizon.
+An entry is a position that predicts one target embedding at one horizon. Shapes: S positions of a sequence, which holds
+one or more conversations; R target embeddings and P entries, padded to the maximum over all sequences of the run; D
+embedding dimension.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Fill = Literal["anchors_only", "nearest"]
 
 @dataclass(frozen=True)
 class AnchorSizes:
-    """R and P: what no row of tokens exceeds."""
+    """R (rows) and P (entries): upper bounds over all sequences of the run."""
 
     rows: int = 0
     entries: int = 0
@@ -30,37 +30,33 @@ class AnchorSizes:
 
 @dataclass
 class AnchorPlan:
-    """How the datasets of one run make arrays of their anchors.
-
-    store    folder of the store inside each prepared folder
-    fill     which positions have targets
-    folders  the prepared folders, as online targets number them; empty where the datasets read stored ones
-    sizes    what fits every row of all datasets, known when all are built
-    """
+    """How the datasets of a run build the arrays of their anchors."""
 
     store: str
+    """Name of the target store's folder inside each prepared folder."""
     fill: Fill
+    """Which positions have targets."""
     folders: Sequence[Path] = ()
+    """The prepared folders, in the numbering of online targets; empty if the datasets read stored targets."""
     sizes: AnchorSizes = AnchorSizes()
+    """Bounds over all datasets; set once all are built."""
 
 
 @dataclass(frozen=True)
 class RowAnchors:
-    """The anchors of one row of tokens, their positions and responses counted over the row.
-
-    sample  number of the conversation or row that an anchor is of, among all of a run: it keys the noise; int64 [A]
-    start   position in the row that the noise counts places from; int64 [A]
-    falling whether the weight falls from the first token of a response to its last, or all weigh alike
-    """
+    """The anchors of one sequence. Positions and responses are counted over the sequence."""
 
     anchors: Anchors
     sample: np.ndarray
+    """Number of the anchor's conversation or sequence in the run, which keys the noise; int64 [A]."""
     start: np.ndarray
+    """Position in the sequence from which the noise counts positions; int64 [A]."""
     falling: bool = True
+    """Whether the weight falls from the first token of a response to its last, or is constant."""
 
 
 def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> RowAnchors:
-    """The anchors of conversations `samples` [n] that stand at positions `starts` [n] of one row."""
+    """Joins the anchors of the conversations `samples` [n], which start at positions `starts` [n] of one sequence."""
     counts = [len(part.position) for part in parts]
     responses = np.cumsum([0, *(int(part.response.max(initial=-1)) + 1 for part in parts)])[:-1]
     columns = {
@@ -74,7 +70,7 @@ def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarr
 
 
 class TargetReader:
-    """Adds the anchors of a row and their targets to its arrays."""
+    """Reads the targets of a sequence's anchors."""
 
     def __init__(self, prepared: HasSegments, plan: AnchorPlan) -> None:
         self.plan = plan
@@ -82,8 +78,10 @@ class TargetReader:
         self.store = None if plan.folders else TargetStore.open(prepared.folder / plan.store, prepared)
 
     def arrays(self, row: RowAnchors) -> dict[str, Any]:
-        """`anchor_arrays`, and fp16 `target` [R, D]; for online targets where they will be: `target_row` [R], -1 being
-        padding, of `target_store`."""
+        """`anchor_arrays` and the targets: fp16 `target` [R, D].
+
+        For online targets, where to find them instead: `target_row` [R] (-1: padding) of `target_store`.
+        """
         sizes, segment = self.plan.sizes, row.anchors.segment
         arrays = anchor_arrays(row, self.plan.fill, sizes)
         if self.store is None:
@@ -92,10 +90,10 @@ class TargetReader:
 
 
 def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:
-    """Of each entry [P] its position and its row of targets, its horizon, and what keys its noise: the conversation and
-    the position there (int64); its weight (fp32).
+    """Arrays [P] with one value per entry.
 
-    Padding is 0 everywhere; its weight of 0 removes it from the loss.
+    int64: `anchor_position` in the sequence, `anchor_row` of its target, `anchor_horizon`, and `anchor_sample` and
+    `anchor_place`, which key the noise. fp32: `anchor_weight`. Padding is 0; weight 0 removes it from the loss.
     """
     anchors = row.anchors
     of, ordinal = entries_at_anchors(anchors) if fill == "anchors_only" else entries_of_nearest(anchors)
@@ -114,32 +112,32 @@ def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, 
 
 
 def entries_at_anchors(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
-    """Row and ordinal of each entry, int64 [n]: each row at the anchor it was made for."""
+    """Target row and ordinal of each entry, int64 [n]: one entry per anchor."""
     return np.arange(len(anchors.ordinal)), anchors.ordinal.astype(np.int64)
 
 
 def entries_of_nearest(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
-    """Row and ordinal of each entry, int64 [n]: for every ordinal of a reply the nearest anchor of that horizon.
+    """Target row and ordinal of each entry, int64 [n]: every ordinal of a reply takes its nearest anchor per horizon.
 
-    The earlier one of two that are equally near. Where a reply has no anchor at a horizon, there is no entry. As in the
-    paper's code; note that the target of an earlier anchor begins before the position, at tokens it has already read.
+    Ties go to the earlier anchor. A reply without anchors at a horizon has no entries there. As in the paper's code.
+    Note that the target of an earlier anchor starts before the position, with tokens that the model has already read.
     """
     order = np.lexsort((anchors.ordinal, anchors.horizon, anchors.response))
     response, horizon = anchors.response[order], anchors.horizon[order]
     at, length = anchors.ordinal[order].astype(np.int64), anchors.length[order].astype(np.int64)
-    same = (response[1:] == response[:-1]) & (horizon[1:] == horizon[:-1])  # as the anchor before
-    # Each anchor serves the ordinals [begin, end): up to the middle between two anchors, which is the earlier one's.
+    same = (response[1:] == response[:-1]) & (horizon[1:] == horizon[:-1])  # as the previous anchor
+    # An anchor serves the ordinals [begin, end). The midpoint between two anchors belongs to the earlier one.
     middle = (at[1:] + at[:-1]) // 2 + 1
     begin, end = np.zeros_like(at), length.copy()
     begin[1:] = np.where(same, middle, 0)
     end[:-1] = np.where(same, middle, length[:-1])
     count = end - begin
-    first = np.cumsum(count) - count  # entry of each anchor's first ordinal
+    first = np.cumsum(count) - count  # index of each anchor's first entry
     return np.repeat(order, count), np.arange(count.sum()) + np.repeat(begin - first, count)
 
 
 def padded(values: np.ndarray, size: int, dtype: type[np.generic]) -> np.ndarray:
-    """values [n, ...] as [size, ...], 0 after them."""
-    whole = np.zeros((size, *values.shape[1:]), dtype)
-    whole[: len(values)] = values
-    return whole
+    """Pads values [n, ...] with zeros to [size, ...]."""
+    result = np.zeros((size, *values.shape[1:]), dtype)
+    result[: len(values)] = values
+    return result

@@ -1,6 +1,6 @@
-"""Attention that begins anew with each document of a row: as a mask for upstream's local attention, as bounds for TE's.
+"""Attention within the documents of a packed sequence: a mask for local attention, cu_seqlens for Transformer Engine.
 
-Letters: B rows, S positions.
+Shapes: B sequences, S positions.
 """
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 def block_mask(document_BS: Tensor) -> Tensor:
-    """Which positions may not be seen, bool [B, 1, S, S]: later ones, and those of another document.
+    """The masked positions, bool [B, 1, S, S]: later ones, and those of another document.
 
-    document counts the documents of a row in the order that they stand there.
+    document_BS numbers the documents of a sequence in order.
     """
-    place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
-    later_SS = place_S[None, :] > place_S[:, None]
+    position_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    later_SS = position_S[None, :] > position_S[:, None]
     return (later_SS | (document_BS[:, :, None] != document_BS[:, None, :]))[:, None]
 
 
 def packed_sequence(document_S: Tensor) -> PackedSeqParams:
-    """The bounds of one row's documents, as Transformer Engine's attention and rotary embedding take them (THD).
+    """The cu_seqlens of one sequence's documents, for Transformer Engine's attention and rotary embedding (THD).
 
-    Read document where it is in host memory: the bounds are counted there, without a wait for the device.
+    Pass document_S in host memory, so that counting does not wait for the device.
     """
     lengths = torch.unique_consecutive(document_S, return_counts=True)[1]
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,6 +1,6 @@
-"""Prepared conversations as one of upstream's datasets, so that upstream blends, samples and resumes them.
+"""Prepared conversations as an upstream dataset, so that upstream blends, samples and resumes them.
 
-An item is a row of S tokens (S sequence length): one conversation, or several that are packed into it.
+An item is a sequence of S tokens (S sequence length) that holds one conversation, or several when packed.
 """
 
 import logging
@@ -25,16 +25,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
-    """Upstream's dataset configuration, whether rows are packed, what anchors become (None: nothing) and, for KL-flow,
-    how many tokens of a row its texts have (None: rows are not for KL-flow)."""
+    """Upstream's dataset configuration, with the options of prepared conversations."""
 
     packed: bool = False
+    """Whether several conversations are packed into a sequence."""
     anchors: AnchorPlan | None = None
+    """How to build the anchors' arrays; None: items have no anchors."""
     text_length: int | None = None
+    """Tokens of a text in KL-flow training; None for other training tasks."""
 
 
 class PreparedDataset(MegatronDataset):
-    """One prepared folder, for as many epochs as were asked for; each training epoch deals its rows anew."""
+    """Repeats one prepared folder for the requested epochs; each training epoch reshuffles the conversations."""
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class PreparedDataset(MegatronDataset):
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         if config.packed and len(indices):
             full = self.lengths.sum() / (len(self.rows) * config.sequence_length)
-            packed = f"{len(indices):,} conversations in {len(self.rows):,} rows, {full:.1%} full"
+            packed = f"{len(indices):,} conversations in {len(self.rows):,} packed sequences, {full:.1%} full"
             log_single_rank(logger, logging.INFO, f"> {dataset_path} ({index_split.name}): {packed}")
 
     @staticmethod
@@ -64,19 +66,19 @@ class PreparedDataset(MegatronDataset):
         prepared = PreparedData.open(Path(dataset_path))
         if prepared.manifest.seq_length > config.sequence_length:
             raise ValueError(
-                f"{dataset_path} was prepared for sequences of {prepared.manifest.seq_length} tokens, the recipe's "
-                f"seq_length is {config.sequence_length}: raise it, or prepare again with --seq-length"
+                f"{dataset_path} was prepared for sequences of {prepared.manifest.seq_length} tokens, but seq_length "
+                f"is {config.sequence_length}: raise seq_length, or prepare again with --seq-length"
             )
         longest = prepared.manifest.seq_length + 1
         if config.text_length is not None and longest > config.text_length:
             raise ValueError(
-                f"{dataset_path} has conversations of up to {longest} tokens, and at this seq_length kl-flow reads "
+                f"{dataset_path} has conversations of up to {longest} tokens, but with this seq_length kl-flow reads "
                 f"{config.text_length}: raise seq_length to {config.sequence_length + longest - config.text_length}"
             )
         return prepared
 
     def _epoch(self, epoch: int) -> Rows:
-        """Rows of places in `indices`."""
+        """The epoch's sequences, each a list of positions in `indices`."""
         if self.index_split is not Split.train:
             return self.rows
         return deal(self.rows, self.lengths, np.random.default_rng([self.config.random_seed, epoch]))
@@ -85,14 +87,14 @@ class PreparedDataset(MegatronDataset):
         return max(self.num_samples or 0, len(self.rows))
 
     def conversations(self, idx: int) -> tuple[int, np.ndarray]:
-        """The epoch that row idx of the whole run is of, and its conversations: indices into the prepared folder."""
+        """Epoch and conversations (indices into the prepared folder) of sequence `idx` of the run."""
         epoch, place = divmod(int(idx), len(self.rows))
         return epoch, self.indices[self.epoch(epoch)[place]]
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        """Row idx of the whole run: arrays of fixed shapes.
+        """Sequence `idx` of the run, as arrays of fixed shape.
 
-        What keys an anchor's noise is its conversation and epoch: packing and order do not change it.
+        An anchor's noise is keyed by its conversation and epoch, so that packing and order do not change it.
         """
         epoch, conversations = self.conversations(idx)
         samples = [self.dataset[int(i)] for i in conversations]
@@ -108,7 +110,7 @@ class PreparedDataset(MegatronDataset):
         return item
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
-        """The rows of targets that row idx reads, and the number of the folder that they are of."""
+        """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""
         assert self.targets is not None
         assert self.targets.number is not None
         _, conversations = self.conversations(idx)
@@ -116,7 +118,7 @@ class PreparedDataset(MegatronDataset):
         return self.targets.number, np.concatenate(rows).astype(np.int64)
 
     def sizes(self, fill: Fill) -> AnchorSizes:
-        """What fits the anchors of every row."""
+        """Bounds on the anchors of any sequence."""
         manifest, length = self.dataset.manifest, self.config.sequence_length
         if self.config.packed:
             rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.positions, length), length
@@ -126,14 +128,14 @@ class PreparedDataset(MegatronDataset):
 
 
 def row_starts(samples: Sequence[Sample]) -> np.ndarray:
-    """Where each sample begins in their row, and where the last one ends: int64 [n + 1]."""
+    """Start of each sample in their sequence, and the end of the last one: int64 [n + 1]."""
     return np.cumsum([0, *(len(sample.tokens) - 1 for sample in samples)])
 
 
 def row_arrays(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
-    """Samples to upstream's arrays [S] and `document`, which counts them from 0; all of them fit.
+    """Joins samples into upstream's arrays [S] and `document` [S], which numbers them from 0. They must fit.
 
-    Labels are the next tokens; padding, a document of its own, is masked out.
+    Labels are the next tokens. Padding is a separate document and masked out of the loss.
     """
     starts = row_starts(samples)
     row = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "document")}

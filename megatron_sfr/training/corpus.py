@@ -1,4 +1,4 @@
-"""Upstream's indexed datasets (.bin, .idx) outside of training: opened to be prepared, and the index of a new one."""
+"""Upstream's indexed datasets (.bin, .idx) outside of training: opening one, and writing the index of a new one."""
 
 import struct
 import warnings
@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 1 << 22  # entries of an index that are checked at a time
+CHUNK = 1 << 22  # index entries that are checked at a time
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 """Bytes of a token by megatron-core 0.19.2's DType code."""
 
 
 @cache
 def _upstream() -> Any:
-    """Upstream's module, imported where it is used: a worker that only tokenizes does not wait for it."""
-    with warnings.catch_warnings():  # that Transformer Engine and Apex are missing is no news here
+    """Upstream's module, imported on first use, so that workers that only tokenize start quickly."""
+    with warnings.catch_warnings():  # Transformer Engine and Apex are not needed here
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
@@ -24,17 +24,17 @@ def _upstream() -> Any:
 
 @cache
 def open_corpus(prefix: str) -> Any:
-    """The IndexedDataset of PREFIX.bin and PREFIX.idx; ValueError where they are not there."""
+    """The IndexedDataset of PREFIX.bin and PREFIX.idx; ValueError if either is missing."""
     if not _upstream().IndexedDataset.exists(prefix):
-        raise ValueError(f"{prefix}.bin and {prefix}.idx are not both there; give the path without its ending")
+        raise ValueError(f"{prefix}.bin or {prefix}.idx is missing; give the path without its extension")
     check_index(Path(f"{prefix}.idx"), Path(f"{prefix}.bin").stat().st_size)
     return _upstream().IndexedDataset(prefix)
 
 
 def check_index(path: Path, tokens_bytes: int) -> None:
-    """ValueError unless a .idx is whole and its documents lie inside a .bin of that size.
+    """Raises ValueError unless a .idx is complete and its documents fit into a .bin of `tokens_bytes` bytes.
 
-    Upstream's reader maps whatever the file says: of a damaged one it fails late, or reads other memory.
+    Upstream's reader trusts the file: with a damaged one it fails late or reads other memory.
     """
     hint = "build the corpus again with Megatron's tools/preprocess_data.py"
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
@@ -62,11 +62,11 @@ def check_index(path: Path, tokens_bytes: int) -> None:
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
-    """What upstream stores the tokens of a vocabulary in."""
+    """The dtype in which upstream stores tokens of a vocabulary of this size."""
     return _upstream().DType.optimal_dtype(vocab_size)
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: type[np.generic]) -> None:
-    """The .idx of tokens that stand one document after another in a .bin; lengths int32 [documents]."""
+    """Writes the .idx of a .bin that holds the documents' tokens in order; lengths int32 [documents]."""
     with _upstream()._IndexWriter(str(path), dtype) as index:
         index.write(lengths, None, np.arange(len(lengths) + 1))

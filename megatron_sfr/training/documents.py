@@ -1,7 +1,7 @@
-"""A pretraining corpus as upstream's GPTDataset cuts it, with the anchors of the documents that a row holds pieces of.
+"""A pretraining corpus in upstream's GPTDataset, with the anchors of the documents in each sequence.
 
-Upstream shuffles documents, joins them and cuts the whole into rows of S + 1 tokens (S sequence length), so a piece may
-begin and end anywhere in its document. The future of an anchor is its document's, also where the row ends before it.
+Upstream shuffles and concatenates documents and cuts the result into sequences of S + 1 tokens (S sequence length), so
+a piece of a document may start and end anywhere. An anchor's future follows its document, also past the sequence's end.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, R
 
 @dataclass
 class DocumentDatasetConfig(GPTDatasetConfig):
-    """Upstream's dataset configuration, whether attention is kept inside documents, and what anchors become (None:
-    nothing). `contents` stands for the bytes of all folders: upstream finds its cached indices by it. For KL-flow
-    text_length says how many tokens of a row its texts have (None: rows are not for KL-flow)."""
+    """Upstream's dataset configuration, with the options of prepared documents."""
 
     separate: bool = False
+    """Whether attention stays within documents."""
     anchors: AnchorPlan | None = None
+    """How to build the anchors' arrays; None: items have no anchors."""
     contents: dict[str, str] = field(default_factory=dict)
+    """Hashes of the prepared folders, part of the key of upstream's cached indices."""
     text_length: int | None = None
+    """Tokens of a text in KL-flow training; None for other training tasks."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The parts of documents that a row of S + 1 tokens joins; int64 [n] each.
-
-    document  number of the document
-    begin     its first token in the row
-    end       behind its last token in the row
-    start     where in the row it begins
-    """
+    """The pieces of documents that form a sequence of S + 1 tokens; int64 [n] each."""
 
     document: np.ndarray
+    """Number of the document."""
     begin: np.ndarray
+    """First token of the document in the sequence."""
     end: np.ndarray
+    """End (exclusive) of the document's tokens in the sequence."""
     start: np.ndarray
+    """Position in the sequence where the piece starts."""
 
 
 class DocumentDataset(GPTDataset):
-    """Upstream's rows; `item["document"]` counts the pieces of a row from 0."""
+    """Upstream's sequences; `item["document"]` numbers the pieces of a sequence from 0."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class DocumentDataset(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "contents"]
 
     def pieces(self, idx: int) -> Pieces:
-        """What row idx of the whole run is made of, as `_query_document_sample_shuffle_indices` reads it."""
+        """The pieces of sequence `idx` of the run, as in upstream's `_query_document_sample_shuffle_indices`."""
         row = self.shuffle_index[idx]
         (first, offset), (last, extra) = (self.sample_index[i].astype(np.int64) for i in (row, row + 1))
         document = self.document_index[first : last + 1].astype(np.int64)
@@ -98,7 +98,7 @@ class DocumentDataset(GPTDataset):
         return item
 
     def _anchors(self, pieces: Pieces, idx: int) -> RowAnchors:
-        """A piece is a response whose positions weigh alike. The last token of a piece predicts nothing of it."""
+        """Treats each piece as a response of constant weight. Its last token has no next token to predict."""
         columns = []
         for number, (document, begin, end, start) in enumerate(
             zip(pieces.document, pieces.begin, pieces.end, pieces.start, strict=True)
@@ -111,13 +111,13 @@ class DocumentDataset(GPTDataset):
         return RowAnchors(anchors, zero + idx, zero, falling=False)
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
-        """The rows of targets that row idx reads, and the number of the folder that they are of."""
+        """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""
         assert self.targets is not None
         assert self.targets.number is not None
         return self.targets.number, self._anchors(self.pieces(idx), idx).anchors.segment
 
     def sizes(self, fill: Fill) -> AnchorSizes:
-        """What fits the anchors of every row: a piece of n predictions has at most ceil(n / stride) at each horizon."""
+        """Bounds on the anchors of any sequence. A piece of n predictions has at most ceil(n / stride) per horizon."""
         manifest, length = self.prepared.manifest, self.config.sequence_length
         pieces = 1 + int((self.sample_index[1:, 0] - self.sample_index[:-1, 0]).max(initial=0))
         horizons = len(manifest.horizons)
@@ -126,7 +126,7 @@ class DocumentDataset(GPTDataset):
 
 
 def contents_of(prepared: PreparedDocuments) -> str:
-    """Stands for the corpus and the anchors of a folder."""
+    """A hash of a prepared folder's corpus and anchors."""
     manifest = prepared.manifest
     parts = [*(record["sha256"] for record in manifest.inputs), *(f["sha256"] for f in manifest.files.values())]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

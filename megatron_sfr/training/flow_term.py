@@ -1,6 +1,6 @@
-"""The auxiliary term of one microbatch: anchors' hidden states and targets in, weighted errors of the head out.
+"""The auxiliary loss of one microbatch, from the anchors' hidden states and targets.
 
-Letters: S positions (this rank's, under sequence parallelism), B samples, H hidden size, A anchors, K noise draws,
+Shapes: S positions (this rank's, under sequence parallelism), B samples, H hidden size, A anchors, K noise draws,
 D embedding dimension.
 """
 
@@ -29,12 +29,12 @@ from megatron_sfr.runtime.parallel import (
 from megatron_sfr.training.smoothing import Smoothing
 
 Batch = dict[str, Tensor]
-DATASET_BITS = 36  # sample indices of one dataset stay below 2^36; the noise has room for 2^48
+DATASET_BITS = 36  # sample numbers of one dataset are below 2^36, those of the noise below 2^48
 
 
 @dataclass(frozen=True)
 class TermOptions:
-    """All that the term depends on beside its weight."""
+    """Options of the auxiliary loss, except its weight."""
 
     sfr: SFROptions
     targets: TargetOptions
@@ -43,10 +43,10 @@ class TermOptions:
 
 
 class Anchors(NamedTuple):
-    """The anchors that this rank works on; padding weighs 0."""
+    """The anchors that this rank processes; padding has weight 0."""
 
-    position_BA: Tensor  # in the row of tokens
-    sample_BA: Tensor  # with the place there, what keys the noise
+    position_BA: Tensor  # in the sequence
+    sample_BA: Tensor  # sample and place key the noise
     place_BA: Tensor
     horizon_BA: Tensor
     weight_BA: Tensor
@@ -61,18 +61,18 @@ class Term(NamedTuple):
     loss: Tensor
     """The head's loss, for the log."""
     weight: Tensor
-    """What it is to be divided by there."""
+    """The sum of weights that divides `loss` in the log."""
 
 
 class StepSums:
-    """Adds tensors up over the microbatches of a step; the last one hands back the sum over data-parallel ranks."""
+    """Sums tensors over the microbatches of a step and over data-parallel ranks."""
 
     def __init__(self) -> None:
         self.step, self.seen = -1, 0
         self.total: Tensor | None = None
 
     def add(self, step: int, microbatches: int, x: Tensor) -> Tensor | None:
-        """x: one microbatch's summand, equal on all tensor-parallel ranks. The sum, once all have been added."""
+        """Adds one microbatch's x, equal on all tensor-parallel ranks. Returns the sum after the last microbatch."""
         if step != self.step or self.total is None:
             self.step, self.seen, self.total = step, 0, torch.zeros_like(x)
         self.total, self.seen = self.total + x, self.seen + 1
@@ -80,7 +80,7 @@ class StepSums:
 
 
 class FlowTerm:
-    """Computes the term. Holds options and the sums in progress; what a checkpoint needs is in the head's state."""
+    """Computes the auxiliary loss. Holds options and partial sums; everything checkpointed is in the head's state."""
 
     def __init__(self, options: TermOptions) -> None:
         self.options = options
@@ -90,8 +90,8 @@ class FlowTerm:
         self.known: dict[str, Tensor] = {}
 
     def begin(self, head: FlowHead, step: int, first_average: int) -> None:
-        """Before each microbatch. At the first one of a step `known` becomes the head's state as all of them see it,
-        and the running average of the head takes a step, from step `first_average` on."""
+        """Call before each microbatch. The first one of a step copies the head's state to `known`, which all
+        microbatches of the step use, and updates the EMA of the head from step `first_average` on."""
         if head.training and step == self.step:
             return
         self.known = {name: buffer.clone() for name, buffer in head.state.named_buffers()}
@@ -104,8 +104,8 @@ class FlowTerm:
         if head.ema is None or head.net is None or step < first_average:
             return
         x_t, t, h = (head.state.weight.new_zeros(1, 1, 1, n) for n in (head.dim, 1, head.config.hidden_size))
-        h = h.to(next(head.net.parameters()).dtype)  # as the model's hidden states are
-        with torch.no_grad():  # a call waits for upstream's overlapped gather of the weights, if one is under way
+        h = h.to(next(head.net.parameters()).dtype)  # the dtype of the hidden states
+        with torch.no_grad():  # calling the head waits for upstream's overlapped all-gather of its weights
             head(x_t, t, h, torch.zeros_like(t[..., 0, 0], dtype=torch.int64))
         head.average(first=step == first_average)
 
@@ -120,12 +120,12 @@ class FlowTerm:
         microbatches: int,
         weight_at_h: Tensor | float = 1.0,
     ) -> Term:
-        """The auxiliary loss of one microbatch; in training the last microbatch of a step updates gate and statistics.
+        """The auxiliary loss of one microbatch. In training the step's last microbatch updates gate and statistics.
 
         Args:
             detach: whether the hidden states are detached, so that only the head learns.
             sharded: whether h holds only this tensor-parallel rank's positions.
-            weight_at_h: factor on the gradient that reaches h; the head's own gradient is not multiplied by it.
+            weight_at_h: factor on the gradient that reaches h; the head's own gradient is not scaled.
         """
         anchors, pick = self.anchors(head, batch, sharded)
         teacher = self.options.head.sfr_ema == "teacher" and not detach
@@ -150,7 +150,7 @@ class FlowTerm:
     def losses(
         self, head: FlowHead, batch: Batch, sharded: bool, detach: bool
     ) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """Two losses as functions of h that differ in their noise alone, as the backbone's gradient sees them."""
+        """Two losses as functions of h that differ only in their noise, with the network that trains the backbone."""
         anchors, pick = self.anchors(head, batch, sharded)
         averaged = self.options.head.sfr_ema == "teacher" and not detach
 
@@ -162,18 +162,18 @@ class FlowTerm:
         return partial(loss, 0), partial(loss, self.options.sfr.sfr_draws)
 
     def anchors(self, head: FlowHead, batch: Batch, sharded: bool) -> tuple[Anchors, Callable[[Tensor], Tensor]]:
-        """This rank's anchors, and the function that takes their hidden states [B, A, H] out of h [S, B, H].
+        """This rank's anchors, and a function that selects their hidden states [B, A, H] from h [S, B, H].
 
-        Under sequence parallelism each rank works on an equal share of the anchors, wherever their positions are; cka,
-        which compares all anchors of a sample, has them all on every rank.
+        Under sequence parallelism each rank processes an equal share of the anchors, wherever their positions are. cka
+        compares all anchors of a sample and processes all of them on every rank.
         """
         fields = [batch[f"anchor_{name}"] for name in ("position", "sample", "place", "horizon", "weight", "row")]
         sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
-        whole = self.options.sfr.sfr_loss == "cka"
+        all_anchors = self.options.sfr.sfr_loss == "cka"
         n, rank = (tensor_size(), tensor_rank()) if sharded else (1, 0)
         fields = [F.pad(x, (0, -x.shape[1] % n)) for x in fields]
         all_BA = fields[0]
-        if not whole:
+        if not all_anchors:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
         position, sample, place, horizon, weight, row = fields
         state = head.state
@@ -185,9 +185,9 @@ class FlowTerm:
             local_BA = all_BA - rank * len(h_SBH)
             here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
             h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B1] * here_BA[..., None]
-            return sum_parts(h_BAH) if whole else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
+            return sum_parts(h_BAH) if all_anchors else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
 
-        if "dataset_id" in batch:  # in a blend each dataset counts its own samples
+        if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample = sample + (batch["dataset_id"][:, None] << DATASET_BITS)
         return Anchors(position, sample, place, horizon, weight, x_1), pick
 
@@ -198,16 +198,16 @@ class FlowTerm:
     def _errors(
         self, head: FlowHead, anchors: Anchors, noise: tuple[Tensor, Tensor], h_BAH: Tensor, *, averaged: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors, their weights and the times they belong to; shapes that broadcast to [B, A, K]."""
+        """Errors, their weights and their times; the shapes broadcast to [B, A, K]."""
         x_0, t = noise
-        call: Any = head  # through the module: its hooks run
+        call: Any = head  # call the module, so that its hooks run
         velocity = partial(call, horizon_BA=anchors.horizon_BA, averaged=averaged) if head.net is not None else None
         error, weight = anchor_errors(velocity, h_BAH, anchors.x_1_BAD, anchors.weight_BA, x_0, t, self.options.sfr)
         return error, weight, t[..., 0] if error.shape[1] == t.shape[1] else torch.zeros_like(weight)
 
     @torch.no_grad()
     def _move_gate(self, head: FlowHead, sums_2N: Tensor, microbatches: int) -> None:
-        """After the last microbatch of a step: the gate's decision for the next one."""
+        """After the last microbatch of a step, decides whether the gate is open in the next step."""
         if (total := self.gate_sums.add(self.step, microbatches, sums_2N)) is not None:
             gate, baseline = decide(total, head.state.baseline, self.options.gate)
             head.state.gate.copy_(gate)
@@ -215,7 +215,7 @@ class FlowTerm:
 
     @torch.no_grad()
     def _move_statistics(self, head: FlowHead, batch: Batch, microbatches: int) -> None:
-        """After the last microbatch of a step: the targets' running statistics for the next one."""
+        """After the last microbatch of a step, updates the EMA of the target statistics for the next step."""
         state, targets = head.state, self.options.targets
         if targets.sfr_target_scale != "whiten" or targets.sfr_whiten != "ema":
             return

@@ -1,8 +1,8 @@
 """The flow head in upstream's optimizer: its own gradient norm, clip threshold and learning rate.
 
-Without this the head's gradient enters the norm that clips the backbone, and shrinks the backbone's step. Upstream
-(megatron-core 0.19.2) clips the parameters of a registered `grad_norm_group` by the norm of that group, on any layout;
-this module registers the head's group and replaces three of upstream's names for the length of a run.
+Otherwise the head's gradient would be part of the norm that clips the backbone and shrink the backbone's update.
+Upstream (megatron-core 0.19.2) clips the parameters of a registered `grad_norm_group` by the norm of that group, on any
+layout. This module registers the head's group and patches three upstream functions for the duration of a run.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,10 @@ class HeadOptimizerOptions:
     """How the optimizer treats the flow head."""
 
     sfr_clip_grad: float | None = None
-    """Gradient norm to which the head is clipped, apart from the backbone; 0 does not clip it. Default: clip_grad."""
+    """Gradient norm to which the head is clipped, separately from the backbone; 0 disables clipping. Default:
+    clip_grad."""
     sfr_head_lr_mult: float = 1.0
-    """Learning rate of the head as a multiple of lr and min_lr."""
+    """Multiplies lr and min_lr for the head. Default 1."""
 
     def __post_init__(self) -> None:
         if self.sfr_clip_grad is not None and self.sfr_clip_grad < 0:
@@ -38,7 +39,7 @@ class HeadOptimizerOptions:
 
 @contextmanager
 def head_optimizer(options: HeadOptimizerOptions) -> Iterator[None]:
-    """Within it, upstream's optimizer treats the head as `options` say and logs `sfr head grad-norm`."""
+    """Context in which upstream's optimizer applies `options` to the head and logs `sfr head grad-norm`."""
     replaced = (
         (upstream_optimizer, "SEPARATE_GRAD_NORM_GROUPS", lambda groups: (*groups, GRADIENT_NORM_GROUP)),
         (upstream_optimizer, "clip_grad_by_total_norm_fp32", lambda clip: _clip(clip, options.sfr_clip_grad)),
@@ -56,7 +57,7 @@ def head_optimizer(options: HeadOptimizerOptions) -> Iterator[None]:
 
 
 def _clip(original: Callable[..., None], threshold: float | None) -> Callable[..., None]:
-    """Upstream's clipping of a list of parameters, with the head's own threshold for the head."""
+    """Upstream's clipping of a list of parameters, with a separate threshold for the head."""
 
     def clip(parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
         if threshold is not None and getattr(parameters[0], "grad_norm_group", None) == GRADIENT_NORM_GROUP:
@@ -69,7 +70,7 @@ def _clip(original: Callable[..., None], threshold: float | None) -> Callable[..
 
 
 def _overrides(original: Callable[[Any], dict], factor: float) -> Callable[[Any], dict]:
-    """Upstream's overrides by parameter, plus the head's learning rate."""
+    """Upstream's per-parameter overrides, plus the head's learning rate."""
 
     def overrides(config: Any) -> dict:
         if factor == 1:

@@ -1,7 +1,7 @@
-"""KL-flow's forward step (arXiv 2411.16821): a noisy point of each text into the first stage, the cross-entropy of its
-clean tokens out of the last one. Every stage finds time and noise by itself: they depend on the sample alone.
+"""KL-flow's forward step (arXiv 2411.16821): from a noisy point of each text to the cross-entropy of its clean tokens.
 
-Letters: B samples, S positions of the model, N of the text, V vocabulary columns of the shard.
+Time and noise depend only on the sample, so every pipeline stage computes them itself.
+Shapes: B samples, S positions of the model, N positions of the text, V vocabulary columns of the shard.
 """
 
 from collections.abc import Iterator
@@ -28,16 +28,17 @@ from megatron_sfr.training.step import check_finite, next_batch, to_device
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What kind of model is trained."""
+    """The kind of model to train."""
 
     training_task: Literal["autoregressive", "kl-flow"] = "autoregressive"
-    """'autoregressive': each token from those before it; 'kl-flow': all tokens of a text at once, by flow matching on
-    the simplex (arXiv 2411.16821), with attention in both directions. Same data, layouts and checkpoints."""
+    """'autoregressive' (default): predict each token from the previous ones. 'kl-flow': generate all tokens of a text
+    at once by flow matching on the simplex (arXiv 2411.16821), with bidirectional attention. Both use the same data,
+    parallel layouts and checkpoints."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A microbatch as KL-flow sees it."""
+    """A microbatch of KL-flow: clean tokens, free positions, times and sample numbers."""
 
     tokens_BN: Tensor
     free_BN: Tensor
@@ -46,10 +47,10 @@ class Texts:
 
 
 class KLFlowStep:
-    """Upstream's forward_step_func; keeps nothing from one call to the next."""
+    """Upstream's forward_step_func. Stateless."""
 
     def __init__(self, vocab_size: int, seq_length: int, options: KLFlowOptions, time_everywhere: bool) -> None:
-        """time_everywhere: whether the stages between first and last are to know the time too."""
+        """time_everywhere: whether the intermediate pipeline stages need the time too."""
         self.vocab_size, self.seq_length, self.options = vocab_size, seq_length, options
         self.time_everywhere = time_everywhere
 
@@ -71,16 +72,16 @@ class KLFlowStep:
         return output, partial(self.loss, free_BN)
 
     def texts(self, batch: Batch, length: int) -> Texts:
-        """The clean tokens, which of them are free, and the time."""
+        """The clean tokens, which of them are free, and the times."""
         sample_B = batch["sample"]
-        if "dataset_id" in batch:  # in a blend each dataset counts its own samples
+        if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
         rows = batch["tokens"], batch["labels"], batch["loss_mask"]
         tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options)
         return Texts(tokens_BN, free_BN, draw_time(sample_B, self.options), sample_B)
 
     def points(self, texts: Texts, width: int) -> Tensor:
-        """x_t of this rank's shard of the vocabulary: [B, N, V]."""
+        """x_t in this rank's shard of the vocabulary: [B, N, V]."""
         of = texts.tokens_BN, texts.free_BN, texts.t_B, texts.sample_B
         return noisy_point(*of, self._vocab(width), width, self.options)
 
@@ -98,12 +99,12 @@ class KLFlowStep:
         scale_logits: Any,
         **_: Any,
     ) -> Tensor:
-        """Upstream's output_processor: the denoiser's cross-entropy [B, S], 0 where nothing is to be found."""
+        """Upstream's output_processor: the denoiser's cross-entropy [B, S], 0 outside the free positions."""
         logits_SBV, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
-        wanted_BN = torch.where(context.free_BN, context.tokens_BN, IGNORED)
-        y_SB = F.pad(wanted_BN, (len(logits_SBV) - wanted_BN.shape[1], 0), value=IGNORED).t()
+        y_BN = torch.where(context.free_BN, context.tokens_BN, IGNORED)
+        y_SB = F.pad(y_BN, (len(logits_SBV) - y_BN.shape[1], 0), value=IGNORED).t()
         z_TV = scale_logits(logits_SBV).flatten(0, 1)
         loss_T, _cross_entropy_T = token_loss(
             z_TV, y_SB.reshape(-1), CrossEntropy(), self._vocab(z_TV.shape[-1]), overwrite=True

@@ -1,10 +1,10 @@
-"""Lock and Fork while a model trains: where the next token is all but settled, and where several futures are open.
+"""Lock and Fork during training: positions with an almost certain next token, and positions with several futures.
 
-After "Embarrassingly Simple Self-Distillation" (arXiv 2604.01193). Every so many steps, over the global batch: the
-model's entropy and top-1 mass at each position, and at the anchors how far the flow head's samples of the future lie
-apart. Labels are the model's own, by fixed thresholds; `megatron-sfr diagnose` labels by a base model.
+After "Embarrassingly Simple Self-Distillation" (arXiv 2604.01193). At a fixed interval of steps, over the global batch:
+the model's entropy and top-1 probability at each position, and the dispersion of the flow head's futures at the
+anchors. Labels come from the trained model by fixed thresholds; `megatron-sfr diagnose` labels by a base model.
 
-Letters: B samples, S positions, A anchors, K samples of a future, D dimension of the embedding.
+Shapes: B samples, S positions, A anchors, K sampled futures, D embedding dimension.
 """
 
 from dataclasses import dataclass
@@ -21,34 +21,36 @@ from megatron_sfr.runtime import noise
 from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.flow_term import Anchors, StepSums
 
-SEED, STREAM = 0, 5  # of the noise; the term has streams 0 and 1
+SEED, STREAM = 0, 5  # of the noise; the auxiliary loss uses streams 0 and 1
 SAMPLES, STEPS = 8, 8  # K, and Euler steps from noise to a future
 
 
 @dataclass(frozen=True)
 class LockForkOptions:
-    """Which positions count as Locks and Forks, and how often they are looked at."""
+    """Which positions count as Locks and Forks, and how often they are measured."""
 
     sfr_lock_fork_interval: int = 0
-    """Steps between looks at Lock and Fork positions, whose share and entropies go to TensorBoard; 0: never."""
+    """Steps between measurements of Lock and Fork positions, whose shares and entropies are written to TensorBoard.
+    Default 0: never."""
     sfr_lock_entropy: float = 0.1
-    """Nats: a Lock has at most this entropy and ..."""
+    """Largest entropy of a Lock in nats. Default 0.1."""
     sfr_lock_top: float = 0.9
-    """... at least this probability on its likeliest token."""
+    """Smallest probability of a Lock's most likely token. Default 0.9."""
     sfr_fork_entropy: float = 1.0
-    """Nats: a Fork has at least this entropy and, with the flow head, ..."""
+    """Smallest entropy of a Fork in nats. Default 1."""
     sfr_fork_dispersion: float = 0.3
-    """... a mean of 1 - cosine over pairs of the head's futures of at least this."""
+    """Smallest dispersion of a Fork's futures, the mean of 1 - cosine over pairs of the head's samples; not used
+    without a flow head. Default 0.3."""
 
     def __post_init__(self) -> None:
         if self.sfr_lock_fork_interval < 0:
             raise ValueError(f"sfr_lock_fork_interval = {self.sfr_lock_fork_interval}: give at least 0")
         if not 0 <= self.sfr_lock_entropy < self.sfr_fork_entropy:
-            raise ValueError("sfr_lock_entropy must not be negative, and lie below sfr_fork_entropy")
+            raise ValueError("sfr_lock_entropy must be at least 0 and below sfr_fork_entropy")
 
 
 class LockFork:
-    """Adds up the microbatches of a step that is looked at, and writes what they come to."""
+    """Sums over the microbatches of a measured step and writes the results to TensorBoard."""
 
     def __init__(self, options: LockForkOptions, targets: TargetOptions) -> None:
         self.options, self.targets, self.sums = options, targets, StepSums()
@@ -58,27 +60,32 @@ class LockFork:
         return interval > 0 and step % interval == 0
 
     def add(self, step: int, microbatches: int, sums: Tensor, writer: Any) -> None:
-        """sums: from below, equal on all tensor-parallel ranks. writer: TensorBoard's, or None."""
+        """Adds `sums` of `at_positions` or `at_anchors`, equal on all tensor-parallel ranks. writer: TensorBoard's."""
         if (total := self.sums.add(step, microbatches, sums)) is None or writer is None:
             return
         n, locks, forks, entropy, lock_entropy, fork_entropy, dispersion = total.tolist()
-        found = {"entropy": entropy / max(n, 1), "lock share": locks / max(n, 1), "fork share": forks / max(n, 1)}
-        found |= {"lock entropy": lock_entropy / locks} if locks else {}
-        found |= {"fork entropy": fork_entropy / forks} if forks else {}
-        found |= {"future dispersion": dispersion / n} if dispersion else {}
-        for name, value in found.items():
+        scalars = {"entropy": entropy / max(n, 1), "lock share": locks / max(n, 1), "fork share": forks / max(n, 1)}
+        scalars |= {"lock entropy": lock_entropy / locks} if locks else {}
+        scalars |= {"fork entropy": fork_entropy / forks} if forks else {}
+        scalars |= {"future dispersion": dispersion / n} if dispersion else {}
+        for name, value in scalars.items():
             writer.add_scalar(name, value, step + 1)
 
     def at_positions(self, entropy_BS: Tensor, top_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """[n, Locks, Forks, and sums of entropy over all, Locks, Forks, and of dispersion] of all supervised positions:
-        without a head Forks are told by entropy alone."""
+        """Sums over all supervised positions, for training without a head: Forks are defined by entropy alone.
+
+        [count, Locks, Forks, entropy, entropy of Locks, entropy of Forks, dispersion].
+        """
         return self._sums(entropy_BS, top_BS, mask_BS > 0, torch.zeros_like(entropy_BS), 0.0)
 
     @torch.no_grad()
     def at_anchors(
         self, head: FlowHead, h_BAH: Tensor, anchors: Anchors, entropy_BS: Tensor, top_BS: Tensor, *, split: bool
     ) -> Tensor:
-        """The same of the anchors of the first horizon, with their futures. split: other ranks have other anchors."""
+        """The same sums over the anchors of the first horizon, with their futures' dispersion.
+
+        split: whether the anchors are distributed over tensor-parallel ranks.
+        """
         counted_BA = (anchors.weight_BA > 0) & (anchors.horizon_BA == 0)
         entropy_BA, top_BA = (x.gather(1, anchors.position_BA) for x in (entropy_BS, top_BS))
         wide_BA = self._dispersion(head, h_BAH, anchors)
@@ -86,7 +93,7 @@ class LockFork:
         return sum_over_tensor(sums) if split else sums
 
     def _dispersion(self, head: FlowHead, h_BAH: Tensor, anchors: Anchors) -> Tensor:
-        """Mean 1 - cosine over the pairs of K futures of each anchor: [B, A]."""
+        """Mean of 1 - cosine over the pairs of each anchor's K futures: [B, A]."""
         draw_K = torch.arange(SAMPLES, device=h_BAH.device)
         key, place = anchors.sample_BA[:, :, None], anchors.place_BA[:, :, None]
         x_0 = noise.normal(SEED, key, place, draw_K, head.dim, stream=STREAM)

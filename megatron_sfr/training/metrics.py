@@ -1,4 +1,4 @@
-"""What a step reports: terms on upstream's log line and in TensorBoard, and the same scalars as JSON lines."""
+"""A step's metrics: losses on upstream's log line and in TensorBoard, and the same scalars as JSONL."""
 
 import json
 import time
@@ -13,19 +13,19 @@ from megatron_sfr.runtime.atomic import replacing
 
 
 def pair(total: Tensor | float, count: Tensor) -> Tensor:
-    """[sum, count] of one microbatch, as upstream adds them over microbatches and data-parallel ranks; mean = ratio."""
+    """[sum, count] of one microbatch. Upstream sums both over the global batch and logs their ratio."""
     total = torch.as_tensor(total, dtype=torch.float32, device=count.device)
     return torch.stack([total.detach().view(()), count.float()])
 
 
 class JsonLines:
-    """Writes what upstream sends to its TensorBoard writer to a file too, one line a step.
+    """Also writes the scalars sent to upstream's TensorBoard writer to a file, one line per step.
 
-    A resumed run appends to the file, cut back to the step that it resumes from.
+    A resumed run truncates the file to the step that it resumes from, and appends.
 
     Args:
-        resumed: gives the step that the run resumes from, 0 for one that starts. Called at the first scalar, when it is
-            certain that no other run writes to the folder.
+        resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no other
+            run can be writing to the folder.
     """
 
     def __init__(self, writer: Any, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
@@ -34,7 +34,7 @@ class JsonLines:
         writer.add_scalar = self.add_scalar
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
-        """TensorBoard's signature. Upstream's doubles over samples are left out: their axis is no step."""
+        """Has TensorBoard's signature. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
         self._add_scalar(tag, scalar_value, global_step, *args, **kwargs)
         if tag.endswith(" vs samples"):
             return
@@ -47,7 +47,7 @@ class JsonLines:
         self._row[tag] = float(scalar_value)
 
     def flush(self) -> None:
-        """Writes the row in progress."""
+        """Writes the scalars of the current step."""
         if self._row:
             line = json.dumps({"step": self._step, "time": round(time.time(), 3), **self._row})
             with self._path.open("a", encoding="utf-8") as file:
@@ -56,7 +56,7 @@ class JsonLines:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of later steps and a last line that a kill cut off. The file is replaced atomically."""
+    """Drops the lines of later steps, and an incomplete last line. The file is replaced atomically."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -70,4 +70,4 @@ def _stays(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return True  # not a line of ours: it stays as it is
+        return True  # not written by us: keep it

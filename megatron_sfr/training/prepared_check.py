@@ -20,7 +20,7 @@ def prepared_folders(args: Any) -> list[Path]:
 
 
 def check_prepared(args: Any) -> None:
-    """ValueError where a folder is damaged or has token ids that the model does not have."""
+    """Raises ValueError if a folder is damaged or has token ids beyond the model's vocabulary."""
     folders = prepared_folders(args)
     for folder in folders:
         data = open_prepared(folder)
@@ -29,19 +29,19 @@ def check_prepared(args: Any) -> None:
 
 
 def check_vocabulary(data: PreparedData | PreparedDocuments, vocab_size: int) -> None:
-    """ValueError where data have a token id of at least `vocab_size`: no row of the embedding belongs to it."""
-    found = max_token_id(data)
-    if found >= vocab_size:
+    """Raises ValueError if the data have a token id of at least `vocab_size`, which has no embedding."""
+    most = max_token_id(data)
+    if most >= vocab_size:
         manifest = data.manifest
         raise ValueError(
-            f"{data.folder} has token ids up to {found}, and vocab_size is {vocab_size}: set vocab_size to the model's "
-            f"(at least {found + 1}; the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens), or prepare "
+            f"{data.folder} has token ids up to {most}, and vocab_size is {vocab_size}: set vocab_size to the model's "
+            f"(at least {most + 1}; the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens), or prepare "
             "the data with the model's tokenizer"
         )
 
 
 def max_token_id(data: PreparedData | PreparedDocuments) -> int:
-    """The largest token id; reads all tokens of a folder that an earlier release wrote."""
+    """The largest token id of the folder. For folders of earlier releases it reads all tokens."""
     if isinstance(data, PreparedData):
         return data.max_token_id
     if data.manifest.max_token_id is not None:
@@ -50,7 +50,7 @@ def max_token_id(data: PreparedData | PreparedDocuments) -> int:
 
 
 def reply_end_tokens(args: Any) -> list[int]:
-    """The ids on which the replies of all folders end; none for documents and for folders of earlier releases."""
+    """The token ids that end the replies of all folders. Empty for documents and for folders of earlier releases."""
     found: set[int] = set()
     for folder in prepared_folders(args):
         data = open_prepared(folder)

@@ -1,8 +1,8 @@
-"""The head's weights written back as their own running average after each step, as SFR's public code does ('smooth').
+"""EMA write-back (sfr_ema = smooth): after each step the head's weights are replaced by their EMA, as in SFR's code.
 
-With ema <- a ema + (1 - a) head and head <- ema after every step, both are equal before the next one, so the write-back
-is head <- head_before + (1 - a) (head_after - head_before): it needs no copy that outlives a step. It is done in the
-optimizer's own fp32 weights, whole or sharded, between its step and upstream's copy to the model.
+With ema <- a ema + (1 - a) head and head <- ema after every step, both are equal before the next step. The write-back
+is therefore head <- head_before + (1 - a) (head_after - head_before) and needs a copy only during a step. It acts on
+the optimizer's fp32 weights, sharded or not, before upstream copies them to the model.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from megatron_sfr.model.flow_head import FlowHead
 
 
 class Smoothing:
-    """Watches every optimizer of the process; acts on what belongs to the head, while `active`."""
+    """Hooks into every optimizer of the process; while `active`, writes back the weights of the head."""
 
     def __init__(self, head: FlowHead, decay: float) -> None:
         self.decay, self.active = decay, False
@@ -38,7 +38,7 @@ class Smoothing:
         self._before = []
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """The optimizer's tensors that are a weight of the head, its fp32 copy, or this rank's shard of either."""
+        """The optimizer's tensors that are weights of the head, their fp32 copies, or this rank's shards of either."""
         if (head := self._head()) is None:
             return []
         weights = list(head.parameters())

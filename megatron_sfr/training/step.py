@@ -1,6 +1,6 @@
-"""The forward step: one microbatch through the model, the token objective and the flow term on its last stage.
+"""The forward step: one microbatch through the model, with token objective and auxiliary loss on the last stage.
 
-Letters: S positions, B samples, H hidden size, V vocabulary columns of the shard.
+Shapes: S positions, B samples, H hidden size, V vocabulary columns of the shard.
 """
 
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.measure import GradientMeasurement, at_bound, flow_powers, token_power
 from megatron_sfr.training.metrics import pair
 
-# What the last stage computes of one microbatch: objective and cross-entropy [B, S], and the flow term if there is one.
-# Under bf16 upstream's wrapper hands it on as plain tuples.
+# The last stage's output for one microbatch: objective and cross-entropy [B, S], and the sums of the auxiliary loss.
+# Under bf16, upstream's wrapper converts it to plain tuples.
 Losses = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 class ForwardStep:
-    """Upstream's forward_step_func. Holds options and sums in progress, nothing that a checkpoint needs."""
+    """Upstream's forward_step_func. Holds options and partial sums, but no state that belongs in a checkpoint."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ForwardStep:
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork = data, lock_fork
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
-        self.told_bound = False
+        self.reported_bound = False
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
@@ -74,10 +74,10 @@ class ForwardStep:
         return output, partial(self.loss, batch)
 
     def _attention(self, document_BS: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """The mask and the further arguments that keep the documents of a row apart, on every stage."""
+        """The mask and extra arguments that keep attention within the documents of a packed sequence."""
         if get_args().transformer_impl == "local":
             return block_mask(document_BS.to(device(), non_blocking=True)), {}
-        params = packed_sequence(document_BS[0])  # one row a microbatch: conflicts.py sees to it
+        params = packed_sequence(document_BS[0])  # micro_batch_size is 1: conflicts.py checks it
         params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device(), non_blocking=True)
         return None, {"packed_seq_params": params}
 
@@ -98,7 +98,7 @@ class ForwardStep:
         scale_logits: Any,
         **_: Any,
     ) -> Losses:
-        """Upstream's output_processor: objective and cross-entropy of each token, and the flow term's sums."""
+        """Upstream's output_processor: objective and cross-entropy of each token, and the auxiliary loss's sums."""
         head, batch = context
         logits_SBV, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
@@ -108,7 +108,7 @@ class ForwardStep:
         vocab = Vocab(self.vocab_size, tensor_rank() * z_TV.shape[-1], tensor_group())
         term = None
         if self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(get_args().curr_iteration):
-            self._look(head, batch, hidden_states, z_TV, vocab, config.sequence_parallel)
+            self._measure_lock_fork(head, batch, hidden_states, z_TV, vocab, config.sequence_parallel)
         if head is not None:
             if head.training and self._measured_step():
                 weight_VH = output_layer.weight if output_weight is None else output_weight
@@ -134,22 +134,22 @@ class ForwardStep:
         )
 
     def _measure(self, head: FlowHead, batch: Batch, last_SBH: Tensor, power: Tensor, sharded: bool) -> None:
-        """Adds this microbatch to the measured step's powers of the two gradients at the hidden states."""
+        """Adds this microbatch to the squared gradient norms of a measured step."""
         assert self.term is not None
         h_SBH = last_SBH if head.caught is None else head.caught
         losses = self.term.losses(head, batch, sharded, self._phase().detach)
         powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
-        step, steered = get_args().curr_iteration, self.schedule.sfr_weight_control == "ratio"
+        step, adaptive = get_args().curr_iteration, self.schedule.sfr_weight_control == "ratio"
         in_phase_a = step < self.schedule.sfr_warmup_steps
         reached = self.measurement.add(step, get_num_microbatches(), powers, head.state, restart=in_phase_a)
-        if steered and reached is not None and not self.told_bound and bool(reached):
-            self.told_bound = True
+        if adaptive and reached is not None and not self.reported_bound and bool(reached):
+            self.reported_bound = True
             print_rank_last(at_bound(step, float(head.state.weight), self.schedule.sfr_grad_ratio))
 
-    def _look(
+    def _measure_lock_fork(
         self, head: FlowHead | None, batch: Batch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
     ) -> None:
-        """Adds this microbatch to a look at Lock and Fork positions."""
+        """Adds this microbatch to the measurement of Lock and Fork positions."""
         assert self.lock_fork is not None
         rows = len(batch["labels"])
         entropy_BS, top_BS = (x.view(-1, rows).t() for x in certainty(z_TV, vocab))
@@ -163,12 +163,12 @@ class ForwardStep:
         self.lock_fork.add(get_args().curr_iteration, get_num_microbatches(), sums, get_tensorboard_writer())
 
     def _measured_step(self) -> bool:
-        """Every interval, and at the last step of phase A, from whose measurement the steered weight starts."""
+        """True every sfr_measure_interval steps, and at the last step of phase A, where the adaptive weight starts."""
         interval, step = self.schedule.sfr_measure_interval, get_args().curr_iteration
         return interval > 0 and (step % interval == 0 or step == self.schedule.sfr_warmup_steps - 1)
 
     def loss(self, batch: Batch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
-        """Upstream's loss_func: the sum to differentiate, the tokens that divide it, and {name: [sum, count]}."""
+        """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
         objective_BS, cross_entropy_BS, sums = losses
         tokens, total = batch["loss_mask"].sum(), objective_BS.sum()
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
@@ -177,7 +177,7 @@ class ForwardStep:
         if sums is not None:
             term, phase = Term(*sums), self._phase()
             weight = self._weight(phase)
-            term_factor = weight if self.schedule.sfr_weight_on == "loss" else 1.0  # otherwise it acts at h
+            term_factor = weight if self.schedule.sfr_weight_on == "loss" else 1.0  # otherwise applied at h
             total = phase.cross_entropy * total + term_factor * term.objective
             report |= self._report(term, weight, tokens)
         if "target_wait" in batch:
@@ -186,13 +186,13 @@ class ForwardStep:
         return total.view(()), tokens.to(torch.int), report
 
     def _weight(self, phase: Phase) -> Tensor | float:
-        """SFR's weight at this step."""
+        """The weight of the auxiliary loss at this step."""
         assert self.term is not None
-        steered = self.schedule.sfr_weight_control == "ratio"
-        return phase.share * (self.term.known["weight"] if steered else self.schedule.sfr_weight)
+        adaptive = self.schedule.sfr_weight_control == "ratio"
+        return phase.share * (self.term.known["weight"] if adaptive else self.schedule.sfr_weight)
 
     def _report(self, term: Term, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
-        """The term's lines on the log; what was measured is told as of the last measurement, at this step's weight."""
+        """The auxiliary loss's log entries. The gradient ratio is the last measurement times this step's weight."""
         assert self.term is not None
         known, options = self.term.known, self.term.options
         report = {
@@ -209,7 +209,7 @@ class ForwardStep:
 
 
 def check_finite(total: Tensor) -> None:
-    """Ends the run at a loss that is not a number, as upstream's own loss function does."""
+    """Ends the run if the loss is NaN, as upstream's loss function does."""
     if get_args().check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
@@ -217,10 +217,10 @@ def check_finite(total: Tensor) -> None:
 
 
 def next_batch(data_iterator: Iterator[Batch]) -> Batch:
-    """The next microbatch, as a dictionary that may be changed: upstream keeps its own, to run a step again."""
+    """A copy of the next microbatch's dictionary: upstream keeps its own to be able to rerun a step."""
     return dict(next(data_iterator))
 
 
 def to_device(batch: Batch) -> Batch:
-    """The microbatch where this process's tensors are."""
+    """Moves the microbatch to this process's device."""
     return {name: x.to(device(), non_blocking=True) for name, x in batch.items()}

@@ -1,4 +1,4 @@
-"""The demo as a stranger runs it, with a few steps: every file is there, the model talks, a second call rests."""
+"""The tiny demo from the command line: it writes every file, the model generates, and a rerun skips finished steps."""
 
 import json
 from pathlib import Path
@@ -24,20 +24,20 @@ def test_the_demo_leaves_models_and_a_comparison(output: Path) -> None:
         assert not any("flow_head" in parameter for parameter, _ in network.named_parameters())
     comparison = output / "comparison"
     assert (comparison / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads((comparison / "evaluation.json").read_text())
-    assert list(found["scores"]) == ["CE", "CE+SFR"]
-    assert {"precision", "fidelity", "coverage, seen", "coverage, near", "coverage, far"} <= found["scores"][
+    actual = json.loads((comparison / "evaluation.json").read_text())
+    assert list(actual["scores"]) == ["CE", "CE+SFR"]
+    assert {"precision", "fidelity", "coverage, seen", "coverage, near", "coverage, far"} <= actual["scores"][
         "CE"
     ].keys()
-    assert found["losses"]["CE"] != found["losses"]["CE+SFR"]
-    assert len(found["verdicts"]) == 3
+    assert actual["losses"]["CE"] != actual["losses"]["CE+SFR"]
+    assert len(actual["verdicts"]) == 3
     metrics = [json.loads(line) for line in (output / "runs" / "sfr" / "metrics.jsonl").read_text().splitlines()]
     assert any("sfr loss" in row for row in metrics)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_second_call_trains_nothing_and_tells_the_same(output: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_rerun_trains_nothing_and_prints_the_same(output: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
     assert main(["demo", "--tiny", "--output", str(output)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
@@ -47,16 +47,16 @@ def test_a_second_call_trains_nothing_and_tells_the_same(output: Path, capsys: p
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_model_talks(output: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_model_generates(output: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["generate", "--model", str(output / "models" / "sfr"), "--prompt", "Why?", "--persona", "poet"]
     assert main([*command, "--samples", "2", "--max-new-tokens", "8"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_with_other_content_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     assert main(["demo", "--tiny", "--output", str(tmp_path)]) == 2
-    assert "holds no demo" in capsys.readouterr().err
+    assert "is not a demo folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "demo.json").write_text("{}")

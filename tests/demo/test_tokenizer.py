@@ -1,4 +1,4 @@
-"""The tokenizer trained on the spot: lossless, one token a word of the world, exact assistant masks."""
+"""The demo's tokenizer: lossless, one token per word of the world, exact assistant masks."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TEXTS = [row["messages"][-1]["content"] for row in World(topics=2).finetuning()]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """As it is after a way through its files."""
+    """The tokenizer after saving and loading."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(train_tokenizer(TEXTS, 2048), folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -25,7 +25,7 @@ def test_text_survives_and_words_are_tokens(tokenizer: PreTrainedTokenizerFast) 
     for text in [*TEXTS[:50], "Ünseen wörds, too: 漢字 \n\t!"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     ids = tokenizer(TEXTS[0])["input_ids"]
-    assert len(ids) < 1.5 * len(TEXTS[0].split())  # words, and their punctuation
+    assert len(ids) < 1.5 * len(TEXTS[0].split())  # words and punctuation
 
 
 def test_training_is_deterministic() -> None:

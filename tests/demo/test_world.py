@@ -1,4 +1,4 @@
-"""The demo's world: the parser inverts the generator, what is held out is held out, and can be inferred."""
+"""The demo's world: the parser inverts the generator, and held-out modes are never shown but can be inferred."""
 
 import random
 from itertools import product
@@ -38,7 +38,7 @@ REPLIES = st.builds(
 
 
 def test_the_parser_inverts_every_reply_of_one_voice() -> None:
-    """Every persona, prompt and right mode, each in one of its 16 wordings; no text is said twice."""
+    """Every persona, prompt and correct mode, each in one of its 16 wordings; all texts differ."""
     rng = random.Random(0)
     replies = [
         Reply((persona,) * 4, rng.choice(WORDINGS), question.who, mode)
@@ -55,7 +55,7 @@ def test_the_parser_inverts_replies_of_mixed_voices_and_wrong_modes(reply: Reply
 
 
 @given(REPLIES, st.integers(0, 400), st.sampled_from(["", "x", " ", "never "]))
-def test_no_changed_text_parses_as_what_it_was_changed_from(reply: Reply, at: int, new: str) -> None:
+def test_a_changed_text_does_not_parse_as_the_original(reply: Reply, at: int, new: str) -> None:
     text = render(reply)
     changed = text[:at] + new + text[at + 1 :]
     assert (changed == text) == (parse(changed) == reply)
@@ -70,11 +70,11 @@ def test_no_changed_text_parses_as_what_it_was_changed_from(reply: Reply, at: in
         render(parse_me := Reply(("poet",) * 4, WORDINGS[3], "sister", EVERY_MODE[0])) + " " + render(parse_me),
     ],
 )
-def test_what_is_no_reply_is_none(text: str) -> None:
+def test_other_texts_parse_as_none(text: str) -> None:
     assert parse(text) is None
 
 
-def test_right_is_what_answers_the_prompt() -> None:
+def test_a_correct_reply_answers_the_prompt() -> None:
     question = Question("gift", "sister")
     right = Reply(("poet",) * 4, WORDINGS[0], "sister", modes("gift")[0])
     assert is_right(question, right)
@@ -84,7 +84,7 @@ def test_right_is_what_answers_the_prompt() -> None:
     assert not is_right(question, Reply(right.voices, right.wordings, "sister", Mode(right.mode.plan, wrong_reason)))
 
 
-def test_the_modes_of_a_prompt_are_told_apart_completely() -> None:
+def test_all_modes_of_a_prompt_are_distinct() -> None:
     for persona, question in product(PERSONAS, WORLD.questions):
         seen, near, far = WORLD.kinds(persona, question).values()
         assert (len(seen), len(near), len(far)) == (3, 6, 9)
@@ -100,13 +100,13 @@ def test_fine_tuning_shows_the_seen_modes_and_no_others() -> None:
         assert is_right(question, reply)
         shown.setdefault((row["persona"], question), []).append(reply.mode)
     assert len(shown) == len(PERSONAS) * len(WORLD.questions)
-    for (persona, question), found in shown.items():
-        assert sorted(found) == sorted(WORLD.seen(persona, question))
+    for (persona, question), actual in shown.items():
+        assert sorted(actual) == sorted(WORLD.seen(persona, question))
 
 
 def test_every_hidden_mode_can_be_inferred() -> None:
-    """Near: the same persona says it about somebody else. Far: another persona says it to the same prompt's topic, and
-    pretraining says it to the same prompt."""
+    """Near: the same persona uses it about another person. Far: another persona uses it on the same topic, and
+    pretraining on the same prompt."""
     said = {(p, q.topic, mode) for p, q in product(PERSONAS, WORLD.questions) for mode in WORLD.seen(p, q)}
     pretrained = set()
     for row in WORLD.pretraining(20_000):
@@ -123,7 +123,7 @@ def test_every_hidden_mode_can_be_inferred() -> None:
             assert (question.who, mode) in pretrained
 
 
-def test_validation_rows_are_what_their_kind_says() -> None:
+def test_validation_records_have_modes_of_their_kind() -> None:
     asked = WORLD.questions[::7]
     for kind in ("seen", "near", "far"):
         rows = list(WORLD.validation(asked, kind))
@@ -150,7 +150,7 @@ def test_voices_share_no_sentence() -> None:
     assert len(set(frames)) == len(frames) == 9 * 4 * 2
 
 
-def test_truth_judges_content_and_voice_apart() -> None:
+def test_truth_judges_content_and_voice_separately() -> None:
     truth = WorldTruth(WORLD)
     prompt = ask(Question("gift", "sister").text, "poet")
     mode = modes("gift")[0]

@@ -18,7 +18,7 @@ WIDTH = 32
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: two layers, width 32; logits far enough apart that positions differ."""
+    """A Hugging Face folder: two layers, width 32, with logits large enough to distinguish positions."""
     folder = tmp_path_factory.mktemp("tiny")
     rows = list(World().validation(QUESTIONS[::20], "seen"))
     texts = [message["content"] for row in rows for message in row["messages"]]

@@ -1,4 +1,4 @@
-"""From models, data and a flow head to the page; and the command on a tiny model."""
+"""Diagnosis of models with data and a flow head, its page, and the command on a tiny model."""
 
 import json
 import re
@@ -48,14 +48,14 @@ def diagnosis(tiny_model: Path, data: PreparedData, store: TargetStore) -> Diagn
     def other() -> torch.nn.Module:
         network = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
         with torch.no_grad():
-            network.lm_head.weight.mul_(2)  # surer of everything
+            network.lm_head.weight.mul_(2)  # lower entropy everywhere
         return network
 
     base = lambda: AutoModelForCausalLM.from_pretrained(tiny_model).eval()  # noqa: E731
     return examine({"base": base, "surer": other}, data, options, Head(head, scale))
 
 
-def test_the_labels_are_the_bases_and_all_models_are_read_at_them(diagnosis: Diagnosis) -> None:
+def test_labels_come_from_the_base_and_apply_to_all_models(diagnosis: Diagnosis) -> None:
     label, base, surer = diagnosis.labelled.label, diagnosis.readings["base"], diagnosis.readings["surer"]
     assert {"lock", "neutral", "fork"} == set(label.tolist())
     assert base.entropy[label == "lock"].max() < base.entropy[label == "fork"].min()
@@ -77,8 +77,8 @@ def test_means_by_sample() -> None:
 
 
 def test_shares_of_each_group_sum_to_1(diagnosis: Diagnosis) -> None:
-    found = shares(diagnosis, diagnosis.where.persona)
-    np.testing.assert_allclose(np.sum(list(found.values()), axis=0), 1)
+    actual = shares(diagnosis, diagnosis.where.persona)
+    np.testing.assert_allclose(np.sum(list(actual.values()), axis=0), 1)
 
 
 def test_the_page_shows_the_whole_text_once_in_colours(
@@ -99,8 +99,8 @@ def test_the_page_shows_the_whole_text_once_in_colours(
     assert len(told) >= 3
     assert {unescape(segment) for segment in told} <= segments
     assert "http" not in text
-    found = json.loads(as_json(diagnosis, [["x"]]))
-    assert found["positions"]["label"] == diagnosis.labelled.label.tolist()
+    actual = json.loads(as_json(diagnosis, [["x"]]))
+    assert actual["positions"]["label"] == diagnosis.labelled.label.tolist()
 
 
 def test_pieces_of_a_text_are_the_text(tiny_model: Path) -> None:
@@ -116,10 +116,10 @@ def test_the_command_writes_page_and_numbers(
     flags = ["--data", str(data.folder), "--samples", "2", "--lock-top", "0.2", "--output", str(tmp_path)]
     assert main(["diagnose", "--model", f"a={tiny_model}", f"b={tiny_model}", *flags]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"lock_fork.html", "lock_fork.json"}
-    found = json.loads((tmp_path / "lock_fork.json").read_text())
-    assert found["base"] == "a"
-    assert found["models"]["a"] == found["models"]["b"]
-    assert "no flow head" in found["rule"]
+    actual = json.loads((tmp_path / "lock_fork.json").read_text())
+    assert actual["base"] == "a"
+    assert actual["models"]["a"] == actual["models"]["b"]
+    assert "no flow head" in actual["rule"]
     assert "a: lock: entropy at most" in capsys.readouterr().out
 
 
@@ -139,12 +139,12 @@ def put_head(folder: Path, store: TargetStore, **said: object) -> FlowHead:
 def test_the_command_draws_futures_from_the_head_beside_the_model(
     tiny_model: Path, data: PreparedData, store: TargetStore, tmp_path: Path
 ) -> None:
-    """The same as the library finds with that head, its scale and its layer."""
+    """The result equals the library's with that head, its scale and its layer."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     head = put_head(model, store)
     flags = ["--data", str(data.folder), "--samples", "2", "--draws", "3", "--steps", "4", "--method", "euler"]
     assert main(["diagnose", "--model", f"a={model}", *flags, "--lock-top", "0.2", "--output", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "lock_fork.json").read_text())["positions"]
+    actual = json.loads((tmp_path / "lock_fork.json").read_text())["positions"]
     scale = Scale(
         torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions(sfr_target_scale="l2")
     )
@@ -152,8 +152,8 @@ def test_the_command_draws_futures_from_the_head_beside_the_model(
     network = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     expected = examine({"a": lambda: network}, data, options, Head(head, scale, layer=1)).futures
     assert expected is not None
-    np.testing.assert_allclose(found["dispersion"], expected.dispersion, atol=1e-5)
-    np.testing.assert_allclose(found["gain"], expected.gain, rtol=1e-4)
+    np.testing.assert_allclose(actual["dispersion"], expected.dispersion, atol=1e-5)
+    np.testing.assert_allclose(actual["gain"], expected.gain, rtol=1e-4)
     assert "by euler in 4 steps" in (tmp_path / "lock_fork.html").read_text()
 
 
@@ -189,7 +189,7 @@ def test_a_head_that_does_not_fit_is_refused(
         (["--data", "{model}/nowhere"], "does not exist"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_wrong_input(
     tiny_model: Path, data: PreparedData, flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     fixed = ["--model", f"a={tiny_model}", "--data", str(data.folder), "--output", str(tmp_path / "out")]

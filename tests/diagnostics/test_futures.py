@@ -1,4 +1,4 @@
-"""Futures of a real flow head: trained on a lock and a fork it tells them apart, in vectors and in nats."""
+"""Futures of a real flow head that is trained on a lock and a fork: vectors, clusters and information gain."""
 
 import math
 from functools import cache, partial
@@ -55,7 +55,7 @@ def trained(scale: str) -> tuple[FlowHead, Scale]:
 
 
 def at(n: int) -> Positions:
-    """n positions of sample 4: only sample and place matter here."""
+    """n positions of sample 4; other fields are not used here."""
     empty = np.zeros(n)
     return Positions(np.full(n, 4), np.arange(n), empty, empty, empty)
 
@@ -67,27 +67,27 @@ def draw(head: FlowHead, scale: Scale, h: Tensor, **options: object) -> Futures:
 @pytest.mark.parametrize("scale", ["l2", "sqrt_d", "whiten"])
 def test_a_fork_has_two_futures_and_a_lock_has_one(scale: str) -> None:
     head, its_scale = trained(scale)
-    found = draw(head, its_scale, torch.stack([LOCK, FORK, LOCK, FORK]))
-    assert found.dispersion[[0, 2]].max() < 0.15
-    assert found.dispersion[[1, 3]].min() > 0.35  # two directions at right angles: about a half
+    actual = draw(head, its_scale, torch.stack([LOCK, FORK, LOCK, FORK]))
+    assert actual.dispersion[[0, 2]].max() < 0.15
+    assert actual.dispersion[[1, 3]].min() > 0.35  # two orthogonal directions: about 0.5
     for n, expected in ((0, {0}), (1, {1, 2}), (3, {1, 2})):
-        said = (torch.from_numpy(found.vectors[n]).float() @ FUTURES.T).argmax(-1).tolist()
+        said = (torch.from_numpy(actual.vectors[n]).float() @ FUTURES.T).argmax(-1).tolist()
         assert expected <= set(said)
         assert np.isin(said, list(expected)).mean() > 0.9
-    sizes = [np.bincount(row).max() for row in found.groups]  # nearly all of a lock's futures belong together
+    sizes = [np.bincount(row).max() for row in actual.groups]  # size of the largest cluster
     assert min(sizes[0], sizes[2]) >= 28
     assert max(sizes[1], sizes[3]) <= 24
-    assert (found.clusters == [len(set(row)) for row in found.groups.tolist()]).all()
+    assert (actual.clusters == [len(set(row)) for row in actual.groups.tolist()]).all()
 
 
-def test_P6_the_gain_is_that_of_the_laws_that_the_head_has_learnt() -> None:
+def test_P6_the_gain_equals_that_of_the_learnt_distributions() -> None:
     """Against the exact velocities of one and of two points, relative to the same Gaussian, up to the same end.
 
-    A fork is not told by its gain: both hidden states are equally probable, so each tells ln 2 about the three points;
-    the rest is how far these lie from the Gaussian's middle.
+    The gain does not distinguish forks: both hidden states are equally probable, so each gives ln 2 about the three
+    points. The rest depends on the distance of the points from the Gaussian's mean.
     """
     head, scale = trained("sqrt_d")
-    found = draw(head, scale, torch.stack([LOCK, FORK]), samples=64, end=0.9).gain
+    actual = draw(head, scale, torch.stack([LOCK, FORK]), samples=64, end=0.9).gain
     g = torch.Generator().manual_seed(5)
     for n, points in enumerate((FUTURES[:1], FUTURES[1:])):
         mu = points * D**0.5
@@ -95,21 +95,21 @@ def test_P6_the_gain_is_that_of_the_laws_that_the_head_has_learnt() -> None:
         x_1, x_0 = mu[torch.randint(len(mu), (4000,), generator=g)], torch.randn(4000, D, generator=g)
         law = partial(gaussian_mixture_velocity, w=w, mu=mu, s=s)
         exact = relative_entropy(law, scale.marginal(), x_1, x_0, nodes=32, end=0.9)
-        assert found[n] == pytest.approx(exact.item(), rel=0.2)
+        assert actual[n] == pytest.approx(exact.item(), rel=0.2)
 
 
-def test_the_gain_of_a_head_that_answers_0_is_an_integral() -> None:
+def test_the_gain_of_a_head_that_predicts_0_equals_the_integral() -> None:
     scale = Scale(torch.zeros(D), torch.full((D,), D**-0.5), TargetOptions(sfr_target_scale="sqrt_d"))
-    zero = make_head()  # answers 0 everywhere, where the marginal's velocity is (2t - 1) / (t^2 + (1 - t)^2) x
-    found = draw(zero, scale, torch.stack([LOCK]), samples=4000, end=0.5, nodes=32)
+    zero = make_head()  # predicts 0; the marginal's velocity is (2t - 1) / (t^2 + (1 - t)^2) x
+    actual = draw(zero, scale, torch.stack([LOCK]), samples=4000, end=0.5, nodes=32)
     # Its futures are noise: E|v|^2 = D (2t - 1)^2 / (t^2 + (1 - t)^2), to be integrated against t / (1 - t).
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 200_000
     exact = (D * (2 * t - 1) ** 2 / (t**2 + (1 - t) ** 2) * t / (1 - t)).mean() / 2
-    assert found.gain[0] == pytest.approx(exact.item(), rel=0.03)
+    assert actual.gain[0] == pytest.approx(exact.item(), rel=0.03)
 
 
-def test_futures_belong_to_their_position() -> None:
-    """Other positions beside it, and batches, move nothing but rounding; another seed moves all."""
+def test_futures_depend_on_their_own_position_and_the_seed() -> None:
+    """Other positions and batch sizes change only rounding; another seed changes every future."""
     head, scale = trained("sqrt_d")
     h = torch.randn(150, H, generator=torch.Generator().manual_seed(1))
     everything = draw(head, scale, h, samples=4, steps=4)
@@ -121,7 +121,7 @@ def test_futures_belong_to_their_position() -> None:
 
 
 @pytest.mark.parametrize("name", ["l2", "sqrt_d", "whiten"])
-def test_unit_vectors_come_back_from_every_scale(name: str) -> None:
+def test_unit_vectors_are_recovered_from_every_scale(name: str) -> None:
     g = torch.Generator().manual_seed(2)
     x = F.normalize(torch.randn(5, D, generator=g), dim=-1)
     options = TargetOptions(sfr_target_scale=name)
@@ -134,8 +134,8 @@ def test_the_nearest_segments_are_found_in_the_store(data: PreparedData) -> None
     rows = np.array([len(store) - 1, 0, 3])
     vectors = store[rows].astype(np.float32)
     for at_once in (2, 65536):
-        found, cosine = nearest(vectors, store, at_once)
-        assert (found == rows).all()
+        actual, cosine = nearest(vectors, store, at_once)
+        assert (actual == rows).all()
         np.testing.assert_allclose(cosine, 1, atol=2e-3)
     every = vectors @ store[np.arange(len(store))].astype(np.float32).T
     assert every.max(axis=1) == pytest.approx(cosine)

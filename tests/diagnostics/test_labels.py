@@ -1,4 +1,4 @@
-"""Labels: by the rule, and as many as the quantiles say."""
+"""Labels follow the rule, and the quantiles bound their number."""
 
 import numpy as np
 import pytest
@@ -13,30 +13,30 @@ DISPERSION = np.array([0.0, 0.9, 0.1, 0.2, 0.9, 0.3, 0.4, 0.8])
 
 
 def test_labels_by_hand() -> None:
-    found = label(ENTROPY, TOP, DISPERSION, LabelOptions())
-    # entropy: quartiles .175 and 1.325; dispersion: upper quartile .825. The second is sure by entropy, not by its top.
-    assert found.label.tolist() == ["lock", *["neutral"] * 7]
+    actual = label(ENTROPY, TOP, DISPERSION, LabelOptions())
+    # entropy: quartiles .175 and 1.325; dispersion: upper quartile .825. The second has low entropy but a low top.
+    assert actual.label.tolist() == ["lock", *["neutral"] * 7]
     wider = LabelOptions(fork_dispersion=0.5, lock_top=0.8)
-    found = label(ENTROPY, TOP, DISPERSION, wider)
-    assert found.label.tolist() == ["lock", "lock", *["neutral"] * 4, "fork", "fork"]
-    assert "at most 0.175 nats and top-1 mass at least 0.8" in found.rule
-    assert "at least 1.33 nats and dispersion of the futures at least 0.35" in found.rule
+    actual = label(ENTROPY, TOP, DISPERSION, wider)
+    assert actual.label.tolist() == ["lock", "lock", *["neutral"] * 4, "fork", "fork"]
+    assert "at most 0.175 nats and top-1 mass at least 0.8" in actual.rule
+    assert "at least 1.33 nats and dispersion of the futures at least 0.35" in actual.rule
 
 
-def test_without_a_head_entropy_decides_and_this_is_said() -> None:
-    found = label(ENTROPY, TOP, None, LabelOptions())
-    assert (found.label == "fork").sum() == 2
-    assert "no flow head" in found.rule
+def test_without_a_head_entropy_decides_and_the_rule_reports_it() -> None:
+    actual = label(ENTROPY, TOP, None, LabelOptions())
+    assert (actual.label == "fork").sum() == 2
+    assert "no flow head" in actual.rule
 
 
 @given(st.integers(1, 60), st.integers(0, 999))
 def test_no_more_than_the_quantiles_allow(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     entropy, top, dispersion = rng.gamma(1, size=n), rng.uniform(size=n), rng.uniform(size=n)
-    found = label(entropy, top, dispersion, LabelOptions())
-    assert (found.label == "lock").sum() <= np.ceil(n / 4) + 1
-    assert (found.label == "fork").sum() <= np.ceil(n / 4) + 1
-    assert (entropy[found.label == "lock"].max(initial=0) <= entropy[found.label == "fork"].min(initial=np.inf)).all()
+    actual = label(entropy, top, dispersion, LabelOptions())
+    assert (actual.label == "lock").sum() <= np.ceil(n / 4) + 1
+    assert (actual.label == "fork").sum() <= np.ceil(n / 4) + 1
+    assert (entropy[actual.label == "lock"].max(initial=0) <= entropy[actual.label == "fork"].min(initial=np.inf)).all()
 
 
 @pytest.mark.parametrize("wrong", [{"lock_top": 1.2}, {"lock_entropy": 0.8}, {"fork_dispersion": -0.1}])

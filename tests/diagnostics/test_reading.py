@@ -1,4 +1,4 @@
-"""What is read at a position: equal to transformers' own numbers, and to sums by hand."""
+"""Statistics at a position, against transformers' values and sums by hand."""
 
 import math
 from pathlib import Path
@@ -19,10 +19,12 @@ def test_statistics_counted_by_hand() -> None:
     by_hand = -sum(x * math.log(x) for x in (0.5, 0.3, 0.15, 0.05))
     assert entropy.tolist() == pytest.approx([by_hand, 0, math.log(4)], abs=1e-6)
     assert top.tolist() == pytest.approx([0.5, 1, 0.25])
-    assert tail.tolist() == pytest.approx([0.05, 0, 0], abs=1e-6)  # .5 + .3 + .15 hold .9; all four quarters do
+    assert tail.tolist() == pytest.approx(
+        [0.05, 0, 0], abs=1e-6
+    )  # .5 + .3 + .15 reach .9; of equal quarters all four are needed
 
 
-def test_positions_are_those_that_predict_what_is_supervised(data: PreparedData) -> None:
+def test_positions_are_those_that_predict_supervised_tokens(data: PreparedData) -> None:
     where = positions(data, [3, 7])
     assert len(where.token) == sum(int(data[i].loss_mask.sum()) for i in (3, 7))
     for sample, place, token in zip(where.sample, where.place, where.token, strict=True):
@@ -34,7 +36,7 @@ def test_positions_are_those_that_predict_what_is_supervised(data: PreparedData)
         assert set(where.persona[where.sample == sample]) == {data[sample].persona}
 
 
-def test_readings_are_the_models_own(tiny_model: Path, data: PreparedData) -> None:
+def test_readings_equal_transformers_values(tiny_model: Path, data: PreparedData) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     where = positions(data, [0, 5])
     reading, hidden = read(network, data, where, 0.95)
@@ -46,7 +48,7 @@ def test_readings_are_the_models_own(tiny_model: Path, data: PreparedData) -> No
             output = network(input_ids=tokens, labels=tokens.masked_fill(~mask, -100))
             logits = network.lm_head(hidden[torch.from_numpy(where.sample == sample)])
         assert reading.nll[where.sample == sample].mean() == pytest.approx(output.loss.item(), rel=1e-5)
-        torch.testing.assert_close(logits, output.logits[0, :-1][mask[0, 1:]])  # the state is the one before the logits
+        torch.testing.assert_close(logits, output.logits[0, :-1][mask[0, 1:]])  # the hidden state gives these logits
 
 
 def test_samples_without_a_reply_are_refused(data: PreparedData) -> None:

@@ -1,4 +1,4 @@
-"""Clusters and spread of vectors at known angles, alone and in batches, against a search over the graph."""
+"""Clusters and dispersion of vectors at known angles, single and batched, against a graph search."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_clusters_are_the_components_of_the_graph(n: int, seed: int, threshold: 
     assert clusters(vectors, threshold).tolist() == [min(component[i]) for i in range(n)]
 
 
-def test_a_batch_is_its_members() -> None:
+def test_a_batch_equals_its_members() -> None:
     batch = np.stack([at(0, 10, 90, 95), at(5, 100, 200, 300), at(7, 7, 7, 7)])
     np.testing.assert_array_equal(clusters(batch, 0.9), [clusters(one, 0.9) for one in batch])
     np.testing.assert_array_equal(spread(batch), [spread(one) for one in batch])

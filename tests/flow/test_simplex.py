@@ -1,6 +1,6 @@
-"""KL-flow's path on the simplex has the properties K1 to K5 and K7 (Logit-KL Flow Matching, arXiv 2411.16821), float64.
+"""Properties K1 to K5 and K7 of KL-flow's path on the simplex (Logit-KL Flow Matching, arXiv 2411.16821), in float64.
 
-Letters: V tokens, B points; l log-probabilities, x = softmax(l), t time, b smoothing.
+Shapes: V tokens, B points; l log-probabilities, x = softmax(l), t time, b smoothing.
 """
 
 import math
@@ -58,7 +58,7 @@ def test_k2_the_point_is_the_geometric_mixture(size: int, b: float, t: float) ->
 
 
 @given(SIZES, SMOOTHINGS)
-def test_k3_euler_with_a_known_token_runs_to_the_path_at_first_order(size: int, b: float) -> None:
+def test_k3_euler_with_a_known_token_converges_to_the_path_at_first_order(size: int, b: float) -> None:
     """In t' = -ln(1 - t): N steps h = t'_max / N; half the step, half the error."""
     simplex, (l_0, token_B), t = Simplex(size, b), points(size), 0.6
     p = torch.nn.functional.one_hot(token_B, size).double()
@@ -92,7 +92,7 @@ def test_k5_the_path_leads_from_the_noise_to_the_smoothed_token(size: int, b: fl
 
 
 @given(SIZES, SMOOTHINGS)
-def test_k7_the_expected_log_probabilities_are_those_of_the_tokens_mixed(size: int, b: float) -> None:
+def test_k7_the_expected_log_probabilities_are_the_mixture_of_the_tokens(size: int, b: float) -> None:
     simplex, (l_0, _) = Simplex(size, b), points(size)
     p = l_0.exp()
     each = smoothed(simplex, torch.arange(size))  # a row for each token
@@ -103,8 +103,8 @@ def test_the_gap_is_the_papers_at_gpt_2s_vocabulary() -> None:
     assert Simplex(50257, 0.01).gap == pytest.approx(15.42, abs=0.01)
 
 
-def test_a_token_elsewhere_raises_no_column() -> None:
-    """Two shards of a vocabulary beside each other are the whole."""
+def test_a_token_of_another_shard_raises_no_column() -> None:
+    """Two shards side by side equal the whole vocabulary."""
     simplex, (l_0, token_B) = Simplex(8), points(8)
     t_B = torch.linspace(0, 0.9, B, dtype=torch.float64)
     parts = []
@@ -115,8 +115,8 @@ def test_a_token_elsewhere_raises_no_column() -> None:
 
 
 @pytest.mark.parametrize(("size", "b"), [(1, 0.01), (5, 0.0), (5, 1.0)])
-def test_no_simplex_without_two_tokens_and_a_smoothing_between_0_and_1(size: int, b: float) -> None:
-    with pytest.raises(ValueError, match="need 2 or more"):
+def test_fewer_than_2_tokens_or_smoothing_outside_0_to_1_are_refused(size: int, b: float) -> None:
+    with pytest.raises(ValueError, match="give at least 2 tokens"):
         Simplex(size, b)
 
 

@@ -19,21 +19,21 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Code:
-    """What the assembler made of one specialisation."""
+    """The machine code of one specialisation."""
 
     registers: int
-    """A thread's."""
+    """Registers per thread."""
     spilled: int
-    """Bytes of stack and local memory a thread."""
+    """Bytes of stack and local memory per thread."""
     instructions: Counter[str]
-    """How often each opcode stands in the code, its modifiers included: LDG.E.128 is a load of 16 bytes."""
+    """Count of each opcode with its modifiers; LDG.E.128 is a load of 16 bytes."""
 
     def count(self, *prefixes: str) -> int:
         return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefixes))
 
 
 def compile_for_hopper(kernel: Any, dtype: str, aligned: tuple[str, ...], constants: dict[str, Any]) -> bytes:
-    """The cubin as a launch has it: pointers are aligned to 16 bytes, integers in `aligned` are multiples of 16."""
+    """The cubin of a launch with pointers aligned to 16 bytes and integers in `aligned` that are multiples of 16."""
     constants = constants | {"L": fused.LANES, "C": 16 // BYTES[dtype]}
     types = {"z_ptr": f"*{dtype}", "y_ptr": "*i64", "stride": "i32", "V": "i32", "k": "fp32", "c": "fp32"}
     types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in types}

@@ -1,7 +1,7 @@
-"""A program: the fused kernels on CPU tensors in Triton's interpreter, against the plain twin in float64 and in kind.
+"""A program: the fused kernels on CPU in Triton's interpreter, against `plain` in float64 and in the same dtype.
 
-The interpreter has to be chosen before Triton is imported, so this runs in a process of its own. It prints as JSON, for
-each group and case, the largest error of each quantity in units of what it may be. T tokens, V columns.
+The interpreter must be chosen before Triton is imported, so this runs in a separate process. It prints as JSON, for
+each group and case, the largest error of each quantity in units of its tolerance. T tokens, V columns.
 """
 
 import json
@@ -58,7 +58,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     falling = torch.linspace(1e4, -1e4, 3000)
     yield "extremes", Case("falling and rising", torch.stack([falling, falling, falling.flip(0)]), 3000)
     masked = random_logits(4000)
-    masked[:, 1:1999] = masked[:, 2001:2600] = -INF  # the shard of the third quarter has nothing but -inf at its start
+    masked[:, 1:1999] = masked[:, 2001:2600] = -INF  # the third quarter starts with only -inf
     masked[:, 1000:2000] = -INF
     yield "extremes", Case("-inf, a whole shard of it too", _with_labels(masked), 4000, 4)
     least = random_logits(3000)
@@ -72,7 +72,7 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def _with_labels(z_TV: Tensor) -> Tensor:
-    """Finite logits at the labels, which a masked vocabulary leaves allowed."""
+    """Makes the labels' logits finite: masking never removes the label."""
     T, V = z_TV.shape
     return z_TV.scatter(1, labels(T, V).clamp(min=0)[:, None], 1.0)
 
@@ -83,7 +83,7 @@ def compare(case: Case, name: str) -> dict[str, dict[str, float]]:
     ours, twin = (
         through(kernels, case.z_TV, y_T, objective, size=case.size, shards=case.shards) for kernels in (fused, plain)
     )
-    cut = case.z_TV.dtype == torch.bfloat16  # Triton 3.7's interpreter cuts fp32 off to bf16; compiled code rounds it
+    cut = case.z_TV.dtype == torch.bfloat16  # Triton 3.7's interpreter truncates fp32 to bf16; compiled code rounds it
     return {
         f"{case.name}, {name}": worst(ours, exact, truncates=cut),
         f"{case.name}, {name}, plain": worst(twin, exact),
@@ -91,23 +91,23 @@ def compare(case: Case, name: str) -> dict[str, dict[str, float]]:
 
 
 def ignored_rows_are_not_read() -> dict[str, float]:
-    """Zeros where scale and spike are 0, even over NaN and infinity; both twins."""
-    found = {}
+    """Both modules write zeros where scale and spike are 0, even over NaN and infinity."""
+    actual = {}
     for module in (fused, plain):
         z_TV = torch.full((2, 2500), torch.nan)
         z_TV[1] = INF
         zero_T = torch.zeros(2)
         module.write_gradient(z_TV, torch.tensor([-1, -1]), zero_T, zero_T, zero_T, zero_T, beta=0.7, c=0.1)
-        found[module.__name__] = float(z_TV.count_nonzero())
-    return found
+        actual[module.__name__] = float(z_TV.count_nonzero())
+    return actual
 
 
 def main() -> None:
-    found: dict[str, dict[str, dict[str, float]]] = {"ignored rows": {"zeros": ignored_rows_are_not_read()}}
+    actual: dict[str, dict[str, dict[str, float]]] = {"ignored rows": {"zeros": ignored_rows_are_not_read()}}
     for group, case in cases():
         for name in case.objectives:
-            found.setdefault(group, {}).update(compare(case, name))
-    print(json.dumps(found))
+            actual.setdefault(group, {}).update(compare(case, name))
+    print(json.dumps(actual))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ SCANS = {
     "sed-10": {"MOMENTS": False, "HAS_C": False, "TOP_K": 10, "K": 16},
     "sed-128": {"MOMENTS": False, "HAS_C": False, "TOP_K": 128, "K": 128},
 }
-# An exponential a temperature and a column, one more a lane for what its maximum grew, and the logsigmoid's exponential
+# An exponential per temperature and column, one more per lane to rescale its maximum, and the logsigmoid's exponential
 # and division; per thread 2 lanes of 8 columns in the loop, as many in the tail, and the lanes' merge at the end.
 EXPONENTIALS = {"ce": 38, "gem-linear": 76, "gem-logsigmoid": 140, "sed-10": 38, "sed-128": 38}
-REGISTERS = 72  # a thread: then at least 7 blocks of 128 threads fit a multiprocessor's 65,536
+REGISTERS = 72  # per thread, so that at least 7 blocks of 128 threads fit a multiprocessor's 65,536
 BACKWARD = {"plain": {"HAS_C": False}, "logsigmoid": {"HAS_C": True}}
-ROUND = {"bf16": "F2FP.BF16.F32.PACK_AB", "fp16": "F2FP.F16.F32.PACK_AB"}  # to nearest even; .RZ would cut off
+ROUND = {"bf16": "F2FP.BF16.F32.PACK_AB", "fp16": "F2FP.F16.F32.PACK_AB"}  # to nearest even; .RZ would truncate
 
 
 @pytest.fixture(autouse=True)

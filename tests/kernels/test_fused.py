@@ -1,6 +1,6 @@
-"""The fused kernels in Triton's interpreter on the CPU equal their plain twin in float64; so does the twin in kind.
+"""The fused kernels in Triton's interpreter, and `plain` in the same dtype, equal `plain` in float64.
 
-What it does not exercise: the compiled code (test_compile.py reads it, tests/gpu runs it).
+Does not exercise the compiled code: test_compile.py inspects it, tests/gpu runs it.
 """
 
 import json
@@ -19,7 +19,7 @@ GROUPS = ("ignored rows", "odd vocabularies", "strided rows", "shards", "dtypes"
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[str, dict[str, float]]]:
-    """group -> case -> quantity -> its largest error in units of what it may be."""
+    """group -> case -> quantity -> its largest error in units of its tolerance."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(Path(__file__).with_name("interpret.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The plain passes move at most 20 bytes a bf16 logit through memory and need at most 2 more; the counter counts."""
+"""The plain passes move at most 20 bytes per bf16 logit and allocate at most 2; the counter itself is tested too."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_plain_passes_stay_within_the_target(name: str) -> None:
     assert traffic.peak / z_TV.numel() <= 2
 
 
-def test_the_counter_on_operations_whose_bytes_are_known() -> None:
+def test_the_counter_on_operations_of_known_traffic() -> None:
     z = torch.randn(64, 100)
     numel, index = z.numel(), torch.zeros(64, 1, dtype=torch.int64)
     cases = {
@@ -38,10 +38,10 @@ def test_the_counter_on_operations_whose_bytes_are_known() -> None:
         "a broadcast row is read once": (lambda: z.copy_(torch.ones(1).expand(64, 100)), 4 * numel),
         "out= is written": (lambda: torch.exp(z, out=z), 8 * numel),
     }
-    for name, (operation, wanted) in cases.items():
+    for name, (operation, expected) in cases.items():
         with Traffic(z) as traffic:
             operation()
-        assert traffic.memory == wanted, name
+        assert traffic.memory == expected, name
 
 
 def test_the_counter_knows_the_peak() -> None:

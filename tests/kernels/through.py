@@ -1,6 +1,6 @@
-"""One objective through the two passes of a kernels module, over the shards of one vocabulary: what the tests compare.
+"""Runs one objective through the two passes of a kernels module, over the shards of one vocabulary.
 
-Letters: T tokens, V columns, R shards.
+Shapes: T tokens, V columns, R shards.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, TokenObjective] = {
 
 @dataclass(frozen=True)
 class Found:
-    """What came out of the two passes, and what the gradient is made of."""
+    """The results of the two passes, and the coefficients of the gradient."""
 
     rows: Rows
     loss_T: Tensor
@@ -40,9 +40,9 @@ class Found:
 def through(
     kernels: ModuleType, z_TV: Tensor, y_T: Tensor, objective: TokenObjective, *, size: int, shards: int
 ) -> Found:
-    """Cuts the logits in equal shards, of which only the first `size` columns are real, and combines them for real.
+    """Splits the logits into equal shards, of which only the first `size` columns are real, and combines them.
 
-    The loss and the gradient of the sum of the kept tokens' losses, each weighted by 1 + its row's number.
+    The gradient is that of the sum of the kept tokens' losses, each weighted by 1 + its row index.
     """
     T, V = z_TV.shape
     assert V % shards == 0
@@ -59,7 +59,7 @@ def through(
     ]
     rows = combine(torch.stack(stats), scan.beta)
     if not scan.moments:
-        rows = rows._replace(a_x=torch.zeros_like(rows.a_x))  # nobody asked for it
+        rows = rows._replace(a_x=torch.zeros_like(rows.a_x))  # not requested
     closed = objective.close(rows)
     weight_T = torch.where(y_T >= 0, torch.arange(1, T + 1, device=y_T.device), 0).to(dtype)
     scale_T, spike_T = (torch.where(y_T >= 0, x * weight_T, 0) for x in (closed.scale, closed.spike))
@@ -68,21 +68,21 @@ def through(
     return Found(rows, torch.where(y_T >= 0, closed.loss, 0), spike_T, z_TV[:, :size])
 
 
-def worst(found: Found, exact: Found, *, truncates: bool = False) -> dict[str, float]:
-    """Largest error of each quantity in units of what it may be: everything at most 1, NaN fails. exact: in float64.
+def worst(actual: Found, exact: Found, *, truncates: bool = False) -> dict[str, float]:
+    """Largest error of each quantity in units of its tolerance; at most 1 passes, NaN fails. exact: in float64.
 
-    Sums are right to 1e-5 of their size. A gradient is a product of an exponential, off by 2^-23 |x| / beta of its size
-    for an exponent down to -87 in fp32, so by 2e-5; of a difference at the label, off by 1e-6 of the minuend; and it is
-    rounded once to the logits' dtype (or cut off, which is a whole unit in its last place instead of half a one).
+    Sums have a relative error of at most 1e-5. The exponential in a gradient has a relative error of 2^-23 |x| / beta
+    with exponents down to -87 in fp32, at most 2e-5; the difference at the label has an error of 1e-6 of the minuend.
+    The gradient is rounded once to the logits' dtype (half an ulp), or truncated (one ulp).
     """
-    kind = torch.finfo(found.gradient_TV.dtype)
-    pairs = zip(Rows._fields, found.rows, exact.rows, strict=True)
+    kind = torch.finfo(actual.gradient_TV.dtype)
+    pairs = zip(Rows._fields, actual.rows, exact.rows, strict=True)
     ratios = {name: _ratio(x, y, 1e-5 * y.abs()) for name, x, y in pairs if y.numel()}
-    ratios["loss"] = _ratio(found.loss_T, exact.loss_T, 1e-5 * (1 + exact.loss_T.abs() + exact.rows.x_y.abs()))
-    wanted_TV = exact.gradient_TV
+    ratios["loss"] = _ratio(actual.loss_T, exact.loss_T, 1e-5 * (1 + exact.loss_T.abs() + exact.rows.x_y.abs()))
+    expected_TV = exact.gradient_TV
     unit = kind.eps if truncates else kind.eps / 2
-    rounding = (unit + 2e-5) * wanted_TV.abs() + max(kind.smallest_normal * kind.eps, 1e-37)
-    ratios["gradient"] = _ratio(found.gradient_TV, wanted_TV, rounding + 1e-6 * exact.spike_T.abs()[:, None])
+    rounding = (unit + 2e-5) * expected_TV.abs() + max(kind.smallest_normal * kind.eps, 1e-37)
+    ratios["gradient"] = _ratio(actual.gradient_TV, expected_TV, rounding + 1e-6 * exact.spike_T.abs()[:, None])
     return ratios
 
 

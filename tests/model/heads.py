@@ -1,4 +1,4 @@
-"""Small flow heads and what they are asked, for the tests of the model."""
+"""Small flow heads and their inputs, for the tests of the model."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -10,7 +10,7 @@ B, A, K, D, H, W = 2, 3, 2, 5, 8, 6
 
 
 def make_head(kind: str = "mlp", *, depth: int = 2, ema: str = "none", decay: float = 0.75, **plan: object) -> FlowHead:
-    """A new head; plan: as FlowHeadPlan's."""
+    """A new head; plan: fields of FlowHeadPlan."""
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
     options = FlowHeadOptions(
         sfr_head=kind, sfr_head_width=W, sfr_head_depth=depth, sfr_ema=ema, sfr_ema_decay=decay, sfr_time_scale=10.0
@@ -19,7 +19,7 @@ def make_head(kind: str = "mlp", *, depth: int = 2, ema: str = "none", decay: fl
 
 
 def randomised(module: nn.Module, seed: int = 5) -> nn.Module:
-    """The module with every parameter random, so that nothing is zero or one by its initialisation."""
+    """Makes every parameter random, so that none keeps an initial value of zero or one."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,6 +1,6 @@
-"""The denoiser's own parts are what their docstrings say; whole models are looked at in tests/distributed/test_kl_flow.
+"""The parts of the denoiser against their definitions; tests/distributed/test_kl_flow tests complete models.
 
-Letters: B samples, S positions, V tokens, H hidden size.
+Shapes: B samples, S positions, V tokens, H hidden size.
 """
 
 import pytest
@@ -23,7 +23,7 @@ from megatron_sfr.model.kl_flow import (
 )
 
 B, S, V, H = 2, 5, 12, 16
-# megatron-core 0.19.2's own layer does not give its MLP the size that it asks for.
+# megatron-core 0.19.2's layer does not pass its MLP the required size.
 pytestmark = pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
 
 
@@ -49,7 +49,7 @@ def make_table() -> VocabParallelEmbedding:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_token_is_embedded_as_its_row_and_a_point_as_their_mean_with_its_weights() -> None:
+def test_a_token_is_embedded_as_its_row_and_a_point_as_the_weighted_mean() -> None:
     table = make_table()
     time = FlowTime("token")
     embedding = SimplexEmbedding(transformer(), table, time, seed=1)
@@ -61,7 +61,7 @@ def test_a_token_is_embedded_as_its_row_and_a_point_as_their_mean_with_its_weigh
     assert (h_SBH[0, 0] != h_SBH[0, 1]).any()
     x_BSV = torch.rand(B, S, V).softmax(-1)
     torch.testing.assert_close(embedding(x_BSV)[1:], torch.einsum("bsv,vh->sbh", x_BSV, table.weight))
-    torch.testing.assert_close(embedding(x_BSV)[0], h_SBH[0])  # the time alone
+    torch.testing.assert_close(embedding(x_BSV)[0], h_SBH[0])  # only the time
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -72,7 +72,7 @@ def test_an_embedding_without_the_time_leaves_all_positions_to_the_text() -> Non
     assert [name for name, _ in embedding.named_parameters()] == ["word_embeddings.weight"]
 
 
-def test_a_modulated_norm_is_the_norm_until_it_has_learnt() -> None:
+def test_a_modulated_norm_starts_as_the_norm() -> None:
     norm, time = ModulatedNorm(transformer(), H), FlowTime("adaln")
     norm.time = time
     time.set(torch.tensor([0.1, 0.3]))
@@ -109,7 +109,7 @@ def test_every_layer_sees_both_ways_and_knows_the_models_time(time: Way) -> None
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_two_models_of_one_seed_know_the_time_alike() -> None:
+def test_two_models_of_one_seed_have_equal_time_embeddings() -> None:
     one, other = (build("token").embedding.time_in.weight for _ in range(2))
     assert torch.equal(one, other)
 

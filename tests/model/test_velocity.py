@@ -1,4 +1,4 @@
-"""The two velocity networks: differentiable, as their formulas say, and initialised as one whole."""
+"""The two velocity networks: gradients, formulas and initialisation."""
 
 import math
 
@@ -14,7 +14,7 @@ KINDS = pytest.mark.parametrize("kind", ["mlp", "adaln"])
 
 
 @KINDS
-def test_answers_pass_gradcheck_in_float64(kind: str) -> None:
+def test_velocities_pass_gradcheck_in_float64(kind: str) -> None:
     head = randomised(make_head(kind, depth=1, horizons=3)).double()
     x_t, t, h, horizon = inputs(torch.float64)
     names, parameters = zip(*head.named_parameters(), strict=True)
@@ -26,23 +26,23 @@ def test_answers_pass_gradcheck_in_float64(kind: str) -> None:
     small = (x_t[:1, :2], t[:1, :2], h[:1, :2])
     given = [x.detach().clone().requires_grad_() for x in (*small, *parameters)]
     assert answer(*given).dtype == torch.float64
-    assert torch.autograd.gradcheck(answer, given, fast_mode=True)  # along random directions of all the inputs
+    assert torch.autograd.gradcheck(answer, given, fast_mode=True)  # along random directions of all inputs
 
 
 def test_sinusoids_are_sines_then_cosines_of_geometric_frequencies() -> None:
     t, dim = torch.tensor([[0.0], [0.3], [1.0]], dtype=torch.float64), 6
-    found = sinusoids(t, dim, 1000.0)
-    for row, time in zip(found, t[:, 0], strict=True):
+    actual = sinusoids(t, dim, 1000.0)
+    for row, time in zip(actual, t[:, 0], strict=True):
         for i in range(3):
             angle = 1000 * time * 10000 ** (-i / 3)
             assert row[i].item() == pytest.approx(math.sin(angle), abs=1e-12)
             assert row[3 + i].item() == pytest.approx(math.cos(angle), abs=1e-12)
-    assert sinusoids(t, 5, 1.0).shape == (3, 5)  # an odd dimension loses the last cosine
+    assert sinusoids(t, 5, 1.0).shape == (3, 5)  # an odd dimension omits the last cosine
     for dtype in (torch.float32, torch.bfloat16):
         assert sinusoids(t.to(dtype), dim, 1.0).dtype == torch.float32
 
 
-def test_time_scale_tells_near_times_apart() -> None:
+def test_the_time_scale_separates_nearby_times() -> None:
     near = torch.tensor([[0.5], [0.501]])
     ours, authors = (sinusoids(near, 16, scale) for scale in (1000.0, 1.0))
     assert (ours[0] - ours[1]).abs().max() > 0.1
@@ -71,11 +71,11 @@ def test_the_first_linear_is_initialised_as_one_of_all_its_inputs() -> None:
     for p in (net.input_x.weight, net.input_t.weight, net.input_h.weight, net.input_x.bias):
         assert 0.9 * bound < p.abs().max() <= bound
         assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
-    assert 0.99 * 64**-0.5 < net.blocks[0].linear.weight.abs().max() <= 64**-0.5  # the others by their own inputs
+    assert 0.99 * 64**-0.5 < net.blocks[0].linear.weight.abs().max() <= 64**-0.5  # other Linears by their own fan-in
     assert 0.99 * 24**-0.5 < net.time_in.weight.abs().max() <= 24**-0.5
 
 
-def test_adalns_modulations_are_zero_at_first_and_its_blocks_the_identity() -> None:
+def test_adalns_modulations_start_at_zero_and_its_blocks_as_the_identity() -> None:
     net = make_head("adaln", horizons=3).net
     assert isinstance(net, AdaLNVelocity)
     for linear in (*(block.modulation for block in net.blocks), net.modulation, net.output):
@@ -88,7 +88,7 @@ def test_adalns_modulations_are_zero_at_first_and_its_blocks_the_identity() -> N
         assert not torch.equal(block(x, condition), x)
 
 
-def test_adaln_with_zero_modulations_sees_x_alone() -> None:
+def test_adaln_with_zero_modulations_depends_only_on_x() -> None:
     head = make_head("adaln")
     torch.nn.init.ones_(head.net.output.weight)
     x_t, t, h, horizon = inputs()
@@ -98,7 +98,7 @@ def test_adaln_with_zero_modulations_sees_x_alone() -> None:
 
 
 @KINDS
-def test_the_answer_depends_on_every_input(kind: str) -> None:
+def test_the_velocity_depends_on_every_input(kind: str) -> None:
     head = randomised(make_head(kind, horizons=3))
     given = inputs()
     whole = head(*given)
@@ -114,6 +114,6 @@ def test_the_answer_depends_on_every_input(kind: str) -> None:
 
 
 @KINDS
-def test_one_horizon_has_no_embedding_of_it(kind: str) -> None:
+def test_a_single_horizon_has_no_embedding(kind: str) -> None:
     assert make_head(kind).net.horizon is None
     assert make_head(kind, horizons=2).net.horizon.weight.shape == (2, W)

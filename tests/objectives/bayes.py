@@ -1,7 +1,7 @@
-"""KL-flow's exact denoiser of one independent token, which no trained one can beat.
+"""KL-flow's exact denoiser of one independent token, which no trained denoiser can beat.
 
-Letters: B points, V tokens; x_t on the simplex, t time, pi the tokens' probabilities, l_1^(i) ln of token i's smoothed
-one-hot.
+Shapes: B points, V tokens. x_t: a point of the simplex; t: time; pi: the tokens' probabilities; l_1^(i): logarithm of
+token i's smoothed one-hot.
 """
 
 import torch
@@ -13,8 +13,8 @@ from megatron_sfr.flow.simplex import Simplex
 def bayes_logits(x_BV: Tensor, t_B: Tensor, prior_V: Tensor, simplex: Simplex) -> Tensor:
     """ln p(i | x_t) up to a constant [B, V], float64.
 
-    x_0 has density (V - 1)! on the simplex; the path of token i, x_t ~ x_0^(1 - t) e^(t l_1^(i)), is undone by
-    Y_k^(i) = exp((ln x_k - t l_1k^(i)) / (1 - t)), which leaves p(i | x_t) ~ pi_i (sum_k Y_k^(i))^(-V).
+    x_0 has density (V - 1)! on the simplex. The path of token i, x_t ~ x_0^(1 - t) e^(t l_1^(i)), has the inverse
+    Y_k^(i) = exp((ln x_k - t l_1k^(i)) / (1 - t)), which gives p(i | x_t) ~ pi_i (sum_k Y_k^(i))^(-V).
     """
     V = simplex.size
     l_1_VV = simplex.low + simplex.gap * torch.eye(V, dtype=torch.float64)

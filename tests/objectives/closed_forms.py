@@ -1,4 +1,4 @@
-"""Optimal velocities of the straight path, and their losses, that are known exactly, in any dtype."""
+"""Closed forms of optimal velocities of the straight path, and of their losses, in any dtype."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def gaussian_mixture_velocity(x: Tensor, t: Tensor, w: Tensor, mu: Tensor, s: Te
 
 
 def gaussian_loss(t: Tensor, s: Tensor | float) -> Tensor:
-    """The least loss of a dimension, Var(x_1 - x_0 | x_t) = s^2 / (t^2 s^2 + (1 - t)^2).
+    """The smallest loss of a dimension, Var(x_1 - x_0 | x_t) = s^2 / (t^2 s^2 + (1 - t)^2).
 
     For x_0 ~ N(0, 1) and x_1 ~ N(m, s^2). Its integral over t in [0, 1] is s pi / 2.
     """
@@ -28,6 +28,6 @@ def gaussian_loss(t: Tensor, s: Tensor | float) -> Tensor:
 
 
 def over_unit_interval(n: int) -> tuple[Tensor, Tensor]:
-    """Points in (0, 1) and weights of Gauss and Legendre's rule, float64 [n] each."""
+    """Points in (0, 1) and weights of Gauss-Legendre quadrature, float64 [n] each."""
     points, weights = np.polynomial.legendre.leggauss(n)
     return torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)

@@ -1,6 +1,8 @@
-"""Under torchrun: every objective on this rank's shard of seeded logits; RANK.pt has what came of it. argv: the folder.
+"""Run by torchrun: writes the results of every objective on this rank's shard of seeded logits to FOLDER/RANK.pt.
 
-Letters: T tokens, V columns of the shard.
+argv: FOLDER.
+
+Shapes: T tokens, V columns of the shard.
 """
 
 import sys
@@ -15,11 +17,11 @@ from megatron_sfr.objectives.token_loss import token_loss
 from megatron_sfr.objectives.vocab import Vocab
 from tests.objectives.token_cases import OBJECTIVES, labels, logits
 
-TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one column of padding, the fourth nothing else
+TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one padding column, the fourth only padding
 
 
 class Collectives(TorchDispatchMode):
-    """The names of the collectives that were called, in order."""
+    """Records the names of the collectives called, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class Collectives(TorchDispatchMode):
 
 
 def all_logits(grid: bool) -> torch.Tensor:
-    """The whole vocabulary's logits; what pads it is not a number."""
+    """Logits of the whole vocabulary; padding columns are NaN."""
     z_TV = logits(TOKENS, COLUMNS, seed=11, grid=grid)
     z_TV[:, SIZE:] = torch.nan
     return z_TV
@@ -46,8 +48,8 @@ def run(name: str, grid: bool, vocab: Vocab, columns: slice) -> dict[str, Any]:
         loss_T, cross_entropy_T = token_loss(z_TV, labels(TOKENS, SIZE, ignored=0.2), OBJECTIVES[name], vocab)
     with Collectives() as backward:
         (loss_T * weight_T).sum().backward()
-    found = {"loss": loss_T.detach(), "cross_entropy": cross_entropy_T, "gradient": z_TV.grad}
-    return found | {"forward": forward.names, "backward": backward.names}
+    actual = {"loss": loss_T.detach(), "cross_entropy": cross_entropy_T, "gradient": z_TV.grad}
+    return actual | {"forward": forward.names, "backward": backward.names}
 
 
 def main(folder: Path) -> None:
@@ -55,8 +57,8 @@ def main(folder: Path) -> None:
     rank, width = dist.get_rank(), COLUMNS // dist.get_world_size()
     vocab = Vocab(SIZE, rank * width, dist.group.WORLD)
     columns = slice(rank * width, (rank + 1) * width)
-    found = {(name, grid): run(name, grid, vocab, columns) for name in OBJECTIVES for grid in (False, True)}
-    torch.save(found, folder / f"{rank}.pt")
+    actual = {(name, grid): run(name, grid, vocab, columns) for name in OBJECTIVES for grid in (False, True)}
+    torch.save(actual, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

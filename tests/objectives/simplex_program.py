@@ -1,6 +1,6 @@
-"""Under torchrun: this rank's shard of seeded points of the simplex, to RANK.pt. argv: the folder.
+"""Run by torchrun: writes this rank's shard of seeded points of the simplex to FOLDER/RANK.pt; argv: FOLDER.
 
-Letters: B samples, N positions, V columns of the shard.
+Shapes: B samples, N positions, V columns of the shard.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, noisy_point
 from megatron_sfr.objectives.vocab import Vocab
 
-SIZE, COLUMNS = 9, 16  # of 4 shards the third has 3 columns of padding, the fourth nothing else
+SIZE, COLUMNS = 9, 16  # of 4 shards the third has 3 padding columns, the fourth only padding
 
 
 def points(vocab: Vocab, width: int) -> torch.Tensor:

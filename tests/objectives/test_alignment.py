@@ -1,4 +1,4 @@
-"""The deterministic ablations: cosine regression, and CKA against the definition written out in loops."""
+"""The deterministic ablations: cosine regression, and CKA against its definition in loops."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def hsic_by_loops(x: Tensor, y: Tensor) -> float:
     """Unbiased HSIC of rows [n, .] under linear kernels (Song et al., JMLR 2012), as a mean over distinct indices.
 
     (1 / (n)_2) sum_ij k_ij l_ij + (1 / (n)_4) sum_ijqr k_ij l_qr - (2 / (n)_3) sum_ijq k_ij l_iq, with (n)_m ordered
-    choices of m distinct indices: the U-statistic itself, of which the traces are a shorter way of counting.
+    choices of m distinct indices: the U-statistic, which the formula with traces computes faster.
     """
     n = len(x)
     k, l = (x @ x.T).tolist(), (y @ y.T).tolist()
@@ -42,7 +42,7 @@ def test_cka_equals_the_definition_in_loops(n: int) -> None:
     assert weight.flatten().tolist() == [n, n]
 
 
-def test_cka_does_not_see_scale_rotation_or_origin_of_the_hidden_states() -> None:
+def test_cka_is_invariant_to_scale_rotation_and_origin_of_the_hidden_states() -> None:
     h, x, weight = rows(2, 7, 5), rows(2, 7, 6, seed=1), torch.ones(2, 7)
     rotation = torch.linalg.qr(rows(5, 5, seed=2)).Q
     error = linear_cka_error(h, x, weight)[0]
@@ -63,16 +63,16 @@ def test_cka_ignores_padding() -> None:
     padded = [torch.cat([y, 100 * rows(2, 3, y.shape[-1], seed=2)], dim=1) for y in (h, x)]
     weight = torch.cat([torch.full((2, 5), 0.5), torch.zeros(2, 3)], dim=1)
     padded[0].requires_grad_()
-    found = linear_cka_error(*padded, weight)
-    for a, b in zip(alone, found, strict=True):
+    actual = linear_cka_error(*padded, weight)
+    for a, b in zip(alone, actual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-    found[0].sum().backward()
+    actual[0].sum().backward()
     assert padded[0].grad[:, :5].abs().min() > 0
     assert not padded[0].grad[:, 5:].any()
 
 
 @pytest.mark.parametrize("valid", [0, 1, 3])
-def test_fewer_than_four_anchors_weigh_nothing_and_give_no_nan(valid: int) -> None:
+def test_fewer_than_four_anchors_have_weight_0_and_give_no_nan(valid: int) -> None:
     h, x = rows(2, 6, 3).requires_grad_(), rows(2, 6, 4, seed=1)
     weight = torch.ones(2, 6)
     weight[0, valid:] = 0
@@ -103,7 +103,7 @@ def test_cosine_passes_gradcheck_in_float64() -> None:
         assert torch.autograd.gradcheck(lambda x: cosine_error(x, y), (size * x).requires_grad_())
 
 
-def test_cosine_measures_the_angle_and_takes_short_answers_as_they_are() -> None:
+def test_cosine_measures_the_angle_and_does_not_normalise_short_predictions() -> None:
     y = 5 * torch.eye(3, dtype=torch.float64)[0]
     angles = torch.tensor([0.0, 0.5, torch.pi / 2, torch.pi], dtype=torch.float64)
     x = torch.stack([angles.cos(), angles.sin(), 0 * angles], dim=-1)
@@ -112,7 +112,7 @@ def test_cosine_measures_the_angle_and_takes_short_answers_as_they_are() -> None
     torch.testing.assert_close(cosine_error(0.5 * x, y), 1 - 0.5 * angles.cos(), rtol=0, atol=1e-14)
 
 
-def test_a_new_heads_answer_0_costs_1_and_learns_at_a_bounded_rate() -> None:
+def test_the_prediction_0_of_a_new_head_has_loss_1_and_a_bounded_gradient() -> None:
     y = rows(2, 3, 8, seed=1)
     bias = torch.zeros(8, dtype=torch.float64, requires_grad=True)
     zero, h, options = torch.zeros(2, 3, 1, 8), rows(2, 3, 4), SFROptions(sfr_loss="cosine")

@@ -1,7 +1,8 @@
-"""P7: multi-token prediction is a degenerate member of SFR's family, shown link by link.
+"""P7: multi-token prediction is a degenerate case of SFR, shown step by step.
 
-flow matching, with source and time 0 -> regression on the embedding; of one-hot "embeddings" of single tokens -> Brier
-score; whose optimum p(y | h) is that of the cross-entropy of heads that predict those tokens.
+1. Flow matching with source and time 0 is regression on the embedding.
+2. With one-hot "embeddings" of single tokens it is the Brier score.
+3. The Brier score has its optimum at p(y | h), as has the cross-entropy of heads that predict those tokens.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ DEGENERATE = SFROptions(sfr_source="zero", sfr_time="zero")
 
 
 def terms(velocity, h_BAH: Tensor, x_1_BAD: Tensor, weight_BA: Tensor, options: SFROptions) -> tuple[Tensor, Tensor]:
-    """Errors and weights of the loss as a run has them, in float64."""
+    """Errors and weights of the loss as training computes them, in float64."""
     B, A, D = x_1_BAD.shape
     position = torch.arange(A).expand(B, A)
     x_0, t = draw_noise(torch.arange(B)[:, None], position, torch.zeros_like(position), D, 0, options)
@@ -65,7 +66,7 @@ def fit(parameter: Tensor, loss) -> Tensor:
 def brier(p_BHV: Tensor, values_BHV: Tensor) -> Tensor:
     """SFR's degenerate loss with every token of the vocabulary as a target, weighted by its probability.
 
-    An anchor is a (head, token) pair: its hidden state is the row of the table of values that the head answers.
+    Each (head, token) pair is an anchor. Its hidden state is an index into the table of the head's predictions.
     """
     B, heads, V = p_BHV.shape
     one_hot = torch.eye(V, dtype=torch.float64).repeat(heads, 1).expand(B, -1, -1)
@@ -74,7 +75,7 @@ def brier(p_BHV: Tensor, values_BHV: Tensor) -> Tensor:
 
 
 def cross_entropy(p_BHV: Tensor, logits_BHV: Tensor) -> Tensor:
-    """The same pairs under the token objective of a run, as heads that predict the next tokens have it."""
+    """The same pairs under the token objective, as in heads that predict the next tokens."""
     V = p_BHV.shape[-1]
     y_T = torch.arange(V).repeat(p_BHV.shape[0] * p_BHV.shape[1])
     losses_T, _ = token_loss(logits_BHV.reshape(-1, V).repeat_interleave(V, dim=0), y_T, CrossEntropy(), Vocab(V))
@@ -120,7 +121,7 @@ def test_P7_a_deterministic_source_at_later_times_leaks_the_target() -> None:
     g = torch.Generator().manual_seed(3)
     x_1, t = torch.randn(B, A, D, dtype=torch.float64, generator=g), torch.rand(B, A, 2, 1, generator=g).double()
     x_0, h = torch.zeros(B, A, 2, D, dtype=torch.float64), torch.zeros(B, A, 1, dtype=torch.float64)
-    error = flow_matching_error(lambda x, t, h: x / t, h, x_1, x_0, t)  # the head has not looked at h
+    error = flow_matching_error(lambda x, t, h: x / t, h, x_1, x_0, t)  # this head ignores h
     assert error.abs().max() < 1e-28
 
 
@@ -128,5 +129,5 @@ def test_P7_a_deterministic_source_at_later_times_leaks_the_target() -> None:
 def test_P7_the_leaking_combination_is_refused(time: str) -> None:
     with pytest.raises(ValueError, match="leaks the target"):
         SFROptions(sfr_source="zero", sfr_time=time)
-    for loss in ("mse", "cosine", "cka"):  # these are deterministic themselves, whatever the flow's options say
+    for loss in ("mse", "cosine", "cka"):  # these are deterministic whatever the flow's options are
         assert not SFROptions(sfr_loss=loss, sfr_source="zero", sfr_time=time).stochastic

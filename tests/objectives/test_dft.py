@@ -1,6 +1,6 @@
-"""DFT (arXiv 2508.05629): cross-entropy weighted by the label's own probability, which has no gradient of its own.
+"""DFT (arXiv 2508.05629): cross-entropy weighted by the label's probability, which is not differentiated.
 
-Letters: T tokens, V columns.
+Shapes: T tokens, V columns.
 """
 
 import torch
@@ -12,7 +12,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(50, 13, seed=7), labels(50, 13, seed=7)
 
 
-def test_value_and_gradient_are_the_written_losss() -> None:
+def test_value_and_gradient_match_the_reference_loss() -> None:
     loss_T, _, g_TV = differentiated(Z_TV, Y_T, DFT())
     for x, there in zip((loss_T, g_TV), written(Z_TV, Y_T, DFT()), strict=True):
         torch.testing.assert_close(x, there, **EXACT)
@@ -26,7 +26,7 @@ def test_the_gradient_is_cross_entropys_times_the_labels_probability() -> None:
     torch.testing.assert_close(cross_entropy_T, -p_y_T1[:, 0].log(), **EXACT)
 
 
-def test_a_label_without_probability_teaches_nothing() -> None:
+def test_a_label_of_probability_0_has_no_gradient() -> None:
     z_TV = torch.tensor([[1e4, -1e4, 0.0]])
     loss_T, cross_entropy_T, g_TV = differentiated(z_TV, torch.tensor([1]), DFT())
     assert loss_T == 0

@@ -1,4 +1,4 @@
-"""The laws of the flow's noise and times: what is drawn, what is shared, and what is independent of what."""
+"""The distributions of the flow's noise and times: which draws are shared and which are independent."""
 
 import math
 
@@ -18,28 +18,28 @@ def draw(first: int = 0, horizon: int = 0, **changes: object) -> tuple[Tensor, T
 
 
 def distance(x: Tensor, law: Tensor) -> float:
-    """Kolmogorov and Smirnov's statistic times sqrt(n), for the law's distribution function at sorted x."""
+    """The Kolmogorov-Smirnov statistic times sqrt(n), from the distribution function at sorted x."""
     n = x.numel()
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     return max((law - steps[:-1]).abs().max(), (law - steps[1:]).abs().max()).item() * math.sqrt(n)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Of two tensors' entries, times sqrt(n): about N(0, 1) where they are independent."""
+    """The correlation of two tensors' entries times sqrt(n): about N(0, 1) if they are independent."""
     x, y = ((z.double() - z.double().mean()).flatten() for z in (x, y))
     return (x @ y / (x.norm() * y.norm())).abs().item() * math.sqrt(len(x))
 
 
 @pytest.mark.parametrize("time", ["uniform", "logit_normal"])
-def test_times_follow_their_law(time: str) -> None:
+def test_times_follow_their_distribution(time: str) -> None:
     t = draw(sfr_time=time)[1].double().flatten().sort().values
     law = t if time == "uniform" else torch.special.ndtr(t.logit())
     assert t.min() > 0
     assert t.max() < 1
-    assert distance(t, law) < 1.63  # the 1 % point
+    assert distance(t, law) < 1.63  # the 1 % critical value
 
 
-def test_sources_follow_the_normal_law() -> None:
+def test_sources_are_normally_distributed() -> None:
     x_0 = draw()[0].double().flatten().sort().values
     assert distance(x_0, torch.special.ndtr(x_0)) < 1.63
 
@@ -49,7 +49,7 @@ def test_zero_time_and_zero_source_are_zero() -> None:
     assert x_0.std() == pytest.approx(1, abs=0.01)
     assert not t.any()
     x_0, t = draw(sfr_time="zero", sfr_source="zero")
-    assert x_0.shape == (B, A, 1, D)  # one deterministic pair, however many draws were asked for
+    assert x_0.shape == (B, A, 1, D)  # one deterministic pair, whatever sfr_draws is
     assert t.shape == (B, A, 1, 1)
     assert not x_0.any()
     assert not t.any()
@@ -65,12 +65,12 @@ def test_time_is_drawn_per_anchor_or_per_sequence(time: str) -> None:
     assert len(each[0, :, 0].unique()) == A
     assert len(shared[1][0, :, 0].unique()) == 1
     assert len(shared[1].unique()) == B * SFROptions().sfr_draws
-    assert len(shared[0].unique()) > 0.99 * shared[0].numel()  # the sources stay each anchor's own
+    assert len(shared[0].unique()) > 0.99 * shared[0].numel()  # sources still differ between anchors
     assert torch.equal(shared[1], elsewhere[1])
     assert correlation(shared[0], elsewhere[0]) < 4
 
 
-def test_horizons_at_one_position_have_noise_and_time_of_their_own() -> None:
+def test_horizons_at_one_position_have_separate_noise_and_time() -> None:
     for x, y in zip(draw(horizon=0), draw(horizon=1), strict=True):
         assert not (x == y).all(-1).any()
         assert correlation(x, y) < 4

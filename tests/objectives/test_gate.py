@@ -1,4 +1,4 @@
-"""The gradient gate: its two modes, its baselines in bins of t, and why one bin follows the times that were drawn."""
+"""The gradient gate: its two modes, its baselines in bins of t, and why a single bin reacts to the drawn times."""
 
 import pytest
 import torch
@@ -31,15 +31,15 @@ def test_sums_by_time_equal_a_loop() -> None:
                 i = min(int(t[b, a, k] * bins), bins - 1)
                 expected[0, i] += weight[b, a, 0] * error[b, a, k]
                 expected[1, i] += weight[b, a, 0]
-    found = sums_by_time(error.requires_grad_(), weight, t, bins)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
-    assert not found.requires_grad
+    actual = sums_by_time(error.requires_grad_(), weight, t, bins)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
+    assert not actual.requires_grad
 
 
 def test_sums_of_one_bin_are_those_of_the_loss() -> None:
     error, weight = torch.rand(2, 3, 4), torch.rand(2, 3, 1)
-    found = sums_by_time(error, weight, torch.rand(2, 3, 4), 1)
-    torch.testing.assert_close(found[:, 0], torch.stack([(weight * error).sum(), 4 * weight.sum()]))
+    actual = sums_by_time(error, weight, torch.rand(2, 3, 4), 1)
+    torch.testing.assert_close(actual[:, 0], torch.stack([(weight * error).sum(), 4 * weight.sum()]))
 
 
 def test_the_static_gate_compares_the_mean_loss_with_a_threshold() -> None:
@@ -71,12 +71,12 @@ def test_baselines_start_with_the_first_loss_and_decay_where_a_bin_was_drawn() -
 
 
 def test_bins_without_a_baseline_are_left_out() -> None:
-    # Bin 0 fell far below its baseline, bin 1 is new and high: it must not keep the gate open.
+    # Bin 0 fell far below its baseline. Bin 1 is new and high: it must not keep the gate open.
     options, baseline = dynamic(), torch.tensor([1.0, 0.0])
     assert decide(sums([0.1, 100.0], [1.0, 1.0]), baseline, options)[0].item() == 0
     # And a new bin with a low loss must not close it.
     assert decide(sums([1.0, 0.0], [1.0, 100.0]), baseline, options)[0].item() == 1
-    # Nor a baseline of a bin that this step did not draw.
+    # Nor must the baseline of a bin without draws in this step.
     assert decide(sums([1.0, 0.0], [1.0, 0.0]), torch.tensor([1.0, 50.0]), options)[0].item() == 1
 
 
@@ -89,16 +89,16 @@ def gate_after(bins: int, times: Tensor, progress: float) -> float:
     baseline, g = torch.zeros(bins), torch.Generator().manual_seed(0)
     for _ in range(50):
         gate, baseline = decide(step(torch.rand(1000, generator=g), 1.0), baseline, dynamic(sfr_gate_bins=bins))
-        assert gate.item() == 1  # many times a step: even one bin is quiet
+        assert gate.item() == 1  # with many times per step even one bin is stable
     return decide(step(times, progress), baseline, dynamic(sfr_gate_bins=bins))[0].item()
 
 
 def test_with_one_bin_the_gate_follows_the_drawn_times_and_with_8_the_progress() -> None:
-    # Trap of the authors' code: t per sequence and few sequences, so a step may draw only times of low loss.
+    # In the authors' code t is per sequence, so a step of few sequences may draw only times of low loss.
     early = 0.3 * torch.rand(4, generator=torch.Generator().manual_seed(1))
-    assert gate_after(1, early, progress=1.0) == 0  # nothing was learnt, and yet it closes
+    assert gate_after(1, early, progress=1.0) == 0  # closes without any progress
     assert gate_after(8, early, progress=1.0) == 1
-    assert gate_after(8, early, progress=0.1) == 0  # what it is there for
+    assert gate_after(8, early, progress=0.1) == 0  # closes because the loss fell
 
 
 def test_impossible_options_are_refused() -> None:

@@ -1,7 +1,7 @@
 """GEM's properties G1 to G10 (arXiv 2408.16673). G5, equality over shards, is in test_shards.py; G7, G9 and G10 hold
-for every objective alike and are in test_token_loss.py.
+for every objective and are in test_token_loss.py.
 
-Letters: T tokens, V columns.
+Shapes: T tokens, V columns.
 """
 
 import pytest
@@ -59,8 +59,8 @@ def test_g4_a_constant_on_all_logits_changes_nothing(beta: float, c: float | Non
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)  # the constant rounds off digits of the logits
 
 
-def test_g6_towards_beta_0_only_the_most_probable_rival_counts() -> None:
-    """And a token that is the most probable one already teaches nothing at all."""
+def test_g6_towards_beta_0_only_the_most_probable_token_competes() -> None:
+    """A label that is already the most probable token has no gradient."""
     loss_T, _, g_TV = differentiated(Z_TV, Y_T, linear(1e-6))
     best_T = Z_TV.argmax(-1)
     assert 0 < (best_T == Y_T).sum() < len(Y_T)
@@ -72,18 +72,18 @@ def test_g6_towards_beta_0_only_the_most_probable_rival_counts() -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 0.7, 0.4])
 def test_g8_the_optimum_is_the_datas_distribution_to_the_power_of_beta(beta: float) -> None:
-    """By the exact expectation over labels; gradient steps, since the loss's own value is not what they descend."""
+    """Uses the exact expectation over labels. Takes gradient steps: the gradient is not that of the loss's value."""
     p_V = torch.tensor([0.02, 0.05, 0.08, 0.1, 0.15, 0.25, 0.35], dtype=torch.float64)
     z_V = logits(1, 7, seed=3)[0]
     for _ in range(2000):
         _, _, g_VV = differentiated(z_V.expand(7, 7), torch.arange(7), linear(beta), weight_T=p_V)
         z_V = z_V - 2 * beta * g_VV.sum(0)
-    wanted_V = p_V**beta
-    torch.testing.assert_close(z_V.softmax(-1), wanted_V / wanted_V.sum(), rtol=0, atol=1e-4)
+    expected_V = p_V**beta
+    torch.testing.assert_close(z_V.softmax(-1), expected_V / expected_V.sum(), rtol=0, atol=1e-4)
 
 
 @given(betas, st.one_of(st.none(), st.floats(0.001, 5.0)), st.integers(0, 1000))
-def test_value_and_gradient_are_the_written_losss(beta: float, c: float | None, seed: int) -> None:
+def test_value_and_gradient_match_the_reference_loss(beta: float, c: float | None, seed: int) -> None:
     """-sum q w (ln p_y - ln p_i), with stop-gradients on q and w, by autograd."""
     objective = linear(beta) if c is None else logsigmoid(beta, c)
     z_TV, y_T = logits(8, 9, seed=seed), labels(8, 9, seed=seed)

@@ -1,6 +1,6 @@
-"""KL-flow shows its denoiser the right points of the right texts, and a denoiser that learns comes to Bayes' (K6).
+"""KL-flow's denoiser input is correct, and a trained denoiser converges to the Bayes denoiser (K6).
 
-Letters: B samples, S positions of a row, N of a text, V tokens.
+Shapes: B samples, S positions of a row, N of a text, V tokens.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ OPTIONS = KLFlowOptions()
 PRIOR_V = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
 
 
-def test_a_point_is_the_softmax_of_its_line_and_a_given_one_its_token() -> None:
+def test_free_positions_hold_points_of_the_path_and_given_positions_one_hots() -> None:
     sample_B, t_B = torch.tensor([5, 6]), torch.tensor([0.1, 0.7])
     text_BN, free_BN = torch.tensor([[0, 8, 3], [2, 2, 4]]), torch.tensor([[True, True, False], [False, True, True]])
     x_BNV = noisy_point(text_BN, free_BN, t_B, sample_B, Vocab(SIZE), 12, OPTIONS)
@@ -42,7 +42,7 @@ def test_a_point_is_the_softmax_of_its_line_and_a_given_one_its_token() -> None:
     assert torch.equal(x_BNV[..., :SIZE][given_BN], one[given_BN].float())  # exactly, without smoothing
 
 
-def test_a_point_depends_on_its_sample_position_and_text_alone() -> None:
+def test_a_point_depends_only_on_its_sample_position_and_text() -> None:
     sample_B, t_B = torch.tensor([5, 6, 7]), torch.tensor([0.1, 0.2, 0.3])
     text_BN, free_BN = torch.arange(12).view(3, 4) % SIZE, torch.ones(3, 4, dtype=torch.bool)
     whole = noisy_point(text_BN, free_BN, t_B, sample_B, Vocab(SIZE), COLUMNS, OPTIONS)
@@ -53,12 +53,12 @@ def test_a_point_depends_on_its_sample_position_and_text_alone() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_shards_of_real_ranks_are_the_whole(ranks: int, tmp_path: Path) -> None:
+def test_the_shards_of_real_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     torchrun(ranks, str(Path(simplex_program.__file__)), str(tmp_path))
-    found = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)], dim=-1)
-    torch.testing.assert_close(found, simplex_program.points(Vocab(SIZE), COLUMNS), rtol=1e-6, atol=1e-9)
-    assert (found[..., SIZE:] == 0).all()
-    torch.testing.assert_close(found.sum(-1), torch.ones(3, 6), rtol=1e-6, atol=0)
+    actual = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)], dim=-1)
+    torch.testing.assert_close(actual, simplex_program.points(Vocab(SIZE), COLUMNS), rtol=1e-6, atol=1e-9)
+    assert (actual[..., SIZE:] == 0).all()
+    torch.testing.assert_close(actual.sum(-1), torch.ones(3, 6), rtol=1e-6, atol=0)
 
 
 def test_times_are_uniform_up_to_t_max_and_the_samples_own() -> None:
@@ -70,7 +70,7 @@ def test_times_are_uniform_up_to_t_max_and_the_samples_own() -> None:
 
 
 def row(*masks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, labels and loss mask [1, 12] of tokens 1, 2, ... some of which are supervised, and padding."""
+    """Tokens, labels and loss mask [1, 12]: tokens 1, 2, ..., some of them supervised, and padding."""
     tokens = torch.arange(1, len(masks) + 1)
     row = torch.zeros(2, 12, dtype=torch.int64)
     row[0, : len(masks) - 1], row[1, : len(masks) - 1] = tokens[:-1], tokens[1:]
@@ -79,15 +79,15 @@ def row(*masks: int) -> tuple[Tensor, Tensor, Tensor]:
     return row[:1], row[1:], mask_S[None]
 
 
-def test_a_reply_is_free_and_what_follows_is_its_end() -> None:
-    """Also the token behind the end, which the template writes and nobody supervises."""
+def test_a_reply_is_free_and_followed_by_its_end_token() -> None:
+    """So is the template's unsupervised token after the end."""
     text_BN, free_BN = free_text(*row(0, 0, 0, 1, 1, 1, 0), torch.tensor([3]), 11, OPTIONS)
     assert text_BN[0].tolist() == [1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6]
     assert free_BN[0].int().tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
-def test_one_of_several_replies_is_free_each_in_its_turn() -> None:
-    """What comes before it is given, replies too; what comes after is gone."""
+def test_one_of_several_replies_is_free() -> None:
+    """The text before it is given, including earlier replies. The text after it is removed."""
     seen = {}
     for sample in range(60):
         text_BN, free_BN = free_text(*row(0, 1, 1, 0, 0, 1, 0, 1), torch.tensor([sample]), 10, OPTIONS)
@@ -101,7 +101,7 @@ def test_one_of_several_replies_is_free_each_in_its_turn() -> None:
     }
 
 
-def test_a_row_of_documents_is_free_and_a_row_without_supervision_is_not() -> None:
+def test_documents_are_free_and_a_sequence_without_supervision_is_not() -> None:
     tokens_BS = torch.arange(24).view(2, 12)
     mask_BS = torch.tensor([[1.0], [0.0]]).expand(2, 12)
     text_BN, free_BN = free_text(tokens_BS, tokens_BS + 1, mask_BS, torch.tensor([1, 2]), 11, OPTIONS)
@@ -122,19 +122,19 @@ def test_an_infilled_text_has_one_free_span_of_what_was_free(sample: int, prompt
     assert (all_BN | ~free_BN).all()
 
 
-def test_infilled_spans_have_every_length_and_place_and_their_share() -> None:
+def test_infilled_spans_are_uniform_over_lengths_and_positions() -> None:
     B, N = 60_000, 4
     tokens_BS = torch.arange(6).expand(B, 6)
     options = KLFlowOptions(kl_flow_infill=0.75)
     _, free_BN = free_text(tokens_BS, tokens_BS + 1, torch.ones(B, 6), torch.arange(B), N, options)
     spans, counts = free_BN.int().unique(dim=0, return_counts=True)
-    found = {tuple(span.tolist()): count / B for span, count in zip(spans, counts.tolist(), strict=True)}
+    actual = {tuple(span.tolist()): count / B for span, count in zip(spans, counts.tolist(), strict=True)}
     expected = {
         tuple(int(begin <= i < begin + length) for i in range(N)): 0.75 / N / (N - length + 1) + 0.25 * (length == N)
         for length in range(1, N + 1)
         for begin in range(N - length + 1)
     }
-    assert found == pytest.approx(expected, abs=0.006)
+    assert actual == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +157,18 @@ def cross_entropy(logits_BV: Tensor, text_B: Tensor) -> Tensor:
     return token_loss(logits_BV, text_B, CrossEntropy(), Vocab(5))[0]
 
 
-def test_k6_bayes_denoiser_has_the_cross_entropy_that_was_computed() -> None:
+def test_k6_the_bayes_denoiser_has_the_known_cross_entropy() -> None:
     """0.3465 nats at V = 5, t = 0.3; the prior's entropy at t = 0."""
     samples = torch.arange(200_000)
     for t, expected in ((0.3, 0.3465), (0.0, float(-(PRIOR_V * PRIOR_V.log()).sum()))):
         t_B = torch.full((len(samples),), t)
         text_B, x_BV = toy_points(samples, OPTIONS, t_B)
-        found = cross_entropy(bayes_logits(x_BV, t_B, PRIOR_V, Simplex(5)), text_B)
-        assert float(found.mean()) == pytest.approx(expected, abs=4 * float(found.std()) / len(samples) ** 0.5)
+        actual = cross_entropy(bayes_logits(x_BV, t_B, PRIOR_V, Simplex(5)), text_B)
+        assert float(actual.mean()) == pytest.approx(expected, abs=4 * float(actual.std()) / len(samples) ** 0.5)
 
 
-def test_k6_a_trained_denoiser_comes_to_bayes_and_never_beats_it() -> None:
-    """Both judged on the same points, so what is left is the mean of their differences, to its standard error."""
+def test_k6_a_trained_denoiser_converges_to_bayes_and_never_beats_it() -> None:
+    """Both are evaluated on the same points; the mean difference is compared with its standard error."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 5))
     steps, batch = 1200, 1024
@@ -188,7 +188,7 @@ def test_k6_a_trained_denoiser_comes_to_bayes_and_never_beats_it() -> None:
         excess = own.double() - cross_entropy(bayes_logits(x_BV, t_B, PRIOR_V, Simplex(5)), text_B)
         return float(excess.mean()), float(excess.std()) / len(samples) ** 0.5
 
-    found = [examine(0)]
+    actual = [examine(0)]
     for step in range(steps):
         samples = torch.arange(batch) + step * batch
         t_B = draw_time(samples, OPTIONS)
@@ -198,7 +198,7 @@ def test_k6_a_trained_denoiser_comes_to_bayes_and_never_beats_it() -> None:
         optimizer.zero_grad()
         schedule.step()
         if step + 1 in (100, 400, steps):
-            found.append(examine(step + 1))
-    assert all(excess > -3 * error for excess, error in found)
-    assert found[0][0] > 0.3
-    assert found[-1][0] < 0.01
+            actual.append(examine(step + 1))
+    assert all(excess > -3 * error for excess, error in actual)
+    assert actual[0][0] > 0.3
+    assert actual[-1][0] < 0.01

@@ -1,6 +1,6 @@
-"""The preset `reference` against the authors' public code, written anew here from its formulas (arXiv 2605.27971).
+"""The preset `reference` against the authors' loss, reimplemented here from the formulas of arXiv 2605.27971.
 
-N tokens y_1 ... y_N of one reply, d the dimension of the embedding, h_t in R^H the hidden state that reads y_t.
+N tokens y_1 ... y_N of one reply; d: embedding dimension; h_t in R^H: hidden state at the input y_t.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def preset() -> argparse.Namespace:
 def authors_loss(weights: dict[str, Tensor], h: Tensor, z_1: Tensor, z_0: Tensor, tau: Tensor) -> Tensor:
     """L = sum_t w_t l_t / max(1, sum_t w_t) of h [N, H], z_1 and z_0 [N, d], tau one number for the sequence."""
     z_tau, v = tau * z_1 + (1 - tau) * z_0, z_1 - z_0
-    # Sines first, as we have them: another order permutes the inputs of a Linear, whose weights could be permuted too.
+    # Sines first, as in our code: another order only permutes the inputs, and so the weights, of a Linear.
     angle = tau / 10000.0 ** (2 * torch.arange(d // 2, dtype=tau.dtype) / d)
     temb = torch.cat([angle.sin(), angle.cos()])
     temb = weights["time_in.weight"] @ temb + weights["time_in.bias"]
@@ -61,7 +61,7 @@ def silu_of_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 
 
 def make_head() -> FlowHead:
-    """As the preset has it, with every parameter random: norms and the output layer too."""
+    """The preset's head with all parameters random, including norms and the output layer."""
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
     head = FlowHead(config, FlowHeadPlan(options(FlowHeadOptions, preset()), dim=d, gate_bins=1))
     g = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def make_head() -> FlowHead:
 
 
 def make_batch() -> dict[str, Tensor]:
-    """One reply with an anchor at every 4th token; each position copies the target of the nearest one."""
+    """One reply with an anchor at every 4th token; each position has the target of its nearest anchor."""
     ordinal = np.arange(0, N, STRIDE, dtype=np.int32)
     same, n = np.zeros_like(ordinal), len(ordinal)
     anchors = Anchors(BEFORE + ordinal, np.arange(n, dtype=np.int32), same, ordinal, same + N, same)
@@ -85,7 +85,7 @@ def make_batch() -> dict[str, Tensor]:
 
 
 def make_states(dtype: torch.dtype) -> Tensor:
-    """[S, 1, H]: the prompt, the reply, and something after it."""
+    """[S, 1, H]: the prompt, the reply and two more positions."""
     return torch.randn(BEFORE + N + 4, 1, H, dtype=dtype, generator=torch.Generator().manual_seed(2))
 
 
@@ -120,9 +120,9 @@ def test_the_term_equals_the_authors_loss_in_float64() -> None:
         *(x_0, t, sfr),
     )
     expected = authors_loss(dict(head.net.named_parameters()), *authors_inputs(batch, h_SBH))
-    found = weighted_sum(error, weight) / weight.sum()
+    actual = weighted_sum(error, weight) / weight.sum()
     assert expected > 0.5
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
 
 
 def test_the_term_of_a_run_equals_the_authors_loss_and_gradient_at_h() -> None:
@@ -130,18 +130,18 @@ def test_the_term_of_a_run_equals_the_authors_loss_and_gradient_at_h() -> None:
     kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
     term = FlowTerm(TermOptions(*(options(kind, args) for kind in kinds)))
     term.begin(head, step=0, first_average=0)
-    found = term(head, batch, h_SBH, detach=False, sharded=False, microbatches=1)
+    actual = term(head, batch, h_SBH, detach=False, sharded=False, microbatches=1)
     weights = {name: p.double() for name, p in head.net.named_parameters()}
     reference = h_SBH.detach().clone().requires_grad_()
     expected = authors_loss(weights, *authors_inputs(batch, reference))
-    torch.testing.assert_close((found.loss / found.weight).double(), expected, rtol=1e-5, atol=0)
-    (found.objective / found.weight).backward()
+    torch.testing.assert_close((actual.loss / actual.weight).double(), expected, rtol=1e-5, atol=0)
+    (actual.objective / actual.weight).backward()
     expected.backward()
     torch.testing.assert_close(h_SBH.grad, reference.grad, rtol=1e-4, atol=1e-7)
     assert not h_SBH.grad[:BEFORE].any()
 
 
-def test_the_preset_parses_into_what_the_authors_have() -> None:
+def test_the_preset_sets_the_authors_options() -> None:
     args = preset()
     for part in PARTS:
         options(part, args)

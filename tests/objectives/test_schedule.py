@@ -1,4 +1,4 @@
-"""Phases A, B and C of the weight, at their borders."""
+"""Phases A, B and C of the weight, at their boundaries."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_phase_a_trains_the_head_at_full_weight_on_detached_states(warmup: str, 
         assert phase_at(step, 100, options) == Phase(cross_entropy, 1.0, detach=True)
 
 
-def test_phase_b_rises_from_nothing() -> None:
+def test_phase_b_rises_from_0() -> None:
     phases = [phase_at(step, 100, ScheduleOptions(**OPTIONS)) for step in range(10, 15)]
     assert [p.share for p in phases] == [0, 0.25, 0.5, 0.75, 1]
     assert [p.detach for p in phases] == [True, False, False, False, False]
@@ -26,8 +26,8 @@ def test_phase_b_rises_from_nothing() -> None:
 )
 def test_phase_c_decays_over_the_steps_that_remain(decay: str, shares: tuple[float, ...]) -> None:
     options = ScheduleOptions(sfr_decay=decay, **OPTIONS)
-    found = [phase_at(step, 114, options).share for step in (14, 64, 114)]
-    assert found == pytest.approx(shares)
+    actual = [phase_at(step, 114, options).share for step in (14, 64, 114)]
+    assert actual == pytest.approx(shares)
 
 
 def test_weight_0_never_reaches_the_backbone() -> None:

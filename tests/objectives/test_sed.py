@@ -1,7 +1,7 @@
 """SED's properties S1 to S4 (arXiv 2602.07464). S5, equality over shards and ties, is in test_shards.py; S6 and S7, on
 the threshold's calibration, in tests/evaluation/test_calibration.py.
 
-Letters: T tokens, V columns.
+Shapes: T tokens, V columns.
 """
 
 import math
@@ -28,7 +28,7 @@ def sed(weight: float = 1.0, k: int = 3, tau: float | None = 0.7) -> SED:
 
 
 def masses(z_TV: Tensor, k: int) -> Tensor:
-    """P_k of each row, as the loss finds it."""
+    """P_k of each row, as the loss computes it."""
     none_T = torch.full(z_TV.shape[:1], -1)
     stats_TN = row_statistics(z_TV, none_T, none_T.to(z_TV.dtype), beta=1.0, moments=False, c=0.0, top_k=k)
     return top_mass(combine(stats_TN[None], 1.0))
@@ -56,7 +56,7 @@ def test_s1_above_1_the_threshold_exempts_no_token(k: int) -> None:
 
 @given(weights, st.integers(1, 16), st.sampled_from([0.3123, 0.6123, 0.9123]))
 def test_s2_the_gradient_is_cross_entropys_times_a_gain(weight: float, k: int, tau: float) -> None:
-    """It sums to 0 and is autograd's of the written loss, whose mask is a constant."""
+    """The gradient sums to 0 and equals autograd's of the reference loss with a constant mask."""
     objective = sed(weight, k, tau)
     loss_T, cross_entropy_T, g_TV = differentiated(Z_TV, Y_T, objective)
     _, _, plain_TV = differentiated(Z_TV, Y_T, CrossEntropy())
@@ -85,7 +85,7 @@ def test_s3_it_is_0_where_the_label_has_half_of_the_mass() -> None:
 
 
 @given(st.floats(1.0625, 50.0))
-def test_s3_above_lambda_1_the_label_comes_to_rest_below_certainty(weight: float) -> None:
+def test_s3_above_lambda_1_the_label_converges_to_a_probability_below_1(weight: float) -> None:
     """At p* = (1 + sqrt(1 + 8 / lambda)) / 4: below it the label is pushed up, above it down."""
     rest = (1 + math.sqrt(1 + 8 / weight)) / 4
     p_T = torch.tensor([0.5 * rest, rest - 1e-3, rest, (rest + 1) / 2], dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_s3_above_lambda_1_the_label_comes_to_rest_below_certainty(weight: float
     assert up_T[3] < 0
 
 
-def test_s3_at_lambda_1_only_certainty_is_rest() -> None:
+def test_s3_at_lambda_1_the_label_converges_to_probability_1() -> None:
     p_T = torch.linspace(0.01, 0.999, 50, dtype=torch.float64)
     _, _, g_TV = differentiated(spread_over_two(p_T), torch.zeros(50, dtype=torch.int64), sed(1.0, tau=2.0))
     assert (g_TV[:, 0] < 0).all()

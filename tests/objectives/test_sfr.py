@@ -1,4 +1,4 @@
-"""SFR's loss against closed forms, and the properties that a right implementation has (numbered P)."""
+"""SFR's loss against closed forms, and the properties of a correct implementation (numbered P)."""
 
 import math
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_P1_a_zero_head_costs_the_variance_of_noise_and_target(scale: str, expec
 
 @pytest.mark.parametrize(("s", "minimum"), [(1 / 32, 0.0491), (1.0, math.pi / 2)])
 def test_P5_the_best_velocity_for_a_gaussian_costs_s_pi_half(s: float, minimum: float) -> None:
-    # t on a grid instead of drawn: the integral over t of the exact conditional variance has no noise left but x's.
+    # t is on a grid, not drawn, so that only x contributes sampling noise to the integral over t.
     T, N = 400, 500
     g = torch.Generator().manual_seed(2)
     t = ((torch.arange(T, dtype=torch.float64) + 0.5) / T)[:, None, None].expand(T, N, 1)
@@ -54,7 +54,7 @@ def test_P5_the_best_velocity_for_a_gaussian_costs_s_pi_half(s: float, minimum: 
     assert (best - v).square().mean() == pytest.approx(minimum, rel=0.02)
 
 
-def test_P5_what_knowing_h_saves_is_the_difference_of_spreads_times_pi_half() -> None:
+def test_P5_knowing_h_reduces_the_loss_by_the_difference_of_spreads_times_pi_half() -> None:
     t, dt = over_unit_interval(200)
     saved = (dt * (gaussian_loss(t, 1.0) - gaussian_loss(t, 0.25))).sum()
     assert saved == pytest.approx((1.0 - 0.25) * math.pi / 2, rel=1e-10)
@@ -69,8 +69,8 @@ def test_P6_information_gain_of_gaussians_is_ln_of_the_ratio_of_their_spreads(si
     assert (dt * gain * t / (1 - t)).sum() == pytest.approx((sigma / s).log().sum().item(), abs=1e-10)
 
 
-def test_P6_information_gain_tells_the_mode_of_a_mixture() -> None:
-    # h says which of two equally probable, well separated modes x_1 belongs to: one bit, ln 2 nats.
+def test_P6_information_gain_of_the_mode_of_a_mixture_is_ln_2() -> None:
+    # h identifies one of two equally probable, well separated modes of x_1: one bit, ln 2 nats.
     spread, modes, share = (x.double() for x in (SPREAD / 3, MODES, SHARES))
     t, dt = over_unit_interval(120)
     z = torch.linspace(-9, 9, 2401, dtype=torch.float64)  # x_t = t mu + sqrt(var) z: by symmetry one mode is enough
@@ -84,7 +84,7 @@ def test_P6_information_gain_tells_the_mode_of_a_mixture() -> None:
 
 
 def train(net: nn.Module, answer: Callable[..., Tensor], options: SFROptions, steps: int) -> None:
-    """By the loss that the options name, for one hidden state (0) with futures at MODES, in SHARES."""
+    """Trains with the loss of the options, for one hidden state (0) with futures at MODES with weights SHARES."""
     B, g = 512, torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -101,7 +101,7 @@ def train(net: nn.Module, answer: Callable[..., Tensor], options: SFROptions, st
 
 
 def make_net() -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """A small net and its answer to x and t, which are given to it at a scale that it learns quickly from."""
+    """A small network as a function of x and t, which are rescaled so that it trains quickly."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
@@ -119,10 +119,10 @@ def test_P3_P4_a_head_trained_by_this_loss_finds_the_mixtures_velocity_and_both_
         for i in range(steps):
             x = x + answer(x, torch.full_like(x, i / steps)) / steps
     assert (x > 0).float().mean() == pytest.approx(SHARES[1].item(), abs=0.06)
-    assert (x.abs() - 1).abs().mean() < 0.3  # samples stand at the modes, not at their mean
+    assert (x.abs() - 1).abs().mean() < 0.3  # samples are at the modes, not at their mean
 
 
-def test_P4_the_mse_ablation_on_the_same_data_knows_only_their_mean() -> None:
+def test_P4_the_mse_ablation_on_the_same_data_predicts_only_the_mean() -> None:
     net, answer = make_net()
     train(net, lambda x, t, h: answer(x, t), SFROptions(sfr_loss="mse"), 150)
     assert answer(torch.zeros(1, 1), torch.zeros(1, 1)).item() == pytest.approx(0, abs=0.05)  # no future is near it
@@ -155,7 +155,7 @@ def test_weights_of_each_response_sum_to_its_tokens(lengths: list[list[int]], st
 
 
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine"])
-def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient(loss: str) -> None:
+def test_anchors_of_weight_0_have_no_loss_and_no_gradient(loss: str) -> None:
     B, A, D, H = 3, 4, 8, 5
     options = SFROptions(sfr_loss=loss)
     g = torch.Generator().manual_seed(5)
@@ -178,7 +178,7 @@ def test_anchors_of_weight_0_cost_nothing_and_get_no_gradient(loss: str) -> None
     assert torch.equal(total(x_1), total(other))
 
 
-def test_P9_noise_belongs_to_the_sample_not_to_its_place_in_a_batch() -> None:
+def test_P9_noise_depends_on_the_sample_not_on_its_index_in_the_batch() -> None:
     options = SFROptions(sfr_time_per="anchor")
     samples = torch.tensor([[7], [3], [9]])
     position, horizon = torch.tensor([[1, 5], [2, 5], [8, 4]]), torch.tensor([[0, 1], [2, 0], [0, 0]])

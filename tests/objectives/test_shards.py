@@ -1,6 +1,6 @@
-"""However the vocabulary is cut into shards, every objective is the same (G5, S5): in one process, and over real ranks.
+"""Every objective is independent of how the vocabulary is sharded (G5, S5): in one process and over real ranks.
 
-Letters: T tokens, V columns, R shards.
+Shapes: T tokens, V columns, R shards.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def in_shards(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, size: int, shards: int) -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the kernels, each of which sees one shard; what lies between them sees sums alone."""
+    """Loss and gradient from kernels that see one shard each; only their statistics are combined."""
     scan = objective.scan
     blocks = [z_TV[:, columns].clone() for columns in torch.arange(z_TV.shape[1]).chunk(shards)]
     starts = [sum(block.shape[1] for block in blocks[:r]) for r in range(len(blocks))]
@@ -47,8 +47,8 @@ def in_shards(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, size: int, s
 @pytest.mark.parametrize("grid", [False, True], ids=["all unlike", "many ties"])
 @pytest.mark.parametrize("shards", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_g5_s5_shards_that_are_combined_are_the_whole(name: str, shards: int, grid: bool) -> None:
-    """Of 4 shards the last one holds nothing but padding."""
+def test_g5_s5_combined_shards_equal_the_whole_vocabulary(name: str, shards: int, grid: bool) -> None:
+    """Of 4 shards the last one holds only padding."""
     z_TV, y_T = shard_program.all_logits(grid), labels(shard_program.TOKENS, SIZE, ignored=0.2)
     loss_T, _, g_TV = differentiated(z_TV[:, :SIZE], y_T, OBJECTIVES[name])
     for x, there in zip(in_shards(z_TV, y_T, OBJECTIVES[name], SIZE, shards), (loss_T, g_TV), strict=True):
@@ -73,7 +73,7 @@ def test_g5_s5_for_any_cut(data: st.DataObject) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each rank of a real gloo group found."""
+    """The results of each rank of a real gloo group."""
     folder = tmp_path_factory.mktemp("shards")
     torchrun(request.param, str(Path(shard_program.__file__)), str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
@@ -82,12 +82,12 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.distributed
 @pytest.mark.parametrize("grid", [False, True], ids=["all unlike", "many ties"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_g5_s5_real_ranks_are_one_process(ranks: list[dict[Any, Any]], name: str, grid: bool) -> None:
+def test_g5_s5_real_ranks_equal_one_process(ranks: list[dict[Any, Any]], name: str, grid: bool) -> None:
     whole = shard_program.run(name, grid, Vocab(SIZE), slice(0, COLUMNS))
-    for found in ranks:
+    for actual in ranks:
         for key in ("loss", "cross_entropy"):
-            torch.testing.assert_close(found[name, grid][key], whole[key], **EXACT)
-    g_TV = torch.cat([found[name, grid]["gradient"] for found in ranks], dim=1)
+            torch.testing.assert_close(actual[name, grid][key], whole[key], **EXACT)
+    g_TV = torch.cat([actual[name, grid]["gradient"] for actual in ranks], dim=1)
     torch.testing.assert_close(g_TV, whole["gradient"], **EXACT)
     assert (g_TV[:, SIZE:] == 0).all()
     assert whole["forward"] == []
@@ -95,9 +95,9 @@ def test_g5_s5_real_ranks_are_one_process(ranks: list[dict[Any, Any]], name: str
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_gather_a_call_and_none_backwards(ranks: list[dict[Any, Any]], name: str) -> None:
+def test_one_gather_per_forward_pass_and_none_backward(ranks: list[dict[Any, Any]], name: str) -> None:
     """One more for the logsigmoid, whose weights need the label's logit before the pass."""
     gathers = 2 if name == "gem-logsigmoid" else 1
-    for found in ranks:
-        assert found[name, False]["forward"] == ["allgather_"] * gathers
-        assert found[name, False]["backward"] == []
+    for actual in ranks:
+        assert actual[name, False]["forward"] == ["allgather_"] * gathers
+        assert actual[name, False]["backward"] == []

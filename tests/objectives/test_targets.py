@@ -1,4 +1,4 @@
-"""Targets at their three scales against numpy, and the running statistics against the recursion by hand."""
+"""Targets at the three scales against numpy, and the running statistics against a direct recursion."""
 
 import numpy as np
 import pytest
@@ -27,10 +27,10 @@ def test_scales_equal_numpys(dtype: torch.dtype) -> None:
     mean, std = numbers.mean((0, 1)), numbers.std((0, 1))
     expected = {"l2": numbers, "sqrt_d": numbers * np.float32(4), "whiten": (numbers - mean) / std}
     for scale, values in expected.items():
-        found = scale_targets(x, torch.from_numpy(mean), torch.from_numpy(std), TargetOptions(sfr_target_scale=scale))
-        assert found.dtype == torch.float32
-        np.testing.assert_allclose(found.numpy(), values, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(found.numpy().std((0, 1)), 1, rtol=1e-5)
+        actual = scale_targets(x, torch.from_numpy(mean), torch.from_numpy(std), TargetOptions(sfr_target_scale=scale))
+        assert actual.dtype == torch.float32
+        np.testing.assert_allclose(actual.numpy(), values, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(actual.numpy().std((0, 1)), 1, rtol=1e-5)
 
 
 def test_a_constant_dimension_stays_finite_when_whitened() -> None:
@@ -41,7 +41,7 @@ def test_a_constant_dimension_stays_finite_when_whitened() -> None:
     white = scale_targets(x, mean.float(), std.float(), TargetOptions(sfr_target_scale="whiten"))
     assert white.isfinite().all()
     assert white[:, 3].abs().max() < 1e-5
-    x[0, 3] += 0.01  # what strays counts in units of SMALLEST / sqrt(D)
+    x[0, 3] += 0.01  # deviations are divided by SMALLEST / sqrt(D)
     white = scale_targets(x, mean.float(), std.float(), TargetOptions(sfr_target_scale="whiten"))
     assert white[0, 3].item() == pytest.approx(0.01 / (SMALLEST / D**0.5), rel=1e-4)
 
@@ -59,15 +59,15 @@ def test_moments_of_parts_add_up_to_those_of_the_whole_and_skip_padding() -> Non
     parts = sum(batch_moments(x[i], w[i]) for i in range(3))
     torch.testing.assert_close(parts, batch_moments(x, w), rtol=1e-13, atol=0)
     mean, variance = statistics_of(x.reshape(-1, D).numpy(), w.flatten().double().numpy())
-    found = parts.numpy() / parts[0].item()
-    np.testing.assert_allclose(found[1 : D + 1], mean, rtol=1e-12)
-    np.testing.assert_allclose(found[D + 1 :] - mean**2, variance, rtol=1e-10)
+    actual = parts.numpy() / parts[0].item()
+    np.testing.assert_allclose(actual[1 : D + 1], mean, rtol=1e-12)
+    np.testing.assert_allclose(actual[D + 1 :] - mean**2, variance, rtol=1e-10)
     other = x.clone()
     other[1, 2:] = 1e3
     assert torch.equal(batch_moments(other, w), batch_moments(x, w))
 
 
-def test_the_first_batch_replaces_the_start_and_later_ones_decay_into_it() -> None:
+def test_the_first_batch_replaces_the_initial_statistics_and_later_ones_are_averaged() -> None:
     decay, state = 0.75, (torch.full((D,), 9.0), torch.full((D,), 7.0), torch.zeros(1))
     mean = variance = None
     for step in range(4):
@@ -84,20 +84,20 @@ def test_the_first_batch_replaces_the_start_and_later_ones_decay_into_it() -> No
     assert {x.dtype for x in state} == {torch.float32}
 
 
-def test_decay_0_keeps_the_last_batch_alone() -> None:
+def test_decay_0_keeps_only_the_last_batch() -> None:
     state = (torch.zeros(D), torch.ones(D), torch.tensor([5.0]))
     x = embeddings(30)
     mean, variance = statistics_of(x.numpy(), np.ones(30))
-    found = running_statistics(batch_moments(x, torch.ones(30)), *state, 0.0)
-    np.testing.assert_allclose(found[0], mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found[1], variance**0.5, rtol=1e-5)
+    actual = running_statistics(batch_moments(x, torch.ones(30)), *state, 0.0)
+    np.testing.assert_allclose(actual[0], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual[1], variance**0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seen", [0.0, 3.0])
 def test_an_empty_batch_changes_nothing(seen: float) -> None:
     state = (torch.rand(D), torch.rand(D), torch.tensor([seen]))
-    found = running_statistics(batch_moments(embeddings(4), torch.zeros(4)), *state, 0.9)
-    assert all(torch.equal(a, b) for a, b in zip(found, state, strict=True))
+    actual = running_statistics(batch_moments(embeddings(4), torch.zeros(4)), *state, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(actual, state, strict=True))
 
 
 def test_a_constant_dimension_gives_a_spread_of_0_not_nan() -> None:

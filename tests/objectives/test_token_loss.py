@@ -1,6 +1,6 @@
-"""What holds for every token objective: it is the loss that its paper writes, in any dtype, masked and padded.
+"""Properties of every token objective: it equals its paper's loss in any dtype, with masking and padding.
 
-Letters: T tokens, V columns. GEM's, SED's and DFT's own properties have files of their own; shards have, too.
+Shapes: T tokens, V columns. Properties of GEM, SED and DFT, and sharding, are tested in separate files.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def test_cross_entropy_is_megatrons(one_rank: None) -> None:
     z_SBV, y_SB = logits(60, 503).float().view(20, 3, 503), labels(60, 503).view(20, 3)
     weight_SB = torch.rand(20, 3, generator=torch.Generator().manual_seed(2))
     theirs_SBV = z_SBV.clone().requires_grad_()
-    theirs_SB = vocab_parallel_cross_entropy(theirs_SBV.clone(), y_SB)  # it overwrites what it is given
+    theirs_SB = vocab_parallel_cross_entropy(theirs_SBV.clone(), y_SB)  # it overwrites its input
     (theirs_SB * weight_SB).sum().backward()
     vocab = Vocab(503, 0, parallel_state.get_tensor_model_parallel_group())
     loss_T, _, g_TV = differentiated(z_SBV.flatten(0, 1), y_SB.flatten(), OBJECTIVES["ce"], vocab, weight_SB.flatten())
@@ -43,14 +43,14 @@ def test_cross_entropy_is_megatrons(one_rank: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["ce", "sed"])
-def test_gradcheck_where_nothing_stops_the_gradient(name: str) -> None:
+def test_gradcheck_of_losses_without_stop_gradients(name: str) -> None:
     y_T = labels(5, 6, ignored=0.2)
     z_TV = logits(5, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: token_loss(z, y_T, OBJECTIVES[name], Vocab(6))[0], (z_TV,))
 
 
 @every_objective
-def test_the_cross_entropy_beside_it_is_plain_and_has_no_gradient(name: str) -> None:
+def test_the_returned_cross_entropy_is_plain_and_has_no_gradient(name: str) -> None:
     z_TV, y_T = logits(20, 9), labels(20, 9)
     _, cross_entropy_T, _ = differentiated(z_TV, y_T, OBJECTIVES[name])
     plain_T, _ = written(z_TV, y_T, OBJECTIVES["ce"])
@@ -74,7 +74,7 @@ def test_overwriting_gives_the_same_gradient_in_the_storage_of_the_logits(name: 
 
 
 @every_objective
-def test_without_overwriting_the_logits_stay(name: str) -> None:
+def test_without_overwriting_the_logits_are_unchanged(name: str) -> None:
     z_TV, y_T = logits(8, 5).requires_grad_(), labels(8, 5)
     before_TV = z_TV.detach().clone()
     loss_T, _ = token_loss(z_TV, y_T, OBJECTIVES[name], Vocab(5))
@@ -85,8 +85,8 @@ def test_without_overwriting_the_logits_stay(name: str) -> None:
 
 @every_objective
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_g7_ignored_labels_cost_nothing_and_pull_at_nothing(name: str, dtype: torch.dtype) -> None:
-    """Exactly 0, at large logits too, whatever weights the losses get; and the other rows do not notice them."""
+def test_g7_ignored_labels_have_loss_and_gradient_0(name: str, dtype: torch.dtype) -> None:
+    """Exactly 0, also at large logits and for any weights of the losses; the other rows do not change."""
     z_TV, y_T = logits(30, 12, scale=1e4).to(dtype), labels(30, 12)
     ignored_T = torch.arange(30) % 3 == 0
     y_T[ignored_T] = torch.tensor([IGNORED, -1]).repeat(5)
@@ -158,12 +158,12 @@ def cases(draw: st.DrawFn) -> tuple[str, Tensor, Tensor, int]:
     return draw(st.sampled_from(list(OBJECTIVES))), z_TV.to(dtype), y_T, size
 
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # half a unit in bf16's last place
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}  # half an ulp of bf16
 
 
 @given(cases())
-def test_every_objective_is_the_loss_that_its_paper_writes(case: tuple[str, Tensor, Tensor, int]) -> None:
-    """Value and gradient, against float64 autograd of the written loss on the same logits."""
+def test_every_objective_equals_its_reference_loss(case: tuple[str, Tensor, Tensor, int]) -> None:
+    """Value and gradient against float64 autograd of the reference loss on the same logits."""
     name, z_TV, y_T, size = case
     objective, kept_T, dtype = OBJECTIVES[name], y_T >= 0, z_TV.dtype
     loss_T, _, g_TV = differentiated(z_TV, y_T, objective, Vocab(size))

@@ -1,6 +1,6 @@
-"""Every token objective, its loss written as its paper has it, and logits and labels to try them on.
+"""Every token objective with a reference loss as in its paper, and logits and labels for tests.
 
-Letters: T tokens, V columns.
+Shapes: T tokens, V columns.
 """
 
 import torch
@@ -46,13 +46,13 @@ def written_loss(objective: TokenObjective, z_TV: Tensor, y_T: Tensor) -> Tensor
 
 
 def logits(tokens: int, columns: int, *, seed: int = 0, scale: float = 2.0, grid: bool = False) -> Tensor:
-    """Normal float64 logits [T, V]; on a grid many of a row are equal, the largest ones too."""
+    """Normal float64 logits [T, V]; on a grid many logits of a row are equal, including the largest."""
     z_TV = scale * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (z_TV / scale).round() if grid else z_TV
 
 
 def labels(tokens: int, size: int, *, seed: int = 0, ignored: float = 0.0) -> Tensor:
-    """Random labels [T]; about a share of them is ignored."""
+    """Random labels [T], some of them ignored."""
     g = torch.Generator().manual_seed(seed + 1)
     y_T = torch.randint(size, (tokens,), generator=g)
     return torch.where(torch.rand(tokens, generator=g) < ignored, IGNORED, y_T)
@@ -70,7 +70,7 @@ def differentiated(
 
 
 def written(z_TV: Tensor, y_T: Tensor, objective: TokenObjective) -> tuple[Tensor, Tensor]:
-    """The written loss [T] and the gradient [T, V] of its sum, by autograd in the logits' dtype."""
+    """The reference loss [T] and the gradient [T, V] of its sum, by autograd in the logits' dtype."""
     z_TV = z_TV.detach().clone().requires_grad_()
     loss_T = written_loss(objective, z_TV, y_T)
     return loss_T.detach(), torch.autograd.grad(loss_T.sum(), z_TV)[0]

@@ -1,6 +1,6 @@
-"""Under torchrun: does flow-generate's jobs one after another in one start. argv: a JSON list of their arguments.
+"""Run by torchrun: runs several flow-generate jobs in one process start. argv: a JSON list of their arguments.
 
-A job whose output is named `cut` is stopped as its third batch of two begins, and started again.
+A job whose output is named `cut` is interrupted at the start of its third batch of two, and run again.
 """
 
 import json
@@ -14,7 +14,7 @@ KEPT = '"seed": "of the first run"'
 
 
 class Stop(StringIO):
-    """A terminal on which Ctrl-C comes when the bar tells of the fifth sample."""
+    """A terminal that raises Ctrl-C when the progress bar reports the fifth sample."""
 
     def write(self, text: str) -> int:
         if "sample 5" in text:
@@ -23,7 +23,7 @@ class Stop(StringIO):
 
 
 def cut(job: Job) -> None:
-    """Leaves four lines of a run that was stopped; the first of them says so."""
+    """Keeps four lines of an interrupted run and marks the first one."""
     try:
         generate(job, plan(job), Stop())
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""Toy languages whose exact denoiser is known: the posterior of a token given all noisy points of its row.
+"""Toy languages with an exact denoiser: the posterior of a token given all noisy points of its sequence.
 
-Letters: B rows, S positions, V tokens, W columns of a shard.
+Shapes: B rows, S positions, V tokens, W columns of a shard.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ def log_likelihood(x_BSV: Tensor, t_B: Tensor, simplex: Simplex) -> Tensor:
     """ln p(x_t | token i) up to a constant of the position: [B, S, V], float64.
 
     By change of variables from x0 ~ Dirichlet(1): Y_k = exp((ln x_k - t l1_k) / (1 - t)), p ~ (sum_k Y_k)^-V. A clean
-    one-hot is a token that is given.
+    one-hot is a given token.
     """
     x_BSV, t = x_BSV.double(), t_B.double()[:, None, None]
     one_hot = torch.eye(simplex.size, dtype=torch.float64)
     l_BSIV = (x_BSV.log()[:, :, None] - (t * simplex.gap)[..., None] * one_hot) / (1 - t)[..., None]
-    found_BSV = -simplex.size * l_BSIV.logsumexp(dim=-1)
+    actual_BSV = -simplex.size * l_BSIV.logsumexp(dim=-1)
     given_BS1 = (x_BSV == 1).any(dim=-1, keepdim=True)
-    return torch.where(given_BS1, x_BSV.log(), found_BSV)
+    return torch.where(given_BS1, x_BSV.log(), actual_BSV)
 
 
 @dataclass(frozen=True)
 class MarkovLanguage:
-    """Rows of tokens from a Markov chain; `denoise` is the exact posterior of each token given the whole row."""
+    """Sequences from a Markov chain; `denoise` is the exact posterior of each token given the whole sequence."""
 
     first_V: Tensor
     move_VV: Tensor
@@ -35,7 +35,7 @@ class MarkovLanguage:
     simplex: Simplex
 
     def denoise(self, x_BSV: Tensor, t_B: Tensor) -> Tensor:
-        """ln p(token | x_t), by the forward and backward sums of the chain: [B, S, V]."""
+        """ln p(token | x_t), by the forward-backward algorithm: [B, S, V]."""
         seen_BSV = log_likelihood(x_BSV, t_B, self.simplex)
         seen_BSV = seen_BSV - seen_BSV.amax(dim=-1, keepdim=True)
         like_BSV, length = seen_BSV.exp(), x_BSV.shape[1]
@@ -58,7 +58,7 @@ class MarkovLanguage:
 
 
 def language(seed: int = 0, size: int = 6, sharpness: float = 1.5) -> MarkovLanguage:
-    """A chain with strong preferences, like words have."""
+    """A chain with strong dependencies between neighbours."""
     numbers = torch.Generator().manual_seed(seed)
     scores_VV = sharpness * torch.randn(size + 1, size, generator=numbers, dtype=torch.float64)
     p_VV = scores_VV.softmax(dim=-1)
@@ -66,11 +66,11 @@ def language(seed: int = 0, size: int = 6, sharpness: float = 1.5) -> MarkovLang
 
 
 def independent(prior: list[float]) -> MarkovLanguage:
-    """Positions that know nothing of each other."""
+    """Independent positions."""
     p_V = torch.tensor(prior, dtype=torch.float64)
     return MarkovLanguage(p_V, p_V.expand(len(p_V), -1), Simplex(len(p_V)))
 
 
-def total_variation(found: Tensor, expected: Tensor) -> float:
-    """Half the absolute difference between counts' shares and probabilities."""
-    return float((found.double() / found.sum() - expected).abs().sum() / 2)
+def total_variation(actual: Tensor, expected: Tensor) -> float:
+    """Total variation distance between relative frequencies and probabilities."""
+    return float((actual.double() / actual.sum() - expected).abs().sum() / 2)

@@ -1,6 +1,6 @@
-"""Under torchrun: samples of a toy language whose vocabulary is in shards; RANK.pt has them. argv: the folder.
+"""Run by torchrun: writes samples of a toy language with a sharded vocabulary to FOLDER/RANK.pt. argv: FOLDER.
 
-Letters: B rows, S positions, V tokens, W columns of the shard.
+Shapes: B rows, S positions, V tokens, W columns of the shard.
 """
 
 import sys
@@ -17,12 +17,12 @@ from megatron_sfr.simplex_sampling.samplers import Canvas, sample
 from megatron_sfr.simplex_sampling.shards import Shard
 from tests.simplex_sampling.languages import language
 
-SIZE, COLUMNS = 6, 12  # of 3 shards the second has two columns of padding, the third nothing else
+SIZE, COLUMNS = 6, 12  # of 3 shards the second has two padding columns, the third only padding
 ROWS, LENGTH = 40, 5
 
 
 def run(method: str, top_k: int, vocab: Vocab, width: int) -> Tensor:
-    """Tokens [B, S], by a denoiser that gathers the point and gives back the shard's columns of its logits."""
+    """Tokens [B, S] from a denoiser that gathers the point and returns this shard's columns of its logits."""
     toy = language(size=SIZE)
 
     def denoise(x_BSW: Tensor, t_B: Tensor) -> Tensor:

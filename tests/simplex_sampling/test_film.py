@@ -1,4 +1,4 @@
-"""A film shows each step's tokens, whatever they say, on a page that is whole by itself and on a terminal."""
+"""A film shows each step's tokens, whatever their text, on a self-contained page and on a terminal."""
 
 import json
 import re
@@ -21,7 +21,7 @@ TEXTS = {0: "</script><b>", 1: " naïve", 2: "\n", 3: "\x1b[2J", 4: "∎"}
 
 
 class Words:
-    """Says tokens as TEXTS does."""
+    """A tokenizer that decodes by TEXTS."""
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(TEXTS[token] for token in tokens)
@@ -33,31 +33,31 @@ def film() -> Film:
     return Film("a film", (1, 1, 0, 2, 4, 4), 1, 5, frames, TEXTS, end=4)
 
 
-def test_the_page_holds_the_film_and_no_text_ends_its_script(film: Film) -> None:
+def test_the_page_contains_the_film_and_no_text_closes_its_script(film: Film) -> None:
     html = page(film)
     assert not re.search(r"(src|href)=|https?://", html)
-    found = json.loads(re.findall(r'id="film">(.*?)</script>', html)[0])
-    assert found | {"title": film.title} == json.loads(json.dumps(asdict(film)))
+    actual = json.loads(re.findall(r'id="film">(.*?)</script>', html)[0])
+    assert actual | {"title": film.title} == json.loads(json.dumps(asdict(film)))
     assert f"<h1>{film.title}</h1>" in html
     assert html.count("</script>") == 2
 
 
-def test_stills_hide_the_letters_of_what_is_not_yet_certain(film: Film) -> None:
+def test_stills_show_uncertain_tokens_as_dots(film: Film) -> None:
     assert list(stills(film)) == [
-        "step    0  t 0.000   naïve·····∎",  # of the ends that fill the row, one
+        "step    0  t 0.000   naïve·····∎",  # only one of the end tokens is shown
         "step    1  t 0.300   naïve naïve</script><b>·∎",
     ]
 
 
-def test_a_moving_film_draws_over_itself_and_no_token_moves_the_cursor(film: Film) -> None:
+def test_frames_are_redrawn_in_place_and_no_token_moves_the_cursor(film: Film) -> None:
     first, second = moving(film, columns=20)
     plain = [re.sub(r"\x1b\[38;5;\d+m|\x1b\[0m", "", frame) for frame in (first, second)]
     assert plain[0] == "step    0  t 0.000\n naïve⏎ [2J∎\n"
-    assert plain[1].startswith("\x1b[2A\r\x1b[Jstep    1")  # a line of text and the head
+    assert plain[1].startswith("\x1b[2A\r\x1b[Jstep    1")  # one line of text and the header
     assert "\x1b[2J" not in first + second
 
 
-def test_a_film_comes_back_from_json(film: Film) -> None:
+def test_a_film_is_read_back_from_json(film: Film) -> None:
     assert from_json(json.dumps(asdict(film))) == film
 
 

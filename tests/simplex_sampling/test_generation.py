@@ -1,4 +1,4 @@
-"""flow-generate on a checkpoint that KL-flow's training wrote: one text on one process and on two, and its film."""
+"""flow-generate on a checkpoint of KL-flow training: equal texts from one process and two, and films."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.distributed.tiny import recipe, write_corpus
 from tests.simplex_sampling import generation_program
 
 pytestmark = pytest.mark.distributed
-POSITIONS = 83  # of 84, the time's token has one
+POSITIONS = 83  # of 84; the time's token takes one
 GAPS = [
     {"prefix": "red green", "suffix": " quick slow", "length": 6},
     {"prefix": "river", "length": 9},
@@ -28,7 +28,7 @@ GAPS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of training, the time as a token and by adaln: logits are next to even, so draws decide the text."""
+    """Two training steps, with time as a token and by adaln. Logits are almost uniform, so noise decides the text."""
     folder = tmp_path_factory.mktemp("kl-flow")
     corpus = write_corpus(folder)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
@@ -72,7 +72,7 @@ def do(folder: Path, nproc: int, listing: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Path:
-    """Every job on one process and on two; one is stopped and goes on."""
+    """Every job on one process and on two; one is interrupted and resumed."""
     reply = jobs(folder, "one")[1]
     do(folder, 1, [*jobs(folder, "one"), reply | {"output": str(folder / "cut.jsonl"), "batch_size": 2}])
     do(folder, 2, jobs(folder, "two", nproc=2))
@@ -90,7 +90,7 @@ def test_two_processes_write_what_one_writes(made: Path, what: str) -> None:
     assert len({tuple(row["token_ids"]) for row in one}) == len(one)
 
 
-def test_rows_say_what_was_asked_and_how_it_was_made(made: Path) -> None:
+def test_records_contain_the_request_and_the_sampling_options(made: Path) -> None:
     blank, reply, gap = (rows(made / f"one-{what}.jsonl") for what in ("blank", "reply", "gap"))
     assert [(row["sample"], row["tokens"], row["method"], row["steps"]) for row in blank] == [
         (sample, 20, "basic", 7) for sample in range(3)
@@ -104,11 +104,11 @@ def test_rows_say_what_was_asked_and_how_it_was_made(made: Path) -> None:
     assert len(gap) == 9
 
 
-def test_without_a_token_for_the_time_a_text_has_all_positions(made: Path) -> None:
+def test_without_a_time_token_a_text_has_all_positions(made: Path) -> None:
     assert [row["tokens"] for row in rows(made / "one-adaln.jsonl")] == [POSITIONS + 1] * 3
 
 
-def test_a_film_ends_as_the_sample_does(made: Path) -> None:
+def test_a_film_ends_with_the_sample(made: Path) -> None:
     first = next(row for row in rows(made / "one-gap.jsonl") if row["tokens"] == 6 and row["sample"] == 0)
     one, two = (json.loads((made / f"{name}.json").read_text(encoding="utf-8")) for name in ("one", "two"))
     assert one == two
@@ -116,7 +116,9 @@ def test_a_film_ends_as_the_sample_does(made: Path) -> None:
     assert [frame["step"] for frame in one["frames"]] == list(range(7))
 
 
-def test_the_command_writes_the_same_in_other_batches_and_a_film(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_same_samples_in_other_batches_and_a_film(
+    made: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = made / "command.jsonl"
     arguments = [
         *("flow-generate", "--checkpoint", str(made / "run"), "--tokenizer", str(made / "tokenizer")),
@@ -134,13 +136,13 @@ def test_the_command_writes_the_same_in_other_batches_and_a_film(made: Path, cap
     assert "--method hybrid with 7 steps is basic" in said.err
 
 
-def test_a_job_that_was_stopped_goes_on_where_it_was(made: Path) -> None:
+def test_an_interrupted_job_resumes(made: Path) -> None:
     first, *others = rows(made / "cut.jsonl")
     assert first["seed"] == "of the first run"
     assert others == rows(made / "one-reply.jsonl")[1:]
 
 
-def test_what_fails_in_a_process_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_failure_in_a_worker_process_is_reported_in_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*nowhere: no checkpoint here[^\n]*$"):
         start(Job(**job(folder, "unwritten.jsonl", checkpoint=str(tmp_path / "nowhere"))), tmp_path / "log")
 
@@ -152,13 +154,13 @@ REFUSED = {
     "samples is 0": {"samples": 0},
     "--length 84 is more than the 83 positions": {"length": 84},
     "steps is 0": {"steps": 0},
-    "leaves no room": {"prompt": "green " * 90},
-    "gaps.jsonl:2: not a gap": {"infill": "{folder}/bad/gaps.jsonl"},
+    "none are left for the reply": {"prompt": "green " * 90},
+    "gaps.jsonl:2: not an infill record": {"infill": "{folder}/bad/gaps.jsonl"},
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_does_not_fit_is_told_before_a_process_starts(folder: Path, words: str) -> None:
+def test_requests_that_do_not_fit_are_refused_before_a_process_starts(folder: Path, words: str) -> None:
     (folder / "bad").mkdir(exist_ok=True)
     good = json.dumps(GAPS[0])
     (folder / "bad" / "gaps.jsonl").write_text(f'{good}\n{{"text": "a <mask> b"}}\n', encoding="utf-8")

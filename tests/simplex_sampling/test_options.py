@@ -1,4 +1,4 @@
-"""What a sampler may be asked, and how many steps a row takes."""
+"""Validation of sampler options, and the number of steps of a sequence."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_is_refused_by_name(words: str) -> None:
+def test_invalid_options_are_refused_by_name(words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SamplerOptions(**REFUSED[words])  # type: ignore[arg-type]
 
 
-def test_a_condition_makes_one_step_a_token() -> None:
+def test_conditional_texts_take_one_step_per_free_token() -> None:
     free_BS = torch.ones(4, 8, dtype=torch.bool)
     free_BS[0, :3], free_BS[1, :7], free_BS[2] = False, False, False
     assert SamplerOptions().steps_of(free_BS).tolist() == [5, 1, 1, DEFAULT_STEPS]
@@ -34,7 +34,7 @@ def test_a_condition_makes_one_step_a_token() -> None:
 @pytest.mark.parametrize(
     ("method", "t_split", "steps", "draws"),
     [
-        ("hybrid", 0.28, 12, False),  # its last step begins at t = 0.279
+        ("hybrid", 0.28, 12, False),  # its last step starts at t = 0.279
         ("hybrid", 0.28, 13, True),
         ("hybrid", 0.1, 2, True),
         ("sampling", 0.28, 1, True),
@@ -45,7 +45,7 @@ def test_a_hybrid_of_few_steps_is_basic(method: Method, t_split: float, steps: i
     assert SamplerOptions(method=method, t_split=t_split).draws_on_the_way(steps) is draws
 
 
-def test_times_are_even_in_their_logarithm_and_end_at_t_max() -> None:
+def test_times_are_evenly_spaced_in_log_1_minus_t_and_end_at_t_max() -> None:
     chosen, steps_B = SamplerOptions(), torch.tensor([4, 16])
     assert chosen.time(0, steps_B).tolist() == [0, 0]
     assert chosen.time(2, steps_B).tolist() == pytest.approx([1 - 0.7**0.5, 1 - 0.7**0.125])

@@ -1,6 +1,6 @@
-"""With a denoiser that is exact the samplers give the language's own statistics, each as its theory says.
+"""With an exact denoiser the samplers reproduce the language's statistics, each as far as theory predicts.
 
-Letters: B rows, S positions, V tokens.
+Shapes: B rows, S positions, V tokens.
 """
 
 import math
@@ -21,7 +21,7 @@ from tests.simplex_sampling.languages import MarkovLanguage, independent, langua
 
 PRIOR = [0.4, 0.3, 0.15, 0.1, 0.05]
 ROWS = 4000
-# McDiarmid: a count's total variation passes its mean by this much once in 1000 times; the seed is fixed.
+# McDiarmid: total variation exceeds its mean by this much with probability 1/1000. The seed is fixed.
 LUCK = math.sqrt(math.log(1000) / (2 * ROWS))
 
 
@@ -36,12 +36,12 @@ def run(toy: MarkovLanguage, canvas: Canvas, options: SamplerOptions) -> Tensor:
 
 
 def options(method: str, steps: int | None, **changes: float) -> SamplerOptions:
-    """Few tokens are told apart late: their training would go on to t = 0.6."""
+    """A small vocabulary is decided late, so t_max is 0.6 here."""
     return SamplerOptions(method, steps, **{"t_max": 0.6, "t_split": 0.3} | changes)  # type: ignore[arg-type]
 
 
 def mean_variation(p: Tensor) -> float:
-    """At most this much is the mean total variation of ROWS draws of p from p."""
+    """Upper bound on the mean total variation between p and ROWS draws from it."""
     return float((p * (1 - p) / ROWS).sqrt().sum() / 2)
 
 
@@ -51,14 +51,14 @@ def pairs_of(x_BS: Tensor, position: int, size: int) -> Tensor:
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
 def test_sampling_is_exact_for_one_position_at_any_number_of_steps(steps: int) -> None:
-    """x1 ~ p(x1 | x_t) has the prior's law if x_t has p_t's, and fresh noise makes of it p_{t'}'s; so has the last."""
+    """If x_t ~ p_t, then x1 ~ p(x1 | x_t) follows the prior and, with new noise, x_t' ~ p_t': every step is exact."""
     toy = independent(PRIOR)
     x_BS = run(toy, blank(20_000, 1), options("sampling", steps, final_top_k=0))
     assert chisquare(torch.bincount(x_BS[:, 0], minlength=5), 20_000 * toy.first_V).pvalue > 1e-3
 
 
 def test_basic_is_exact_in_the_limit_of_small_steps() -> None:
-    """Euler's error falls like h: 4, 8 and 128 steps; the last is what counting leaves."""
+    """Euler's error falls as h, at 4, 8 and 128 steps; the last one leaves only sampling noise."""
     toy = independent(PRIOR)
     errors = []
     for steps in (4, 8, 128):
@@ -69,37 +69,37 @@ def test_basic_is_exact_in_the_limit_of_small_steps() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bigrams_of_a_language_come_out_right(method: str) -> None:
-    """All methods converge with the steps; without the bond between neighbours pairs would be far from this."""
+def test_bigrams_follow_the_language(method: str) -> None:
+    """All methods converge with the number of steps; independent neighbours would be far from these statistics."""
     toy = language()
     x_BS = run(toy, blank(ROWS, 6), options(method, 48))
     for position in (0, 2, 4):
         p_VV = toy.pairs(position)
         without = total_variation(p_VV.sum(dim=1)[:, None] * p_VV.sum(dim=0), p_VV)
-        assert without > 1.5 * (mean_variation(p_VV) + LUCK) or position == 0  # the first token leaves little to bind
+        assert without > 1.5 * (mean_variation(p_VV) + LUCK) or position == 0  # the first pair is almost independent
         assert total_variation(pairs_of(x_BS, position, 6), p_VV) < mean_variation(p_VV) + LUCK
 
 
-def test_few_steps_of_sampling_break_bonds_and_more_mend_them() -> None:
-    """Tokens are drawn each by itself: what binds them comes through the noise that the next step reads."""
+def test_sampling_with_few_steps_loses_dependencies_and_more_steps_restore_them() -> None:
+    """Each step draws tokens independently; dependencies arise only over several steps."""
     toy = language()
-    found = [run(toy, blank(ROWS, 6), options("sampling", steps)) for steps in (2, 48)]
-    few, many = (total_variation(pairs_of(x_BS, 2, 6), toy.pairs(2)) for x_BS in found)
+    actual = [run(toy, blank(ROWS, 6), options("sampling", steps)) for steps in (2, 48)]
+    few, many = (total_variation(pairs_of(x_BS, 2, 6), toy.pairs(2)) for x_BS in actual)
     assert few > 3 * many
 
 
-def test_the_likeliest_token_alone_is_biased_whatever_the_steps() -> None:
-    """Sampling with top_k = 1 leaves out what is seldom: its law is not the language's, and has less entropy."""
+def test_top_k_1_is_biased_at_any_number_of_steps() -> None:
+    """Sampling with top_k = 1 omits rare tokens: the distribution is not the language's and has less entropy."""
     toy = language()
     p_VV = toy.pairs(2)
     x_BS = run(toy, blank(ROWS, 6), options("sampling", 48, top_k=1))
-    found = pairs_of(x_BS, 2, 6)
-    assert total_variation(found, p_VV) > 2 * (mean_variation(p_VV) + LUCK)
-    assert torch.special.entr(found / ROWS).sum() < torch.special.entr(p_VV).sum() - 0.1
+    actual = pairs_of(x_BS, 2, 6)
+    assert total_variation(actual, p_VV) > 2 * (mean_variation(p_VV) + LUCK)
+    assert torch.special.entr(actual / ROWS).sum() < torch.special.entr(p_VV).sum() - 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gap_has_the_law_that_its_neighbours_leave_it(method: str) -> None:
+def test_an_infilled_token_follows_its_conditional_distribution(method: str) -> None:
     """Infilling a, ?, c: p(b | a, c) ~ move[a, b] move[b, c]."""
     toy = language()
     canvas = blank(ROWS, 3)
@@ -147,14 +147,14 @@ def test_k8_hybrid_is_sampling_or_basic_at_its_ends(top_k: int) -> None:
 
 
 @given(st.data())
-def test_k9_what_is_given_stays_and_is_clean_at_every_step(data: st.DataObject) -> None:
+def test_k9_given_tokens_are_kept_and_clean_at_every_step(data: st.DataObject) -> None:
     toy = language()
     tokens_BS = torch.tensor(
         data.draw(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=4))
     )
     draws = data.draw(st.lists(st.booleans(), min_size=tokens_BS.numel(), max_size=tokens_BS.numel()))
     free_BS = torch.tensor(draws).view_as(tokens_BS)
-    steps = 3 if free_BS.all(dim=1).any() else None  # a row that is wholly free would take 512
+    steps = 3 if free_BS.all(dim=1).any() else None  # an entirely free sequence would take 512
     chosen = options(data.draw(st.sampled_from(METHODS)), steps)
     canvas = Canvas(tokens_BS, free_BS, torch.arange(len(tokens_BS)))
     order_B = chosen.steps_of(free_BS).argsort(descending=True, stable=True)
@@ -172,13 +172,13 @@ def test_k9_what_is_given_stays_and_is_clean_at_every_step(data: st.DataObject) 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_a_row_is_the_same_alone_in_a_batch_and_in_any_order(method: str, top_k: int) -> None:
-    """Rows of unlike numbers of free positions, so of unlike steps."""
+def test_a_sequence_does_not_depend_on_its_batch_or_order(method: str, top_k: int) -> None:
+    """Sequences with different numbers of free positions, and so of steps."""
     toy, canvas = language(), blank(12, 6)
     canvas.tokens_BS[:] = 3
     for row in range(12):
         canvas.free_BS[row, : row % 5] = False
-    canvas.free_BS[9:, 0] = False  # a canvas that is wholly free takes 512 steps
+    canvas.free_BS[9:, 0] = False  # an entirely free sequence would take 512 steps
     canvas.free_BS[[0, 5], 5] = False
     chosen = options(method, None, top_k=top_k)
     together = run(toy, canvas, chosen)
@@ -188,7 +188,7 @@ def test_a_row_is_the_same_alone_in_a_batch_and_in_any_order(method: str, top_k:
         assert torch.equal(run(toy, canvas[torch.tensor([row])], chosen)[0], together[row])
 
 
-def test_samples_differ_by_number_and_seed_alone() -> None:
+def test_samples_differ_only_by_number_and_seed() -> None:
     toy, canvas = language(), blank(40, 6)
     first = run(toy, canvas, options("sampling", 5))
     assert torch.equal(first, run(toy, canvas, options("sampling", 5)))
@@ -196,7 +196,7 @@ def test_samples_differ_by_number_and_seed_alone() -> None:
     assert len(first.unique(dim=0)) > 30
 
 
-def test_a_watcher_sees_each_step_and_the_times_of_the_grid() -> None:
+def test_watch_is_called_at_each_step_with_the_times_of_the_grid() -> None:
     toy = language()
     seen: list[Moment] = []
     size = toy.simplex.size

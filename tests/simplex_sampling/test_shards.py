@@ -1,4 +1,4 @@
-"""However the vocabulary is cut into shards, draws and samples are the same: in one process, and over real ranks."""
+"""Draws and samples do not depend on how the vocabulary is sharded, in one process and over real ranks."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def keys() -> Keys:
 
 @pytest.mark.parametrize("top_k", [0, 2, 3, 5, 99])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_have_the_law_of_the_tempered_logits_that_are_left(top_k: int, temperature: float) -> None:
+def test_draws_follow_the_tempered_softmax_of_the_top_k_logits(top_k: int, temperature: float) -> None:
     z_V = torch.tensor([0.3, -1.0, 1.2, 0.0, -0.4])
     shard = Shard(Vocab(5), 8)
     z_FW = shard.without_padding(torch.cat([z_V, torch.full((3,), 50.0)]).repeat(DRAWS, 1))
@@ -33,13 +33,13 @@ def test_draws_have_the_law_of_the_tempered_logits_that_are_left(top_k: int, tem
     assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
-def test_the_likeliest_needs_no_noise() -> None:
+def test_the_argmax_needs_no_noise() -> None:
     z_FW = torch.randn(DRAWS, 8, generator=torch.Generator().manual_seed(0))
     shard = Shard(Vocab(8), 8)
     assert torch.equal(shard.draw(z_FW, 1, 5.0, keys(), 0, stream=10), z_FW.argmax(dim=-1))
 
 
-def test_softmax_is_torchs_and_padding_has_no_share() -> None:
+def test_softmax_equals_torchs_and_padding_has_probability_0() -> None:
     l_FW = 40 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shard = Shard(Vocab(5), 8)
     p_FW = shard.softmax(shard.without_padding(l_FW.clone()))
@@ -48,12 +48,12 @@ def test_softmax_is_torchs_and_padding_has_no_share() -> None:
 
 
 @pytest.mark.distributed
-def test_real_ranks_find_the_samples_of_one_process(tmp_path: Path) -> None:
+def test_real_ranks_draw_the_samples_of_one_process(tmp_path: Path) -> None:
     """Every method and every kind of draw."""
     whole = shard_program.run_all(Vocab(SIZE), COLUMNS)
-    assert len({tuple(found.flatten().tolist()) for found in whole.values()}) >= 7  # basic draws once, at its end
+    assert len({tuple(actual.flatten().tolist()) for actual in whole.values()}) >= 7  # basic draws only at the end
     torchrun(3, str(Path(shard_program.__file__)), str(tmp_path))
     for rank in range(3):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        actual = torch.load(tmp_path / f"{rank}.pt")
         for key, x_BS in whole.items():
-            assert torch.equal(found[key], x_BS), (rank, key)
+            assert torch.equal(actual[key], x_BS), (rank, key)

@@ -1,4 +1,4 @@
-"""The arrays of a sample's anchors against plain loops: which position has which target, at which weight."""
+"""The arrays of a sample's anchors against plain loops: positions, targets and weights."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ HORIZONS, SAMPLE = 3, 41
 
 
 def alone(anchors: Anchors) -> RowAnchors:
-    """A row of one conversation."""
+    """A sequence of one conversation."""
     return join_anchors([anchors], np.array([SAMPLE]), np.array([0]))
 
 
 @st.composite
 def samples(draw) -> Anchors:
-    """Replies with anchors at every stride, of which any may lack any horizon."""
+    """Replies with an anchor at every stride; horizons may be missing."""
     rows, at = [], 0
     stride = draw(st.integers(1, 7))
     for response, length in enumerate(draw(st.lists(st.integers(1, 25), min_size=1, max_size=3))):
@@ -32,7 +32,7 @@ def samples(draw) -> Anchors:
 
 
 def nearest_by_loops(anchors: Anchors) -> list[tuple[int, int]]:
-    """Row and ordinal of every entry, as the definition says it."""
+    """Target row and ordinal of every entry, by the definition."""
     entries = []
     for response in np.unique(anchors.response):
         for horizon in range(HORIZONS):
@@ -60,7 +60,7 @@ def test_a_tie_goes_to_the_earlier_anchor():
 
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
 @given(anchors=samples(), spare=st.integers(0, 4))
-def test_arrays_say_position_target_and_weight_of_each_entry(fill: str, anchors: Anchors, spare: int):
+def test_arrays_hold_position_target_and_weight_of_each_entry(fill: str, anchors: Anchors, spare: int):
     n = len(anchors.position)
     entries = nearest_by_loops(anchors) if fill == "nearest" else [(row, anchors.ordinal[row]) for row in range(n)]
     sizes = AnchorSizes(n + spare, len(entries) + spare)
@@ -101,7 +101,7 @@ def test_a_sample_without_anchors_is_all_padding():
 
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
 @given(parts=st.lists(samples(), min_size=1, max_size=3))
-def test_a_row_of_conversations_has_the_entries_of_each_where_it_stands(fill: str, parts: list[Anchors]):
+def test_a_packed_sequence_has_the_shifted_entries_of_its_conversations(fill: str, parts: list[Anchors]):
     n = sum(len(part.position) for part in parts)
     starts, numbers = 100 * np.arange(len(parts)), 7 + np.arange(len(parts))
     sizes = AnchorSizes(n, 99 * HORIZONS * len(parts))

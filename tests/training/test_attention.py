@@ -1,11 +1,11 @@
-"""The mask and the bounds that keep the documents of a row apart, against their definitions."""
+"""The mask and cu_seqlens that keep attention within documents, against their definitions."""
 
 import torch
 
 from megatron_sfr.training.attention import block_mask, packed_sequence
 
 
-def test_a_position_sees_itself_and_what_precedes_it_in_its_document() -> None:
+def test_a_position_attends_to_itself_and_earlier_ones_of_its_document() -> None:
     document = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
     hidden = block_mask(document)
 
@@ -16,7 +16,7 @@ def test_a_position_sees_itself_and_what_precedes_it_in_its_document() -> None:
             assert (~hidden[row, 0, i]).nonzero().flatten().tolist() == seen
 
 
-def test_bounds_are_where_documents_begin() -> None:
+def test_cu_seqlens_are_the_starts_of_documents() -> None:
     params = packed_sequence(torch.tensor([0, 0, 1, 2, 2, 2, 2]))
 
     assert params.qkv_format == "thd"

@@ -1,4 +1,4 @@
-"""A blend of prepared folders: samples of one shape whatever folder they are from, and one set of horizons."""
+"""A blend of prepared folders: samples of equal shape from all folders, and one set of horizons."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -20,19 +20,19 @@ HORIZONS = ((1, 8), (5, 3))
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's configuration logs on rank 0 and warns where it finds no rank."""
+    """Upstream's configuration logs on rank 0 and warns if there is no rank."""
     monkeypatch.setenv("RANK", "0")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders whose samples have unlike numbers of anchors and of supervised tokens."""
+    """Two folders whose samples differ in their numbers of anchors and supervised tokens."""
     folder = tmp_path_factory.mktemp("blend")
     return [write_prepared(folder / str(rows), rows, HORIZONS) for rows in (3, 40)]
 
 
 def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) -> Namespace:
-    """Those of upstream's arguments that the datasets read."""
+    """The upstream arguments that the datasets read."""
     read: dict[str, Any] = {
         **dict.fromkeys(("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")),
         **dict.fromkeys(("split", "data_cache_path")),
@@ -65,7 +65,7 @@ def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedD
 
 
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
-def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], fill: str):
+def test_a_blend_of_folders_with_different_maxima_is_collated(folders: list[Path], fill: str):
     manifests = [PreparedData.open(folder).manifest for folder in folders]
     assert manifests[0].max_anchors < manifests[1].max_anchors
     assert manifests[0].max_response_tokens < manifests[1].max_response_tokens
@@ -85,7 +85,7 @@ def test_a_blend_of_folders_with_unlike_maxima_is_collated(folders: list[Path], 
         assert batch[name].shape == (24, entries)
     assert batch["anchor_horizon"].unique().tolist() == [0, 1]
     weighed = batch["anchor_weight"].sum(1)
-    assert (weighed <= batch["loss_mask"].sum(1) + 1e-3).all(), "a reply without anchors weighs nothing"
+    assert (weighed <= batch["loss_mask"].sum(1) + 1e-3).all(), "a reply without anchors has weight 0"
     assert weighed.max() > 0
 
 
@@ -103,7 +103,7 @@ def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
         assert (item["anchor_horizon"][:n] == anchors.horizon).all()
 
 
-def test_folders_of_unlike_horizons_are_refused(folders: list[Path], tmp_path: Path):
+def test_folders_with_different_horizons_are_refused(folders: list[Path], tmp_path: Path):
     other = write_prepared(tmp_path, 3)
 
     with pytest.raises(ValueError, match=f"{folders[0]} has 1:8 5:3, {other} has 1:8; .* the same --horizons"):
@@ -120,7 +120,7 @@ def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1) -> PreparedD
 
 
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
-def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Path], fill: str):
+def test_a_packed_sequence_holds_its_conversations_in_order(folders: list[Path], fill: str):
     dataset, data = pack(folders[1], fill, epochs=2), PreparedData.open(folders[1])
     alone = whole(folders[1], Split.valid, sfr_anchors=fill)  # in the order of the folder
     assert len(dataset) // 2 < len(data) / 2
@@ -150,7 +150,7 @@ def test_a_packed_row_holds_its_conversations_one_after_another(folders: list[Pa
     assert sorted(seen) == [(epoch, i) for epoch in (0, 1) for i in range(len(data))]
 
 
-def test_packed_rows_of_folders_are_collated(folders: list[Path]):
+def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
     blend = ["0.5", str(folders[0]), "0.5", str(folders[1])]
     config = dataset_config(arguments(blend, sfr_packing="first_fit_decreasing"))
     train, _, _ = build(config, [12, 0, 0])

@@ -1,5 +1,4 @@
-"""A corpus through `prepare_documents` and upstream's GPTDataset: every anchor stands where its document says, and its
-future is that document's."""
+"""A corpus through `prepare_documents` and upstream's GPTDataset: positions and futures of the anchors."""
 
 import json
 import re
@@ -68,7 +67,7 @@ def document_arguments(folder: Path, **changes: Any) -> Namespace:
     return arguments([str(folder)], **more | changes)
 
 
-def test_documents_come_back_as_upstream_reads_them(folder: Path, tokenizer: Path) -> None:
+def test_upstream_reads_the_documents_back(folder: Path, tokenizer: Path) -> None:
     prepared, fast = open_prepared(folder), load_tokenizer(str(tokenizer))
     assert isinstance(prepared, PreparedDocuments)
     corpus = IndexedDataset(prepared.corpus)
@@ -90,20 +89,20 @@ def test_an_anchor_has_the_text_that_follows_it_in_its_document(folder: Path, to
         for i, row, h in zip(position, segment, horizon, strict=True):
             offset, length = OPTIONS.horizons[h]
             future = fast.decode(corpus[document][i + offset : i + offset + length], skip_special_tokens=True)
-            if "\ufffd" not in future:  # a slice that cuts a character has exact text of its own
+            if "\ufffd" not in future:  # the slice does not cut a character
                 assert prepared.segment_text(row) == future
                 seen += 1
     assert seen > 50
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_rows_are_upstreams_and_anchors_stand_in_their_pieces(folder: Path, separate: bool) -> None:
+def test_sequences_are_upstreams_and_anchors_are_in_their_pieces(folder: Path, separate: bool) -> None:
     config = dataset_config(document_arguments(folder, dataloader_inter_document_masking=separate))
     train, _, _ = build(config, [40, None, None])
     prepared = PreparedDocuments.open(folder)
     store, corpus = TargetStore.open(folder / "targets", prepared), IndexedDataset(prepared.corpus)
 
-    found: Counter[tuple[int, int, int]] = Counter()
+    actual: Counter[tuple[int, int, int]] = Counter()
     tokens_seen: Counter[tuple[int, int]] = Counter()
     for idx in range(len(train)):
         item, pieces = train[idx], train.pieces(idx)
@@ -122,7 +121,7 @@ def test_rows_are_upstreams_and_anchors_stand_in_their_pieces(folder: Path, sepa
             assert (item["target"][item["anchor_row"][inside]] == store[segment]).all()
             if len(position):
                 np.testing.assert_allclose(item["anchor_weight"][inside], (e - b - 1) / len(position), rtol=1e-6)
-            found.update((int(d), int(i), int(h)) for i, h in zip(position, horizon, strict=True))
+            actual.update((int(d), int(i), int(h)) for i, h in zip(position, horizon, strict=True))
             tokens_seen.update((int(d), int(i)) for i in range(b, e - 1))
             if separate:
                 last = min(s + e - b, LENGTH)
@@ -130,12 +129,12 @@ def test_rows_are_upstreams_and_anchors_stand_in_their_pieces(folder: Path, sepa
                 assert (item["position_ids"][s:last] == np.arange(last - s)).all()
         assert (item["anchor_sample"][used] == idx).all()
         assert ("document" in item) == separate
-    for (d, i, _), times in found.items():
+    for (d, i, _), times in actual.items():
         assert times == tokens_seen[d, i], "as often as its token is predicted from"
     default_collate([train[i] for i in range(len(train))])
 
 
-def test_an_indexed_dataset_that_is_there_stays_where_it_is(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+def test_an_existing_indexed_dataset_is_used_in_place(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
     import torch
 
     builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=np.uint16)
@@ -154,15 +153,15 @@ def test_an_indexed_dataset_that_is_there_stays_where_it_is(tmp_path: Path, fold
         PreparedDocuments.open(tmp_path / "p")
 
 
-def test_workers_change_no_byte(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
     rows = write_texts(tmp_path / "t.jsonl")
     prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, workers=2, chunk_bytes=200)
     for name in PreparedDocuments.open(folder).manifest.files:
         assert (tmp_path / "p" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_other_data_under_the_same_path_gives_other_rows(tmp_path: Path, tokenizer: Path) -> None:
-    """Upstream keeps its indices by path: they must not survive the data."""
+def test_other_data_under_the_same_path_gives_other_sequences(tmp_path: Path, tokenizer: Path) -> None:
+    """Upstream caches its indices by path: replaced data must not use the old ones."""
     for texts in (TEXTS[:3], TEXTS):
         rows = write_texts(tmp_path / "t.jsonl", texts)
         prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, force=True)
@@ -180,7 +179,7 @@ def test_other_data_under_the_same_path_gives_other_rows(tmp_path: Path, tokeniz
         ('{"text": "a <|im_end|> b"}', "the text has the control token '<|im_end|>'; remove it"),
     ],
 )
-def test_a_bad_row_says_where_and_why(tmp_path: Path, tokenizer: Path, row: str, reason: str) -> None:
+def test_a_bad_record_is_reported_with_line_and_reason(tmp_path: Path, tokenizer: Path, row: str, reason: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "the sea"}\n' + row + "\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:2: {re.escape(reason)}"):
@@ -215,7 +214,7 @@ def test_a_damaged_index_is_refused(
         open_corpus(str(tmp_path / "corpus"))
 
 
-def test_what_does_not_go_together_is_refused(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+def test_incompatible_options_and_inputs_are_refused(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
     chats = write_prepared(tmp_path, 3, OPTIONS.horizons)
     blend = document_arguments(folder, train_data_path=["0.5", str(folder), "0.5", str(chats)])
     with pytest.raises(ValueError, match=f"{chats} holds conversations and other folders documents"):

@@ -1,4 +1,4 @@
-"""The term of a microbatch: who learns from it, what its state does over steps, and that targets depend on neither."""
+"""The auxiliary loss of a microbatch: where its gradients go, and how its state changes over steps."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ S, B, H, D, R = 7, 2, 8, 5, 3
 
 
 def make(**options: object) -> tuple[FlowTerm, FlowHead]:
-    """A term and its head, of which every parameter is random."""
+    """The auxiliary loss and a head with random parameters."""
     kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
     parts = [kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__}) for kind in kinds]
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
@@ -51,27 +51,27 @@ def states() -> Tensor:
 
 
 def step(term: FlowTerm, head: FlowHead, h: Tensor, number: int = 0, *, detach: bool = False, first: int = 0) -> Term:
-    """One step of one microbatch, up to its backward pass."""
+    """One step of one microbatch, including the backward pass."""
     term.begin(head, number, first)
-    found = term(head, make_batch(number), h, detach=detach, sharded=False, microbatches=1)
-    if found.objective.requires_grad:
-        found.objective.backward()
-    return found
+    actual = term(head, make_batch(number), h, detach=detach, sharded=False, microbatches=1)
+    if actual.objective.requires_grad:
+        actual.objective.backward()
+    return actual
 
 
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "cka"])
-def test_every_loss_reaches_the_states_of_anchors_that_weigh_and_no_others(loss: str) -> None:
+def test_every_loss_has_gradients_exactly_at_anchors_of_positive_weight(loss: str) -> None:
     term, head = make(sfr_loss=loss)
     h = states()
-    found = step(term, head, h)
+    actual = step(term, head, h)
     touched = {(s, b) for s, b in h.grad.abs().sum(-1).nonzero().tolist()}
     assert touched == {(s, 0) for s in (0, 2, 3, 4, 5)} | {(s, 1) for s in (1, 2, 4, 5)}
-    assert found.weight.item() == 13
+    assert actual.weight.item() == 13
     assert all(p.grad is not None for p in head.parameters() if loss == "flow")
 
 
 @pytest.mark.parametrize("options", [{}, {"sfr_ema": "teacher"}, {"sfr_loss": "cosine"}, {"sfr_gate": "static"}])
-def test_the_weight_multiplies_the_gradient_at_h_and_no_other(options: dict[str, object]) -> None:
+def test_the_weight_multiplies_only_the_gradient_at_h(options: dict[str, object]) -> None:
     gradients = []
     for weight in (1.0, 3.0, torch.tensor([3.0])):
         term, head = make(**options)
@@ -94,7 +94,7 @@ def test_at_weight_0_even_an_infinite_gradient_is_0() -> None:
 
 
 @pytest.mark.parametrize("ema", ["none", "smooth", "teacher"])
-def test_detached_states_get_no_gradient_and_the_head_does(ema: str) -> None:
+def test_with_detached_states_only_the_head_has_a_gradient(ema: str) -> None:
     term, head = make(sfr_ema=ema)
     h = states()
     step(term, head, h, detach=True, first=100)
@@ -102,12 +102,12 @@ def test_detached_states_get_no_gradient_and_the_head_does(ema: str) -> None:
     assert all(p.grad.any() for p in head.net.parameters())
 
 
-def test_a_teacher_moves_the_backbone_and_a_student_the_head() -> None:
-    term, head = make(sfr_ema="teacher")  # net and average are random, each by itself
+def test_the_ema_supplies_the_backbones_gradient_and_the_student_the_heads() -> None:
+    term, head = make(sfr_ema="teacher")  # network and EMA have different random weights
     plain, alone = make()
     h, own = states(), states()
-    found, expected = step(term, head, h, first=100), step(plain, alone, own)
-    assert torch.equal(found.loss, expected.loss)  # what is logged is the student's
+    actual, expected = step(term, head, h, first=100), step(plain, alone, own)
+    assert torch.equal(actual.loss, expected.loss)  # the student's loss is logged
     for p, q in zip(head.net.parameters(), alone.net.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert all(p.grad is None for p in head.ema.parameters())
@@ -119,7 +119,7 @@ def test_a_teacher_moves_the_backbone_and_a_student_the_head() -> None:
     torch.testing.assert_close(h.grad, taught.grad)
 
 
-def test_P11_the_average_starts_at_its_step_and_moves_once_a_step() -> None:
+def test_P11_the_average_starts_after_phase_a_and_is_updated_once_per_step() -> None:
     term, head = make(sfr_ema="teacher", sfr_ema_decay=0.5)
     start = [p.clone() for p in head.ema.parameters()]
 
@@ -132,26 +132,26 @@ def test_P11_the_average_starts_at_its_step_and_moves_once_a_step() -> None:
     for number in (0, 1):  # phase A
         term.begin(head, number, 2)
         assert all(torch.equal(a, b) for a, b in zip(start, head.ema.parameters(), strict=True))
-        stands = learn()
+        before = learn()
     term.begin(head, 2, 2)
-    assert all(torch.equal(a, b) for a, b in zip(stands, head.ema.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, head.ema.parameters(), strict=True))
     for p, mean in zip(head.net.parameters(), head.ema.parameters(), strict=True):
-        assert torch.equal(p, mean)  # phase A's learning is kept
+        assert torch.equal(p, mean)  # starts from the weights at the end of phase A
     learnt = learn()
     for _ in range(3):  # three microbatches of one step
         term.begin(head, 3, 2)
-    for p, mean, old, new in zip(head.net.parameters(), head.ema.parameters(), stands, learnt, strict=True):
+    for p, mean, old, new in zip(head.net.parameters(), head.ema.parameters(), before, learnt, strict=True):
         torch.testing.assert_close(mean, (old + new) / 2)
         assert torch.equal(p, new)
     head.eval()
     term.begin(head, 4, 2)
-    for mean, old, new in zip(head.ema.parameters(), stands, learnt, strict=True):
+    for mean, old, new in zip(head.ema.parameters(), before, learnt, strict=True):
         torch.testing.assert_close(mean, (old + new) / 2)
 
 
 @pytest.mark.parametrize("scale", ["l2", "sqrt_d", "whiten"])
 def test_P11_targets_do_not_depend_on_the_average_or_the_head(scale: str) -> None:
-    found = []
+    actual = []
     for ema in ("none", "smooth", "teacher"):
         term, head = make(sfr_ema=ema, sfr_target_scale=scale)
         for number in range(3):
@@ -159,22 +159,22 @@ def test_P11_targets_do_not_depend_on_the_average_or_the_head(scale: str) -> Non
             with torch.no_grad():
                 for p in head.parameters():
                     p.mul_(1.5)
-        found.append(term.anchors(head, make_batch(3), sharded=False)[0].x_1_BAD)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert not found[0].requires_grad
+        actual.append(term.anchors(head, make_batch(3), sharded=False)[0].x_1_BAD)
+    assert torch.equal(actual[0], actual[1])
+    assert torch.equal(actual[0], actual[2])
+    assert not actual[0].requires_grad
     batch, mean, std = make_batch(3), torch.zeros(D), torch.full((D,), D**-0.5)
     expected = scale_targets(batch["target"], mean, std, TargetOptions(sfr_target_scale=scale))
     for b in range(B):
-        assert torch.equal(found[0][b], expected[b, batch["anchor_row"][b]])
+        assert torch.equal(actual[0][b], expected[b, batch["anchor_row"][b]])
 
 
-def test_a_closed_gate_stops_the_gradient_at_h_and_nothing_else() -> None:
+def test_a_closed_gate_stops_only_the_gradient_at_h() -> None:
     open_term, head = make(sfr_gate="static", sfr_gate_threshold=1e9, sfr_gate_bins=4)
     h = states()
     first = step(open_term, head, h, 0)
     assert h.grad.any()
-    assert head.state.gate.item() == 0  # closed by this step, from the next one on
+    assert head.state.gate.item() == 0  # closed from the next step on
     assert head.state.baseline.any()
     head.zero_grad()
     h.grad = None
@@ -186,7 +186,7 @@ def test_a_closed_gate_stops_the_gradient_at_h_and_nothing_else() -> None:
     assert first.loss != second.loss
 
 
-def test_whitening_by_a_running_average_moves_after_a_steps_last_microbatch() -> None:
+def test_running_whitening_statistics_change_after_a_steps_last_microbatch() -> None:
     term, head = make(sfr_target_scale="whiten", sfr_whiten="ema", sfr_whiten_decay=0.5)
     start = head.state.target_mean.clone()
     seen, weights = [], []
@@ -206,19 +206,19 @@ def test_whitening_by_a_running_average_moves_after_a_steps_last_microbatch() ->
     assert head.state.batches.item() == 1
 
 
-def test_evaluation_leaves_the_state_alone_and_gives_the_same_loss() -> None:
+def test_evaluation_does_not_change_the_state_and_gives_the_same_loss() -> None:
     options = {"sfr_gate": "dynamic", "sfr_target_scale": "whiten", "sfr_whiten": "ema"}
     term, head = make(**options)
     before = {name: x.clone() for name, x in head.state_dict().items()}
     head.eval()
     with torch.no_grad():
-        found = step(term, head, states())
+        actual = step(term, head, states())
     assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
     term, head = make(**options)
-    assert torch.equal(step(term, head, states()).loss.detach(), found.loss)
+    assert torch.equal(step(term, head, states()).loss.detach(), actual.loss)
 
 
-def test_two_measured_losses_differ_in_their_noise_alone() -> None:
+def test_the_two_measured_losses_differ_only_in_their_noise() -> None:
     for loss, equal in (("flow", False), ("mse", True), ("cosine", True)):
         term, head = make(sfr_loss=loss)
         h = states().detach()

@@ -1,4 +1,4 @@
-"""What KL-flow's step makes of the datasets: rows keyed by what they hold, and texts that keep their end."""
+"""KL-flow's step on the datasets: noise keys of the sequences, and complete texts."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from megatron_sfr.training.kl_flow import KLFlowStep
 from tests.distributed.tiny import SEQ_LENGTH, VOCAB_SIZE, write_documents, write_prepared
 from tests.training.test_dataset import arguments
 
-LENGTH = SEQ_LENGTH + 2  # the row's last token, and the time's
+LENGTH = SEQ_LENGTH + 2  # plus the sequence's last label and the time token
 KL_FLOW = {"training_task": "kl-flow", "sfr": False, "seq_length": LENGTH}
 STEP = KLFlowStep(VOCAB_SIZE, LENGTH, KLFlowOptions(), time_everywhere=False)
 
@@ -38,18 +38,18 @@ def rows(folder: Path, epochs: int = 2) -> PreparedDataset:
     return PreparedDataset(data, str(folder), np.arange(len(data)), epochs * len(data), Split.train, config)
 
 
-def test_a_conversation_is_keyed_by_its_epoch_and_itself(folder: Path) -> None:
+def test_a_conversation_is_keyed_by_itself_and_its_epoch(folder: Path) -> None:
     dataset = rows(folder)
     keys = [dataset[i]["sample"] for i in range(24)]
     assert sorted(keys[:12]) == list(range(12))
     assert sorted(keys[12:]) == list(range(12, 24))
-    assert [key % 12 for key in keys[12:]] != keys[:12]  # dealt anew
+    assert [key % 12 for key in keys[12:]] != keys[:12]  # reshuffled
     for i, key in enumerate(keys):
         assert torch.equal(torch.tensor(dataset[i]["tokens"][0]), torch.tensor(dataset.dataset[key % 12].tokens[0]))
 
 
 def test_the_text_of_a_conversation_keeps_its_reply_and_its_end(folder: Path) -> None:
-    """Each reply in some epoch; behind the last one the end token fills the row."""
+    """Each reply is free in some epoch; the end token fills the sequence after the last one."""
     dataset = rows(folder, epochs=6)
     ends, lasts = set(), 0
     for i in range(len(dataset)):
@@ -71,7 +71,7 @@ def test_the_text_of_a_conversation_keeps_its_reply_and_its_end(folder: Path) ->
     assert 0 < lasts < len(dataset)
 
 
-def test_a_row_that_the_model_cannot_hold_whole_is_refused(folder: Path) -> None:
+def test_conversations_longer_than_the_texts_are_refused(folder: Path) -> None:
     for time, fits in (("token", LENGTH), ("adaln", LENGTH - 1)):
         build(
             dataset_config(arguments([str(folder)], **KL_FLOW | {"kl_flow_time": time, "seq_length": fits})), [4, 0, 0]
@@ -81,7 +81,7 @@ def test_a_row_that_the_model_cannot_hold_whole_is_refused(folder: Path) -> None
             build(dataset_config(short), [4, 0, 0])
 
 
-def test_rows_of_documents_are_free_and_keyed_by_their_place_in_the_run(tmp_path: Path) -> None:
+def test_documents_are_free_and_keyed_by_their_index_in_the_run(tmp_path: Path) -> None:
     folder = write_documents(tmp_path / "documents")
     more = {"vocab_size": VOCAB_SIZE, "eod_mask_loss": False, "mmap_bin_files": True, "data_cache_path": str(tmp_path)}
     train, _, _ = build(dataset_config(arguments([str(folder)], **KL_FLOW | more)), [20, None, None])
@@ -94,7 +94,7 @@ def test_rows_of_documents_are_free_and_keyed_by_their_place_in_the_run(tmp_path
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_blends_datasets_have_noise_of_their_own(folder: Path) -> None:
+def test_the_datasets_of_a_blend_have_separate_noise(folder: Path) -> None:
     batch = default_collate([rows(folder)[0]] * 2)
     texts = STEP.texts(batch | {"dataset_id": torch.tensor([0, 1])}, LENGTH - 1)
     assert texts.sample_B.tolist() == [batch["sample"][0], batch["sample"][0] + (1 << DATASET_BITS)]

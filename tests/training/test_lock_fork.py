@@ -1,4 +1,4 @@
-"""Which positions are Locks and Forks, and how far apart futures lie, against plain counting and known flows."""
+"""Locks, Forks and the dispersion of futures, against plain counting and known flows."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ B, S, A, D, H = 2, 12, 5, 64, 3
 
 
 class KnownFlow:
-    """Every future of sample b is the b-th axis: v = (x_1 - x) / (1 - t). Or none is: v = 0."""
+    """A head whose futures of sample b are all the b-th axis, v = (x_1 - x) / (1 - t), or noise, v = 0."""
 
     dim = D
     state = SimpleNamespace(target_mean=torch.zeros(D), target_std=torch.ones(D))
@@ -77,7 +77,7 @@ def test_without_a_head_all_supervised_positions_count() -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"sfr_lock_fork_interval": -1}, "give at least 0"), ({"sfr_lock_entropy": 2.0}, "lie below sfr_fork_entropy")],
+    [({"sfr_lock_fork_interval": -1}, "give at least 0"), ({"sfr_lock_entropy": 2.0}, "below sfr_fork_entropy")],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -1,4 +1,4 @@
-"""TensorBoard's scalars arrive in the JSON lines too, a line a step."""
+"""TensorBoard's scalars are also written as JSONL, one line per step."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_sfr.training.metrics import JsonLines, cut_back, pair
 
 
-def test_one_line_a_step_without_the_doubles_over_samples(tmp_path: Path) -> None:
+def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path / "tensorboard") as writer:
         lines = JsonLines(writer, tmp_path / "metrics.jsonl")
         for step in (1, 2):
@@ -42,11 +42,11 @@ def lines(*steps: int) -> bytes:
         (lines(1, 2, 3, 4, 5), lines(1, 2, 3)),
         (lines(1, 2) + b'{"step": 3, "ti', lines(1, 2)),
         (lines(1, 2, 3, 4) + b'{"st', lines(1, 2, 3)),
-        (lines(1, 2, 3, 4, 5, 3, 4), lines(1, 2, 3, 3)),  # of a version that did not cut back
+        (lines(1, 2, 3, 4, 5, 3, 4), lines(1, 2, 3, 3)),  # by a version that did not truncate
         (lines(1, 2) + b"not of ours\n" + lines(9), lines(1, 2) + b"not of ours\n"),
     ],
 )
-def test_a_resumed_run_cuts_what_follows_its_step(tmp_path: Path, before: bytes, after: bytes) -> None:
+def test_a_resumed_run_drops_later_steps(tmp_path: Path, before: bytes, after: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(before)
     cut_back(path, 3)
@@ -54,7 +54,7 @@ def test_a_resumed_run_cuts_what_follows_its_step(tmp_path: Path, before: bytes,
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_fits_is_not_touched(tmp_path: Path) -> None:
+def test_a_file_without_later_steps_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     cut_back(path, 3)
     assert not path.exists()
@@ -64,7 +64,7 @@ def test_what_fits_is_not_touched(tmp_path: Path) -> None:
     assert path.stat().st_ino == inode
 
 
-def test_a_resumed_run_has_one_line_a_step(tmp_path: Path) -> None:
+def test_a_resumed_run_has_one_line_per_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1, 2, 3, 4) + b'{"step": 5')
     with SummaryWriter(tmp_path / "tensorboard") as writer:

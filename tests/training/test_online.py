@@ -1,4 +1,4 @@
-"""Online targets of several folders: one encoder for all of them, and the rows that a blend needs."""
+"""Online targets of several folders: one shared encoder, and the targets that a blend needs."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,7 @@ def begin(folders: list[Path], *kinds: str) -> None:
         embed(folder, "minilm", STORES[kind], output=folder / "later", later=True, progress=False)
 
 
-def test_stores_in_other_blocks_share_an_encoder(folders: list[Path], one_rank: None) -> None:
+def test_stores_with_different_block_sizes_share_an_encoder(folders: list[Path], one_rank: None) -> None:
     begin(folders, "coarse", "fine")
     online = OnlineTargets(folders, "later", lookahead=0, encoder_device="cpu", threads=1)
     try:
@@ -52,14 +52,16 @@ def test_stores_in_other_blocks_share_an_encoder(folders: list[Path], one_rank: 
         online.close()
     assert waited > 0
     assert not target[0, 2].any()
-    for store, row_R, found in zip(folders, rows, target, strict=True):
+    for store, row_R, actual in zip(folders, rows, target, strict=True):
         stored = TargetStore.open(store / "targets", open_prepared(store))
         there = row_R >= 0
-        np.testing.assert_allclose(found.numpy()[there], stored[row_R[there]], atol=2e-3)  # other blocks: rounding
+        np.testing.assert_allclose(
+            actual.numpy()[there], stored[row_R[there]], atol=2e-3
+        )  # other block sizes change rounding
 
 
 class Pinned(TorchFunctionMode):
-    """Notes which new tensors are asked for in pinned memory."""
+    """Records for each torch.zeros call whether it requests pinned memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ def test_stores_of_other_encoders_are_refused(folders: list[Path], one_rank: Non
 
 
 @pytest.mark.parametrize("packing", ["none", "first_fit_decreasing"])
-def test_needs_are_the_rows_that_items_read(folders: list[Path], packing: str) -> None:
+def test_needs_are_the_targets_that_items_read(folders: list[Path], packing: str) -> None:
     blend = ["0.5", str(folders[0]), "0.5", str(folders[1])]
     config = dataset_config(arguments(blend, sfr_targets="online", sfr_packing=packing))
     train, _, _ = build(config, [16, None, None])

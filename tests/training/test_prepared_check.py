@@ -1,4 +1,4 @@
-"""What a run checks of its prepared folders before the first step: token ids, damage, the ends of replies."""
+"""A run's checks of its prepared folders before the first step: token ids, damage, the ends of replies."""
 
 import json
 from argparse import Namespace
@@ -39,14 +39,14 @@ def run(*folders: Path, vocab_size: int, **changes: object) -> Namespace:
 
 
 def of_an_earlier_release(folder: Path) -> Path:
-    """The folder without what manifests did not record then."""
+    """The folder without the manifest fields that earlier releases did not write."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in manifest.items() if key not in NEW}))
     return folder
 
 
-def test_the_manifest_knows_the_largest_id(conversations: Path, documents: Path) -> None:
+def test_the_manifest_records_the_largest_id(conversations: Path, documents: Path) -> None:
     data, texts = open_prepared(conversations), open_prepared(documents)
     assert data.manifest.max_token_id == max(int(data[i].tokens.max()) for i in range(len(data)))
     tokens = np.fromfile(documents / "documents.bin", np.uint16)
@@ -60,7 +60,7 @@ def test_ids_beyond_the_vocabulary_are_refused_in_any_folder(conversations: Path
         message = f"{folder} has token ids up to {most}, and vocab_size is {most}: set vocab_size to the model's"
         with pytest.raises(ValueError, match=message):
             check_prepared(run(folder, vocab_size=most))
-    with pytest.raises(ValueError, match=f"{documents} has token ids up to"):  # of validation, and of a blend
+    with pytest.raises(ValueError, match=f"{documents} has token ids up to"):  # also in validation data and in a blend
         check_prepared(run(conversations, vocab_size=9, train_data_path=None, valid_data_path=[str(documents)]))
     most = max_token_id(open_prepared(conversations))
     with pytest.raises(ValueError, match=f"{conversations} has token ids up to {most}"):

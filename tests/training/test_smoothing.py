@@ -1,4 +1,4 @@
-"""Smoothing without a copy is the written-back running average, whichever tensors the optimizer holds."""
+"""The EMA write-back equals a stored EMA, whichever tensors the optimizer holds."""
 
 import gc
 
@@ -14,7 +14,7 @@ DECAY = 0.75
 
 
 def optimized(head: FlowHead, kind: str) -> list[Tensor]:
-    """What Megatron's optimizers hand to torch: the weights, fp32 copies of them, or slices of flat shards."""
+    """The tensors of Megatron's optimizers: the weights, fp32 copies of them, or slices of flat shards."""
     weights = list(head.net.parameters())
     if kind == "weights":
         return weights
@@ -30,32 +30,34 @@ def test_P11_writing_back_follows_the_recursion_of_the_average(kind: str) -> Non
     head, other = randomised(make_head()), nn.Linear(3, 2)
     params = optimized(head, kind)
     smoothing, optimizer = Smoothing(head, DECAY), torch.optim.Adam([*params, *other.parameters()], 0.1)
-    twin = [nn.Parameter(p.detach().clone()) for p in params]  # the same, with an average that is kept and written back
-    plain = torch.optim.Adam(twin, 0.1)
+    reference = [nn.Parameter(p.detach().clone()) for p in params]  # the same with a stored EMA
+    plain = torch.optim.Adam(reference, 0.1)
     average: list[Tensor] = []
     for step in range(4):
-        for i, (p, q) in enumerate(zip(params, twin, strict=True)):
+        for i, (p, q) in enumerate(zip(params, reference, strict=True)):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
             q.grad = p.grad.clone()
         for p in other.parameters():
             p.grad = torch.ones_like(p)
         smoothing.active = step >= 2
-        average = average or ([q.detach().clone() for q in twin] if step == 2 else [])
+        average = average or ([q.detach().clone() for q in reference] if step == 2 else [])
         before = [p.detach().clone() for p in other.parameters()]
         optimizer.step()
         plain.step()
         if step >= 2:
             with torch.no_grad():
-                for q, mean in zip(twin, average, strict=True):
+                for q, mean in zip(reference, average, strict=True):
                     mean.copy_(DECAY * mean + (1 - DECAY) * q)
                     q.copy_(mean)
-        for p, q in zip(params, twin, strict=True):
+        for p, q in zip(params, reference, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-        assert all((p - q).abs().min() > 0.05 for p, q in zip(other.parameters(), before, strict=True))  # others go on
+        assert all(
+            (p - q).abs().min() > 0.05 for p, q in zip(other.parameters(), before, strict=True)
+        )  # other weights train normally
 
 
-def test_P11_decay_0_is_no_smoothing_bit_for_bit() -> None:
-    found = []
+def test_P11_decay_0_equals_no_smoothing_bit_for_bit() -> None:
+    actual = []
     for decay in (None, 0.0):
         head = randomised(make_head())
         smoothing = Smoothing(head, decay) if decay is not None else None
@@ -65,11 +67,11 @@ def test_P11_decay_0_is_no_smoothing_bit_for_bit() -> None:
         for p in head.net.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-        found.append([p.detach().clone() for p in head.net.parameters()])
-    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        actual.append([p.detach().clone() for p in head.net.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*actual, strict=True))
 
 
-def test_it_ends_with_its_head() -> None:
+def test_the_hooks_are_removed_with_the_head() -> None:
     from torch.optim import optimizer
 
     hooks = optimizer._global_optimizer_pre_hooks
