@@ -2,8 +2,9 @@
 
 import argparse
 import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments
 
-from megatron_sfr.config import Parser
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.model.kl_flow import KLFlowModelBuilder, KLFlowModelConfig
+from megatron_sfr.model.kl_flow import KLFlowModelBuilder, KLFlowModelConfig, KLFlowModelOptions
+from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.runtime.backend import UNFUSED, adapt_config, changes_for, device, join
 
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -44,12 +46,18 @@ def denoiser_config(args: argparse.Namespace) -> KLFlowModelConfig:
     return config
 
 
+def _defaults() -> dict[str, Any]:
+    """Upstream's defaults and those of KL-flow's options, for arguments that a checkpoint does not hold."""
+    upstream = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return vars(upstream.parse_args([])) | asdict(KLFlowModelOptions()) | asdict(KLFlowOptions())
+
+
 def _arguments(folder: Path, backend: Literal["cpu", "cuda"], ranks: int) -> argparse.Namespace:
     """Those of the run that wrote a checkpoint, for so many ranks; what is no plain value, its default."""
     stored = {name: value for name, value in Checkpoint(folder).arguments().items() if isinstance(value, PLAIN)}
     if stored.get("training_task") != "kl-flow":
         raise ValueError(f"{folder} holds no KL-flow model: train one with --training-task kl-flow")
-    args = argparse.Namespace(**vars(Parser().read([])) | stored | LAYOUT)
+    args = argparse.Namespace(**_defaults() | stored | LAYOUT)
     for change in changes_for(backend, args):
         setattr(args, change.dest, change.value)
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
