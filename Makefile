@@ -10,7 +10,7 @@ PYTHON ?= $(BIN)/python
 help:
 	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
 	@echo "make study   compare seven objectives on real text (an evening on two cores; goes on where it stopped)"
-	@echo "make test    run the tests            make check   ruff, types, floors"
+	@echo "make test    run the tests            make check   ruff, types, layers"
 	@echo "make gpu     check this machine's GPU: tests, trainings compared with the CPU's, benchmarks"
 	@echo "make gpu-container   build the package into NVIDIA's PyTorch image (docker)"
 	@echo "make env     make or update .venv     make clean   remove .venv and caches"
@@ -35,7 +35,7 @@ check: $(ENV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python tools/check_floors.py
+	@$(BIN)/python tools/check_layers.py
 
 # No environment is made: Transformer Engine is built for the torch that is there. PYTHON=python takes a container's.
 gpu:

@@ -87,7 +87,7 @@ def may_import(part: str, other: str) -> bool:
     return part == other or FLOORS[other] < FLOORS[part] or FLOORS[other] == FLOORS[part] == TOP
 
 
-def check_floors(source: Source, modules: frozenset[str]) -> Iterator[Violation]:
+def check_layers(source: Source, modules: frozenset[str]) -> Iterator[Violation]:
     for line, name in imports(source, modules):
         top, _, rest = name.partition(".")
         other = rest.partition(".")[0]
@@ -106,7 +106,7 @@ def check_floors(source: Source, modules: frozenset[str]) -> Iterator[Violation]
 
 def check_layout(source: Source, paths: frozenset[Path]) -> Iterator[Violation]:
     if source.part not in FLOORS and source.module == f"{PACKAGE}.{source.part}":
-        yield Violation(source.path, 1, f"{source.part} has no floor: add it to FLOORS in tools/check_floors.py")
+        yield Violation(source.path, 1, f"{source.part} has no floor: add it to FLOORS in tools/check_layers.py")
     if source.path.parent / "__init__.py" not in paths:
         yield Violation(source.path, 1, f"{source.path.parent} has no __init__.py: it would not be installed")
 
@@ -170,7 +170,7 @@ def check(root: Path) -> list[Violation]:
     modules, paths = frozenset(s.module for s in ours), frozenset(s.path for s in ours)
     violations = [violation for source in sources for violation in check_size(source)]
     for source in ours:
-        violations += [*check_floors(source, modules), *check_layout(source, paths)]
+        violations += [*check_layers(source, modules), *check_layout(source, paths)]
         if source.part != "runtime":
             violations += check_cuda(source)
     return sorted(set(violations) | set(check_circles(ours, modules)))

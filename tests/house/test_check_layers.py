@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.check_floors import check
+from tools.check_layers import check
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCSTRING = '"""What it holds."""\n'
@@ -113,13 +113,13 @@ def test_what_is_allowed_stays_silent(tmp_path: Path) -> None:
 
 
 def test_the_product_is_clean() -> None:
-    done = subprocess.run([sys.executable, "tools/check_floors.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tools/check_layers.py"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "floors: clean\n")
 
 
 def test_the_command_fails_on_a_violation(tmp_path: Path) -> None:
     write_tree(tmp_path, {"examples/a.py": "x = 1\n"})
-    command = [sys.executable, "tools/check_floors.py", str(tmp_path)]
+    command = [sys.executable, "tools/check_layers.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "floors: 1 violations"
