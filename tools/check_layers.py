@@ -1,33 +1,42 @@
-"""Enforces the house's floors and sizes by reading each file's syntax tree: one line a violation, exit code 1 for any.
+"""Checks the package's layers, folders and sizes from syntax trees. Prints one line a violation; exit code 1 for any.
 
-The rules are told in CONTRIBUTING.md; the table of floors is here. Imports inside functions count like all others.
+CONTRIBUTING.md explains the rules; the table of layers is here. Imports inside functions count like all others.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "megatron_sfr"
-FLOORS = {
-    "runtime": 0,
-    **dict.fromkeys(("data", "flow", "kernels", "pages"), 1),
-    **dict.fromkeys(("model", "objectives"), 2),
-    **dict.fromkeys(
-        ("training", "hf", "evaluation", "diagnostics", "simplex_sampling", "conflicts", "recipe", "flags"), 3
-    ),
-    "config": 4,
-    **dict.fromkeys(
-        ("cli", "train", "resume", "agent", "assembly", "denoiser", "flow_generation", "launcher", "commands", "demo"),
-        5,
-    ),
+LAYERS = {
+    # TRANSITION: parts that the following commits move
+    "pages": 0,
+    **dict.fromkeys(("diagnostics", "simplex_sampling", "conflicts", "recipe"), 4),
+    **dict.fromkeys(("denoiser", "flags", "upstream_flags", "resume"), 5),
+    "flow_generation": 6,
+    **dict.fromkeys(("assembly", "launcher", "commands"), 7),
+    **dict.fromkeys(("storage", "html"), 0),
+    "runtime": 1,
+    **dict.fromkeys(("data", "flow", "kernels"), 2),
+    **dict.fromkeys(("objectives", "model"), 3),
+    **dict.fromkeys(("training", "hf", "evaluation"), 4),
+    "kl_flow": 5,
+    "config": 6,
+    **dict.fromkeys(("cli", "train", "launch", "agent", "demo"), 7),
 }
-TOP = max(FLOORS.values())
-WITHOUT_MEGATRON = ("data", "flow", "kernels", "objectives", "simplex_sampling")
+TOP = max(LAYERS.values())
+WITHOUT_MEGATRON = (
+    *("storage", "data", "flow", "kernels", "objectives"),
+    *("kl_flow.simplex_path", "kl_flow.corruption", "kl_flow.sampling"),
+)
+COMMANDS = f"{PACKAGE}.cli."  # a command's module has the command's name, whatever else is called so
 FOLDERS = (PACKAGE, "tests", "tools", "examples")
 MOST_FILE_LINES = 300
 MOST_FUNCTION_LINES = 50
+MOST_MODULES = 12
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +64,15 @@ class Source:
         names = self.module.split(".")
         return names[1] if names[0] == PACKAGE and len(names) > 1 else ""
 
+    @property
+    def is_package(self) -> bool:
+        return self.path.name == "__init__.py"
+
+    @property
+    def folder(self) -> str:
+        """The dotted package that the file belongs to; an __init__ belongs to its own."""
+        return self.module if self.is_package else self.module.rpartition(".")[0]
+
 
 def read_sources(root: Path) -> list[Source]:
     found = [root / "setup.py", *(path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py")))]
@@ -75,8 +93,7 @@ def imports(source: Source, modules: frozenset[str]) -> Iterator[tuple[int, str]
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            package = source.module if source.path.name == "__init__.py" else source.module.rpartition(".")[0]
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = source.folder.split(".")[: len(source.folder.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
@@ -84,31 +101,64 @@ def imports(source: Source, modules: frozenset[str]) -> Iterator[tuple[int, str]
 
 
 def may_import(part: str, other: str) -> bool:
-    return part == other or FLOORS[other] < FLOORS[part] or FLOORS[other] == FLOORS[part] == TOP
+    return part == other or LAYERS[other] < LAYERS[part] or LAYERS[other] == LAYERS[part] == TOP
+
+
+def within(module: str, names: Iterable[str]) -> str | None:
+    """The first of these parts of the package that a module lies in."""
+    return next((name for name in names if f"{module}.".startswith(f"{PACKAGE}.{name}.")), None)
 
 
 def check_layers(source: Source, modules: frozenset[str]) -> Iterator[Violation]:
     for line, name in imports(source, modules):
         top, _, rest = name.partition(".")
         other = rest.partition(".")[0]
-        if top == "megatron" and source.part in WITHOUT_MEGATRON:
-            yield Violation(source.path, line, f"{source.part}/ imports no megatron, but this imports {name}")
+        if top == "megatron" and (pure := within(source.module, WITHOUT_MEGATRON)):
+            yield Violation(source.path, line, f"{pure} imports no megatron, but this imports {name}")
         if top != PACKAGE or not other:
             continue
-        if other not in FLOORS:
-            yield Violation(source.path, line, f"imports {name}, and {other} has no floor: is the name right?")
-        elif source.part not in FLOORS:
+        if other not in LAYERS:
+            yield Violation(source.path, line, f"imports {name}, and {other} has no layer: is the name right?")
+        elif source.part not in LAYERS:
             continue  # reported by check_layout, once a folder
         elif not may_import(source.part, other):
-            upper = f"{source.part} (floor {FLOORS[source.part]})"
-            yield Violation(source.path, line, f"{upper} may not import {name} (floor {FLOORS[other]})")
+            upper = f"{source.part} (layer {LAYERS[source.part]})"
+            yield Violation(source.path, line, f"{upper} may not import {name} (layer {LAYERS[other]})")
 
 
 def check_layout(source: Source, paths: frozenset[Path]) -> Iterator[Violation]:
-    if source.part not in FLOORS and source.module == f"{PACKAGE}.{source.part}":
-        yield Violation(source.path, 1, f"{source.part} has no floor: add it to FLOORS in tools/check_layers.py")
+    if source.part not in LAYERS and source.module == f"{PACKAGE}.{source.part}":
+        yield Violation(source.path, 1, f"{source.part} has no layer: add it to LAYERS in tools/check_layers.py")
     if source.path.parent / "__init__.py" not in paths:
         yield Violation(source.path, 1, f"{source.path.parent} has no __init__.py: it would not be installed")
+
+
+def check_exports(source: Source, modules: frozenset[str]) -> Iterator[Violation]:
+    """A package says what it is, and lists in __all__ every public name that it defines or imports, and no other."""
+    if not source.is_package:
+        return
+    if not ast.get_docstring(source.tree):
+        yield Violation(source.path, 1, "opens without a docstring: say what the package holds")
+    bound: dict[str, int] = {}
+    listed: list[tuple[int, str]] = []
+    for node in source.tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List(elts=elements) | ast.Tuple(elts=elements)):
+                listed = [(e.lineno, str(e.value)) for e in elements if isinstance(e, ast.Constant)]
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                bound[name] = node.lineno
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                bound[name] = node.lineno
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] == PACKAGE:
+                bound |= {alias.asname or alias.name: node.lineno for alias in node.names}
+    lazy = "__getattr__" in bound  # PEP 562: what it answers is not seen here
+    names = {name for _, name in listed}
+    for name, line in bound.items():
+        if not name.startswith("_") and name not in names:
+            yield Violation(source.path, line, f"{name} is public and not in __all__: list it, or begin it with _")
+    for line, name in listed:
+        if not lazy and name not in bound and f"{source.module}.{name}" not in modules:
+            yield Violation(source.path, line, f"__all__ lists {name}, which is not there")
 
 
 def names_cuda(node: ast.expr | ast.stmt) -> bool:
@@ -144,24 +194,56 @@ def check_size(source: Source) -> Iterator[Violation]:
                 yield Violation(source.path, node.lineno, what)
 
 
-def check_circles(sources: list[Source], modules: frozenset[str]) -> Iterator[Violation]:
-    """Each import that closes a circle, found by walking the graph depth first."""
-    edges = {s.module: [(line, name) for line, name in imports(s, modules) if name in modules] for s in sources}
-    paths = {s.module: s.path for s in sources}
+def check_folders(sources: list[Source]) -> Iterator[Violation]:
+    """At most so many modules a folder, and no module name twice, so that a name alone says which file is meant."""
+    modules = [s for s in sources if not s.path.name.startswith("__")]
+    for folder, count in Counter(s.path.parent for s in modules).items():
+        if count > MOST_MODULES:
+            what = f"{count} modules in {folder}: divide it (at most {MOST_MODULES})"
+            yield Violation(folder / "__init__.py", 1, what)
+    first: dict[str, Source] = {}
+    for source in sorted(modules, key=lambda s: s.module):
+        if source.module.startswith(COMMANDS):
+            continue
+        other = first.setdefault(source.path.stem, source)
+        if other is not source:
+            yield Violation(source.path, 1, f"{other.path} is called {source.path.stem} too: find another name")
+
+
+def cycles(edges: dict[str, dict[str, tuple[Path, int]]], what: str) -> Iterator[Violation]:
+    """Each import that closes a cycle, found by walking the graph depth first. edges: from -> to -> where."""
     done: set[str] = set()
 
-    def walk(module: str, trail: tuple[str, ...]) -> Iterator[Violation]:
-        for line, name in edges[module]:
+    def walk(node: str, trail: tuple[str, ...]) -> Iterator[Violation]:
+        for name, (path, line) in edges[node].items():
             if name in trail:
-                circle = " -> ".join([*trail[trail.index(name) :], name])
-                yield Violation(paths[module], line, f"import circle {circle}")
+                cycle = " -> ".join([*trail[trail.index(name) :], name])
+                yield Violation(path, line, f"{what} {cycle}")
             elif name not in done:
                 yield from walk(name, (*trail, name))
-        done.add(module)
+        done.add(node)
 
-    for module in sorted(edges):
-        if module not in done:
-            yield from walk(module, (module,))
+    for node in sorted(edges):
+        if node not in done:
+            yield from walk(node, (node,))
+
+
+def check_cycles(sources: list[Source], modules: frozenset[str]) -> Iterator[Violation]:
+    """Cycles between modules, and between folders of which neither lies in the other."""
+    of_modules: dict[str, dict[str, tuple[Path, int]]] = {s.module: {} for s in sources}
+    of_folders: dict[str, dict[str, tuple[Path, int]]] = {s.folder: {} for s in sources}
+    folder_of = {s.module: s.folder for s in sources}
+    for source in sources:
+        for line, name in imports(source, modules):
+            if name in modules:
+                of_modules[source.module].setdefault(name, (source.path, line))
+                here, there = f"{source.folder}.", f"{folder_of[name]}."
+                if not here.startswith(there) and not there.startswith(here) and source.part not in ("", *TOP_PARTS):
+                    of_folders[source.folder].setdefault(folder_of[name], (source.path, line))
+    yield from cycles(of_modules, "import cycle")
+
+
+TOP_PARTS = tuple(part for part, layer in LAYERS.items() if layer == TOP)
 
 
 def check(root: Path) -> list[Violation]:
@@ -170,16 +252,17 @@ def check(root: Path) -> list[Violation]:
     modules, paths = frozenset(s.module for s in ours), frozenset(s.path for s in ours)
     violations = [violation for source in sources for violation in check_size(source)]
     for source in ours:
-        violations += [*check_layers(source, modules), *check_layout(source, paths)]
+        violations += [*check_layers(source, modules), *check_layout(source, paths), *check_exports(source, modules)]
         if source.part != "runtime":
             violations += check_cuda(source)
-    return sorted(set(violations) | set(check_circles(ours, modules)))
+    violations += check_cycles(ours, modules)
+    return sorted(set(violations))
 
 
 def main() -> int:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1]
     violations = check(root)
-    print(*violations, f"floors: {len(violations)} violations" if violations else "floors: clean", sep="\n")
+    print(*violations, f"layers: {len(violations)} violations" if violations else "layers: clean", sep="\n")
     return 1 if violations else 0
 
 

@@ -5,6 +5,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+__all__ = ["choose"]
+
 
 def choose(x: Tensor) -> ModuleType:
     """The module to use on a tensor's device: `fused` on CUDA, else `plain`. Both compute the same numbers."""
