@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_sfr.runtime.user_files import is_out_of_memory, reason
+from megatron_sfr.storage.user_files import is_out_of_memory, reason
 
 OUT_OF_MEMORY = (
     "no memory is left; lower the batch size, the number of processes or the length, or use a machine with more memory"

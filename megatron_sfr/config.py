@@ -32,7 +32,7 @@ from megatron_sfr.objectives.table import ObjectiveOptions
 from megatron_sfr.objectives.targets import TargetOptions
 from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
-from megatron_sfr.runtime.user_files import cut, shown
+from megatron_sfr.storage.user_files import cut, shown
 from megatron_sfr.training.dataset import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.kl_flow import TaskOptions

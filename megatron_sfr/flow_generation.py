@@ -17,14 +17,11 @@ from tqdm import tqdm
 
 from megatron_sfr.data.template import load_tokenizer, prompt_ids, tokenizer_sha256
 from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
-from megatron_sfr.evaluation.resumable import is_finished, resumable
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.backend import Name, choose, prepare
-from megatron_sfr.runtime.provenance import contents_of
-from megatron_sfr.runtime.user_files import shown
 from megatron_sfr.simplex_sampling.film import Recorder
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
 from megatron_sfr.simplex_sampling.requests import (
@@ -39,6 +36,9 @@ from megatron_sfr.simplex_sampling.requests import (
 )
 from megatron_sfr.simplex_sampling.samplers import Denoiser, sample
 from megatron_sfr.simplex_sampling.shards import Shard
+from megatron_sfr.storage.provenance import contents_of
+from megatron_sfr.storage.resumable import is_finished, resumable
+from megatron_sfr.storage.user_files import shown
 
 ERROR = "megatron-sfr flow-generate: error:"
 SPLIT = 0.28 / 0.3  # of t_max, where the paper's code turns from the differential equation to draws

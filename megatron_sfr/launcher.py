@@ -19,8 +19,8 @@ from megatron_sfr.hf.tracker import newest
 from megatron_sfr.recipe import read_recipe
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
-from megatron_sfr.runtime.lock import hold
-from megatron_sfr.runtime.user_files import shown
+from megatron_sfr.storage.lock import hold
+from megatron_sfr.storage.user_files import shown
 from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long

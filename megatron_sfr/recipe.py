@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sfr.runtime.user_files import cut
+from megatron_sfr.storage.user_files import cut
 
 
 def hyphenated(key: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.hf.tracker import TRACKER, newest
-from megatron_sfr.runtime.atomic import replacing
+from megatron_sfr.storage.atomic import replacing
 
 SCHEDULE = (
     *("train_iters", "train_samples", "global_batch_size", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_sfr.runtime import lifetime
-from megatron_sfr.runtime.atomic import replacing
-from megatron_sfr.runtime.lock import hold
+from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.lock import hold
 
 if TYPE_CHECKING:
     from megatron_sfr.config import Settings

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from examples.stdlib_cpt.corpus import texts
-from megatron_sfr import pages
+from megatron_sfr import html
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
 from megatron_sfr.evaluation.sampling import Model, load_model
-from megatron_sfr.evaluation.tables import markdown_table, whole
+from megatron_sfr.evaluation.tables import markdown_table
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.runtime.backend import choose
+from megatron_sfr.storage.atomic import whole
 
 from . import scores
 from .gaps import Gap, gaps, is_python, text_rows
@@ -112,9 +113,9 @@ def publish(output: Path, plan: Plan, tables: Mapping[str, Table]) -> None:
     numbers = {t: {name: {k: asdict(v) for k, v in row.items()} for name, row in x.items()} for t, x in tables.items()}
     with whole(output / "measure.json") as file:
         json.dump({"plan": asdict(plan), "tables": numbers, "notes": NOTES}, file, indent=1)
-    parts = [part for title, table in tables.items() for part in (pages.heading(title), pages.table(cells(table)))]
+    parts = [part for title, table in tables.items() for part in (html.heading(title), html.table(cells(table)))]
     with whole(output / "measure.html") as file:
-        file.write(pages.document("KL-flow beside an autoregressive model", [*parts, *map(pages.note, NOTES)]))
+        file.write(html.document("KL-flow beside an autoregressive model", [*parts, *map(html.note, NOTES)]))
 
 
 def main(arguments: list[str] | None = None) -> int:

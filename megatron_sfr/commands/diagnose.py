@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.diagnostics.labels import LabelOptions
     from megatron_sfr.evaluation.calibration import CalibrationOptions, check_same_tokens
     from megatron_sfr.evaluation.sampling import check_folder, load_model
-    from megatron_sfr.runtime.lock import hold
+    from megatron_sfr.storage.lock import hold
 
     labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
     futures = FutureOptions(args.draws, args.steps, args.method, horizon=args.horizon)
@@ -123,7 +123,7 @@ def _write(
     from megatron_sfr.diagnostics.page import page
     from megatron_sfr.diagnostics.summary import as_json, table
     from megatron_sfr.evaluation.bootstrap import estimate
-    from megatron_sfr.evaluation.tables import whole
+    from megatron_sfr.storage.atomic import whole
 
     rows = table(diagnosis, estimate)
     notes = [f"{len(diagnosis.where.token):,} positions of {min(args.samples, len(data))} samples of {args.data.name}."]

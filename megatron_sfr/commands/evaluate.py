@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.runtime.lock import hold
-    from megatron_sfr.runtime.provenance import is_up_to_date
+    from megatron_sfr.storage.lock import hold
+    from megatron_sfr.storage.provenance import is_up_to_date
 
     if args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
     """What decides the report. An encoder that is named, not a folder, counts by its name."""
-    from megatron_sfr.data.manifest import sha256_of
-    from megatron_sfr.runtime.provenance import contents_of
+    from megatron_sfr.storage.manifest import sha256_of
+    from megatron_sfr.storage.provenance import contents_of
 
     sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")
     scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded")

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.evaluation.tables import whole
     from megatron_sfr.evaluation.tasks import read_tasks
-    from megatron_sfr.runtime.lock import hold
+    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.lock import hold
 
     tasks = read_tasks(args.tasks)
     if args.write_prompts is not None:
@@ -55,7 +55,7 @@ def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
     """Scores the replies; writes and prints the result."""
     from megatron_sfr.evaluation.code import as_json, as_markdown, read_replies, score
     from megatron_sfr.evaluation.sandbox import MIB, Limits, isolation_here
-    from megatron_sfr.evaluation.tables import whole
+    from megatron_sfr.storage.atomic import whole
 
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: give at least 1")

@@ -132,9 +132,9 @@ def _show(frames: Path, film: str) -> None:
     """The film as a page, or on the terminal: moving where there is one, else a few stills."""
     import time
 
-    from megatron_sfr.evaluation.tables import whole
     from megatron_sfr.simplex_sampling.film import from_json, moving, stills
     from megatron_sfr.simplex_sampling.film_page import page
+    from megatron_sfr.storage.atomic import whole
 
     made = from_json(frames.read_text(encoding="utf-8"))
     if film != "-":

@@ -69,9 +69,9 @@ def _write(
 
     from tqdm import tqdm
 
-    from megatron_sfr.evaluation.resumable import is_finished, resumable
     from megatron_sfr.evaluation.sampling import check_folder, record
-    from megatron_sfr.runtime.provenance import contents_of
+    from megatron_sfr.storage.provenance import contents_of
+    from megatron_sfr.storage.resumable import is_finished, resumable
 
     load_model, sample = _engine(args)
     each = len(prompts) * options.samples

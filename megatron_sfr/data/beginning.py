@@ -9,17 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sfr.data.flat import FlatWriter, map_flat
-from megatron_sfr.data.manifest import (
-    NAME,
-    FileRecord,
-    check_contents,
-    publish,
-    read_manifest,
-    sha256_of,
-    staging,
-    write_manifest,
-)
 from megatron_sfr.data.rows import CHUNK_ROWS, VECTORS, Rows, RowWriter
 from megatron_sfr.data.targets import (
     COPIED,
@@ -32,6 +21,17 @@ from megatron_sfr.data.targets import (
     remedy,
 )
 from megatron_sfr.data.texts import HasSegments
+from megatron_sfr.storage.arrays import FlatWriter, map_flat
+from megatron_sfr.storage.manifest import (
+    NAME,
+    FileRecord,
+    check_contents,
+    publish,
+    read_manifest,
+    sha256_of,
+    staging,
+    write_manifest,
+)
 
 BATCHES = {"batch_size", "block_rows"}  # what decides no more than a row's last bits
 Say = Callable[[str], None]

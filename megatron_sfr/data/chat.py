@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.formats import detect, load_fields, turns_of
-from megatron_sfr.data.lines import BadRow, Row, RowError, read_rows
 from megatron_sfr.data.template import reply_spans
 from megatron_sfr.data.tool_turns import Message, strings_of
-from megatron_sfr.runtime.user_files import shown
+from megatron_sfr.storage.jsonl import BadRow, Row, RowError, read_rows
+from megatron_sfr.storage.user_files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.

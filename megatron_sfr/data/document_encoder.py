@@ -14,10 +14,10 @@ import numpy as np
 from megatron_sfr.data.chat import check_text
 from megatron_sfr.data.documents import COLUMNS
 from megatron_sfr.data.formats import load_fields
-from megatron_sfr.data.lines import BadRow, Chunk, Place, Row, RowError
 from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
 from megatron_sfr.data.segments import Cut, futures
 from megatron_sfr.data.template import control_tokens
+from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, Row, RowError
 
 
 class Corpus(Protocol):

@@ -11,12 +11,12 @@ import numpy as np
 
 from megatron_sfr.data.document_encoder import EncodedDocuments
 from megatron_sfr.data.documents import ANCHOR_DTYPES, CORPUS
-from megatron_sfr.data.journal import JournaledFiles
-from megatron_sfr.data.lines import BadRow, Place
-from megatron_sfr.data.manifest import FileRecord, sha256_of
 from megatron_sfr.data.sample_files import REJECTED
 from megatron_sfr.data.segment_files import SegmentFiles
 from megatron_sfr.data.texts import DTYPES as TEXT_DTYPES
+from megatron_sfr.storage.journal import JournaledFiles
+from megatron_sfr.storage.jsonl import BadRow, Place
+from megatron_sfr.storage.manifest import FileRecord, sha256_of
 
 TOKENS, INDEX, LENGTHS = f"{CORPUS}.bin", f"{CORPUS}.idx", "lengths.bin"
 WriteIndex = Callable[[Path, np.ndarray, type[np.generic]], None]  # path, lengths int32 [documents], dtype of tokens

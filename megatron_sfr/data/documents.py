@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data import texts
-from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
-from megatron_sfr.data.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.units import Segmenter
-from megatron_sfr.runtime.user_files import read_json
+from megatron_sfr.storage.arrays import map_flat
+from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
+from megatron_sfr.storage.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.storage.user_files import read_json
 
 CORPUS = "documents"  # the indexed dataset inside its folder
 ANCHOR_DTYPES: dict[str, type[np.generic]] = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}

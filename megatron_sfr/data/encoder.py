@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.targets import EncoderIdentity
-from megatron_sfr.runtime.user_files import loading
+from megatron_sfr.storage.user_files import loading
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
 NORMALIZE = ("unit", "none")

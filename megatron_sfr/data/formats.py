@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.lines import Row, RowError, read_rows
 from megatron_sfr.data.tool_turns import Message
-from megatron_sfr.runtime.user_files import parse_json, shown
+from megatron_sfr.storage.jsonl import Row, RowError, read_rows
+from megatron_sfr.storage.user_files import parse_json, shown
 
 TITLES = {"messages": "messages", "sharegpt": "ShareGPT", "alpaca": "alpaca", "text": "plain text"}
 FORMATS = ("messages", "sharegpt", "alpaca")  # those that hold chats

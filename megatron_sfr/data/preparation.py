@@ -10,9 +10,6 @@ from typing import Any
 
 from megatron_sfr.data.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
-from megatron_sfr.data.journal import discard_without_journal
-from megatron_sfr.data.lines import CHUNK_BYTES, Place, read_chunks
-from megatron_sfr.data.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 from megatron_sfr.data.prepared import PreparedData, PreparedManifest
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED, SampleFiles
@@ -20,6 +17,9 @@ from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
 from megatron_sfr.data.segments import Cut
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.units import Segmenter
+from megatron_sfr.storage.journal import discard_without_journal
+from megatron_sfr.storage.jsonl import CHUNK_BYTES, Place, read_chunks
+from megatron_sfr.storage.manifest import NAME, InputRecord, publish, sha256_of, staging, write_manifest
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data import texts
-from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, largest, refuse
-from megatron_sfr.data.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 from megatron_sfr.data.units import Segmenter
+from megatron_sfr.storage.arrays import map_flat
+from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, largest, refuse
+from megatron_sfr.storage.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 
 DTYPES = {
     "tokens.bin": np.int32,

@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_sfr.data.lines import BadRow, Place
 from megatron_sfr.data.workers import ordered_map
+from megatron_sfr.storage.jsonl import BadRow, Place
 
 
 class Totals(Protocol):

@@ -19,7 +19,7 @@ from typing import Self
 
 import numpy as np
 
-from megatron_sfr.data.flat import map_flat
+from megatron_sfr.storage.arrays import map_flat
 
 VECTORS = "vectors.bin"
 CHECKSUMS = "checksums.bin"

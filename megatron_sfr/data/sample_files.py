@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.journal import JournaledFiles
-from megatron_sfr.data.lines import BadRow, Place
-from megatron_sfr.data.manifest import FileRecord
 from megatron_sfr.data.prepared import DTYPES
 from megatron_sfr.data.samples import COLUMNS, EncodedChunk
 from megatron_sfr.data.segment_files import SegmentFiles
+from megatron_sfr.storage.journal import JournaledFiles
+from megatron_sfr.storage.jsonl import BadRow, Place
+from megatron_sfr.storage.manifest import FileRecord
 
 REJECTED = "rejected.jsonl"
 SAMPLE_DIGESTS = "sample_digests.bin"  # by which duplicates are counted; not published

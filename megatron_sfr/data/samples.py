@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat import Encoded, encode, parse_row
-from megatron_sfr.data.lines import BadRow, Chunk, Place, RowError
 from megatron_sfr.data.prepared import Anchors
 from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
 from megatron_sfr.data.segments import Cut, Segment, futures
+from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, RowError
 
 TOO_LONG = ("error", "truncate")
 COLUMNS = tuple(column.name for column in fields(Anchors))

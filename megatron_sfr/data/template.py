@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from megatron_sfr.data.lines import RowError
 from megatron_sfr.data.template_limits import check_output, render_bounded
 from megatron_sfr.data.tool_turns import Message, check_calls_stand, ends_of_calls, has_tool_turns, strings_of
-from megatron_sfr.runtime.user_files import loading, reason
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import loading, reason
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EXAMPLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_sfr.data.flat import map_flat
-from megatron_sfr.data.integrity import refuse
-from megatron_sfr.data.manifest import FileRecord, check_contents
 from megatron_sfr.data.segments import DIGEST_BYTES
+from megatron_sfr.storage.arrays import map_flat
+from megatron_sfr.storage.integrity import refuse
+from megatron_sfr.storage.manifest import FileRecord, check_contents
 
 DTYPES: dict[str, type[np.generic]] = {
     "segments.jsonl": np.uint8,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.lines import RowError
+from megatron_sfr.storage.jsonl import RowError
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that make no character
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of one byte, in tokenizers that fall back to bytes

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_sfr.data.lines import RowError
-from megatron_sfr.runtime.user_files import parse_json
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import parse_json
 
 Message = dict[str, Any]
 

@@ -25,12 +25,12 @@ from megatron_sfr.evaluation.prompts import Asked, ask, read_asked
 from megatron_sfr.evaluation.report import Axes
 from megatron_sfr.evaluation.run import evaluate
 from megatron_sfr.evaluation.sampling import SamplingOptions
-from megatron_sfr.evaluation.tables import whole
 from megatron_sfr.hf.exporter import export_hf
 from megatron_sfr.hf.families import megatron_flags
 from megatron_sfr.hf.folder import read_config
 from megatron_sfr.hf.tracker import newest
 from megatron_sfr.launcher import train
+from megatron_sfr.storage.atomic import whole
 
 ENCODER = "minilm"
 VOCABULARY = 2048  # upper bound of the tokenizer's vocabulary

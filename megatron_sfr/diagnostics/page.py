@@ -10,7 +10,7 @@ from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.diagnostics.futures import Futures, nearest
 from megatron_sfr.diagnostics.summary import COLOURS, Diagnosis, picture
-from megatron_sfr.pages import bullets, document, heading, image, note, table
+from megatron_sfr.html import bullets, document, heading, image, note, table
 
 SHOWN = 12  # samples whose text is shown
 FORKS = 3  # per shown sample: its most dispersed forks, whose futures are listed

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sfr.data.lines import read_rows
 from megatron_sfr.evaluation.bootstrap import Estimate, estimate
 from megatron_sfr.evaluation.passes import pass_at_k
 from megatron_sfr.evaluation.sandbox import Isolation, Limits, run_program
 from megatron_sfr.evaluation.tables import escaped
 from megatron_sfr.evaluation.tasks import Task, agrees
-from megatron_sfr.runtime.user_files import parse_json, shown
+from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.user_files import parse_json, shown
 
 _REPLY = '{"task_id": "...", "completion": "..."}'
 Setting = tuple[str, float]  # model, temperature

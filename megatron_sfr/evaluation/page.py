@@ -7,7 +7,7 @@ from megatron_sfr.evaluation.metrics import metric
 from megatron_sfr.evaluation.prompts import Asked
 from megatron_sfr.evaluation.report import Report, verdict
 from megatron_sfr.evaluation.tables import INTERVALS, columns, direction, heads, loss_tables, score_rows
-from megatron_sfr.pages import bullets, document, heading, image, note, table
+from megatron_sfr.html import bullets, document, heading, image, note, table
 
 PROMPTS, PERSONAS = 3, 3  # in the samples
 Samples = list[list[str]]

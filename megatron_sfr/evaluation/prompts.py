@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sfr.data.chat import ROLES, Conversation, check_text, persona_turn, prompt_of, read_conversations
-from megatron_sfr.data.lines import read_rows
 from megatron_sfr.data.tool_turns import Message
-from megatron_sfr.runtime.user_files import parse_json, shown
+from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.user_files import parse_json, shown
 
 
 @dataclass(frozen=True)

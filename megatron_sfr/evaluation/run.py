@@ -10,7 +10,8 @@ from megatron_sfr.evaluation.page import page, side_by_side
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise
 from megatron_sfr.evaluation.sampling import record
-from megatron_sfr.evaluation.tables import as_json, markdown, terminal, whole
+from megatron_sfr.evaluation.tables import as_json, markdown, terminal
+from megatron_sfr.storage.atomic import whole
 
 
 def evaluate(

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.lines import RowError
 from megatron_sfr.data.template import load_tokenizer, prompt_ids
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.thinking import without_empty_thought
 from megatron_sfr.runtime.devices import usable_device
 from megatron_sfr.runtime.noise import uniform
-from megatron_sfr.runtime.user_files import loading, shown
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import loading, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
 KEPT = 0.75  # ended rows are dropped once fewer than this share go on: dropping copies the whole cache

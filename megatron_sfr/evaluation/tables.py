@@ -4,28 +4,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_sfr.evaluation.bootstrap import Estimate
 from megatron_sfr.evaluation.metrics import METRICS, metric
 from megatron_sfr.evaluation.report import Report, verdict
-from megatron_sfr.runtime.atomic import replacing
 
 MARKUP = re.compile(r"[\\`*_|~$]|\](?=[(\[])")  # of GitHub's Markdown, within a line
 INTERVALS = (
     "Intervals are 95 % bootstrap intervals over {n} prompts; they cover prompts and sampling, not training seeds."
 )
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes its name only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        yield file
 
 
 def terminal(report: Report) -> str:

@@ -20,9 +20,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.lines import read_rows
 from megatron_sfr.evaluation.code_blocks import extract_code, parses
-from megatron_sfr.runtime.user_files import parse_json
+from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.user_files import parse_json
 
 MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"

@@ -22,7 +22,7 @@ from megatron_sfr.evaluation.sampling import (
     in_order,
     token_ids,
 )
-from megatron_sfr.runtime.user_files import loading
+from megatron_sfr.storage.user_files import loading
 
 
 @dataclass(frozen=True)

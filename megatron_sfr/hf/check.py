@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sfr.runtime.user_files import loading
+from megatron_sfr.storage.user_files import loading
 
 TOLERANCE = 1e-5
 """Largest difference that passes, as a share of the largest logit: fp32's rounding, nothing more."""

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_sfr.hf.pickles import HINT, read_common_state, read_metadata
 from megatron_sfr.hf.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
-from megatron_sfr.runtime.user_files import cut, loading, read_json_object
+from megatron_sfr.storage.user_files import cut, loading, read_json_object
 
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor: the arguments, the iteration, versions."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.hf.folder import CONFIG
-from megatron_sfr.runtime.user_files import read_json_object
+from megatron_sfr.storage.user_files import read_json_object
 
 GENERATION = "generation_config.json"
 CARRIED = ("bos_token_id", "pad_token_id")

@@ -20,7 +20,7 @@ from megatron_sfr.hf.rows import Config
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.hf.stored import HEAD, StoredModel
 from megatron_sfr.runtime.lifetime import end_with_parent
-from megatron_sfr.runtime.provenance import contents_of
+from megatron_sfr.storage.provenance import contents_of
 
 COMPANIONS = (
     "generation_config.json",

@@ -2,7 +2,7 @@
 
 from megatron_sfr.hf import llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_sfr.hf.rows import Config, Family
-from megatron_sfr.runtime.user_files import cut, shown
+from megatron_sfr.storage.user_files import cut, shown
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,

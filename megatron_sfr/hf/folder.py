@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sfr.hf.rows import Config
-from megatron_sfr.runtime import provenance
-from megatron_sfr.runtime.lock import hold
-from megatron_sfr.runtime.user_files import read_json_object, shown
+from megatron_sfr.storage import provenance
+from megatron_sfr.storage.lock import hold
+from megatron_sfr.storage.user_files import read_json_object, shown
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 RECORD = "conversion.json"

@@ -9,14 +9,14 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file
 
-from megatron_sfr.data.manifest import NAME
 from megatron_sfr.data.targets import EncoderIdentity
 from megatron_sfr.hf.checkpoint import Checkpoint
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter
 from megatron_sfr.hf.stored import HEAD
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.targets import TargetOptions
-from megatron_sfr.runtime.user_files import check_fields, loading, read_json_object, shown
+from megatron_sfr.storage.manifest import NAME
+from megatron_sfr.storage.user_files import check_fields, loading, read_json_object, shown
 
 WEIGHTS, DESCRIPTION = "flow_head.safetensors", "flow_head.json"
 

@@ -22,7 +22,7 @@ from megatron_sfr.hf.rows import EXPERT, LAYER, Config, Dimensions, Entry, Famil
 from megatron_sfr.hf.source import Source, bits, open_source
 from megatron_sfr.hf.stored import StoredModel
 from megatron_sfr.hf.tracker import RELEASE, TRACKER
-from megatron_sfr.runtime.provenance import contents_of
+from megatron_sfr.storage.provenance import contents_of
 
 COMMON_STATE = {
     "checkpoint_version": 3.0,  # the order of query, key and value in linear_qkv

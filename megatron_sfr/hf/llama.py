@@ -6,7 +6,7 @@ megatron-core 0.19.2 has Llama 3.1's function with three of its four numbers fix
 
 from megatron_sfr.hf import dense
 from megatron_sfr.hf.rows import Config, Family, is_true, need, number
-from megatron_sfr.runtime.user_files import shown
+from megatron_sfr.storage.user_files import shown
 
 FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """RotaryEmbedding._apply_scaling's own, which no flag reaches."""

@@ -7,7 +7,7 @@ ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of
 
 from megatron_sfr.hf import dense
 from megatron_sfr.hf.rows import LARGEST, Config, Family
-from megatron_sfr.runtime.user_files import shown
+from megatron_sfr.storage.user_files import shown
 
 DEFAULT_WINDOW = 4096
 """MistralConfig's, where config.json has no such key; null is another thing."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_sfr.runtime.user_files import loading
+from megatron_sfr.storage.user_files import loading
 
 HINT = "take another checkpoint of the run, or copy this one again"
 _METADATA_NAMES = {

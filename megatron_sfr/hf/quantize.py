@@ -18,7 +18,7 @@ from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.hf.exporter import copy_companions
 from megatron_sfr.hf.families import family_of
 from megatron_sfr.hf.folder import CONFIG, new_folder, read_config
-from megatron_sfr.runtime.user_files import loading
+from megatron_sfr.storage.user_files import loading
 
 FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
 """Model Optimizer's configurations: E4M3 a tensor; INT8 weights a channel, with smoothed activations."""

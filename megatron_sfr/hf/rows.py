@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_sfr.runtime.user_files import shown
+from megatron_sfr.storage.user_files import shown
 
 LARGEST = 100_000_000  # of any size or number in config.json
 LAYER, EXPERT = "{layer}", "{expert}"

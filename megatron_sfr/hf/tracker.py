@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sfr.runtime.user_files import read_json_object
+from megatron_sfr.storage.user_files import read_json_object
 
 TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 RELEASE = "release"

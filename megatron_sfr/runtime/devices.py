@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sfr.runtime.user_files import is_out_of_memory, reason, shown
+from megatron_sfr.storage.user_files import is_out_of_memory, reason, shown
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 

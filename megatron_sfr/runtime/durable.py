@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.runtime.atomic import replacing
 from megatron_sfr.runtime.cpu import Row, wrapper
+from megatron_sfr.storage.atomic import replacing
 
 DURABLE = ("latest_checkpointed_iteration.txt", "metadata.json")
 

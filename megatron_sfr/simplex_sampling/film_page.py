@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_sfr.pages import document, note
+from megatron_sfr.html import document, note
 from megatron_sfr.simplex_sampling.film import Film
 
 STYLE = """

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_sfr.data.lines import RowError, read_rows
-from megatron_sfr.runtime.user_files import parse_json, shown
 from megatron_sfr.simplex_sampling.samplers import Canvas
+from megatron_sfr.storage.jsonl import RowError, read_rows
+from megatron_sfr.storage.user_files import parse_json, shown
 
 KEYS = 1 << 48  # the noise counter has 48 bits for the sample
 

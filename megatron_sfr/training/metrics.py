@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.runtime.atomic import replacing
+from megatron_sfr.storage.atomic import replacing
 
 
 def pair(total: Tensor | float, count: Tensor) -> Tensor:

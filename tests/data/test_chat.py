@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.data.chat import parse_row, persona_turn, prompt_of, read_conversations
-from megatron_sfr.data.lines import Row
+from megatron_sfr.storage.jsonl import Row
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello"}

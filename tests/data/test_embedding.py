@@ -8,10 +8,10 @@ import pytest
 
 from megatron_sfr.data.embedding import EmbedOptions
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
-from megatron_sfr.data.manifest import NAME
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.rows import CHECKSUMS, VECTORS
 from megatron_sfr.data.targets import COPIED, DIGESTS, STATISTICS, TargetStore
+from megatron_sfr.storage.manifest import NAME
 from tests.data.rows import turns
 from tests.data.stores import BLOCKS, ROWS, flip, manifest_of, open_store, run, write_prepared
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sfr.data.chat import parse_row, read_conversations
 from megatron_sfr.data.formats import FORMATS, detect
-from megatron_sfr.data.lines import Row, RowError
+from megatron_sfr.storage.jsonl import Row, RowError
 from tests.data.rows import turns, write_rows
 
 CALL = [{"type": "function", "function": {"name": "tide", "arguments": {"at": "noon"}}}]

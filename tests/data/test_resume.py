@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_sfr.data.journal import JOURNAL, JournaledFiles
 from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.storage.journal import JOURNAL, JournaledFiles
 from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
 
 OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_sfr.data.embedding import EmbedOptions
-from megatron_sfr.data.manifest import NAME
 from megatron_sfr.data.prepared import PreparedData
 from megatron_sfr.data.rows import VECTORS
 from megatron_sfr.data.targets import COPIED
+from megatron_sfr.storage.manifest import NAME
 from tests.data.rows import turns
 from tests.data.stores import BLOCKS, ROWS, damage_row, open_store, run, write_prepared
 

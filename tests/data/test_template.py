@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sfr.data.chat import Conversation, encode
-from megatron_sfr.data.lines import RowError
 from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.storage.jsonl import RowError
 from tests.data.rows import CHATML, turns
 
 HEADER = "{{ '<|im_start|>assistant\n' }}"

@@ -9,8 +9,8 @@ import re
 import pytest
 
 from megatron_sfr.data.chat import Conversation, encode, persona_turn
-from megatron_sfr.data.lines import RowError
 from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.storage.jsonl import RowError
 from tests.data.rows import CHATML, turns
 
 TOOLS = [{"type": "function", "function": {"name": "tide", "description": "the tide", "parameters": {}}}]

@@ -16,7 +16,8 @@ from megatron_sfr.evaluation.frontier import Gap
 from megatron_sfr.evaluation.page import page
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Axes, Report, summarise, verdict
-from megatron_sfr.evaluation.tables import as_json, columns, escaped, markdown, markdown_table, terminal, whole
+from megatron_sfr.evaluation.tables import as_json, columns, escaped, markdown, markdown_table, terminal
+from megatron_sfr.storage.atomic import whole
 
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
 

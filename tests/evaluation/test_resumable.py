@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sfr.cli import main
 from megatron_sfr.demo.world import QUESTIONS
-from megatron_sfr.evaluation.resumable import resumable
+from megatron_sfr.storage.resumable import resumable
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.runtime.atomic import replacing
 from megatron_sfr.runtime.durable import DURABLE, ROWS, DurableFiles
+from megatron_sfr.storage.atomic import replacing
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from examples.dictionary_styles.study.plan import Run
 from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
-from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.storage.atomic import whole
 
 STEPS, WARM = 25, 5
 # From the second step on all that an arm does in its long run: the head's gradient reaches the model, and is measured.

@@ -14,8 +14,9 @@ from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
 from megatron_sfr.evaluation.curves import Curve, Loss
 from megatron_sfr.evaluation.plot import draw
 from megatron_sfr.evaluation.report import Report, summarise
-from megatron_sfr.evaluation.tables import columns, heads, markdown_table, score_rows, whole
-from megatron_sfr.pages import bullets, document, heading, image, note, table
+from megatron_sfr.evaluation.tables import columns, heads, markdown_table, score_rows
+from megatron_sfr.html import bullets, document, heading, image, note, table
+from megatron_sfr.storage.atomic import whole
 
 TITLE = "Dictionary styles: objectives from one start"
 SAMPLE_PROMPTS = 6

@@ -21,7 +21,7 @@ from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Score
 from megatron_sfr.evaluation.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.style import Styled, StyleJudge
-from megatron_sfr.evaluation.tables import whole
+from megatron_sfr.storage.atomic import whole
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.runtime.atomic import replacing
-from megatron_sfr.runtime.user_files import read_json
+from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.user_files import read_json
 
 
 def contents_of(folder: Path, patterns: Iterable[str] = ("*",)) -> list[tuple[str, int, int]]:

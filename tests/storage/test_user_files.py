@@ -6,8 +6,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megatron_sfr.data.manifest import FileRecord
-from megatron_sfr.runtime.user_files import SHOWN, check_fields, is_out_of_memory, loading, parse_json, shown
+from megatron_sfr.storage.manifest import FileRecord
+from megatron_sfr.storage.user_files import SHOWN, check_fields, is_out_of_memory, loading, parse_json, shown
 
 
 @dataclass(frozen=True)

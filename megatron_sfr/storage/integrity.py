@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from megatron_sfr.data.manifest import FileRecord, check_contents
+from megatron_sfr.storage.manifest import FileRecord, check_contents
 
 SAMPLE_BYTES = 256 << 20  # of all folders of a run, so that it starts at once
 CHUNK = 1 << 24  # elements of a memory-mapped array that are read at a time

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.runtime.lock import hold, lock_file
+from megatron_sfr.storage.lock import hold, lock_file
 
 HOLDS = """
 import os, sys, time
 from pathlib import Path
-from megatron_sfr.runtime.lock import hold
+from megatron_sfr.storage.lock import hold
 with hold(Path(sys.argv[1])):
     if os.fork() == 0:  # as a DataLoader starts its workers
         time.sleep(60)

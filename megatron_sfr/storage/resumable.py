@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megatron_sfr.runtime.atomic import sync_folder
-from megatron_sfr.runtime.lock import hold
-from megatron_sfr.runtime.provenance import differences, is_up_to_date, read_record, write_record
+from megatron_sfr.storage.atomic import sync_folder
+from megatron_sfr.storage.lock import hold
+from megatron_sfr.storage.provenance import differences, is_up_to_date, read_record, write_record
 
 _REMEDY = "choose another --output, or remove it"
 

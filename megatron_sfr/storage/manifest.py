@@ -11,9 +11,9 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
-from megatron_sfr.runtime.atomic import replacing, sync_folder
-from megatron_sfr.runtime.lock import hold
-from megatron_sfr.runtime.user_files import check_fields, cut, read_json_object, shown
+from megatron_sfr.storage.atomic import replacing, sync_folder
+from megatron_sfr.storage.lock import hold
+from megatron_sfr.storage.user_files import check_fields, cut, read_json_object, shown
 
 NAME = "manifest.json"
 MOST = 1 << 62  # of a count or a size

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from numpy.typing import DTypeLike
 
-from megatron_sfr.data.flat import FlatWriter
-from megatron_sfr.data.manifest import FileRecord, empty_folder
-from megatron_sfr.runtime.user_files import read_json
+from megatron_sfr.storage.arrays import FlatWriter
+from megatron_sfr.storage.manifest import FileRecord, empty_folder
+from megatron_sfr.storage.user_files import read_json
 
 JOURNAL = "journal.json"
 
