@@ -15,7 +15,8 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from megatron_sfr.data.template import load_tokenizer, prompt_ids, tokenizer_sha256
+from megatron_sfr.data.chat.loss_mask import prompt_ids
+from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint

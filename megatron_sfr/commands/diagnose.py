@@ -119,7 +119,7 @@ def _write(
     diagnosis: "Diagnosis",
 ) -> None:
     """The page, the numbers, and the table on the terminal."""
-    from megatron_sfr.data.template import load_tokenizer
+    from megatron_sfr.data.chat.tokenizer import load_tokenizer
     from megatron_sfr.diagnostics.page import page
     from megatron_sfr.diagnostics.summary import as_json, table
     from megatron_sfr.evaluation.bootstrap import estimate

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.document_encoder import DocumentEncoder, OpenCorpus, Span
 from megatron_sfr.data.document_files import DocumentFiles, WriteIndex
 from megatron_sfr.data.documents import CORPUS, DocumentsManifest, PreparedDocuments
@@ -16,7 +17,6 @@ from megatron_sfr.data.preparation import bytes_before, check_output, is_up_to_d
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED
 from megatron_sfr.data.segments import Cut
-from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.units import Segmenter
 from megatron_sfr.storage.journal import discard_without_journal
 from megatron_sfr.storage.jsonl import CHUNK_BYTES, Chunk, Place, read_chunks

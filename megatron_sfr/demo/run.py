@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import GenerationConfig, Qwen3Config
 
-from megatron_sfr.data.chat import persona_turn
+from megatron_sfr.data.chat.conversation import persona_turn
 from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.preparation import PrepareOptions, prepare

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sfr.data.chat import Conversation
+from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.evaluation.end_tokens import warn_of_unknown_end
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.quality import negative_log_likelihood

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.template import reply_end_token
+from megatron_sfr.data.chat.loss_mask import reply_end_token
 
 
 def unknown_end(tokenizer: Any, end_tokens: Sequence[int]) -> str | None:

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sfr.data.chat import ROLES, Conversation, check_text, persona_turn, prompt_of, read_conversations
-from megatron_sfr.data.tool_turns import Message
+from megatron_sfr.data.chat.conversation import (
+    ROLES,
+    Conversation,
+    check_text,
+    persona_turn,
+    prompt_of,
+    read_conversations,
+)
+from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_sfr.data.chat import Conversation, Encoded, encode
+from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.sampling import Model
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.template import load_tokenizer, prompt_ids
+from megatron_sfr.data.chat.loss_mask import prompt_ids
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.thinking import without_empty_thought
 from megatron_sfr.runtime.devices import usable_device

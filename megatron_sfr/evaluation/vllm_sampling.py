@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.prompts import Prompt
 from megatron_sfr.evaluation.sampling import (
     Sampled,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.chat import encode, read_conversations
-from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.data.chat.conversation import encode, read_conversations
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.hf.exporter import copy_companions
 from megatron_sfr.hf.families import family_of
 from megatron_sfr.hf.folder import CONFIG, new_folder, read_config

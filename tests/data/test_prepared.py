@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_sfr.data import preparation
-from megatron_sfr.data.chat import encode, read_conversations
+from megatron_sfr.data.chat.conversation import encode, read_conversations
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared import DTYPES, PreparedData
 from megatron_sfr.data.segments import Cut, futures, text_digest
-from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.storage.manifest import staging
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, files_of, turns, write_rows
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.segments import Cut, DistinctTexts, Segment, futures, text_digest
-from megatron_sfr.data.template import load_tokenizer
 from megatron_sfr.data.token_text import token_text
 from megatron_sfr.data.units import Segmenter
 from tests.data.tokenizers_made import LINES, ids_of, tokenizer_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sfr.data.template import RowError
+from megatron_sfr.data.chat.loss_mask import RowError
 from megatron_sfr.data.token_text import token_bytes, token_text
 from tests.data.tokenizers_made import EOS, KINDS, LINES, ids_of, tokenizer_of
 

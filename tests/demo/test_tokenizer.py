@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_sfr.data.chat import encode
+from megatron_sfr.data.chat.conversation import encode
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.evaluation.prompts import group, read_asked

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr import cli
-from megatron_sfr.data.template import load_tokenizer, reply_end_token
+from megatron_sfr.data.chat.loss_mask import reply_end_token
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.end_tokens import unknown_end
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sfr.data.chat import Conversation
+from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.evaluation.prompts import Prompt, ask
 from megatron_sfr.evaluation.quality import (
     Judgement,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat import parse_row, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.chat.conversation import parse_row, persona_turn, prompt_of, read_conversations
 from megatron_sfr.storage.jsonl import Row
 
 USER = {"role": "user", "content": "Hi"}

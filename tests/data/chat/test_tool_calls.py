@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from megatron_sfr.data.chat import Conversation, encode, persona_turn
-from megatron_sfr.data.template import load_tokenizer
+from megatron_sfr.data.chat.conversation import Conversation, encode, persona_turn
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RowError
 from tests.data.rows import CHATML, turns
 

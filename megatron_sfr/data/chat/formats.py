@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.tool_turns import Message
+from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import Row, RowError, read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sfr.data.chat import Conversation, encode
-from megatron_sfr.data.template import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.chat.conversation import Conversation, encode
+from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.storage.jsonl import RowError
 from tests.data.rows import CHATML, turns
 

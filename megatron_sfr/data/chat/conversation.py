@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.formats import detect, load_fields, turns_of
-from megatron_sfr.data.template import reply_spans
-from megatron_sfr.data.tool_turns import Message, strings_of
+from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
+from megatron_sfr.data.chat.loss_mask import reply_spans
+from megatron_sfr.data.chat.tool_calls import Message, strings_of
 from megatron_sfr.storage.jsonl import BadRow, Row, RowError, read_rows
 from megatron_sfr.storage.user_files import shown
 

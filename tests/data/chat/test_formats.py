@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat import parse_row, read_conversations
-from megatron_sfr.data.formats import FORMATS, detect
+from megatron_sfr.data.chat.conversation import parse_row, read_conversations
+from megatron_sfr.data.chat.formats import FORMATS, detect
 from megatron_sfr.storage.jsonl import Row, RowError
 from tests.data.rows import turns, write_rows
 

@@ -1,0 +1,36 @@
+"""Tokenizers of chats and documents: loaded without running their code, and identified by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from megatron_sfr.data.chat.loss_mask import _HINT, _compiled, _tokenize, control_tokens
+from megatron_sfr.storage.user_files import loading
+
+
+def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
+    """A fast tokenizer, with a chat template if it is for chats, from a local folder or by name; runs no code of it."""
+    from transformers import AutoTokenizer
+
+    with loading(f"no tokenizer that can be read at {tokenizer}", _HINT):
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        if loaded.is_fast:  # some damage shows in use only
+            control_tokens(loaded)
+            _tokenize("a", loaded)
+            tokenizer_sha256(loaded)
+    if not loaded.is_fast:
+        raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
+    if chat and not loaded.chat_template:
+        raise ValueError(f"the tokenizer at {tokenizer} has no chat template; put a chat_template.jinja beside it")
+    if chat:
+        with loading(f"the chat template of the tokenizer at {tokenizer} cannot be used", "correct the template"):
+            _compiled(loaded.get_chat_template())
+    return loaded
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what decides token ids and masks: the tokenizer's own JSON, its special tokens and its chat template."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
