@@ -10,8 +10,7 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_sfr.config import options
 from megatron_sfr.conflicts import separator
-from megatron_sfr.data.documents import open_prepared
-from megatron_sfr.data.horizons import horizons_of
+from megatron_sfr.data.prepared.open import horizons_of, open_prepared
 from megatron_sfr.data.statistics import pooled_statistics
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.denoiser import denoiser_config

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.evaluation.calibration import CalibrationOptions, threshold, top_masses
     from megatron_sfr.evaluation.sampling import load_model
 

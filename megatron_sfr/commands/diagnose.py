@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.data.targets import TargetStore
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.summary import Diagnosis
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from functools import partial
 
     from megatron_sfr.commands.generate import model_folders
-    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.diagnostics.examine import ExamineOptions, examine
     from megatron_sfr.diagnostics.futures import FutureOptions
     from megatron_sfr.diagnostics.labels import LabelOptions

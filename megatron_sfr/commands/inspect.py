@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_sfr.data.documents import PreparedDocuments
-    from megatron_sfr.data.prepared import PreparedData
+    from megatron_sfr.data.prepared.conversations import PreparedData
+    from megatron_sfr.data.prepared.documents import PreparedDocuments
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not command a terminal
@@ -41,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.documents import PreparedDocuments, open_prepared
-    from megatron_sfr.data.inspection import counts, tokenizer_of
-    from megatron_sfr.data.inspection_page import SAMPLES, write_page
+    from megatron_sfr.data.prepared.documents import PreparedDocuments
+    from megatron_sfr.data.prepared.inspect import counts, tokenizer_of
+    from megatron_sfr.data.prepared.inspect_html import SAMPLES, write_page
+    from megatron_sfr.data.prepared.open import open_prepared
 
     data = open_prepared(args.data)
     if args.verify:
@@ -78,7 +79,7 @@ def _verify(data: PreparedData | PreparedDocuments) -> int:
 
 
 def _run_on_documents(data: PreparedDocuments, args: argparse.Namespace) -> int:
-    from megatron_sfr.data.inspection import document_counts, futures_of_document
+    from megatron_sfr.data.prepared.inspect import document_counts, futures_of_document
 
     if args.html:
         raise ValueError("--html shows conversations; leave it out for documents")
@@ -116,7 +117,7 @@ def _choose(total: int, sample: int | None, seed: int | None, count: int) -> lis
 
 
 def _show(data: PreparedData, number: int, tokenizer: Any, most: int, *, colour: bool) -> None:
-    from megatron_sfr.data.inspection import futures_of, pieces
+    from megatron_sfr.data.prepared.inspect import futures_of, pieces
 
     sample = data[number]
     supervised = int(sample.loss_mask.sum())

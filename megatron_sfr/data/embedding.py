@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_sfr.data.beginning import Say, begin_store, reopen_damaged
 from megatron_sfr.data.crew import Crew, gather
-from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.encoder import EncoderOptions
 from megatron_sfr.data.filling import Filling
+from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets import DEFAULT, StoreIdentity, TargetManifest, TargetStore
 
 MOST = 1_000_000  # of anything that EmbedOptions counts

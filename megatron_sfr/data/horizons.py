@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import get_args
 
-from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.units import Segmenter
 
 Horizon = tuple[int, int]
@@ -54,29 +52,3 @@ def check_segmenter(segmenter: str) -> None:
 def format_horizons(horizons: Iterable[Sequence[int]]) -> str:
     """As `parse_horizons` reads them, with blanks between."""
     return " ".join(f"{offset}:{length}" for offset, length in horizons)
-
-
-def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
-    """The horizons that all these prepared folders have; ValueError where they, or what they count, differ.
-
-    One head has one meaning for each of its horizons. Strides may differ: they say where anchors stand.
-    """
-    found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
-    segmenters: dict[Segmenter, str] = {}
-    for path in paths:
-        manifest = open_prepared(Path(path)).manifest
-        found.setdefault(tuple((offset, length) for offset, length in manifest.horizons), str(path))
-        segmenters.setdefault(manifest.segmenter, str(path))
-    if len(segmenters) > 1:
-        differ = ", ".join(f"{path} counts by {segmenter}" for segmenter, path in segmenters.items())
-        raise ValueError(
-            f"prepared folders of one run differ in what their horizons count: {differ}; prepare them with the same "
-            "--segments"
-        )
-    if len(found) > 1:
-        differ = ", ".join(f"{path} has {format_horizons(horizons)}" for horizons, path in found.items())
-        raise ValueError(
-            f"prepared folders of one run differ in their horizons: {differ}; prepare them with the same --horizons"
-        )
-    (horizons,) = found
-    return horizons

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sfr.data.chat.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
-from megatron_sfr.data.prepared import PreparedData, PreparedManifest
+from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED, SampleFiles
 from megatron_sfr.data.samples import TOO_LONG, SampleEncoder

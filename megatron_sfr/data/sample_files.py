@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.prepared import DTYPES
+from megatron_sfr.data.prepared.conversations import DTYPES
 from megatron_sfr.data.samples import COLUMNS, EncodedChunk
 from megatron_sfr.data.segment_files import SegmentFiles
 from megatron_sfr.storage.journal import JournaledFiles

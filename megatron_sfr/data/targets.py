@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.rows import VECTORS, Rows, row_sizes
-from megatron_sfr.data.texts import HasSegments
 from megatron_sfr.storage.manifest import NAME, FileRecord, check_contents, check_size, check_sizes, read_manifest
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder

@@ -21,8 +21,8 @@ from pathlib import Path
 from queue import PriorityQueue
 from typing import ClassVar
 
-from megatron_sfr.data.documents import open_prepared
 from megatron_sfr.data.filling import Filling, TextEncoder
+from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets import EncoderIdentity
 from megatron_sfr.runtime.lifetime import end_with_parent
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.diagnostics.futures import FutureOptions, Scale, futures
 from megatron_sfr.diagnostics.labels import LabelOptions, label
 from megatron_sfr.diagnostics.reading import Reading, positions, read

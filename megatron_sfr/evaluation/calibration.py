@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
-from megatron_sfr.data.prepared import PreparedData, Sample
+from megatron_sfr.data.prepared.conversations import PreparedData, Sample
 from megatron_sfr.evaluation.sampling import Model
 from megatron_sfr.kernels import choose
 from megatron_sfr.objectives.sed import SEDOptions, top_mass

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_sfr.data.prepared import Anchors
+from megatron_sfr.data.prepared.conversations import Anchors
+from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets import TargetStore
-from megatron_sfr.data.texts import HasSegments
 from megatron_sfr.objectives.sfr import anchor_weights
 
 Fill = Literal["anchors_only", "nearest"]

@@ -12,8 +12,8 @@ from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_sfr.data.documents import PreparedDocuments, holds_documents
-from megatron_sfr.data.horizons import horizons_of
+from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.prepared.open import holds_documents, horizons_of
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_last_stage
 from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes

@@ -14,8 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_sfr.data.documents import PreparedDocuments
-from megatron_sfr.data.prepared import Anchors
+from megatron_sfr.data.prepared.conversations import Anchors
+from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, RowAnchors, TargetReader
 
 

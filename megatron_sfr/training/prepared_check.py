@@ -5,8 +5,9 @@ from typing import Any
 
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_sfr.data.documents import PreparedDocuments, open_prepared
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, largest
 from megatron_sfr.training.corpus import open_corpus

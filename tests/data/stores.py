@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.preparation import PrepareOptions, prepare
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.rows import VECTORS
 from megatron_sfr.data.targets import TargetManifest, TargetStore
 from tests.data.rows import turns, write_rows

@@ -10,7 +10,7 @@ import pytest
 from megatron_sfr.commands import embed, prepare
 from megatron_sfr.data.preparation import PrepareOptions
 from megatron_sfr.data.preparation import prepare as prepare_data
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import TargetStore
 from tests.data.rows import ROWS, turns, write_rows
 
@@ -112,7 +112,8 @@ def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_f
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys, megatron_sfr.commands.prepare, megatron_sfr.commands.embed, megatron_sfr.data.prepared\n"
+        "import sys, megatron_sfr.commands.prepare, megatron_sfr.commands.embed, "
+        "megatron_sfr.data.prepared.conversations\n"
         "print({'torch', 'transformers', 'sentence_transformers', 'megatron'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

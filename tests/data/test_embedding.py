@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sfr.data.embedding import EmbedOptions
 from megatron_sfr.data.encoder import Encoder, EncoderOptions
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.rows import CHECKSUMS, VECTORS
 from megatron_sfr.data.targets import COPIED, DIGESTS, STATISTICS, TargetStore
 from megatron_sfr.storage.manifest import NAME

@@ -19,7 +19,7 @@ from megatron_sfr.data.crew import gather
 from megatron_sfr.data.embedding import EmbedOptions
 from megatron_sfr.data.encoder import Encoder
 from megatron_sfr.data.filling import CLAIMS, Filling
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.rows import CHECKSUMS, VECTORS
 from megatron_sfr.data.targets import StoreIdentity
 from tests.data.rows import turns

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_sfr.data.beginning import begin_store
 from megatron_sfr.data.prefetch import Needs, Prefetcher
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import EncoderIdentity, StoreIdentity, TargetStore
 from megatron_sfr.data.worker import identity_of
 from tests.data.encoders import Failing, Logged, encoded_in

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.data.preparation import PrepareOptions, prepare
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 
 BAD = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_sfr.data.embedding import EmbedOptions
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.rows import VECTORS
 from megatron_sfr.data.targets import COPIED
 from megatron_sfr.storage.manifest import NAME

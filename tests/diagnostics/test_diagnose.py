@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sfr.cli import main
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import DEFAULT, TargetStore
 from megatron_sfr.diagnostics.examine import ExamineOptions, Head, examine
 from megatron_sfr.diagnostics.futures import FutureOptions, Scale

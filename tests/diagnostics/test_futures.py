@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import DEFAULT, TargetStore
 from megatron_sfr.diagnostics.futures import FutureOptions, Futures, Scale, futures, nearest
 from megatron_sfr.diagnostics.reading import Positions

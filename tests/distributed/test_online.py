@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import TargetStore
 
 from .launch import read_checkpoint, read_metrics

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_sfr.config import PARTS, PRESETS, Parser, options, to_flags
-from megatron_sfr.data.prepared import Anchors
+from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.gate import GateOptions
 from megatron_sfr.objectives.schedule import ScheduleOptions

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import TargetStore
 from megatron_sfr.training.conversations import PreparedDataset
 from megatron_sfr.training.dataset import build, dataset_config

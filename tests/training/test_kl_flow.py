@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.training.conversations import PreparedDataset
 from megatron_sfr.training.dataset import build, dataset_config

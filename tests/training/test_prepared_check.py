@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sfr.assembly import unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.documents import open_prepared
+from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.training.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
 from tests.data.stores import flip
 from tests.distributed.launch import torchrun

@@ -4,7 +4,7 @@
 - documents.bin, documents.idx: upstream's indexed dataset, unless the manifest names one that was there already
 - anchors.bin (int32 [anchors, 3]): position, segment and horizon as in `Anchors`, by document, position, horizon;
   anchor_offsets.bin (int64 [documents + 1]) divides them
-- segments.jsonl, segment_offsets.bin, segment_digests.bin: as in texts.py
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: as in segment_texts.py
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_sfr.data import texts
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared import segment_texts
 from megatron_sfr.data.units import Segmenter
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
-from megatron_sfr.storage.manifest import NAME, FileRecord, InputRecord, check_contents, check_sizes, read_manifest
-from megatron_sfr.storage.user_files import read_json
+from megatron_sfr.storage.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
 
 CORPUS = "documents"  # the indexed dataset inside its folder
 ANCHOR_DTYPES: dict[str, type[np.generic]] = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
@@ -67,7 +65,7 @@ class PreparedDocuments:
     def __init__(self, folder: Path, manifest: DocumentsManifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.texts = texts.SegmentTexts(folder, remedy(folder))
+        self.texts = segment_texts.SegmentTexts(folder, remedy(folder))
         self._anchors = map_flat(folder / "anchors.bin", np.int32).reshape(-1, COLUMNS)
         self._offsets = map_flat(folder / "anchor_offsets.bin", np.int64)
 
@@ -131,25 +129,10 @@ class PreparedDocuments:
         return PreparedDocuments.open, (self.folder,)
 
 
-def open_prepared(folder: Path) -> PreparedData | PreparedDocuments:
-    """A prepared folder of either kind."""
-    folder = Path(folder)
-    return PreparedDocuments.open(folder) if holds_documents(folder) else PreparedData.open(folder)
-
-
-def holds_documents(folder: Path) -> bool:
-    """Whether a prepared folder holds documents; a folder without a manifest that can be read holds none."""
-    try:
-        manifest = read_json(folder / NAME)
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
-
-
 def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
     """The size of each file by the manifest's counts."""
     own = {"anchors.bin": 4 * COLUMNS * manifest.anchors, "anchor_offsets.bin": 8 * (manifest.documents + 1)}
-    return own | texts.bytes_of(manifest)
+    return own | segment_texts.bytes_of(manifest)
 
 
 def remedy(folder: Path) -> str:

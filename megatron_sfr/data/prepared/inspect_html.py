@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.inspection import counts, futures_of, pieces
-from megatron_sfr.data.prepared import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.inspect import counts, futures_of, pieces
 
 SAMPLES = 5
 HEAD = """<!doctype html>

@@ -4,7 +4,7 @@
 - tokens.bin (int32), mask.bin (uint8): all samples one after another; offsets.bin (int64 [samples + 1]) divides them
 - personas.bin (int32 [samples]): index into the manifest's personas
 - anchors.bin (int32 [anchors, 6]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
-- segments.jsonl, segment_offsets.bin, segment_digests.bin: the distinct texts of segments, as in texts.py
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: the distinct texts of segments, as in segment_texts.py
 - rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
 """
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_sfr.data import texts
+from megatron_sfr.data.prepared import segment_texts
 from megatron_sfr.data.units import Segmenter
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, largest, refuse
@@ -29,7 +29,7 @@ DTYPES = {
     "personas.bin": np.int32,
     "anchors.bin": np.int32,
     "anchor_offsets.bin": np.int64,
-} | texts.DTYPES
+} | segment_texts.DTYPES
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class PreparedData:
         self._persona = self._map("personas.bin")
         self._anchors = self._map("anchors.bin").reshape(-1, 6)
         self._anchor_offsets = self._map("anchor_offsets.bin")
-        self.texts = texts.SegmentTexts(folder, remedy(folder))
+        self.texts = segment_texts.SegmentTexts(folder, remedy(folder))
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
@@ -213,7 +213,9 @@ def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
         "anchors.bin": manifest.anchors * 6,
         "anchor_offsets.bin": manifest.samples + 1,
     }
-    return {name: n * np.dtype(DTYPES[name]).itemsize for name, n in elements.items()} | texts.bytes_of(manifest)
+    return {name: n * np.dtype(DTYPES[name]).itemsize for name, n in elements.items()} | segment_texts.bytes_of(
+        manifest
+    )
 
 
 def remedy(folder: Path) -> str:

@@ -1,0 +1,54 @@
+"""Opens a prepared folder of either kind, and checks that the folders of one run agree on their horizons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sfr.data.horizons import Horizon, format_horizons
+from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.documents import DocumentsManifest, PreparedDocuments
+from megatron_sfr.data.units import Segmenter
+from megatron_sfr.storage.manifest import NAME
+from megatron_sfr.storage.user_files import read_json
+
+
+def open_prepared(folder: Path) -> PreparedData | PreparedDocuments:
+    """A prepared folder of either kind."""
+    folder = Path(folder)
+    return PreparedDocuments.open(folder) if holds_documents(folder) else PreparedData.open(folder)
+
+
+def holds_documents(folder: Path) -> bool:
+    """Whether a prepared folder holds documents; a folder without a manifest that can be read holds none."""
+    try:
+        manifest = read_json(folder / NAME)
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
+
+
+def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
+    """The horizons that all these prepared folders have; ValueError where they, or what they count, differ.
+
+    One head has one meaning for each of its horizons. Strides may differ: they say where anchors stand.
+    """
+    found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
+    segmenters: dict[Segmenter, str] = {}
+    for path in paths:
+        manifest = open_prepared(Path(path)).manifest
+        found.setdefault(tuple((offset, length) for offset, length in manifest.horizons), str(path))
+        segmenters.setdefault(manifest.segmenter, str(path))
+    if len(segmenters) > 1:
+        differ = ", ".join(f"{path} counts by {segmenter}" for segmenter, path in segmenters.items())
+        raise ValueError(
+            f"prepared folders of one run differ in what their horizons count: {differ}; prepare them with the same "
+            "--segments"
+        )
+    if len(found) > 1:
+        differ = ", ".join(f"{path} has {format_horizons(horizons)}" for horizons, path in found.items())
+        raise ValueError(
+            f"prepared folders of one run differ in their horizons: {differ}; prepare them with the same --horizons"
+        )
+    (horizons,) = found
+    return horizons
