@@ -62,8 +62,8 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.horizons import DEFAULTS, parse_horizons
     from megatron_sfr.data.preparation import PrepareOptions, prepare
+    from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
     from megatron_sfr.data.workers import default_workers
 
     options = PrepareOptions(

@@ -16,7 +16,7 @@ from megatron_sfr.data.chat.formats import load_fields
 from megatron_sfr.data.chat.loss_mask import control_tokens
 from megatron_sfr.data.prepared.documents import COLUMNS
 from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
-from megatron_sfr.data.segments import Cut, futures
+from megatron_sfr.data.segments.anchors import Cut, futures
 from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, Row, RowError
 
 

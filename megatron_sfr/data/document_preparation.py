@@ -11,13 +11,13 @@ from typing import Any
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.document_encoder import DocumentEncoder, OpenCorpus, Span
 from megatron_sfr.data.document_files import DocumentFiles, WriteIndex
-from megatron_sfr.data.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.preparation import bytes_before, check_output, is_up_to_date
 from megatron_sfr.data.prepared.documents import CORPUS, DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.progress import Bar, write_chunks
 from megatron_sfr.data.sample_files import REJECTED
-from megatron_sfr.data.segments import Cut
-from megatron_sfr.data.units import Segmenter
+from megatron_sfr.data.segments.anchors import Cut
+from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
+from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.journal import discard_without_journal
 from megatron_sfr.storage.jsonl import CHUNK_BYTES, Chunk, Place, read_chunks
 from megatron_sfr.storage.manifest import NAME, FileRecord, InputRecord, publish, sha256_of, staging, write_manifest

@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.rows import RowWriter
-from megatron_sfr.data.segments import DIGEST_BYTES, text_digest
+from megatron_sfr.data.segments.anchors import DIGEST_BYTES, text_digest
 from megatron_sfr.data.statistics import statistics_of
 from megatron_sfr.data.targets import (
     COPIED,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_sfr.data.segments import DIGEST_BYTES, DistinctTexts, text_digest
+from megatron_sfr.data.segments.anchors import DIGEST_BYTES, DistinctTexts, text_digest
 from megatron_sfr.storage.journal import JournaledFiles
 
 ChunkSegment = tuple[bytes, bytes]  # digest, and line of segments.jsonl

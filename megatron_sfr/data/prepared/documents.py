@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data.prepared import segment_texts
-from megatron_sfr.data.units import Segmenter
+from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
 from megatron_sfr.storage.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest

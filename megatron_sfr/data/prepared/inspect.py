@@ -12,9 +12,9 @@ import numpy as np
 
 from megatron_sfr.data.chat.formats import TITLES
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
-from megatron_sfr.data.horizons import format_horizons
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
 from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.segments.horizons import format_horizons
 
 PERCENTILES = (10, 50, 90, 99)
 MOST_PERSONAS = 12

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sfr.data.horizons import Horizon, format_horizons
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.documents import DocumentsManifest, PreparedDocuments
-from megatron_sfr.data.units import Segmenter
+from megatron_sfr.data.segments.horizons import Horizon, format_horizons
+from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import read_json
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_sfr.data.segments import DIGEST_BYTES
+from megatron_sfr.data.segments.anchors import DIGEST_BYTES
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import refuse
 from megatron_sfr.storage.manifest import FileRecord, check_contents

@@ -15,7 +15,7 @@ from megatron_sfr.data.chat.conversation import encode, read_conversations
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.preparation import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
-from megatron_sfr.data.segments import Cut, futures, text_digest
+from megatron_sfr.data.segments.anchors import Cut, futures, text_digest
 from megatron_sfr.storage.manifest import staging
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, files_of, turns, write_rows
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.token_text import token_text
-from megatron_sfr.data.units import SEGMENTERS, Segmenter, Units
+from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, Units
+from megatron_sfr.data.segments.token_text import token_text
 
 DIGEST_BYTES = 16
 

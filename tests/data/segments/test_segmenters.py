@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.sentences import sentence_starts
-from megatron_sfr.data.statements import statements
-from megatron_sfr.data.token_text import TokenText
-from megatron_sfr.data.units import sentences_as_units, statements_as_units
+from megatron_sfr.data.segments.segmenters import sentences_as_units, statements_as_units
+from megatron_sfr.data.segments.sentences import sentence_starts
+from megatron_sfr.data.segments.statements import statements
+from megatron_sfr.data.segments.token_text import TokenText
 
 
 @st.composite

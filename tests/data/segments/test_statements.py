@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.statements import statements
+from megatron_sfr.data.segments.statements import statements
 
 PYTHON = """\
 import os

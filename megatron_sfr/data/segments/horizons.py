@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from megatron_sfr.data.units import Segmenter
+from megatron_sfr.data.segments.segmenters import Segmenter
 
 Horizon = tuple[int, int]
 DEFAULTS: dict[Segmenter, Horizon] = {"window": (1, 256), "sentence": (1, 1), "statement": (1, 1)}

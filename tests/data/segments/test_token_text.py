@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sfr.data.chat.loss_mask import RowError
-from megatron_sfr.data.token_text import token_bytes, token_text
-from tests.data.tokenizers_made import EOS, KINDS, LINES, ids_of, tokenizer_of
+from megatron_sfr.data.segments.token_text import token_bytes, token_text
+from tests.data.segments.tokenizers_made import EOS, KINDS, LINES, ids_of, tokenizer_of
 
 EXACT = ("byte_level", "byte_fallback", "unigram")  # these lose nothing, but for blanks at the start
 SCRIPTS = st.text(max_size=60) | st.lists(st.sampled_from([*LINES, EOS, " ", "\n", "\u0301", "👧", "蓝"])).map("".join)

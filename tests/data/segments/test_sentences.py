@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.sentences import sentence_starts
+from megatron_sfr.data.segments.sentences import sentence_starts
 
 TEXTS = {
     "stops and blanks": ["The sea is blue.", " Is it?", "  Yes!", " Really?!", " No..."],

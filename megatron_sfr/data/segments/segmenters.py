@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_sfr.data.sentences import sentence_starts
-from megatron_sfr.data.statements import statements
-from megatron_sfr.data.token_text import TokenText
+from megatron_sfr.data.segments.sentences import sentence_starts
+from megatron_sfr.data.segments.statements import statements
+from megatron_sfr.data.segments.token_text import TokenText
 
 Segmenter = Literal["window", "sentence", "statement"]
 

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.segments import Cut, DistinctTexts, Segment, futures, text_digest
-from megatron_sfr.data.token_text import token_text
-from megatron_sfr.data.units import Segmenter
-from tests.data.tokenizers_made import LINES, ids_of, tokenizer_of
+from megatron_sfr.data.segments.anchors import Cut, DistinctTexts, Segment, futures, text_digest
+from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.data.segments.token_text import token_text
+from tests.data.segments.tokenizers_made import LINES, ids_of, tokenizer_of
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""Anchors and the future segments that the flow head predicts there: windows, sentences or statements."""
