@@ -29,7 +29,7 @@ from megatron_sfr.data.beginning import begin_store
 from megatron_sfr.data.encoder import EncoderOptions, load_quietly
 from megatron_sfr.data.filling import TextEncoder
 from megatron_sfr.data.prefetch import Needs, Prefetcher
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import EncoderIdentity, StoreIdentity, TargetStore
 from megatron_sfr.demo.tokenizer import train_tokenizer

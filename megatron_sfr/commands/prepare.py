@@ -62,9 +62,9 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.preparation import PrepareOptions, prepare
+    from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+    from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
-    from megatron_sfr.data.workers import default_workers
 
     options = PrepareOptions(
         seq_length=args.seq_length,

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
+    from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+    from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
-    from megatron_sfr.data.workers import default_workers
     from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 
     options = DocumentOptions(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sfr.data.embedding import EmbedOptions, embed
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.rows import VECTORS
 from megatron_sfr.data.targets import TargetManifest, TargetStore

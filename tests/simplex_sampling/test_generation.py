@@ -10,7 +10,7 @@ import yaml
 
 from megatron_sfr.cli import main
 from megatron_sfr.commands.flow_generate import start
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.flow_generation import Job, plan
 from tests.distributed.launch import torchrun, train_many

@@ -14,8 +14,8 @@ from torch.utils.data import default_collate
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.embedding import EmbedOptions, embed
+from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets import TargetStore

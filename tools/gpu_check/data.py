@@ -15,7 +15,7 @@ import yaml
 
 from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.packing import first_fit_decreasing
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_sfr import cli
-from megatron_sfr.data.document_preparation import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.filling import Filling
-from megatron_sfr.data.preparation import prepare
+from megatron_sfr.data.prepare.prepare_conversations import prepare
+from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.storage.integrity import check_offsets, check_sample

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data import preparation
 from megatron_sfr.data.chat.conversation import encode, read_conversations
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare import prepare_conversations
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.segments.anchors import Cut, futures, text_digest
 from megatron_sfr.storage.manifest import staging
@@ -123,7 +123,7 @@ def test_two_runs_are_equal_and_the_second_does_nothing(prepared: Path, tokenize
     assert files_of(again) == before
 
     moved = rows.rename(rows.with_name("moved.jsonl"))
-    monkeypatch.setattr(preparation, "staging", None)  # nothing is written
+    monkeypatch.setattr(prepare_conversations, "staging", None)  # nothing is written
     assert prepare([moved], prepared, tokenizer_folder, OPTIONS, progress=False).samples == 4
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sfr.data.preparation import PrepareOptions, prepare
-from megatron_sfr.data.workers import AHEAD, ordered_map
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.worker_pool import AHEAD, ordered_map
 from megatron_sfr.storage.jsonl import Chunk, Place, read_chunks, read_rows
 from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.commands import embed, prepare
-from megatron_sfr.data.preparation import PrepareOptions
-from megatron_sfr.data.preparation import prepare as prepare_data
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions
+from megatron_sfr.data.prepare.prepare_conversations import prepare as prepare_data
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets import TargetStore
 from tests.data.rows import ROWS, turns, write_rows

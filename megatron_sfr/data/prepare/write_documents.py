@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.document_encoder import EncodedDocuments
+from megatron_sfr.data.prepare.encode_documents import EncodedDocuments
+from megatron_sfr.data.prepare.write_conversations import REJECTED
+from megatron_sfr.data.prepare.write_segments import SegmentFiles
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
-from megatron_sfr.data.sample_files import REJECTED
-from megatron_sfr.data.segment_files import SegmentFiles
 from megatron_sfr.storage.journal import JournaledFiles
 from megatron_sfr.storage.jsonl import BadRow, Place
 from megatron_sfr.storage.manifest import FileRecord, sha256_of

@@ -12,15 +12,15 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.storage.journal import JOURNAL, JournaledFiles
 from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
 
 OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)
 CHILD = """
 import sys
-from megatron_sfr.data.preparation import prepare
-from tests.data.test_resume import OPTIONS
+from megatron_sfr.data.prepare.prepare_conversations import prepare
+from tests.data.prepare.test_resumed_prepare import OPTIONS
 prepare([sys.argv[1]], sys.argv[2], sys.argv[3], OPTIONS, workers=int(sys.argv[4]), chunk_bytes=3000)
 """
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.conversation import Encoded, encode, parse_row
+from megatron_sfr.data.prepare.write_segments import ChunkSegment, ChunkTexts
 from megatron_sfr.data.prepared.conversations import Anchors
-from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
 from megatron_sfr.data.segments.anchors import Cut, Segment, futures
 from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, RowError
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_sfr.data.workers import ordered_map
+from megatron_sfr.data.prepare.worker_pool import ordered_map
 from megatron_sfr.storage.jsonl import BadRow, Place
 
 

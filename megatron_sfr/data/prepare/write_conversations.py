@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.prepare.encode_conversations import COLUMNS, EncodedChunk
+from megatron_sfr.data.prepare.write_segments import SegmentFiles
 from megatron_sfr.data.prepared.conversations import DTYPES
-from megatron_sfr.data.samples import COLUMNS, EncodedChunk
-from megatron_sfr.data.segment_files import SegmentFiles
 from megatron_sfr.storage.journal import JournaledFiles
 from megatron_sfr.storage.jsonl import BadRow, Place
 from megatron_sfr.storage.manifest import FileRecord

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_sfr.data.chat.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
+from megatron_sfr.data.prepare.chunk_loop import Bar, write_chunks
+from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, SampleEncoder
+from megatron_sfr.data.prepare.write_conversations import REJECTED, SampleFiles
 from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest
-from megatron_sfr.data.progress import Bar, write_chunks
-from megatron_sfr.data.sample_files import REJECTED, SampleFiles
-from megatron_sfr.data.samples import TOO_LONG, SampleEncoder
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.segmenters import Segmenter

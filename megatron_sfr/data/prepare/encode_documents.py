@@ -14,8 +14,8 @@ import numpy as np
 from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.data.chat.formats import load_fields
 from megatron_sfr.data.chat.loss_mask import control_tokens
+from megatron_sfr.data.prepare.write_segments import ChunkSegment, ChunkTexts
 from megatron_sfr.data.prepared.documents import COLUMNS
-from megatron_sfr.data.segment_files import ChunkSegment, ChunkTexts
 from megatron_sfr.data.segments.anchors import Cut, futures
 from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, Row, RowError
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
-from megatron_sfr.data.document_encoder import DocumentEncoder, OpenCorpus, Span
-from megatron_sfr.data.document_files import DocumentFiles, WriteIndex
-from megatron_sfr.data.preparation import bytes_before, check_output, is_up_to_date
+from megatron_sfr.data.prepare.chunk_loop import Bar, write_chunks
+from megatron_sfr.data.prepare.encode_documents import DocumentEncoder, OpenCorpus, Span
+from megatron_sfr.data.prepare.prepare_conversations import bytes_before, check_output, is_up_to_date
+from megatron_sfr.data.prepare.write_conversations import REJECTED
+from megatron_sfr.data.prepare.write_documents import DocumentFiles, WriteIndex
 from megatron_sfr.data.prepared.documents import CORPUS, DocumentsManifest, PreparedDocuments
-from megatron_sfr.data.progress import Bar, write_chunks
-from megatron_sfr.data.sample_files import REJECTED
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.segmenters import Segmenter

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.preparation import PrepareOptions, prepare
+from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 

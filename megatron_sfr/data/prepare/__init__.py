@@ -1,0 +1,1 @@
+"""`prepare` and `prepare-text`: worker processes encode records, and a stopped run resumes where it ended."""
