@@ -11,8 +11,8 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron_sfr.config import options
 from megatron_sfr.conflicts import separator
 from megatron_sfr.data.prepared.open import horizons_of, open_prepared
-from megatron_sfr.data.statistics import pooled_statistics
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.statistics import pooled_statistics
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.end_tokens import end_tokens_of

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_sfr.data.chat.conversation import Conversation
-from megatron_sfr.data.encoder import Encoder, EncoderOptions
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation import curves
 from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
 from megatron_sfr.evaluation.prompts import Asked, ask

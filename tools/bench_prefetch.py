@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sfr.data.beginning import begin_store
-from megatron_sfr.data.encoder import EncoderOptions, load_quietly
-from megatron_sfr.data.filling import TextEncoder
-from megatron_sfr.data.prefetch import Needs, Prefetcher
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import EncoderIdentity, StoreIdentity, TargetStore
+from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.encoder import EncoderOptions, load_quietly
+from megatron_sfr.data.targets.fill import TextEncoder
+from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
+from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
 from megatron_sfr.demo.tokenizer import train_tokenizer
 
 RATIOS = (0.25, 0.5, 0.9, 1.1, 2.0)

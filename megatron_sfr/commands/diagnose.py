@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_sfr.data.prepared.conversations import PreparedData
-    from megatron_sfr.data.targets import TargetStore
+    from megatron_sfr.data.targets.store import TargetStore
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.summary import Diagnosis
 
@@ -82,7 +82,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     """The flow head and the store of its targets; neither where none was asked for and the base has none."""
     import torch
 
-    from megatron_sfr.data.targets import DEFAULT, TargetStore
+    from megatron_sfr.data.targets.store import DEFAULT, TargetStore
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.futures import Scale
     from megatron_sfr.hf.head import DESCRIPTION, load_head, read_description

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from megatron_sfr.data.embedding import EmbedOptions, embed
-    from megatron_sfr.data.targets import DEFAULT
+    from megatron_sfr.data.targets.embed import EmbedOptions, embed
+    from megatron_sfr.data.targets.store import DEFAULT
 
     given = {field.name: getattr(args, field.name) for field in fields(EmbedOptions)}
     options = EmbedOptions(**given | {"devices": tuple(args.devices)})

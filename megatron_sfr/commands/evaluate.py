@@ -75,7 +75,7 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
-    from megatron_sfr.data.encoder import Encoder, EncoderOptions
+    from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
     from megatron_sfr.evaluation.answers import Hardware
     from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
     from megatron_sfr.evaluation.prompts import limit, read_asked

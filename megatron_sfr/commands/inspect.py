@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(data: PreparedData | PreparedDocuments) -> int:
-    from megatron_sfr.data.targets import TargetStore, is_store
+    from megatron_sfr.data.targets.store import TargetStore, is_store
 
     data.check()
     data.verify()

@@ -12,9 +12,9 @@ import yaml
 from transformers import GenerationConfig, Qwen3Config
 
 from megatron_sfr.data.chat.conversation import persona_turn
-from megatron_sfr.data.embedding import EmbedOptions, embed
-from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.demo.scale import Scale
 from megatron_sfr.demo.tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.diagnostics.reading import Positions
 from megatron_sfr.flow.clusters import clusters, spread
 from megatron_sfr.flow.information import gaussian_velocity, relative_entropy

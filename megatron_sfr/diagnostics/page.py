@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.diagnostics.futures import Futures, nearest
 from megatron_sfr.diagnostics.summary import COLOURS, Diagnosis, picture
 from megatron_sfr.html import bullets, document, heading, image, note, table

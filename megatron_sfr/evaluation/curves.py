@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_sfr.data.encoder import Encoder
+from megatron_sfr.data.targets.encoder import Encoder
 from megatron_sfr.evaluation.answers import Answers, Questions
 from megatron_sfr.evaluation.diversity import (
     cross_style_bleu,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file
 
-from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.data.targets.store import EncoderIdentity
 from megatron_sfr.hf.checkpoint import Checkpoint
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter
 from megatron_sfr.hf.stored import HEAD

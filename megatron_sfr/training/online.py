@@ -15,10 +15,10 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
-from megatron_sfr.data.encoder import EncoderOptions, load_quietly
-from megatron_sfr.data.prefetch import Needs, Prefetcher
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets import EncoderIdentity, TargetStore, differences
+from megatron_sfr.data.targets.encoder import EncoderOptions, load_quietly
+from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
+from megatron_sfr.data.targets.store import EncoderIdentity, TargetStore, differences
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import broadcast_over_tensor, data_rank, data_size, tensor_rank
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sfr.data.encoder import Encoder
+from megatron_sfr.data.targets.encoder import Encoder
 from tests.data.rows import CHATML
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.rows import VECTORS
-from megatron_sfr.data.targets import TargetManifest, TargetStore
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
+from megatron_sfr.data.targets.store import TargetManifest, TargetStore
+from megatron_sfr.data.targets.vectors import VECTORS
 from tests.data.rows import turns, write_rows
 
 CUT = PrepareOptions(seq_length=200, stride=4, horizons=((1, 12),), min_segment_length=4)

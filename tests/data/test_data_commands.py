@@ -11,7 +11,7 @@ from megatron_sfr.commands import embed, prepare
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions
 from megatron_sfr.data.prepare.prepare_conversations import prepare as prepare_data
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.store import TargetStore
 from tests.data.rows import ROWS, turns, write_rows
 
 

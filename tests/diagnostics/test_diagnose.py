@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import DEFAULT, TargetStore
+from megatron_sfr.data.targets.store import DEFAULT, TargetStore
 from megatron_sfr.diagnostics.examine import ExamineOptions, Head, examine
 from megatron_sfr.diagnostics.futures import FutureOptions, Scale
 from megatron_sfr.diagnostics.labels import LabelOptions

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import DEFAULT, TargetStore
+from megatron_sfr.data.targets.store import DEFAULT, TargetStore
 from megatron_sfr.diagnostics.futures import FutureOptions, Futures, Scale, futures, nearest
 from megatron_sfr.diagnostics.reading import Positions
 from megatron_sfr.flow.information import relative_entropy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.embedding import embed
+from megatron_sfr.data.targets.embed import embed
 
 from .launch import train_many
 from .settings import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.store import TargetStore
 
 from .launch import read_checkpoint, read_metrics
 from .settings import ITS_TWIN, ONLINE, ONLINE_STOPPED

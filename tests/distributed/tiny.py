@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 

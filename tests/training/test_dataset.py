@@ -10,7 +10,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.training.conversations import PreparedDataset
 from megatron_sfr.training.dataset import build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared

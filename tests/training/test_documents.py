@@ -14,11 +14,11 @@ from torch.utils.data import default_collate
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 from megatron_sfr.training.dataset import build, dataset_config

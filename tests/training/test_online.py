@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets import TargetStore
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.runtime.cpu import CudaMeansCpu
 from megatron_sfr.training.dataset import build, dataset_config
 from megatron_sfr.training.online import OnlineTargets, needs_of

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_sfr.data.embedding import EmbedOptions, embed
 from megatron_sfr.data.packing import first_fit_decreasing
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.launcher import command

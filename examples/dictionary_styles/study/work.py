@@ -15,7 +15,7 @@ import numpy as np
 
 from examples.dictionary_styles.selection import draw
 from examples.dictionary_styles.study.plan import Plan, Run
-from megatron_sfr.data.encoder import Encoder, EncoderOptions
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.answers import Answers, Hardware, answers
 from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Scorer
 from megatron_sfr.evaluation.prompts import Asked, limit, read_asked

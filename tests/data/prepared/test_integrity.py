@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_sfr import cli
-from megatron_sfr.data.filling import Filling
 from megatron_sfr.data.prepare.prepare_conversations import prepare
 from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.targets.fill import Filling
 from megatron_sfr.storage.integrity import check_offsets, check_sample
 from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
 from tests.data.rows import OPTIONS, ROWS, write_rows

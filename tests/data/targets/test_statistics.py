@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.statistics import pooled, pooled_statistics, statistics_of
+from megatron_sfr.data.targets.statistics import pooled, pooled_statistics, statistics_of
 
 
 class Store(SimpleNamespace):

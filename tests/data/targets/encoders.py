@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sfr.data.encoder import Encoder, EncoderOptions, load_quietly
-from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions, load_quietly
+from megatron_sfr.data.targets.store import EncoderIdentity
 from tests.data.stores import BLOCKS
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data.beginning import begin_store
-from megatron_sfr.data.prefetch import Needs, Prefetcher
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets import EncoderIdentity, StoreIdentity, TargetStore
-from megatron_sfr.data.worker import identity_of
-from tests.data.encoders import Failing, Logged, encoded_in
+from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.encoder_process import identity_of
+from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
+from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
 from tests.data.stores import BLOCKS, damage_row, open_store, run, write_prepared
+from tests.data.targets.encoders import Failing, Logged, encoded_in
 
 ROWS, BLOCK = 12, BLOCKS.block_rows
 BLOCK_BY_BLOCK = [[(0, np.arange(first, first + BLOCK))] for first in range(0, ROWS, BLOCK)]
@@ -217,8 +217,8 @@ import os, signal, sys
 from functools import partial
 from pathlib import Path
 import numpy as np
-from megatron_sfr.data.prefetch import Prefetcher
-from tests.data.encoders import Logged
+from megatron_sfr.data.targets.prefetch import Prefetcher
+from tests.data.targets.encoders import Logged
 from tests.data.stores import open_store
 
 if __name__ == "__main__":

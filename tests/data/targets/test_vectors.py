@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data.rows import CHECKSUMS, VECTORS, Rows, RowWriter
+from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS, Rows, RowWriter
 
 DIM = 6
 

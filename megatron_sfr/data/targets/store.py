@@ -1,11 +1,11 @@
 """The target store: one fp16 row for each distinct segment, memory-mapped, each with its checksum, tied to its data.
 
 - manifest.json: whose embeddings of which segments, and whether all are there
-- vectors.bin, checksums.bin: see rows.py
+- vectors.bin, checksums.bin: see vectors.py
 - segment_digests.bin (uint8 [segments, 16]): the digests of the texts, by which another store can take rows from here
 - copied.bin (uint8 [segments]): 1 where the row was taken from another store
 - statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension over all rows; once complete
-- claims.lock: empty; see filling.py
+- claims.lock: empty; see fill.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
-from megatron_sfr.data.rows import VECTORS, Rows, row_sizes
+from megatron_sfr.data.targets.vectors import VECTORS, Rows, row_sizes
 from megatron_sfr.storage.manifest import NAME, FileRecord, check_contents, check_size, check_sizes, read_manifest
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder

@@ -22,10 +22,9 @@ from typing import Protocol, Self
 import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
-from megatron_sfr.data.rows import RowWriter
 from megatron_sfr.data.segments.anchors import DIGEST_BYTES, text_digest
-from megatron_sfr.data.statistics import statistics_of
-from megatron_sfr.data.targets import (
+from megatron_sfr.data.targets.statistics import statistics_of
+from megatron_sfr.data.targets.store import (
     COPIED,
     DIGESTS,
     STATISTICS,
@@ -34,6 +33,7 @@ from megatron_sfr.data.targets import (
     TargetStore,
     remedy,
 )
+from megatron_sfr.data.targets.vectors import RowWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
 from megatron_sfr.storage.manifest import FileRecord, check_contents, read_manifest, write_manifest
 

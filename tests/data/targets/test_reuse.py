@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data.embedding import EmbedOptions
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.rows import VECTORS
-from megatron_sfr.data.targets import COPIED
+from megatron_sfr.data.targets.embed import EmbedOptions
+from megatron_sfr.data.targets.store import COPIED
+from megatron_sfr.data.targets.vectors import VECTORS
 from megatron_sfr.storage.manifest import NAME
 from tests.data.rows import turns
 from tests.data.stores import BLOCKS, ROWS, damage_row, open_store, run, write_prepared

@@ -11,10 +11,10 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Protocol, cast
 
-from megatron_sfr.data.encoder import Encoder, EncoderOptions, load_quietly
-from megatron_sfr.data.filling import Filling
-from megatron_sfr.data.targets import EncoderIdentity
-from megatron_sfr.data.worker import CLAIMED_WAIT, EncodingProcess, Open, Task
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions, load_quietly
+from megatron_sfr.data.targets.encoder_process import CLAIMED_WAIT, EncodingProcess, Open, Task
+from megatron_sfr.data.targets.fill import Filling
+from megatron_sfr.data.targets.store import EncoderIdentity
 
 AT_HAND = 2  # blocks that a process has: the one that it encodes, and the next
 

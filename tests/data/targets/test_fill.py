@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data.beginning import begin_store
-from megatron_sfr.data.crew import gather
-from megatron_sfr.data.embedding import EmbedOptions
-from megatron_sfr.data.encoder import Encoder
-from megatron_sfr.data.filling import CLAIMS, Filling
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.rows import CHECKSUMS, VECTORS
-from megatron_sfr.data.targets import StoreIdentity
+from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.embed import EmbedOptions
+from megatron_sfr.data.targets.encoder import Encoder
+from megatron_sfr.data.targets.encoder_pool import gather
+from megatron_sfr.data.targets.fill import CLAIMS, Filling
+from megatron_sfr.data.targets.store import StoreIdentity
+from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
 from tests.data.rows import turns
 from tests.data.stores import BLOCKS, damage_row, flip, open_store, run, write_prepared
 
@@ -85,7 +85,7 @@ def test_three_processes(prepared: Path, whole: Path, tmp_path: Path, encoded: l
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_sfr.data.encoder import Encoder
+from megatron_sfr.data.targets.encoder import Encoder
 from tests.data.rows import turns
 from tests.data.stores import run
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.data.embedding import EmbedOptions
-from megatron_sfr.data.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.rows import CHECKSUMS, VECTORS
-from megatron_sfr.data.targets import COPIED, DIGESTS, STATISTICS, TargetStore
+from megatron_sfr.data.targets.embed import EmbedOptions
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
+from megatron_sfr.data.targets.store import COPIED, DIGESTS, STATISTICS, TargetStore
+from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
 from megatron_sfr.storage.manifest import NAME
 from tests.data.rows import turns
 from tests.data.stores import BLOCKS, ROWS, flip, manifest_of, open_store, run, write_prepared

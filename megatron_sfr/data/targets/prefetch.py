@@ -1,5 +1,5 @@
 """Targets that are encoded while the model trains: a process in the background fills stores ahead of the steps that
-need them, in the blocks of filling.py, so that training on them equals training on stores that `embed` has filled.
+need them, in the blocks of fill.py, so that training on them equals training on stores that `embed` has filled.
 
 A light thread walks the rows that the coming steps need and asks for their blocks, at most `lookahead` steps ahead of
 the caller. `fetch` gives rows; what is not there yet it asks for before all else, waits for, and adds to `waited`.
@@ -15,9 +15,9 @@ from typing import Self
 
 import numpy as np
 
-from megatron_sfr.data.filling import TextEncoder
-from megatron_sfr.data.targets import EncoderIdentity, TargetStore, differences
-from megatron_sfr.data.worker import AHEAD, URGENT, Completed, EncodingProcess, Open, Task
+from megatron_sfr.data.targets.encoder_process import AHEAD, URGENT, Completed, EncodingProcess, Open, Task
+from megatron_sfr.data.targets.fill import TextEncoder
+from megatron_sfr.data.targets.store import EncoderIdentity, TargetStore, differences
 
 Needs = Sequence[tuple[int, np.ndarray]]  # of one step: places of stores, and rows int64 [n] of each
 

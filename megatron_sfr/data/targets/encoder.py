@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.data.targets.store import EncoderIdentity
 from megatron_sfr.storage.user_files import loading
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'

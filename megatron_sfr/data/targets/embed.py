@@ -7,12 +7,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sfr.data.beginning import Say, begin_store, reopen_damaged
-from megatron_sfr.data.crew import Crew, gather
-from megatron_sfr.data.encoder import EncoderOptions
-from megatron_sfr.data.filling import Filling
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets import DEFAULT, StoreIdentity, TargetManifest, TargetStore
+from megatron_sfr.data.targets.create import Say, begin_store, reopen_damaged
+from megatron_sfr.data.targets.encoder import EncoderOptions
+from megatron_sfr.data.targets.encoder_pool import Crew, gather
+from megatron_sfr.data.targets.fill import Filling
+from megatron_sfr.data.targets.store import DEFAULT, StoreIdentity, TargetManifest, TargetStore
 
 MOST = 1_000_000  # of anything that EmbedOptions counts
 

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from transformers import BertConfig, BertModel
 
-from megatron_sfr.data.encoder import Encoder, EncoderOptions, encoder_path
+from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions, encoder_path
 
 TEXTS = ["the sea is blue", "yes", "the sky is grey and the sea is blue"]
 

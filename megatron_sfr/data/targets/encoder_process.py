@@ -21,9 +21,9 @@ from pathlib import Path
 from queue import PriorityQueue
 from typing import ClassVar
 
-from megatron_sfr.data.filling import Filling, TextEncoder
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets import EncoderIdentity
+from megatron_sfr.data.targets.fill import Filling, TextEncoder
+from megatron_sfr.data.targets.store import EncoderIdentity
 from megatron_sfr.runtime.lifetime import end_with_parent
 
 OPEN, URGENT, AHEAD = 0, 1, 2  # in this order

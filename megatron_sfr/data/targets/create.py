@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
-from megatron_sfr.data.rows import CHUNK_ROWS, VECTORS, Rows, RowWriter
-from megatron_sfr.data.targets import (
+from megatron_sfr.data.targets.store import (
     COPIED,
     DIGESTS,
     STATISTICS,
@@ -21,6 +20,7 @@ from megatron_sfr.data.targets import (
     differences,
     remedy,
 )
+from megatron_sfr.data.targets.vectors import CHUNK_ROWS, VECTORS, Rows, RowWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
 from megatron_sfr.storage.manifest import (
     NAME,
