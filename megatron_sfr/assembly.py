@@ -22,14 +22,14 @@ from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.model.kl_flow import KLFlowModelConfig
 from megatron_sfr.model.local_spec import local_block_spec
-from megatron_sfr.objectives.gate import GateOptions
-from megatron_sfr.objectives.gem import GEMOptions
 from megatron_sfr.objectives.kl_flow import KLFlowOptions
-from megatron_sfr.objectives.schedule import ScheduleOptions
-from megatron_sfr.objectives.sed import SEDOptions
-from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.objectives.table import OBJECTIVES
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.objectives.token.gem import GEMOptions
+from megatron_sfr.objectives.token.registry import OBJECTIVES
+from megatron_sfr.objectives.token.sed import SEDOptions
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.dataset import DataProvider
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions

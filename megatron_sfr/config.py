@@ -22,14 +22,14 @@ from megatron_sfr.flags.table import refusal
 from megatron_sfr.hf.start import StartOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.kl_flow import KLFlowModelOptions
-from megatron_sfr.objectives.gate import GateOptions
-from megatron_sfr.objectives.gem import GEMOptions
 from megatron_sfr.objectives.kl_flow import KLFlowOptions
-from megatron_sfr.objectives.schedule import ScheduleOptions
-from megatron_sfr.objectives.sed import SEDOptions
-from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.objectives.table import ObjectiveOptions
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.objectives.token.gem import GEMOptions
+from megatron_sfr.objectives.token.registry import ObjectiveOptions
+from megatron_sfr.objectives.token.sed import SEDOptions
 from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown

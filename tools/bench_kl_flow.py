@@ -25,8 +25,8 @@ from megatron.training import training
 from megatron_sfr.config import parse, read_settings
 from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.flow.simplex import Simplex
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.kl_flow import KLFlowModelBuilder, denoise
-from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime import backend
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
 from megatron_sfr.simplex_sampling.requests import Wanted, blank, canvas

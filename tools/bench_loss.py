@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sfr.kernels import plain
-from megatron_sfr.objectives import token_loss as passes
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.gem import GEM, GEMOptions
-from megatron_sfr.objectives.sed import SED, SEDOptions
-from megatron_sfr.objectives.token_loss import TokenObjective
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.token import token_loss as passes
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.gem import GEM, GEMOptions
+from megatron_sfr.objectives.token.sed import SED, SEDOptions
+from megatron_sfr.objectives.token.token_loss import TokenObjective
 from tools.model_shapes import SHAPES
 from tools.traffic import Traffic
 

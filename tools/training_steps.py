@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_sfr.assembly import model_config
 from megatron_sfr.config import parse, read_settings
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.gate import GateOptions
-from megatron_sfr.objectives.schedule import ScheduleOptions
-from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.runtime import backend
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions
 from megatron_sfr.training.step import ForwardStep

@@ -11,8 +11,8 @@ from megatron_sfr.denoiser import load_denoiser
 from megatron_sfr.evaluation.sampling import Model
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.flow_generation import SPLIT
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.kl_flow import denoise, time_positions
-from megatron_sfr.objectives.vocab import Vocab
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
 from megatron_sfr.simplex_sampling.requests import Request, batches, blank, canvas, gap

@@ -86,7 +86,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.futures import Scale
     from megatron_sfr.hf.head import DESCRIPTION, load_head, read_description
-    from megatron_sfr.objectives.targets import TargetOptions
+    from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 
     folder = args.head or base
     if args.head is None and not (base / DESCRIPTION).is_file():

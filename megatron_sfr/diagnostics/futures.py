@@ -17,7 +17,7 @@ from megatron_sfr.flow.clusters import clusters, spread
 from megatron_sfr.flow.information import gaussian_velocity, relative_entropy
 from megatron_sfr.flow.solver import Method, Velocity, integrate
 from megatron_sfr.model.flow_head import FlowHead
-from megatron_sfr.objectives.targets import TargetOptions, scale_targets
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from megatron_sfr.runtime.noise import normal
 
 SAMPLE_STREAM, PATH_STREAM = 3, 4  # streams of the noise; training uses 0 and 1, text sampling 2

@@ -16,8 +16,8 @@ from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
 from megatron_sfr.evaluation.sampling import Model
 from megatron_sfr.kernels import choose
-from megatron_sfr.objectives.sed import SEDOptions, top_mass
-from megatron_sfr.objectives.vocab import combine
+from megatron_sfr.kernels.vocab_parallel import combine
+from megatron_sfr.objectives.token.sed import SEDOptions, top_mass
 
 LOGITS = 1 << 27  # at a time: 256 MiB in bf16, as many positions of a batch as give so many
 ABOVE_ALL = 2.0  # no probability reaches it

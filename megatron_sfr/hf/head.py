@@ -14,7 +14,7 @@ from megatron_sfr.hf.checkpoint import Checkpoint
 from megatron_sfr.hf.shards import Header, Shard, ShardWriter
 from megatron_sfr.hf.stored import HEAD
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import check_fields, loading, read_json_object, shown
 

@@ -1,4 +1,5 @@
-"""The two passes over the logits that every token objective needs: in plain torch, and fused in Triton for CUDA."""
+"""The two passes over the logits that every token loss makes, in plain torch and fused in Triton for CUDA; and the
+vocabulary axis that they share."""
 
 import importlib
 from types import ModuleType

@@ -220,7 +220,7 @@ def time_positions(model: nn.Module) -> int:
 
 
 class Shard(Protocol):
-    """A shard of the vocabulary, as objectives/vocab.py has it."""
+    """A shard of the vocabulary, as kernels/vocab_parallel.py has it."""
 
     def real(self, z_TV: Tensor) -> Tensor:
         """The columns [T, V] that stand for tokens."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sfr.flow.simplex import Simplex, log_dirichlet
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab, sharded_softmax
 from megatron_sfr.runtime.noise import uniform
 
 SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and its diagnostics use lower streams
@@ -117,13 +117,3 @@ def noisy_point(
     return x_BNV.masked_fill_(given_BN[..., None], 0).scatter_add_(
         -1, column_BN.clamp(min=0)[..., None], one_BN[..., None]
     )
-
-
-def sharded_softmax(l_TV: Tensor, vocab: Vocab) -> Tensor:
-    """Softmax over the whole vocabulary of a shard [T, V], in place. -inf becomes 0; a shard may hold only -inf."""
-    m_T1 = l_TV.amax(-1, keepdim=True).clamp(min=torch.finfo(l_TV.dtype).min)
-    l_TV.sub_(m_T1).exp_()
-    m_RT1, u_RT1 = vocab.gather(torch.cat([m_T1, l_TV.sum(-1, keepdim=True)], dim=-1)).split(1, dim=-1)
-    top_T1 = m_RT1.amax(0)
-    u_T1 = (u_RT1 * (m_RT1 - top_T1).exp()).sum(0)
-    return l_TV.mul_((m_T1 - top_T1).exp() / u_T1)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.flow.simplex import log_dirichlet
-from megatron_sfr.objectives.kl_flow import sharded_softmax
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab, sharded_softmax
 
 
 @dataclass(frozen=True)

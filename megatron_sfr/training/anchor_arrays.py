@@ -15,7 +15,7 @@ import numpy as np
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.objectives.sfr import anchor_weights
+from megatron_sfr.objectives.sfr.sfr_loss import anchor_weights
 
 Fill = Literal["anchors_only", "nearest"]
 

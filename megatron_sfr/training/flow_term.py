@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
-from megatron_sfr.objectives.gate import GateOptions, decide, sums_by_time
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, weighted_sum
-from megatron_sfr.objectives.targets import TargetOptions, batch_moments, running_statistics, scale_targets
+from megatron_sfr.objectives.sfr.gate import GateOptions, decide, sums_by_time
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, batch_moments, running_statistics, scale_targets
 from megatron_sfr.runtime.parallel import (
     scale_gradient,
     spread_rows,

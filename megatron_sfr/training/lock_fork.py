@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sfr.flow.solver import integrate
 from megatron_sfr.model.flow_head import FlowHead
-from megatron_sfr.objectives.targets import TargetOptions, unit_targets
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, unit_targets
 from megatron_sfr.runtime import noise
 from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.flow_term import Anchors, StepSums

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.state import FlowState
-from megatron_sfr.objectives.token_loss import TokenObjective, logit_gradient
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.objectives.token.token_loss import TokenObjective, logit_gradient
 from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.flow_term import StepSums
 

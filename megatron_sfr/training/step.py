@@ -16,10 +16,10 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.utils import print_rank_last
 from torch import Tensor
 
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.flow_head import FlowHead
-from megatron_sfr.objectives.schedule import Phase, ScheduleOptions, phase_at
-from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, certainty, token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
+from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, certainty, token_loss
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.attention import block_mask, packed_sequence

@@ -25,7 +25,7 @@ from megatron_sfr.diagnostics.summary import Diagnosis, as_json, by_sample, shar
 from megatron_sfr.evaluation.bootstrap import estimate
 from megatron_sfr.hf.head import DESCRIPTION, WEIGHTS
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from tests.model.heads import randomised
 
 from .conftest import WIDTH

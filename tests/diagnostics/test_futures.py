@@ -16,8 +16,8 @@ from megatron_sfr.diagnostics.futures import FutureOptions, Futures, Scale, futu
 from megatron_sfr.diagnostics.reading import Positions
 from megatron_sfr.flow.information import relative_entropy
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, weighted_sum
-from megatron_sfr.objectives.targets import TargetOptions, scale_targets
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from tests.objectives.closed_forms import gaussian_mixture_velocity
 
 D, H = 6, 2

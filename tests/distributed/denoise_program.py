@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from megatron_sfr.denoiser import load_denoiser
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.kl_flow import denoise
-from megatron_sfr.objectives.vocab import Vocab
 
 
 @torch.inference_mode()

@@ -25,11 +25,11 @@ from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.evaluation import calibration
 from megatron_sfr.evaluation.calibration import CalibrationOptions, threshold, top_masses
 from megatron_sfr.evaluation.sampling import Model, load_model
-from megatron_sfr.objectives.gem import GEMOptions
-from megatron_sfr.objectives.sed import SEDOptions
-from megatron_sfr.objectives.table import OBJECTIVES, ObjectiveOptions
-from megatron_sfr.objectives.token_loss import TokenObjective, token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.token.gem import GEMOptions
+from megatron_sfr.objectives.token.registry import OBJECTIVES, ObjectiveOptions
+from megatron_sfr.objectives.token.sed import SEDOptions
+from megatron_sfr.objectives.token.token_loss import TokenObjective, token_loss
 
 shares = st.floats(0.01, 0.99)
 

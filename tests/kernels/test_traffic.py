@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_sfr.objectives.token_loss import token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.token.token_loss import token_loss
 from tests.kernels.through import OBJECTIVES
 from tools.traffic import Traffic
 

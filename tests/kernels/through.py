@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels.plain import EMPTY
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.dft import DFT
-from megatron_sfr.objectives.gem import GEM, GEMOptions
-from megatron_sfr.objectives.sed import SED, SEDOptions
-from megatron_sfr.objectives.token_loss import TokenObjective
-from megatron_sfr.objectives.vocab import Rows, Vocab, combine
+from megatron_sfr.kernels.vocab_parallel import Rows, Vocab, combine
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.dft import DFT
+from megatron_sfr.objectives.token.gem import GEM, GEMOptions
+from megatron_sfr.objectives.token.sed import SED, SEDOptions
+from megatron_sfr.objectives.token.token_loss import TokenObjective
 
 OBJECTIVES: dict[str, TokenObjective] = {
     "ce": CrossEntropy(),

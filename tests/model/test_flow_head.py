@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megatron_sfr.model.flow_head import FlowHeadOptions
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise
 
 from .heads import A, B, D, H, inputs, make_head, randomised
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, noisy_point
-from megatron_sfr.objectives.vocab import Vocab
 
 SIZE, COLUMNS = 9, 16  # of 4 shards the third has 3 padding columns, the fourth only padding
 

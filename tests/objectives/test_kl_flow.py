@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_sfr.flow.simplex import Simplex, log_dirichlet
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.kl_flow import SOURCE_STREAM, KLFlowOptions, draw_time, free_text, noisy_point
-from megatron_sfr.objectives.token_loss import token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.token_loss import token_loss
 from tests.distributed.launch import torchrun
 from tests.objectives import simplex_program
 from tests.objectives.bayes import bayes_logits

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.simplex_sampling.options import METHODS, SamplerOptions
 from megatron_sfr.simplex_sampling.samplers import Canvas, sample
 from megatron_sfr.simplex_sampling.shards import Shard

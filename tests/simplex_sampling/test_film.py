@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sfr.flow.simplex import Simplex
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.simplex_sampling.film import MOST_FRAMES, Film, Frame, Recorder, from_json, moving, stills
 from megatron_sfr.simplex_sampling.film_page import page
 from megatron_sfr.simplex_sampling.options import SamplerOptions

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from megatron_sfr.flow.simplex import Simplex, log_dirichlet
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.simplex_sampling.options import METHODS, SamplerOptions
 from megatron_sfr.simplex_sampling.samplers import NOISE_STREAM, Canvas, Moment, sample
 from megatron_sfr.simplex_sampling.shards import Shard

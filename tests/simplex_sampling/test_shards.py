@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.simplex_sampling.shards import Keys, Shard
 from tests.distributed.launch import torchrun
 from tests.simplex_sampling import shard_program

@@ -6,9 +6,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.gate import GateOptions
-from megatron_sfr.objectives.sfr import SFROptions
-from megatron_sfr.objectives.targets import TargetOptions, scale_targets
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from megatron_sfr.runtime.parallel import scale_gradient
 from megatron_sfr.training.flow_term import FlowTerm, Term, TermOptions
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.training.flow_term import Anchors
 from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.state import FlowState
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.dft import DFT
-from megatron_sfr.objectives.gem import GEM, GEMOptions
-from megatron_sfr.objectives.sed import SED, SEDOptions
-from megatron_sfr.objectives.token_loss import IGNORED, TokenObjective, token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.dft import DFT
+from megatron_sfr.objectives.token.gem import GEM, GEMOptions
+from megatron_sfr.objectives.token.sed import SED, SEDOptions
+from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, token_loss
 from megatron_sfr.training.flow_term import StepSums
 from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
 

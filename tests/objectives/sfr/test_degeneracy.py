@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, flow_matching_error, weighted_sum
-from megatron_sfr.objectives.token_loss import token_loss
-from megatron_sfr.objectives.vocab import Vocab
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.sfr.sfr_loss import (
+    SFROptions,
+    anchor_errors,
+    draw_noise,
+    flow_matching_error,
+    weighted_sum,
+)
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.token_loss import token_loss
 
 DEGENERATE = SFROptions(sfr_source="zero", sfr_time="zero")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_sfr.config import PARTS, PRESETS, Parser, options, to_flags
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.objectives.gate import GateOptions
-from megatron_sfr.objectives.schedule import ScheduleOptions
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, draw_noise, weighted_sum
-from megatron_sfr.objectives.targets import TargetOptions
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays, join_anchors
 from megatron_sfr.training.dataset import DataOptions
 from megatron_sfr.training.flow_term import FlowTerm, TermOptions

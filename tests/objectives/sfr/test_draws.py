@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.sfr import SFROptions, draw_noise
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, draw_noise
 
 B, A, D = 200, 25, 4
 

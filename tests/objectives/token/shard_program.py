@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sfr.objectives.token_loss import token_loss
-from megatron_sfr.objectives.vocab import Vocab
-from tests.objectives.token_cases import OBJECTIVES, labels, logits
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.token.token_loss import token_loss
+from tests.objectives.token.token_cases import OBJECTIVES, labels, logits
 
 TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one padding column, the fourth only padding
 

@@ -5,8 +5,8 @@ L = -sg(p_y) ln p_y,  dL/dz = p_y (softmax(z) - e_y), with sg = stop gradient. I
 
 from dataclasses import dataclass
 
-from megatron_sfr.objectives.token_loss import Closed
-from megatron_sfr.objectives.vocab import Rows, Scan
+from megatron_sfr.kernels.vocab_parallel import Rows, Scan
+from megatron_sfr.objectives.token.token_loss import Closed
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.objectives.gem import GEM, GEMOptions
-from tests.objectives.token_cases import differentiated, labels, logits, written, written_loss
+from megatron_sfr.objectives.token.gem import GEM, GEMOptions
+from tests.objectives.token.token_cases import differentiated, labels, logits, written, written_loss
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(50, 13, seed=5), labels(50, 13, seed=5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.flow.path import interpolate
-from megatron_sfr.objectives.alignment import cosine_error, linear_cka_error
+from megatron_sfr.objectives.sfr.ablations import cosine_error, linear_cka_error
 from megatron_sfr.runtime import noise
 
 SOURCE_STREAM, TIME_STREAM = 0, 1

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sfr.kernels import plain
-from megatron_sfr.objectives.token_loss import TokenObjective
-from megatron_sfr.objectives.vocab import Vocab, combine
+from megatron_sfr.kernels.vocab_parallel import Vocab, combine
+from megatron_sfr.objectives.token.token_loss import TokenObjective
 from tests.distributed.launch import torchrun
-from tests.objectives import shard_program
-from tests.objectives.shard_program import COLUMNS, SIZE
-from tests.objectives.token_cases import OBJECTIVES, differentiated, labels, logits
+from tests.objectives.token import shard_program
+from tests.objectives.token.shard_program import COLUMNS, SIZE
+from tests.objectives.token.token_cases import OBJECTIVES, differentiated, labels, logits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

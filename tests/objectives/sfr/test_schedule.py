@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sfr.objectives.schedule import Phase, ScheduleOptions, phase_at
+from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 
 OPTIONS = {"sfr_warmup_steps": 10, "sfr_ramp_steps": 4}
 

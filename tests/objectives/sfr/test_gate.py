@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.gate import GateOptions, decide, sums_by_time
-
-from .closed_forms import gaussian_loss
+from megatron_sfr.objectives.sfr.gate import GateOptions, decide, sums_by_time
+from tests.objectives.closed_forms import gaussian_loss
 
 
 def dynamic(**changes: object) -> GateOptions:

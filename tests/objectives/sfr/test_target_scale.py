@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.targets import SMALLEST, TargetOptions, batch_moments, running_statistics, scale_targets
+from megatron_sfr.objectives.sfr.target_scale import (
+    SMALLEST,
+    TargetOptions,
+    batch_moments,
+    running_statistics,
+    scale_targets,
+)
 
 D = 16
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sfr.kernels.plain import row_statistics
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.sed import SED, SEDOptions, top_mass
-from megatron_sfr.objectives.vocab import combine
-from tests.objectives.token_cases import differentiated, labels, logits, written
+from megatron_sfr.kernels.vocab_parallel import combine
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.sed import SED, SEDOptions, top_mass
+from tests.objectives.token.token_cases import differentiated, labels, logits, written
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(60, 13, seed=9), labels(60, 13, seed=9)

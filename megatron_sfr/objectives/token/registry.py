@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sfr.objectives.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.dft import DFT
-from megatron_sfr.objectives.gem import GEM, GEMOptions
-from megatron_sfr.objectives.sed import SED, SEDOptions
-from megatron_sfr.objectives.token_loss import TokenObjective
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.dft import DFT
+from megatron_sfr.objectives.token.gem import GEM, GEMOptions
+from megatron_sfr.objectives.token.sed import SED, SEDOptions
+from megatron_sfr.objectives.token.token_loss import TokenObjective
 
 
 @dataclass(frozen=True)

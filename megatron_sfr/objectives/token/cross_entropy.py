@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sfr.objectives.token_loss import Closed
-from megatron_sfr.objectives.vocab import Rows, Scan
+from megatron_sfr.kernels.vocab_parallel import Rows, Scan
+from megatron_sfr.objectives.token.token_loss import Closed
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ Linear GEM has exactly the gradient of beta CE(z / beta), so its optimum is p_mo
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sfr.objectives.token_loss import Closed
-from megatron_sfr.objectives.vocab import Rows, Scan
+from megatron_sfr.kernels.vocab_parallel import Rows, Scan
+from megatron_sfr.objectives.token.token_loss import Closed
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sfr.objectives.alignment import cosine_error, linear_cka_error
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors
+from megatron_sfr.objectives.sfr.ablations import cosine_error, linear_cka_error
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:

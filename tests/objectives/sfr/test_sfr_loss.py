@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_sfr.flow.path import interpolate
-from megatron_sfr.objectives.sfr import SFROptions, anchor_errors, anchor_weights, draw_noise, weighted_sum
-from megatron_sfr.objectives.targets import TargetOptions, scale_targets
-
-from .closed_forms import gaussian_loss, gaussian_mixture_velocity, over_unit_interval
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, anchor_weights, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
+from tests.objectives.closed_forms import gaussian_loss, gaussian_mixture_velocity, over_unit_interval
 
 MODES, SPREAD, SHARES = torch.tensor([[-1.0], [1.0]]), torch.full((2,), 0.3), torch.tensor([0.5, 0.5])
 

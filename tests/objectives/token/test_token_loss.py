@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_sfr.objectives.token_loss import IGNORED, certainty, logit_gradient, token_loss
-from megatron_sfr.objectives.vocab import Vocab
-from tests.objectives.token_cases import OBJECTIVES, differentiated, labels, logits, written
+from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.token.token_loss import IGNORED, certainty, logit_gradient, token_loss
+from tests.objectives.token.token_cases import OBJECTIVES, differentiated, labels, logits, written
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels import choose
-from megatron_sfr.objectives.vocab import Rows, Scan, Vocab, combine
+from megatron_sfr.kernels.vocab_parallel import Rows, Scan, Vocab, combine
 
 IGNORED = -100
 

@@ -88,3 +88,13 @@ def combine(stats_RTN: Tensor, beta: float) -> Rows:
         x_y=z_y_T - m_T,
         top=top_TK - m_T[:, None],
     )
+
+
+def sharded_softmax(l_TV: Tensor, vocab: Vocab) -> Tensor:
+    """Softmax over the whole vocabulary of a shard [T, V], in place. -inf becomes 0; a shard may hold only -inf."""
+    m_T1 = l_TV.amax(-1, keepdim=True).clamp(min=torch.finfo(l_TV.dtype).min)
+    l_TV.sub_(m_T1).exp_()
+    m_RT1, u_RT1 = vocab.gather(torch.cat([m_T1, l_TV.sum(-1, keepdim=True)], dim=-1)).split(1, dim=-1)
+    top_T1 = m_RT1.amax(0)
+    u_T1 = (u_RT1 * (m_RT1 - top_T1).exp()).sum(0)
+    return l_TV.mul_((m_T1 - top_T1).exp() / u_T1)

@@ -5,8 +5,8 @@ Shapes: T tokens, V columns.
 
 import torch
 
-from megatron_sfr.objectives.dft import DFT
-from tests.objectives.token_cases import differentiated, labels, logits, written
+from megatron_sfr.objectives.token.dft import DFT
+from tests.objectives.token.token_cases import differentiated, labels, logits, written
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(50, 13, seed=7), labels(50, 13, seed=7)
