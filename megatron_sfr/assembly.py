@@ -14,10 +14,10 @@ from megatron_sfr.data.prepared.open import horizons_of, open_prepared
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.denoiser import denoiser_config
-from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.end_tokens import end_tokens_of
-from megatron_sfr.hf.start import start_from
-from megatron_sfr.hf.tracker import newest
+from megatron_sfr.hf.load_at_start import start_from
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.model.kl_flow import KLFlowModelConfig

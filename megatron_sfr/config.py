@@ -19,7 +19,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_sfr.conflicts import contradiction
 from megatron_sfr.flags.table import refusal
-from megatron_sfr.hf.start import StartOptions
+from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.kl_flow import KLFlowModelOptions
 from megatron_sfr.objectives.kl_flow import KLFlowOptions

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sfr.hf.tracker import newest
+from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.recipe import read_recipe
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked

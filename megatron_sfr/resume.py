@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.tracker import TRACKER, newest
+from megatron_sfr.hf.megatron.tracker import TRACKER, newest
 from megatron_sfr.storage.atomic import replacing
 
 SCHEDULE = (

@@ -10,8 +10,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_sfr import cli, launcher
-from megatron_sfr.hf.checkpoint import COMMON, write_checkpoint
-from megatron_sfr.hf.tracker import CONFIG, TRACKER
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
+from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
 from megatron_sfr.launcher import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.training.metrics import cut_back

@@ -21,13 +21,13 @@ from resource import RUSAGE_CHILDREN, getrusage
 
 import torch
 
-from megatron_sfr.hf.checkpoint import CHUNK_BYTES
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import family_of
-from megatron_sfr.hf.folder import CONFIG, INDEX
-from megatron_sfr.hf.importer import import_hf
-from megatron_sfr.hf.rows import entries
-from megatron_sfr.hf.shards import Header, ShardWriter, plan_shards
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.families.family_registry import family_of
+from megatron_sfr.hf.hf_folder import CONFIG, INDEX
+from megatron_sfr.hf.import_hf import import_hf
+from megatron_sfr.hf.mappings import entries
+from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES
+from megatron_sfr.hf.safetensors_writer import Header, ShardWriter, plan_shards
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sfr.evaluation.sampling import load_model
-from megatron_sfr.hf.checkpoint import find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 from megatron_sfr.simplex_sampling.options import METHODS, Method
 from megatron_sfr.storage.atomic import whole
 from megatron_sfr.storage.provenance import contents_of

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from megatron_sfr.hf.importer import import_hf
+    from megatron_sfr.hf.import_hf import import_hf
 
     report = import_hf(args.hf, args.output, check=args.check, force=args.force)
     if report.up_to_date:
@@ -59,8 +59,8 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from megatron_sfr.hf.check import TOLERANCE, check_logits
-    from megatron_sfr.hf.exporter import export_hf
+    from megatron_sfr.hf.compare_logits import TOLERANCE, check_logits
+    from megatron_sfr.hf.export_hf import export_hf
 
     if args.tolerance is not None and args.check is None:
         raise ValueError("--tolerance says how close --check must be: give --check HF_DIR too")
@@ -114,8 +114,8 @@ def _quantize(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> None:
     import yaml
 
-    from megatron_sfr.hf.families import megatron_flags
-    from megatron_sfr.hf.folder import read_config
+    from megatron_sfr.hf.families.family_registry import megatron_flags
+    from megatron_sfr.hf.hf_folder import read_config
 
     print(f"# model, from {args.hf}/config.json")
     print(yaml.safe_dump(megatron_flags(read_config(args.hf)), sort_keys=False), end="")

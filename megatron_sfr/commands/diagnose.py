@@ -85,7 +85,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     from megatron_sfr.data.targets.store import DEFAULT, TargetStore
     from megatron_sfr.diagnostics.examine import Head
     from megatron_sfr.diagnostics.futures import Scale
-    from megatron_sfr.hf.head import DESCRIPTION, load_head, read_description
+    from megatron_sfr.hf.head_files import DESCRIPTION, load_head, read_description
     from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 
     folder = args.head or base

@@ -25,10 +25,10 @@ from megatron_sfr.evaluation.prompts import Asked, ask, read_asked
 from megatron_sfr.evaluation.report import Axes
 from megatron_sfr.evaluation.run import evaluate
 from megatron_sfr.evaluation.sampling import SamplingOptions
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
-from megatron_sfr.hf.tracker import newest
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
+from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.launcher import train
 from megatron_sfr.storage.atomic import whole
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.folder import CONFIG
+from megatron_sfr.hf.hf_folder import CONFIG
 from megatron_sfr.storage.user_files import read_json_object
 
 GENERATION = "generation_config.json"

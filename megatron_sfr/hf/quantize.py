@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_sfr.data.chat.conversation import encode, read_conversations
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.hf.exporter import copy_companions
-from megatron_sfr.hf.families import family_of
-from megatron_sfr.hf.folder import CONFIG, new_folder, read_config
+from megatron_sfr.hf.export_hf import copy_companions
+from megatron_sfr.hf.families.family_registry import family_of
+from megatron_sfr.hf.hf_folder import CONFIG, new_folder, read_config
 from megatron_sfr.storage.user_files import loading
 
 FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}

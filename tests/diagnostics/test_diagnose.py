@@ -23,7 +23,7 @@ from megatron_sfr.diagnostics.labels import LabelOptions
 from megatron_sfr.diagnostics.page import page, pieces
 from megatron_sfr.diagnostics.summary import Diagnosis, as_json, by_sample, shares, table
 from megatron_sfr.evaluation.bootstrap import estimate
-from megatron_sfr.hf.head import DESCRIPTION, WEIGHTS
+from megatron_sfr.hf.head_files import DESCRIPTION, WEIGHTS
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from tests.model.heads import randomised

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_sfr.hf.checkpoint import Checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUN_MANY = Path(__file__).with_name("run_many.py")

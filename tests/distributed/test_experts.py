@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import Weights, read_config
-from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import Weights, read_config
+from megatron_sfr.hf.import_hf import import_hf
 from tests.distributed.launch import read_checkpoint, read_metrics, train_many
 from tests.distributed.settings import PP2, SHARDED_OPTIMIZER, SP, TP2
 from tests.distributed.tiny import recipe, write_prepared

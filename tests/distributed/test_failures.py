@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_sfr.hf.checkpoint import find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 
 from .launch import ROOT, read_checkpoint, read_metrics
 from .tiny import recipe, write_prepared

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
-from megatron_sfr.hf.importer import import_hf
-from megatron_sfr.hf.start import start_from
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
+from megatron_sfr.hf.import_hf import import_hf
+from megatron_sfr.hf.load_at_start import start_from
 from tests.distributed.launch import read_checkpoint, read_metrics, torchrun, train_many
 from tests.distributed.settings import PP2, SHARDED_OPTIMIZER, SP, TP2, VPP
 from tests.distributed.tiny import recipe, write_prepared

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_sfr.hf.checkpoint import find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 
 from .launch import ROOT, read_checkpoint, read_metrics
 from .tiny import write_prepared, write_recipe

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_sfr.assembly import check_task
-from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.hf.stored import StoredModel
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_model import StoredModel
 
 from .launch import ROOT, read_checkpoint, read_metrics, torchrun
 from .settings import KL_FLOW_LAYOUTS, KL_FLOWS, has_kl_flow

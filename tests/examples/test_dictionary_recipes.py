@@ -8,8 +8,8 @@ import yaml
 
 from examples.dictionary_styles import make_model
 from megatron_sfr.config import Parser, read_recipe, read_settings, to_flags
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
 
 FOLDER = Path(make_model.__file__).parent
 RECIPES = ("base.yaml", "ce.yaml")

@@ -19,8 +19,8 @@ from examples.kl_flow.pieces import Folder
 from examples.stdlib_cpt import corpus
 from megatron_sfr.config import Parser, read_recipe, read_settings, to_flags
 from megatron_sfr.evaluation.sampling import Model
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
 
 FOLDER = Path(measure.__file__).parent
 ROOT = FOLDER.parents[1]

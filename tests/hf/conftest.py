@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.import_hf import import_hf
 from tests.hf.models import save_model
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
-from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
+from megatron_sfr.hf.import_hf import import_hf
 from tests.distributed.launch import torchrun
 from tests.hf.megatron_logits import PROMPT
 from tests.hf.models import CASES, VARIANTS, save_model

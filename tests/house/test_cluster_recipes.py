@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sfr.hf.families import megatron_flags
+from megatron_sfr.hf.families.family_registry import megatron_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3, CODER = "examples/qwen3_32b_personas/recipe.yaml", "examples/qwen2.5_coder_7b/recipe.yaml"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sfr.hf.checkpoint import find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 from tests.distributed.launch import read_checkpoint, torchrun
 from tests.distributed.tiny import write_prepared, write_recipe
 

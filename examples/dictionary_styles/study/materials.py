@@ -14,8 +14,8 @@ from tqdm import tqdm
 from examples.dictionary_styles.dictd import check_sources
 from examples.dictionary_styles.study.work import EXAMPLE, HERE, Place, megatron_sfr
 from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import read_config
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.storage.atomic import whole
 
 Step = tuple[str, Path, Callable[[], object]]

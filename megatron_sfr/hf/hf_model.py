@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sfr.hf.dense import rope_type, rotary_base
-from megatron_sfr.hf.families import family_of
-from megatron_sfr.hf.folder import Weights, read_config
-from megatron_sfr.hf.rows import Config, Dimensions, Entry, Family, entries
+from megatron_sfr.hf.families.dense import rope_type, rotary_base
+from megatron_sfr.hf.families.family_registry import family_of
+from megatron_sfr.hf.hf_folder import Weights, read_config
+from megatron_sfr.hf.mappings import Config, Dimensions, Entry, Family, entries
 
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 

@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, find_checkpoint
-from megatron_sfr.hf.checkpoint import write_checkpoint as write
-from megatron_sfr.hf.pickles import read_common_state, read_metadata
-from megatron_sfr.hf.tracker import CONFIG, METADATA, TRACKER
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Piece, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import write_checkpoint as write
+from megatron_sfr.hf.megatron.safe_unpickle import read_common_state, read_metadata
+from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, TRACKER
 
 WHOLE = torch.arange(7 * 5 * 4, dtype=torch.float64).reshape(7, 5, 4)
 ROWS, COLUMNS = (0, 2, 3, 7), (0, 4, 5)

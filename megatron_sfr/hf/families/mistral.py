@@ -5,8 +5,8 @@ the left, none to the right. Transformer Engine and the local spec both take it;
 ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of at most W tokens feel no window.
 """
 
-from megatron_sfr.hf import dense
-from megatron_sfr.hf.rows import LARGEST, Config, Family
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.mappings import LARGEST, Config, Family
 from megatron_sfr.storage.user_files import shown
 
 DEFAULT_WINDOW = 4096

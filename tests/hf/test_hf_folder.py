@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sfr.hf.folder import INDEX, SINGLE, Weights, new_folder, read_config
+from megatron_sfr.hf.hf_folder import INDEX, SINGLE, Weights, new_folder, read_config
 from tests.hf.models import save_model
 
 

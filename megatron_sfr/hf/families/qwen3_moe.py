@@ -7,9 +7,9 @@ Upstream's grouped experts (Transformer Engine) and its sequential ones (the loc
 from dataclasses import replace
 from functools import partial
 
-from megatron_sfr.hf import dense, qwen3
-from megatron_sfr.hf.dense import H, M
-from megatron_sfr.hf.rows import EXPERT, Config, Dimensions, Direct, Family, GatedMLP, is_true, size
+from megatron_sfr.hf.families import dense, qwen3
+from megatron_sfr.hf.families.dense import H, M
+from megatron_sfr.hf.mappings import EXPERT, Config, Dimensions, Direct, Family, GatedMLP, is_true, size
 
 E = f"{H}mlp.experts.{EXPERT}."
 MLP = (

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sfr import cli
-from megatron_sfr.hf import importer
-from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import RECORD, SINGLE, Weights, read_config
-from megatron_sfr.hf.importer import check_import, import_hf
-from megatron_sfr.hf.tracker import TRACKER
+from megatron_sfr.hf import import_hf as importer
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.hf_folder import RECORD, SINGLE, Weights, read_config
+from megatron_sfr.hf.import_hf import check_import, import_hf
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.tracker import TRACKER
 from tests.hf.models import CASES, save_model
 
 

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from megatron_sfr.hf import dense
-from megatron_sfr.hf.dense import H, M
-from megatron_sfr.hf.rows import Config, Direct, Family
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.families.dense import H, M
+from megatron_sfr.hf.mappings import Config, Direct, Family
 
 NORMS = (
     Direct(M + "self_attention.q_layernorm.weight", (H + "self_attn.q_norm.weight",), ("head_dim",)),

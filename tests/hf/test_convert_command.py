@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron_sfr.cli import main
-from megatron_sfr.hf.families import FAMILIES, megatron_flags
-from megatron_sfr.hf.folder import read_config
+from megatron_sfr.hf.families.family_registry import FAMILIES, megatron_flags
+from megatron_sfr.hf.hf_folder import read_config
 from tests.hf.models import CASES, save_model, tiny_config
 
 

@@ -1,11 +1,12 @@
 """Llama 2 and 3: neither bias nor norm of q and k; from 3.1 on, scaled rotary frequencies ("llama3").
 
 megatron-core 0.19.2 has Llama 3.1's function with three of its four numbers fixed, so that only `factor` may differ
-(8 in 3.1 and 3.3, 32 in 3.2): the inverse frequencies are transformers' bit for bit (tests/hf/test_families.py).
+(8 in 3.1 and 3.3, 32 in 3.2): the inverse frequencies are transformers' bit for bit
+(tests/hf/families/test_families.py).
 """
 
-from megatron_sfr.hf import dense
-from megatron_sfr.hf.rows import Config, Family, is_true, need, number
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.mappings import Config, Family, is_true, need, number
 from megatron_sfr.storage.user_files import shown
 
 FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

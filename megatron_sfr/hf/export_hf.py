@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sfr.hf.checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.end_tokens import add_end_tokens
-from megatron_sfr.hf.folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
-from megatron_sfr.hf.rows import Config
-from megatron_sfr.hf.shards import Header, Shard, ShardWriter, plan_shards
-from megatron_sfr.hf.stored import HEAD, StoredModel
+from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
+from megatron_sfr.hf.mappings import Config
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_model import HEAD, StoredModel
+from megatron_sfr.hf.safetensors_writer import Header, Shard, ShardWriter, plan_shards
 from megatron_sfr.runtime.lifetime import end_with_parent
 from megatron_sfr.storage.provenance import contents_of
 
@@ -117,7 +117,7 @@ def _identity(model: StoredModel, like: Path, options: dict[str, object]) -> dic
 
 def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
     if head:
-        from megatron_sfr.hf.head import keep_head  # which imports Megatron, as nothing else here does
+        from megatron_sfr.hf.head_files import keep_head  # which imports Megatron, as nothing else here does
 
         keep_head(model.checkpoint, folder)
     if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index

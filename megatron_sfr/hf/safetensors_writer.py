@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_sfr.hf.folder import DTYPES, SINGLE
+from megatron_sfr.hf.hf_folder import DTYPES, SINGLE
 
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 

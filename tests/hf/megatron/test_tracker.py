@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from megatron_sfr.hf.checkpoint import COMMON, Piece, find_checkpoint, write_checkpoint
-from megatron_sfr.hf.tracker import CONFIG, METADATA, TRACKER, incomplete, newest
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Piece, find_checkpoint, write_checkpoint
+from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, TRACKER, incomplete, newest
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.hf.checkpoint import Checkpoint
-from megatron_sfr.hf.families import family_of
-from megatron_sfr.hf.rows import Config, Entry, entries
+from megatron_sfr.hf.families.family_registry import family_of
+from megatron_sfr.hf.mappings import Config, Entry, entries
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 
 HEAD = "flow_head."
 AUXILIARY = (HEAD, "mtp.")

@@ -10,9 +10,9 @@ from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file
 
 from megatron_sfr.data.targets.store import EncoderIdentity
-from megatron_sfr.hf.checkpoint import Checkpoint
-from megatron_sfr.hf.shards import Header, Shard, ShardWriter
-from megatron_sfr.hf.stored import HEAD
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+from megatron_sfr.hf.megatron.megatron_model import HEAD
+from megatron_sfr.hf.safetensors_writer import Header, Shard, ShardWriter
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.storage.manifest import NAME

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.hf.families import FAMILIES, family_of, megatron_flags
-from megatron_sfr.hf.folder import Weights, read_config
-from megatron_sfr.hf.rows import QKV, Dimensions, GatedMLP, entries
+from megatron_sfr.hf.families.family_registry import FAMILIES, family_of, megatron_flags
+from megatron_sfr.hf.hf_folder import Weights, read_config
+from megatron_sfr.hf.mappings import QKV, Dimensions, GatedMLP, entries
 from tests.hf.models import TINY, save_model
 
 ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))

@@ -111,7 +111,9 @@ def _is_foreign(folder: Path) -> bool:
 
 def _ends(folder: Path) -> dict[str, int]:
     """The bytes that each file of tensors must have, from `.metadata`."""
-    from megatron_sfr.hf.pickles import read_metadata  # torch, which the launcher of a new run does not need
+    from megatron_sfr.hf.megatron.safe_unpickle import (
+        read_metadata,  # torch, which the launcher of a new run does not need
+    )
 
     ends: dict[str, int] = {}
     for info in read_metadata(folder / METADATA).storage_data.values():

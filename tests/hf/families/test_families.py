@@ -5,9 +5,9 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sfr.config import Parser, to_flags
-from megatron_sfr.hf.dense import rotary_base
-from megatron_sfr.hf.families import FAMILIES, megatron_flags
-from megatron_sfr.hf.llama import FIXED
+from megatron_sfr.hf.families.dense import rotary_base
+from megatron_sfr.hf.families.family_registry import FAMILIES, megatron_flags
+from megatron_sfr.hf.families.llama import FIXED
 from tests.hf.models import LLAMA3, tiny_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"

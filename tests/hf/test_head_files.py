@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sfr.hf.checkpoint import Checkpoint
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.families import megatron_flags
-from megatron_sfr.hf.folder import INDEX, Weights, read_config
-from megatron_sfr.hf.head import DESCRIPTION, WEIGHTS, load_head
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.families.family_registry import megatron_flags
+from megatron_sfr.hf.head_files import DESCRIPTION, WEIGHTS, load_head
+from megatron_sfr.hf.hf_folder import INDEX, Weights, read_config
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 from tests.distributed.launch import torchrun, train_many
 from tests.distributed.tiny import write_prepared, write_recipe
 from tests.hf.models import save_model

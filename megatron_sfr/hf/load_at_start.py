@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_sfr.hf.rows import Entry
-from megatron_sfr.hf.source import Source, open_source
-from megatron_sfr.hf.stored import AUXILIARY, disagreement
+from megatron_sfr.hf.hf_model import Source, open_source
+from megatron_sfr.hf.mappings import Entry
+from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, disagreement
 
 
 @dataclass(frozen=True)

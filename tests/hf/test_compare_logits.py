@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sfr.hf.check import check_logits
-from megatron_sfr.hf.folder import SINGLE
+from megatron_sfr.hf.compare_logits import check_logits
+from megatron_sfr.hf.hf_folder import SINGLE
 from tests.hf.models import save_model
 
 

@@ -6,7 +6,7 @@ the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_
 
 from collections.abc import Sequence
 
-from megatron_sfr.hf.rows import QKV, Config, Dimensions, Direct, GatedMLP, Row, is_true, mapping, number, size
+from megatron_sfr.hf.mappings import QKV, Config, Dimensions, Direct, GatedMLP, Row, is_true, mapping, number, size
 from megatron_sfr.storage.user_files import cut, shown
 
 M, H = "decoder.layers.{layer}.", "model.layers.{layer}."

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from megatron_sfr.hf import dense
-from megatron_sfr.hf.dense import H, M
-from megatron_sfr.hf.rows import QKV, Config, Family
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.families.dense import H, M
+from megatron_sfr.hf.mappings import QKV, Config, Family
 
 BIAS = QKV(
     M + "self_attention.linear_qkv.bias",

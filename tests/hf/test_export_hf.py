@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sfr.hf.checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
 from megatron_sfr.hf.end_tokens import GENERATION, end_tokens_of
-from megatron_sfr.hf.exporter import export_hf
-from megatron_sfr.hf.folder import CONFIG, INDEX, RECORD, Weights
-from megatron_sfr.hf.importer import import_hf
+from megatron_sfr.hf.export_hf import export_hf
+from megatron_sfr.hf.hf_folder import CONFIG, INDEX, RECORD, Weights
+from megatron_sfr.hf.import_hf import import_hf
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
 from tests.hf.models import CASES, save_model
 
 

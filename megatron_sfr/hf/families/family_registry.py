@@ -1,7 +1,7 @@
 """The families that can be converted: one line each."""
 
-from megatron_sfr.hf import llama, mistral, qwen2, qwen3, qwen3_moe
-from megatron_sfr.hf.rows import Config, Family
+from megatron_sfr.hf.families import llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_sfr.hf.mappings import Config, Family
 from megatron_sfr.storage.user_files import cut, shown
 
 FAMILIES: dict[str, Family] = {
