@@ -31,11 +31,11 @@ from megatron_sfr.objectives.token.gem import GEMOptions
 from megatron_sfr.objectives.token.registry import OBJECTIVES
 from megatron_sfr.objectives.token.sed import SEDOptions
 from megatron_sfr.runtime.backend import adapt_config
-from megatron_sfr.training.dataset import DataProvider
-from megatron_sfr.training.flow_term import FlowTerm, TermOptions
+from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
+from megatron_sfr.training.data.provider import DataProvider
+from megatron_sfr.training.forward_step import ForwardStep
 from megatron_sfr.training.kl_flow import KLFlowStep
 from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
-from megatron_sfr.training.step import ForwardStep
 
 
 def model_config(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> SFRModelConfig | KLFlowModelConfig:

@@ -33,7 +33,7 @@ from megatron_sfr.objectives.token.sed import SEDOptions
 from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown
-from megatron_sfr.training.dataset import DataOptions
+from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.kl_flow import TaskOptions
 from megatron_sfr.training.lock_fork import LockForkOptions

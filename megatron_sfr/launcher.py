@@ -208,7 +208,8 @@ def _bar(run: Run, title: str) -> Iterator[None]:
 def new_rows(metrics: Path) -> Iterator[list[dict[str, Any]]]:
     """Yields the rows that were added since the last time, starting with the present end of the file.
 
-    A resumed run replaces the file by its beginning (training/metrics.py); the rows of before are not new then either.
+    A resumed run replaces the file by its beginning (training/metrics_log.py); the rows of before are not new then
+    either.
     """
     began = time.time()
     old = metrics.stat() if metrics.exists() else None

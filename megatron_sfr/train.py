@@ -47,7 +47,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.config import options, parse
     from megatron_sfr.resume import repair_trackers
     from megatron_sfr.runtime import backend
-    from megatron_sfr.training.dataset import DataProvider
+    from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
@@ -91,7 +91,7 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built; whether there are steps left to train."""
     from megatron_sfr.assembly import check_task, unknown_end
     from megatron_sfr.resume import check_schedule, resumed_step
-    from megatron_sfr.training.prepared_check import check_prepared, reply_end_tokens
+    from megatron_sfr.training.data.prepared_check import check_prepared, reply_end_tokens
 
     stored = check_task(args)
     if step := resumed_step(args):
@@ -129,7 +129,7 @@ def log_as_json_lines(args: Any) -> Any:
     """On the rank that has upstream's TensorBoard writer: the same scalars to SAVE/metrics.jsonl."""
     from megatron.training.global_vars import get_tensorboard_writer
 
-    from megatron_sfr.training.metrics import JsonLines
+    from megatron_sfr.training.metrics_log import JsonLines
 
     writer = get_tensorboard_writer()
     if writer is None or not args.save:

@@ -14,7 +14,7 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoin
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
 from megatron_sfr.launcher import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
 from megatron_sfr.storage.lock import hold
-from megatron_sfr.training.metrics import cut_back
+from megatron_sfr.training.metrics_log import cut_back
 
 SIZES = "train-iters: 7\nmicro_batch_size: 2\nglobal_batch_size: 8\nseq_length: 16\n"
 

@@ -24,8 +24,8 @@ from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.runtime import backend
-from megatron_sfr.training.flow_term import FlowTerm, TermOptions
-from megatron_sfr.training.step import ForwardStep
+from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
+from megatron_sfr.training.forward_step import ForwardStep
 
 
 @dataclass

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
-    from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+    from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 
     options = DocumentOptions(
         stride=args.stride,

@@ -21,9 +21,9 @@ from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, free_text,
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.token_loss import IGNORED, token_loss
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
-from megatron_sfr.training.flow_term import DATASET_BITS, Batch
-from megatron_sfr.training.metrics import pair
-from megatron_sfr.training.step import check_finite, next_batch, to_device
+from megatron_sfr.training.auxiliary_loss import DATASET_BITS, Batch
+from megatron_sfr.training.forward_step import check_finite, next_batch, to_device
+from megatron_sfr.training.metrics_log import pair
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, unit_targets
 from megatron_sfr.runtime import noise
 from megatron_sfr.runtime.parallel import sum_over_tensor
-from megatron_sfr.training.flow_term import Anchors, StepSums
+from megatron_sfr.training.auxiliary_loss import Anchors, StepSums
 
 SEED, STREAM = 0, 5  # of the noise; the auxiliary loss uses streams 0 and 1
 SAMPLES, STEPS = 8, 8  # K, and Euler steps from noise to a future

@@ -11,7 +11,7 @@ from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prep
 from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 
 BLOCKS = EmbedOptions(batch_size=8, block_rows=16)  # small ones: a step needs several
 SEQ_LENGTH, VOCAB_SIZE = 80, 501

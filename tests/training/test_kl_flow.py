@@ -10,12 +10,12 @@ from torch.utils.data import default_collate
 
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.objectives.kl_flow import KLFlowOptions
-from megatron_sfr.training.conversations import PreparedDataset
-from megatron_sfr.training.dataset import build, dataset_config
-from megatron_sfr.training.flow_term import DATASET_BITS
+from megatron_sfr.training.auxiliary_loss import DATASET_BITS
+from megatron_sfr.training.data.conversation_dataset import PreparedDataset
+from megatron_sfr.training.data.provider import build, dataset_config
 from megatron_sfr.training.kl_flow import KLFlowStep
 from tests.distributed.tiny import SEQ_LENGTH, VOCAB_SIZE, write_documents, write_prepared
-from tests.training.test_dataset import arguments
+from tests.training.data.test_provider import arguments
 
 LENGTH = SEQ_LENGTH + 2  # plus the sequence's last label and the time token
 KL_FLOW = {"training_task": "kl-flow", "sfr": False, "seq_length": LENGTH}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
-from megatron_sfr.training.flow_term import Anchors
+from megatron_sfr.training.auxiliary_loss import Anchors
 from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 
 B, S, A, D, H = 2, 12, 5, 64, 3

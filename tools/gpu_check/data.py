@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_sfr.data.packing import first_fit_decreasing
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.launcher import command
+from megatron_sfr.training.data.packing import first_fit_decreasing
 
 ROWS, SEQ_LENGTH, VOCABULARY, BATCH = 48, 128, 512, 8
 BLOCKS = EmbedOptions(batch_size=16, block_rows=16)

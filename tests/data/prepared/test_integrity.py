@@ -14,7 +14,7 @@ from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.targets.fill import Filling
 from megatron_sfr.storage.integrity import check_offsets, check_sample
-from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
+from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 from tests.data.rows import OPTIONS, ROWS, write_rows
 from tests.data.stores import flip, open_store, run, write_prepared
 

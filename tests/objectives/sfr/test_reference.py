@@ -19,9 +19,9 @@ from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
-from megatron_sfr.training.anchor_arrays import AnchorSizes, anchor_arrays, join_anchors
-from megatron_sfr.training.dataset import DataOptions
-from megatron_sfr.training.flow_term import FlowTerm, TermOptions
+from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
+from megatron_sfr.training.data.anchor_arrays import AnchorSizes, anchor_arrays, join_anchors
+from megatron_sfr.training.data.provider import DataOptions
 
 N, STRIDE, d, H = 15, 4, 10, 12  # of 15 tokens our weights (N - j) / 8 are exact in fp32
 BEFORE = 3  # tokens before the reply

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.data.prepared.conversations import Anchors
-from megatron_sfr.training.anchor_arrays import AnchorSizes, RowAnchors, anchor_arrays, entries_of_nearest, join_anchors
+from megatron_sfr.training.data.anchor_arrays import (
+    AnchorSizes,
+    RowAnchors,
+    anchor_arrays,
+    entries_of_nearest,
+    join_anchors,
+)
 
 HORIZONS, SAMPLE = 3, 41
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sfr.model.flow_head import FlowHead
-from megatron_sfr.training.smoothing import Smoothing
+from megatron_sfr.training.ema_write_back import Smoothing
 from tests.model.heads import make_head, randomised
 
 DECAY = 0.75

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.packing import deal, first_fit_decreasing, most_in_a_row
+from megatron_sfr.training.data.packing import deal, first_fit_decreasing, most_in_a_row
 
 CAPACITY = 20
 some_lengths = st.lists(st.integers(1, CAPACITY), max_size=40).map(lambda x: np.array(x, np.int64))

@@ -10,7 +10,7 @@ from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from megatron_sfr.runtime.parallel import scale_gradient
-from megatron_sfr.training.flow_term import FlowTerm, Term, TermOptions
+from megatron_sfr.training.auxiliary_loss import FlowTerm, Term, TermOptions
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -20,10 +20,10 @@ from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.training.corpus import open_corpus, token_dtype, write_index
-from megatron_sfr.training.dataset import build, dataset_config
+from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
+from megatron_sfr.training.data.provider import build, dataset_config
 from tests.distributed.tiny import write_prepared
-from tests.training.test_dataset import arguments
+from tests.training.data.test_provider import arguments
 
 INDEXED = Indexed(open_corpus, write_index, token_dtype)
 OPTIONS = DocumentOptions(stride=5, horizons=((1, 8), (9, 4)), min_segment_length=2)

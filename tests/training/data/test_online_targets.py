@@ -13,10 +13,10 @@ from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.runtime.cpu import CudaMeansCpu
-from megatron_sfr.training.dataset import build, dataset_config
-from megatron_sfr.training.online import OnlineTargets, needs_of
+from megatron_sfr.training.data.online_targets import OnlineTargets, needs_of
+from megatron_sfr.training.data.provider import build, dataset_config
 from tests.distributed.tiny import write_prepared
-from tests.training.test_dataset import arguments
+from tests.training.data.test_provider import arguments
 
 STORES = {"coarse": EmbedOptions(block_rows=64), "fine": EmbedOptions(block_rows=8), "cls": EmbedOptions(pooling="cls")}
 
@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(
-        "megatron_sfr.training.online.device", lambda: torch.device("cpu")
+        "megatron_sfr.training.data.online_targets.device", lambda: torch.device("cpu")
     )  # no backend is started here
 
 
@@ -76,7 +76,7 @@ class Pinned(TorchFunctionMode):
 def test_targets_for_a_gpu_are_read_into_pinned_memory(
     folders: list[Path], one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_sfr.training.online.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("megatron_sfr.training.data.online_targets.device", lambda: torch.device("cuda"))
     online = OnlineTargets(folders, "targets", lookahead=0, encoder_device="cpu", threads=1)
     try:
         with CudaMeansCpu(), Pinned() as pinned:

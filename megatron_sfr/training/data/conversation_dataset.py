@@ -16,9 +16,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
-from megatron_sfr.data.packing import Rows, deal, first_fit_decreasing, most_in_a_row
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
-from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, TargetReader, join_anchors
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, Fill, TargetReader, join_anchors
+from megatron_sfr.training.data.packing import Rows, deal, first_fit_decreasing, most_in_a_row
 
 logger = logging.getLogger(__name__)
 

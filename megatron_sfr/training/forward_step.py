@@ -22,12 +22,12 @@ from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_a
 from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, certainty, token_loss
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
-from megatron_sfr.training.attention import block_mask, packed_sequence
-from megatron_sfr.training.dataset import DataProvider
-from megatron_sfr.training.flow_term import Batch, FlowTerm, Term
+from megatron_sfr.training.attention_mask import block_mask, packed_sequence
+from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
+from megatron_sfr.training.data.provider import DataProvider
+from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers, token_power
 from megatron_sfr.training.lock_fork import LockFork
-from megatron_sfr.training.measure import GradientMeasurement, at_bound, flow_powers, token_power
-from megatron_sfr.training.metrics import pair
+from megatron_sfr.training.metrics_log import pair
 
 # The last stage's output for one microbatch: objective and cross-entropy [B, S], and the sums of the auxiliary loss.
 # Under bf16, upstream's wrapper converts it to plain tuples.

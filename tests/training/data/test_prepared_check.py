@@ -10,11 +10,11 @@ import pytest
 from megatron_sfr.assembly import unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.training.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
+from megatron_sfr.training.data.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
 from tests.data.stores import flip
 from tests.distributed.launch import torchrun
 from tests.distributed.tiny import write_documents, write_prepared, write_recipe
-from tests.training.test_dataset import arguments
+from tests.training.data.test_provider import arguments
 
 NEW = ("max_token_id", "reply_end_tokens", "corpus_files")
 

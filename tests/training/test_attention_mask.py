@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_sfr.training.attention import block_mask, packed_sequence
+from megatron_sfr.training.attention_mask import block_mask, packed_sequence
 
 
 def test_a_position_attends_to_itself_and_earlier_ones_of_its_document() -> None:

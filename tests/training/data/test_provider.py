@@ -11,8 +11,8 @@ from torch.utils.data import default_collate
 
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.training.conversations import PreparedDataset
-from megatron_sfr.training.dataset import build, dataset_config
+from megatron_sfr.training.data.conversation_dataset import PreparedDataset
+from megatron_sfr.training.data.provider import build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
 
 HORIZONS = ((1, 8), (5, 3))

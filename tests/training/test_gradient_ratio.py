@@ -12,8 +12,8 @@ from megatron_sfr.objectives.token.dft import DFT
 from megatron_sfr.objectives.token.gem import GEM, GEMOptions
 from megatron_sfr.objectives.token.sed import SED, SEDOptions
 from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, token_loss
-from megatron_sfr.training.flow_term import StepSums
-from megatron_sfr.training.measure import GradientMeasurement, flow_powers, token_power
+from megatron_sfr.training.auxiliary_loss import StepSums
+from megatron_sfr.training.gradient_ratio import GradientMeasurement, flow_powers, token_power
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

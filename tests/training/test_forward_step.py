@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_sfr.training.step import next_batch
+from megatron_sfr.training.forward_step import next_batch
 
 
 def test_changing_a_batch_does_not_change_upstreams_copy() -> None:

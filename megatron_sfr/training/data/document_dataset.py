@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes, Fill, RowAnchors, TargetReader
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, Fill, RowAnchors, TargetReader
 
 
 @dataclass

@@ -10,7 +10,7 @@ from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, largest
-from megatron_sfr.training.corpus import open_corpus
+from megatron_sfr.training.data.indexed_dataset import open_corpus
 
 
 def prepared_folders(args: Any) -> list[Path]:

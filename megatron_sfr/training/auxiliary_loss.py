@@ -26,7 +26,7 @@ from megatron_sfr.runtime.parallel import (
     tensor_rank,
     tensor_size,
 )
-from megatron_sfr.training.smoothing import Smoothing
+from megatron_sfr.training.ema_write_back import Smoothing
 
 Batch = dict[str, Tensor]
 DATASET_BITS = 36  # sample numbers of one dataset are below 2^36, those of the noise below 2^48

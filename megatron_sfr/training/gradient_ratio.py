@@ -15,7 +15,7 @@ from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.state import FlowState
 from megatron_sfr.objectives.token.token_loss import TokenObjective, logit_gradient
 from megatron_sfr.runtime.parallel import sum_over_tensor
-from megatron_sfr.training.flow_term import StepSums
+from megatron_sfr.training.auxiliary_loss import StepSums
 
 SMOOTHING = 0.5  # weight of a new measurement in the adaptive weight, in the log domain
 LARGEST_CHANGE = 10_000.0  # the adaptive weight stays within this factor of --sfr-weight

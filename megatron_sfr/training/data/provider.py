@@ -16,11 +16,11 @@ from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import holds_documents, horizons_of
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_last_stage
-from megatron_sfr.training.anchor_arrays import AnchorPlan, AnchorSizes
-from megatron_sfr.training.conversations import PreparedDataset, PreparedDatasetConfig
-from megatron_sfr.training.documents import DocumentDataset, DocumentDatasetConfig, contents_of
-from megatron_sfr.training.online import OnlineTargets, sampler_of
-from megatron_sfr.training.prepared_check import prepared_folders
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes
+from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
+from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, contents_of
+from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
+from megatron_sfr.training.data.prepared_check import prepared_folders
 
 Config = PreparedDatasetConfig | DocumentDatasetConfig
 

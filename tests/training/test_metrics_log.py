@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_sfr.training.metrics import JsonLines, cut_back, pair
+from megatron_sfr.training.metrics_log import JsonLines, cut_back, pair
 
 
 def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> None:
