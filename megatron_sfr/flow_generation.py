@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_sfr.data.chat.loss_mask import prompt_ids
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
-from megatron_sfr.evaluation.prompts import Prompt, ask, read_prompts
+from megatron_sfr.evaluation.generate.prompts import Prompt, ask, read_prompts
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.kernels.vocab_parallel import Vocab

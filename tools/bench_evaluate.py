@@ -11,11 +11,11 @@ from typing import Any
 
 from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-from megatron_sfr.evaluation import curves
-from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
-from megatron_sfr.evaluation.prompts import Asked, ask
-from megatron_sfr.evaluation.sampling import SamplingOptions
-from megatron_sfr.evaluation.style import Styled, StyleJudge
+from megatron_sfr.evaluation.compare import curves
+from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.generate.prompts import Asked, ask
+from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 
 PERSONAS = tuple(f"persona {letter}" for letter in "abcdefgh")
 SAMPLES = 20

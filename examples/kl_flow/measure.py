@@ -17,9 +17,9 @@ import numpy as np
 
 from examples.stdlib_cpt.corpus import texts
 from megatron_sfr import html
-from megatron_sfr.evaluation.bootstrap import Estimate, estimate
-from megatron_sfr.evaluation.sampling import Model, load_model
-from megatron_sfr.evaluation.tables import markdown_table
+from megatron_sfr.evaluation.compare.tables import markdown_table
+from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
+from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.runtime.backend import choose
 from megatron_sfr.storage.atomic import whole

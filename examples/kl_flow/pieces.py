@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_sfr.evaluation.sampling import load_model
+from megatron_sfr.evaluation.generate.transformers_engine import load_model
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 from megatron_sfr.simplex_sampling.options import METHODS, Method
 from megatron_sfr.storage.atomic import whole

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from megatron_sfr.evaluation.bootstrap import Estimate, estimate, interval, resamples
-from megatron_sfr.evaluation.sampling import Model
+from megatron_sfr.evaluation.generate.transformers_engine import Model
+from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate, interval, resamples
 
 Row = Sequence[int]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from megatron_sfr.denoiser import load_denoiser
-from megatron_sfr.evaluation.sampling import Model
+from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.flow_generation import SPLIT
 from megatron_sfr.kernels.vocab_parallel import Vocab

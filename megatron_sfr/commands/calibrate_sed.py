@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from megatron_sfr.data.prepared.conversations import PreparedData
-    from megatron_sfr.evaluation.calibration import CalibrationOptions, threshold, top_masses
-    from megatron_sfr.evaluation.sampling import load_model
+    from megatron_sfr.evaluation.generate.transformers_engine import load_model
+    from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, threshold, top_masses
 
     options = CalibrationOptions(
         top_k=args.top_k,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.data.targets.store import TargetStore
-    from megatron_sfr.diagnostics.examine import Head
-    from megatron_sfr.diagnostics.summary import Diagnosis
+    from megatron_sfr.evaluation.lock_fork.examine import Head
+    from megatron_sfr.evaluation.lock_fork.summary import Diagnosis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_sfr.commands.generate import model_folders
     from megatron_sfr.data.prepared.conversations import PreparedData
-    from megatron_sfr.diagnostics.examine import ExamineOptions, examine
-    from megatron_sfr.diagnostics.futures import FutureOptions
-    from megatron_sfr.diagnostics.labels import LabelOptions
-    from megatron_sfr.evaluation.calibration import CalibrationOptions, check_same_tokens
-    from megatron_sfr.evaluation.sampling import check_folder, load_model
+    from megatron_sfr.evaluation.generate.transformers_engine import check_folder, load_model
+    from megatron_sfr.evaluation.lock_fork.examine import ExamineOptions, examine
+    from megatron_sfr.evaluation.lock_fork.futures import FutureOptions
+    from megatron_sfr.evaluation.lock_fork.labels import LabelOptions
+    from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, check_same_tokens
     from megatron_sfr.storage.lock import hold
 
     labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
@@ -83,8 +83,8 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     import torch
 
     from megatron_sfr.data.targets.store import DEFAULT, TargetStore
-    from megatron_sfr.diagnostics.examine import Head
-    from megatron_sfr.diagnostics.futures import Scale
+    from megatron_sfr.evaluation.lock_fork.examine import Head
+    from megatron_sfr.evaluation.lock_fork.futures import Scale
     from megatron_sfr.hf.head_files import DESCRIPTION, load_head, read_description
     from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 
@@ -120,9 +120,9 @@ def _write(
 ) -> None:
     """The page, the numbers, and the table on the terminal."""
     from megatron_sfr.data.chat.tokenizer import load_tokenizer
-    from megatron_sfr.diagnostics.page import page
-    from megatron_sfr.diagnostics.summary import as_json, table
-    from megatron_sfr.evaluation.bootstrap import estimate
+    from megatron_sfr.evaluation.lock_fork.lock_fork_html import page
+    from megatron_sfr.evaluation.lock_fork.summary import as_json, table
+    from megatron_sfr.evaluation.scores.bootstrap import estimate
     from megatron_sfr.storage.atomic import whole
 
     rows = table(diagnosis, estimate)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from megatron_sfr.commands.generate import add_model_arguments, model_folders, sampling_options
 
 if TYPE_CHECKING:
-    from megatron_sfr.evaluation.prompts import Asked
-    from megatron_sfr.evaluation.style import StyleJudge
+    from megatron_sfr.evaluation.generate.prompts import Asked
+    from megatron_sfr.evaluation.scores.style import StyleJudge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,11 +76,11 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
 
 def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
     from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-    from megatron_sfr.evaluation.answers import Hardware
-    from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
-    from megatron_sfr.evaluation.prompts import limit, read_asked
-    from megatron_sfr.evaluation.report import Axes
-    from megatron_sfr.evaluation.run import evaluate
+    from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+    from megatron_sfr.evaluation.compare.evaluate import evaluate
+    from megatron_sfr.evaluation.compare.replies import Hardware
+    from megatron_sfr.evaluation.compare.report import Axes
+    from megatron_sfr.evaluation.generate.prompts import limit, read_asked
 
     asked = limit(read_asked(args.data), args.limit)
     if not asked:
@@ -112,7 +112,7 @@ def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
 
 def style_judge(asked: "Sequence[Asked]") -> "StyleJudge | None":
     """Trained on the replies of the data; None where they have one persona or one prompt only."""
-    from megatron_sfr.evaluation.style import Styled, StyleJudge
+    from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 
     rows = [Styled(entry.prompt.shared, entry.prompt.persona or "", text) for entry in asked for text in entry.texts]
     if len({row.persona for row in rows}) < 2 or len({row.shared for row in rows}) < 2:

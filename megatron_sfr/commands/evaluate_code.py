@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sfr.evaluation.tasks import Task
+    from megatron_sfr.evaluation.code.tasks import Task
 
 MOST_SECONDS, MOST_MIB = 86_400, 1 << 24
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.evaluation.tasks import read_tasks
+    from megatron_sfr.evaluation.code.tasks import read_tasks
     from megatron_sfr.storage.atomic import whole
     from megatron_sfr.storage.lock import hold
 
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
     """Scores the replies; writes and prints the result."""
-    from megatron_sfr.evaluation.code import as_json, as_markdown, read_replies, score
-    from megatron_sfr.evaluation.sandbox import MIB, Limits, isolation_here
+    from megatron_sfr.evaluation.code.sandbox import MIB, Limits, isolation_here
+    from megatron_sfr.evaluation.code.score import as_json, as_markdown, read_replies, score
     from megatron_sfr.storage.atomic import whole
 
     if args.processes < 1:

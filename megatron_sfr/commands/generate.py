@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_sfr.evaluation.prompts import Prompt
-    from megatron_sfr.evaluation.sampling import SamplingOptions
+    from megatron_sfr.evaluation.generate.prompts import Prompt
+    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.evaluation.prompts import ask, read_prompts
+    from megatron_sfr.evaluation.generate.prompts import ask, read_prompts
 
     if args.prompts is not None and args.persona is not None:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
@@ -69,7 +69,7 @@ def _write(
 
     from tqdm import tqdm
 
-    from megatron_sfr.evaluation.sampling import check_folder, record
+    from megatron_sfr.evaluation.generate.transformers_engine import check_folder, record
     from megatron_sfr.storage.provenance import contents_of
     from megatron_sfr.storage.resumable import is_finished, resumable
 
@@ -119,10 +119,10 @@ def _print(
 
 def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
     """(load_model, sample) of the engine; load_model takes a name and a folder, and warns of a model without end."""
-    from megatron_sfr.evaluation import sampling, vllm_sampling
-    from megatron_sfr.evaluation.end_tokens import warn_of_unknown_end
+    from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
+    from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
 
-    engine: Any = {"transformers": sampling, "vllm": vllm_sampling}[args.engine]
+    engine: Any = {"transformers": transformers_engine, "vllm": vllm_engine}[args.engine]
 
     def load_model(name: str, folder: Path) -> Any:
         model = engine.load_model(name, folder, device=args.device, dtype=args.dtype)
@@ -146,7 +146,7 @@ def model_folders(given: list[str]) -> dict[str, Path]:
 
 
 def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import
-    from megatron_sfr.evaluation.sampling import SamplingOptions
+    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
 
     return SamplingOptions(
         samples=args.samples,

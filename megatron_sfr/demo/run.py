@@ -19,12 +19,12 @@ from megatron_sfr.demo.scale import Scale
 from megatron_sfr.demo.tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
 from megatron_sfr.demo.world import PERSONAS, Row
-from megatron_sfr.evaluation.answers import Hardware
-from megatron_sfr.evaluation.curves import EvaluationOptions, Scorer
-from megatron_sfr.evaluation.prompts import Asked, ask, read_asked
-from megatron_sfr.evaluation.report import Axes
-from megatron_sfr.evaluation.run import evaluate
-from megatron_sfr.evaluation.sampling import SamplingOptions
+from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.compare.evaluate import evaluate
+from megatron_sfr.evaluation.compare.replies import Hardware
+from megatron_sfr.evaluation.compare.report import Axes
+from megatron_sfr.evaluation.generate.prompts import Asked, ask, read_asked
+from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config

@@ -4,8 +4,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from megatron_sfr.demo.world import World, is_right, parse, question_of
-from megatron_sfr.evaluation.prompts import Prompt
-from megatron_sfr.evaluation.quality import Judgement
+from megatron_sfr.evaluation.generate.prompts import Prompt
+from megatron_sfr.evaluation.scores.quality import Judgement
 
 
 @dataclass(frozen=True)

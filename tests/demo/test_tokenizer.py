@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_sfr.data.chat.conversation import encode
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
-from megatron_sfr.evaluation.prompts import group, read_asked
+from megatron_sfr.evaluation.generate.prompts import group, read_asked
 
 TEXTS = [row["messages"][-1]["content"] for row in World(topics=2).finetuning()]
 

@@ -23,8 +23,8 @@ from megatron_sfr.demo.world import (
     question_of,
     render,
 )
-from megatron_sfr.evaluation.prompts import ask
-from megatron_sfr.evaluation.quality import Judgement
+from megatron_sfr.evaluation.generate.prompts import ask
+from megatron_sfr.evaluation.scores.quality import Judgement
 
 WORLD = World()
 EVERY_MODE = [Mode(plan, reason) for topic in TOPICS.values() for plan in topic.plans for reason in REASONS]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from examples.dictionary_styles.study.plan import AXES, BASELINE, CHOOSING_SEED, Plan, Settings, candidates
 from examples.dictionary_styles.study.verdicts import mean_gap
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve
-from megatron_sfr.evaluation.curves import Curve
+from megatron_sfr.evaluation.compare.curves import Curve
 from megatron_sfr.storage.atomic import whole
 
 Table = dict[str, list[dict[str, object]]]

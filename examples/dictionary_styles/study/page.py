@@ -11,10 +11,10 @@ from examples.dictionary_styles.study.choice import Table
 from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Settings, judged
 from examples.dictionary_styles.study.verdicts import NO_EFFECT, Verdict
 from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
-from megatron_sfr.evaluation.curves import Curve, Loss
-from megatron_sfr.evaluation.plot import draw
-from megatron_sfr.evaluation.report import Report, summarise
-from megatron_sfr.evaluation.tables import columns, heads, markdown_table, score_rows
+from megatron_sfr.evaluation.compare.curves import Curve, Loss
+from megatron_sfr.evaluation.compare.plot import draw
+from megatron_sfr.evaluation.compare.report import Report, summarise
+from megatron_sfr.evaluation.compare.tables import columns, heads, markdown_table, score_rows
 from megatron_sfr.html import bullets, document, heading, image, note, table
 from megatron_sfr.storage.atomic import whole
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_sfr.evaluation.report import Axes
+from megatron_sfr.evaluation.compare.report import Axes
 
 Settings = Mapping[str, object]  # options of a recipe
 

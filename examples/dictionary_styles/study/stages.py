@@ -16,7 +16,7 @@ from examples.dictionary_styles.study import choice, cost, materials, page
 from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, Plan, Run, candidates, choose_arms, judged
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, JUDGING, Place, finish, read_curve
-from megatron_sfr.evaluation.curves import Curve
+from megatron_sfr.evaluation.compare.curves import Curve
 
 DESCRIPTION = "Run the study, or go on with it, and write its pages."
 

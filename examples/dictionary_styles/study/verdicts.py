@@ -1,8 +1,8 @@
 """What the seeds amount to: how far each arm's frontier lies from the baseline's, and whether that is more than noise.
 
-A frontier is a curve over temperatures (evaluation/frontier.py). An arm's curve is the mean of its seeds' curves; its
-interval resamples seeds and headwords together. How far apart two seeds of the baseline lie is the noise of training,
-which an effect has to exceed before it is called one.
+A frontier is a curve over temperatures (evaluation/compare/frontier.py). An arm's curve is the mean of its seeds'
+curves; its interval resamples seeds and headwords together. How far apart two seeds of the baseline lie is the noise of
+training, which an effect has to exceed before it is called one.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from itertools import combinations
 
 import numpy as np
 
-from megatron_sfr.evaluation.bootstrap import DRAWS, Estimate, interval
-from megatron_sfr.evaluation.curves import Curve
-from megatron_sfr.evaluation.frontier import gap
-from megatron_sfr.evaluation.report import Axes
+from megatron_sfr.evaluation.compare.curves import Curve
+from megatron_sfr.evaluation.compare.frontier import gap
+from megatron_sfr.evaluation.compare.report import Axes
+from megatron_sfr.evaluation.scores.bootstrap import DRAWS, Estimate, interval
 
 NO_EFFECT = "no difference beyond noise"
 

@@ -16,11 +16,11 @@ import numpy as np
 from examples.dictionary_styles.selection import draw
 from examples.dictionary_styles.study.plan import Plan, Run
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-from megatron_sfr.evaluation.answers import Answers, Hardware, answers
-from megatron_sfr.evaluation.curves import Curve, EvaluationOptions, Loss, Scorer
-from megatron_sfr.evaluation.prompts import Asked, limit, read_asked
-from megatron_sfr.evaluation.sampling import SamplingOptions, record
-from megatron_sfr.evaluation.style import Styled, StyleJudge
+from megatron_sfr.evaluation.compare.curves import Curve, EvaluationOptions, Loss, Scorer
+from megatron_sfr.evaluation.compare.replies import Answers, Hardware, answers
+from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
+from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions, record
+from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 from megatron_sfr.storage.atomic import whole
 
 HERE = Path(__file__).parent

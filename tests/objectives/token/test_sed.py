@@ -1,5 +1,5 @@
 """SED's properties S1 to S4 (arXiv 2602.07464). S5, equality over shards and ties, is in test_shards.py; S6 and S7, on
-the threshold's calibration, in tests/evaluation/test_calibration.py.
+the threshold's calibration, in tests/evaluation/test_sed_threshold.py.
 
 Shapes: T tokens, V columns.
 """

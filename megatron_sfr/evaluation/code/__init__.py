@@ -1,0 +1,1 @@
+"""Programming tasks: replies run in a sandbox, scored by pass@k."""

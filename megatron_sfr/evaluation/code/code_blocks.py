@@ -1,0 +1,129 @@
+"""The code of a reply: which of its fenced blocks is the solution, as chat models and base models write them."""
+
+import ast
+import re
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_sfr.evaluation.generate.thinking import without_thoughts
+
+OPENING = re.compile(r"(?P<indent>[ \t]*)(?:[-*+>]|\d+[.)])?[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>.*)")
+PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # not python-repl, pycon, pyproject
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+CONSTRUCTORS = {"float", "int", "set", "dict", "list", "tuple", "range", "pow", "defaultdict", "Counter", "deque"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. is_python: by its language; None without a language."""
+
+    code: str
+    is_python: bool | None
+
+
+def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") -> str:
+    """The solution in a reply.
+
+    Thoughts (`<think>...</think>`) are dropped. The solution is the last block that defines one of the wanted names;
+    else the text before the first fence, where it completes the prompt; else the last block in Python; else the last
+    block without a language; else the whole reply. Earlier blocks of imports and definitions alone stand before it.
+
+    Args:
+        reply: The model's text.
+        defines: Names of which the solution defines one; none for a program of standard input and output.
+        prompt: Code that the reply may complete.
+    """
+    text = without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n")
+    fences = [i for i, line in enumerate(text.split("\n")) if _opens(line)]
+    completes = prompt and text.lstrip("\n")[:1] in " \t" and text.strip()
+    if not fences or (completes and parses(prompt + text)) or ("~~~" not in text and parses(text)):
+        return text  # no fence, or none outside a string
+    blocks = [block for block in _blocks(text) if block.is_python is not False]
+    wanted = [block for block in blocks if any(_defines(block.code, name) for name in defines)]
+    if wanted:
+        return _with_definitions(blocks, wanted[-1], defines)
+    before = "".join(line + "\n" for line in text.split("\n")[: fences[0]])
+    if completes and before.strip() and parses(prompt + before):
+        return before
+    named = [block for block in blocks if block.is_python]
+    if named:
+        return _with_definitions(blocks, named[-1], defines)
+    unnamed = [block for block in blocks if parses(block.code)] or blocks
+    return unnamed[-1].code if unnamed else text
+
+
+def parses(code: str) -> bool:
+    """Whether it is Python."""
+    return _tree(code) is not None
+
+
+def _tree(code: str) -> ast.Module | None:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, deep nesting
+        return None
+
+
+def _defines(code: str, name: str) -> bool:
+    """Whether a function or class of this name, or a variable, is defined at the left margin; of broken code too."""
+    return (
+        re.search(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=[^=]", code, re.M)
+        is not None
+    )
+
+
+def _with_definitions(blocks: Sequence[Block], chosen: Block, defines: Collection[str]) -> str:
+    """The chosen block after the earlier ones that only import and define, drafts of the solution left out."""
+    if not parses(chosen.code):  # the body of a function, say
+        return chosen.code
+    earlier = [block.code for block in blocks[: blocks.index(chosen)] if _only_defines(block.code)]
+    return "".join(code for code in earlier if not any(_defines(code, name) for name in defines)) + chosen.code
+
+
+def _only_defines(code: str) -> bool:
+    tree = _tree(code)
+    return tree is not None and all(map(_is_definition, tree.body))
+
+
+def _is_definition(statement: ast.stmt) -> bool:
+    """An import, a function, a class, or a constant: what runs nothing of the program."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
+        return all(isinstance(call, ast.Name) and call.id in CONSTRUCTORS for call in calls)
+    return isinstance(statement, DEFINITIONS)
+
+
+def _opens(line: str) -> re.Match[str] | None:
+    found = OPENING.fullmatch(line)
+    return found if found and not (found["fence"][0] == "`" and "`" in found["info"]) else None
+
+
+def _blocks(text: str) -> Iterator[Block]:
+    """Fenced blocks as in CommonMark; a block that the reply's end cuts off counts.
+
+    In Python a closing fence inside a docstring is passed over, where only a later one leaves code that parses.
+    """
+    lines = text.removesuffix("\n").split("\n")
+    i = 0
+    while i < len(lines):
+        found = _opens(lines[i])
+        i += 1
+        if not found:
+            continue
+        close = re.compile(rf"[ \t>]*{re.escape(found['fence'])}{re.escape(found['fence'][0])}*[ \t]*")
+        ends = [j for j in range(i, len(lines)) if close.fullmatch(lines[j])] or [len(lines)]
+        info = found["info"].strip()
+        is_python = bool(PYTHON.match(info)) if info else None
+        codes = [_unindented(lines[i:end], found["indent"]) for end in ends[: 1 if is_python is False else 4]]
+        whole = next((j for j, code in enumerate(codes) if parses(code)), 0)
+        yield Block(codes[whole], is_python)
+        i = ends[whole] + 1
+
+
+def _unindented(lines: Sequence[str], indent: str) -> str:
+    """Lines of a block without the indentation of its fence, nor any other that keeps a module from parsing."""
+    code = "".join(line.removeprefix(indent) + "\n" for line in lines)
+    flush = textwrap.dedent(code)
+    is_module = re.match(r"\s*(?:@|def |async def |class |import |from )", flush)
+    return flush if is_module and not parses(code) and parses(flush) else code

@@ -1,0 +1,245 @@
+"""One curve for each model: replies sampled at every temperature, every score kept prompt by prompt."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_sfr.data.targets.encoder import Encoder
+from megatron_sfr.evaluation.compare.replies import Answers, Questions
+from megatron_sfr.evaluation.generate.prompts import Asked
+from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.scores.diversity import (
+    cross_style_bleu,
+    distinct_n,
+    embedding_spread,
+    self_bleu,
+    self_bleu_all,
+    vendi_score,
+)
+from megatron_sfr.evaluation.scores.metrics import CROSS_STYLE_ORDERS
+from megatron_sfr.evaluation.scores.modes import THRESHOLD, mode_coverage
+from megatron_sfr.evaluation.scores.quality import Truth, context_relevance, relevance, style_match, true_scores
+from megatron_sfr.evaluation.scores.repetition import LOOP, loop_share
+from megatron_sfr.evaluation.scores.style import StyleJudge
+from megatron_sfr.evaluation.scores.tokenizers import CHOICES, Choice, bleu_metric, resolved
+
+Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
+AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can be held against other real replies only
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is sampled and how much of it the quadratic and the slow metrics look at."""
+
+    sampling: SamplingOptions
+    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 1.3)
+    pairs: int = 16  # BLEU comparisons: for each prompt and persona (self-BLEU), for each prompt (cross-style BLEU)
+    embedded: int = 4  # replies embedded for each prompt and persona
+    embedded_prompts: int = 32  # shared prompts whose replies are embedded
+    mode_threshold: float = THRESHOLD
+    bleu_tokenize: Choice = "auto"  # auto: by the script of prompts and real replies
+    one_temperature: bool = False  # diversity at one temperature says little: it has to be asked for
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError("temperatures: give at least one, each once")
+        if len(self.temperatures) < 2 and not self.one_temperature:
+            raise ValueError(
+                "one temperature cannot tell diversity from a warmer model: give two or more, "
+                "or insist with --one-temperature"
+            )
+        if self.bleu_tokenize not in CHOICES:
+            raise ValueError(f"bleu_tokenize is {self.bleu_tokenize!r}; choose one of {', '.join(CHOICES)}")
+        for name in ("pairs", "embedded", "embedded_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Token-level loss at temperature 1, by shared prompt: sum of -ln p [P] and tokens [P]."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Nats a token [P]; NaN for a prompt without replies in this set."""
+        return self.nll / np.where(self.tokens > 0, self.tokens, np.nan)
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.nll + other.nll, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A model over the temperatures: each score [T, P], and its losses on real replies, by named set and by persona."""
+
+    model: str
+    temperatures: tuple[float, ...]
+    scores: Scores
+    losses: dict[str, Loss]
+    personas: dict[str, Loss]
+
+
+class Scorer:
+    """Everything about the data that does not depend on a model: the grouping by shared prompt, references embedded."""
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        sets: Mapping[str, Sequence[Asked]],
+        options: EvaluationOptions,
+        encoder: Encoder,
+        truth: Truth | None = None,
+        judge: StyleJudge | None = None,
+    ) -> None:
+        """asked: the prompts, with the replies that relevance and style refer to; sets: replies for the loss."""
+        self.asked, self.options = asked, options
+        self._sets, self._encoder, self._truth, self._judge = sets, encoder, truth, judge
+        self._cells: dict[str, list[int]] = defaultdict(list)
+        for i, entry in enumerate(asked):
+            self._cells[entry.prompt.shared].append(i)
+        self.prompts = list(self._cells)
+        count = min(options.embedded_prompts, len(self.prompts))
+        self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
+        texts = (text for entry in asked for text in (entry.prompt.question, *entry.texts))
+        self.tokenizer = resolved(options.bleu_tokenize, texts)
+        bleu_metric(1, self.tokenizer)  # fails now, not after sampling, where it is not installed
+        self._references = self._embed([entry.texts for entry in asked])
+        self._questions = self._embed([[entry.prompt.question] for entry in asked])
+
+    def questions(self) -> Questions:
+        """What every model is asked."""
+        options = self.options
+        return Questions(
+            prompts=[entry.prompt for entry in self.asked],
+            sweep=[replace(options.sampling, temperature=temperature) for temperature in options.temperatures],
+            sets={name: [c for entry in asked for c in entry.references] for name, asked in self._sets.items()},
+        )
+
+    def notes(self) -> list[str]:
+        """What the numbers are made of, and how much of it the capped scores look at."""
+        options = self.options
+        return [
+            f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona, {options.sampling.samples} "
+            "replies to each pair at each temperature; models share random numbers.",
+            f"BLEU is quadratic in the replies and capped: at most {options.pairs} comparisons, drawn by seed, a pair "
+            "(self-BLEU-4, pairwise) or a prompt (CS-SB). self-BLEU-4 all (Zhu et al. 2018) reads every reply.",
+            f"BLEU's tokens: sacrebleu's {self.tokenizer} "
+            f"({'by the text' if options.bleu_tokenize == 'auto' else 'as asked'}); distinct-2 counts "
+            + ("words between spaces." if self.tokenizer in ("13a", "intl") else "the same tokens."),
+            f"What is embedded (relevance, style, context, modes, spread, Vendi): {options.embedded} replies a pair on "
+            f"{len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. Modes "
+            f"are clusters of real replies at cosine {options.mode_threshold:g}. A loop has {LOOP} words or more.",
+            "real: the data's own replies, judged as a model's; against other real replies where a score needs them. "
+            "Their number differs from the models', and with it what grows with numbers.",
+        ]
+
+    def scores(self, replies: Sequence[Sequence[str]]) -> Scores:
+        """Every score of one model at one temperature; replies [entries of asked][samples]."""
+        vectors = self._embed([texts[: self.options.embedded] for texts in replies])
+        return self._score(replies, vectors, self._references)
+
+    def real(self) -> Scores:
+        """Every score of the real replies themselves, judged as a model's are.
+
+        Where a score refers to real replies, every other one is held against the rest; NaN where a prompt has one.
+        """
+        texts, vectors = [entry.texts for entry in self.asked], self._references
+        held, rest = ([rows[start::2] for rows in vectors] for start in (1, 0))
+        halves = self._score([row[1::2] for row in texts], held, rest)
+        return self._score(texts, vectors, vectors) | {name: halves[name] for name in AGAINST_REFERENCES}
+
+    def curve(self, answers: Answers) -> Curve:
+        """Every score of a model at every temperature, and its losses."""
+        scores = [self.scores([[reply.text for reply in row] for row in rows]) for rows in answers.replies]
+        stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
+        losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
+        nothing = Loss(*np.zeros((2, len(self.prompts))))
+        whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
+        personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
+        spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
+        return Curve(answers.model, self.options.temperatures, stacked, whole, spoken)
+
+    def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
+        """Losses of a set's replies for each persona, gathered by shared prompt."""
+        place = {shared: i for i, shared in enumerate(self.prompts)}
+        entries = [entry for entry in self._sets[name] for _ in entry.references]
+        index = np.array([place[entry.prompt.shared] for entry in entries], dtype=int)
+        speaker = np.array([entry.prompt.persona or "" for entry in entries], dtype=object)
+        return {
+            persona: Loss(*(np.bincount(index, values * (speaker == persona), len(place)) for values in (nll, tokens)))
+            for persona in sorted(set(speaker))
+        }
+
+    def _score(
+        self, replies: Sequence[Sequence[str]], vectors: Sequence[np.ndarray], references: Sequence[np.ndarray]
+    ) -> Scores:
+        """Scores by shared prompt; replies, their vectors and the references by entry of asked."""
+        rows = [self._score_prompt(cells, replies, vectors, references) for cells in self._cells.values()]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def _score_prompt(
+        self,
+        cells: Sequence[int],
+        replies: Sequence[Sequence[str]],
+        vectors: Sequence[np.ndarray],
+        references: Sequence[np.ndarray],
+    ) -> dict[str, float]:
+        """Scores of one shared prompt: means over its personas, and the comparison between them."""
+        real = {self.asked[i].prompt.persona or "": references[i] for i in cells}
+        by_cell = [self._score_cell(i, replies[i], vectors[i], real) for i in cells]
+        means = {name: _mean([row[name] for row in by_cell]) for name in by_cell[0]}
+        by_persona = {self.asked[i].prompt.persona or "": replies[i] for i in cells}
+        seed = self.asked[cells[0]].prompt.key
+        for n in CROSS_STYLE_ORDERS:
+            means[f"CS-SB-{n}"] = cross_style_bleu(
+                by_persona, n, pairs=self.options.pairs, seed=seed, tokenizer=self.tokenizer
+            )
+        return means
+
+    def _score_cell(
+        self, i: int, texts: Sequence[str], vectors: np.ndarray, references: Mapping[str, np.ndarray]
+    ) -> dict[str, float]:
+        prompt = self.asked[i].prompt
+        persona = prompt.persona or ""
+        judge = self._judge
+        true = true_scores(self._truth, prompt, texts) if self._truth else {}
+        return true | {
+            "style fidelity": judge.share(prompt.shared, persona, texts) if judge else float("nan"),
+            "relevance": relevance(vectors, references[persona]),
+            "style": style_match(vectors, persona, references),
+            "context": context_relevance(vectors, self._questions[i]),
+            "loops": loop_share(texts),
+            "modes": mode_coverage(vectors, references[persona], self.options.mode_threshold),
+            "distinct-2": distinct_n(texts, 2, self.tokenizer),
+            "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key, tokenizer=self.tokenizer),
+            "self-BLEU-4 all": self_bleu_all(texts, 4, self.tokenizer),
+            "empty": _mean([float(not text.strip()) for text in texts]),
+            "spread": embedding_spread(vectors),
+            "Vendi": vendi_score(vectors),
+        }
+
+    def _embed(self, rows: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Unit vectors [texts, dim] for the texts of each entry of asked, none where its prompt is not embedded.
+
+        Each distinct text is encoded once, long with long.
+        """
+        texts = [
+            row if entry.prompt.shared in self._embedded else [] for entry, row in zip(self.asked, rows, strict=True)
+        ]
+        distinct = sorted({text for row in texts for text in row}, key=len)
+        vector: dict[str, np.ndarray] = {}
+        for start in range(0, len(distinct), 64):
+            batch = distinct[start : start + 64]
+            vector |= dict(zip(batch, self._encoder.encode(batch), strict=True))
+        empty = np.zeros((0, self._encoder.identity.dim), np.float32)
+        return [np.stack([vector[text] for text in row]) if row else empty for row in texts]
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

@@ -1,0 +1,91 @@
+"""What is asked of a model and what it answers: replies at every temperature, and its loss on sets of real replies.
+
+Several models can answer side by side, each in a process of its own: small models on a CPU are faster that way.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_sfr.data.chat.conversation import Conversation
+from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
+from megatron_sfr.evaluation.generate.prompts import Prompt
+from megatron_sfr.evaluation.generate.transformers_engine import Sampled, SamplingOptions, load_model, sample
+from megatron_sfr.evaluation.scores.quality import negative_log_likelihood
+from megatron_sfr.runtime.lifetime import end_with_parent
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The same for every model: prompts, one way to sample for each temperature, and named sets of real replies."""
+
+    prompts: Sequence[Prompt]
+    sweep: Sequence[SamplingOptions]
+    sets: Mapping[str, Sequence[Conversation]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Replies [temperatures][prompts][samples]; for each set -ln p [conversations] and supervised tokens."""
+
+    model: str
+    replies: list[list[list[Sampled]]]
+    losses: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where models run: torch's names of a device (None: a GPU if there is one) and of a dtype, models side by side."""
+
+    device: str | None = None
+    dtype: str = "auto"
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}; give at least 1")
+
+
+def answers(folders: Mapping[str, Path], questions: Questions, hardware: Hardware) -> list[Answers]:
+    """Every model's answers, in the order of the models."""
+    tasks = [(name, folder, questions, hardware, place) for place, (name, folder) in enumerate(folders.items())]
+    processes = min(hardware.processes, len(tasks))
+    if processes == 1:
+        return [_answer(*task) for task in tasks]
+    spawn = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, spawn, _begin, (threads, spawn.RLock())) as pool:
+        return list(pool.map(_answer, *zip(*tasks, strict=True)))
+
+
+def _begin(threads: int, lock: object) -> None:
+    import torch
+
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told once, by the parent
+    torch.set_num_threads(threads)
+    tqdm.set_lock(lock)
+
+
+def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, place: int) -> Answers:
+    model = load_model(name, folder, device=hardware.device, dtype=hardware.dtype)
+    warn_of_unknown_end(folder, model.tokenizer, model.end_tokens)
+    total = len(questions.prompts) * sum(options.samples for options in questions.sweep)
+    position = place if hardware.processes > 1 else None
+    replies = []
+    with tqdm(total=total, desc=name, unit="reply", dynamic_ncols=True, position=position) as bar:
+        for options in questions.sweep:
+            rows: list[list[Sampled]] = [[] for _ in questions.prompts]
+            for p, reply in sample(model, questions.prompts, options):
+                rows[p].append(reply)
+                bar.update()
+            replies.append(rows)
+    losses = {label: negative_log_likelihood(model, replies_) for label, replies_ in questions.sets.items()}
+    return Answers(name, replies, losses)

@@ -1,0 +1,124 @@
+"""A report as text for the terminal, as Markdown and as JSON; files are written whole or not at all."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_sfr.evaluation.compare.report import Report, verdict
+from megatron_sfr.evaluation.scores.bootstrap import Estimate
+from megatron_sfr.evaluation.scores.metrics import METRICS, metric
+
+MARKUP = re.compile(r"[\\`*_|~$]|\](?=[(\[])")  # of GitHub's Markdown, within a line
+INTERVALS = (
+    "Intervals are 95 % bootstrap intervals over {n} prompts; they cover prompts and sampling, not training seeds."
+)
+
+
+def terminal(report: Report) -> str:
+    """The table for the terminal (mean ± half the interval), the losses, and what the comparison says."""
+    names = [name for name in columns(report) if not metric(name).detail]
+    heads = [name.rpartition(" ") for name in names]  # "coverage, far" takes two lines
+    rows = [["", "", *(head[0] for head in heads)], ["model", "T", *(head[2] for head in heads)]]
+    rows += score_rows(report, names, _short)
+    parts = [_aligned(rows), "± is half of the interval. " + INTERVALS.format(n=report.prompts), *report.notes]
+    for title, table in loss_tables(report, _short):
+        parts += ["", title, _aligned(table)]
+    return "\n".join([*parts, "", *map(verdict, report.gaps)])
+
+
+def markdown(report: Report, title: str, picture: str) -> str:
+    """The same as a page, with full intervals."""
+    names = columns(report)
+    lines = [f"# {escaped(title)}", "", f"![frontiers]({picture})", ""]
+    lines += [*(f"- {escaped(verdict(gap))}" for gap in report.gaps), ""]
+    lines += markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
+    lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{escaped(note)}" for note in report.notes)]
+    for caption, table in loss_tables(report, str):
+        lines += ["", f"{caption}:", "", *markdown_table(table)]
+    lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(report: Report, record: Mapping[str, object]) -> str:
+    """Everything, numbers in full; what has no value is null. record: what made it, beside the report's own keys."""
+    content = asdict(report) | {"verdicts": [verdict(gap) for gap in report.gaps]} | dict(record)
+    return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def columns(report: Report) -> list[str]:
+    """Scores that have a value for some model: those of quality first, so that no diversity is read alone."""
+    every = next(iter(report.scores.values()))
+    known = [name for name in every if any(e.n for scores in report.scores.values() for e in scores[name])]
+    place = {name: i for i, name in enumerate(METRICS)}
+    return sorted(known, key=lambda name: (metric(name).kind == "diversity", place[name.partition(",")[0]]))
+
+
+def heads(report: Report, names: Sequence[str]) -> list[str]:
+    """Each score with n, the number of prompts that have a value."""
+    counts = [{e.n for scores in report.scores.values() for e in scores[name]} for name in names]
+    return [f"{name} (n={'–'.join(map(str, sorted({min(n), max(n)})))})" for name, n in zip(names, counts, strict=True)]
+
+
+def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list[str]]:
+    """Model, temperature, scores; the row of the real replies first, if there are any."""
+    if any(report.real[name].n for name in names if name in report.real):
+        yield ["real", "-", *(show(report.real[name]) for name in names)]
+    for model, scores in report.scores.items():
+        for t, temperature in enumerate(report.temperatures):
+            yield [model, f"{temperature:g}", *(show(scores[name][t]) for name in names)]
+
+
+def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]]]]:
+    """(title, table) of the losses by set of replies, and of the perplexities by persona."""
+    for title, found in (
+        ("Loss on real replies (nats a token, temperature 1)", report.losses),
+        ("Perplexity of each persona's real replies", report.perplexities),
+    ):
+        if names := list(next(iter(found.values()))):
+            rows = [[model, *map(show, values.values())] for model, values in found.items()]
+            yield title, [["model", *(name or "no persona" for name in names)], *rows]
+
+
+def direction(name: str) -> str:
+    """Which way is better, where less is."""
+    if not metric(name).lower:
+        return ""
+    return " (lower is more diverse)" if metric(name).kind == "diversity" else " (lower is better)"
+
+
+def _short(estimate: Estimate) -> str:
+    if not estimate.n:
+        return "-"
+    mean, half = (f"{value:.3f}".removeprefix("0") for value in (estimate.mean, (estimate.high - estimate.low) / 2))
+    return f"{mean}±{half}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the head; a cell's bars and line breaks do not end it."""
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in cells]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def escaped(text: str) -> str:
+    """Text from data in one line of Markdown that shows as it stands: no markup, HTML, link, or end of a cell."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Sampling replies: prompts, and the engines that answer them."""

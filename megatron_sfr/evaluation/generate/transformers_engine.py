@@ -1,0 +1,283 @@
+"""Replies sampled from a Hugging Face model, in batches, with random numbers that belong to the reply.
+
+Token s of sample i for a prompt is drawn by one uniform number u(seed, prompt, i, s) through the inverse of the model's
+cumulative distribution. So a reply does not depend on what else is in its batch (but for rounding), and all models and
+temperatures share random numbers.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sfr.data.chat.loss_mask import prompt_ids
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
+from megatron_sfr.evaluation.generate.prompts import Prompt
+from megatron_sfr.evaluation.generate.thinking import without_empty_thought
+from megatron_sfr.runtime.devices import usable_device
+from megatron_sfr.runtime.noise import uniform
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import loading, shown
+
+STREAM = 2  # training uses 0 and 1 of the same generator
+KEPT = 0.75  # ended rows are dropped once fewer than this share go on: dropping copies the whole cache
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How replies are drawn. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing off."""
+
+    samples: int = 8
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} replies a prompt can be told apart")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One reply. logprob: sum of ln p over its tokens (the end token among them) at temperature 1, nothing cut off."""
+
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    finished: bool  # False: cut off at max_new_tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model in evaluation, with its tokenizer and the tokens that end a reply."""
+
+    name: str
+    network: Any
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+
+
+def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
+    """The model and tokenizer of a Hugging Face folder; none of its code is run. device None: a GPU if there is one."""
+    check_folder(folder)
+    place = usable_device(device)
+    tokenizer = load_tokenizer(str(folder))
+    network = load_network(folder, dtype, place)
+    ends = end_tokens(network.generation_config.eos_token_id, tokenizer, folder)
+    return Model(name, network, tokenizer, ends)
+
+
+def load_network(folder: Path, dtype: str, device: str) -> Any:
+    """The causal language model of a Hugging Face folder, in evaluation; ValueError where its files are damaged."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {shown(dtype)} is unknown; choose {', '.join(DTYPES)}")
+    disable_progress_bar()
+    with loading(f"cannot load the model in {folder}", "files are damaged or do not belong together: export it again"):
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
+        with torch.inference_mode():  # a config.json of odd types may fail here only
+            network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=True)
+    return network
+
+
+def end_tokens(named: object, tokenizer: Any, folder: Path) -> tuple[int, ...]:
+    """The tokens that end a reply, as the generation config names them, else the tokenizer; ValueError without any."""
+    ends = tokenizer.eos_token_id if named is None else named
+    if ends is None:
+        raise ValueError(f"{folder} names no end token; set eos_token_id in generation_config.json")
+    listed = ends if isinstance(ends, list) else [ends]
+    if not listed or not all(type(end) is int and end >= 0 for end in listed):
+        raise ValueError(
+            f"{folder}/generation_config.json: eos_token_id is {shown(ends)}; give the id of a token, or a list of them"
+        )
+    return tuple(listed)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where a folder cannot be a Hugging Face model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
+
+
+def sample(
+    model: Model, prompts: Sequence[Prompt], options: SamplingOptions, *, start: int = 0
+) -> Iterator[tuple[int, Sampled]]:
+    """(index of the prompt, reply), `options.samples` of each prompt, batch by batch; short prompts come first.
+
+    The first `start` replies, whole batches, are left out.
+    """
+    ids = [token_ids(model.tokenizer, prompt) for prompt in prompts]
+    rows = in_order(ids, options.samples)
+    for begin in range(start, len(rows), options.batch_size):
+        batch = rows[begin : begin + options.batch_size]
+        yield from zip((p for p, _ in batch), _sample_batch(model, prompts, ids, batch, options), strict=True)
+
+
+def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]]:
+    """(index of the prompt, sample) of every reply, short prompts first."""
+    return [(p, s) for p in sorted(range(len(ids)), key=lambda p: len(ids[p])) for s in range(samples)]
+
+
+def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
+    """A reply as a row of JSONL."""
+    return {
+        "model": name,
+        "prompt": prompt.shared,
+        "question": prompt.question,
+        "persona": prompt.persona,
+        "sample": reply.sample,
+        "seed": options.seed,
+        "temperature": options.temperature,
+        "text": reply.text,
+        "tokens": len(reply.tokens),
+        "logprob": round(reply.logprob, 4),
+        "finished": reply.finished,
+    }
+
+
+def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """Tokens [B] and their ln p at temperature 1 [B]: the inverse of the cumulative distribution at u in (0, 1)."""
+    log_p_BV = logits_BV.float().log_softmax(dim=-1)
+    if options.temperature == 0:
+        token_B = log_p_BV.argmax(dim=-1)
+    else:
+        p_BV = _cut((log_p_BV / options.temperature).softmax(dim=-1), options).double()
+        total_BV = p_BV.cumsum(dim=-1)
+        # right=True passes over tokens of probability 0; u < 1 keeps the last one with any in reach.
+        token_B = torch.searchsorted(total_BV, u_B.double()[:, None] * total_BV[:, -1:], right=True)[:, 0]
+    if not bool(log_p_BV.amax(dim=-1).isfinite().all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged, or overflow in this --dtype")
+    return token_B, log_p_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
+    """Zero outside the top_k likeliest tokens and outside the fewest likeliest tokens that hold top_p."""
+    if not options.top_k and options.top_p == 1:
+        return p_BV
+    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
+    keep_BV = before_BV < options.top_p
+    if options.top_k:
+        keep_BV[:, options.top_k :] = False
+    return torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
+
+
+def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt by the tokenizer's template, up to where the reply begins. ValueError where there is none."""
+    try:
+        ids = prompt_ids(prompt.turns(), tokenizer)
+    except RowError as error:
+        raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
+    if not ids:
+        raise ValueError(f"the prompt {shown(prompt.question)}: the chat template writes nothing for it; correct it")
+    return ids
+
+
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """A reply's text, without special tokens and without an empty thought at its start."""
+    return without_empty_thought(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: Model,
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
+    rows: Sequence[tuple[int, int]],
+    options: SamplingOptions,
+) -> list[Sampled]:
+    """Replies for rows (prompt, sample): each prompt is read once, then all rows advance together until they end."""
+    device = model.network.device
+    distinct = list(dict.fromkeys(p for p, _ in rows))
+    row_B = torch.tensor([distinct.index(p) for p, _ in rows], device=device)
+    state = _read([ids[p] for p in distinct], model)
+    state.select(row_B)
+    key_B = torch.tensor([prompts[p].key for p, _ in rows], device=device)
+    draw_B = torch.tensor([s for _, s in rows], device=device)
+    ends = torch.tensor(model.end_tokens, device=device)
+    tokens: list[list[int]] = [[] for _ in rows]
+    logprobs = [0.0] * len(rows)
+    held_B = torch.arange(len(rows), device=device)
+    live_B = torch.ones_like(held_B, dtype=torch.bool)
+    for step in range(options.max_new_tokens):
+        u_B = uniform(options.seed, key_B[held_B], torch.full_like(held_B, step), draw_B[held_B], stream=STREAM)
+        token_B, logp_B = choose(state.logits_BV, u_B, options)
+        drawn = (x[live_B].tolist() for x in (held_B, token_B, logp_B))
+        for row, token, logp in zip(*drawn, strict=True):
+            tokens[row].append(token)
+            logprobs[row] += logp
+        live_B = live_B & ~torch.isin(token_B, ends)
+        if not live_B.any() or step + 1 == options.max_new_tokens:
+            break
+        if live_B.float().mean() <= KEPT:
+            state.select(live_B.nonzero()[:, 0])
+            held_B, token_B, live_B = held_B[live_B], token_B[live_B], live_B[live_B]
+        state.advance(token_B, model)
+    texts = [decoded(model.tokenizer, row) for row in tokens]
+    return [
+        Sampled(s, text, tuple(row), logprob, row[-1] in model.end_tokens)
+        for (_, s), text, row, logprob in zip(rows, texts, tokens, logprobs, strict=True)
+    ]
+
+
+@dataclass
+class _State:
+    """What the model has read so far in each row: its key-value cache, which positions are not padding, next logits."""
+
+    cache: Any
+    mask_BL: Tensor
+    logits_BV: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may come more than once."""
+        self.cache.batch_select_indices(rows)
+        self.mask_BL, self.logits_BV = self.mask_BL[rows], self.logits_BV[rows]
+
+    def advance(self, token_B: Tensor, model: Model) -> None:
+        """Reads one more token in each row."""
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(token_B), 1)], dim=1)
+        place_B1 = self.mask_BL.sum(dim=1, keepdim=True) - 1
+        self.logits_BV = _forward(model, token_B[:, None], place_B1, self.mask_BL, self.cache)
+
+
+def _read(ids: Sequence[list[int]], model: Model) -> _State:
+    """Reads prompts side by side, padded on the left so that all of them end together."""
+    from transformers import DynamicCache
+
+    length = max(map(len, ids))
+    device = model.network.device
+    tokens_BL = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=device)
+    mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    place_BL = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.network.config)
+    return _State(cache, mask_BL, _forward(model, tokens_BL, place_BL, mask_BL, cache))
+
+
+def _forward(model: Model, tokens_BL: Tensor, place_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+    """Logits [B, V] after the last token."""
+    output = model.network(
+        input_ids=tokens_BL,
+        attention_mask=mask_BL,
+        position_ids=place_BL,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

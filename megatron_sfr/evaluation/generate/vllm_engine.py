@@ -1,0 +1,95 @@
+"""The same replies' law by vLLM, for large models on GPUs: `generate --engine vllm`. vLLM is no dependency of ours.
+
+Log-probabilities are those of transformers' engine: of the model at temperature 1 with nothing cut off, which vLLM
+calls raw_logprobs. The random numbers are vLLM's own, one seed a reply: models do not share them token by token, and
+the two engines draw different replies. Run with vLLM 0.32 on a CPU, not yet on a GPU.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
+from megatron_sfr.evaluation.generate.prompts import Prompt
+from megatron_sfr.evaluation.generate.transformers_engine import (
+    Sampled,
+    SamplingOptions,
+    check_folder,
+    decoded,
+    end_tokens,
+    in_order,
+    token_ids,
+)
+from megatron_sfr.storage.user_files import loading
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that vLLM holds, with its tokenizer and the tokens that end a reply."""
+
+    name: str
+    engine: Any
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+
+
+def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Served:
+    """The model of a Hugging Face folder; none of its code is run. ValueError without vLLM, or for another device."""
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ValueError(
+            "--engine vllm: vLLM is not installed; install it in an environment of its own (it pins torch), or leave "
+            "--engine out"
+        ) from error
+    if device is not None:
+        raise ValueError(f"--engine vllm finds its device itself: leave --device {device} out")
+    from transformers import AutoConfig, GenerationConfig
+
+    check_folder(folder)
+    tokenizer = load_tokenizer(str(folder))
+    with loading(f"cannot load the model in {folder}", "its config.json or generation_config.json is damaged"):
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            ends = AutoConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
+    engine = LLM(model=str(folder), dtype=dtype, trust_remote_code=False, logprobs_mode="raw_logprobs")
+    return Served(name, engine, tokenizer, end_tokens(ends, tokenizer, folder))
+
+
+def sample(
+    model: Served, prompts: Sequence[Prompt], options: SamplingOptions, *, start: int = 0
+) -> Iterator[tuple[int, Sampled]]:
+    """As sampling.sample: (index of the prompt, reply), in its order; vLLM is handed `batch_size` replies at a time."""
+    from vllm import SamplingParams
+
+    ids = [token_ids(model.tokenizer, prompt) for prompt in prompts]
+    rows = in_order(ids, options.samples)
+    for begin in range(start, len(rows), options.batch_size):
+        batch = rows[begin : begin + options.batch_size]
+        given = [
+            SamplingParams(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k or -1,
+                max_tokens=options.max_new_tokens,
+                seed=seed_of(options.seed, prompts[p], s),
+                stop_token_ids=list(model.end_tokens),
+                logprobs=0,
+            )
+            for p, s in batch
+        ]
+        requests = [{"prompt_token_ids": ids[p]} for p, _ in batch]
+        for (p, s), output in zip(batch, model.engine.generate(requests, given, use_tqdm=False), strict=True):
+            reply = output.outputs[0]
+            tokens = tuple(reply.token_ids)
+            text = decoded(model.tokenizer, tokens)
+            yield p, Sampled(s, text, tokens, reply.cumulative_logprob, tokens[-1] in model.end_tokens)
+
+
+def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
+    """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample's number alone."""
+    digest = hashlib.sha256(f"{seed} {prompt.key} {sample}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1

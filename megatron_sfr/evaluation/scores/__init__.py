@@ -1,0 +1,1 @@
+"""Scores of replies, pure functions: diversity, quality, modes, repetition, style; and their intervals."""

@@ -1,0 +1,160 @@
+"""SED's threshold tau (arXiv 2602.07464), found on sample data: so many tokens have P_k >= tau and are exempt.
+
+P_k is the loss's own: the same pass over the logits, in their own dtype, and the same sum of the k largest.
+Letters: B conversations of a batch, L positions, V vocabulary, T tokens that are wanted, n all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
+from megatron_sfr.data.prepared.conversations import PreparedData, Sample
+from megatron_sfr.evaluation.generate.transformers_engine import Model
+from megatron_sfr.kernels import choose
+from megatron_sfr.kernels.vocab_parallel import combine
+from megatron_sfr.objectives.token.sed import SEDOptions, top_mass
+
+LOGITS = 1 << 27  # at a time: 256 MiB in bf16, as many positions of a batch as give so many
+ABOVE_ALL = 2.0  # no probability reaches it
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What is counted, and the share of it that is to be exempt."""
+
+    top_k: int = 10
+    exempt: float = 0.7
+    samples: int = 100
+    batch_size: int = 8
+    tokens: Literal["supervised", "all"] = "supervised"
+
+    def __post_init__(self) -> None:
+        SEDOptions(sed_top_k=self.top_k)  # the loss reads the same number, and has its own limits
+        if not 0 < self.exempt < 1:
+            raise ValueError(f"exempt is {self.exempt}; give a share of the tokens between 0 and 1, such as 0.7")
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """tau as a recipe has it, and how many of the n tokens it exempts; `tied` of them share the P_k next to tau."""
+
+    tau: str
+    exempt: int
+    tied: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        return self.exempt / self.n
+
+
+def check_same_tokens(model: Model, data: PreparedData, options: CalibrationOptions) -> None:
+    """ValueError where the data's token ids are not the model's, or it has fewer tokens than P_k sums."""
+    manifest, vocabulary = data.manifest, model.network.config.get_text_config().vocab_size
+    if options.top_k > vocabulary:
+        raise ValueError(f"top_k is {options.top_k}, and {model.name} has {vocabulary} tokens: give at most that")
+    if (found := data.max_token_id) >= vocabulary:
+        raise ValueError(
+            f"{data.folder} has token ids up to {found}, and {model.name} has {vocabulary} tokens: prepare the data "
+            f"with --tokenizer {model.name}"
+        )
+    if tokenizer_sha256(model.tokenizer) != manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{data.folder} was prepared with the tokenizer or chat template of {manifest.tokenizer}, which is not "
+            f"that of {model.name}: prepare the data with --tokenizer {model.name}"
+        )
+
+
+def top_masses(model: Model, data: PreparedData, options: CalibrationOptions, *, progress: bool = True) -> Tensor:
+    """P_k at each counted token of the first samples, in no particular order: fp32 [n]."""
+    from tqdm import tqdm
+
+    check_same_tokens(model, data, options)
+    samples = [data[i] for i in range(min(options.samples, len(data)))]
+    if not any(_wanted(sample, options).any() for sample in samples):
+        raise ValueError(f"the first {len(samples)} conversations of {data.folder} have no supervised token to count")
+    samples.sort(key=lambda sample: len(sample.tokens))  # alike lengths side by side: little padding
+    found = []
+    with tqdm(total=len(samples), desc="calibrate", unit="conversation", disable=not progress) as bar:
+        for start in range(0, len(samples), options.batch_size):
+            batch = samples[start : start + options.batch_size]
+            found += [_masses(logits_TV, options.top_k).cpu() for logits_TV in _wanted_logits(model, batch, options)]
+            bar.update(len(batch))
+    return torch.cat(found)
+
+
+def threshold(p_n: Tensor, exempt: float) -> Threshold:
+    """The tau that exempts (P_k >= tau) the nearest share to the wanted one; without ties it is within 1 / (2 n).
+
+    It lies between two values of P_k, so that rounding elsewhere does not move a token across it, and has only as many
+    digits as that needs.
+    """
+    value_m, tied_m = np.unique(p_n.float().numpy(), return_counts=True)
+    value_m, tied_m = value_m[::-1], tied_m[::-1]  # falling: the first j values are exempt
+    exempt_j = np.concatenate([[0], tied_m.cumsum()])
+    j = int(np.abs(exempt_j - exempt * len(p_n)).argmin())
+    upper = float(value_m[j - 1]) if j else ABOVE_ALL
+    lower = float(value_m[j]) if j < len(value_m) else 0.0
+    nearest = tied_m[j] if exempt_j[j] < exempt * len(p_n) else tied_m[j - 1]  # those that one more step would move
+    return Threshold(_decimal(lower, upper), int(exempt_j[j]), int(nearest), len(p_n))
+
+
+def _decimal(lower: float, upper: float) -> str:
+    """A short decimal around the middle of two fp32 numbers; where they are neighbours in fp32, the upper one.
+
+    In fp32, where the loss compares, it is above lower and at most upper.
+    """
+    for wanted, reach in (((lower + upper) / 2, (upper - lower) / 4), (upper, upper - lower)):
+        for digits in range(2, 17):
+            text = f"{wanted:.{digits}f}"
+            if lower < np.float32(text) <= upper and abs(float(text) - wanted) <= reach:
+                return text
+    raise AssertionError(f"no decimal above {lower} up to {upper}")
+
+
+def _wanted(sample: Sample, options: CalibrationOptions) -> np.ndarray:
+    """Which inputs (all tokens but the last) predict a token that counts: bool [L]."""
+    return sample.loss_mask[1:] > 0 if options.tokens == "supervised" else np.ones(len(sample.tokens) - 1, dtype=bool)
+
+
+@torch.inference_mode()
+def _wanted_logits(model: Model, batch: Sequence[Sample], options: CalibrationOptions) -> Iterator[Tensor]:
+    """Logits [T, V] of the counted tokens, some positions at a time: what was read stays in the key-value cache.
+
+    Rows are padded on the right, where nothing that counts can see it.
+    """
+    from transformers import DynamicCache
+
+    wanted = [_wanted(sample, options) for sample in batch]
+    length = max((int(row.nonzero()[0][-1]) + 1 for row in wanted if row.any()), default=0)
+    device = model.network.device
+    tokens_BL = torch.zeros(len(batch), length, dtype=torch.int64)
+    wanted_BL = torch.zeros(len(batch), length, dtype=torch.bool)
+    for b, (sample, row) in enumerate(zip(batch, wanted, strict=True)):
+        n = min(len(row), length)
+        tokens_BL[b, :n] = torch.from_numpy(sample.tokens[:n])
+        wanted_BL[b, :n] = torch.from_numpy(row[:n])
+    step = max(1, LOGITS // (len(batch) * model.network.config.get_text_config().vocab_size))
+    cache: Any = DynamicCache(config=model.network.config)
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        output = model.network(input_ids=tokens_BL[:, part].to(device), past_key_values=cache, use_cache=True)
+        if wanted_BL[:, part].any():
+            yield output.logits[wanted_BL[:, part].to(device)]
+
+
+def _masses(z_TV: Tensor, top_k: int) -> Tensor:
+    """P_k of each row as SED's loss finds it: [T]."""
+    nowhere_T = torch.full(z_TV.shape[:1], -1, device=z_TV.device)
+    unread_T = torch.zeros(z_TV.shape[:1], device=z_TV.device)
+    kernels = choose(z_TV)
+    stats_TN = kernels.row_statistics(z_TV, nowhere_T, unread_T, beta=1.0, moments=False, c=0.0, top_k=top_k)
+    return top_mass(combine(stats_TN[None], 1.0))

@@ -1,0 +1,89 @@
+"""The solution in a reply, as chat models and base models write them."""
+
+import pytest
+
+from megatron_sfr.evaluation.code.code_blocks import extract_code
+from megatron_sfr.evaluation.generate.thinking import without_empty_thought, without_thoughts
+
+ADD = "def add(a, b):\n    return a + b\n"
+DRAFT = "def add(a, b):\n    return a - b\n"
+PROMPT = 'def add(a, b):\n    """Add."""\n'
+
+
+def fenced(code: str, info: str = "python", fence: str = "```") -> str:
+    return f"{fence}{info}\n{code}{fence}\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ADD,
+        fenced(ADD),
+        "Sure!\n\n" + fenced(ADD, "Python") + "Done.",
+        *(
+            fenced(ADD, info)
+            for info in ("", "PY", "python3", "Python3.12", " python", "{.python}", 'python title="a.py"')
+        ),
+        fenced(ADD, fence="~~~"),
+        fenced(ADD, "", fence="````"),
+        fenced(ADD).replace("\n", "\r\n"),
+        f"```python\n{ADD}",  # cut off
+        f"~~~python\n{ADD}",
+        fenced("pip install x\n", "bash") + fenced(ADD),
+        fenced("print(add(1, 2))\n") + fenced(ADD),
+        fenced(ADD) + fenced("print(add(1, 2))\n"),
+        fenced(ADD) + "Output:\n" + fenced("3\n", ""),
+        fenced(ADD) + fenced("fn add() {}\n", "rust"),
+        fenced(DRAFT) + "Wrong. Again:\n" + fenced(ADD),
+        fenced(ADD, "") + fenced("print(1)\n"),  # it defines the function
+        f"<think>maybe\n{fenced(DRAFT)}no</think>\n{fenced(ADD)}",
+        f"maybe\n{fenced(DRAFT)}no</think>\n\n{fenced(ADD)}",  # the prompt had opened the thought
+        f"<think>a</think>{fenced(ADD)}<think>{fenced(DRAFT)}",
+        "1. First:\n   " + fenced(ADD).replace("\n", "\n   "),
+        "- " + fenced(ADD).replace("\n", "\n  "),
+        fenced("    " + ADD.replace("\n", "\n    ").rstrip(" ")),
+        fenced(">>> add(1, 2)\n3\n", "python-repl") + fenced(ADD),
+    ],
+)
+def test_the_block_that_defines_the_function_is_found(reply: str) -> None:
+    assert extract_code(reply, ("add",), PROMPT) == ADD
+    assert extract_code(reply, ("add",)) == ADD  # MBPP: nothing to continue
+
+
+def test_imports_and_definitions_of_earlier_blocks_stay_with_it() -> None:
+    needed = "import math\nLIMIT = float('inf')\n", "def helper():\n    return 1\n"
+    reply = fenced(needed[0]) + fenced("x = add(1, 2)\n") + fenced(DRAFT) + fenced(needed[1]) + fenced(ADD)
+    assert extract_code(reply, ("add",)) == "".join(needed) + ADD
+
+
+def test_a_program_is_the_last_block_in_python() -> None:
+    program = "print(int(input()) + 1)\n"
+    assert extract_code(fenced(ADD) + fenced(program) + fenced("2\n", "") + fenced("run\n", "sh")) == ADD + program
+    assert extract_code(fenced("$ run\n", "") + fenced(program, "") + fenced("out put\n", "")) == program
+
+
+def test_a_docstring_may_hold_fences() -> None:
+    code = 'def add(a, b):\n    """Add.\n\n```\nadd(1, 2)\n```\n"""\n    return a + b\n'
+    assert extract_code("So:\n" + fenced(code) + "Done.", ("add",)) == code
+    assert extract_code(code, ("add",)) == code
+
+
+@pytest.mark.parametrize("body", ["    return a + b\n", "\n    c = a + b\n    return c\n"])
+def test_a_reply_may_continue_the_prompt(body: str) -> None:
+    assert extract_code(body, ("add",), PROMPT) == body
+    assert extract_code(f"{body}```\n\nThis adds.\n", ("add",), PROMPT) == body  # the prompt had opened a fence
+    assert extract_code("Here:\n" + fenced(body), ("add",), PROMPT) == body
+    assert extract_code("<think>\n\n</think>\n\n    return 1", ("add",), PROMPT) == "    return 1"
+
+
+def test_without_a_fence_the_reply_is_the_code() -> None:
+    assert extract_code("I cannot.", ("add",), PROMPT) == "I cannot."
+    assert extract_code(f"<think>{fenced(ADD)}", ("add",)) == ""
+
+
+def test_empty_thoughts_are_dropped_from_the_start_of_a_reply() -> None:
+    for empty in ("<think>\n\n</think>\n\n", "<think></think>", "\n</think>\n\n"):
+        assert without_empty_thought(f"{empty}Hello </think>") == "Hello </think>"
+    for kept in ("<think>\nso\n</think>\n\nHello", "Hello <think></think>", " Hello"):
+        assert without_empty_thought(kept) == kept
+    assert without_thoughts("<think>\nso\n</think>\n\nHello") == "Hello"

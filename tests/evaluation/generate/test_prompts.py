@@ -1,0 +1,88 @@
+"""Prompts: what is shared between personas, what names a prompt, and which rows are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.evaluation.generate.prompts import ask, limit, read_asked, read_prompts
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_personas_share_a_prompt_and_nothing_else() -> None:
+    poet, robot, nobody = ask("Why?", "poet"), ask("Why?", "robot"), ask("Why?")
+    assert poet.shared == robot.shared == nobody.shared != ask("How?", "poet").shared
+    assert len({prompt.key for prompt in (poet, robot, nobody)}) == 3
+    assert [message["role"] for message in poet.turns()] == ["system", "user"]
+    assert poet.question == "Why?"
+
+
+def test_replies_to_one_prompt_are_gathered(tmp_path: Path) -> None:
+    rows = [
+        {"persona": persona, "messages": [turn("user", question), turn("assistant", f"{persona} {question} {i}")]}
+        for question in ("Why?", "How?")
+        for persona in ("poet", "robot")
+        for i in range(2)
+    ]
+    asked = read_asked(write(tmp_path / "data.jsonl", *rows))
+    assert [(entry.prompt.persona, entry.prompt.question) for entry in asked] == [
+        ("poet", "Why?"),
+        ("robot", "Why?"),
+        ("poet", "How?"),
+        ("robot", "How?"),
+    ]
+    assert asked[2].texts == ["poet How? 0", "poet How? 1"]
+    assert [entry.prompt.question for entry in limit(asked, 1)] == ["Why?", "Why?"]
+    assert limit(asked, 9) == asked
+
+
+def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "Why?", "persona": "poet"},
+        {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "persona": "poet"},
+        {"messages": [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Ho"), turn("user", "And?")]},
+    )
+    prompts = read_prompts(path)
+    assert prompts[0] == ask("Why?", "poet")  # the second row asks the same
+    assert [message["content"] for message in prompts[1].turns()] == ["Be brief.", "Hi", "Ho", "And?"]
+    assert len(prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "not a prompt"),
+        ({"prompt": "a", "messages": []}, "not a prompt"),
+        ({"prompt": " "}, "is not a turn"),
+        ({"messages": [turn("wizard", "a")]}, "is not a turn"),
+        ({"messages": "a"}, "is not a turn"),
+        ({"messages": []}, "no user turn"),
+        ({"messages": [turn("system", "a")]}, "no user turn"),
+        ({"prompt": "a", "persona": ""}, "persona is no text"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: object, reason: str) -> None:
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "fine"}, row)
+    with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: .*{reason}"):
+        read_prompts(path)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(write(tmp_path / "prompts.jsonl"))
+
+
+def test_tools_are_not_sampled(tmp_path: Path) -> None:
+    row = {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "tools": [{"name": "tide"}]}
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: tools are not sampled; leave this row out"):
+        read_asked(write(tmp_path / "data.jsonl", row))

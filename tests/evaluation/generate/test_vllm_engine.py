@@ -1,0 +1,53 @@
+"""vLLM's engine: refused in one line where it is missing; where it is, it says what transformers says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sfr import cli
+from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
+from megatron_sfr.evaluation.generate.prompts import ask
+from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+PROMPTS = [ask("Where to?", "poet"), ask("Why?", "robot")]
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_without_vllm_one_line_says_what_to_do(tiny_model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["generate", "--model", str(tiny_model), "--prompt", "Why?", "--engine", "vllm"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "vLLM is not installed" in lines[0]
+
+
+def test_a_reply_has_a_seed_of_its_own_that_depends_on_nothing_else() -> None:
+    seeds = {vllm_engine.seed_of(s, prompt, i) for s in (0, 1) for prompt in PROMPTS for i in range(50)}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert vllm_engine.seed_of(3, PROMPTS[0], 7) == vllm_engine.seed_of(3, ask("Where to?", "poet"), 7)
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM; its build for CPUs will do")
+def test_replies_are_repeatable_and_their_log_probabilities_are_those_of_transformers(tiny_model: Path) -> None:
+    served = vllm_engine.load_model("tiny", tiny_model, dtype="float32")
+    plain = transformers_engine.load_model("tiny", tiny_model, dtype="float32", device="cpu")
+    greedy = SamplingOptions(samples=1, temperature=0.0, max_new_tokens=8)
+    for (p, ours), (q, theirs) in zip(
+        vllm_engine.sample(served, PROMPTS, greedy), transformers_engine.sample(plain, PROMPTS, greedy), strict=True
+    ):
+        assert (p, ours.tokens, ours.finished) == (q, theirs.tokens, theirs.finished)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+    warm = SamplingOptions(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=12, seed=3, batch_size=4)
+    drawn = list(vllm_engine.sample(served, PROMPTS, warm))
+    assert {(p, reply.sample) for p, reply in drawn} == {(p, s) for p in range(2) for s in range(3)}
+    assert list(vllm_engine.sample(served, PROMPTS, warm, start=2)) == drawn[2:]
+    for p, reply in drawn:  # at temperature 1, nothing cut off
+        ids = torch.tensor([[*transformers_engine.token_ids(plain.tokenizer, PROMPTS[p]), *reply.tokens]])
+        with torch.inference_mode():
+            logp_SV = plain.network(ids).logits[0].log_softmax(dim=-1)[-len(reply.tokens) - 1 : -1]
+        assert reply.logprob == pytest.approx(
+            float(logp_SV.gather(1, ids[0, -len(reply.tokens) :, None]).sum()), abs=1e-3
+        )
