@@ -13,16 +13,17 @@ from megatron_sfr.conflicts import separator
 from megatron_sfr.data.prepared.open import horizons_of, open_prepared
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.denoiser import denoiser_config
 from megatron_sfr.hf.end_tokens import end_tokens_of
 from megatron_sfr.hf.load_at_start import start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.tracker import newest
+from megatron_sfr.kl_flow.checkpoint import denoiser_config
+from megatron_sfr.kl_flow.corruption import KLFlowOptions
+from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
+from megatron_sfr.kl_flow.model import KLFlowModelConfig
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
-from megatron_sfr.model.kl_flow import KLFlowModelConfig
 from megatron_sfr.model.local_spec import local_block_spec
-from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -34,7 +35,6 @@ from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
 from megatron_sfr.training.data.provider import DataProvider
 from megatron_sfr.training.forward_step import ForwardStep
-from megatron_sfr.training.kl_flow import KLFlowStep
 from megatron_sfr.training.lock_fork import LockFork, LockForkOptions
 
 

@@ -20,9 +20,10 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron_sfr.conflicts import contradiction
 from megatron_sfr.flags.table import refusal
 from megatron_sfr.hf.load_at_start import StartOptions
+from megatron_sfr.kl_flow.corruption import KLFlowOptions
+from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
+from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
-from megatron_sfr.model.kl_flow import KLFlowModelOptions
-from megatron_sfr.objectives.kl_flow import KLFlowOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -35,7 +36,6 @@ from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown
 from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
-from megatron_sfr.training.kl_flow import TaskOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
 
 

@@ -23,15 +23,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 
 from megatron_sfr.config import parse, read_settings
-from megatron_sfr.denoiser import denoiser_config
-from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.model.kl_flow import KLFlowModelBuilder, denoise
+from megatron_sfr.kl_flow.checkpoint import denoiser_config
+from megatron_sfr.kl_flow.model import KLFlowModelBuilder, denoise
+from megatron_sfr.kl_flow.sampling.requests import Wanted, blank, canvas
+from megatron_sfr.kl_flow.sampling.sampler_options import Method, SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import Denoiser, sample
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex
 from megatron_sfr.runtime import backend
-from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
-from megatron_sfr.simplex_sampling.requests import Wanted, blank, canvas
-from megatron_sfr.simplex_sampling.samplers import Denoiser, sample
-from megatron_sfr.simplex_sampling.shards import Shard
 
 
 @dataclass

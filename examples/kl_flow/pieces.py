@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_sfr.evaluation.generate.transformers_engine import load_model
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
-from megatron_sfr.simplex_sampling.options import METHODS, Method
+from megatron_sfr.kl_flow.sampling.sampler_options import METHODS, Method
 from megatron_sfr.storage.atomic import whole
 from megatron_sfr.storage.provenance import contents_of
 

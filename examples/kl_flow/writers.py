@@ -7,17 +7,17 @@ from typing import Literal
 
 import torch
 
-from megatron_sfr.denoiser import load_denoiser
 from megatron_sfr.evaluation.generate.transformers_engine import Model
-from megatron_sfr.flow.simplex import Simplex
-from megatron_sfr.flow_generation import SPLIT
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.model.kl_flow import denoise, time_positions
+from megatron_sfr.kl_flow.checkpoint import load_denoiser
+from megatron_sfr.kl_flow.flow_generate import SPLIT
+from megatron_sfr.kl_flow.model import denoise, time_positions
+from megatron_sfr.kl_flow.sampling.requests import Request, batches, blank, canvas, gap
+from megatron_sfr.kl_flow.sampling.sampler_options import Method, SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import sample
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex
 from megatron_sfr.runtime.backend import device
-from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
-from megatron_sfr.simplex_sampling.requests import Request, batches, blank, canvas, gap
-from megatron_sfr.simplex_sampling.samplers import sample
-from megatron_sfr.simplex_sampling.shards import Shard
 
 from .gaps import Gap
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_sfr.flow_generation import Job
+    from megatron_sfr.kl_flow.flow_generate import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.flow_generation import is_up_to_date, notice, plan
+    from megatron_sfr.kl_flow.flow_generate import is_up_to_date, notice, plan
 
     if args.persona is not None and args.prompt is None:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
@@ -96,7 +96,7 @@ def _scratch() -> Iterator[Path]:
 def _job(args: argparse.Namespace, scratch: Path) -> "Job":
     from dataclasses import fields
 
-    from megatron_sfr.flow_generation import Job
+    from megatron_sfr.kl_flow.flow_generate import Job
 
     given = {field.name: getattr(args, field.name) for field in fields(Job)}
     given["output"] = args.output or scratch / "samples.jsonl"
@@ -109,7 +109,7 @@ def start(job: "Job", log: Path) -> None:
     """Runs the job on its processes; a bar on the terminal, the rest of what they say in a log."""
     from dataclasses import asdict
 
-    from megatron_sfr.flow_generation import ERROR
+    from megatron_sfr.kl_flow.flow_generate import ERROR
     from megatron_sfr.runtime.failures import failure
     from megatron_sfr.runtime.lifetime import tied
 
@@ -119,7 +119,7 @@ def start(job: "Job", log: Path) -> None:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.nproc))}
     with log.open("wb") as sink:
         done = subprocess.run(
-            tied([sys.executable, *ranks, "-m", "megatron_sfr.flow_generation", str(file)]),
+            tied([sys.executable, *ranks, "-m", "megatron_sfr.kl_flow.flow_generate", str(file)]),
             stdout=sys.__stderr__,
             stderr=sink,
             env=threads | os.environ,
@@ -132,8 +132,8 @@ def _show(frames: Path, film: str) -> None:
     """The film as a page, or on the terminal: moving where there is one, else a few stills."""
     import time
 
-    from megatron_sfr.simplex_sampling.film import from_json, moving, stills
-    from megatron_sfr.simplex_sampling.film_page import page
+    from megatron_sfr.kl_flow.sampling.trajectory import from_json, moving, stills
+    from megatron_sfr.kl_flow.sampling.trajectory_html import page
     from megatron_sfr.storage.atomic import whole
 
     made = from_json(frames.read_text(encoding="utf-8"))

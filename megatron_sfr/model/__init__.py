@@ -1,1 +1,1 @@
-"""Upstream's GPT with a flow head on the last pipeline stage, and upstream's GPT as a denoiser on the simplex."""
+"""Upstream's GPT with a flow head on the stage that computes the loss."""

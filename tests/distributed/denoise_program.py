@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_sfr.denoiser import load_denoiser
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.model.kl_flow import denoise
+from megatron_sfr.kl_flow.checkpoint import load_denoiser
+from megatron_sfr.kl_flow.model import denoise
 
 
 @torch.inference_mode()

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.simplex_sampling.options import METHODS, SamplerOptions
-from megatron_sfr.simplex_sampling.samplers import Canvas, sample
-from megatron_sfr.simplex_sampling.shards import Shard
-from tests.simplex_sampling.languages import language
+from megatron_sfr.kl_flow.sampling.sampler_options import METHODS, SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import Canvas, sample
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from tests.kl_flow.sampling.languages import language
 
 SIZE, COLUMNS = 6, 12  # of 3 shards the second has two padding columns, the third only padding
 ROWS, LENGTH = 40, 5

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_sfr.simplex_sampling.samplers import Canvas
+from megatron_sfr.kl_flow.sampling.samplers import Canvas
 from megatron_sfr.storage.jsonl import RowError, read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
 

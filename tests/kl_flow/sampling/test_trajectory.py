@@ -7,15 +7,15 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.simplex_sampling.film import MOST_FRAMES, Film, Frame, Recorder, from_json, moving, stills
-from megatron_sfr.simplex_sampling.film_page import page
-from megatron_sfr.simplex_sampling.options import SamplerOptions
-from megatron_sfr.simplex_sampling.requests import Wanted, canvas, gap
-from megatron_sfr.simplex_sampling.samplers import sample
-from megatron_sfr.simplex_sampling.shards import Shard
-from tests.simplex_sampling.languages import language
+from megatron_sfr.kl_flow.sampling.requests import Wanted, canvas, gap
+from megatron_sfr.kl_flow.sampling.sampler_options import SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import sample
+from megatron_sfr.kl_flow.sampling.trajectory import MOST_FRAMES, Film, Frame, Recorder, from_json, moving, stills
+from megatron_sfr.kl_flow.sampling.trajectory_html import page
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex
+from tests.kl_flow.sampling.languages import language
 
 TEXTS = {0: "</script><b>", 1: " naïve", 2: "\n", 3: "\x1b[2J", 4: "∎"}
 

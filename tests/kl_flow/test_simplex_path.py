@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex, log_dirichlet
+from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 
 B = 6
 SIZES, SMOOTHINGS = st.integers(2, 40), st.floats(1e-4, 0.5)

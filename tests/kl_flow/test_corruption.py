@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megatron_sfr.flow.simplex import Simplex, log_dirichlet
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.kl_flow import SOURCE_STREAM, KLFlowOptions, draw_time, free_text, noisy_point
+from megatron_sfr.kl_flow.corruption import SOURCE_STREAM, KLFlowOptions, draw_time, free_text, noisy_point
+from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.token_loss import token_loss
 from tests.distributed.launch import torchrun
-from tests.objectives import simplex_program
-from tests.objectives.bayes import bayes_logits
-from tests.objectives.simplex_program import COLUMNS, SIZE
+from tests.kl_flow import simplex_program
+from tests.kl_flow.bayes import bayes_logits
+from tests.kl_flow.simplex_program import COLUMNS, SIZE
 
 OPTIONS = KLFlowOptions()
 PRIOR_V = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])

@@ -12,10 +12,10 @@ from megatron_sfr.cli import main
 from megatron_sfr.commands.flow_generate import start
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.flow_generation import Job, plan
+from megatron_sfr.kl_flow.flow_generate import Job, plan
 from tests.distributed.launch import torchrun, train_many
 from tests.distributed.tiny import recipe, write_corpus
-from tests.simplex_sampling import generation_program
+from tests.kl_flow import generation_program
 
 pytestmark = pytest.mark.distributed
 POSITIONS = 83  # of 84; the time's token takes one

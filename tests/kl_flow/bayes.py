@@ -7,7 +7,7 @@ token i's smoothed one-hot.
 import torch
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex
+from megatron_sfr.kl_flow.simplex_path import Simplex
 
 
 def bayes_logits(x_BV: Tensor, t_B: Tensor, prior_V: Tensor, simplex: Simplex) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sfr.simplex_sampling.options import DEFAULT_STEPS, Method, SamplerOptions
+from megatron_sfr.kl_flow.sampling.sampler_options import DEFAULT_STEPS, Method, SamplerOptions
 
 REFUSED = {
     "method": {"method": "euler"},

@@ -16,8 +16,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.model.kl_flow import set_time, time_positions
-from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, free_text, noisy_point
+from megatron_sfr.kl_flow.corruption import KLFlowOptions, draw_time, free_text, noisy_point
+from megatron_sfr.kl_flow.model import set_time, time_positions
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.token_loss import IGNORED, token_loss
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank

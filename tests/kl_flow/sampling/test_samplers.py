@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex, log_dirichlet
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.simplex_sampling.options import METHODS, SamplerOptions
-from megatron_sfr.simplex_sampling.samplers import NOISE_STREAM, Canvas, Moment, sample
-from megatron_sfr.simplex_sampling.shards import Shard
-from tests.simplex_sampling.languages import MarkovLanguage, independent, language, total_variation
+from megatron_sfr.kl_flow.sampling.sampler_options import METHODS, SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import NOISE_STREAM, Canvas, Moment, sample
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
+from tests.kl_flow.sampling.languages import MarkovLanguage, independent, language, total_variation
 
 PRIOR = [0.4, 0.3, 0.15, 0.1, 0.05]
 ROWS = 4000

@@ -1,6 +1,6 @@
 """What `megatron-sfr flow-generate` runs on each rank: a KL-flow checkpoint and requests in, rows of JSON out.
 
-python -m megatron_sfr.flow_generation JOB.json, alone or under torchrun, whose ranks then share the vocabulary.
+python -m megatron_sfr.kl_flow.flow_generate JOB.json, alone or under torchrun, whose ranks then share the vocabulary.
 """
 
 import json
@@ -18,14 +18,9 @@ from tqdm import tqdm
 from megatron_sfr.data.chat.loss_mask import prompt_ids
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask, read_prompts
-from megatron_sfr.flow.simplex import Simplex
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.runtime import lifetime
-from megatron_sfr.runtime.backend import Name, choose, prepare
-from megatron_sfr.simplex_sampling.film import Recorder
-from megatron_sfr.simplex_sampling.options import Method, SamplerOptions
-from megatron_sfr.simplex_sampling.requests import (
+from megatron_sfr.kl_flow.sampling.requests import (
     Request,
     Wanted,
     batches,
@@ -35,8 +30,13 @@ from megatron_sfr.simplex_sampling.requests import (
     reply,
     whole_batches,
 )
-from megatron_sfr.simplex_sampling.samplers import Denoiser, sample
-from megatron_sfr.simplex_sampling.shards import Shard
+from megatron_sfr.kl_flow.sampling.sampler_options import Method, SamplerOptions
+from megatron_sfr.kl_flow.sampling.samplers import Denoiser, sample
+from megatron_sfr.kl_flow.sampling.trajectory import Recorder
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex
+from megatron_sfr.runtime import lifetime
+from megatron_sfr.runtime.backend import Name, choose, prepare
 from megatron_sfr.storage.provenance import contents_of
 from megatron_sfr.storage.resumable import is_finished, resumable
 from megatron_sfr.storage.user_files import shown
@@ -207,8 +207,8 @@ def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
     from functools import partial
 
     prepare(["--sfr-backend", job.backend])
-    from megatron_sfr.denoiser import load_denoiser
-    from megatron_sfr.model.kl_flow import denoise
+    from megatron_sfr.kl_flow.checkpoint import load_denoiser
+    from megatron_sfr.kl_flow.model import denoise
     from megatron_sfr.runtime.parallel import tensor_group, tensor_rank, tensor_size
 
     model, run = load_denoiser(made.folder, choose(job.backend))

@@ -7,10 +7,10 @@ import torch
 from scipy.stats import chisquare
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.simplex_sampling.shards import Keys, Shard
+from megatron_sfr.kl_flow.sampling.vocab_shard import Keys, Shard
 from tests.distributed.launch import torchrun
-from tests.simplex_sampling import shard_program
-from tests.simplex_sampling.shard_program import COLUMNS, SIZE
+from tests.kl_flow.sampling import shard_program
+from tests.kl_flow.sampling.shard_program import COLUMNS, SIZE
 
 DRAWS = 20_000
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_sfr.simplex_sampling.requests import (
+from megatron_sfr.kl_flow.sampling.requests import (
     KEYS,
     Request,
     Wanted,

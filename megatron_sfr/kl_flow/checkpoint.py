@@ -19,8 +19,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.model.kl_flow import KLFlowModelBuilder, KLFlowModelConfig, KLFlowModelOptions
-from megatron_sfr.objectives.kl_flow import KLFlowOptions
+from megatron_sfr.kl_flow.corruption import KLFlowOptions
+from megatron_sfr.kl_flow.model import KLFlowModelBuilder, KLFlowModelConfig, KLFlowModelOptions
 from megatron_sfr.runtime.backend import UNFUSED, adapt_config, changes_for, device, join
 
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))

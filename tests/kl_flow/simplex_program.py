@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.kl_flow import KLFlowOptions, draw_time, noisy_point
+from megatron_sfr.kl_flow.corruption import KLFlowOptions, draw_time, noisy_point
 
 SIZE, COLUMNS = 9, 16  # of 4 shards the third has 3 padding columns, the fourth only padding
 

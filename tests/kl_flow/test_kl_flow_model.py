@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_sfr.model.kl_flow import (
+from megatron_sfr.kl_flow.model import (
     FlowTime,
     KLFlowModelBuilder,
     KLFlowModelConfig,

@@ -9,11 +9,11 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.objectives.kl_flow import KLFlowOptions
+from megatron_sfr.kl_flow.corruption import KLFlowOptions
+from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
 from megatron_sfr.training.auxiliary_loss import DATASET_BITS
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset
 from megatron_sfr.training.data.provider import build, dataset_config
-from megatron_sfr.training.kl_flow import KLFlowStep
 from tests.distributed.tiny import SEQ_LENGTH, VOCAB_SIZE, write_documents, write_prepared
 from tests.training.data.test_provider import arguments
 

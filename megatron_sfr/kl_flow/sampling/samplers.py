@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex
-from megatron_sfr.simplex_sampling.options import MOST_STEPS, SamplerOptions
-from megatron_sfr.simplex_sampling.shards import Keys, Shard
+from megatron_sfr.kl_flow.sampling.sampler_options import MOST_STEPS, SamplerOptions
+from megatron_sfr.kl_flow.sampling.vocab_shard import Keys, Shard
+from megatron_sfr.kl_flow.simplex_path import Simplex
 
 NOISE_STREAM, TOKEN_STREAM = 9, 10  # streams of the noise
 

@@ -8,7 +8,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 
-from megatron_sfr.flow_generation import Job, generate, plan
+from megatron_sfr.kl_flow.flow_generate import Job, generate, plan
 
 KEPT = '"seed": "of the first run"'
 

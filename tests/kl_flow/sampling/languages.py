@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex
+from megatron_sfr.kl_flow.simplex_path import Simplex
 
 
 def log_likelihood(x_BSV: Tensor, t_B: Tensor, simplex: Simplex) -> Tensor:

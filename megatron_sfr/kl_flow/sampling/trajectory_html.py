@@ -3,7 +3,7 @@
 import json
 
 from megatron_sfr.html import document, note
-from megatron_sfr.simplex_sampling.film import Film
+from megatron_sfr.kl_flow.sampling.trajectory import Film
 
 STYLE = """
 #text { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #e1e4ea; padding-left: .8rem;

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sfr.simplex_sampling.requests import Request
-from megatron_sfr.simplex_sampling.samplers import Moment
-from megatron_sfr.simplex_sampling.shards import Shard
+from megatron_sfr.kl_flow.sampling.requests import Request
+from megatron_sfr.kl_flow.sampling.samplers import Moment
+from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
 
 MOST_FRAMES = 120
 STILLS = 8  # frames printed where the output cannot be redrawn

@@ -46,12 +46,12 @@ class KLFlowModelOptions:
 class KLFlowModelConfig(GPTModelConfig):
     """A GPT that denoises."""
 
-    builder: ClassVar[str] = "megatron_sfr.model.kl_flow.KLFlowModelBuilder"
+    builder: ClassVar[str] = "megatron_sfr.kl_flow.model.KLFlowModelBuilder"
     time: Way = "token"
     seed: int = 1234
     """Of the initial weights of what knows the time."""
     fuses_layers: bool = False
-    """Gradient accumulation is fused in Transformer Engine's layers only (gradient_fusion.py)."""
+    """Gradient accumulation is fused in Transformer Engine's layers only (model/gradient_fusion.py)."""
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import Simplex, log_dirichlet
 from megatron_sfr.kernels.vocab_parallel import Vocab, sharded_softmax
+from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 from megatron_sfr.runtime.noise import uniform
 
 SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and its diagnostics use lower streams

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sfr.flow.simplex import log_dirichlet
 from megatron_sfr.kernels.vocab_parallel import Vocab, sharded_softmax
+from megatron_sfr.kl_flow.simplex_path import log_dirichlet
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""KL-flow (Logit-KL Flow Matching, arXiv 2411.16821): a non-autoregressive denoiser on the simplex of tokens."""
