@@ -19,7 +19,7 @@ from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.lock import hold
 
 if TYPE_CHECKING:
-    from megatron_sfr.config import Settings
+    from megatron_sfr.config.settings import Settings
 
 ERROR = "megatron-sfr train: error:"
 LOCK_WAIT_S = 10.0
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     from megatron_sfr.runtime import backend
 
     backend.prepare(argv)
-    from megatron_sfr.config import read_settings
+    from megatron_sfr.config.settings import read_settings
 
     settings = read_settings(argv)
     save = settings.recipe.get("save")
@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(settings: "Settings", first: bool) -> None:
     """A run whose folder is locked by its first rank, which alone prints."""
-    from megatron_sfr.assembly import forward_step, model_config
-    from megatron_sfr.config import options, parse
-    from megatron_sfr.resume import repair_trackers
+    from megatron_sfr.config.build import forward_step, model_config
+    from megatron_sfr.config.resume import repair_trackers
+    from megatron_sfr.config.settings import options, parse
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
@@ -89,8 +89,8 @@ def _train(settings: "Settings", first: bool) -> None:
 
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built; whether there are steps left to train."""
-    from megatron_sfr.assembly import check_task, unknown_end
-    from megatron_sfr.resume import check_schedule, resumed_step
+    from megatron_sfr.config.build import check_task, unknown_end
+    from megatron_sfr.config.resume import check_schedule, resumed_step
     from megatron_sfr.training.data.prepared_check import check_prepared, reply_end_tokens
 
     stored = check_task(args)

@@ -22,7 +22,7 @@ import transformers
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 
-from megatron_sfr.config import parse, read_settings
+from megatron_sfr.config.settings import parse, read_settings
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.model import KLFlowModelBuilder, denoise

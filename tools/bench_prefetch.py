@@ -32,7 +32,7 @@ from megatron_sfr.data.targets.encoder import EncoderOptions, load_quietly
 from megatron_sfr.data.targets.fill import TextEncoder
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
-from megatron_sfr.demo.tokenizer import train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 
 RATIOS = (0.25, 0.5, 0.9, 1.1, 2.0)
 BLOCK_ROWS = (8, 32, 128)

@@ -15,8 +15,8 @@ from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sfr.assembly import model_config
-from megatron_sfr.config import parse, read_settings
+from megatron_sfr.config.build import model_config
+from megatron_sfr.config.settings import parse, read_settings
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_sfr.flags.table import page
+from megatron_sfr.config.flags.flag_table import page
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 

@@ -34,7 +34,7 @@ def make_model(text: Iterable[str], output: Path, vocabulary: int = VOCABULARY) 
     """Writes tokenizer and config to a folder; ValueError for a text too short for the vocabulary."""
     from transformers import GenerationConfig, Qwen3Config
 
-    from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+    from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 
     tokenizer = train_tokenizer(text, vocabulary)
     if len(tokenizer) != vocabulary:

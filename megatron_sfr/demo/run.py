@@ -16,7 +16,7 @@ from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prep
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.demo.scale import Scale
-from megatron_sfr.demo.tokenizer import train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
 from megatron_sfr.demo.world import PERSONAS, Row
 from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
@@ -29,7 +29,7 @@ from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.hf.megatron.tracker import newest
-from megatron_sfr.launcher import train
+from megatron_sfr.launch import train
 from megatron_sfr.storage.atomic import whole
 
 ENCODER = "minilm"

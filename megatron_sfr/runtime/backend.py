@@ -33,7 +33,8 @@ def choose(name: Name) -> Literal["cpu", "cuda"]:
 def prepare(argv: Sequence[str]) -> None:
     """Call before Megatron is imported: on the CPU backend hides the CUDA packages that upstream takes at import.
 
-    argv: the run's flags. Only the backend is read from them and from their recipes; config.py checks the rest.
+    argv: the run's flags. Only the backend is read from them and from their recipes; config/settings.py checks the
+    rest.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--sfr-backend")
@@ -51,7 +52,7 @@ def prepare(argv: Sequence[str]) -> None:
 def _backend_in(recipe: Path) -> str | None:
     try:
         keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # config.py reads it again and says what is wrong
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # config/settings.py reads it again and says what is wrong
         return None
     keys = keys if isinstance(keys, dict) else {}
     return keys.get("sfr_backend", keys.get("sfr-backend"))

@@ -77,7 +77,7 @@ class ForwardStep:
         """The mask and extra arguments that keep attention within the documents of a packed sequence."""
         if get_args().transformer_impl == "local":
             return block_mask(document_BS.to(device(), non_blocking=True)), {}
-        params = packed_sequence(document_BS[0])  # micro_batch_size is 1: conflicts.py checks it
+        params = packed_sequence(document_BS[0])  # micro_batch_size is 1: config/validation.py checks it
         params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device(), non_blocking=True)
         return None, {"packed_seq_params": params}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.commands import embed, prepare
+from megatron_sfr.cli.data import embed, prepare
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions
 from megatron_sfr.data.prepare.prepare_conversations import prepare as prepare_data
 from megatron_sfr.data.prepared.conversations import PreparedData
@@ -112,7 +112,7 @@ def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_f
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys, megatron_sfr.commands.prepare, megatron_sfr.commands.embed, "
+        "import sys, megatron_sfr.cli.data.prepare, megatron_sfr.cli.data.embed, "
         "megatron_sfr.data.prepared.conversations\n"
         "print({'torch', 'transformers', 'sentence_transformers', 'megatron'} & set(sys.modules))"
     )

@@ -10,7 +10,7 @@ import yaml
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
-from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 
 BLOCKS = EmbedOptions(batch_size=8, block_rows=16)  # small ones: a step needs several

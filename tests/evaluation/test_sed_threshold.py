@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
-from megatron_sfr.config import Parser, options, read_recipe, to_flags
+from megatron_sfr.config.settings import Parser, options, read_recipe, to_flags
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.evaluation import sed_threshold
 from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from examples.dictionary_styles import make_model
-from megatron_sfr.config import Parser, read_recipe, read_settings, to_flags
+from megatron_sfr.config.settings import Parser, read_recipe, read_settings, to_flags
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.stdlib_cpt import corpus
-from megatron_sfr.config import read_settings
+from megatron_sfr.config.settings import read_settings
 
 FOLDER = Path(corpus.__file__).parent
 

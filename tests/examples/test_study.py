@@ -21,7 +21,7 @@ from examples.dictionary_styles.study.plan import (
 )
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
-from megatron_sfr.config import read_settings
+from megatron_sfr.config.settings import read_settings
 from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from tests.house.test_cluster_recipes import QWEN3_CONFIG, validate
 

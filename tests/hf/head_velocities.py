@@ -20,8 +20,8 @@ def velocity(flags: list[str], inputs: dict[str, Any]) -> torch.Tensor:
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_sfr.assembly import model_config
-    from megatron_sfr.config import parse, read_settings
+    from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.settings import parse, read_settings
 
     args = parse(read_settings([*flags, "--skip-train", "--exit-on-missing-checkpoint"]))
     training.initialize_megatron()

@@ -21,8 +21,8 @@ def answer(flags: list[str], tokens_BS: torch.Tensor) -> tuple[torch.Tensor, tor
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_sfr.assembly import model_config
-    from megatron_sfr.config import parse, read_settings
+    from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.settings import parse, read_settings
 
     args = parse(read_settings([*flags, "--train-data-path", "unread"]))
     training.initialize_megatron()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_sfr.cli import main
-from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.distributed.tiny import write_corpus
 from tests.hf.models import save_model
 

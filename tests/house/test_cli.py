@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sfr.cli import main
-from megatron_sfr.commands import inspect as inspect_command
+from megatron_sfr.cli.data import inspect as inspect_command
 
 
 def test_no_memory_left_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 
 def test_a_reader_that_ends_early_is_no_traceback() -> None:
     program = (
-        "import sys; from megatron_sfr import cli; from megatron_sfr.commands import inspect;"
+        "import sys; from megatron_sfr import cli; from megatron_sfr.cli.data import inspect;"
         "inspect.run = lambda args: [print('x' * 99999) for _ in range(99)];"
         "sys.exit(cli.main(['inspect', '--data', 'x']))"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sfr.commands import doctor
+from megatron_sfr.cli.training import doctor
 from megatron_sfr.runtime.cpu import VERSIONS
 from megatron_sfr.runtime.devices import Gpu
 

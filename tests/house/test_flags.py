@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_sfr.config import DEFAULTS, Parser, read_settings, to_flags
-from megatron_sfr.flags.refused import REFUSED
-from megatron_sfr.flags.table import page, refusal, table
-from tests.test_config import write
+from megatron_sfr.config.flags.flag_table import page, refusal, table
+from megatron_sfr.config.flags.refused import REFUSED
+from megatron_sfr.config.settings import DEFAULTS, Parser, read_settings, to_flags
+from tests.config.test_settings import write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,9 @@ def upstream() -> dict[str, argparse.Action]:
 def test_each_flag_of_megatron_has_a_line_in_the_table(upstream: dict[str, argparse.Action]) -> None:
     known = table()
     assert sorted(upstream.keys() - known.keys()) == [], "new in Megatron: find out who reads them, and add them"
-    assert sorted(known.keys() - upstream.keys()) == [], "gone from Megatron: take them out of megatron_sfr/flags/"
+    assert sorted(known.keys() - upstream.keys()) == [], (
+        "gone from Megatron: take them out of megatron_sfr/config/flags/"
+    )
 
 
 def test_the_page_is_the_table() -> None:

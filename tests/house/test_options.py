@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_sfr.config import PARTS, PRESETS, Parser
+from megatron_sfr.config.settings import PARTS, PRESETS, Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 # What no recipe should say: where a machine's peculiarities are named, or a store other than the usual one.

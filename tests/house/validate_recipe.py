@@ -14,15 +14,15 @@ def validate(recipe: Path, flags: list[str]) -> dict[str, object]:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from megatron_sfr import config
+    from megatron_sfr.config import settings
     from megatron_sfr.model.builder import SFRModelConfig
     from megatron_sfr.runtime import cpu
 
     cpu.install()
-    parser = config.Parser()
-    merged = config.to_flags(config.DEFAULTS | config.read_recipe(recipe), parser) + ["--no-rope-fusion", *flags]
-    config.check(parser.read(merged))
-    args = config.parse(config.Settings(merged, {}, "cuda", []))
+    parser = settings.Parser()
+    merged = settings.to_flags(settings.DEFAULTS | settings.read_recipe(recipe), parser) + ["--no-rope-fusion", *flags]
+    settings.check(parser.read(merged))
+    args = settings.parse(settings.Settings(merged, {}, "cuda", []))
     model = gpt_config_from_args(args, model_config_cls=SFRModelConfig).transformer
     return {
         "data_parallel": args.data_parallel_size,

@@ -22,8 +22,8 @@ def flags(argv: list[str]) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
 
-    from megatron_sfr.assembly import model_config
-    from megatron_sfr.config import parse, read_settings
+    from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.settings import parse, read_settings
 
     settings = read_settings(argv)
     args = parse(settings)

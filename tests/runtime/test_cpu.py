@@ -69,7 +69,7 @@ def test_the_mask_of_a_window_is_upstreams(window: tuple[int, int]) -> None:
 
 
 def test_changes_and_refusals_name_arguments_that_exist() -> None:
-    from megatron_sfr.config import Parser
+    from megatron_sfr.config.settings import Parser
 
     parser = Parser()
     dests = {action.dest for action in parser._actions}
@@ -79,7 +79,7 @@ def test_changes_and_refusals_name_arguments_that_exist() -> None:
 
 
 def test_experts_cut_both_ways_are_refused() -> None:
-    from megatron_sfr.config import Parser
+    from megatron_sfr.config.settings import Parser
 
     flags = ["--num-experts", "4", "--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
     with pytest.raises(ValueError, match="gloo gathers equal sizes only; set --expert-tensor-parallel-size 1"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sfr.config import Parser
+from megatron_sfr.config.settings import Parser
 from megatron_sfr.model.gradient_fusion import SWITCH
 from megatron_sfr.runtime import backend
 from megatron_sfr.runtime.cpu import HIDDEN_PACKAGES, TORCH_ADAM_ROWS

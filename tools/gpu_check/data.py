@@ -16,9 +16,9 @@ import yaml
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
-from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
-from megatron_sfr.launcher import command
+from megatron_sfr.launch import command
 from megatron_sfr.training.data.packing import first_fit_decreasing
 
 ROWS, SEQ_LENGTH, VOCABULARY, BATCH = 48, 128, 512, 8

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_sfr.launcher import command
+from megatron_sfr.launch import command
 from tools.gpu_check.steps import Comparison, Step
 
 PYTHON = (sys.executable, "-m")

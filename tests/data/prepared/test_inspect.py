@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.commands import inspect
+from megatron_sfr.cli.data import inspect
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
 from megatron_sfr.data.prepared.conversations import Anchors, PreparedData, Sample

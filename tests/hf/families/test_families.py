@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_sfr.config import Parser, to_flags
+from megatron_sfr.config.settings import Parser, to_flags
 from megatron_sfr.hf.families.dense import rotary_base
 from megatron_sfr.hf.families.family_registry import FAMILIES, megatron_flags
 from megatron_sfr.hf.families.llama import FIXED

@@ -19,7 +19,7 @@ from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.demo.tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 from megatron_sfr.training.data.provider import build, dataset_config
 from tests.distributed.tiny import write_prepared

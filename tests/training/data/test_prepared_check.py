@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sfr.assembly import unknown_end
+from megatron_sfr.config.build import unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.training.data.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_sfr.config import DEFAULTS, PRESETS, Parser, read_settings, to_flags
-from megatron_sfr.conflicts import contradiction
+from megatron_sfr.config.settings import DEFAULTS, PRESETS, Parser, read_settings, to_flags
+from megatron_sfr.config.validation import contradiction
 
 BASE = {
     "num_layers": 2,

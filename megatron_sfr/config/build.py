@@ -8,8 +8,8 @@ from typing import Any, Literal
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_sfr.config import options
-from megatron_sfr.conflicts import separator
+from megatron_sfr.config.settings import options
+from megatron_sfr.config.validation import separator
 from megatron_sfr.data.prepared.open import horizons_of, open_prepared
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore

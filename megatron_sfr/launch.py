@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_sfr.config.recipe import read_recipe
 from megatron_sfr.hf.megatron.tracker import newest
-from megatron_sfr.recipe import read_recipe
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.storage.lock import hold

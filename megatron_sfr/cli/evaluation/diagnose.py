@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from megatron_sfr.commands.generate import model_folders
+    from megatron_sfr.cli.model_args import model_folders
     from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.evaluation.generate.transformers_engine import check_folder, load_model
     from megatron_sfr.evaluation.lock_fork.examine import ExamineOptions, examine

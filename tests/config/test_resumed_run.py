@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sfr.config.resume import check_schedule, repair_trackers, resumed_step
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
-from megatron_sfr.resume import check_schedule, repair_trackers, resumed_step
 
 STORED: dict[str, Any] = {
     "lr": 1e-3,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sfr.commands.generate import add_model_arguments, model_folders, sampling_options
+from megatron_sfr.cli.model_args import add_model_arguments, model_folders, sampling_options
 
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.generate.prompts import Asked

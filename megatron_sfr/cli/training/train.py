@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; the flags that this command does not know are in args.flags."""
-    from megatron_sfr import launcher
+    from megatron_sfr import launch
 
     if args.nproc < 1:
         raise ValueError(f"--nproc {args.nproc}: at least one process is needed")
     if args.max_restarts < 0:
         raise ValueError(f"--max-restarts {args.max_restarts}: give 0 or more")
     if args.dry_run:
-        launcher.read_run(args.recipe, args.flags)
-        print(launcher.show(args.recipe, args.nproc, args.flags, args.max_restarts))
+        launch.read_run(args.recipe, args.flags)
+        print(launch.show(args.recipe, args.nproc, args.flags, args.max_restarts))
         return 0
-    launcher.train(
+    launch.train(
         args.recipe,
         args.nproc,
         args.flags,

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from megatron_sfr.flags.passed import PASSED
-from megatron_sfr.flags.refused import DATA, MODEL, REFUSED, STEP
-from megatron_sfr.flags.used import USED
+from megatron_sfr.config.flags.passed import PASSED
+from megatron_sfr.config.flags.refused import DATA, MODEL, REFUSED, STEP
+from megatron_sfr.config.flags.used import USED
 
 Status = Literal["refused", "used", "passed on"]
 INTRODUCTION = """# Megatron's flags

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sfr.cli.model_args import add_model_arguments, model_folders, sampling_options
+
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.generate.prompts import Prompt
     from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
@@ -23,26 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that sampling always has, shared with `evaluate`."""
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        action="extend",  # a second --model adds to the first
-        required=True,
-        metavar="NAME=DIR",
-        help="Hugging Face folders; NAME= may be left out",
-    )
-    parser.add_argument("--samples", type=int, default=8, help="replies to each prompt (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens that hold p (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the random numbers (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="replies at a time (%(default)s)")
-    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,30 +112,3 @@ def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
         return model
 
     return load_model, engine.sample
-
-
-def model_folders(given: list[str]) -> dict[str, Path]:
-    """{NAME: DIR} of `NAME=DIR` or `DIR` arguments; ValueError where a name comes twice."""
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        path = Path(folder) if equals else Path(text)
-        name = name if equals else path.resolve().name
-        if not name or name in folders:
-            raise ValueError(f"--model {text}: the name {name!r} is taken or empty; write NAME=DIR, each name once")
-        folders[name] = path
-    return folders
-
-
-def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import
-    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
-
-    return SamplingOptions(
-        samples=args.samples,
-        temperature=getattr(args, "temperature", 1.0),
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )

@@ -12,18 +12,30 @@ from megatron_sfr.storage.user_files import is_out_of_memory, reason
 OUT_OF_MEMORY = (
     "no memory is left; lower the batch size, the number of processes or the length, or use a machine with more memory"
 )
-COMMANDS = (
-    *("demo", "prepare", "prepare-text", "inspect", "embed", "calibrate-sed", "train", "convert"),
-    *("generate", "flow-generate", "evaluate", "evaluate-code", "diagnose", "doctor"),
-)
+COMMANDS = {  # and the folder of each
+    "demo": "training",
+    "prepare": "data",
+    "prepare-text": "data",
+    "inspect": "data",
+    "embed": "data",
+    "calibrate-sed": "training",
+    "train": "training",
+    "convert": "training",
+    "generate": "evaluation",
+    "flow-generate": "evaluation",
+    "evaluate": "evaluation",
+    "evaluate-code": "evaluation",
+    "diagnose": "evaluation",
+    "doctor": "training",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; their modules import nothing heavy."""
     parser = argparse.ArgumentParser(prog="megatron-sfr", description="Train language models that stay diverse.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"megatron_sfr.commands.{name.replace('-', '_')}")
+    for name, folder in COMMANDS.items():
+        module = importlib.import_module(f"megatron_sfr.cli.{folder}.{name.replace('-', '_')}")
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,
@@ -65,7 +77,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(command: str, why: str) -> int:
     print(f"megatron-sfr {command}: error: {' '.join(why.split())}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,10 +9,10 @@ import pytest
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig
 
-from megatron_sfr import cli, launcher
+from megatron_sfr import cli, launch
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
-from megatron_sfr.launcher import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
+from megatron_sfr.launch import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.training.metrics_log import cut_back
 
@@ -138,7 +138,7 @@ def test_a_run_whose_last_checkpoint_is_not_complete_is_started_again(
 ) -> None:
     recipe, save = finished
     (save / "iter_0000030" / CONFIG).unlink()
-    monkeypatch.setattr(launcher, "command", lambda *_: ["false"])
+    monkeypatch.setattr(launch, "command", lambda *_: ["false"])
     assert cli.main(["train", str(recipe)]) == 2
     printed = capsys.readouterr()
     assert "training failed: no process said why" in printed.err
@@ -151,7 +151,7 @@ def test_a_run_in_progress_is_not_started_a_second_time(
     finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe, save = finished
-    monkeypatch.setattr(launcher, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(launch, "LOCK_WAIT_S", 0.0)
     with hold(save, inside=True):
         assert cli.main(["train", str(recipe)]) == 2
     assert f"{save} is being written by process {os.getpid()} on " in capsys.readouterr().err

@@ -17,8 +17,9 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
-from megatron_sfr.conflicts import contradiction
-from megatron_sfr.flags.table import refusal
+from megatron_sfr.config.flags.flag_table import refusal
+from megatron_sfr.config.recipe import hyphenated, read_recipe
+from megatron_sfr.config.validation import contradiction
 from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
@@ -31,7 +32,6 @@ from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.gem import GEMOptions
 from megatron_sfr.objectives.token.registry import ObjectiveOptions
 from megatron_sfr.objectives.token.sed import SEDOptions
-from megatron_sfr.recipe import hyphenated, read_recipe
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown
 from megatron_sfr.training.data.provider import DataOptions

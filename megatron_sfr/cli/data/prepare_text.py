@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sfr.commands.prepare import add_cut_arguments
+from megatron_sfr.cli.data.prepare import add_cut_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
