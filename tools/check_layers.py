@@ -12,12 +12,6 @@ from pathlib import Path
 
 PACKAGE = "megatron_sfr"
 LAYERS = {
-    # TRANSITION: parts that the following commits move
-    "pages": 0,
-    **dict.fromkeys(("diagnostics", "simplex_sampling", "conflicts", "recipe"), 4),
-    **dict.fromkeys(("denoiser", "flags", "upstream_flags", "resume"), 5),
-    "flow_generation": 6,
-    **dict.fromkeys(("assembly", "launcher", "commands"), 7),
     **dict.fromkeys(("storage", "html"), 0),
     "runtime": 1,
     **dict.fromkeys(("data", "flow", "kernels"), 2),
@@ -241,6 +235,7 @@ def check_cycles(sources: list[Source], modules: frozenset[str]) -> Iterator[Vio
                 if not here.startswith(there) and not there.startswith(here) and source.part not in ("", *TOP_PARTS):
                     of_folders[source.folder].setdefault(folder_of[name], (source.path, line))
     yield from cycles(of_modules, "import cycle")
+    yield from cycles(of_folders, "folders import each other:")
 
 
 TOP_PARTS = tuple(part for part, layer in LAYERS.items() if layer == TOP)
@@ -255,7 +250,7 @@ def check(root: Path) -> list[Violation]:
         violations += [*check_layers(source, modules), *check_layout(source, paths), *check_exports(source, modules)]
         if source.part != "runtime":
             violations += check_cuda(source)
-    violations += check_cycles(ours, modules)
+    violations += [*check_folders(ours), *check_cycles(ours, modules)]
     return sorted(set(violations))
 
 

@@ -72,9 +72,27 @@ VIOLATIONS = {
         },
         "megatron_sfr/data/b.py:3: import cycle megatron_sfr.data.a -> megatron_sfr.data.b -> megatron_sfr.data.a",
     ),
+    "folders that import each other": (
+        {
+            "megatron_sfr/data/chat/a.py": DOCSTRING + "from megatron_sfr.data.targets.d import e\n",
+            "megatron_sfr/data/chat/b.py": DOCSTRING,
+            "megatron_sfr/data/targets/c.py": DOCSTRING + "from megatron_sfr.data.chat.b import e\n",
+            "megatron_sfr/data/targets/d.py": DOCSTRING,
+        },
+        "megatron_sfr/data/targets/c.py:2: folders import each other: megatron_sfr.data.chat -> "
+        "megatron_sfr.data.targets -> megatron_sfr.data.chat",
+    ),
     "megatron under one folder of a part that may": (
         {"megatron_sfr/kl_flow/sampling/a.py": DOCSTRING + "import megatron.core\n"},
         "megatron_sfr/kl_flow/sampling/a.py:2: kl_flow.sampling imports no megatron",
+    ),
+    "a folder of many modules": (
+        {f"megatron_sfr/hf/a{number}.py": DOCSTRING for number in range(13)},
+        "megatron_sfr/hf/__init__.py:1: 13 modules in megatron_sfr/hf: divide it (at most 12)",
+    ),
+    "a module name that is taken": (
+        {"megatron_sfr/hf/a.py": DOCSTRING, "megatron_sfr/training/data/a.py": DOCSTRING},
+        "megatron_sfr/training/data/a.py:1: megatron_sfr/hf/a.py is called a too",
     ),
     "a package without a docstring": (
         {"megatron_sfr/hf/__init__.py": ""},
