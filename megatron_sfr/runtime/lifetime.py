@@ -71,8 +71,15 @@ def tie_rank(module: str) -> None:
 
 
 def _tie_child(parent: int | None) -> None:
+    """Lets a process live as long as the rank that started it, and no longer.
+
+    Signals that stop a run are for the rank, which then writes a checkpoint and needs upstream's manager process for
+    that. torchrun signals the rank's process group, and Slurm each process of a job.
+    """
     end_with_parent(parent)
-    os.setpgid(0, 0)  # torchrun signals the group: SIGTERM means a checkpoint, which needs upstream's manager alive
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _tie_forks() -> None:
@@ -102,6 +109,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], mark: 
     finally:
         if code != 0:
             os._exit(code)
+    for child in multiprocessing.active_children():
+        if child.daemon:  # interpreter shutdown would send it SIGTERM, which it ignores, and wait
+            child.kill()
     sys.exit(0)
 
 

@@ -41,13 +41,13 @@ def main(argv: Sequence[str]) -> None:
             raise IndexError("out of range")
         case "leave":
             sys.exit("no more data")
-        case "manager":  # still there after its group was signalled?
+        case "manager":  # torchrun signals the rank's group, and Slurm each process of a job
             os.killpg(0, signal.SIGTERM)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)
             time.sleep(0.5)
             results.put(1)
             command.kill()
-            for process in started:
-                process.kill()
         case "wait":
             while len(list(peers.glob("rank-?"))) < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
                 time.sleep(0.01)
