@@ -39,7 +39,7 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
         return f"{what} {why}; see {log}"
     if given := _marked(text, mark):
         return _explained(given[0])
-    raised = re.findall(_RAISED, text, flags=re.MULTILINE)
+    raised = [m[1] for m in re.finditer(_RAISED, text, flags=re.MULTILINE) if not _is_cause(text[m.end() :])]
     if not raised and returncode is not None and returncode < 0:
         return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
     return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
@@ -52,6 +52,11 @@ def marked(log: Path, mark: str) -> list[str]:
 
 def _marked(text: str, mark: str) -> list[str]:
     return re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE)
+
+
+def _is_cause(following: str) -> bool:
+    """Whether an exception, from the text after it, was only the cause or the context of the one to report."""
+    return bool(re.match(r"\n\n(?:\[rank\d+\]: *)?(The above exception was|During handling of)", following))
 
 
 def _disk_full(text: str) -> str | None:
@@ -71,7 +76,8 @@ def _not_finite(text: str) -> str | None:
 
 def _explained(line: str) -> str:
     """A DataLoader's worker that was killed, with the usual reason."""
-    return f"{line.rstrip()} {_ENDS[signal.SIGKILL]}" if "is killed by signal: Killed" in line else line
+    killed = "DataLoader worker" in line and ("signal: Killed" in line or line.rstrip().endswith("exited unexpectedly"))
+    return f"{line.rstrip().removesuffix('.')}; {_ENDS[signal.SIGKILL]}" if killed else line
 
 
 def _killed(text: str) -> str | None:

@@ -7,6 +7,7 @@ time are counted from the event.
 import fcntl
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def test_a_killed_data_loader_worker_ends_the_run(start: Start) -> None:
     run.wait_for(lambda: run.steps() >= 1)
     rank = run.ranks()[0]
     next(child for child in rank.children() if child.cmdline() == rank.cmdline()).kill()
-    assert "is killed by signal: Killed" in last_line(run.output_at_the_end(2))
+    line = last_line(run.output_at_the_end(2))  # torch says one or the other, as it notices
+    assert re.search(r"DataLoader worker \(pid.*(is killed by signal: Killed|exited unexpectedly)", line)
+    assert "out of memory is the usual reason" in line
 
 
 def test_a_killed_rank_takes_its_processes_along(start: Start) -> None:

@@ -98,7 +98,7 @@ def test_what_is_no_denoiser_is_not_read_as_one(read: Path) -> None:
 @pytest.mark.parametrize(("run", "task"), [("kl-token-single", "autoregressive"), ("plain", "kl-flow")])
 @pytest.mark.parametrize("option", ["load", "pretrained_checkpoint"])
 def test_a_run_starts_from_a_model_of_its_task(runs: Path, run: str, task: str, option: str) -> None:
-    plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist"}
+    plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist", "ckpt_step": None}
     args = argparse.Namespace(**plain | {option: str(runs / run), "training_task": task})
     with pytest.raises(ValueError, match=rf"{run} holds a model of --training-task .*, this run is {task}"):
         check_task(args)
@@ -111,6 +111,10 @@ def test_a_checkpoint_of_another_format_is_left_to_upstream(tmp_path: Path) -> N
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     check_task(
         argparse.Namespace(
-            load=str(tmp_path), pretrained_checkpoint=None, ckpt_format="torch_dist", training_task="kl-flow"
+            load=str(tmp_path),
+            pretrained_checkpoint=None,
+            ckpt_format="torch_dist",
+            ckpt_step=None,
+            training_task="kl-flow",
         )
     )

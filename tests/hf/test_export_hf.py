@@ -282,7 +282,9 @@ def test_two_at_once_write_one_whole_folder(imported, untied, tmp_path):
     errors = [process.communicate()[1] for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes, errors  # the other was refused, or came late and found it up to date
-    assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True))
+    assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True)), (
+        errors
+    )
     found, wanted = Weights(output), Weights(untied)
     assert found.files.keys() == wanted.files.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted.files)

@@ -127,7 +127,7 @@ def with_rotary_buffers(folder, dtype, base):
     """As Llama models of 2023: the rotary frequencies of heads of 10 numbers, stored with each layer."""
     frequencies = 1 / base ** (torch.arange(0, 10, 2) / 10)
     names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(4)]
-    change_tensors(folder, lambda x: x.update({name: frequencies.to(dtype) for name in names}))
+    change_tensors(folder, lambda x: x.update({name: frequencies.to(dtype, copy=True) for name in names}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

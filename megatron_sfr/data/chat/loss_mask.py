@@ -85,9 +85,14 @@ def reply_end_token(tokenizer: Any) -> int | None:
     return ids[spans[-1][1] - 1]
 
 
-@lru_cache(maxsize=8)
 def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], frozenset[int]]:
     """A pattern that finds any special token in text (the longest one first), and the ids of these tokens."""
+    return _control_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, _size: int) -> tuple[re.Pattern[str], frozenset[int]]:
+    """Cached by the vocabulary's size too, which changes when tokens are added."""
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     longest_first = sorted(special, key=len, reverse=True)

@@ -99,7 +99,7 @@ def test_the_page_tells_what_moved_from_what_did_not(report: Report) -> None:
 
 
 def test_json_holds_everything_and_no_nan(report: Report) -> None:
-    found = json.loads(as_json(report), parse_constant=pytest.fail)
+    found = json.loads(as_json(report, {}), parse_constant=pytest.fail)
     assert found["scores"]["SFR"]["relevance"][0] == {"mean": None, "low": None, "high": None, "n": 0}
     assert found["verdicts"] == [verdict(gap) for gap in report.gaps]
 
