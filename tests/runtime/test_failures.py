@@ -89,7 +89,13 @@ def test_any_other_exception_is_said_as_it_is() -> None:
         (f"{MARK} RuntimeError: a writer failed\n{FULL}", "training failed: the disk is full"),
         (
             f"{MARK} RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. \n",
-            "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. out of memory is the usual reason",
+            "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed; out of memory is the usual reason",
+        ),
+        (
+            "ConnectionRefusedError: [Errno 111] Connection refused\n\n"
+            "The above exception was the direct cause of the following exception:\n\n"
+            "RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly\n",
+            "training failed: RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly; out of memory is the",
         ),
         ("nothing\n", "training failed: no process said why; see"),
     ],
