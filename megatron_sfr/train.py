@@ -49,6 +49,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.runtime import backend
     from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
+    from megatron_sfr.training.metrics_log import flushed_before_saves
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend)
@@ -73,7 +74,8 @@ def _train(settings: "Settings", first: bool) -> None:
 
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider()
     try:
-        with head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext():
+        head = head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext()
+        with head, flushed_before_saves(lines):
             pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error

@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training import training
 from torch import Tensor
 
 from megatron_sfr.storage.atomic import replacing
@@ -53,6 +55,23 @@ class JsonLines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self._row = {}
+
+
+@contextmanager
+def flushed_before_saves(lines: JsonLines | None) -> Iterator[None]:
+    """Within it, the line of a step is written before its checkpoint: a kill after the save does not lose it."""
+    original = training.save_checkpoint_and_time
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        if lines is not None:
+            lines.flush()
+        return original(*args, **kwargs)
+
+    training.save_checkpoint_and_time = save
+    try:
+        yield
+    finally:
+        training.save_checkpoint_and_time = original
 
 
 def cut_back(path: Path, step: int) -> None:

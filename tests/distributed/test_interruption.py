@@ -103,7 +103,8 @@ def test_a_restart_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> N
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     straight = start(recipe, tmp_path / "straight", *limit)
-    assert straight.wait(timeout=300) == 0
+    output = straight.communicate(timeout=300)[0]
+    assert straight.returncode == 0, output
     expected, actual = (read_checkpoint(find_checkpoint(tmp_path / name)) for name in ("straight", "killed"))
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
 
