@@ -52,7 +52,12 @@ def prepare(argv: Sequence[str]) -> None:
 def _backend_in(recipe: Path) -> str | None:
     try:
         keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # config/settings.py reads it again and says what is wrong
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        RecursionError,
+    ):  # config/settings.py reads it again and says what is wrong
         return None
     keys = keys if isinstance(keys, dict) else {}
     return keys.get("sfr_backend", keys.get("sfr-backend"))
