@@ -32,7 +32,8 @@ class JsonLines:
 
     def __init__(self, writer: Any, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
         self._add_scalar, self._resumed = writer.add_scalar, resumed
-        self._path, self._step, self._row, self._fresh = path, 0, dict[str, float](), True
+        self._path, self._step, self._record, self._fresh = path, 0, dict[str, float](), True
+        self._offset, self._written = 0, True
         writer.add_scalar = self.add_scalar
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
@@ -45,16 +46,20 @@ class JsonLines:
             self._fresh = False
         if global_step != self._step:
             self.flush()
-            self._step = global_step
-        self._row[tag] = float(scalar_value)
+            self._step, self._record, self._offset = global_step, {}, _size(self._path)
+        self._record[tag] = float(scalar_value)
+        self._written = False
 
     def flush(self) -> None:
-        """Writes the scalars of the current step."""
-        if self._row:
-            line = json.dumps({"step": self._step, "time": round(time.time(), 3), **self._row})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            self._row = {}
+        """Writes the line of the current step. Later scalars of the same step replace it by a longer one."""
+        if self._written:
+            return
+        line = json.dumps({"step": self._step, "time": round(time.time(), 3), **self._record}) + "\n"
+        with self._path.open("r+b" if self._path.exists() else "wb") as file:
+            file.seek(self._offset)
+            file.write(line.encode())
+            file.truncate()
+        self._written = True
 
 
 @contextmanager
@@ -83,6 +88,10 @@ def cut_back(path: Path, step: int) -> None:
             return
     with open(path, "rb") as file, replacing(path, "wb") as kept:
         kept.writelines(line for line in file if _stays(line, step))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stays(line: bytes, step: int) -> bool:

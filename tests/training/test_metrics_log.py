@@ -10,6 +10,10 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_sfr.training.metrics_log import JsonLines, cut_back, pair
 
 
+def read(path: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
+
+
 def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path / "tensorboard") as writer:
         lines = JsonLines(writer, tmp_path / "metrics.jsonl")
@@ -18,12 +22,28 @@ def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> 
             writer.add_scalar("lm loss vs samples", 3.0, 8 * step)
             writer.add_scalar("grad-norm", 0.5, step)
         lines.flush()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if k != "time"} for row in rows] == [
+    assert read(tmp_path / "metrics.jsonl") == [
         {"step": 1, "lm loss": 3.0, "grad-norm": 0.5},
         {"step": 2, "lm loss": 1.5, "grad-norm": 0.5},
     ]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_scalars_that_come_after_the_checkpoint_join_their_steps_line(tmp_path: Path) -> None:
+    """Upstream validates after it saved; the line was written before the save, so that a kill does not lose it."""
+    path = tmp_path / "metrics.jsonl"
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        log = JsonLines(writer, path)
+        for step in (1, 2):
+            writer.add_scalar("lm loss", 3.0 / step, step)
+            log.flush()
+            assert read(path)[-1] == {"step": step, "lm loss": 3.0 / step}
+            writer.add_scalar("lm loss validation", 4.0, step)
+        log.flush()
+    assert read(path) == [
+        {"step": 1, "lm loss": 3.0, "lm loss validation": 4.0},
+        {"step": 2, "lm loss": 1.5, "lm loss validation": 4.0},
+    ]
 
 
 def test_pair_is_a_detached_sum_and_its_count() -> None:
