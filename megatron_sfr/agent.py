@@ -3,8 +3,9 @@
 torchrun itself ends with 1 both after a failure and after SIGTERM, so a script cannot tell which run to start again.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         exit code of the rank that failed first: 2 for an error that the user has to mend.
     """
     try:
-        torchrun.main(list(argv))
+        torchrun.main([*local_address(os.environ), *argv])
     except SignalException as stopped:
         print(f"torchrun: stopped by {stopped.sigval.name}", file=sys.stderr, flush=True)
         return 128 + stopped.sigval
@@ -28,6 +29,15 @@ def main(argv: Sequence[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
     return 0
+
+
+def local_address(environment: Mapping[str, str]) -> list[str]:
+    """torchrun's --local-addr under Slurm: the node's name there, which all nodes of the job resolve.
+
+    Without it torchrun gives the other nodes the host's own name, and they wait for minutes where it does not resolve.
+    """
+    node = environment.get("SLURMD_NODENAME")
+    return ["--local-addr", node] if node else []
 
 
 if __name__ == "__main__":

@@ -27,3 +27,14 @@ def test_the_exit_code_says_how_the_run_ended(program: str, code: int, tmp_path:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
+
+
+def test_ranks_meet_at_the_nodes_name_under_slurm(tmp_path: Path) -> None:
+    """Not at the host's own name: other nodes may not resolve it."""
+    script = tmp_path / "rank.py"
+    script.write_text("import os; print(os.environ['MASTER_ADDR'])", encoding="utf-8")
+    command = [sys.executable, "-m", "megatron_sfr.agent", "--nnodes", "1", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "1", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "127.0.0.2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "127.0.0.2"
