@@ -121,7 +121,16 @@ class Job:
             assert condition() or self.state() not in ENDED, self.text()[-3000:]
             return condition()
 
-        wait_for(met, f"{what} in {self.log}")
+        try:
+            wait_for(met, f"{what} in {self.log}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.report()}") from None
+
+    def report(self) -> str:
+        """What Slurm knows of the job, and the ends of its log and of the daemons' logs."""
+        folder = self.cluster.conf.parent
+        logs = [path.read_text(errors="replace")[-2000:] for path in (self.log, *folder.glob("*.log")) if path.exists()]
+        return "\n".join([self.cluster.call("scontrol", "--oneliner", "show", "job", self.number), *logs])
 
     def shown(self, name: str) -> str:
         """One field of `scontrol show job`."""

@@ -6,6 +6,7 @@ Skipped where Slurm is not installed.
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ STEPS, INTERVAL = 60, 2
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    (tmp_path / "slurm").mkdir()
-    with running(tmp_path / "slurm") as cluster:
+def cluster() -> Iterator[Cluster]:
+    """In a folder with a short path: Slurm keeps sockets there, whose paths have at most 108 letters."""
+    with TemporaryDirectory(prefix="slurm-") as folder, running(Path(folder)) as cluster:
         yield cluster
 
 
