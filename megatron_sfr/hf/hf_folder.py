@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.hf.mappings import Config
 from megatron_sfr.storage import provenance
+from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import read_json_object, shown
 
@@ -93,7 +94,8 @@ def is_up_to_date(output: Path, identity: Mapping[str, object], *, force: bool) 
         ValueError: `output` is another conversion's, or its files have changed.
     """
     made = not force and (output / RECORD).is_file()
-    return made and provenance.is_up_to_date(output, output / RECORD, identity, _OTHER)
+    with hint(_OTHER):
+        return made and provenance.is_up_to_date(output, output / RECORD, identity)
 
 
 @contextmanager

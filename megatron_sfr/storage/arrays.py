@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from megatron_sfr.storage.manifest import FileRecord
+from megatron_sfr.storage.integrity import FileRecord
 
 BLOCK = 1 << 20
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 from numpy.typing import DTypeLike
 
 from megatron_sfr.storage.arrays import FlatWriter
-from megatron_sfr.storage.manifest import FileRecord, empty_folder
+from megatron_sfr.storage.integrity import FileRecord
+from megatron_sfr.storage.manifest import empty_folder
 from megatron_sfr.storage.user_files import read_json
 
 JOURNAL = "journal.json"

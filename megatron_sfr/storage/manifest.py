@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,16 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
 from megatron_sfr.storage.atomic import replacing, sync_folder
+from megatron_sfr.storage.integrity import StoredFileError
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import check_fields, cut, read_json_object, shown
 
 NAME = "manifest.json"
 MOST = 1 << 62  # of a count or a size
-
-
-class FileRecord(TypedDict):
-    bytes: int
-    sha256: str
 
 
 class InputRecord(TypedDict):
@@ -41,11 +36,6 @@ class Manifest(Protocol):
     version: ClassVar[int]
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Written under a temporary name, flushed, renamed: it is there whole or not at all."""
     content = {"kind": manifest.kind, "version": manifest.version, **asdict(manifest)}
@@ -54,53 +44,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write("\n")
 
 
-def read_manifest[M: Manifest](folder: Path, cls: type[M], remedy: str) -> M:
-    """The manifest of a folder; ValueError ending in `remedy` where it is missing, damaged or of another version."""
+def read_manifest[M: Manifest](folder: Path, cls: type[M]) -> M:
+    """The manifest of a folder. Raises StoredFileError if it is missing, damaged or of another kind or version."""
     path = folder / NAME
     try:
         content = read_json_object(path)
         kind, version = content.pop("kind"), content.pop("version")
     except FileNotFoundError as error:
         missing = "has no manifest.json: it is incomplete" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} {missing}; {remedy}") from error
+        raise StoredFileError(f"{folder} {missing}") from error
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged; {remedy}") from error
+        raise StoredFileError(f"{path} is damaged") from error
     if kind != cls.kind:
-        raise ValueError(f"{folder} holds {cut(str(kind))}, not {cls.kind}; {remedy}")
+        raise StoredFileError(f"{folder} holds {cut(str(kind))}, not {cls.kind}")
     if version != cls.version:
-        raise ValueError(f"{path} is of version {shown(version)}, this program reads version {cls.version}; {remedy}")
+        raise StoredFileError(f"{path} is of version {shown(version)}, this program reads version {cls.version}")
     known = {field.name for field in fields(cls)}
     required = {field.name for field in fields(cls) if field.default is MISSING}
     if not required <= content.keys() <= known:
-        raise ValueError(f"{path} is damaged; {remedy}")
+        raise StoredFileError(f"{path} is damaged")
     try:
         check_fields(content, cls)
         if negative := [name for name, value in content.items() if type(value) is int and not 0 <= value <= MOST]:
             raise ValueError(f"{negative[0]} is {shown(content[negative[0]])}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+        raise StoredFileError(f"{path} is damaged: {error}") from error
     return cls(**content)
-
-
-def check_sizes(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:
-    """Cheap: that each file is there with its size. What changed inside is found by `check_contents`."""
-    for name, record in files.items():
-        check_size(folder / name, record["bytes"], remedy)
-
-
-def check_size(path: Path, expected: int, remedy: str) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected:
-        found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
-        raise ValueError(f"{path} {found}; {remedy}")
-
-
-def check_contents(folder: Path, files: dict[str, FileRecord], remedy: str) -> None:
-    """Reads every file whole."""
-    check_sizes(folder, files, remedy)
-    for name, record in files.items():
-        if sha256_of(folder / name) != record["sha256"]:
-            raise ValueError(f"{folder / name} is not what was written (its sha256 differs); {remedy}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.integrity import StoredFileError
 from megatron_sfr.storage.user_files import read_json
 
 
@@ -38,26 +39,24 @@ def read_record(record: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.keys() >= {"identity", "files"} else None
 
 
-def is_up_to_date(output: Path, record: Path, identity: Mapping[str, object], remedy: str) -> bool:
+def is_up_to_date(output: Path, record: Path, identity: Mapping[str, object]) -> bool:
     """Whether an output is there, whole, from a command of this identity; False where there is no output.
 
     Raises:
-        ValueError: ending in `remedy`: the output is another command's, or its files have changed.
+        StoredFileError: the output is another command's, or its files have changed.
     """
     if not output.exists():
         return False
     known = read_record(record)
     if known is None:
-        raise ValueError(f"{output} exists, and nothing says what made it: {remedy}")
+        raise StoredFileError(f"{output} exists, and nothing says what made it")
     if changed := differences(known["identity"], identity):
-        raise ValueError(f"{output} exists, made with other values of {', '.join(changed)}: {remedy}")
+        raise StoredFileError(f"{output} exists, made with other values of {', '.join(changed)}")
     for name, size in known["files"].items():
         path = record.parent / name
         now = path.stat().st_size if path.is_file() else None
         if now != size:
-            raise ValueError(
-                f"{path} {'is missing' if now is None else f'has {now:,} bytes instead of {size:,}'}: {remedy}"
-            )
+            raise StoredFileError(f"{path} {'is missing' if now is None else f'has {now:,} bytes instead of {size:,}'}")
     return True
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import IO
 
 from megatron_sfr.storage.atomic import sync_folder
+from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.provenance import differences, is_up_to_date, read_record, write_record
-
-_REMEDY = "choose another --output, or remove it"
 
 
 def record_of(path: Path) -> Path:
@@ -20,7 +19,8 @@ def record_of(path: Path) -> Path:
 
 def is_finished(path: Path, identity: Mapping[str, object]) -> bool:
     """Whether a file is there, from a finished run of this identity; ValueError where it is another one's."""
-    return is_up_to_date(path, record_of(path), identity, _REMEDY)
+    with hint("choose another --output, or remove it"):
+        return is_up_to_date(path, record_of(path), identity)
 
 
 @contextmanager

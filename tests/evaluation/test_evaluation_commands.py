@@ -105,7 +105,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert capsys.readouterr().out == f"{tmp_path} is up to date\n"
     assert main(["evaluate", *models, *fixed, *sweep, "--seed", "1"]) == 2
-    assert "made with other values of options.seed: choose another --output" in capsys.readouterr().err
+    assert "made with other values of options.seed; choose another --output" in capsys.readouterr().err
     (tmp_path / "samples.jsonl").write_text("")
     assert main(["evaluate", *models, *fixed, *sweep]) == 2
     assert "samples.jsonl has 0 bytes instead of" in capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_existing_output_is_kept(imported, untied, tmp_path):
     exported(imported, tmp_path / "out", untied)
     (tmp_path / "out" / "notes").touch()
     assert exported(imported, tmp_path / "out", untied).up_to_date
-    with pytest.raises(ValueError, match=r"other values of options\.dtype: choose another --output, or .* --force"):
+    with pytest.raises(ValueError, match=r"other values of options\.dtype; choose another --output, or .* --force"):
         exported(imported, tmp_path / "out", untied, dtype=torch.bfloat16)
     assert (tmp_path / "out" / "notes").exists()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"cut")

@@ -62,7 +62,7 @@ def test_an_import_that_is_there_is_up_to_date(imported, untied, tmp_path, capsy
     assert cli.main(["convert", "import", "--hf", str(untied), "--output", str(imported)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{imported} is up to date"
     other = shutil.copytree(untied, tmp_path / "hf", copy_function=shutil.copyfile)
-    with pytest.raises(ValueError, match="made with other values of hf: choose another --output, or replace it"):
+    with pytest.raises(ValueError, match="made with other values of hf; choose another --output, or replace it"):
         import_hf(other, imported, progress=False)
     assert find_checkpoint(imported).is_dir()
 

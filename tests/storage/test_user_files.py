@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megatron_sfr.storage.manifest import FileRecord
+from megatron_sfr.storage.integrity import FileRecord
 from megatron_sfr.storage.user_files import SHOWN, check_fields, is_out_of_memory, loading, parse_json, shown
 
 

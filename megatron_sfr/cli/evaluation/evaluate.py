@@ -43,13 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.storage.integrity import hint
     from megatron_sfr.storage.lock import hold
     from megatron_sfr.storage.provenance import is_up_to_date
 
     if args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
     last, identity = args.output / "evaluation.json", _identity(args)
-    if is_up_to_date(last, last, identity, "choose another --output, or remove the file"):
+    with hint("choose another --output, or remove the file"):
+        done = is_up_to_date(last, last, identity)
+    if done:
         print(f"{args.output} is up to date")
         return 0
     with hold(args.output, inside=True):
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
     """What decides the report. An encoder that is named, not a folder, counts by its name."""
-    from megatron_sfr.storage.manifest import sha256_of
+    from megatron_sfr.storage.integrity import sha256_of
     from megatron_sfr.storage.provenance import contents_of
 
     sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")

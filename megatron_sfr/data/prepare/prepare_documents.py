@@ -18,9 +18,10 @@ from megatron_sfr.data.prepared.documents import CORPUS, DocumentsManifest, Prep
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.journal import discard_without_journal
 from megatron_sfr.storage.jsonl import CHUNK_BYTES, Chunk, Place, read_chunks
-from megatron_sfr.storage.manifest import NAME, FileRecord, InputRecord, publish, sha256_of, staging, write_manifest
+from megatron_sfr.storage.manifest import NAME, InputRecord, publish, staging, write_manifest
 
 CHUNK_TOKENS = 1 << 18  # of a corpus that is there already
 INDEXED = "indexed dataset"

@@ -14,9 +14,9 @@ import numpy as np
 from megatron_sfr.data.prepare.encode_conversations import COLUMNS, EncodedChunk
 from megatron_sfr.data.prepare.write_segments import SegmentFiles
 from megatron_sfr.data.prepared.conversations import DTYPES
+from megatron_sfr.storage.integrity import FileRecord
 from megatron_sfr.storage.journal import JournaledFiles
 from megatron_sfr.storage.jsonl import BadRow, Place
-from megatron_sfr.storage.manifest import FileRecord
 
 REJECTED = "rejected.jsonl"
 SAMPLE_DIGESTS = "sample_digests.bin"  # by which duplicates are counted; not published

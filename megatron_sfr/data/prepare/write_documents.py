@@ -14,9 +14,9 @@ from megatron_sfr.data.prepare.write_conversations import REJECTED
 from megatron_sfr.data.prepare.write_segments import SegmentFiles
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
+from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.journal import JournaledFiles
 from megatron_sfr.storage.jsonl import BadRow, Place
-from megatron_sfr.storage.manifest import FileRecord, sha256_of
 
 TOKENS, INDEX, LENGTHS = f"{CORPUS}.bin", f"{CORPUS}.idx", "lengths.bin"
 WriteIndex = Callable[[Path, np.ndarray, type[np.generic]], None]  # path, lengths int32 [documents], dtype of tokens

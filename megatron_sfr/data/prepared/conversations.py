@@ -19,8 +19,19 @@ import numpy as np
 from megatron_sfr.data.prepared import segment_texts
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.arrays import map_flat
-from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, largest, refuse
-from megatron_sfr.storage.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.storage.integrity import (
+    SAMPLE_BYTES,
+    FileRecord,
+    check_contents,
+    check_counts,
+    check_offsets,
+    check_sample,
+    check_sizes,
+    hint,
+    largest,
+    refuse,
+)
+from megatron_sfr.storage.manifest import InputRecord, read_manifest
 
 DTYPES = {
     "tokens.bin": np.int32,
@@ -117,23 +128,25 @@ class PreparedData:
         self._persona = self._map("personas.bin")
         self._anchors = self._map("anchors.bin").reshape(-1, 6)
         self._anchor_offsets = self._map("anchor_offsets.bin")
-        self.texts = segment_texts.SegmentTexts(folder, remedy(folder))
+        self._repair = repair(folder)
+        self.texts = segment_texts.SegmentTexts(folder, self._repair)
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
         """ValueError where the folder is incomplete, damaged or of another version."""
         folder = Path(folder)
-        manifest = read_manifest(folder, PreparedManifest, remedy(folder))
-        check_sizes(folder, manifest.files, remedy(folder))
-        check_counts(folder, manifest.files, _bytes_of(manifest), remedy(folder))
+        with repair(folder):
+            manifest = read_manifest(folder, PreparedManifest)
+            check_sizes(folder, manifest.files)
+            check_counts(folder, manifest.files, _bytes_of(manifest))
         return cls(folder, manifest)
 
     def check(self, budget: int = SAMPLE_BYTES) -> None:
         """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
-        hint, manifest = remedy(self.folder), self.manifest
-        check_offsets(self.folder / "offsets.bin", self._offsets, manifest.tokens, hint)
-        check_offsets(self.folder / "anchor_offsets.bin", self._anchor_offsets, manifest.anchors, hint)
-        check_sample(self.folder, manifest.files, hint, budget)
+        with self._repair:
+            check_offsets(self.folder / "offsets.bin", self._offsets, self.manifest.tokens)
+            check_offsets(self.folder / "anchor_offsets.bin", self._anchor_offsets, self.manifest.anchors)
+            check_sample(self.folder, self.manifest.files, budget)
 
     @property
     def max_token_id(self) -> int:
@@ -143,7 +156,8 @@ class PreparedData:
 
     def verify(self) -> None:
         """Reads everything; ValueError names the file that is not what was written."""
-        check_contents(self.folder, self.manifest.files, remedy(self.folder))
+        with self._repair:
+            check_contents(self.folder, self.manifest.files)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -151,6 +165,10 @@ class PreparedData:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        with self._repair:
+            return self._sample(index)
+
+    def _sample(self, index: int) -> Sample:
         start, end = self._bounds("offsets.bin", self._offsets, index, len(self._tokens))
         first, last = self._bounds("anchor_offsets.bin", self._anchor_offsets, index, len(self._anchors))
         self._check_ranges(index, int(end - start), self._anchors[first:last])
@@ -191,16 +209,16 @@ class PreparedData:
     def _bounds(self, name: str, offsets: np.ndarray, index: int, total: int) -> tuple[int, int]:
         start, end = offsets[index : index + 2].tolist()
         if not 0 <= start <= end <= total:
-            refuse(self.folder / name, f"sample {index} runs from {start} to {end} of {total}", remedy(self.folder))
+            refuse(self.folder / name, f"sample {index} runs from {start} to {end} of {total}")
         return start, end
 
     def _check_ranges(self, index: int, tokens: int, anchors: np.ndarray) -> None:
         """ValueError where a sample's numbers point outside of what there is; anchors [A, 6]."""
         if not 0 <= self._persona[index] < len(self._personas):
-            refuse(self.folder / "personas.bin", f"sample {index} has no known persona", remedy(self.folder))
+            refuse(self.folder / "personas.bin", f"sample {index} has no known persona")
         last = (tokens - 2, self.manifest.segments - 1, tokens - 1, tokens - 1, tokens, len(self.manifest.horizons) - 1)
         if (anchors < 0).any() or (anchors > last).any():
-            refuse(self.folder / "anchors.bin", f"an anchor of sample {index} is out of range", remedy(self.folder))
+            refuse(self.folder / "anchors.bin", f"an anchor of sample {index} is out of range")
 
 
 def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
@@ -218,5 +236,6 @@ def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
     )
 
 
-def remedy(folder: Path) -> str:
-    return f"run: megatron-sfr prepare --input FILE --tokenizer DIR --output {folder} --force"
+def repair(folder: Path) -> hint:
+    """Says how a folder of conversations is made again."""
+    return hint(f"run: megatron-sfr prepare --input FILE --tokenizer DIR --output {folder} --force")

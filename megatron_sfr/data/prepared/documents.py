@@ -18,8 +18,19 @@ import numpy as np
 from megatron_sfr.data.prepared import segment_texts
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.arrays import map_flat
-from megatron_sfr.storage.integrity import SAMPLE_BYTES, check_counts, check_offsets, check_sample, refuse
-from megatron_sfr.storage.manifest import FileRecord, InputRecord, check_contents, check_sizes, read_manifest
+from megatron_sfr.storage.integrity import (
+    SAMPLE_BYTES,
+    FileRecord,
+    StoredFileError,
+    check_contents,
+    check_counts,
+    check_offsets,
+    check_sample,
+    check_sizes,
+    hint,
+    refuse,
+)
+from megatron_sfr.storage.manifest import InputRecord, read_manifest
 
 CORPUS = "documents"  # the indexed dataset inside its folder
 ANCHOR_DTYPES: dict[str, type[np.generic]] = {"anchors.bin": np.int32, "anchor_offsets.bin": np.int64}
@@ -65,7 +76,8 @@ class PreparedDocuments:
     def __init__(self, folder: Path, manifest: DocumentsManifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.texts = segment_texts.SegmentTexts(folder, remedy(folder))
+        self._repair = repair(folder)
+        self.texts = segment_texts.SegmentTexts(folder, self._repair)
         self._anchors = map_flat(folder / "anchors.bin", np.int32).reshape(-1, COLUMNS)
         self._offsets = map_flat(folder / "anchor_offsets.bin", np.int64)
 
@@ -73,14 +85,15 @@ class PreparedDocuments:
     def open(cls, folder: Path) -> PreparedDocuments:
         """ValueError where the folder is incomplete, damaged or of another version, or its corpus is not there."""
         folder = Path(folder)
-        manifest = read_manifest(folder, DocumentsManifest, remedy(folder))
-        check_sizes(folder, manifest.files, remedy(folder))
-        check_counts(folder, manifest.files, _bytes_of(manifest), remedy(folder))
-        opened = cls(folder, manifest)
-        for end in (".bin", ".idx"):
-            if not (path := Path(f"{opened.corpus}{end}")).is_file():
-                raise ValueError(f"{path}, the corpus of {folder}, is missing; {remedy(folder)}")
-        check_sizes(Path(), opened._corpus_records(), remedy(folder))
+        with repair(folder):
+            manifest = read_manifest(folder, DocumentsManifest)
+            check_sizes(folder, manifest.files)
+            check_counts(folder, manifest.files, _bytes_of(manifest))
+            opened = cls(folder, manifest)
+            for end in (".bin", ".idx"):
+                if not (path := Path(f"{opened.corpus}{end}")).is_file():
+                    raise StoredFileError(f"{path}, the corpus of {folder}, is missing")
+            check_sizes(Path(), opened._corpus_records())
         return opened
 
     def _corpus_records(self) -> dict[str, FileRecord]:
@@ -89,9 +102,9 @@ class PreparedDocuments:
 
     def check(self, budget: int = SAMPLE_BYTES) -> None:
         """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
-        hint = remedy(self.folder)
-        check_offsets(self.folder / "anchor_offsets.bin", self._offsets, self.manifest.anchors, hint)
-        check_sample(self.folder, self.manifest.files | self._corpus_records(), hint, budget)
+        with self._repair:
+            check_offsets(self.folder / "anchor_offsets.bin", self._offsets, self.manifest.anchors)
+            check_sample(self.folder, self.manifest.files | self._corpus_records(), budget)
 
     @property
     def corpus(self) -> str:
@@ -100,7 +113,8 @@ class PreparedDocuments:
 
     def verify(self) -> None:
         """Reads everything; ValueError names the file that is not what was written."""
-        check_contents(self.folder, self.manifest.files | self._corpus_records(), remedy(self.folder))
+        with self._repair:
+            check_contents(self.folder, self.manifest.files | self._corpus_records())
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -109,17 +123,22 @@ class PreparedDocuments:
         self, document: int, start: int = 0, end: int = np.iinfo(np.int32).max
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Position, segment and horizon, int64 [A] each, of the anchors at start <= position < end of a document."""
-        begin, stop = self._offsets[document : document + 2].tolist()
-        if not 0 <= begin <= stop <= len(self._anchors):
-            what = f"document {document} runs from {begin} to {stop} of {len(self._anchors)}"
-            refuse(self.folder / "anchor_offsets.bin", what, remedy(self.folder))
-        rows = self._anchors[begin:stop]
-        if (rows < 0).any() or (rows[:, 1:] >= (self.manifest.segments, len(self.manifest.horizons))).any():
-            what = f"an anchor of document {document} is out of range"
-            refuse(self.folder / "anchors.bin", what, remedy(self.folder))
+        with self._repair:
+            rows = self._document_anchors(document)
         first, last = np.searchsorted(rows[:, 0], [start, end])
         position, segment, horizon = rows[first:last].astype(np.int64).T
         return position, segment, horizon
+
+    def _document_anchors(self, document: int) -> np.ndarray:
+        """int32 [A, 3]: all anchors of a document. Raises StoredFileError if one is out of range."""
+        begin, stop = self._offsets[document : document + 2].tolist()
+        if not 0 <= begin <= stop <= len(self._anchors):
+            what = f"document {document} runs from {begin} to {stop} of {len(self._anchors)}"
+            refuse(self.folder / "anchor_offsets.bin", what)
+        rows = self._anchors[begin:stop]
+        if (rows < 0).any() or (rows[:, 1:] >= (self.manifest.segments, len(self.manifest.horizons))).any():
+            refuse(self.folder / "anchors.bin", f"an anchor of document {document} is out of range")
+        return rows
 
     def segment_text(self, row: int) -> str:
         return self.texts[row]
@@ -135,5 +154,6 @@ def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
     return own | segment_texts.bytes_of(manifest)
 
 
-def remedy(folder: Path) -> str:
-    return f"run: megatron-sfr prepare-text --input FILE --tokenizer DIR --output {folder} --force"
+def repair(folder: Path) -> hint:
+    """Says how a folder of documents is made again."""
+    return hint(f"run: megatron-sfr prepare-text --input FILE --tokenizer DIR --output {folder} --force")

@@ -15,8 +15,7 @@ import numpy as np
 
 from megatron_sfr.data.segments.anchors import DIGEST_BYTES
 from megatron_sfr.storage.arrays import map_flat
-from megatron_sfr.storage.integrity import refuse
-from megatron_sfr.storage.manifest import FileRecord, check_contents
+from megatron_sfr.storage.integrity import FileRecord, check_contents, hint, refuse
 
 DTYPES: dict[str, type[np.generic]] = {
     "segments.jsonl": np.uint8,
@@ -51,9 +50,9 @@ class HasSegments(Protocol):
 class SegmentTexts:
     """The texts, read where they are used."""
 
-    def __init__(self, folder: Path, hint: str) -> None:
-        """hint: what to run where they are damaged."""
-        self._folder, self._hint = folder, hint
+    def __init__(self, folder: Path, repair: hint) -> None:
+        """repair: what to run if they are damaged."""
+        self._folder, self._repair = folder, repair
         self._lines = map_flat(folder / "segments.jsonl", np.uint8)
         self._offsets = map_flat(folder / "segment_offsets.bin", np.int64)
 
@@ -63,20 +62,25 @@ class SegmentTexts:
     def __getitem__(self, row: int) -> str:
         if not 0 <= row < len(self):
             raise IndexError(f"segment {row} of {len(self)}")
+        with self._repair:
+            return self._text(row)
+
+    def _text(self, row: int) -> str:
         start, end = self._offsets[row : row + 2].tolist()
         if not 0 <= start < end <= len(self._lines):
-            refuse(self._folder / "segment_offsets.bin", f"segment {row} runs from {start} to {end}", self._hint)
+            refuse(self._folder / "segment_offsets.bin", f"segment {row} runs from {start} to {end}")
         try:
             text = json.loads(self._lines[start:end].tobytes())
         except ValueError:
             text = None
         if not isinstance(text, str):
-            refuse(self._folder / "segments.jsonl", f"segment {row} is not a JSON string", self._hint)
+            refuse(self._folder / "segments.jsonl", f"segment {row} is not a JSON string")
         return text
 
     def check(self, files: Mapping[str, FileRecord]) -> None:
-        """Reads all texts; ValueError where they are not what was written."""
-        check_contents(self._folder, {name: files[name] for name in DTYPES}, self._hint)
+        """Reads all texts. Raises ValueError if they are not what was written."""
+        with self._repair:
+            check_contents(self._folder, {name: files[name] for name in DTYPES})
 
 
 def bytes_of(manifest: SegmentManifest) -> dict[str, int]:

@@ -18,20 +18,12 @@ from megatron_sfr.data.targets.store import (
     TargetManifest,
     check_files,
     differences,
-    remedy,
+    embed_hint,
 )
 from megatron_sfr.data.targets.vectors import CHUNK_ROWS, VECTORS, Rows, RowWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
-from megatron_sfr.storage.manifest import (
-    NAME,
-    FileRecord,
-    check_contents,
-    publish,
-    read_manifest,
-    sha256_of,
-    staging,
-    write_manifest,
-)
+from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, hint, sha256_of
+from megatron_sfr.storage.manifest import NAME, publish, read_manifest, staging, write_manifest
 
 BATCHES = {"batch_size", "block_rows"}  # what decides no more than a row's last bits
 Say = Callable[[str], None]
@@ -79,7 +71,8 @@ def _manifest(folder: Path, prepared: HasSegments, force: bool) -> TargetManifes
     if not (folder / NAME).exists():
         return None
     try:
-        return read_manifest(folder, TargetManifest, remedy(folder, prepared))
+        with embed_hint(folder, prepared):
+            return read_manifest(folder, TargetManifest)
     except ValueError:
         if not force:
             raise
@@ -89,8 +82,8 @@ def _manifest(folder: Path, prepared: HasSegments, force: bool) -> TargetManifes
 def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sources: Sequence[Path], say: Say) -> None:
     segments = prepared.manifest.segments
     with staging(folder, keep=False) as new:
-        inspect = f"run: megatron-sfr inspect --verify --data {prepared.folder}"
-        check_contents(prepared.folder, {DIGESTS: prepared.manifest.files[DIGESTS]}, inspect)
+        with hint(f"run: megatron-sfr inspect --verify --data {prepared.folder}"):
+            check_contents(prepared.folder, {DIGESTS: prepared.manifest.files[DIGESTS]})
         shutil.copyfile(prepared.folder / DIGESTS, new / DIGESTS)
         wanted = map_flat(new / DIGESTS, np.uint64).reshape(-1, 2)
         copied = np.zeros(segments, bool)
@@ -117,11 +110,11 @@ def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sou
 
 def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.ndarray, writer: RowWriter) -> int:
     """Copies the rows of the texts `wanted` (digests [n, 2]) not yet `copied` [n], which it marks; how many."""
-    again = "leave it out of --reuse"
-    manifest = read_manifest(source, TargetManifest, again)
-    if changed := set(differences(manifest, identity)) - BATCHES:
-        raise ValueError(f"{source} was made with other values of {', '.join(sorted(changed))}; {again}")
-    check_files(source, manifest, again)
+    with hint("leave it out of --reuse"):
+        manifest = read_manifest(source, TargetManifest)
+        if changed := set(differences(manifest, identity)) - BATCHES:
+            raise StoredFileError(f"{source} was made with other values of {', '.join(sorted(changed))}")
+        check_files(source, manifest)
     old = _places(wanted, map_flat(source / DIGESTS, np.uint64).reshape(-1, 2))
     rows, found = Rows(source, manifest.dim), np.flatnonzero((old >= 0) & ~copied)
     for first in range(0, len(found), CHUNK_ROWS):
@@ -153,7 +146,8 @@ def reopen_damaged(folder: Path, prepared: HasSegments) -> int:
 
     `begin_store` has found it to be of these segments.
     """
-    manifest = read_manifest(folder, TargetManifest, remedy(folder, prepared))
+    with embed_hint(folder, prepared):
+        manifest = read_manifest(folder, TargetManifest)
     with RowWriter(folder, manifest.segments, manifest.dim):  # a file that was cut has its size again
         missing = len(Rows(folder, manifest.dim).missing())
     files = dict(manifest.files)

@@ -31,11 +31,12 @@ from megatron_sfr.data.targets.store import (
     EncoderIdentity,
     TargetManifest,
     TargetStore,
-    remedy,
+    embed_hint,
 )
 from megatron_sfr.data.targets.vectors import RowWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
-from megatron_sfr.storage.manifest import FileRecord, check_contents, read_manifest, write_manifest
+from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, hint
+from megatron_sfr.storage.manifest import read_manifest, write_manifest
 
 CLAIMS = "claims.lock"
 
@@ -60,7 +61,8 @@ class Filling:
         self.blocks = -(-manifest.segments // manifest.block_rows)
         self._first_unfinished = 0  # every block before it is there
         fixed = {name: manifest.files[name] for name in (COPIED, DIGESTS)}
-        check_contents(folder, fixed, remedy(folder, prepared, manifest, "--verify"))
+        with embed_hint(folder, prepared, manifest, "--verify"):
+            check_contents(folder, fixed)
         self._copied = np.fromfile(folder / COPIED, np.uint8).astype(bool)
         self._digests = map_flat(folder / DIGESTS, np.uint8).reshape(-1, DIGEST_BYTES)
         with ExitStack() as stack:
@@ -117,10 +119,11 @@ class Filling:
         text = self.store.prepared.segment_text(row)
         if text_digest(text) != self._digests[row].tobytes():
             prepared = self.store.prepared
-            raise ValueError(
-                f"{prepared.folder / 'segments.jsonl'} is damaged: segment {row} is not the text that was prepared "
-                f"(its digest differs); run: megatron-sfr inspect --verify --data {prepared.folder}"
-            )
+            with hint(f"run: megatron-sfr inspect --verify --data {prepared.folder}"):
+                raise StoredFileError(
+                    f"{prepared.folder / 'segments.jsonl'} is damaged: segment {row} is not the text that was prepared "
+                    "(its digest differs)"
+                )
         return text
 
     def all_begun(self) -> bool:
@@ -158,7 +161,8 @@ class Filling:
             )
 
     def _on_disk(self) -> TargetManifest:
-        return read_manifest(self.store.folder, TargetManifest, remedy(self.store.folder, self.store.prepared))
+        with embed_hint(self.store.folder, self.store.prepared):
+            return read_manifest(self.store.folder, TargetManifest)
 
 
 def _write_statistics(store: TargetStore) -> FileRecord:

@@ -20,7 +20,8 @@ import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets.vectors import VECTORS, Rows, row_sizes
-from megatron_sfr.storage.manifest import NAME, FileRecord, check_contents, check_size, check_sizes, read_manifest
+from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, check_size, check_sizes, hint
+from megatron_sfr.storage.manifest import NAME, read_manifest
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
 DIGESTS = "segment_digests.bin"  # named alike in prepared data
@@ -79,6 +80,7 @@ class TargetStore:
         self.manifest = manifest
         self.dim = manifest.dim
         self.rows = Rows(folder, manifest.dim)
+        self._repair = embed_hint(folder, prepared, manifest, "--verify")
         self._statistics = None
         if manifest.complete:
             self._statistics = np.fromfile(folder / STATISTICS, np.float32).reshape(2, manifest.dim)
@@ -91,20 +93,21 @@ class TargetStore:
         Also where rows are still to be encoded, unless `partial`.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder, TargetManifest, remedy(folder, prepared))
-        if manifest.segments_sha256 != prepared.manifest.segments_sha256:
-            raise ValueError(
-                f"{folder} is stale: it holds embeddings of other segments than {prepared.folder} has now "
-                f"(prepared again since?); {remedy(folder, prepared, manifest)}"
-            )
-        check_files(folder, manifest, remedy(folder, prepared, manifest, "--verify"))
+        with embed_hint(folder, prepared):
+            manifest = read_manifest(folder, TargetManifest)
+        with embed_hint(folder, prepared, manifest):
+            if manifest.segments_sha256 != prepared.manifest.segments_sha256:
+                raise StoredFileError(
+                    f"{folder} is stale: it holds embeddings of other segments than {prepared.folder} has now "
+                    "(prepared again since?)"
+                )
+        with embed_hint(folder, prepared, manifest, "--verify"):
+            check_files(folder, manifest)
         store = cls(folder, prepared, manifest)
         if not (manifest.complete or partial):
             begun = np.count_nonzero(store.rows.begun(slice(None)))
-            raise ValueError(
-                f"{folder} is not complete: it has {begun:,} of {len(store):,} targets; "
-                f"{remedy(folder, prepared, manifest)}"
-            )
+            with embed_hint(folder, prepared, manifest):
+                raise StoredFileError(f"{folder} is not complete: it has {begun:,} of {len(store):,} targets")
         return store
 
     @property
@@ -119,18 +122,16 @@ class TargetStore:
 
     def _statistic(self, index: int) -> np.ndarray:
         if self._statistics is None:
-            raise ValueError(
-                f"{self.folder} has no statistics before it is complete; "
-                f"{remedy(self.folder, self.prepared, self.manifest)}"
-            )
+            with embed_hint(self.folder, self.prepared, self.manifest):
+                raise StoredFileError(f"{self.folder} has no statistics before it is complete")
         return self._statistics[index]
 
     def verify(self) -> None:
         """Reads everything; ValueError where a byte is not what was written. Rows still to be encoded are no error."""
-        command = remedy(self.folder, self.prepared, self.manifest, "--verify")
-        check_contents(self.folder, self.manifest.files, command)
-        bad = self.rows.missing()
-        self._refuse(bad if self.manifest.complete else bad[self.rows.begun(bad)])
+        with self._repair:
+            check_contents(self.folder, self.manifest.files)
+            bad = self.rows.missing()
+            self._refuse(bad if self.manifest.complete else bad[self.rows.begun(bad)])
 
     def __len__(self) -> int:
         return self.manifest.segments
@@ -138,16 +139,14 @@ class TargetStore:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """fp16 [len(rows), dim], a copy; ValueError where one is not there, or not what was written."""
         vectors, good = self.rows.read(rows)
-        self._refuse(rows[~good])
+        with self._repair:
+            self._refuse(rows[~good])
         return vectors
 
     def _refuse(self, rows: np.ndarray) -> None:
         if len(rows):
             count = f"row {rows[0]}" if len(rows) == 1 else f"row {rows[0]} and {len(rows) - 1:,} more"
-            raise ValueError(
-                f"{self.folder}: {count} missing or damaged (the checksum differs); "
-                f"{remedy(self.folder, self.prepared, self.manifest, '--verify')}"
-            )
+            raise StoredFileError(f"{self.folder}: {count} missing or damaged (the checksum differs)")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling a memory map would copy all of it.
@@ -167,16 +166,16 @@ def is_store(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("kind") == TargetManifest.kind
 
 
-def check_files(folder: Path, manifest: TargetManifest, command: str) -> None:
-    """Sizes of all files and content of the small one that is used as it is; ValueError ending in `command`."""
-    check_sizes(folder, manifest.files, command)
+def check_files(folder: Path, manifest: TargetManifest) -> None:
+    """Checks the sizes of all files and the content of the statistics. Raises StoredFileError."""
+    check_sizes(folder, manifest.files)
     for name, size in row_sizes(manifest.segments, manifest.dim).items():
-        check_size(folder / name, size, command)
-    check_contents(folder, {name: manifest.files[name] for name in manifest.files.keys() & {STATISTICS}}, command)
+        check_size(folder / name, size)
+    check_contents(folder, {name: manifest.files[name] for name in manifest.files.keys() & {STATISTICS}})
 
 
-def remedy(folder: Path, prepared: HasSegments, old: TargetManifest | None = None, flag: str = "") -> str:
-    """The command that makes the store, again as it was made where that is known."""
+def embed_hint(folder: Path, prepared: HasSegments, old: TargetManifest | None = None, flag: str = "") -> hint:
+    """Says which command makes the store: with the options of `old`, if that is known."""
     words = ["megatron-sfr", "embed", "--data", str(prepared.folder)]
     if folder != prepared.folder / DEFAULT:
         words += ["--output", str(folder)]
@@ -189,4 +188,4 @@ def remedy(folder: Path, prepared: HasSegments, old: TargetManifest | None = Non
         words += ["--prompt", old.prompt] if old.prompt else []
         words += ["--max-length", str(old.max_length)] if old.max_length else []
         words += ["--dtype", old.dtype, "--batch-size", str(old.batch_size), "--block-rows", str(old.block_rows)]
-    return f"run: {shlex.join([*words, *([flag] if flag else [])])}"
+    return hint(f"run: {shlex.join([*words, *([flag] if flag else [])])}")

@@ -109,7 +109,7 @@ def test_a_finished_file_is_up_to_date_or_says_what_differs(
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{output} is up to date\n"
     assert main([*arguments, "--temperature", "0.5"]) == 2
-    assert "made with other values of options.temperature: choose another --output" in capsys.readouterr().err
+    assert "made with other values of options.temperature; choose another --output" in capsys.readouterr().err
     assert output.stat() == before
     output.write_text("mine\n")
     assert main(arguments) == 2
