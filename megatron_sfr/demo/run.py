@@ -12,7 +12,8 @@ import yaml
 from transformers import GenerationConfig, Qwen3Config
 
 from megatron_sfr.data.chat.conversation import persona_turn
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.demo.scale import Scale

@@ -1,6 +1,6 @@
-"""Lines of JSONL files: one by one, or in chunks of whole lines with their place, which workers take.
+"""Records of JSONL files: one by one, or in chunks of complete lines with their positions, for worker processes.
 
-Nothing here knows what a line means: chats and documents are read alike.
+Nothing here knows what a record means: conversations and documents are read in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file, as it stands there."""
+    """A record: one line of a file, unchanged."""
 
     source: str
     line: int
@@ -24,12 +24,12 @@ class Row:
 
 
 class RowError(ValueError):
-    """What is wrong with a row and what to do; the reader adds the file and the line."""
+    """What is wrong with a record and what to do; the reader adds the file and the line."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be trained on, with the reason."""
+    """A record that cannot be trained on, with the reason."""
 
     row: Row
     reason: str
@@ -38,54 +38,60 @@ class BadRow:
         return f"{self.row.source}:{self.row.line}: {self.reason}"
 
     def line(self) -> bytes:
-        """As a line of rejected.jsonl, for someone to repair."""
+        """The line of rejected.jsonl, from which the record can be repaired."""
         text = self.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
         record = {"file": self.row.source, "line": self.row.line, "reason": self.reason, "row": text}
         return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)
-class Place:
-    """The beginning of a line: the index of its file, the byte in it, and its number in it, from 1."""
+class Position:
+    """Where reading continues in a list of files."""
 
     file: int = 0
-    byte: int = 0
-    line: int = 1
+    """Index of the file."""
+    offset: int = 0
+    """Offset in the file, in the unit of its reader: bytes of text, or records."""
+    record: int = 1
+    """Number of the next record in the file, from 1: its line in JSONL."""
+    done: int = 0
+    """How much was read of all files, in the unit of the progress bar."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file, from `start` on."""
+    """Complete lines of a file. `line` is the number of the first one, `end` the position after the last."""
 
     source: str
-    start: Place
+    line: int
     text: bytes
-
-    @property
-    def end(self) -> Place:
-        start = self.start
-        return Place(start.file, start.byte + len(self.text), start.line + self.text.count(b"\n"))
+    end: Position
 
     def rows(self) -> Iterator[Row]:
         """The lines that are not blank, without a byte order mark."""
-        for line, text in enumerate(io.BytesIO(self.text), start=self.start.line):
+        for line, text in enumerate(io.BytesIO(self.text), start=self.line):
             text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text
             if text.strip():
                 yield Row(self.source, line, text)
 
 
-def read_chunks(paths: Sequence[Path], start: Place = Place(), size: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The files from `start` on, `size` bytes and the rest of a line at a time."""
+def read_chunks(paths: Sequence[Path], start: Position = Position(), size: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The files from `start` on, `size` bytes and the rest of a line at a time. `Position.done` counts bytes."""
+    position = start
     for number in range(start.file, len(paths)):
-        place = start if number == start.file else Place(number)
+        if number > position.file:
+            position = Position(number, done=position.done)
         with open(paths[number], "rb") as file:
-            file.seek(place.byte)
+            file.seek(position.offset)
             while text := file.read(size) + file.readline():
-                yield (chunk := Chunk(str(paths[number]), place, text))
-                place = chunk.end
+                end = Position(
+                    number, position.offset + len(text), position.record + text.count(b"\n"), position.done + len(text)
+                )
+                yield Chunk(str(paths[number]), position.record, text, end)
+                position = end
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The lines of a file that are not blank, numbered from 1, without a byte order mark."""
+    """The records of a file: its lines that are not blank, numbered from 1, without a byte order mark."""
     for chunk in read_chunks([path]):
         yield from chunk.rows()

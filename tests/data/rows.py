@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

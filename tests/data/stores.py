@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetManifest, TargetStore

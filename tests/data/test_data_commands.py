@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.cli.data import embed, prepare
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions
-from megatron_sfr.data.prepare.prepare_conversations import prepare as prepare_data
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare as prepare_data
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
 from tests.data.rows import ROWS, turns, write_rows

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
-from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 
 BLOCKS = EmbedOptions(batch_size=8, block_rows=16)  # small ones: a step needs several
 SEQ_LENGTH, VOCAB_SIZE = 80, 501
@@ -62,8 +62,7 @@ def write_documents(folder: Path, documents: int = 30) -> Path:
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     save_tokenizer(train_tokenizer(texts, 500), folder / "tokenizer")
     options = DocumentOptions(stride=3, horizons=((1, 8),), min_segment_length=2)
-    indexed = Indexed(open_corpus, write_index, token_dtype)
-    prepare_documents([rows], folder / "prepared", folder / "tokenizer", options, indexed, progress=False)
+    prepare([rows], folder / "prepared", folder / "tokenizer", options, progress=False)
     embed(folder / "prepared", "minilm", BLOCKS, progress=False)
     return folder / "prepared"
 

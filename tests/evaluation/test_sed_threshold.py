@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
 from megatron_sfr.config.settings import Parser, options, read_recipe, to_flags
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import QUESTIONS, World

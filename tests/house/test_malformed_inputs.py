@@ -12,7 +12,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.chat import template_limits
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.hf.import_hf import import_hf
 from megatron_sfr.runtime.devices import usable_device

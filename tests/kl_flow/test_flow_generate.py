@@ -10,7 +10,8 @@ import yaml
 
 from megatron_sfr.cli import main
 from megatron_sfr.cli.evaluation.flow_generate import start
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.kl_flow.flow_generate import Job, plan
 from tests.distributed.launch import torchrun, train_many

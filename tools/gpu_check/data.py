@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer

@@ -62,7 +62,8 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+    from megatron_sfr.data.prepare.chat_source import PrepareOptions
+    from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
 

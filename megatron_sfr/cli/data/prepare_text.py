@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+    from megatron_sfr.data.prepare.document_source import DocumentOptions
+    from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
-    from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 
     options = DocumentOptions(
         stride=args.stride,
@@ -39,11 +39,8 @@ def run(args: argparse.Namespace) -> int:
         eod_token=args.eod_token,
         skip_bad_rows=args.skip_bad_rows,
     )
-    indexed = Indexed(open_corpus, write_index, token_dtype)
     workers = default_workers() if args.workers is None else args.workers
-    result = prepare_documents(
-        args.input, args.output, args.tokenizer, options, indexed, force=args.force, workers=workers
-    )
+    result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
     print(
         f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.anchors:,} anchors, "
         f"{result.segments:,} distinct segments"

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.conversation import Encoded, encode, parse_row
-from megatron_sfr.data.prepare.write_segments import ChunkSegment, ChunkTexts
 from megatron_sfr.data.prepared.conversations import Anchors
-from megatron_sfr.data.segments.anchors import Cut, Segment, futures
-from megatron_sfr.storage.jsonl import BadRow, Chunk, Place, RowError
+from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
+from megatron_sfr.storage.jsonl import BadRow, Chunk, Position, RowError
 
 TOO_LONG = ("error", "truncate")
 COLUMNS = tuple(column.name for column in fields(Anchors))
@@ -26,7 +25,7 @@ COLUMNS = tuple(column.name for column in fields(Anchors))
 class EncodedChunk:
     """The samples of a chunk, and its bad rows."""
 
-    end: Place
+    end: Position
     tokens: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # uint8 [n]
     lengths: np.ndarray  # int64 [S], in tokens
@@ -118,7 +117,7 @@ class _Samples:
             row, length = self.texts.number(text), lengths[s.response]
             self.anchors.append((s.position, row, s.response, s.ordinal, length, s.horizon))
 
-    def chunk(self, end: Place) -> EncodedChunk:
+    def chunk(self, end: Position) -> EncodedChunk:
         return EncodedChunk(
             end=end,
             tokens=np.concatenate([*self.tokens, np.empty(0, np.int32)]),

@@ -42,8 +42,8 @@ def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) 
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process died, most likely for want of memory; "
-            f"run it again with fewer --workers than {workers}: it goes on where it was"
+            "a worker process died, most likely because memory ran out; "
+            f"run it again with fewer --workers than {workers}: the same command resumes it"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -33,14 +33,15 @@ from megatron_sfr.storage.integrity import (
 )
 from megatron_sfr.storage.manifest import InputRecord, read_manifest
 
-DTYPES = {
+DTYPES: dict[str, type[np.generic]] = {
     "tokens.bin": np.int32,
     "mask.bin": np.uint8,
     "offsets.bin": np.int64,
     "personas.bin": np.int32,
     "anchors.bin": np.int32,
     "anchor_offsets.bin": np.int64,
-} | segment_texts.DTYPES
+    **segment_texts.DTYPES,
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ So a target holds no token up to its position and nothing of another turn.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,29 @@ def spans(units: Units, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
 def text_digest(text: str) -> bytes:
     """16 bytes that stand for a text in prepared data and in target stores: BLAKE2b of its UTF-8."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
+
+
+ChunkSegment = tuple[bytes, bytes]
+"""A distinct text of a chunk: its digest, and its line of segments.jsonl."""
+
+
+class ChunkTexts:
+    """The distinct texts of a chunk, numbered in order of appearance."""
+
+    def __init__(self) -> None:
+        self._segments: dict[bytes, tuple[int, bytes]] = {}
+
+    def number(self, text: str) -> int:
+        """The number of a text within the chunk."""
+        digest = text_digest(text)
+        if digest not in self._segments:
+            line = (json.dumps(text, ensure_ascii=False) + "\n").encode("utf-8")
+            self._segments[digest] = len(self._segments), line
+        return self._segments[digest][0]
+
+    def segments(self) -> list[ChunkSegment]:
+        """Digest and line of each text, by number."""
+        return [(digest, line) for digest, (_, line) in self._segments.items()]
 
 
 class DistinctTexts:

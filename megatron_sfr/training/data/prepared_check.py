@@ -6,11 +6,11 @@ from typing import Any
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, largest
-from megatron_sfr.training.data.indexed_dataset import open_corpus
 
 
 def prepared_folders(args: Any) -> list[Path]:
@@ -47,7 +47,7 @@ def max_token_id(data: PreparedData | PreparedDocuments) -> int:
         return data.max_token_id
     if data.manifest.max_token_id is not None:
         return data.manifest.max_token_id
-    return largest(map_flat(Path(f"{data.corpus}.bin"), open_corpus(data.corpus).index.dtype))
+    return largest(map_flat(Path(f"{data.corpus}.bin"), open_corpus(data.corpus).dtype))
 
 
 def reply_end_tokens(args: Any) -> list[int]:

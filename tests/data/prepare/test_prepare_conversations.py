@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 
@@ -35,7 +36,7 @@ def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
         prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     capsys.readouterr()
     manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip)
-    assert f"goes on at {good}:5, where" in capsys.readouterr().out, "the good file is done"
+    assert f"resumes at {good}:5, where" in capsys.readouterr().out, "the good file is done"
     assert (manifest.samples, manifest.rejected) == (6, 1)
     (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
@@ -57,13 +58,17 @@ def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_f
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("", "rows.jsonl$"), ("\n\n", "rows.jsonl$"), ("{\n{\n", "rows.jsonl; the first of 2 bad rows: .*:1: not JSON")],
+    [
+        ("", "rows.jsonl$"),
+        ("\n\n", "rows.jsonl$"),
+        ("{\n{\n", "rows.jsonl; the first of 2 bad records: .*:1: not JSON"),
+    ],
 )
 def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer_folder: Path, content: str, reason: str):
     (tmp_path / "rows.jsonl").write_text(content)
     skip = PrepareOptions(skip_bad_rows=True)
 
-    with pytest.raises(ValueError, match=f"no usable rows in .*{reason}"):
+    with pytest.raises(ValueError, match=f"no usable records in .*{reason}"):
         prepare([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer_folder, skip, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 

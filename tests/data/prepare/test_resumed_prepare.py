@@ -12,14 +12,15 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.storage.journal import JOURNAL, JournaledFiles
 from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
 
 OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)
 CHILD = """
 import sys
-from megatron_sfr.data.prepare.prepare_conversations import prepare
+from megatron_sfr.data.prepare.pipeline import prepare
 from tests.data.prepare.test_resumed_prepare import OPTIONS
 prepare([sys.argv[1]], sys.argv[2], sys.argv[3], OPTIONS, workers=int(sys.argv[4]), chunk_bytes=3000)
 """
@@ -60,14 +61,14 @@ def test_a_killed_run_goes_on_and_equals_an_unbroken_one(
     tmp_path: Path, tokenizer_folder: Path, rows: Path, unbroken: dict[str, bytes], capsys, workers: int
 ):
     left = kill_midway(rows, tmp_path / "out", tokenizer_folder, workers)
-    done = json.loads((left / JOURNAL).read_text())["state"]["place"]["line"]
+    done = json.loads((left / JOURNAL).read_text())["state"]["position"]["record"]
     with open(left / "tokens.bin", "ab") as file:
         file.write(b"of a chunk that was cut short")
 
     prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS)
 
     assert 100 < done < 1500
-    assert f"goes on at {rows}:{done}, where an earlier run was stopped" in capsys.readouterr().out
+    assert f"resumes at {rows}:{done}, where an earlier run was stopped" in capsys.readouterr().out
     assert files_of(tmp_path / "out") == unbroken
     assert not left.exists()
 
@@ -86,7 +87,7 @@ def test_a_journal_of_other_work_or_of_damaged_files_is_of_no_use(
         file.write(b"\x01")
     prepare([rows], tmp_path / "again", tokenizer_folder, OPTIONS)
     assert files_of(tmp_path / "again") == unbroken
-    assert "goes on" not in capsys.readouterr().out
+    assert "resumes" not in capsys.readouterr().out
 
 
 def test_without_skipping_the_first_bad_row_stops_a_run_that_goes_on(tmp_path: Path, tokenizer_folder: Path):

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
-from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
-from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from tests.data.rows import HORIZONS, ROWS, turns, write_rows
 
 EXPECTED = Path(__file__).with_name("folders.json")
 PLACES = {"tokenizer", "tokenizer_sha256", "inputs", "corpus"}  # differ from machine to machine
 LONG = "the sea is blue. And the sky is grey!\nYes, é 雪 it is; no more of it.\n\n"
 CODE = "def sea(x):\n    if x:\n        return x\n    return sky(x)\n\n\nclass Sky:\n    blue = 1\n"
-INDEXED = Indexed(open_corpus, write_index, token_dtype)
 
 
 def chats(folder: Path) -> list[Path]:
@@ -55,14 +54,14 @@ def prepare_chats(folder: Path, tokenizer: Path, **options: Any) -> Path:
 
 def prepare_texts(folder: Path, tokenizer: Path, **options: Any) -> Path:
     cut = DocumentOptions(min_segment_length=3, skip_bad_rows=True, **options)
-    prepare_documents([texts(folder)], folder / "out", tokenizer, cut, INDEXED, progress=False)
+    prepare([texts(folder)], folder / "out", tokenizer, cut, progress=False)
     return folder / "out"
 
 
 def prepare_corpus(folder: Path, tokenizer: Path) -> Path:
     corpus = prepare_texts(folder, tokenizer) / "documents"
     cut = DocumentOptions(stride=7, horizons=((1, 2), (2, 1)), segmenter="sentence")
-    prepare_documents([corpus], folder / "indexed", tokenizer, cut, INDEXED, progress=False)
+    prepare([corpus], folder / "indexed", tokenizer, cut, progress=False)
     return folder / "indexed"
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepare.worker_pool import AHEAD, ordered_map
-from megatron_sfr.storage.jsonl import Chunk, Place, read_chunks, read_rows
+from megatron_sfr.storage.jsonl import Position, read_chunks, read_rows
 from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
 
 
@@ -43,7 +44,9 @@ def test_results_come_in_order_and_the_input_is_read_little_ahead():
 
 
 def test_a_dead_worker_is_told_in_one_line():
-    with pytest.raises(ValueError, match=r"^a worker process died, .*fewer --workers than 2: it goes on where it was$"):
+    with pytest.raises(
+        ValueError, match=r"^a worker process died, .*fewer --workers than 2: the same command resumes it$"
+    ):
         list(ordered_map(die, range(9), 2))
 
 
@@ -60,10 +63,11 @@ def test_chunks_are_whole_lines_and_any_chunk_can_be_the_first(tmp_path: Path, s
         *((1, b"four"), (2, b"four"), (3, b"four")),
     ]
 
-    chunks = list(read_chunks(paths, Place(), size))
+    chunks = list(read_chunks(paths, Position(), size))
 
     assert [row for chunk in chunks for row in chunk.rows()] == expected
     assert b"".join(chunk.text for chunk in chunks) == b"".join(path.read_bytes() for path in paths)
+    assert chunks[-1].end == Position(2, 15, 4, sum(len(path.read_bytes()) for path in paths))
     for i, chunk in enumerate(chunks):
         assert list(read_chunks(paths, chunk.end, size)) == chunks[i + 1 :]
         assert chunk.text.endswith(b"\n") or chunk.text.endswith(b"three")
@@ -95,10 +99,6 @@ def test_a_bad_row_is_named_by_its_line_in_the_file_whoever_reads_it(tmp_path: P
     for workers in (1, 2):
         with pytest.raises(ValueError, match=r"^\S+rows\.jsonl:121: no messages; write"):
             prepare([rows], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=workers, chunk_bytes=999)
-
-
-def test_a_chunk_knows_where_the_next_begins():
-    assert Chunk("f", Place(2, 10, 3), b"a\nbc\n").end == Place(2, 15, 5)
 
 
 def test_no_worker_is_no_number_of_workers(tmp_path: Path, tokenizer_folder: Path):

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_sfr.cli.data import inspect
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import Anchors, PreparedData, Sample
 from megatron_sfr.data.prepared.inspect import counts, pieces
 from tests.data.rows import HORIZONS, ROWS, turns, write_rows

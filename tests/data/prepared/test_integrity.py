@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from megatron_sfr import cli
-from megatron_sfr.data.prepare.prepare_conversations import prepare
-from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.targets.fill import Filling
 from megatron_sfr.storage.integrity import check_offsets, check_sample
-from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 from tests.data.rows import OPTIONS, ROWS, write_rows
 from tests.data.stores import flip, open_store, run, write_prepared
-
-INDEXED = Indexed(open_corpus, write_index, token_dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +33,9 @@ def write_documents(folder: Path, tokenizer: Path) -> Path:
     """FOLDER/documents, and FOLDER/again of the same corpus where it stands."""
     rows = write_rows(folder / "texts.jsonl", [{"text": "the sea is blue and the sky is grey " * 4}] * 3)
     options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
-    prepare_documents([rows], folder / "documents", tokenizer, options, INDEXED, progress=False)
+    prepare([rows], folder / "documents", tokenizer, options, progress=False)
     corpus = folder / "documents" / "documents"
-    prepare_documents([corpus], folder / "again", tokenizer, options, INDEXED, progress=False)
+    prepare([corpus], folder / "again", tokenizer, options, progress=False)
     return folder / "documents"
 
 
@@ -113,7 +110,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_fold
     tokens.tofile(tmp_path / "copy.bin")
     options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
     with pytest.raises(ValueError, match=r"copy\.bin: document 0 has token ids from \d+ to 60000, the tokenizer has"):
-        prepare_documents([tmp_path / "copy"], tmp_path / "out", tokenizer_folder, options, INDEXED, progress=False)
+        prepare([tmp_path / "copy"], tmp_path / "out", tokenizer_folder, options, progress=False)
 
 
 def test_anchors_of_documents_that_point_outside_are_one_line(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_sfr.data.chat.conversation import encode, read_conversations
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.prepare import prepare_conversations
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare import pipeline
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.segments.anchors import Cut, futures, text_digest
 from megatron_sfr.storage.manifest import staging
@@ -123,7 +124,7 @@ def test_two_runs_are_equal_and_the_second_does_nothing(prepared: Path, tokenize
     assert files_of(again) == before
 
     moved = rows.rename(rows.with_name("moved.jsonl"))
-    monkeypatch.setattr(prepare_conversations, "staging", None)  # nothing is written
+    monkeypatch.setattr(pipeline, "staging", None)  # nothing is written
     assert prepare([moved], prepared, tokenizer_folder, OPTIONS, progress=False).samples == 4
 
 
@@ -192,7 +193,7 @@ def test_a_missing_folder_and_one_of_someone_else_are_refused(tmp_path: Path, to
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="does not exist; run: megatron-sfr prepare"):
         PreparedData.open(tmp_path / "none")
-    with pytest.raises(ValueError, match="is not empty and is no prepared folder"):
+    with pytest.raises(ValueError, match="is not empty and is not a prepared folder"):
         prepare([rows], tmp_path, tokenizer_folder, OPTIONS, force=True, progress=False)
     with pytest.raises(ValueError, match="is a file"):
         prepare([rows], rows, tokenizer_folder, OPTIONS, progress=False)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_sfr.data.prepare.prepare_conversations import PrepareOptions, prepare
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.train_tokenizer import train_tokenizer

@@ -1,4 +1,4 @@
-"""A corpus through `prepare_documents` and upstream's GPTDataset: positions and futures of the anchors."""
+"""A corpus through `prepare` and upstream's GPTDataset: positions and futures of the anchors."""
 
 import json
 import re
@@ -14,18 +14,18 @@ from torch.utils.data import default_collate
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.data.prepare.prepare_documents import DocumentOptions, Indexed, prepare_documents
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
+from megatron_sfr.data.prepared.corpus_files import Corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.training.data.indexed_dataset import open_corpus, token_dtype, write_index
 from megatron_sfr.training.data.provider import build, dataset_config
 from tests.distributed.tiny import write_prepared
 from tests.training.data.test_provider import arguments
 
-INDEXED = Indexed(open_corpus, write_index, token_dtype)
 OPTIONS = DocumentOptions(stride=5, horizons=((1, 8), (9, 4)), min_segment_length=2)
 LENGTH = 48
 TEXTS = [
@@ -58,7 +58,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     folder = tmp_path_factory.mktemp("documents")
-    prepare_documents([write_texts(folder / "t.jsonl")], folder / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    prepare([write_texts(folder / "t.jsonl")], folder / "p", tokenizer, OPTIONS, progress=False)
     embed(folder / "p", "minilm", EmbedOptions(), progress=False)
     return folder / "p"
 
@@ -143,7 +143,7 @@ def test_an_existing_indexed_dataset_is_used_in_place(tmp_path: Path, folder: Pa
         builder.add_item(torch.from_numpy(document.astype(np.int64)))
         builder.end_document()
     builder.finalize(str(tmp_path / "corpus.idx"))
-    manifest = prepare_documents([tmp_path / "corpus"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+    manifest = prepare([tmp_path / "corpus"], tmp_path / "p", tokenizer, OPTIONS, progress=False)
 
     assert not (tmp_path / "p" / "documents.bin").exists()
     for name in ("anchors.bin", "anchor_offsets.bin", "segments.jsonl"):
@@ -156,7 +156,7 @@ def test_an_existing_indexed_dataset_is_used_in_place(tmp_path: Path, folder: Pa
 
 def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
     rows = write_texts(tmp_path / "t.jsonl")
-    prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, workers=2, chunk_bytes=200)
+    prepare([rows], tmp_path / "p", tokenizer, OPTIONS, progress=False, workers=2, chunk_bytes=200)
     for name in PreparedDocuments.open(folder).manifest.files:
         assert (tmp_path / "p" / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -165,7 +165,7 @@ def test_other_data_under_the_same_path_gives_other_sequences(tmp_path: Path, to
     """Upstream caches its indices by path: replaced data must not use the old ones."""
     for texts in (TEXTS[:3], TEXTS):
         rows = write_texts(tmp_path / "t.jsonl", texts)
-        prepare_documents([rows], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False, force=True)
+        prepare([rows], tmp_path / "p", tokenizer, OPTIONS, progress=False, force=True)
         train, _, _ = build(dataset_config(document_arguments(tmp_path / "p", sfr=False)), [9, None, None])
         assert set(train.document_index.tolist()) == set(range(len(texts)))
 
@@ -176,7 +176,7 @@ def test_other_data_under_the_same_path_gives_other_sequences(tmp_path: Path, to
         ("{", "not JSON"),
         ('{"txt": "a"}', "no field 'text'; name the field that has the text with --text-key"),
         ('{"text": 3}', "the field 'text' is not a string"),
-        ('{"text": " "}', "an empty text; drop the row"),
+        ('{"text": " "}', "an empty text; remove the record"),
         ('{"text": "a <|im_end|> b"}', "the text has the control token '<|im_end|>'; remove it"),
     ],
 )
@@ -184,9 +184,9 @@ def test_a_bad_record_is_reported_with_line_and_reason(tmp_path: Path, tokenizer
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "the sea"}\n' + row + "\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:2: {re.escape(reason)}"):
-        prepare_documents([path], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+        prepare([path], tmp_path / "p", tokenizer, OPTIONS, progress=False)
     skip = DocumentOptions(stride=5, min_segment_length=2, skip_bad_rows=True)
-    manifest = prepare_documents([path], tmp_path / "p", tokenizer, skip, INDEXED, progress=False)
+    manifest = prepare([path], tmp_path / "p", tokenizer, skip, progress=False)
     assert (manifest.documents, manifest.rejected) == (1, 1)
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_index_is_refused(
     (tmp_path / "corpus.idx").write_bytes(data)
     (tmp_path / "corpus.bin").write_bytes((folder / "documents.bin").read_bytes())
     with pytest.raises(ValueError, match=reason):
-        open_corpus(str(tmp_path / "corpus"))
+        Corpus(str(tmp_path / "corpus"))
 
 
 def test_incompatible_options_and_inputs_are_refused(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
@@ -225,10 +225,10 @@ def test_incompatible_options_and_inputs_are_refused(tmp_path: Path, folder: Pat
     with pytest.raises(ValueError, match="is for documents; conversations have sfr_packing"):
         dataset_config(document_arguments(chats, dataloader_inter_document_masking=True))
     with pytest.raises(ValueError, match=r"nowhere is neither a JSONL file nor the prefix of a \.bin and \.idx"):
-        prepare_documents([tmp_path / "nowhere"], tmp_path / "p", tokenizer, OPTIONS, INDEXED, progress=False)
+        prepare([tmp_path / "nowhere"], tmp_path / "p", tokenizer, OPTIONS, progress=False)
     other = DocumentOptions(eod_token="<eod>")
     with pytest.raises(ValueError, match="no '<eod>' to end documents on; name one of its tokens with --eod-token"):
-        prepare_documents([write_texts(tmp_path / "t")], tmp_path / "p", tokenizer, other, INDEXED, progress=False)
+        prepare([write_texts(tmp_path / "t")], tmp_path / "p", tokenizer, other, progress=False)
 
 
 def test_inspect_shows_counts_and_futures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

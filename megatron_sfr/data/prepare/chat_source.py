@@ -1,0 +1,188 @@
+"""Conversations as a source of `prepare`: options, how their files are read, and what their folder records.
+
+One file of the pipeline (pipeline.py) reads, one encodes (encode_conversations.py), one writes (folder_writer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_sfr.data.chat.formats import FORMATS, TITLES, detect
+from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
+from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, EncodedChunk, SampleEncoder
+from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
+from megatron_sfr.data.segments.anchors import Cut
+from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
+from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.storage.integrity import FileRecord, sha256_of
+from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
+from megatron_sfr.storage.manifest import InputRecord
+
+SAMPLE_DIGESTS = "sample_digests.bin"
+"""By which duplicates are counted; not published."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How conversations are read and cut into segments. Lengths count tokens, horizons units of the segmenter."""
+
+    seq_length: int = 2048
+    stride: int = 32
+    horizons: tuple[Horizon, ...] = ((1, 256),)
+    min_segment_length: int = 16
+    segmenter: Segmenter = "window"
+    skip_bad_rows: bool = False
+    format: str | None = None  # None: recognized by each file's first record
+    persona_key: str = "persona"
+    too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "stride", "min_segment_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_horizons(self.horizons)
+        check_segmenter(self.segmenter)
+        if self.format not in (None, *FORMATS):
+            raise ValueError(f"format {self.format!r} is unknown; choose {', '.join(FORMATS)}")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"too_long {self.too_long!r} is unknown; choose {' or '.join(TOO_LONG)}")
+
+    def source(self, inputs: Sequence[Path]) -> ChatRecords:
+        return ChatRecords(tuple(inputs), self)
+
+
+@dataclass(frozen=True)
+class ChatOrigin:
+    """What decides every byte of a prepared folder. Its names are the manifest's."""
+
+    persona_key: str
+    seq_length: int
+    too_long: str
+    stride: int
+    horizons: list[list[int]]
+    min_segment_length: int
+    segmenter: Segmenter
+    vocab_size: int
+    tokenizer_sha256: str
+    inputs: list[InputRecord]
+
+
+@dataclass(frozen=True)
+class ChatRecords:
+    """Conversations in files of records."""
+
+    inputs: tuple[Path, ...]
+    options: PrepareOptions
+
+    version = PreparedManifest.version
+    is_chat = True
+    unit = "B"
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("no input; give at least one JSONL file")
+
+    @property
+    def total(self) -> int:
+        return sum(path.stat().st_size for path in self.inputs)
+
+    def origin(self, tokenizer: Any, say: Callable[[str], None]) -> ChatOrigin:
+        records: list[InputRecord] = []
+        for path in self.inputs:
+            form = self.options.format or detect(path)
+            say(f"{path.name}: {TITLES[form]}")
+            records.append({"path": str(path.resolve()), "sha256": sha256_of(path), "format": form})
+        return ChatOrigin(
+            persona_key=self.options.persona_key,
+            seq_length=self.options.seq_length,
+            too_long=self.options.too_long,
+            stride=self.options.stride,
+            horizons=[list(horizon) for horizon in self.options.horizons],
+            min_segment_length=self.options.min_segment_length,
+            segmenter=self.options.segmenter,
+            vocab_size=len(tokenizer),
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            inputs=records,
+        )
+
+    def chunks(self, start: Position, size: int) -> Iterator[Chunk]:
+        return read_chunks(self.inputs, start, size)
+
+    def encoder(self, tokenizer: Any, origin: ChatOrigin) -> SampleEncoder:
+        options = self.options
+        formats = {str(path): record["format"] for path, record in zip(self.inputs, origin.inputs, strict=True)}
+        cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
+        return SampleEncoder(tokenizer, formats, options.persona_key, options.seq_length, options.too_long, cut)
+
+    def dtypes(self, origin: ChatOrigin) -> Mapping[str, type[np.generic]]:
+        return DTYPES | {SAMPLE_DIGESTS: np.uint64}
+
+    def totals(self) -> ChatTotals:
+        return ChatTotals()
+
+    def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> PreparedManifest:
+        path = folder / SAMPLE_DIGESTS
+        duplicates = values["samples"] - len(np.unique(np.fromfile(path, np.uint64)))
+        path.unlink()
+        known = {name: value for name, value in values.items() if name in PreparedManifest.__dataclass_fields__}
+        return PreparedManifest(**known, duplicates=duplicates, files={name: files[name] for name in DTYPES})
+
+    def read_manifest(self, folder: Path) -> PreparedManifest:
+        return PreparedData.open(folder).manifest
+
+    def report(self, manifest: PreparedManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
+        """Names the tokens that end replies, if engines do not stop at them by default."""
+        others = [id for id in manifest.reply_end_tokens or () if id != tokenizer.eos_token_id]
+        if others:
+            names = ", ".join(tokenizer.convert_ids_to_tokens(others))
+            say(
+                f"replies end on {names}, which is not the tokenizer's eos_token ({tokenizer.eos_token}): "
+                "`megatron-sfr convert export` adds it to the end tokens of generation_config.json"
+            )
+
+
+@dataclass
+class ChatTotals:
+    """What the files hold up to `position`; the names are the manifest's."""
+
+    position: Position = field(default_factory=Position)
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    max_response_tokens: int = 0
+    anchors: int = 0
+    max_anchors: int = 0
+    truncated: int = 0
+    rejected: int = 0
+    max_token_id: int = -1
+    reply_end_tokens: list[int] = field(default_factory=list)
+    personas: dict[str, int] = field(default_factory=dict)
+    first_bad: str = ""
+
+    def columns(self, chunk: EncodedChunk) -> Mapping[str, ArrayLike]:
+        rows = {persona: row for row, persona in enumerate(self.personas)}
+        return {
+            "tokens.bin": chunk.tokens,
+            "mask.bin": chunk.loss_mask,
+            "offsets.bin": self.tokens + np.cumsum(chunk.lengths),
+            "personas.bin": [rows.setdefault(persona, len(rows)) for persona in chunk.personas],
+            SAMPLE_DIGESTS: chunk.digests,
+        }
+
+    def add(self, chunk: EncodedChunk) -> None:
+        for persona in chunk.personas:
+            self.personas[persona] = self.personas.get(persona, 0) + 1
+        self.samples += chunk.samples
+        self.tokens += len(chunk.tokens)
+        self.supervised_tokens += int(chunk.supervised.sum())
+        self.max_response_tokens = max(self.max_response_tokens, int(chunk.supervised.max(initial=0)))
+        self.max_anchors = max(self.max_anchors, int(chunk.anchor_counts.max(initial=0)))
+        self.max_token_id = max(self.max_token_id, int(chunk.tokens.max(initial=-1)))
+        self.reply_end_tokens = sorted(chunk.end_tokens.union(self.reply_end_tokens))
+        self.truncated += chunk.truncated

@@ -1,0 +1,242 @@
+"""Documents as sources of `prepare`: texts in records, and indexed corpora of Megatron, which stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
+from megatron_sfr.data.prepare.encode_documents import (
+    LENGTHS,
+    TOKENS,
+    CorpusEncoder,
+    EncodedDocuments,
+    Span,
+    TextEncoder,
+)
+from megatron_sfr.data.prepared.corpus_files import open_corpus, token_dtype, write_index
+from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS, DocumentsManifest, PreparedDocuments
+from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
+from megatron_sfr.data.segments.anchors import Cut
+from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
+from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.storage.integrity import FileRecord, sha256_of
+from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
+from megatron_sfr.storage.manifest import InputRecord
+
+CHUNK_TOKENS = 1 << 18
+"""Tokens of an indexed corpus that a worker takes at a time."""
+INDEXED = "indexed dataset"
+INDEX = f"{CORPUS}.idx"
+
+
+@dataclass(frozen=True)
+class DocumentOptions:
+    """How documents are read and cut into segments. Lengths count tokens, horizons units of the segmenter."""
+
+    stride: int = 32
+    horizons: tuple[Horizon, ...] = ((1, 256),)
+    min_segment_length: int = 16
+    segmenter: Segmenter = "window"
+    text_key: str = "text"
+    eod_token: str | None = None  # None: the tokenizer's eos_token
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "min_segment_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_horizons(self.horizons)
+        check_segmenter(self.segmenter)
+
+    def source(self, inputs: Sequence[Path]) -> TextRecords | IndexedCorpus:
+        """Records with a text, or the one prefix of a .bin and .idx."""
+        if not inputs:
+            raise ValueError("no input; give JSONL files, or the prefix of a .bin and .idx")
+        prefixes = [path for path in inputs if not path.is_file()]
+        if not prefixes:
+            return TextRecords(tuple(inputs), self)
+        if len(inputs) > 1:
+            raise ValueError(f"{prefixes[0]} is not a file; give JSONL files, or the one prefix of a .bin and .idx")
+        if not Path(f"{prefixes[0]}.idx").is_file():
+            raise ValueError(f"{prefixes[0]} is neither a JSONL file nor the prefix of a .bin and .idx")
+        return IndexedCorpus(str(prefixes[0].resolve()), self)
+
+
+@dataclass(frozen=True)
+class DocumentOrigin:
+    """What decides every byte of a folder of documents. Its names are the manifest's."""
+
+    stride: int
+    horizons: list[list[int]]
+    min_segment_length: int
+    segmenter: Segmenter
+    text_key: str
+    eod: int
+    vocab_size: int
+    tokenizer_sha256: str
+    corpus: str
+    inputs: list[InputRecord]
+
+
+@dataclass(frozen=True)
+class TextRecords:
+    """Texts in files of records; their tokens become an indexed dataset in the prepared folder."""
+
+    inputs: tuple[Path, ...]
+    options: DocumentOptions
+
+    version = DocumentsManifest.version
+    is_chat = False
+    unit = "B"
+
+    @property
+    def total(self) -> int:
+        return sum(path.stat().st_size for path in self.inputs)
+
+    def origin(self, tokenizer: Any, say: Callable[[str], None]) -> DocumentOrigin:
+        return _origin(self.options, tokenizer, CORPUS, [(path, "text") for path in self.inputs])
+
+    def chunks(self, start: Position, size: int) -> Iterator[Chunk]:
+        return read_chunks(self.inputs, start, size)
+
+    def encoder(self, tokenizer: Any, origin: DocumentOrigin) -> TextEncoder:
+        return TextEncoder(tokenizer, origin.eod, self.options.text_key, _cut(origin))
+
+    def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
+        return ANCHOR_DTYPES | TEXT_DTYPES | {TOKENS: token_dtype(origin.vocab_size), LENGTHS: np.int32}
+
+    def totals(self) -> DocumentTotals:
+        return DocumentTotals()
+
+    def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
+        lengths = np.fromfile(folder / LENGTHS, np.int32)
+        (folder / LENGTHS).unlink()
+        write_index(folder / INDEX, lengths, token_dtype(values["vocab_size"]))
+        index: FileRecord = {"bytes": (folder / INDEX).stat().st_size, "sha256": sha256_of(folder / INDEX)}
+        return _manifest(values, {**_anchor_files(files), TOKENS: files[TOKENS], INDEX: index})
+
+    def read_manifest(self, folder: Path) -> DocumentsManifest:
+        return PreparedDocuments.open(folder).manifest
+
+    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class IndexedCorpus:
+    """The documents of PREFIX.bin and PREFIX.idx, which stay where they are."""
+
+    prefix: str
+    options: DocumentOptions
+
+    version = DocumentsManifest.version
+    is_chat = False
+    unit = "token"
+
+    @property
+    def total(self) -> int:
+        return int(open_corpus(self.prefix).sequence_lengths.sum(dtype=np.int64))
+
+    def origin(self, tokenizer: Any, say: Callable[[str], None]) -> DocumentOrigin:
+        return _origin(self.options, tokenizer, self.prefix, [(Path(f"{self.prefix}.idx"), INDEXED)])
+
+    def chunks(self, start: Position, size: int) -> Iterator[Span]:
+        """About CHUNK_TOKENS at a time. `Position.offset` is the index of a document, `done` counts tokens."""
+        lengths = open_corpus(self.prefix).sequence_lengths
+        first, done, tokens = start.offset, start.done, 0
+        for document in range(first, len(lengths)):
+            tokens += int(lengths[document])
+            if tokens >= CHUNK_TOKENS or document == len(lengths) - 1:
+                done += tokens
+                yield Span(first, document + 1, Position(0, document + 1, document + 2, done))
+                first, tokens = document + 1, 0
+
+    def encoder(self, tokenizer: Any, origin: DocumentOrigin) -> CorpusEncoder:
+        return CorpusEncoder(tokenizer, self.prefix, _cut(origin))
+
+    def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
+        return ANCHOR_DTYPES | TEXT_DTYPES
+
+    def totals(self) -> DocumentTotals:
+        return DocumentTotals()
+
+    def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
+        paths = {end: Path(f"{self.prefix}{end}") for end in (".bin", ".idx")}
+        corpus: dict[str, FileRecord] = {
+            end: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for end, path in paths.items()
+        }
+        return _manifest(values, _anchor_files(files), corpus)
+
+    def read_manifest(self, folder: Path) -> DocumentsManifest:
+        return PreparedDocuments.open(folder).manifest
+
+    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
+        pass
+
+
+@dataclass
+class DocumentTotals:
+    """What the files hold up to `position`; the names are the manifest's."""
+
+    position: Position = field(default_factory=Position)
+    documents: int = 0
+    tokens: int = 0
+    anchors: int = 0
+    max_token_id: int = -1
+    rejected: int = 0
+    first_bad: str = ""
+
+    @property
+    def samples(self) -> int:
+        return self.documents
+
+    def columns(self, chunk: EncodedDocuments) -> Mapping[str, ArrayLike]:
+        return chunk.columns
+
+    def add(self, chunk: EncodedDocuments) -> None:
+        self.documents += len(chunk.lengths)
+        self.tokens += int(chunk.lengths.sum(dtype=np.int64))
+        self.max_token_id = max(self.max_token_id, chunk.max_token_id)
+
+
+def _origin(
+    options: DocumentOptions, tokenizer: Any, corpus: str, inputs: Sequence[tuple[Path, str]]
+) -> DocumentOrigin:
+    """inputs: files and their formats. Raises ValueError where the tokenizer has no token to end documents on."""
+    eod = tokenizer.eos_token_id if options.eod_token is None else tokenizer.get_vocab().get(options.eod_token)
+    if eod is None:
+        name = "eos_token" if options.eod_token is None else repr(options.eod_token)
+        raise ValueError(f"the tokenizer has no {name} to end documents on; name one of its tokens with --eod-token")
+    return DocumentOrigin(
+        stride=options.stride,
+        horizons=[list(horizon) for horizon in options.horizons],
+        min_segment_length=options.min_segment_length,
+        segmenter=options.segmenter,
+        text_key=options.text_key,
+        eod=eod,
+        vocab_size=len(tokenizer),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        corpus=corpus,
+        inputs=[{"path": str(path.resolve()), "sha256": sha256_of(path), "format": form} for path, form in inputs],
+    )
+
+
+def _cut(origin: DocumentOrigin) -> Cut:
+    return Cut(origin.stride, origin.horizons, origin.min_segment_length, origin.segmenter)
+
+
+def _anchor_files(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    return {name: files[name] for name in ANCHOR_DTYPES | TEXT_DTYPES}
+
+
+def _manifest(
+    values: Mapping[str, Any], files: dict[str, FileRecord], corpus_files: dict[str, FileRecord] | None = None
+) -> DocumentsManifest:
+    known = {name: value for name, value in values.items() if name in DocumentsManifest.__dataclass_fields__}
+    return DocumentsManifest(**known, files=files, corpus_files=corpus_files)
