@@ -50,6 +50,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
     from megatron_sfr.training.metrics_log import flushed_before_saves
+    from megatron_sfr.training.step_context import for_megatron
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend)
@@ -76,7 +77,7 @@ def _train(settings: "Settings", first: bool) -> None:
     try:
         head = head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext()
         with head, flushed_before_saves(lines):
-            pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
+            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(forward_step(args, data)))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint

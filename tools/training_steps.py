@@ -26,6 +26,7 @@ from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.runtime import backend
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
 from megatron_sfr.training.forward_step import ForwardStep
+from megatron_sfr.training.step_context import StepContext
 
 
 @dataclass
@@ -142,7 +143,8 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
             args.curr_iteration += 1
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            output, loss = forward(iter([batch]), model)
+            context = StepContext(args.curr_iteration, 2**20, num_microbatches=1, implementation=args.transformer_impl)
+            output, loss = forward(iter([batch]), model, context)
             total, tokens, _ = loss(output)
             (total / tokens).backward()
             optimizer.step()

@@ -96,7 +96,7 @@ def unknown_end(args: argparse.Namespace) -> str | None:
 
 
 def forward_step(args: argparse.Namespace, data: DataProvider) -> ForwardStep | KLFlowStep:
-    """Upstream's forward_step_func for these arguments and the provider of the datasets."""
+    """The forward step for these arguments and the provider of the datasets."""
     if args.training_task == "kl-flow":
         kl_flow = options(KLFlowOptions, args)
         return KLFlowStep(args.vocab_size, args.seq_length, kl_flow, time_everywhere=args.kl_flow_time == "adaln")

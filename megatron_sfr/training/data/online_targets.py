@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -107,3 +107,10 @@ def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptio
 def _encoder_of(store: TargetStore) -> EncoderIdentity:
     """The encoder alone: stores of other texts, or in other blocks, may share it."""
     return EncoderIdentity(**{field.name: getattr(store.manifest, field.name) for field in fields(EncoderIdentity)})
+
+
+class HasOnlineTargets(Protocol):
+    """The datasets of a run; `online` is set once they are built, if their targets are encoded during training."""
+
+    @property
+    def online(self) -> OnlineTargets | None: ...
