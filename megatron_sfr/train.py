@@ -20,6 +20,8 @@ from megatron_sfr.storage.lock import hold
 
 if TYPE_CHECKING:
     from megatron_sfr.config.settings import Settings
+    from megatron_sfr.runtime.replacements import Replacement
+    from megatron_sfr.training.metrics_log import JsonLines
 
 ERROR = "megatron-sfr train: error:"
 LOCK_WAIT_S = 10.0
@@ -45,11 +47,10 @@ def _train(settings: "Settings", first: bool) -> None:
     """A run whose folder is locked by its first rank, which alone prints."""
     from megatron_sfr.config.build import forward_step, model_config
     from megatron_sfr.config.resume import repair_trackers
-    from megatron_sfr.config.settings import options, parse
+    from megatron_sfr.config.settings import parse
     from megatron_sfr.runtime import backend
+    from megatron_sfr.runtime.replacements import replaced
     from megatron_sfr.training.data.provider import DataProvider
-    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
-    from megatron_sfr.training.metrics_log import flushed_before_saves
     from megatron_sfr.training.step_context import for_megatron
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
@@ -66,7 +67,7 @@ def _train(settings: "Settings", first: bool) -> None:
         lifetime.end_with_peers()
     if first and args.save:
         save_recipe(settings.recipe, Path(args.save))
-    lines = log_as_json_lines(args)
+    lines = json_lines(args)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -75,8 +76,7 @@ def _train(settings: "Settings", first: bool) -> None:
 
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider()
     try:
-        head = head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext()
-        with head, flushed_before_saves(lines):
+        with replaced(replacements(args, lines)):
             pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(forward_step(args, data)))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
@@ -128,17 +128,30 @@ def save_recipe(recipe: dict[str, Any], folder: Path) -> None:
         yaml.safe_dump(recipe, file, sort_keys=True)
 
 
-def log_as_json_lines(args: Any) -> Any:
-    """On the rank that has upstream's TensorBoard writer: the same scalars to SAVE/metrics.jsonl."""
+def json_lines(args: Any) -> "JsonLines | None":
+    """SAVE/metrics.jsonl, on the rank that has upstream's TensorBoard writer."""
     from megatron.training.global_vars import get_tensorboard_writer
 
     from megatron_sfr.training.metrics_log import JsonLines
 
-    writer = get_tensorboard_writer()
-    if writer is None or not args.save:
+    if get_tensorboard_writer() is None or not args.save:
         return None
     Path(args.save).mkdir(parents=True, exist_ok=True)
-    return JsonLines(writer, Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
+    return JsonLines(Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
+
+
+def replacements(args: Any, lines: "JsonLines | None") -> "list[Replacement]":
+    """The names of upstream that are replaced while it trains, on any backend."""
+    from megatron_sfr.config.settings import options
+    from megatron_sfr.runtime import durable, resharding
+    from megatron_sfr.training import head_optimizer, metrics_log
+
+    table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS]
+    if args.sfr:
+        table += head_optimizer.replacements(options(head_optimizer.HeadOptimizerOptions, args))
+    if lines is not None:
+        table += metrics_log.replacements(lines)
+    return table
 
 
 lifetime.tie_rank(__name__)
