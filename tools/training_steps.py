@@ -16,6 +16,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.config.build import model_config
+from megatron_sfr.config.run_plan import plan_run
 from megatron_sfr.config.settings import parse, read_settings
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
@@ -124,7 +125,7 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
 
     def build(plan: FlowHeadPlan | None) -> tuple[Any, Any, int]:
         before = allocated()
-        config = model_config(args, backend_name)
+        config = model_config(plan_run(args, backend_name))
         config.head = plan
         (model,), optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
