@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class NullStream:
-    """Stream and event in one: on CPU everything has happened once it was called."""
+    """Replaces CUDA's Stream and Event: on CPU every call has completed when it returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -42,7 +42,7 @@ class NullStream:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Reads device="cuda" and its kin as CPU, in whatever torch function they appear."""
+    """Replaces CUDA by CPU wherever a torch function names a device."""
 
     def __torch_function__(self, func: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -244,7 +244,7 @@ HIDDEN_PACKAGES = {
 
 
 def hide_cuda_packages() -> None:
-    """Makes each import of HIDDEN_PACKAGES an ImportError. Too late for what has imported one: call it first."""
+    """Makes each import of HIDDEN_PACKAGES an ImportError. Call it before anything imports one of them."""
     for name in HIDDEN_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
 
