@@ -1,4 +1,4 @@
-"""Starts torchrun on this machine and shows the training as one progress bar; Megatron's own output goes to a log."""
+"""Starts torchrun on this machine and shows one progress bar. Megatron's own output goes to a log file."""
 
 import argparse
 import json
@@ -30,13 +30,13 @@ LOSSES = ("lm loss", "sfr loss", "kl-flow loss")
 
 @dataclass(frozen=True)
 class Run:
-    """What the bar needs to know of a run."""
+    """The properties of a run that the progress bar needs."""
 
     save: Path
     train_iters: int
     tokens_per_step: int
     any_format: bool = False
-    """Its checkpoints are not torch_dist's, which alone tell whether they are complete."""
+    """Whether checkpoints have another format than torch_dist, the only one that shows whether it is complete."""
 
 
 def command(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 0) -> list[str]:
@@ -48,7 +48,7 @@ def command(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 
 
 
 def variables(max_restarts: int) -> dict[str, str]:
-    """What torchrun reads from the environment; a version of torch that does not know a variable ignores it."""
+    """Environment variables for torchrun. Versions of torch that do not know a variable ignore it."""
     # The same as --shutdown-timeout, which torch has had since 2.12: torch 2.11 refuses the flag and waits 30 seconds.
     read = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S)}
     if max_restarts:
@@ -59,7 +59,11 @@ def variables(max_restarts: int) -> dict[str, str]:
 
 
 def read_run(recipe: Path, flags: Sequence[str]) -> Run:
-    """The run's folder and size from recipe and flags, without importing Megatron. ValueError where one is missing."""
+    """Reads a run's folder and size from recipe and flags, without importing Megatron.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
@@ -100,15 +104,21 @@ def train(
 ) -> None:
     """Runs a recipe on nproc processes of this machine until its end.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on: the run finishes its step, writes a checkpoint, and KeyboardInterrupt is
-    raised here. A second Ctrl-C or SIGTERM kills the run. Raises ValueError, in one line, if the training fails.
-    max_restarts: times that all processes start again from the last checkpoint after one of them failed. verbose: no
-    bar, Megatron's output as it comes.
+    Ctrl-C, SIGTERM and SIGHUP are passed on: the run finishes its step and writes a checkpoint. A second Ctrl-C or
+    SIGTERM kills the run.
+
+    Args:
+        max_restarts: how often all processes restart from the last checkpoint after one of them has failed.
+        verbose: whether to show Megatron's output instead of the progress bar.
+        title: the first word of each printed line.
+    Raises:
+        ValueError: the training fails. The message has one line.
+        KeyboardInterrupt: the run was stopped by a signal.
     """
     lifetime.outlive_terminal()
     run = read_run(recipe, flags)
     with hold(run.save, inside=True, wait=LOCK_WAIT_S):
-        pass  # refused here, before anything is started; it is the first rank that holds it
+        pass  # fails here, before anything is started; the run's first rank then holds the lock
     if _is_finished(run, title) and "--skip-train" not in flags:
         return
     logs = run.save / "logs"
@@ -142,7 +152,7 @@ def train(
 
 
 def _is_finished(run: Run, title: str) -> bool:
-    """Whether the checkpoint of the last step is there: started again, upstream would ask for further samples."""
+    """Whether the run has the checkpoint of its last step. Upstream, if restarted, would request further samples."""
     found = newest(run.save, any_format=run.any_format)
     if found is not None and found.note is not None:
         print(f"{title}: {found.note}", flush=True)
@@ -154,7 +164,7 @@ def _is_finished(run: Run, title: str) -> bool:
 
 
 def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
-    """Waits for the process, moving the bar; passes a signal on and returns whether there was one."""
+    """Waits for the process and updates the bar. Passes signals on; returns whether there was one."""
     received: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
@@ -186,7 +196,7 @@ def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
 
 
 def _bar(run: Run, title: str) -> Iterator[None]:
-    """A generator that reads new lines of the run's metrics at each step and draws the bar."""
+    """A generator that reads new lines of the run's metrics each time, and draws the bar."""
     last: dict[str, Any] | None = None
     with tqdm(total=run.train_iters, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
         for rows in new_rows(run.save / "metrics.jsonl"):
@@ -206,10 +216,9 @@ def _bar(run: Run, title: str) -> Iterator[None]:
 
 
 def new_rows(metrics: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yields the rows that were added since the last time, starting with the present end of the file.
+    """Yields the records that were added since the last time, starting at the current end of the file.
 
-    A resumed run replaces the file by its beginning (training/metrics_log.py); the rows of before are not new then
-    either.
+    A resumed run replaces the file by its beginning (training/metrics_log.py). Records from before that are not new.
     """
     began = time.time()
     old = metrics.stat() if metrics.exists() else None

@@ -19,16 +19,19 @@ from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.lock import hold
 
 if TYPE_CHECKING:
+    from megatron_sfr.config.run_plan import RunPlan
     from megatron_sfr.config.settings import Settings
+    from megatron_sfr.runtime.replacements import Replacement
+    from megatron_sfr.training.metrics_log import JsonLines
 
 ERROR = "megatron-sfr train: error:"
 LOCK_WAIT_S = 10.0
-"""Patience with a run in the same --save folder that was killed and whose processes are still ending."""
+"""How long to wait for a run in the same --save folder that was killed and whose processes are still ending."""
 WARNING = "megatron-sfr train: warning:"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains as the flags say; ValueError for what the user can mend."""
+    """Runs a training. Raises ValueError for what the user can correct."""
     from megatron_sfr.runtime import backend
 
     backend.prepare(argv)
@@ -42,14 +45,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _train(settings: "Settings", first: bool) -> None:
-    """A run whose folder is locked by its first rank, which alone prints."""
+    """Runs a training whose folder is locked. Only the first rank prints."""
     from megatron_sfr.config.build import forward_step, model_config
     from megatron_sfr.config.resume import repair_trackers
-    from megatron_sfr.config.settings import options, parse
+    from megatron_sfr.config.run_plan import plan_run
+    from megatron_sfr.config.settings import parse
     from megatron_sfr.runtime import backend
+    from megatron_sfr.runtime.replacements import replaced
     from megatron_sfr.training.data.provider import DataProvider
-    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
-    from megatron_sfr.training.metrics_log import flushed_before_saves
+    from megatron_sfr.training.step_context import for_megatron
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend)
@@ -59,24 +63,24 @@ def _train(settings: "Settings", first: bool) -> None:
     args = parse(settings)
     if not _is_ready(args, say):
         return
-    config = model_config(args, settings.backend)
+    plan = plan_run(args, settings.backend)
+    config = model_config(plan)
     if args.exit_signal_handler:  # Ctrl-C and SIGHUP end a run as SIGTERM does: after the step, with a checkpoint
         lifetime.stop_alike(args.exit_signal)
         lifetime.end_with_peers()
     if first and args.save:
         save_recipe(settings.recipe, Path(args.save))
-    lines = log_as_json_lines(args)
+    lines = json_lines(args)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    container, data = pretrain_cfg_container_from_args(args, config), DataProvider()
+    container, data = pretrain_cfg_container_from_args(args, config), DataProvider(plan.datasets)
     try:
-        head = head_optimizer(options(HeadOptimizerOptions, args)) if args.sfr else nullcontext()
-        with head, flushed_before_saves(lines):
-            pretrain(container, data, ModelType.encoder_or_decoder, forward_step(args, data))
+        with replaced(replacements(plan, lines)):
+            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(forward_step(plan, data)))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
@@ -90,7 +94,7 @@ def _train(settings: "Settings", first: bool) -> None:
 
 
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
-    """Checks data and checkpoint of a run before anything is built; whether there are steps left to train."""
+    """Checks data and checkpoint of a run before anything is built. Returns whether steps are left to train."""
     from megatron_sfr.config.build import check_task, unknown_end
     from megatron_sfr.config.resume import check_schedule, resumed_step
     from megatron_sfr.training.data.prepared_check import check_prepared, reply_end_tokens
@@ -111,7 +115,7 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
 
 
 def _missing(error: Any, checkpoint: str) -> Exception:
-    """What upstream says of a parameter that a checkpoint lacks, without its list of all that is there."""
+    """The error for a parameter that a checkpoint lacks, without upstream's list of all parameters."""
     for failure, _ in error.failures.values():
         name, found, _ = str(failure).strip("\"'").partition(" from model not in state dict")
         if found:
@@ -121,23 +125,35 @@ def _missing(error: Any, checkpoint: str) -> Exception:
 
 
 def save_recipe(recipe: dict[str, Any], folder: Path) -> None:
-    """Writes the resolved recipe to FOLDER/recipe.yaml, whole or not at all."""
+    """Writes the resolved recipe to FOLDER/recipe.yaml, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "recipe.yaml") as file:
         yaml.safe_dump(recipe, file, sort_keys=True)
 
 
-def log_as_json_lines(args: Any) -> Any:
-    """On the rank that has upstream's TensorBoard writer: the same scalars to SAVE/metrics.jsonl."""
+def json_lines(args: Any) -> "JsonLines | None":
+    """SAVE/metrics.jsonl, on the rank that has upstream's TensorBoard writer."""
     from megatron.training.global_vars import get_tensorboard_writer
 
     from megatron_sfr.training.metrics_log import JsonLines
 
-    writer = get_tensorboard_writer()
-    if writer is None or not args.save:
+    if get_tensorboard_writer() is None or not args.save:
         return None
     Path(args.save).mkdir(parents=True, exist_ok=True)
-    return JsonLines(writer, Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
+    return JsonLines(Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
+
+
+def replacements(plan: "RunPlan", lines: "JsonLines | None") -> "list[Replacement]":
+    """The names of upstream that are replaced while it trains, on any backend."""
+    from megatron_sfr.runtime import durable, resharding
+    from megatron_sfr.training import head_optimizer, metrics_log
+
+    table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS]
+    if plan.data.sfr:
+        table += head_optimizer.replacements(plan.head_optimizer)
+    if lines is not None:
+        table += metrics_log.replacements(lines)
+    return table
 
 
 lifetime.tie_rank(__name__)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sfr.runtime import backend
+from megatron_sfr.runtime.replacements import replaced
 from tools.model_shapes import BF16, FP8, SHAPES, Shape, peak
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def main() -> None:
     backend.prepare([])
     name = backend.choose("auto")
     backend.start(name)
-    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, head_optimizer
+    from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, replacements
     from tools.training_steps import make_arms
 
-    with head_optimizer(HeadOptimizerOptions()):
+    with replaced(replacements(HeadOptimizerOptions())):
         arms = make_arms(sizes, name)
         for arm in arms:
             count(arm)

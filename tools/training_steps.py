@@ -16,6 +16,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.config.build import model_config
+from megatron_sfr.config.run_plan import plan_run
 from megatron_sfr.config.settings import parse, read_settings
 from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
@@ -26,6 +27,7 @@ from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.runtime import backend
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
 from megatron_sfr.training.forward_step import ForwardStep
+from megatron_sfr.training.step_context import StepContext
 
 
 @dataclass
@@ -123,7 +125,7 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
 
     def build(plan: FlowHeadPlan | None) -> tuple[Any, Any, int]:
         before = allocated()
-        config = model_config(args, backend_name)
+        config = model_config(plan_run(args, backend_name))
         config.head = plan
         (model,), optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
@@ -142,7 +144,8 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
             args.curr_iteration += 1
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            output, loss = forward(iter([batch]), model)
+            context = StepContext(args.curr_iteration, 2**20, num_microbatches=1, implementation=args.transformer_impl)
+            output, loss = forward(iter([batch]), model, context)
             total, tokens, _ = loss(output)
             (total / tokens).backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""What a run continues from: its checkpoint, and whether its schedule is the checkpoint's. Checked before it starts."""
+"""Checks before a run resumes: the trackers of its checkpoints, and that its schedule is the checkpoint's."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,12 +20,14 @@ RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "sfr_head_lr_mult")
 
 
 def repair_trackers(recipe: Mapping[str, Any]) -> list[str]:
-    """Makes the trackers of the folders that a run loads from name complete checkpoints; returns what to say of them.
+    """Corrects the trackers of the folders that a run loads from, so that they name complete checkpoints.
 
-    Every process does so by itself and comes to the same result: upstream reads the trackers before processes meet.
+    Every process does so by itself, with the same result: upstream reads the trackers before processes communicate.
 
     Args:
         recipe: the resolved recipe of the run, with underscores in its keys.
+    Returns:
+        Lines to print about what was corrected.
     Raises:
         ValueError: a folder has a tracker but no complete checkpoint, or its tracker cannot be written.
     """
@@ -49,7 +51,7 @@ def repair_trackers(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def resumed_step(args: argparse.Namespace) -> int:
-    """The step at which a run continues; 0 for one that starts."""
+    """The step at which a run resumes; 0 for a new run."""
     if args.finetune or not args.load or "://" in args.load:
         return 0
     found = newest(Path(args.load), any_format=args.ckpt_format != "torch_dist")
@@ -59,7 +61,7 @@ def resumed_step(args: argparse.Namespace) -> int:
 
 
 def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str | None:
-    """Compares the schedule of a run with that of the checkpoint that it continues; returns what to say of it.
+    """Compares the schedule of a run with that of the checkpoint that it resumes from.
 
     Upstream refuses every difference by an assertion that names neither the key nor a remedy. Differences that change
     no learning rate and no weight decay, such as the length of a run with a constant rate, are accepted here.
@@ -67,6 +69,8 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
     Args:
         args: the run's arguments; override_opt_param_scheduler is set where upstream may take the new values.
         stored: the arguments of the run that wrote the checkpoint.
+    Returns:
+        A line to print if the schedules differ without effect; None if they are equal.
     Raises:
         ValueError: naming the key, both values and the remedy.
     """
@@ -96,7 +100,7 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
 
 
 def _differs(key: str, args: argparse.Namespace, stored: Mapping[str, Any]) -> bool:
-    """Whether a key has another value. Upstream fills in the decay's length as soon as a run starts."""
+    """Whether a key has another value. Upstream sets the length of the decay when a run starts."""
     now, then = getattr(args, key), stored[key]
     length = {"lr_decay_iters": "train_iters", "lr_decay_samples": "train_samples"}.get(key)
     if length is not None and now is None:
@@ -105,7 +109,7 @@ def _differs(key: str, args: argparse.Namespace, stored: Mapping[str, Any]) -> b
 
 
 def _effective(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All that the rates of a step depend on, in samples, as upstream's get_optimizer_param_scheduler has it."""
+    """Everything that the rates of a step depend on, in samples, as in upstream's get_optimizer_param_scheduler."""
     by_steps = bool(values.get("train_iters")) and not values.get("train_samples")
     unit, batch = ("iters", values["global_batch_size"]) if by_steps else ("samples", 1)
     total = values[f"train_{unit}"] * batch

@@ -253,13 +253,15 @@ def options[Options](part: type[Options], args: argparse.Namespace) -> Options:
 
 def parse(settings: Settings) -> argparse.Namespace:
     """Upstream's parsed, validated and globally set arguments."""
-    sys.argv = [sys.argv[0], *settings.flags]
+    argv, sys.argv = sys.argv, [sys.argv[0], *settings.flags]  # upstream's parser reads it and accepts no list
     try:
         args = parse_and_validate_args(extra_args_provider=add_options)
     except AssertionError as error:
         unset_num_microbatches_calculator()
         assertion = traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or assertion}") from error
+    finally:
+        sys.argv = argv
     # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.
     args.sfr = args.sfr and args.sfr_weight > 0
     return args

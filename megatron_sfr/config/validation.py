@@ -1,4 +1,4 @@
-"""Arguments that contradict each other or the objectives, each with what to do; upstream checks its own."""
+"""Incompatible options: combinations of arguments that cannot work, each with a remedy. Upstream checks its own."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ Rows = list[tuple[Any, str]]
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
-    """The first contradiction among parsed arguments, in one line; None where there is none."""
+    """The first incompatible combination among parsed arguments, in one line; None if there is none."""
     rows = _of_the_run(args) + _of_the_start(args) + _of_separation(args)
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
@@ -73,7 +73,7 @@ def _of_the_start(args: argparse.Namespace) -> Rows:
 
 
 def separator(args: argparse.Namespace) -> str | None:
-    """The option by which rows hold several texts that attention keeps apart; None where it does not."""
+    """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
     if args.sfr_packing != "none":
         return "sfr_packing"
     return "dataloader_inter_document_masking" if args.dataloader_inter_document_masking else None
@@ -175,7 +175,7 @@ def _of_the_term(args: argparse.Namespace) -> Rows:
 
 
 def _of_kl_flow(args: argparse.Namespace) -> Rows:
-    """Some are of the method, some of what has not been tried."""
+    """Combinations that the method excludes, and combinations that have not been tried."""
     autoregressive = {
         "sfr": (args.sfr, "leave --sfr out"),
         "objective": (args.objective != "ce", "set objective to ce"),

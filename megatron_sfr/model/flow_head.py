@@ -97,7 +97,6 @@ class FlowHead(MegatronModule):
         self.dim, self.fresh, self.decay = plan.dim, plan.fresh, options.sfr_ema_decay
         self.net: nn.Module | None = None
         self.ema: nn.Module | None = None
-        self.caught: Tensor | None = None
         if plan.has_network:
             device = torch.get_default_device()
             with torch.device("meta"):  # no initialisation here: it would advance the backbone's random stream
@@ -149,10 +148,6 @@ class FlowHead(MegatronModule):
         assert self.ema is not None
         for p, mean in zip(self.net.parameters(), self.ema.parameters(), strict=True):
             mean.lerp_(p.to(mean.dtype), 1.0 if first else 1 - self.decay)
-
-    def catch(self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> None:
-        """Forward hook on the layer that the head reads, for sfr_layer."""
-        self.caught = output[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Upstream's; empty while the head is fresh, so that a checkpoint without a head can be loaded."""

@@ -3,8 +3,24 @@
 Shapes: D embedding dimension, N bins of t.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class StepStart(NamedTuple):
+    """A training step's number and the head's state before its first microbatch.
+
+    Every microbatch of the step uses these values: the state itself changes after the step's last forward pass.
+    """
+
+    step: int
+    """Number of the step, from 0."""
+    ratio: Tensor
+    signal: Tensor
+    weight: Tensor
+    gate: Tensor
 
 
 class FlowState(nn.Module):
@@ -41,3 +57,7 @@ class FlowState(nn.Module):
         }
         for name, value in start.items():
             self.register_buffer(name, value)
+
+    def at(self, step: int) -> StepStart:
+        """Copies of the values that a step needs."""
+        return StepStart(step, *(x.clone() for x in (self.ratio, self.signal, self.weight, self.gate)))

@@ -65,16 +65,12 @@ def _backend_in(recipe: Path) -> str | None:
 
 def start(backend: Literal["cpu", "cuda"]) -> None:
     """Prepares the process for training; on CPU replaces what upstream asks of CUDA and joins torchrun's gloo group."""
-    from megatron_sfr.runtime import cpu, durable, resharding
+    from megatron_sfr.runtime import cpu
 
-    if backend == "cpu":
-        cpu.install()
-    else:
-        cpu.repair_torch_adam()
-    durable.install()
-    resharding.install()
     if backend == "cuda":
+        cpu.repair_torch_adam()
         return
+    cpu.install()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
 

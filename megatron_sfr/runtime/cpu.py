@@ -1,7 +1,7 @@
-"""Unmodified megatron-core on CPU and gloo: every upstream name that is replaced, and why.
+"""Unmodified megatron-core on CPU and gloo: every upstream name that is replaced for it, and why.
 
-Each row of ROWS has a contract test that fails when upstream moves the name (written against VERSIONS). On CUDA only
-TORCH_ADAM_ROWS are applied, and only where neither Transformer Engine nor Apex brings an optimizer.
+The tables are written against VERSIONS. On CUDA only TORCH_ADAM is applied, and only where neither Transformer Engine
+nor Apex provides an optimizer.
 """
 
 import contextlib
@@ -13,45 +13,19 @@ import os
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_sfr.runtime.replacements import Replacement, wrapper
+
 VERSIONS = {"torch": "2.13.0", "megatron-core": "0.19.2"}
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One replaced name: module and attribute path, what stands there on CPU, and why."""
-
-    module: str
-    name: str
-    replacement: Any
-    why: str
-
-    def owner(self) -> Any:
-        """The object whose attribute is replaced."""
-        return functools.reduce(getattr, self.name.split(".")[:-1], importlib.import_module(self.module))
-
-    def apply(self) -> None:
-        """Replaces the name; AttributeError where upstream has it no longer."""
-        owner, leaf = self.owner(), self.name.split(".")[-1]
-        original = getattr(owner, leaf)
-        wraps = getattr(self.replacement, "wraps_original", False)
-        setattr(owner, leaf, self.replacement(original) if wraps else self.replacement)
-
-
-def wrapper(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Marks a replacement that is made from the original."""
-    make.wraps_original = True  # type: ignore[attr-defined]
-    return make
-
-
 class NullStream:
-    """Stream and event in one: on CPU everything has happened once it was called."""
+    """Replaces CUDA's Stream and Event: on CPU every call has completed when it returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -68,7 +42,7 @@ class NullStream:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Reads device="cuda" and its kin as CPU, in whatever torch function they appear."""
+    """Replaces CUDA by CPU wherever a torch function names a device."""
 
     def __torch_function__(self, func: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -177,75 +151,88 @@ RANDOM = "megatron.core.tensor_parallel.random"
 TRAINING = "megatron.training.training"
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
-TORCH_ROWS = (
-    Row("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() at some sixty places"),
-    Row("torch.cuda", "set_device", _nothing, "initialisation pins each rank to its GPU"),
-    Row("torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only where a GPU is counted"),
-    Row("torch.cuda", "get_device_properties", _properties, "argument validation asks for the architecture"),
-    Row("torch.cuda", "get_device_capability", lambda _=None: (9, 0), "argument validation asks for the architecture"),
-    Row("torch.cuda", "synchronize", _nothing, "p2p, timers and checkpointing"),
-    Row("torch.cuda", "empty_cache", _nothing, "warm-up and checkpointing"),
-    Row("torch.cuda", "Stream", NullStream, "side streams of DDP, p2p and checkpointing"),
-    Row("torch.cuda", "Event", NullStream, "timers and asynchronous saving"),
-    Row("torch.cuda", "current_stream", NullStream, "side streams wait for the current one"),
-    Row("torch.cuda", "default_stream", NullStream, "side streams wait for the current one"),
-    Row("torch.cuda", "stream", lambda _: contextlib.nullcontext(), "side streams"),
+TORCH = (
+    Replacement("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() at some sixty places"),
+    Replacement("torch.cuda", "set_device", _nothing, "initialisation pins each rank to its GPU"),
+    Replacement(
+        "torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only where a GPU is counted"
+    ),
+    Replacement("torch.cuda", "get_device_properties", _properties, "argument validation asks for the architecture"),
+    Replacement(
+        "torch.cuda", "get_device_capability", lambda _=None: (9, 0), "argument validation asks for the architecture"
+    ),
+    Replacement("torch.cuda", "synchronize", _nothing, "p2p, timers and checkpointing"),
+    Replacement("torch.cuda", "empty_cache", _nothing, "warm-up and checkpointing"),
+    Replacement("torch.cuda", "Stream", NullStream, "side streams of DDP, p2p and checkpointing"),
+    Replacement("torch.cuda", "Event", NullStream, "timers and asynchronous saving"),
+    Replacement("torch.cuda", "current_stream", NullStream, "side streams wait for the current one"),
+    Replacement("torch.cuda", "default_stream", NullStream, "side streams wait for the current one"),
+    Replacement("torch.cuda", "stream", lambda _: contextlib.nullcontext(), "side streams"),
     # torch.manual_seed itself calls torch.cuda.manual_seed_all: replacing that one too would never end.
-    Row("torch.cuda", "manual_seed", _manual_seed, "the dropout tracker seeds the device's generator"),
-    Row("torch.cuda", "get_rng_state", _rng_state, "the dropout tracker and checkpoints"),
-    Row("torch.cuda", "set_rng_state", _set_rng_state, "the dropout tracker and checkpoints"),
+    Replacement("torch.cuda", "manual_seed", _manual_seed, "the dropout tracker seeds the device's generator"),
+    Replacement("torch.cuda", "get_rng_state", _rng_state, "the dropout tracker and checkpoints"),
+    Replacement("torch.cuda", "set_rng_state", _set_rng_state, "the dropout tracker and checkpoints"),
 )
-TORCH_ADAM_ROWS = (
-    Row(
+TORCH_ADAM = (
+    Replacement(
         DISTRIBUTED,
         "DistributedOptimizer.sharded_state_dict",
         _primed,
         "a load reads the state of a torch Adam that has made none yet, and asserts",
+        ("self", "model_sharded_state_dict", "is_loading"),
     ),
-    Row(
+    Replacement(
         DISTRIBUTED,
         "DistributedOptimizer.load_state_dict",
         _own_steps,
         "all parameters of torch Adam get one step tensor, which each of them then increments",
+        ("self", "state_dict"),
     ),
-    Row(
+    Replacement(
         DISTRIBUTED,
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         _state_without_step,
         "a load copies a placeholder over the step that was loaded, and in fp32 copies into views of leaves",
+        ("self", "model_param", "tensors"),
     ),
 )
-MEGATRON_ROWS = (
-    Row(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
-    Row(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
-    Row(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA unless allow_no_cuda is passed"),
-    Row(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
-    Row(
+MEGATRON = (
+    Replacement(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
+    Replacement(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
+    Replacement(
+        TRAINING,
+        "initialize_megatron",
+        _no_cuda_needed,
+        "asserts CUDA unless allow_no_cuda is passed",
+        ("allow_no_cuda",),
+    ),
+    Replacement(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
+    Replacement(
         "megatron.core.fusions.fused_softmax",
         "get_default_causal_mask",
         _causal_mask,
         "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
     ),
-    Row(
+    Replacement(
         "megatron.core.fusions.fused_softmax",
         "get_sliding_window_causal_mask",
         _window_mask,
         "makes the mask with device='cuda' inside a recomputed layer, where torch passes function modes by",
     ),
-    Row(
+    Replacement(
         "megatron.core.transformer.moe.token_dispatcher",
         "maybe_move_tensor_to_cpu",
         _splits,
         "turns split sizes of an all-to-all into numbers only on their way from a GPU",
     ),
-    Row(
+    Replacement(
         "megatron.core.datasets.utils",
         "compile_helpers",
         _compile_only_if_missing,
         "runs make in a folder without a Makefile and exits, though the wheel ships the module compiled",
     ),
 )
-ROWS = TORCH_ROWS + TORCH_ADAM_ROWS + MEGATRON_ROWS
+REPLACEMENTS = TORCH + TORCH_ADAM + MEGATRON
 
 # Packages of CUDA kernels that upstream takes wherever they can be imported, on any device. Without them it falls back
 # to torch's optimizer and norms, which is what the CPU needs.
@@ -257,32 +244,32 @@ HIDDEN_PACKAGES = {
 
 
 def hide_cuda_packages() -> None:
-    """Makes each import of HIDDEN_PACKAGES an ImportError. Too late for what has imported one: call it first."""
+    """Makes each import of HIDDEN_PACKAGES an ImportError. Call it before anything imports one of them."""
     for name in HIDDEN_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
 
 
 @functools.cache  # once a process
 def repair_torch_adam() -> None:
-    """Applies TORCH_ADAM_ROWS where upstream fell back to torch's Adam, on any device."""
+    """Applies TORCH_ADAM if upstream has fallen back to torch's Adam, on any device."""
     from megatron.core import optimizer
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
-        for row in TORCH_ADAM_ROWS:
-            row.apply()
+        for entry in TORCH_ADAM:
+            entry.apply()
 
 
 @functools.cache  # once a process
 def install() -> None:
-    """Applies every row and enters the function mode for the rest of the process."""
+    """Applies all tables and enters the function mode, for the rest of the process."""
     hide_cuda_packages()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.
     importlib.import_module("torch._dynamo")
     torch.compiler.set_stance("force_eager")  # for what was decorated before that variable was set
-    for row in TORCH_ROWS + MEGATRON_ROWS:
-        row.apply()
+    for entry in TORCH + MEGATRON:
+        entry.apply()
     repair_torch_adam()
     # The tracker warns when the CPU generator moves inside a fork; here the CPU generator is the one that is forked.
     logging.getLogger(RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

@@ -107,3 +107,9 @@ def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     if isinstance(factor, float):
         return x if factor == 1 else _ScaleGradient.apply(x, torch.full((1,), factor, device=x.device))
     return _ScaleGradient.apply(x, factor)
+
+
+def print_on_last_rank(line: str) -> None:
+    """Prints a line on the rank whose output has Megatron's losses."""
+    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
+        print(line, flush=True)

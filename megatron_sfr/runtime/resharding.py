@@ -1,21 +1,21 @@
-"""The row that makes upstream's fully reshardable optimizer checkpoints right where a buffer has several buckets.
+"""Corrects upstream's fully reshardable optimizer checkpoints where a buffer has several buckets.
 
 megatron-core 0.19.2 gathers optimizer state without the padding between buckets, and then cuts it by offsets that count
-the padding. From the first padded bucket on each parameter is saved with the state of its neighbours ("a bug in the
-param ranges logic", says a comment there), and a resume trains on with it.
+the padding. From the first padded bucket on, each parameter is saved with the state of its neighbours (a comment there
+mentions "a bug in the param ranges logic"), and a resumed run uses that state.
 """
 
 import functools
 from itertools import accumulate
 from typing import Any
 
-from megatron_sfr.runtime.cpu import Row, wrapper
+from megatron_sfr.runtime.replacements import Replacement, wrapper
 
 Offsets = dict[Any, tuple[int, int, int]]  # parameter -> first and last + 1 element in the buffer, and the bucket
 
 
 def without_padding(offsets: Offsets, starts: list[int], unpadded: list[int]) -> Offsets:
-    """Offsets in the buffer as they are once the padding between buckets is gone.
+    """Offsets in the buffer after the padding between buckets is removed.
 
     Args:
         starts: first element of each bucket in the padded buffer.
@@ -42,18 +42,12 @@ def _cut_without_padding(original: Any) -> Any:
     return sharded_state
 
 
-ROWS = (
-    Row(
+REPLACEMENTS = (
+    Replacement(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
         _cut_without_padding,
         "saves each parameter behind a padded bucket with its neighbours' optimizer state",
+        ("self",),
     ),
 )
-
-
-@functools.cache  # once a process
-def install() -> None:
-    """Applies every row, whatever the backend."""
-    for row in ROWS:
-        row.apply()

@@ -3,6 +3,8 @@
 Shapes: B sequences, S positions.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -29,3 +31,15 @@ def packed_sequence(document_S: Tensor) -> PackedSeqParams:
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
+
+
+def document_attention(document_BS: Tensor, implementation: str, device: torch.device) -> dict[str, Any]:
+    """The arguments of the model that keep attention within documents, numbered by document_BS in host memory.
+
+    Transformer Engine takes one sequence at a time: config/validation.py requires micro_batch_size 1.
+    """
+    if implementation == "local":
+        return {"attention_mask": block_mask(document_BS.to(device, non_blocking=True))}
+    params = packed_sequence(document_BS[0])
+    params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device, non_blocking=True)
+    return {"attention_mask": None, "packed_seq_params": params}

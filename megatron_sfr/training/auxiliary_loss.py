@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
+from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.gate import GateOptions, decide, sums_by_time
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, batch_moments, running_statistics, scale_targets
@@ -86,18 +87,28 @@ class FlowTerm:
         self.options = options
         self.gate_sums, self.target_sums = StepSums(), StepSums()
         self.smoothing: Smoothing | None = None
-        self.step = -1
-        self.known: dict[str, Tensor] = {}
+        self.started: StepStart | None = None
+        """The current training step. Megatron does not tell which microbatch is a step's first."""
 
-    def begin(self, head: FlowHead, step: int, first_average: int) -> None:
-        """Call before each microbatch. The first one of a step copies the head's state to `known`, which all
-        microbatches of the step use, and updates the EMA of the head from step `first_average` on."""
-        if head.training and step == self.step:
-            return
-        self.known = {name: buffer.clone() for name, buffer in head.state.named_buffers()}
+    def begin(self, head: FlowHead, step: int, first_average: int) -> StepStart:
+        """Call before each microbatch.
+
+        A training step's first microbatch also updates the EMA of the head.
+
+        Args:
+            step: number of the training step, from 0.
+            first_average: first step that updates the EMA.
+        Returns: the values that the microbatch uses, equal for all microbatches of a training step.
+        """
         if not head.training:
-            return
-        self.step = step
+            return head.state.at(step)
+        if self.started is None or self.started.step != step:
+            self.started = head.state.at(step)
+            self._average(head, step, first_average)
+        return self.started
+
+    def _average(self, head: FlowHead, step: int, first_average: int) -> None:
+        """Updates the EMA of the head's weights, or switches its write-back on."""
         if self.options.head.sfr_ema == "smooth":
             self.smoothing = self.smoothing or Smoothing(head, self.options.head.sfr_ema_decay)
             self.smoothing.active = step >= first_average
@@ -114,6 +125,7 @@ class FlowTerm:
         head: FlowHead,
         batch: Batch,
         h_SBH: Tensor,
+        start: StepStart,
         *,
         detach: bool,
         sharded: bool,
@@ -123,6 +135,7 @@ class FlowTerm:
         """The auxiliary loss of one microbatch. In training the step's last microbatch updates gate and statistics.
 
         Args:
+            start: what `begin` returned for this microbatch.
             detach: whether the hidden states are detached, so that only the head learns.
             sharded: whether h holds only this tensor-parallel rank's positions.
             weight_at_h: factor on the gradient that reaches h; the head's own gradient is not scaled.
@@ -130,7 +143,7 @@ class FlowTerm:
         anchors, pick = self.anchors(head, batch, sharded)
         teacher = self.options.head.sfr_ema == "teacher" and not detach
         gated = self.options.gate.sfr_gate != "none"
-        weighted_SBH = scale_gradient(h_SBH, weight_at_h * self.known["gate"] if gated else weight_at_h)
+        weighted_SBH = scale_gradient(h_SBH, weight_at_h * start.gate if gated else weight_at_h)
         student_SBH = h_SBH.detach() if detach or teacher else weighted_SBH
         noise = self._noise(anchors, first_draw=0)
         error, weight, t = self._errors(head, anchors, noise, pick(student_SBH))
@@ -143,8 +156,8 @@ class FlowTerm:
         if head.training and torch.is_grad_enabled():
             if self.options.gate.sfr_gate != "none":
                 sums_2N = sums_by_time(error, weight, t, len(head.state.baseline))
-                self._move_gate(head, sum_over_tensor(sums_2N) if split else sums_2N, microbatches)
-            self._move_statistics(head, batch, microbatches)
+                self._move_gate(head, sum_over_tensor(sums_2N) if split else sums_2N, start.step, microbatches)
+            self._move_statistics(head, batch, start.step, microbatches)
         return Term(*(sum_parts(sums) if split else sums).unbind())
 
     def losses(
@@ -206,22 +219,22 @@ class FlowTerm:
         return error, weight, t[..., 0] if error.shape[1] == t.shape[1] else torch.zeros_like(weight)
 
     @torch.no_grad()
-    def _move_gate(self, head: FlowHead, sums_2N: Tensor, microbatches: int) -> None:
+    def _move_gate(self, head: FlowHead, sums_2N: Tensor, step: int, microbatches: int) -> None:
         """After the last microbatch of a step, decides whether the gate is open in the next step."""
-        if (total := self.gate_sums.add(self.step, microbatches, sums_2N)) is not None:
+        if (total := self.gate_sums.add(step, microbatches, sums_2N)) is not None:
             gate, baseline = decide(total, head.state.baseline, self.options.gate)
             head.state.gate.copy_(gate)
             head.state.baseline.copy_(baseline)
 
     @torch.no_grad()
-    def _move_statistics(self, head: FlowHead, batch: Batch, microbatches: int) -> None:
+    def _move_statistics(self, head: FlowHead, batch: Batch, step: int, microbatches: int) -> None:
         """After the last microbatch of a step, updates the EMA of the target statistics for the next step."""
         state, targets = head.state, self.options.targets
         if targets.sfr_target_scale != "whiten" or targets.sfr_whiten != "ema":
             return
         sample_B1 = torch.arange(len(batch["target"]), device=batch["target"].device)[:, None]
         moments = batch_moments(batch["target"][sample_B1, batch["anchor_row"]], batch["anchor_weight"])
-        if (total := self.target_sums.add(self.step, microbatches, moments)) is not None:
+        if (total := self.target_sums.add(step, microbatches, moments)) is not None:
             kept = (state.target_mean, state.target_std, state.batches)
             for buffer, value in zip(kept, running_statistics(total, *kept, targets.sfr_whiten_decay), strict=True):
                 buffer.copy_(value)

@@ -4,38 +4,72 @@ Shapes: S positions, B samples, H hidden size, V vocabulary columns of the shard
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_tensorboard_writer
-from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
+from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, certainty, token_loss
-from megatron_sfr.runtime.backend import device
-from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
-from megatron_sfr.training.attention_mask import block_mask, packed_sequence
+from megatron_sfr.runtime.parallel import (
+    is_first_stage,
+    is_last_stage,
+    print_on_last_rank,
+    tensor_group,
+    tensor_rank,
+)
+from megatron_sfr.training.attention_mask import document_attention
 from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
-from megatron_sfr.training.data.provider import DataProvider
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers, token_power
 from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.metrics_log import pair
+from megatron_sfr.training.step_context import StepContext
+
+if TYPE_CHECKING:
+    from megatron_sfr.training.data.online_targets import HasOnlineTargets
 
 # The last stage's output for one microbatch: objective and cross-entropy [B, S], and the sums of the auxiliary loss.
 # Under bf16, upstream's wrapper converts it to plain tuples.
 Losses = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
+@dataclass(frozen=True)
+class FlowInputs:
+    """What the auxiliary loss of a microbatch needs from the model, apart from the last hidden states."""
+
+    head: FlowHead
+    start: StepStart
+    """The head's state at the start of the step."""
+    layer: list[Tensor]
+    """The output of layer sfr_layer [S, B, H], once the forward pass has reached it. Empty without sfr_layer."""
+
+    def states(self, last_SBH: Tensor) -> Tensor:
+        """The hidden states that the head reads."""
+        return self.layer[0] if self.layer else last_SBH
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What the losses of one microbatch are computed from, apart from the last hidden states."""
+
+    batch: Batch
+    context: StepContext
+    flow: FlowInputs | None = None
+    """None without an auxiliary loss, and on other stages than the last."""
+
+
 class ForwardStep:
-    """Upstream's forward_step_func. Holds options and partial sums, but no state that belongs in a checkpoint."""
+    """One microbatch of training. Holds options and partial sums, but no state that belongs in a checkpoint."""
 
     def __init__(
         self,
@@ -45,45 +79,53 @@ class ForwardStep:
         term: FlowTerm | None,
         schedule: ScheduleOptions,
         resets_attention: bool,
-        data: DataProvider | None = None,
+        data: "HasOnlineTargets | None" = None,
         lock_fork: LockFork | None = None,
     ) -> None:
+        """
+        Args:
+            name: of the objective, for the log.
+            term: the auxiliary loss; None trains on the objective alone.
+            resets_attention: whether attention stays within the documents that a batch numbers.
+            data: where online targets come from; None if every batch contains its targets.
+        """
         self.vocab_size, self.name, self.objective = vocab_size, name, objective
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork = data, lock_fork
         self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
         self.reported_bound = False
 
-    def __call__(self, data_iterator: Iterator[Batch], model: GPTModel) -> tuple[Any, Any]:
+    def __call__(self, data_iterator: Iterator[Batch], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
+        device = next(model.parameters()).device
         batch = next_batch(data_iterator) if first or last or self.resets_attention else {}
-        mask, more = self._attention(batch.pop("document")) if self.resets_attention else (None, {})
+        more: dict[str, Any] = {"attention_mask": None}
+        if self.resets_attention:
+            more = document_attention(batch.pop("document"), context.implementation, device)
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
             batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
-        batch = to_device(batch)
+        batch = to_device(batch, device)
+        flow = self._begin(model, context) if last and self.term is not None else None
+        microbatch = Microbatch(batch, context, flow)
         if last:
-            head = get_attr_wrapped_model(model, "flow_head") if self.term is not None else None
-            if self.term is not None and head is not None:
-                self.term.begin(head, get_args().curr_iteration, self.schedule.sfr_warmup_steps)
-            more |= {"output_processor": self.losses, "output_processor_context": (head, batch)}
+            more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-        output = model(batch.get("tokens"), batch.get("position_ids"), mask, **more)
-        return output, partial(self.loss, batch)
+        number = self.term.options.head.sfr_layer if self.term is not None else None
+        with nullcontext() if flow is None else layer_output(model, number, flow.layer):
+            output = model(batch.get("tokens"), batch.get("position_ids"), **more)
+        return output, partial(self.loss, microbatch)
 
-    def _attention(self, document_BS: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """The mask and extra arguments that keep attention within the documents of a packed sequence."""
-        if get_args().transformer_impl == "local":
-            return block_mask(document_BS.to(device(), non_blocking=True)), {}
-        params = packed_sequence(document_BS[0])  # micro_batch_size is 1: config/validation.py checks it
-        params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device(), non_blocking=True)
-        return None, {"packed_seq_params": params}
+    def _begin(self, model: GPTModel, context: StepContext) -> FlowInputs:
+        """Starts a microbatch of the auxiliary loss."""
+        assert self.term is not None
+        head = get_attr_wrapped_model(model, "flow_head")
+        return FlowInputs(head, self.term.begin(head, context.iteration, self.schedule.sfr_warmup_steps), [])
 
-    def _phase(self) -> Phase:
-        args = get_args()
-        return phase_at(args.curr_iteration, args.train_iters, self.schedule)
+    def _phase(self, context: StepContext) -> Phase:
+        return phase_at(context.iteration, context.train_iters, self.schedule)
 
     def losses(
         self,
@@ -92,128 +134,131 @@ class ForwardStep:
         output_layer: Any,
         output_weight: Tensor | None,
         labels: Tensor,
-        context: tuple[FlowHead | None, Batch],
+        context: Microbatch,
         config: Any,
         runtime_gather_output: bool | None,
         scale_logits: Any,
         **_: Any,
     ) -> Losses:
         """Upstream's output_processor: objective and cross-entropy of each token, and the auxiliary loss's sums."""
-        head, batch = context
+        microbatch, sharded = context, config.sequence_parallel
         logits_SBV, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
         z_TV = scale_logits(logits_SBV).flatten(0, 1)
-        y_T = torch.where(batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
+        y_T = torch.where(microbatch.batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
         vocab = Vocab(self.vocab_size, tensor_rank() * z_TV.shape[-1], tensor_group())
+        step = microbatch.context.iteration
+        if self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(step):
+            self._measure_lock_fork(microbatch, hidden_states, z_TV, vocab, sharded)
         term = None
-        if self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(get_args().curr_iteration):
-            self._measure_lock_fork(head, batch, hidden_states, z_TV, vocab, config.sequence_parallel)
-        if head is not None:
-            if head.training and self._measured_step():
+        if (flow := microbatch.flow) is not None:
+            h_SBH = flow.states(hidden_states)
+            if flow.head.training and self._is_measured(step):
                 weight_VH = output_layer.weight if output_weight is None else output_weight
                 power = token_power(z_TV, y_T, self.objective, vocab, weight_VH)
-                self._measure(head, batch, hidden_states, power, config.sequence_parallel)
-            term = self._flow(head, batch, hidden_states, config.sequence_parallel)
+                self._measure(microbatch, flow, h_SBH, power, sharded)
+            term = self._flow(microbatch, flow, h_SBH, sharded)
         objective_T, cross_entropy_T = token_loss(z_TV, y_T, self.objective, vocab, overwrite=True)
         shape = labels.shape[::-1]
         return objective_T.view(shape).t(), cross_entropy_T.view(shape).t(), term
 
-    def _flow(self, head: FlowHead, batch: Batch, last_SBH: Tensor, sharded: bool) -> Term:
+    def _flow(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
-        h_SBH, head.caught = (last_SBH if head.caught is None else head.caught), None
-        phase = self._phase()
+        phase = self._phase(microbatch.context)
         return self.term(
-            head,
-            batch,
+            flow.head,
+            microbatch.batch,
             h_SBH,
+            flow.start,
             detach=phase.detach,
             sharded=sharded,
-            microbatches=get_num_microbatches(),
-            weight_at_h=self._weight(phase) if self.schedule.sfr_weight_on == "hidden" else 1.0,
+            microbatches=microbatch.context.num_microbatches,
+            weight_at_h=self._weight(phase, flow.start) if self.schedule.sfr_weight_on == "hidden" else 1.0,
         )
 
-    def _measure(self, head: FlowHead, batch: Batch, last_SBH: Tensor, power: Tensor, sharded: bool) -> None:
+    def _measure(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, power: Tensor, sharded: bool) -> None:
         """Adds this microbatch to the squared gradient norms of a measured step."""
         assert self.term is not None
-        h_SBH = last_SBH if head.caught is None else head.caught
-        losses = self.term.losses(head, batch, sharded, self._phase().detach)
+        context, state = microbatch.context, flow.head.state
+        losses = self.term.losses(flow.head, microbatch.batch, sharded, self._phase(context).detach)
         powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
-        step, adaptive = get_args().curr_iteration, self.schedule.sfr_weight_control == "ratio"
+        step, adaptive = context.iteration, self.schedule.sfr_weight_control == "ratio"
         in_phase_a = step < self.schedule.sfr_warmup_steps
-        reached = self.measurement.add(step, get_num_microbatches(), powers, head.state, restart=in_phase_a)
+        reached = self.measurement.add(step, context.num_microbatches, powers, state, restart=in_phase_a)
         if adaptive and reached is not None and not self.reported_bound and bool(reached):
             self.reported_bound = True
-            print_rank_last(at_bound(step, float(head.state.weight), self.schedule.sfr_grad_ratio))
+            print_on_last_rank(at_bound(step, float(state.weight), self.schedule.sfr_grad_ratio))
 
     def _measure_lock_fork(
-        self, head: FlowHead | None, batch: Batch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
+        self, microbatch: Microbatch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
     ) -> None:
         """Adds this microbatch to the measurement of Lock and Fork positions."""
         assert self.lock_fork is not None
-        rows = len(batch["labels"])
-        entropy_BS, top_BS = (x.view(-1, rows).t() for x in certainty(z_TV, vocab))
-        if head is None or head.net is None:
+        batch, context, flow = microbatch.batch, microbatch.context, microbatch.flow
+        entropy_BS, top_BS = (x.view(-1, len(batch["labels"])).t() for x in certainty(z_TV, vocab))
+        if flow is None or flow.head.net is None:
             sums = self.lock_fork.at_positions(entropy_BS, top_BS, batch["loss_mask"])
         else:
             assert self.term is not None
-            anchors, pick = self.term.anchors(head, batch, sharded)
-            h_BAH = pick(last_SBH if head.caught is None else head.caught)
-            sums = self.lock_fork.at_anchors(head, h_BAH, anchors, entropy_BS, top_BS, split=sharded)
-        self.lock_fork.add(get_args().curr_iteration, get_num_microbatches(), sums, get_tensorboard_writer())
+            anchors, pick = self.term.anchors(flow.head, batch, sharded)
+            h_BAH = pick(flow.states(last_SBH))
+            sums = self.lock_fork.at_anchors(flow.head, h_BAH, anchors, entropy_BS, top_BS, split=sharded)
+        self.lock_fork.add(context.iteration, context.num_microbatches, sums, context.writer)
 
-    def _measured_step(self) -> bool:
+    def _is_measured(self, step: int) -> bool:
         """True every sfr_measure_interval steps, and at the last step of phase A, where the adaptive weight starts."""
-        interval, step = self.schedule.sfr_measure_interval, get_args().curr_iteration
+        interval = self.schedule.sfr_measure_interval
         return interval > 0 and (step % interval == 0 or step == self.schedule.sfr_warmup_steps - 1)
 
-    def loss(self, batch: Batch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
+    def loss(self, microbatch: Microbatch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
         objective_BS, cross_entropy_BS, sums = losses
+        batch, context = microbatch.batch, microbatch.context
         tokens, total = batch["loss_mask"].sum(), objective_BS.sum()
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
         if self.name != "ce":
             report[f"{self.name} loss"] = pair(total, tokens)
         if sums is not None:
-            term, phase = Term(*sums), self._phase()
-            weight = self._weight(phase)
+            assert microbatch.flow is not None
+            term, phase, start = Term(*sums), self._phase(context), microbatch.flow.start
+            weight = self._weight(phase, start)
             term_factor = weight if self.schedule.sfr_weight_on == "loss" else 1.0  # otherwise applied at h
             total = phase.cross_entropy * total + term_factor * term.objective
-            report |= self._report(term, weight, tokens)
+            report |= self._report(term, start, weight, tokens)
         if "target_wait" in batch:
             report["target wait"] = pair(batch["target_wait"], torch.ones_like(batch["target_wait"][0]))
-        check_finite(total)
+        if context.checks_nan:
+            check_finite(total)
         return total.view(()), tokens.to(torch.int), report
 
-    def _weight(self, phase: Phase) -> Tensor | float:
+    def _weight(self, phase: Phase, start: StepStart) -> Tensor | float:
         """The weight of the auxiliary loss at this step."""
-        assert self.term is not None
         adaptive = self.schedule.sfr_weight_control == "ratio"
-        return phase.share * (self.term.known["weight"] if adaptive else self.schedule.sfr_weight)
+        return phase.share * (start.weight if adaptive else self.schedule.sfr_weight)
 
-    def _report(self, term: Term, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
+    def _report(self, term: Term, start: StepStart, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
         """The auxiliary loss's log entries. The gradient ratio is the last measurement times this step's weight."""
         assert self.term is not None
-        known, options = self.term.known, self.term.options
+        options = self.term.options
         report = {
             "sfr loss": pair(term.loss, term.weight.clamp(min=1e-20)),
             "sfr weight": pair(weight * tokens, tokens),
         }
         if self.schedule.sfr_measure_interval > 0:
             if options.head.sfr_layer is None:
-                report["sfr grad ratio"] = pair(weight * known["ratio"] * tokens, tokens)
-            report["sfr grad signal"] = pair(known["signal"] * tokens, tokens)
+                report["sfr grad ratio"] = pair(weight * start.ratio * tokens, tokens)
+            report["sfr grad signal"] = pair(start.signal * tokens, tokens)
         if options.gate.sfr_gate != "none":
-            report["sfr gate"] = pair(known["gate"] * tokens, tokens)
+            report["sfr gate"] = pair(start.gate * tokens, tokens)
         return report
 
 
 def check_finite(total: Tensor) -> None:
     """Ends the run if the loss is NaN, as upstream's loss function does."""
-    if get_args().check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(
-            result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
-        )
+    get_rerun_state_machine().validate_result(
+        result=total, rejection_func=torch.isnan, message="found NaN in the loss", tolerance=0.0, fatal=True
+    )
 
 
 def next_batch(data_iterator: Iterator[Batch]) -> Batch:
@@ -221,6 +266,6 @@ def next_batch(data_iterator: Iterator[Batch]) -> Batch:
     return dict(next(data_iterator))
 
 
-def to_device(batch: Batch) -> Batch:
-    """Moves the microbatch to this process's device."""
-    return {name: x.to(device(), non_blocking=True) for name, x in batch.items()}
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Moves a microbatch to the device of the model."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}

@@ -2,22 +2,22 @@
 
 Otherwise the head's gradient would be part of the norm that clips the backbone and shrink the backbone's update.
 Upstream (megatron-core 0.19.2) clips the parameters of a registered `grad_norm_group` by the norm of that group, on any
-layout. This module registers the head's group and patches three upstream functions for the duration of a run.
+layout. This module registers the head's group and replaces three upstream functions for the duration of a run.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import optimizer as upstream_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
-from megatron.training import training as upstream_training
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import GRADIENT_NORM_GROUP
 from megatron_sfr.runtime.backend import device
+from megatron_sfr.runtime.replacements import Replacement, wrapper
+
+OPTIMIZER, TRAINING = "megatron.core.optimizer.optimizer", "megatron.training.training"
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,37 @@ class HeadOptimizerOptions:
             raise ValueError(f"sfr_head_lr_mult is {self.sfr_head_lr_mult}; give a factor above 0")
 
 
-@contextmanager
-def head_optimizer(options: HeadOptimizerOptions) -> Iterator[None]:
-    """Context in which upstream's optimizer applies `options` to the head and logs `sfr head grad-norm`."""
-    replaced = (
-        (upstream_optimizer, "SEPARATE_GRAD_NORM_GROUPS", lambda groups: (*groups, GRADIENT_NORM_GROUP)),
-        (upstream_optimizer, "clip_grad_by_total_norm_fp32", lambda clip: _clip(clip, options.sfr_clip_grad)),
-        (upstream_training, "get_standard_config_overrides", lambda make: _overrides(make, options.sfr_head_lr_mult)),
-        (upstream_training, "train_step", _report_norm),
+def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
+    """The names of upstream's optimizer that are replaced so that it applies `options` to the head."""
+    return (
+        Replacement(
+            OPTIMIZER,
+            "SEPARATE_GRAD_NORM_GROUPS",
+            wrapper(lambda groups: (*groups, GRADIENT_NORM_GROUP)),
+            "refuses the parameters of a gradient norm group that it does not know",
+        ),
+        Replacement(
+            OPTIMIZER,
+            "clip_grad_by_total_norm_fp32",
+            wrapper(lambda clip: _clip(clip, options.sfr_clip_grad)),
+            "clips every gradient norm group to the same threshold",
+            ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
+        ),
+        Replacement(
+            TRAINING,
+            "get_standard_config_overrides",
+            wrapper(lambda make: _overrides(make, options.sfr_head_lr_mult)),
+            "takes learning rates of single parameters from here only",
+            ("config",),
+        ),
+        Replacement(
+            TRAINING,
+            "train_step",
+            wrapper(_report_norm),
+            "does not log the gradient norm of a separate group",
+            ("forward_step_func", "data_iterator", "model", "optimizer"),
+        ),
     )
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for (module, name, replace), original in zip(replaced, originals, strict=True):
-        setattr(module, name, replace(original))
-    try:
-        yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
 
 
 def _clip(original: Callable[..., None], threshold: float | None) -> Callable[..., None]:

@@ -1,16 +1,16 @@
 """A step's metrics: losses on upstream's log line and in TensorBoard, and the same scalars as JSONL."""
 
+import functools
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training import training
 from torch import Tensor
 
+from megatron_sfr.runtime.replacements import Replacement, wrapper
 from megatron_sfr.storage.atomic import replacing
 
 
@@ -21,33 +21,32 @@ def pair(total: Tensor | float, count: Tensor) -> Tensor:
 
 
 class JsonLines:
-    """Also writes the scalars sent to upstream's TensorBoard writer to a file, one line per step.
+    """The scalars that upstream logs, as a JSONL file with one line per step.
 
     A resumed run truncates the file to the step that it resumes from, and appends.
-
-    Args:
-        resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no other
-            run can be writing to the folder.
     """
 
-    def __init__(self, writer: Any, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
-        self._add_scalar, self._resumed = writer.add_scalar, resumed
-        self._path, self._step, self._record, self._fresh = path, 0, dict[str, float](), True
+    def __init__(self, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
+        """
+        Args:
+            resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no
+                other run can be writing to the folder.
+        """
+        self._path, self._resumed = path, resumed
+        self._step, self._record, self._fresh = 0, dict[str, float](), True
         self._offset, self._written = 0, True
-        writer.add_scalar = self.add_scalar
 
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
-        """Has TensorBoard's signature. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
-        self._add_scalar(tag, scalar_value, global_step, *args, **kwargs)
+    def add(self, tag: str, value: Any, step: int) -> None:
+        """Adds a scalar. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
         if tag.endswith(" vs samples"):
             return
         if self._fresh:
             cut_back(self._path, self._resumed())
             self._fresh = False
-        if global_step != self._step:
+        if step != self._step:
             self.flush()
-            self._step, self._record, self._offset = global_step, {}, _size(self._path)
-        self._record[tag] = float(scalar_value)
+            self._step, self._record, self._offset = step, {}, _size(self._path)
+        self._record[tag] = float(value)
         self._written = False
 
     def flush(self) -> None:
@@ -62,21 +61,45 @@ class JsonLines:
         self._written = True
 
 
-@contextmanager
-def flushed_before_saves(lines: JsonLines | None) -> Iterator[None]:
-    """Within it, the line of a step is written before its checkpoint: a kill after the save does not lose it."""
-    original = training.save_checkpoint_and_time
+def replacements(lines: JsonLines) -> tuple[Replacement, ...]:
+    """The names that are replaced so that `lines` gets TensorBoard's scalars and is complete in each checkpoint."""
+    return (
+        Replacement(
+            "torch.utils.tensorboard.writer",
+            "SummaryWriter.add_scalar",
+            wrapper(lambda add_scalar: _to_both(add_scalar, lines)),
+            "upstream sends its scalars to this method of its writer only, and tests the writer's class",
+            ("self", "tag", "scalar_value", "global_step"),
+        ),
+        Replacement(
+            "megatron.training.training",
+            "save_checkpoint_and_time",
+            wrapper(lambda save: _after_flush(save, lines)),
+            "has no hook before a save; a process that is killed after it would lose the line of the step",
+        ),
+    )
 
-    def save(*args: Any, **kwargs: Any) -> Any:
-        if lines is not None:
-            lines.flush()
-        return original(*args, **kwargs)
 
-    training.save_checkpoint_and_time = save
-    try:
-        yield
-    finally:
-        training.save_checkpoint_and_time = original
+def _to_both(add_scalar: Callable[..., None], lines: JsonLines) -> Callable[..., None]:
+    """TensorBoard's add_scalar, which also adds the scalar to `lines`."""
+
+    @functools.wraps(add_scalar)
+    def add(writer: Any, tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
+        add_scalar(writer, tag, scalar_value, global_step, *args, **kwargs)
+        lines.add(tag, scalar_value, global_step)
+
+    return add
+
+
+def _after_flush(save: Callable[..., Any], lines: JsonLines) -> Callable[..., Any]:
+    """Upstream's save, after the line of the step is written."""
+
+    @functools.wraps(save)
+    def flush_and_save(*args: Any, **kwargs: Any) -> Any:
+        lines.flush()
+        return save(*args, **kwargs)
+
+    return flush_and_save
 
 
 def cut_back(path: Path, step: int) -> None:

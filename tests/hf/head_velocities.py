@@ -21,6 +21,7 @@ def velocity(flags: list[str], inputs: dict[str, Any]) -> torch.Tensor:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.run_plan import plan_run
     from megatron_sfr.config.settings import parse, read_settings
 
     args = parse(read_settings([*flags, "--skip-train", "--exit-on-missing-checkpoint"]))
@@ -28,7 +29,7 @@ def velocity(flags: list[str], inputs: dict[str, Any]) -> torch.Tensor:
     models, _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},
-        cfg_container=pretrain_cfg_container_from_args(args, model_config(args, "cpu")),
+        cfg_container=pretrain_cfg_container_from_args(args, model_config(plan_run(args, "cpu"))),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     out: torch.Tensor = unwrap_model(models[0]).flow_head.eval()(**inputs)

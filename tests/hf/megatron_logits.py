@@ -22,6 +22,7 @@ def answer(flags: list[str], tokens_BS: torch.Tensor) -> tuple[torch.Tensor, tor
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.run_plan import plan_run
     from megatron_sfr.config.settings import parse, read_settings
 
     args = parse(read_settings([*flags, "--train-data-path", "unread"]))
@@ -29,7 +30,7 @@ def answer(flags: list[str], tokens_BS: torch.Tensor) -> tuple[torch.Tensor, tor
     (model,), _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},
-        cfg_container=pretrain_cfg_container_from_args(args, model_config(args, "cpu")),
+        cfg_container=pretrain_cfg_container_from_args(args, model_config(plan_run(args, "cpu"))),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 

@@ -23,11 +23,12 @@ def flags(argv: list[str]) -> dict[str, Any]:
     from megatron.training import training
 
     from megatron_sfr.config.build import model_config
+    from megatron_sfr.config.run_plan import plan_run
     from megatron_sfr.config.settings import parse, read_settings
 
     settings = read_settings(argv)
     args = parse(settings)
-    config = model_config(args, settings.backend)
+    config = model_config(plan_run(args, settings.backend))
     training.initialize_megatron(allow_no_cuda=True)
     config.transformer.deallocate_pipeline_outputs = False
     builder = type(config).builder.rpartition(".")

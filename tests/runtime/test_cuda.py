@@ -17,7 +17,7 @@ import pytest
 from megatron_sfr.config.settings import Parser
 from megatron_sfr.model.gradient_fusion import SWITCH
 from megatron_sfr.runtime import backend
-from megatron_sfr.runtime.cpu import HIDDEN_PACKAGES, TORCH_ADAM_ROWS
+from megatron_sfr.runtime.cpu import HIDDEN_PACKAGES, TORCH_ADAM
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -182,9 +182,9 @@ def test_training_chooses_its_backend_before_megatron_is_imported(packages: dict
 def test_torch_s_adam_is_repaired_on_cuda_too() -> None:
     look = (
         "from megatron_sfr.runtime import backend, cpu\nbackend.start('cuda')\n"
-        "print([getattr(row.owner(), row.name.split('.')[-1]).__module__ for row in cpu.TORCH_ADAM_ROWS])"
+        "print([entry.original().__module__ for entry in cpu.TORCH_ADAM])"
     )
-    assert run("-c", look) == str(["megatron_sfr.runtime.cpu"] * len(TORCH_ADAM_ROWS))
+    assert run("-c", look) == str(["megatron_sfr.runtime.cpu"] * len(TORCH_ADAM))
 
 
 @pytest.mark.skipif(not has_distribution("transformer-engine"), reason="needs Transformer Engine")

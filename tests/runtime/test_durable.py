@@ -2,21 +2,23 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_sfr.runtime.durable import DURABLE, ROWS, DurableFiles
+from megatron_sfr.runtime.durable import DURABLE, REPLACEMENTS
+from megatron_sfr.runtime.replacements import replaced
 from megatron_sfr.storage.atomic import replacing
 
 
 @pytest.fixture
-def rows_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    for row in ROWS:
-        monkeypatch.setattr(row.owner(), row.name, DurableFiles(getattr(row.owner(), row.name)))
+def names_replaced() -> Iterator[None]:
+    with replaced(REPLACEMENTS):
+        yield
 
 
-@pytest.mark.usefixtures("rows_applied")
+@pytest.mark.usefixtures("names_replaced")
 def test_metadata_json_is_replaced_whole_by_upstreams_own_function(tmp_path: Path) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
 
@@ -27,7 +29,7 @@ def test_metadata_json_is_replaced_whole_by_upstreams_own_function(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["metadata.json"]
 
 
-@pytest.mark.usefixtures("rows_applied")
+@pytest.mark.usefixtures("names_replaced")
 def test_the_tracker_is_replaced_whole(tmp_path: Path) -> None:
     from megatron.training import checkpointing
 
@@ -44,7 +46,7 @@ def test_the_tracker_is_replaced_whole(tmp_path: Path) -> None:
     assert tracker.read_text() == "4"
 
 
-@pytest.mark.usefixtures("rows_applied")
+@pytest.mark.usefixtures("names_replaced")
 def test_other_files_and_other_uses_stay_upstreams(tmp_path: Path) -> None:
     from megatron.training.checkpointing import maybe_msc
 

@@ -1,14 +1,6 @@
 """Optimizer state is cut out of the gathered buffer by the offsets that it has there."""
 
-import pytest
-
 from megatron_sfr.runtime import resharding
-from megatron_sfr.runtime.cpu import Row
-
-
-@pytest.mark.parametrize("row", resharding.ROWS, ids=lambda row: row.name)
-def test_upstream_still_has_the_name(row: Row) -> None:
-    assert callable(getattr(row.owner(), row.name.split(".")[-1]))
 
 
 def test_offsets_lose_the_padding_of_earlier_buckets_and_no_other() -> None:

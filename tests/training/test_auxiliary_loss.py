@@ -52,8 +52,8 @@ def states() -> Tensor:
 
 def step(term: FlowTerm, head: FlowHead, h: Tensor, number: int = 0, *, detach: bool = False, first: int = 0) -> Term:
     """One step of one microbatch, including the backward pass."""
-    term.begin(head, number, first)
-    actual = term(head, make_batch(number), h, detach=detach, sharded=False, microbatches=1)
+    start = term.begin(head, number, first)
+    actual = term(head, make_batch(number), h, start, detach=detach, sharded=False, microbatches=1)
     if actual.objective.requires_grad:
         actual.objective.backward()
     return actual
@@ -76,8 +76,8 @@ def test_the_weight_multiplies_only_the_gradient_at_h(options: dict[str, object]
     for weight in (1.0, 3.0, torch.tensor([3.0])):
         term, head = make(**options)
         h = states()
-        term.begin(head, 0, 100)
-        loss = term(head, make_batch(), h, detach=False, sharded=False, microbatches=1, weight_at_h=weight)
+        start = term.begin(head, 0, 100)
+        loss = term(head, make_batch(), h, start, detach=False, sharded=False, microbatches=1, weight_at_h=weight)
         loss.objective.backward()
         gradients.append((h.grad, [p.grad for p in head.net.parameters()]))
     (h_1, net_1), *others = gradients
@@ -188,13 +188,13 @@ def test_a_closed_gate_stops_only_the_gradient_at_h() -> None:
 
 def test_running_whitening_statistics_change_after_a_steps_last_microbatch() -> None:
     term, head = make(sfr_target_scale="whiten", sfr_whiten="ema", sfr_whiten_decay=0.5)
-    start = head.state.target_mean.clone()
+    initial = head.state.target_mean.clone()
     seen, weights = [], []
     for seed in (0, 1):
-        assert torch.equal(head.state.target_mean, start)
-        term.begin(head, 0, 0)
+        assert torch.equal(head.state.target_mean, initial)
+        start = term.begin(head, 0, 0)
         batch = make_batch(seed)
-        term(head, batch, states(), detach=False, sharded=False, microbatches=2)
+        term(head, batch, states(), start, detach=False, sharded=False, microbatches=2)
         for b in range(B):
             seen.append(batch["target"][b, batch["anchor_row"][b]].double())
             weights.append(batch["anchor_weight"][b].double())
@@ -222,7 +222,7 @@ def test_the_two_measured_losses_differ_only_in_their_noise() -> None:
     for loss, equal in (("flow", False), ("mse", True), ("cosine", True)):
         term, head = make(sfr_loss=loss)
         h = states().detach()
-        term.begin(head, 0, 0)
+        start = term.begin(head, 0, 0)
         one, other = (f(h) for f in term.losses(head, make_batch(), sharded=False, detach=False))
         assert torch.equal(one, other) == equal
-        assert torch.equal(one, term(head, make_batch(), h, detach=True, sharded=False, microbatches=1).loss)
+        assert torch.equal(one, term(head, make_batch(), h, start, detach=True, sharded=False, microbatches=1).loss)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_sfr.training.metrics_log import JsonLines, cut_back, pair
+from megatron_sfr.runtime.replacements import replaced
+from megatron_sfr.training.metrics_log import JsonLines, cut_back, pair, replacements
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -15,8 +16,8 @@ def read(path: Path) -> list[dict[str, float]]:
 
 
 def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> None:
-    with SummaryWriter(tmp_path / "tensorboard") as writer:
-        lines = JsonLines(writer, tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    with SummaryWriter(tmp_path / "tensorboard") as writer, replaced(replacements(lines)):
         for step in (1, 2):
             writer.add_scalar("lm loss", torch.tensor(3.0 / step), step)
             writer.add_scalar("lm loss vs samples", 3.0, 8 * step)
@@ -32,8 +33,8 @@ def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> 
 def test_scalars_that_come_after_the_checkpoint_join_their_steps_line(tmp_path: Path) -> None:
     """Upstream validates after it saved; the line was written before the save, so that a kill does not lose it."""
     path = tmp_path / "metrics.jsonl"
-    with SummaryWriter(tmp_path / "tensorboard") as writer:
-        log = JsonLines(writer, path)
+    log = JsonLines(path)
+    with SummaryWriter(tmp_path / "tensorboard") as writer, replaced(replacements(log)):
         for step in (1, 2):
             writer.add_scalar("lm loss", 3.0 / step, step)
             log.flush()
@@ -87,8 +88,8 @@ def test_a_file_without_later_steps_is_not_rewritten(tmp_path: Path) -> None:
 def test_a_resumed_run_has_one_line_per_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1, 2, 3, 4) + b'{"step": 5')
-    with SummaryWriter(tmp_path / "tensorboard") as writer:
-        resumed = JsonLines(writer, path, resumed=lambda: 2)
+    resumed = JsonLines(path, resumed=lambda: 2)
+    with SummaryWriter(tmp_path / "tensorboard") as writer, replaced(replacements(resumed)):
         assert path.read_bytes().count(b"\n") == 4  # another run may still hold the folder
         for step in (3, 4, 5):
             writer.add_scalar("lm loss", 1.0, step)

@@ -24,11 +24,11 @@ Fill = Literal["anchors_only", "nearest"]
 class AnchorSizes:
     """R (rows) and P (entries): upper bounds over all sequences of the run."""
 
-    rows: int = 0
-    entries: int = 0
+    rows: int
+    entries: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class AnchorPlan:
     """How the datasets of a run build the arrays of their anchors."""
 
@@ -38,8 +38,6 @@ class AnchorPlan:
     """Which positions have targets."""
     folders: Sequence[Path] = ()
     """The prepared folders, in the numbering of online targets; empty if the datasets read stored targets."""
-    sizes: AnchorSizes = AnchorSizes()
-    """Bounds over all datasets; set once all are built."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,12 @@ class TargetReader:
         self.number = plan.folders.index(prepared.folder) if plan.folders else None
         self.store = None if plan.folders else TargetStore.open(prepared.folder / plan.store, prepared)
 
-    def arrays(self, row: RowAnchors) -> dict[str, Any]:
+    def arrays(self, row: RowAnchors, sizes: AnchorSizes) -> dict[str, Any]:
         """`anchor_arrays` and the targets: fp16 `target` [R, D].
 
         For online targets, where to find them instead: `target_row` [R] (-1: padding) of `target_store`.
         """
-        sizes, segment = self.plan.sizes, row.anchors.segment
+        segment = row.anchors.segment
         arrays = anchor_arrays(row, self.plan.fill, sizes)
         if self.store is None:
             return arrays | {"target_row": padded(segment + 1, sizes.rows, np.int64) - 1, "target_store": self.number}

@@ -49,6 +49,7 @@ class PreparedDataset(MegatronDataset):
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
+        self.anchor_sizes: AnchorSizes | None = None
         self.lengths = dataset.positions[indices] if config.packed else np.ones(len(indices), np.int64)
         self.rows = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
@@ -106,8 +107,13 @@ class PreparedDataset(MegatronDataset):
         if self.targets is not None:
             keys = epoch * len(self.dataset) + conversations
             parts = [sample.anchors for sample in samples]
-            item |= self.targets.arrays(join_anchors(parts, keys, row_starts(samples)[:-1]))
+            assert self.anchor_sizes is not None, "pad_anchors comes first"
+            item |= self.targets.arrays(join_anchors(parts, keys, row_starts(samples)[:-1]), self.anchor_sizes)
         return item
+
+    def pad_anchors(self, sizes: AnchorSizes) -> None:
+        """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
+        self.anchor_sizes = sizes
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
         """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""

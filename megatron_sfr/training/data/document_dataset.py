@@ -63,6 +63,7 @@ class DocumentDataset(GPTDataset):
         assert dataset_path is not None, "prepared documents always have a path"
         self.prepared = PreparedDocuments.open(Path(dataset_path))
         self.targets = TargetReader(self.prepared, config.anchors) if config.anchors is not None else None
+        self.anchor_sizes: AnchorSizes | None = None
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
@@ -94,8 +95,13 @@ class DocumentDataset(GPTDataset):
                 item["document"] = np.searchsorted(pieces.start, place, side="right") - 1
                 item["position_ids"] = place - pieces.start[item["document"]]
             if self.targets is not None:
-                item |= self.targets.arrays(self._anchors(pieces, 0 if idx is None else int(idx)))
+                assert self.anchor_sizes is not None, "pad_anchors comes first"
+                item |= self.targets.arrays(self._anchors(pieces, 0 if idx is None else int(idx)), self.anchor_sizes)
         return item
+
+    def pad_anchors(self, sizes: AnchorSizes) -> None:
+        """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
+        self.anchor_sizes = sizes
 
     def _anchors(self, pieces: Pieces, idx: int) -> RowAnchors:
         """Treats each piece as a response of constant weight. Its last token has no next token to predict."""

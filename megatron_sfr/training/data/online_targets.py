@@ -1,14 +1,15 @@
 """Online targets: the encoder runs beside training and fills the stores ahead of it, in the order of the sampler.
 
-On the last stage the first tensor-parallel rank has the encoder's process and hands targets on to its group.
-Letters: B samples, R rows of targets, D dimension of the embeddings.
+On the last pipeline stage the first rank of each tensor-parallel group owns the encoder's process, and broadcasts the
+targets to its group.
+Shapes: B samples, R target embeddings, D embedding dimension.
 """
 
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -24,12 +25,18 @@ from megatron_sfr.runtime.parallel import broadcast_over_tensor, data_rank, data
 
 
 class OnlineTargets:
-    """What the last stage's ranks ask for the targets of a microbatch."""
+    """Provides the targets of each microbatch on the ranks of the last pipeline stage."""
 
     def __init__(
         self, folders: Sequence[Path], store: str, *, lookahead: int, encoder_device: str, threads: int
     ) -> None:
-        """folders: the prepared folders of the run, as datasets number them. lookahead: microbatches."""
+        """
+        Args:
+            folders: the prepared folders of the run, in the numbering of the datasets.
+            store: name of the target store's folder in each of them.
+            lookahead: microbatches that the encoder may be ahead.
+            threads: CPU threads of the encoder.
+        """
         prepared = [open_prepared(folder) for folder in folders]
         stores = [TargetStore.open(data.folder / store, data, partial=True) for data in prepared]
         self._dim, self._prefetcher = stores[0].dim, None
@@ -38,12 +45,18 @@ class OnlineTargets:
             self._prefetcher = Prefetcher(stores, encoder, lookahead=lookahead, threads=threads)
 
     def follow(self, dataset: Any, sampler: MegatronPretrainingSampler) -> None:
-        """Training reads this dataset in this order, from where the sampler begins."""
+        """Sets the dataset that training reads, and the order, from the sampler's first sample."""
         if self._prefetcher is not None:
             self._prefetcher.follow(needs_of(dataset, indices) for indices in sampler)
 
     def targets(self, store_B: Tensor, row_BR: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """fp16 [B, R, D] on the device, and milliseconds waited for [1]; row -1 is padding, which is 0."""
+        """The targets, fp16 [B, R, D], and the milliseconds that the call waited for them [1], both on the device.
+
+        Args:
+            store_B: number of the prepared folder.
+            row_BR: indices in its store. -1 is padding, whose target is 0.
+            training: whether the microbatch is one of training, not of evaluation.
+        """
         # Pinned, or the copies below would block. torch's allocator keeps pinned memory until the copy has ended.
         pinned = device().type == "cuda"
         found = torch.zeros(*row_BR.shape, self._dim, dtype=torch.float16, pin_memory=pinned)
@@ -60,13 +73,13 @@ class OnlineTargets:
         return broadcast_over_tensor(target), broadcast_over_tensor(wait)
 
     def close(self) -> None:
-        """Ends the encoder's process; what it wrote stays."""
+        """Ends the encoder's process. The embeddings that it has written stay."""
         if self._prefetcher is not None:
             self._prefetcher.close()
 
 
 def needs_of(dataset: Any, indices: Sequence[int]) -> Needs:
-    """The rows of targets that a microbatch of a dataset, or of a blend, reads."""
+    """The target embeddings that a microbatch of a dataset, or of a blend, reads."""
     if not isinstance(dataset, BlendedDataset):
         return [dataset.segments(index) for index in indices]
     parts = ((dataset.datasets[dataset.dataset_index[i]], dataset.dataset_sample_index[i]) for i in indices)
@@ -74,7 +87,7 @@ def needs_of(dataset: Any, indices: Sequence[int]) -> Needs:
 
 
 def sampler_of(args: Any, dataset: Any) -> MegatronPretrainingSampler:
-    """The order in which upstream's loader (dataloader_type single) reads a training dataset from here on."""
+    """The order in which upstream's loader (dataloader_type single) reads the remaining training samples."""
     return MegatronPretrainingSampler(
         total_samples=len(dataset),
         consumed_samples=args.consumed_train_samples,
@@ -85,7 +98,7 @@ def sampler_of(args: Any, dataset: Any) -> MegatronPretrainingSampler:
 
 
 def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptions:
-    """How the encoder of these stores is loaded; ValueError where they are of several."""
+    """How to load the encoder of these stores. Raises ValueError if they have different encoders."""
     first = _encoder_of(stores[0])
     for store in stores:
         if changed := differences(_encoder_of(store), first):
@@ -105,5 +118,12 @@ def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptio
 
 
 def _encoder_of(store: TargetStore) -> EncoderIdentity:
-    """The encoder alone: stores of other texts, or in other blocks, may share it."""
+    """The encoder alone: stores of other texts, or with other block sizes, may share it."""
     return EncoderIdentity(**{field.name: getattr(store.manifest, field.name) for field in fields(EncoderIdentity)})
+
+
+class HasOnlineTargets(Protocol):
+    """The datasets of a run; `online` is set once they are built, if their targets are encoded during training."""
+
+    @property
+    def online(self) -> OnlineTargets | None: ...

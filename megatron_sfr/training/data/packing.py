@@ -1,7 +1,7 @@
-"""Packing: conversations of unlike lengths into rows of one length, by first-fit decreasing (Johnson, 1973).
+"""Packs conversations of different lengths into sequences of one length, by first-fit decreasing (Johnson, 1973).
 
-Which lengths share a row depends on the lengths alone, so every epoch has the same number of rows, all as full; which
-of the conversations of a length is where is dealt anew each time.
+Which lengths share a sequence depends on the lengths alone, so every epoch has the same number of sequences, equally
+full. Each epoch shuffles the order, and which conversation of a length is where.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """Row i holds items[starts[i] : starts[i + 1]]; int64 [n] and [rows + 1]."""
+    """Packed sequences: number i holds items[starts[i] : starts[i + 1]]. int64 [n] and [sequences + 1]."""
 
     items: np.ndarray
     starts: np.ndarray
@@ -26,11 +26,14 @@ class Rows:
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
-    """Rows of items 0 ... n - 1 whose lengths sum to at most `capacity`: each item, the longest first, goes to the
-    first row that has room for it. ValueError where one is longer than that, or of no length.
+    """Packs items 0 ... n - 1 into sequences whose lengths sum to at most `capacity`.
 
-    All items of one length are placed together: row after row takes as many as fit, which is what first fit does with
-    them one by one. So the cost is rows x distinct lengths, in numpy.
+    Each item, the longest first, goes to the first sequence that has room for it. All items of one length are placed
+    together: one sequence after another takes as many as fit, with the same result as placing them one by one. The
+    cost is sequences x distinct lengths, in numpy.
+
+    Raises:
+        ValueError: an item is longer than `capacity`, or empty.
     """
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths of {lengths.min()} to {lengths.max()} do not all fit rows of 1 to {capacity}")
@@ -53,7 +56,7 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
 
 
 def deal(rows: Rows, lengths: np.ndarray, rng: np.random.Generator) -> Rows:
-    """The same rows in another order, and in them other items of the same lengths: a uniform draw of both."""
+    """Shuffles the order of the sequences, and the items of each length among their positions, uniformly."""
     anyone = rng.permutation(len(rows.items))
     items = np.empty_like(rows.items)
     items[np.argsort(lengths[rows.items], kind="stable")] = anyone[np.argsort(lengths[anyone], kind="stable")]
@@ -65,9 +68,9 @@ def deal(rows: Rows, lengths: np.ndarray, rng: np.random.Generator) -> Rows:
 
 
 def most_in_a_row(counts: np.ndarray, lengths: np.ndarray, capacity: int) -> int:
-    """A bound that no row's sum of counts [n] exceeds, however items of these lengths [n] are packed.
+    """An upper bound on the sum of counts [n] in a sequence, for any packing of items of these lengths [n].
 
-    It is the fractional knapsack's (Dantzig, 1957): the densest items first, the last one cut.
+    It is the bound of the fractional knapsack (Dantzig, 1957): the densest items first, the last one cut.
     """
     order = np.argsort(-counts / lengths, kind="stable")
     filled = np.cumsum(lengths[order])

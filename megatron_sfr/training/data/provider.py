@@ -1,4 +1,4 @@
-"""From arguments to upstream's datasets: the data that a run reads, conversations or documents, and their anchors."""
+"""Builds upstream's datasets: the data that a run reads, conversations or documents, and their anchors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
-from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_sfr.data.prepared.documents import PreparedDocuments
@@ -30,24 +29,27 @@ class DataOptions:
     """Where the targets of the flow-matching loss are, and which positions have them."""
 
     sfr: bool = False
-    """Train with the flow head; without it the run is plain cross-entropy on the same data."""
+    """Train with the flow head. Default: off, which trains on the token objective alone, on the same data."""
     sfr_target_store: str = "targets"
-    """Folder of the target store inside each prepared data folder; written by `megatron-sfr embed`."""
+    """Folder of the target store inside each prepared folder, written by `megatron-sfr embed`. Default: targets."""
     sfr_targets: Literal["stored", "online"] = "stored"
-    """'stored': `megatron-sfr embed` has encoded all of them; 'online': the encoder runs beside training and fills the
-    store, which `megatron-sfr embed --later` has begun, ahead of it. The numbers are the same."""
+    """Where targets come from. 'stored' (default): `megatron-sfr embed` has encoded all of them. 'online': the encoder
+    runs beside training and fills the store, which `megatron-sfr embed --later` has created. The numbers are equal."""
     sfr_lookahead: int = 8
-    """Steps that the encoder of online targets may be ahead of training; 0 encodes only what a step asks for."""
+    """Steps that the encoder of online targets may be ahead of training. Default 8; 0 encodes only what a step
+    needs."""
     sfr_encoder_device: str | None = None
-    """Where online targets are encoded: cpu, cuda:1, ... (the device of the rank that asks for them)."""
+    """Device of the encoder of online targets: cpu, cuda:1, ... Default: that of the rank that needs the targets."""
     sfr_encoder_threads: int = 1
-    """CPU threads of the encoder of online targets, on each replica's last stage."""
+    """CPU threads of the encoder of online targets, on the last pipeline stage of each replica. Default 1."""
     sfr_packing: Literal["none", "first_fit_decreasing"] = "none"
-    """Whether a row of seq_length tokens holds one conversation, padded, or as many as fit; attention and positions
-    begin anew with each conversation. micro_batch_size and global_batch_size count rows."""
+    """Packing of conversations into sequences of seq_length tokens. 'none' (default): one conversation each, padded.
+    'first_fit_decreasing': as many as fit; attention and positions restart with each conversation. micro_batch_size and
+    global_batch_size count sequences."""
     sfr_anchors: Literal["anchors_only", "nearest"] = "anchors_only"
-    """'anchors_only': each target where it begins; 'nearest': every position of a reply has the target of the nearest
-    anchor, as in the authors' code, some tokens of which it may have read already."""
+    """Which positions have a target. 'anchors_only' (default): the position before the target starts. 'nearest': every
+    position of a reply has the target of the nearest anchor, as in the authors' code; the position may already have
+    read some of its tokens."""
 
     def __post_init__(self) -> None:
         if self.sfr_lookahead < 0:
@@ -56,15 +58,34 @@ class DataOptions:
             raise ValueError(f"sfr_encoder_threads = {self.sfr_encoder_threads}: give at least 1")
 
 
-def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
-    """Upstream's configuration for the folders of train, valid and test; ValueError where they do not go together."""
+@dataclass(frozen=True)
+class DataPlan:
+    """What the datasets of a run are built from."""
+
+    megatron: Any
+    """Megatron's arguments: paths, splits, seed, sequence length. Upstream's loop counts consumed samples in them."""
+    options: DataOptions
+    """Targets and packing."""
+    text_length: int | None = None
+    """Tokens of a sequence that KL-flow reads; None for other training tasks."""
+
+
+def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
+    """Upstream's configuration of the datasets for training, validation and test.
+
+    Args:
+        reads_targets: whether items have anchors and targets; only the last pipeline stage needs them.
+    Raises:
+        ValueError: the prepared folders do not go together, or not with the options.
+    """
+    args, options = plan.megatron, plan.options
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     paths = prepared_folders(args)
     anchors = None
-    if args.sfr:
-        horizons_of(paths)  # one head has the horizons of all
-        folders = paths if args.sfr_targets == "online" else ()
-        anchors = AnchorPlan(args.sfr_target_store, args.sfr_anchors, folders) if reads_targets else None
+    if options.sfr:
+        horizons_of(paths)  # all folders need the same horizons, for one head
+        folders = paths if options.sfr_targets == "online" else ()
+        anchors = AnchorPlan(options.sfr_target_store, options.sfr_anchors, folders) if reads_targets else None
     common: dict[str, Any] = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -76,29 +97,23 @@ def dataset_config(args: Any, *, reads_targets: bool = True) -> Config:
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
         "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
         "anchors": anchors,
-        "text_length": text_length(args),
+        "text_length": plan.text_length,
     }
     if not any(map(holds_documents, paths)):
         if args.dataloader_inter_document_masking:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         if args.eod_mask_loss:
             raise ValueError("eod_mask_loss is for documents; conversations have masks of their own: leave it out")
-        return PreparedDatasetConfig(**common, packed=args.sfr_packing != "none")
-    return _documents_config(args, paths, common)
+        return PreparedDatasetConfig(**common, packed=options.sfr_packing != "none")
+    return _documents_config(plan, paths, common)
 
 
-def text_length(args: Any) -> int | None:
-    """Tokens of a row that KL-flow reads: the time's token takes a position. None for other training."""
-    if args.training_task != "kl-flow":
-        return None
-    return int(args.seq_length) - (args.kl_flow_time == "token")
-
-
-def _documents_config(args: Any, paths: list[Path], common: dict[str, Any]) -> DocumentDatasetConfig:
+def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any]) -> DocumentDatasetConfig:
+    args = plan.megatron
     if chats := [path for path in paths if not holds_documents(path)]:
         raise ValueError(f"{chats[0]} holds conversations and other folders documents; train on them in two runs")
-    if args.sfr_packing != "none":
-        raise ValueError("sfr_packing is for conversations: documents fill each row as it is; set it to none")
+    if plan.options.sfr_packing != "none":
+        raise ValueError("sfr_packing is for conversations: documents fill each sequence as it is; set it to none")
     prepared = [PreparedDocuments.open(path) for path in paths]
     ends = {data.manifest.eod for data in prepared}
     if len(ends) > 1:
@@ -117,12 +132,14 @@ def _documents_config(args: Any, paths: list[Path], common: dict[str, Any]) -> D
 
 
 def build(config: Config, num_samples: list[int | None]) -> list[Any]:
-    """Upstream's train, valid and test datasets; afterwards the plan of the anchors has the sizes that fit all rows."""
+    """Upstream's datasets for training, validation and test, with anchor arrays of one size."""
     cls = DocumentDataset if isinstance(config, DocumentDatasetConfig) else PreparedDataset
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     if (plan := config.anchors) is not None:
-        sizes = [dataset.sizes(plan.fill) for dataset in _parts(built)]
-        plan.sizes = AnchorSizes(max(size.rows for size in sizes), max(size.entries for size in sizes))
+        parts = list(_parts(built))
+        sizes = [dataset.sizes(plan.fill) for dataset in parts]
+        for dataset in parts:
+            dataset.pad_anchors(AnchorSizes(max(size.rows for size in sizes), max(size.entries for size in sizes)))
     return built
 
 
@@ -138,33 +155,32 @@ def _parts(datasets: list[Any]) -> Iterator[Any]:
 
 
 class DataProvider:
-    """Upstream's train_valid_test_datasets_provider, for every rank; only the last stage reads targets.
-
-    `online` is what their ranks ask for online targets, None before the datasets are built and elsewhere.
-    """
+    """Upstream's train_valid_test_datasets_provider, for every rank. Only the last pipeline stage reads targets."""
 
     is_distributed = True  # upstream: every rank opens its own memory map
 
-    def __init__(self) -> None:
+    def __init__(self, plan: DataPlan) -> None:
+        self.plan = plan
         self.online: OnlineTargets | None = None
+        """Where the last stage's ranks get online targets; set once the datasets are built."""
 
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
-        args = get_args()
-        config = dataset_config(args, reads_targets=is_last_stage(vp_stage))
+        options = self.plan.options
+        config = dataset_config(self.plan, reads_targets=is_last_stage(vp_stage))
         built = build(config, list(num_samples))
-        if (plan := config.anchors) is not None and plan.folders:
+        if (anchors := config.anchors) is not None and anchors.folders:
             self.online = OnlineTargets(
-                plan.folders,
-                plan.store,
-                lookahead=args.sfr_lookahead * get_num_microbatches(),
-                encoder_device=args.sfr_encoder_device or str(device()),
-                threads=args.sfr_encoder_threads,
+                anchors.folders,
+                anchors.store,
+                lookahead=options.sfr_lookahead * get_num_microbatches(),
+                encoder_device=options.sfr_encoder_device or str(device()),
+                threads=options.sfr_encoder_threads,
             )
             if built[0] is not None:
-                self.online.follow(built[0], sampler_of(args, built[0]))
+                self.online.follow(built[0], sampler_of(self.plan.megatron, built[0]))
         return built
 
     def close(self) -> None:
-        """Ends what runs beside training."""
+        """Stops the encoder that runs beside training."""
         if self.online is not None:
             self.online.close()

@@ -129,8 +129,8 @@ def test_the_term_of_a_run_equals_the_authors_loss_and_gradient_at_h() -> None:
     args, head, batch, h_SBH = preset(), make_head(), make_batch(), make_states(torch.float32).requires_grad_()
     kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
     term = FlowTerm(TermOptions(*(options(kind, args) for kind in kinds)))
-    term.begin(head, step=0, first_average=0)
-    actual = term(head, batch, h_SBH, detach=False, sharded=False, microbatches=1)
+    start = term.begin(head, step=0, first_average=0)
+    actual = term(head, batch, h_SBH, start, detach=False, sharded=False, microbatches=1)
     weights = {name: p.double() for name, p in head.net.named_parameters()}
     reference = h_SBH.detach().clone().requires_grad_()
     expected = authors_loss(weights, *authors_inputs(batch, reference))

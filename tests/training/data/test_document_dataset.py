@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
-from megatron_sfr.training.data.provider import build, dataset_config
+from megatron_sfr.training.data.provider import DataPlan, build, dataset_config
 from tests.distributed.tiny import write_prepared
 from tests.training.data.test_provider import arguments
 
@@ -63,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     return folder / "p"
 
 
-def document_arguments(folder: Path, **changes: Any) -> Namespace:
+def document_arguments(folder: Path, **changes: Any) -> DataPlan:
     more = {"seq_length": LENGTH, "vocab_size": 400, "eod_mask_loss": False, "mmap_bin_files": True}
     return arguments([str(folder)], **more | changes)
 

@@ -35,7 +35,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 def run(*folders: Path, vocab_size: int, **changes: object) -> Namespace:
-    return arguments([str(folder) for folder in folders], vocab_size=vocab_size, **changes)
+    return arguments([str(folder) for folder in folders], vocab_size=vocab_size, **changes).megatron
 
 
 def of_an_earlier_release(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A blend of prepared folders: samples of equal shape from all folders, and one set of horizons."""
 
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
+from megatron_sfr.config.run_plan import text_length
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
+from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
+from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset
-from megatron_sfr.training.data.provider import build, dataset_config
+from megatron_sfr.training.data.provider import DataOptions, DataPlan, build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
 
 HORIZONS = ((1, 8), (5, 3))
@@ -31,8 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_prepared(folder / str(rows), rows, HORIZONS) for rows in (3, 40)]
 
 
-def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) -> Namespace:
-    """The upstream arguments that the datasets read."""
+def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) -> DataPlan:
+    """What the datasets read: upstream's arguments, our options, and the length of a text."""
     read: dict[str, Any] = {
         **dict.fromkeys(("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")),
         **dict.fromkeys(("split", "data_cache_path")),
@@ -44,23 +48,21 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "num_dataset_builder_threads": 1,
         "mid_level_dataset_surplus": 0.005,
         "eod_mask_loss": False,
-        "sfr": True,
-        "sfr_target_store": "targets",
-        "sfr_anchors": "anchors_only",
-        "sfr_targets": "stored",
-        "sfr_packing": "none",
         "dataloader_inter_document_masking": False,
+        "sfr": True,
         "training_task": "autoregressive",
         "kl_flow_time": "token",
-    }
-    return Namespace(**read | changes)
+    } | changes
+    ours = {field.name: read.pop(field.name) for field in fields(DataOptions) if field.name in read}
+    task, time = TaskOptions(read.pop("training_task")), KLFlowModelOptions(read.pop("kl_flow_time"))
+    return DataPlan(Namespace(**read), DataOptions(**ours), text_length(task, time, read["seq_length"]))
 
 
 def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedDataset:
     """An epoch of one folder."""
     config, data = dataset_config(arguments([str(folder)], **changes)), PreparedData.open(folder)
     dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, split, config)
-    config.anchors.sizes = dataset.sizes(config.anchors.fill)
+    dataset.pad_anchors(dataset.sizes(config.anchors.fill))
     return dataset
 
 
@@ -157,4 +159,5 @@ def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
 
     batch = default_collate([train[i] for i in range(12)])
     assert batch["document"].shape == (12, SEQ_LENGTH)
-    assert batch["target"].shape == (12, config.anchors.sizes.rows, 384)
+    rows = max(dataset.sizes(config.anchors.fill).rows for dataset in train.datasets)
+    assert batch["target"].shape == (12, rows, 384)

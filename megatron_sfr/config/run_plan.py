@@ -1,0 +1,112 @@
+"""All options of a run, read from the parsed arguments once. Model, forward step and datasets are built from them."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sfr.config.settings import LoadOptions, options
+from megatron_sfr.config.validation import separator
+from megatron_sfr.hf.load_at_start import StartOptions
+from megatron_sfr.kl_flow.corruption import KLFlowOptions
+from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
+from megatron_sfr.kl_flow.model import KLFlowModelOptions
+from megatron_sfr.model.flow_head import FlowHeadOptions
+from megatron_sfr.objectives.sfr.gate import GateOptions
+from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
+from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.objectives.token.gem import GEMOptions
+from megatron_sfr.objectives.token.registry import OBJECTIVES
+from megatron_sfr.objectives.token.sed import SEDOptions
+from megatron_sfr.objectives.token.token_loss import TokenObjective
+from megatron_sfr.training.auxiliary_loss import TermOptions
+from megatron_sfr.training.data.provider import DataOptions, DataPlan
+from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
+from megatron_sfr.training.lock_fork import LockForkOptions
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The options of a run. Each part has validated its own."""
+
+    megatron: argparse.Namespace
+    """Megatron's arguments, as upstream's training loop has them."""
+    backend: Literal["cpu", "cuda"]
+    """Where the run computes."""
+    task: TaskOptions
+    """The kind of model."""
+    kl_flow: KLFlowOptions
+    """The noise of KL-flow, for the task kl-flow."""
+    kl_flow_model: KLFlowModelOptions
+    """The denoiser, for the task kl-flow."""
+    objective: str
+    """Name of the token objective."""
+    token_loss: TokenObjective
+    """The token objective, with its options."""
+    term: TermOptions
+    """The auxiliary loss; not used without data.sfr."""
+    schedule: ScheduleOptions
+    """The weight of the auxiliary loss."""
+    head_optimizer: HeadOptimizerOptions
+    """Learning rate and clipping of the flow head."""
+    lock_fork: LockForkOptions
+    """Measurements of Lock and Fork positions."""
+    data: DataOptions
+    """Targets and packing."""
+    load: LoadOptions
+    """How a checkpoint without a head is loaded."""
+    start: StartOptions
+    """The Hugging Face model to start from."""
+    separator: str | None
+    """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
+
+    @property
+    def is_kl_flow(self) -> bool:
+        """Whether the model is a denoiser of KL-flow."""
+        return self.task.training_task == "kl-flow"
+
+    @property
+    def datasets(self) -> DataPlan:
+        """What the datasets are built from."""
+        length = text_length(self.task, self.kl_flow_model, self.megatron.seq_length)
+        return DataPlan(self.megatron, self.data, length)
+
+
+def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPlan:
+    """Reads all options of a run.
+
+    Args:
+        args: Megatron's arguments and ours, as `settings.parse` returns them.
+    Raises:
+        ValueError: a part refuses its options.
+    """
+    term = TermOptions(
+        options(SFROptions, args),
+        options(TargetOptions, args),
+        options(GateOptions, args),
+        options(FlowHeadOptions, args),
+    )
+    return RunPlan(
+        megatron=args,
+        backend=backend,
+        task=options(TaskOptions, args),
+        kl_flow=options(KLFlowOptions, args),
+        kl_flow_model=options(KLFlowModelOptions, args),
+        objective=args.objective,
+        token_loss=OBJECTIVES[args.objective](options(GEMOptions, args), options(SEDOptions, args)),
+        term=term,
+        schedule=options(ScheduleOptions, args),
+        head_optimizer=options(HeadOptimizerOptions, args),
+        lock_fork=options(LockForkOptions, args),
+        data=options(DataOptions, args),
+        load=options(LoadOptions, args),
+        start=options(StartOptions, args),
+        separator=separator(args),
+    )
+
+
+def text_length(task: TaskOptions, model: KLFlowModelOptions, seq_length: int) -> int | None:
+    """Tokens of a sequence that KL-flow reads: the time's token takes a position. None for other tasks."""
+    if task.training_task != "kl-flow":
+        return None
+    return seq_length - (model.kl_flow_time == "token")

@@ -1,0 +1,72 @@
+"""Attaches the flow head to a GPT, and collects the output of the layer that the head reads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_sfr.model.flow_head import FlowHead, FlowHeadPlan
+
+
+def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
+    """Returns a hook that adds a flow head to the model chunk that computes the loss.
+
+    Run it after the chunks of a rank are built and before they are wrapped in DDP: the optimizer and the checkpoints
+    then see the head as a submodule, `flow_head`. Megatron-Bridge's providers accept it as a pre-wrap hook:
+    `provider.register_pre_wrap_hook(attach_head(plan))`. Chunks without an output layer stay as they are.
+
+    Args:
+        plan: the head's options, and the dimension of the sentence embeddings that it predicts.
+    Returns:
+        A function from the model chunks of a rank to the same chunks.
+    Raises:
+        ValueError: by the hook, where the layer that the head reads is not on the last pipeline stage.
+    Example:
+        >>> from megatron_sfr.model.attach_head import attach_head
+        >>> from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
+        >>> hook = attach_head(FlowHeadPlan(FlowHeadOptions(), dim=384))
+        >>> hook([])  # a rank without model chunks; usually a list of GPTModel
+        []
+    """
+
+    def attach(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        for chunk in chunks:
+            if chunk.post_process:
+                _check_layer(chunk, plan.options.sfr_layer)
+                chunk.flow_head = FlowHead(chunk.config, plan)
+        return chunks
+
+    return attach
+
+
+def _check_layer(model: GPTModel, number: int | None) -> None:
+    here = [layer.layer_number for layer in model.decoder.layers]
+    if number is not None and number not in here:
+        layers = f"layers {min(here)} to {max(here)}" if here else "no layers"
+        raise ValueError(f"sfr_layer = {number} is not on the last pipeline stage, which has {layers}")
+
+
+@contextmanager
+def layer_output(model: GPTModel, number: int | None, outputs: list[Tensor]) -> Iterator[None]:
+    """Context in which each forward pass of the model appends the output of a decoder layer [S, B, H] to `outputs`.
+
+    Args:
+        number: the layer, counted from 1 over the whole model. None appends nothing.
+    """
+    if number is None:
+        yield
+        return
+
+    def collect(_layer: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        outputs.append(output[0])
+
+    layers = get_attr_wrapped_model(model, "decoder").layers
+    handle = next(layer for layer in layers if layer.layer_number == number).register_forward_hook(collect)
+    try:
+        yield
+    finally:
+        handle.remove()

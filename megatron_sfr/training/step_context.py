@@ -1,0 +1,73 @@
+"""What the forward step needs from the training loop, and adapters for Megatron's loop and for Megatron-Bridge's.
+
+The forward step itself reads no global arguments, so that it runs in any loop around Megatron Core.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """The state of the training loop during one microbatch."""
+
+    iteration: int
+    """Number of the step, from 0."""
+    train_iters: int
+    """Steps of the whole run; the weight's decay ends there."""
+    num_microbatches: int
+    """Microbatches of this step on this data-parallel rank."""
+    writer: Any = None
+    """TensorBoard's SummaryWriter, on the rank that has one."""
+    implementation: Literal["local", "transformer_engine"] = "transformer_engine"
+    """Implementation of the layers. Attention within the documents of a packed sequence needs to know it."""
+    checks_nan: bool = True
+    """Whether a loss of NaN ends the run."""
+
+
+class Step(Protocol):
+    """A forward step that is given the state of the loop."""
+
+    def __call__(self, data_iterator: Iterator[Any], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
+        """One microbatch: the output of this pipeline stage, and the function that turns it into the loss."""
+
+
+def megatron_context() -> StepContext:
+    """Reads the context from the global arguments of Megatron's own training loop, megatron.training."""
+    from megatron.training import get_args, get_tensorboard_writer
+
+    args = get_args()
+    return StepContext(
+        # Evaluation without training, --skip-train, happens before the loop sets curr_iteration.
+        iteration=getattr(args, "curr_iteration", args.iteration),
+        train_iters=args.train_iters,
+        num_microbatches=get_num_microbatches(),
+        writer=get_tensorboard_writer(),
+        implementation=args.transformer_impl,
+        checks_nan=args.check_for_nan_in_loss_and_grad,
+    )
+
+
+def for_megatron(step: Step) -> Callable[[Iterator[Any], GPTModel], tuple[Any, Any]]:
+    """The forward_step_func of megatron.training's `pretrain`."""
+
+    def forward_step(data_iterator: Iterator[Any], model: GPTModel) -> tuple[Any, Any]:
+        return step(data_iterator, model, megatron_context())
+
+    return forward_step
+
+
+def bridge_context(state: Any) -> StepContext:
+    """Reads the context from the GlobalState of Megatron-Bridge's training loop."""
+    return StepContext(
+        iteration=state.train_state.step,
+        train_iters=state.cfg.train.train_iters,
+        num_microbatches=get_num_microbatches(),
+        writer=state.tensorboard_logger,
+        implementation=state.cfg.model.transformer_impl,
+        checks_nan=state.cfg.rerun_state_machine.check_for_nan_in_loss,
+    )

@@ -1,0 +1,60 @@
+"""Each name of upstream that is replaced is still there, with the parameters that its replacement relies on."""
+
+import contextlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.runtime import cpu, durable, resharding
+from megatron_sfr.runtime.replacements import Replacement, replaced
+from megatron_sfr.training import head_optimizer, metrics_log
+
+IN_A_RUN = (
+    *durable.REPLACEMENTS,
+    *resharding.REPLACEMENTS,
+    *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(sfr_clip_grad=0.5, sfr_head_lr_mult=2.0)),
+    *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
+)
+EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN)
+NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS")
+
+
+def label(entry: Replacement) -> str:
+    return f"{entry.module}.{entry.name}"
+
+
+@pytest.mark.parametrize("entry", EVERYTHING, ids=label)
+def test_upstream_still_has_the_name(entry: Replacement) -> None:
+    assert callable(entry.original()) or entry.name in NOT_CALLED
+    assert len(entry.why) > 10
+
+
+@pytest.mark.parametrize("entry", [entry for entry in EVERYTHING if entry.takes], ids=label)
+def test_upstream_takes_the_parameters_that_the_replacement_passes(entry: Replacement) -> None:
+    assert tuple(inspect.signature(entry.original()).parameters)[: len(entry.takes)] == entry.takes
+
+
+def test_upstream_names_the_gradient_norm_groups_in_a_tuple() -> None:
+    from megatron.core.optimizer import optimizer
+
+    before = optimizer.SEPARATE_GRAD_NORM_GROUPS
+    assert all(isinstance(name, str) for name in before)
+    with replaced(IN_A_RUN):
+        assert (*before, head_optimizer.GRADIENT_NORM_GROUP) == optimizer.SEPARATE_GRAD_NORM_GROUPS
+
+
+def test_names_are_replaced_within_the_context_only() -> None:
+    before = [entry.original() for entry in IN_A_RUN]
+    with contextlib.suppress(KeyError), replaced(IN_A_RUN):
+        assert all(entry.original() is not old for entry, old in zip(IN_A_RUN, before, strict=True))
+        raise KeyError
+    assert all(entry.original() is old for entry, old in zip(IN_A_RUN, before, strict=True))
+
+
+def test_a_name_that_upstream_no_longer_has_is_an_error_and_leaves_the_others() -> None:
+    gone = Replacement("megatron.core.optimizer.optimizer", "no_such_name", None, "is not there")
+    before = [entry.original() for entry in IN_A_RUN]
+    with pytest.raises(AttributeError, match="no_such_name"), replaced((*IN_A_RUN, gone)):
+        pass
+    assert all(entry.original() is old for entry, old in zip(IN_A_RUN, before, strict=True))
