@@ -121,9 +121,8 @@ def train(
         pass  # fails here, before anything is started; the run's first rank then holds the lock
     if _is_finished(run, title) and "--skip-train" not in flags:
         return
-    logs = run.save / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / time.strftime("train-%Y%m%d-%H%M%S.log")
+    log = run.save / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | variables(max_restarts) | os.environ
     if not verbose:
@@ -141,14 +140,10 @@ def train(
         for warning in marked(log, WARNING):
             print(f"{title}: warning: {warning}", flush=True)
     if stopped:
-        print(f"{title}: stopped; the same command goes on from the last checkpoint in {run.save}", flush=True)
+        print(f"{title}: stopped; the same command resumes from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
-    if process.returncode != 0:
-        raise ValueError(
-            f"training failed with exit code {process.returncode}"
-            if verbose
-            else failure(log, ERROR, returncode=process.returncode)
-        )
+    if code := process.returncode:
+        raise ValueError(f"training failed with exit code {code}" if verbose else failure(log, ERROR, returncode=code))
 
 
 def _is_finished(run: Run, title: str) -> bool:
