@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import add_end_tokens
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
-from megatron_sfr.hf.mappings import Config
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import HEAD, StoredModel
 from megatron_sfr.hf.safetensors_writer import Header, Shard, ShardWriter, plan_shards

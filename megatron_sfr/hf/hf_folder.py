@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_sfr.hf.mappings import Config
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.storage import provenance
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold

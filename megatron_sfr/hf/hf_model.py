@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.dense import rope_type, rotary_base
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.hf_folder import Weights, read_config
-from megatron_sfr.hf.mappings import Config, Dimensions, Entry, Family, entries
+from megatron_sfr.hf.mappings import Dimensions, Entry, Family, entries
 
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 
@@ -33,8 +34,11 @@ class Source:
         Both are multiples of the row's grain.
         """
         axis, d = entry.row.tp_dim or 0, self.dimensions
-        spans = zip(entry.names, entry.row.spans(start, stop, d), strict=True)
-        return entry.row.join(tuple(self.weights.part(name, axis, *span) for name, span in spans), d)
+        parts = []
+        for name, spans in zip(entry.names, entry.row.spans(start, stop, d), strict=True):
+            found = [self.weights.part(name, axis, *span) for span in spans]
+            parts.append(found[0] if len(found) == 1 else torch.cat(found, dim=axis))
+        return entry.row.join(tuple(parts), d)
 
 
 def open_source(folder: Path) -> Source:

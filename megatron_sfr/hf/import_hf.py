@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import keep_end_tokens
 from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.hf_model import Source, bits, open_source
-from megatron_sfr.hf.mappings import EXPERT, LAYER, Config, Dimensions, Entry, Family
+from megatron_sfr.hf.mappings import EXPERT, LAYER, Dimensions, Entry, Family
 from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Piece, write_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import StoredModel
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER

@@ -5,61 +5,16 @@ A family of models is a table of rows (one file a family), so that import, expor
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_sfr.storage.user_files import shown
+from megatron_sfr.hf.config_values import Config
 
-LARGEST = 100_000_000  # of any size or number in config.json
 LAYER, EXPERT = "{layer}", "{expert}"
-Config = dict[str, Any]
-"""An HF config.json as read."""
-
-
-def need(config: Config, key: str) -> Any:
-    """A value of config.json that has no default."""
-    if config.get(key) is None:
-        raise ValueError(f"config.json has no {key!r}: is it the config of the whole model?")
-    return config[key]
-
-
-def size(config: Config, key: str, default: int | None = None) -> int:
-    """A size of config.json: a whole number, at least 1. It may be missing or null where there is a default."""
-    value = config.get(key) if default is not None else need(config, key)
-    if value is None:
-        assert default is not None
-        return default
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be a whole number from 1 to {LARGEST:,}")
-    return value
-
-
-def number(config: Config, key: str, default: float) -> float:
-    """A number of config.json, at least 0, that has a default."""
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be a number, at least 0")
-    return value
-
-
-def is_true(config: Config, key: str) -> bool:
-    """A truth value of config.json; false where it is missing or null."""
-    value = config.get(key)
-    if not isinstance(value, bool | None):
-        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be true or false")
-    return bool(value)
-
-
-def mapping(config: Config, key: str) -> Config:
-    """An object inside config.json; empty where it is missing or null."""
-    value = config.get(key)
-    if not isinstance(value, dict | None):
-        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be an object")
-    return value or {}
+Spans = tuple[tuple[int, int], ...]
+"""Starts and stops along one axis."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +30,8 @@ class Dimensions:
     head_dim: int
     experts: int = 0
     expert_ffn: int = 0
+    shared_ffn: int = 0
+    one: int = 1
 
     @property
     def query(self) -> int:
@@ -83,6 +40,11 @@ class Dimensions:
     @property
     def key_value(self) -> int:
         return self.groups * self.head_dim
+
+    @property
+    def gated_ffn(self) -> int:
+        """Gate and up projection in one tensor."""
+        return 2 * self.ffn
 
     def shape(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """("vocab", "hidden") -> (151936, 4096)."""
@@ -117,8 +79,8 @@ class Row(Protocol):
     def grain(self, d: Dimensions) -> int:
         """Megatron's tensor is cut along `tp_dim` (None: the first axis) at multiples of this."""
 
-    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
-        """Start and stop in each part, along the same axis, of what `join` makes start..stop of the whole from."""
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
+        """For each part, the spans along the same axis that, concatenated, are what `join` makes start..stop from."""
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         """Hugging Face's parts, or such spans of them -> Megatron's tensor, or that span of it."""
@@ -146,8 +108,8 @@ class Direct:
     def grain(self, d: Dimensions) -> int:
         return 1
 
-    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
-        return ((start, stop),)
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
+        return (((start, stop),),)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         (tensor,) = parts
@@ -178,25 +140,61 @@ class QKV:
         return (d.query + 2 * d.key_value, *d.shape(self.columns))
 
     def grain(self, d: Dimensions) -> int:
-        return sum(self._group(d))
+        return sum(self.group(d))
 
-    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
         first, last = start // self.grain(d), stop // self.grain(d)
-        return tuple((first * rows, last * rows) for rows in self._group(d))
+        return tuple(((first * rows, last * rows),) for rows in self.group(d))
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         columns = d.shape(self.columns)
-        groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self._group(d), strict=True)]
+        groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self.group(d), strict=True)]
         return torch.cat(groups, dim=1).reshape(-1, *columns)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         columns = d.shape(self.columns)
-        parts = tensor.reshape(d.groups, -1, *columns).split(self._group(d), dim=1)
+        parts = tensor.reshape(d.groups, -1, *columns).split(self.group(d), dim=1)
         return tuple(x.reshape(-1, *columns) for x in parts)
 
-    def _group(self, d: Dimensions) -> list[int]:
+    def group(self, d: Dimensions) -> list[int]:
         """Rows of q, k and v in a group."""
         return [d.query // d.groups, d.head_dim, d.head_dim]
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """One Hugging Face tensor of all queries, then all keys, then all values; Megatron keeps them group by group."""
+
+    megatron: str
+    names: tuple[str]
+    columns: tuple[str, ...]
+    tp_dim: int | None = 0
+    padded: bool = False
+
+    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
+        return (self.megatron_shape(d),)
+
+    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
+        return self._apart.megatron_shape(d)
+
+    def grain(self, d: Dimensions) -> int:
+        return self._apart.grain(d)
+
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
+        parts = zip((0, d.query, d.query + d.key_value), self._apart.spans(start, stop, d), strict=True)
+        return (tuple((offset + first, offset + last) for offset, ((first, last),) in parts),)
+
+    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        (tensor,) = parts
+        rows = [rows * len(tensor) // self.grain(d) for rows in self._apart.group(d)]
+        return self._apart.join(tensor.split(rows), d)
+
+    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        return (torch.cat(self._apart.split(tensor, d)),)
+
+    @property
+    def _apart(self) -> QKV:
+        return QKV(self.megatron, (*self.names, "", ""), self.columns)
 
 
 @dataclass(frozen=True)
@@ -220,9 +218,9 @@ class GatedMLP:
     def grain(self, d: Dimensions) -> int:
         return 1
 
-    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[tuple[int, int], ...]:
+    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
         (rows,) = d.shape((self.size,))
-        return (min(start, rows), min(stop, rows)), (max(start, rows) - rows, max(stop, rows) - rows)
+        return ((min(start, rows), min(stop, rows)),), ((max(start, rows) - rows, max(stop, rows) - rows),)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
         return torch.cat(parts)

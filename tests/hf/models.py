@@ -1,5 +1,6 @@
 """Tiny random models of each family, with sizes that divide nothing, written by transformers itself."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,27 @@ SHARED: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 TINY: dict[str, dict[str, Any]] = {
+    "GlmForCausalLM": SHARED
+    | {
+        "model_type": "glm",
+        "head_dim": 12,
+        "pad_token_id": 0,
+        "rope_parameters": SHARED["rope_parameters"] | {"partial_rotary_factor": 0.5},
+    },
     "LlamaForCausalLM": SHARED | {"model_type": "llama", "head_dim": 10},
     "MistralForCausalLM": SHARED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
+    "MixtralForCausalLM": SHARED
+    | {"model_type": "mixtral", "head_dim": 10, "num_local_experts": 6, "num_experts_per_tok": 3},
+    "Phi3ForCausalLM": SHARED | {"model_type": "phi3", "pad_token_id": 0},
     "Qwen2ForCausalLM": SHARED | {"model_type": "qwen2"},  # heads of 36 / 6
+    "Qwen2MoeForCausalLM": SHARED
+    | {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
     "Qwen3ForCausalLM": SHARED | {"model_type": "qwen3", "head_dim": 10},
     "Qwen3MoeForCausalLM": SHARED
     | {
@@ -32,6 +51,9 @@ TINY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
     },
+    "SeedOssForCausalLM": SHARED
+    | {"model_type": "seed_oss", "head_dim": 10, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "SmolLM3ForCausalLM": SHARED | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1], "pad_token_id": 0},
 }
 LLAMA3 = {  # of Llama 3.2; at the tiny model's base it leaves, blends and divides some frequency each
     "rope_type": "llama3",
@@ -46,6 +68,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1's window": ("MistralForCausalLM", {"sliding_window": 17}),
     "every head its own group": ("LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": None}),
     "experts, not normalised": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
+    "a part of each head turned": (
+        "Phi3ForCausalLM",
+        {
+            "hidden_size": 48,
+            "rope_parameters": SHARED["rope_parameters"] | {"partial_rotary_factor": 0.75},
+            "sliding_window": 17,
+        },
+    ),
     "one group": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
 }
 """What a config of a family may say besides."""
@@ -58,7 +88,7 @@ CASES = {
 
 def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
     """A config that transformers builds a model from."""
-    return AutoConfig.for_model(**TINY[architecture] | changes)
+    return AutoConfig.for_model(**deepcopy(TINY[architecture] | changes))  # it changes what it gets
 
 
 def save_model(

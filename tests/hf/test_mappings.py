@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_sfr.hf.families.family_registry import FAMILIES, family_of, megatron_flags
 from megatron_sfr.hf.hf_folder import Weights, read_config
-from megatron_sfr.hf.mappings import QKV, Dimensions, GatedMLP, entries
+from megatron_sfr.hf.mappings import QKV, Dimensions, FusedQKV, GatedMLP, entries
 from tests.hf.models import TINY, save_model
 
 ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))
 BIAS = QKV("bias", ("q", "k", "v"), ())
+ROWS = [ATTENTION, BIAS, FusedQKV("qkv", ("qkv",), ("hidden",)), GatedMLP("fc1", ("gate", "up"))]
 sizes = st.integers(1, 4)
 dimensions = st.builds(
     lambda groups, shared, head_dim, hidden, ffn: Dimensions(1, 1, hidden, ffn, groups * shared, groups, head_dim),
@@ -31,7 +32,7 @@ def parts(row, d):
     return tuple(out)
 
 
-@given(dimensions, st.sampled_from([ATTENTION, BIAS, GatedMLP("fc1", ("gate", "up"))]))
+@given(dimensions, st.sampled_from(ROWS))
 def test_split_undoes_join(d, row):
     original = parts(row, d)
     joined = row.join(original, d)
@@ -49,12 +50,19 @@ def test_qkv_interleaves_by_group(d):
     assert torch.equal(ATTENTION.join((q, k, v), d), torch.cat(blocks))
 
 
-@given(dimensions, st.sampled_from([ATTENTION, BIAS, GatedMLP("fc1", ("gate", "up"))]), st.data())
+@given(dimensions, st.sampled_from(ROWS), st.data())
 def test_a_span_is_joined_from_spans(d, row, data):
     whole, original, grain = row.join(parts(row, d), d), parts(row, d), row.grain(d)
     start, stop = sorted(data.draw(st.integers(0, len(whole) // grain)) * grain for _ in range(2))
     spans = row.spans(start, stop, d)
-    assert torch.equal(row.join(tuple(x[a:b] for x, (a, b) in zip(original, spans, strict=True)), d), whole[start:stop])
+    cut = (torch.cat([x[a:b] for a, b in of_part]) for x, of_part in zip(original, spans, strict=True))
+    assert torch.equal(row.join(tuple(cut), d), whole[start:stop])
+
+
+@given(dimensions)
+def test_fused_and_separate_qkv_are_one_tensor_in_megatron(d):
+    fused = FusedQKV("qkv", ("qkv",), ("hidden",))
+    assert torch.equal(fused.join((torch.cat(parts(ATTENTION, d)),), d), ATTENTION.join(parts(ATTENTION, d), d))
 
 
 @pytest.mark.parametrize("tp", [2, 3, 6])

@@ -6,7 +6,8 @@ the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_
 
 from collections.abc import Sequence
 
-from megatron_sfr.hf.mappings import QKV, Config, Dimensions, Direct, GatedMLP, Row, is_true, mapping, number, size
+from megatron_sfr.hf.config_values import Config, is_true, mapping, number, size
+from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, GatedMLP, Row
 from megatron_sfr.storage.user_files import cut, shown
 
 M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -15,13 +16,16 @@ M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
 _EMBEDDING = Direct(
     "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), 0, padded=True
 )
-_QKV = (
-    Direct(M + "self_attention.linear_qkv.layer_norm_weight", (H + "input_layernorm.weight",), ("hidden",)),
-    QKV(
-        M + "self_attention.linear_qkv.weight",
-        (H + "self_attn.q_proj.weight", H + "self_attn.k_proj.weight", H + "self_attn.v_proj.weight"),
-        ("hidden",),
-    ),
+_INPUT_NORM = Direct(M + "self_attention.linear_qkv.layer_norm_weight", (H + "input_layernorm.weight",), ("hidden",))
+_QKV = QKV(
+    M + "self_attention.linear_qkv.weight",
+    (H + "self_attn.q_proj.weight", H + "self_attn.k_proj.weight", H + "self_attn.v_proj.weight"),
+    ("hidden",),
+)
+QKV_BIAS = QKV(
+    M + "self_attention.linear_qkv.bias",
+    (H + "self_attn.q_proj.bias", H + "self_attn.k_proj.bias", H + "self_attn.v_proj.bias"),
+    (),
 )
 _PROJECTION = Direct(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), ("hidden", "query"), 1)
 _MLP = (
@@ -41,10 +45,18 @@ ATTENTION_STATES = (
 EXTRA_STATES = (*ATTENTION_STATES, M + "mlp.linear_fc1", M + "mlp.linear_fc2")
 
 
-def rows(config: Config, attention: tuple[Row, ...] = (), mlp: tuple[Row, ...] = _MLP) -> tuple[Row, ...]:
-    """Every row of the model; `attention`: what a family has after the weight of q, k and v; `mlp`: all after it."""
+def rows(
+    config: Config, attention: tuple[Row, ...] = (), mlp: tuple[Row, ...] = _MLP, qkv: Row = _QKV
+) -> tuple[Row, ...]:
+    """Every row of the model.
+
+    Args:
+        attention: what a family has after the weight of q, k and v: biases, norms.
+        mlp: all of a layer after its attention.
+        qkv: the weight of q, k and v.
+    """
     output = () if is_tied(config) else (_OUTPUT,)
-    return (_EMBEDDING, *_QKV, *attention, _PROJECTION, *mlp, _NORM, *output)
+    return (_EMBEDDING, _INPUT_NORM, qkv, *attention, _PROJECTION, *mlp, _NORM, *output)
 
 
 def is_tied(config: Config) -> bool:
@@ -68,9 +80,13 @@ def dimensions(config: Config, head_dim: int | None = None) -> Dimensions:
     )
 
 
-def flags(config: Config, d: Dimensions) -> dict[str, object]:
-    """Megatron's flags for what all families have; ValueError for what it would compute otherwise, with the reason."""
-    _refuse(config)
+def flags(config: Config, d: Dimensions, partial_rotary: bool = False) -> dict[str, object]:
+    """Megatron's flags for what all families have; ValueError for what it would compute otherwise, with the reason.
+
+    Args:
+        partial_rotary: whether the family reads `partial_rotary_factor`.
+    """
+    _refuse(config, partial_rotary)
     return {
         "num_layers": d.layers,
         "hidden_size": d.hidden,
@@ -95,7 +111,7 @@ def flags(config: Config, d: Dimensions) -> dict[str, object]:
     }
 
 
-def _refuse(config: Config) -> None:
+def _refuse(config: Config, partial_rotary: bool) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(
@@ -103,11 +119,21 @@ def _refuse(config: Config) -> None:
         )
     if config.get("quantization_config"):
         raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
-    part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
-    if part not in (None, 1.0):
+    part = rotary_share(config)
+    if part != 1.0 and not partial_rotary:
         raise ValueError(
             f"partial_rotary_factor: {shown(part)}: this family turns whole heads; a part of them is not converted"
         )
+
+
+def rotary_share(config: Config) -> float:
+    """The part of each head that is turned."""
+    part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
+    if part is None:
+        return 1.0
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+        raise ValueError(f"partial_rotary_factor: {shown(part)}: it has to be a number above 0, at most 1")
+    return float(part)
 
 
 def refuse_attention_bias(config: Config) -> None:

@@ -1,15 +1,23 @@
 """The families that can be converted: one line each."""
 
-from megatron_sfr.hf.families import llama, mistral, qwen2, qwen3, qwen3_moe
-from megatron_sfr.hf.mappings import Config, Family
+from megatron_sfr.hf.config_values import Config
+from megatron_sfr.hf.families import glm, llama, mistral, phi3, qwen2, qwen3, seed_oss, smollm3
+from megatron_sfr.hf.families.moe import mixtral, qwen2_moe, qwen3_moe
+from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import cut, shown
 
 FAMILIES: dict[str, Family] = {
+    "GlmForCausalLM": glm.FAMILY,
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
+    "MixtralForCausalLM": mixtral.FAMILY,
+    "Phi3ForCausalLM": phi3.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
+    "Qwen2MoeForCausalLM": qwen2_moe.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
     "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
+    "SeedOssForCausalLM": seed_oss.FAMILY,
+    "SmolLM3ForCausalLM": smollm3.FAMILY,
 }
 
 

@@ -5,8 +5,9 @@ megatron-core 0.19.2 has Llama 3.1's function with three of its four numbers fix
 (tests/hf/families/test_families.py).
 """
 
+from megatron_sfr.hf.config_values import Config, is_true, need, number
 from megatron_sfr.hf.families import dense
-from megatron_sfr.hf.mappings import Config, Family, is_true, need, number
+from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import shown
 
 FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -5,8 +5,9 @@ the left, none to the right. Transformer Engine and the local spec both take it;
 ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of at most W tokens feel no window.
 """
 
+from megatron_sfr.hf.config_values import LARGEST, Config
 from megatron_sfr.hf.families import dense
-from megatron_sfr.hf.mappings import LARGEST, Config, Family
+from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import shown
 
 DEFAULT_WINDOW = 4096
@@ -17,18 +18,19 @@ def flags(config: Config) -> dict[str, object]:
     if config.get("layer_types"):
         raise ValueError("layer_types: MistralForCausalLM has one kind of layer and ignores it: is this another model?")
     dense.rope_type(config)
-    return dense.flags(config, dense.dimensions(config)) | _window(config)
+    return dense.flags(config, dense.dimensions(config)) | window(config, DEFAULT_WINDOW)
 
 
-def _window(config: Config) -> dict[str, object]:
-    window = config.get("sliding_window", DEFAULT_WINDOW)
-    if window is None:
+def window(config: Config, default: int | None) -> dict[str, object]:
+    """The flags of `sliding_window`, which all layers have; default: the value where config.json has no such key."""
+    tokens = config.get("sliding_window", default)
+    if tokens is None:
         return {}
-    if type(window) is not int or not 1 <= window <= LARGEST:
+    if type(tokens) is not int or not 1 <= tokens <= LARGEST:
         raise ValueError(
-            f"sliding_window: {shown(window)}: it has to be a number of tokens, or null for full attention"
+            f"sliding_window: {shown(tokens)}: it has to be a number of tokens, or null for full attention"
         )
-    return {"window_size": f"{window - 1},0", "no_masked_softmax_fusion": True}
+    return {"window_size": f"{tokens - 1},0", "no_masked_softmax_fusion": True}
 
 
 FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -2,15 +2,9 @@
 
 from functools import partial
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families import dense
-from megatron_sfr.hf.families.dense import H, M
-from megatron_sfr.hf.mappings import QKV, Config, Family
-
-BIAS = QKV(
-    M + "self_attention.linear_qkv.bias",
-    (H + "self_attn.q_proj.bias", H + "self_attn.k_proj.bias", H + "self_attn.v_proj.bias"),
-    (),
-)
+from megatron_sfr.hf.mappings import Family
 
 
 def flags(config: Config) -> dict[str, object]:
@@ -21,7 +15,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dense.dimensions,
-    rows=partial(dense.rows, attention=(BIAS,)),
+    rows=partial(dense.rows, attention=(dense.QKV_BIAS,)),
     flags=flags,
     extra_states=dense.EXTRA_STATES,
 )

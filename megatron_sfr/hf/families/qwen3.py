@@ -2,9 +2,10 @@
 
 from functools import partial
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families import dense
 from megatron_sfr.hf.families.dense import H, M
-from megatron_sfr.hf.mappings import Config, Direct, Family
+from megatron_sfr.hf.mappings import Direct, Family
 
 NORMS = (
     Direct(M + "self_attention.q_layernorm.weight", (H + "self_attn.q_norm.weight",), ("head_dim",)),

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.family_registry import family_of
-from megatron_sfr.hf.mappings import Config, Entry, entries
+from megatron_sfr.hf.mappings import Entry, entries
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 
 HEAD = "flow_head."
@@ -39,6 +40,8 @@ COMPARED = {
     "moe_router_pre_softmax": "moe_router_pre_softmax",
     "moe_router_score_function": "moe_router_score_function",
     "window_attn_skip_freq": "window_attn_skip_freq",
+    "no_rope_freq": "no_rope_freq",
+    "moe_shared_expert_gate": "moe_shared_expert_gate",
 }
 """Flags that change what a model computes but not always a shape, and where Megatron's arguments keep them."""
 UNSAID: dict[str, object] = {
@@ -48,6 +51,7 @@ UNSAID: dict[str, object] = {
     "use_rope_scaling": False,
     "window_size": None,
     "window_attn_skip_freq": None,
+    "no_rope_freq": None,
 }
 """What a family means that does not name the flag: whole heads turned, unscaled; attention to everything before."""
 
@@ -128,8 +132,9 @@ def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> t
         if flag not in wanted or name not in arguments:
             continue
         found = arguments[name]
-        if isinstance(found, tuple):  # the flag's own form, as in a recipe
-            found = ",".join(str(x) for x in found)
+        if isinstance(found, tuple | list):  # the flag's own form, as in a recipe
+            said = ",".join(str(x) for x in found)
+            found = f"[{said}]" if isinstance(found, list) else said
         if found != wanted[flag]:
             return flag, found, wanted[flag]
     return None

@@ -12,6 +12,7 @@ from tests.hf.models import LLAMA3, tiny_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 MOE = "Qwen3MoeForCausalLM"
+GLM, PHI3, SEED, SMOLLM3 = "GlmForCausalLM", "Phi3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM"
 
 
 def config(architecture=QWEN3, **changes):
@@ -126,8 +127,6 @@ def rope(**changes):
         (rope(rope_type="yarn", factor=4.0), "rope_scaling: yarn: for this family only"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: linear"),
         (rope(rope_type="dynamic", factor=2.0), "rope_scaling: dynamic"),
-        (rope(partial_rotary_factor=0.5), r"partial_rotary_factor: 0\.5"),
-        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5"),
         (rope(rope_theta=1000.5), r"rope_theta: 1000\.5: Megatron's --rotary-base is a whole number"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
@@ -140,9 +139,61 @@ def test_what_megatron_computes_otherwise_is_refused(architecture, changes, reas
         megatron_flags(config(architecture, **changes))
 
 
+@pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - {GLM, PHI3}))
+@pytest.mark.parametrize("changes", [rope(partial_rotary_factor=0.5), {"partial_rotary_factor": 0.5}])
+def test_a_part_of_a_head_is_refused_where_the_family_turns_whole_heads(architecture, changes):
+    with pytest.raises(ValueError, match=r"partial_rotary_factor: 0\.5"):
+        megatron_flags(config(architecture, **changes))
+
+
+@pytest.mark.parametrize(("architecture", "interleaved"), [(PHI3, False), (GLM, True)])
+def test_the_turned_part_of_a_head(architecture, interleaved):
+    args = parsed(architecture, **rope(partial_rotary_factor=0.25))
+    assert (args.rotary_percent, args.rotary_interleaved) == (0.25, interleaved)
+    for wrong in (0, 1.5, "half"):
+        with pytest.raises(ValueError, match="above 0, at most 1"):
+            megatron_flags(config(architecture, **rope(partial_rotary_factor=wrong)))
+
+
+def test_the_part_that_glm_turns_where_the_config_does_not_say():
+    assert parsed(GLM, **rope()).rotary_percent == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({"no_rope_layers": [1, 0, 1, 1]}, [0, 1, 0, 0]),
+        ({"no_rope_layers": None}, [0, 0, 0, 1]),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, [0, 1, 0, 1]),
+    ],
+)
+def test_layers_without_positions(changes, without):
+    assert parsed(SMOLLM3, **changes).no_rope_freq == without
+
+
+def test_an_expert_that_all_tokens_share():
+    args = parsed("Qwen2MoeForCausalLM")
+    assert (args.moe_shared_expert_intermediate_size, args.moe_shared_expert_gate, args.add_qkv_bias) == (
+        28,
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize("architecture", [GLM, SEED])
+@pytest.mark.parametrize(("bias", "expected"), [(None, True), (True, True), (False, False)])
+def test_biases_of_q_k_and_v(architecture, bias, expected):
+    assert parsed(architecture, attention_bias=bias).add_qkv_bias is expected
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, "a list of 4 zeros and ones"),
+        (SMOLLM3, {"mlp_bias": True}, "mlp_bias"),
+        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop"),
+        (SEED, {"attention_out_bias": True}, "attention_out_bias"),
+        ("Qwen2MoeForCausalLM", {"mlp_only_layers": [1]}, "layers without experts"),
         *((x, {"rope_parameters": LLAMA3}, "rope_scaling: llama3") for x in (MISTRAL, QWEN2, QWEN3)),
         *((x, {"use_sliding_window": True}, "use_sliding_window") for x in (QWEN2, QWEN3)),
         *((x, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window") for x in (QWEN2, QWEN3)),

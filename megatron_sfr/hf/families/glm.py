@@ -1,0 +1,35 @@
+"""GLM-4 9B and GLM-Edge (GlmForCausalLM): biases of q, k and v, fused gate and up projection, rotary pairs interleaved.
+
+Half of each head is turned unless the config says otherwise. Glm4ForCausalLM (0414) has norms after attention and MLP,
+which megatron-core's GPTModel does not have.
+"""
+
+from megatron_sfr.hf.config_values import Config, is_true
+from megatron_sfr.hf.families import dense, fused_weights
+from megatron_sfr.hf.mappings import Dimensions, Family, Row
+
+
+def dimensions(config: Config) -> Dimensions:
+    return dense.dimensions(config, head_dim=128)  # GlmConfig's default
+
+
+def rows(config: Config) -> tuple[Row, ...]:
+    bias = (dense.QKV_BIAS,) if has_bias(config) else ()
+    return dense.rows(config, attention=bias, mlp=fused_weights.MLP)
+
+
+def has_bias(config: Config) -> bool:
+    return config.get("attention_bias") is None or is_true(config, "attention_bias")
+
+
+def flags(config: Config) -> dict[str, object]:
+    dense.rope_type(config)
+    named = {**config, **dense.rope_parameters(config)}.get("partial_rotary_factor") is not None
+    return dense.flags(config, dimensions(config), partial_rotary=True) | {
+        "rotary_percent": dense.rotary_share(config) if named else 0.5,
+        "rotary_interleaved": True,
+        "add_qkv_bias": has_bias(config),
+    }
+
+
+FAMILY = Family(dimensions=dimensions, rows=rows, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -1,0 +1,1 @@
+"""Families with experts, one file a family; `experts` holds what they share."""

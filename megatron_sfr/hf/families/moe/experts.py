@@ -1,0 +1,55 @@
+"""What families with experts share: the router, each expert's gated MLP, and their flags.
+
+Upstream's grouped experts (Transformer Engine) and its sequential ones (the local spec) save the same names, tensors of
+[layers, experts, ...]: megatron-core 0.19.2 says so of itself, and only the sequential ones were tried here.
+"""
+
+from megatron_sfr.hf.config_values import Config, size
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.families.dense import H, M
+from megatron_sfr.hf.mappings import EXPERT, Dimensions, Direct, GatedMLP, Row
+
+
+def mlp(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """The weights of a layer after its attention.
+
+    Args:
+        router, gate, up, down: Hugging Face's names inside a layer; `{expert}` is an expert's number.
+    """
+    return (
+        Direct(M + "pre_mlp_layernorm.weight", (H + "post_attention_layernorm.weight",), ("hidden",)),
+        Direct(M + "mlp.router.weight", (H + router,), ("experts", "hidden")),
+        GatedMLP(M + "mlp.experts.experts.linear_fc1.weight", (H + gate, H + up), "expert_ffn"),
+        Direct(M + "mlp.experts.experts.linear_fc2.weight", (H + down,), ("hidden", "expert_ffn"), 1),
+    )
+
+
+QWEN_MLP = mlp("mlp.gate.weight", *(f"mlp.experts.{EXPERT}.{name}_proj.weight" for name in ("gate", "up", "down")))
+EXTRA_STATES = (
+    *dense.ATTENTION_STATES,
+    M + "pre_mlp_layernorm",
+    M + f"mlp.experts.experts.{EXPERT}.linear_fc1",
+    M + f"mlp.experts.experts.{EXPERT}.linear_fc2",
+)
+
+
+def flags(config: Config, d: Dimensions, normalised: bool) -> dict[str, object]:
+    """Megatron's flags for the experts.
+
+    Args:
+        normalised: whether the weights of the chosen experts sum to one.
+    """
+    return {
+        "num_experts": d.experts,
+        "moe_ffn_hidden_size": d.expert_ffn,
+        "moe_router_topk": size(config, "num_experts_per_tok"),
+        # Softmax of the chosen alone is softmax of all, normalised over the chosen.
+        "moe_router_pre_softmax": not normalised,
+        "moe_router_score_function": "softmax",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def refuse_dense_layers(config: Config) -> None:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ValueError("mlp_only_layers, decoder_sparse_step: layers without experts among them are not converted")

@@ -1,0 +1,35 @@
+"""Qwen3 with experts (Qwen3-30B-A3B, 235B-A22B): Qwen3's attention; in each layer a router and its experts."""
+
+from dataclasses import replace
+from functools import partial
+
+from megatron_sfr.hf.config_values import Config, is_true, size
+from megatron_sfr.hf.families import dense, qwen3
+from megatron_sfr.hf.families.dense import M
+from megatron_sfr.hf.families.moe import experts
+from megatron_sfr.hf.mappings import Dimensions, Family
+
+
+def dimensions(config: Config) -> Dimensions:
+    name = "num_experts" if config.get("num_experts") else "num_local_experts"  # transformers 5 renamed it
+    return replace(
+        qwen3.dimensions(config), experts=size(config, name), expert_ffn=size(config, "moe_intermediate_size")
+    )
+
+
+def flags(config: Config) -> dict[str, object]:
+    experts.refuse_dense_layers(config)
+    routing = experts.flags(config, dimensions(config), normalised=is_true(config, "norm_topk_prob"))
+    return qwen3.flags(config) | routing
+
+
+FAMILY = Family(
+    dimensions=dimensions,
+    rows=partial(dense.rows, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
+    flags=flags,
+    extra_states=(
+        *experts.EXTRA_STATES,
+        M + "self_attention.q_layernorm",
+        M + "self_attention.k_layernorm",
+    ),
+)

@@ -1,0 +1,32 @@
+"""Seed-OSS: q, k and v have a bias, the output projection has none; head_dim is 128 unless the config has it."""
+
+from functools import partial
+
+from megatron_sfr.hf.config_values import Config, is_true, number
+from megatron_sfr.hf.families import dense
+from megatron_sfr.hf.mappings import Family, Row
+
+dimensions = partial(dense.dimensions, head_dim=128)  # SeedOssConfig's default
+
+
+def rows(config: Config) -> tuple[Row, ...]:
+    return dense.rows(config, attention=(dense.QKV_BIAS,) if has_bias(config) else ())
+
+
+def has_bias(config: Config) -> bool:
+    return config.get("attention_bias") is None or is_true(config, "attention_bias")
+
+
+def flags(config: Config) -> dict[str, object]:
+    for key in ("attention_out_bias", "mlp_bias"):
+        if is_true(config, key):
+            raise ValueError(f"{key}: true: Megatron has this bias only together with those of all other layers")
+    dense.rope_type(config)
+    return dense.flags(config, dimensions(config)) | {
+        "add_qkv_bias": has_bias(config),
+        "attention_dropout": float(number(config, "attention_dropout", 0.1)),
+        "hidden_dropout": float(number(config, "residual_dropout", 0.1)),
+    }
+
+
+FAMILY = Family(dimensions=dimensions, rows=rows, flags=flags, extra_states=dense.EXTRA_STATES)
