@@ -26,11 +26,12 @@ from torch import Tensor
 
 from megatron_sfr.kernels import plain
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token import token_loss as passes
+from megatron_sfr.objectives.token import closed_form
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.gem import GEM, GEMOptions
-from megatron_sfr.objectives.token.sed import SED, SEDOptions
-from megatron_sfr.objectives.token.token_loss import TokenObjective
+from megatron_sfr.objectives.token.gem import GEM
+from megatron_sfr.objectives.token.loss_base import TokenLoss
+from megatron_sfr.objectives.token.sed import SED
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from tools.model_shapes import SHAPES
 from tools.traffic import Traffic
 
@@ -69,12 +70,12 @@ class Result:
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] and labels [T] -> the losses' sum
 
 
-def ours(objective: TokenObjective) -> Loss:
+def ours(token_loss: TokenLoss) -> Loss:
     """The package's: in kernels/plain.py on CPU; on CUDA in kernels/fused.py, and in its twin beside."""
 
     def loss(z_TV: Tensor, y_T: Tensor) -> Tensor:
         vocab = Vocab(z_TV.shape[1], group=dist.group.WORLD)
-        return passes.token_loss(z_TV, y_T, objective, vocab, overwrite=True)[0].sum()
+        return vocab_parallel_loss(z_TV, y_T, token_loss, vocab, overwrite=True)[0].sum()
 
     return loss
 
@@ -95,7 +96,7 @@ def textbook_gem(z_TV: Tensor, y_T: Tensor) -> Tensor:
     """Linear GEM in its definition's words: log-probabilities, rivals q, the product of q and the log-ratios."""
     log_p_TV = z_TV.float().log_softmax(-1)
     with torch.no_grad():
-        q_TV = (z_TV.float() / GEMOptions().gem_beta).softmax(-1)
+        q_TV = (z_TV.float() / GEM().beta).softmax(-1)
     log_p_y_T1 = log_p_TV.gather(1, y_T[:, None])
     return -(q_TV * (log_p_y_T1 - log_p_TV)).sum()
 
@@ -104,8 +105,8 @@ TWIN = " in plain torch"
 LOSSES: dict[str, Loss] = {
     "ours: ce": ours(CrossEntropy()),
     "ours: gem linear": ours(GEM()),
-    "ours: gem logsigmoid": ours(GEM(GEMOptions(gem_h="logsigmoid"))),
-    "ours: sed": ours(SED(SEDOptions(sed_threshold=0.9))),
+    "ours: gem logsigmoid": ours(GEM(h="logsigmoid")),
+    "ours: sed": ours(SED(0.9)),
     "megatron: vocab-parallel ce": megatron_cross_entropy,
     "torch: cross_entropy(z.float())": torch_cross_entropy,
     "textbook: gem linear": textbook_gem,
@@ -114,7 +115,11 @@ LOSSES: dict[str, Loss] = {
 
 def step(name: str, z_TV: Tensor, y_T: Tensor) -> None:
     """Forward, and the gradient in the logits; nothing is kept."""
-    twin = mock.patch.object(passes, "choose", return_value=plain) if name.endswith(TWIN) else contextlib.nullcontext()
+    twin = (
+        mock.patch.object(closed_form, "choose", return_value=plain)
+        if name.endswith(TWIN)
+        else contextlib.nullcontext()
+    )
     with twin:
         torch.autograd.grad(LOSSES[name.removesuffix(TWIN)](z_TV, y_T), z_TV)
 

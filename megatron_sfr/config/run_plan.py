@@ -4,7 +4,9 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sfr.config.settings import LoadOptions, options
+from megatron_sfr.config.objective import selected_loss
+from megatron_sfr.config.option_flags import options
+from megatron_sfr.config.settings import LoadOptions
 from megatron_sfr.config.validation import separator
 from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
@@ -15,10 +17,7 @@ from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
-from megatron_sfr.objectives.token.gem import GEMOptions
-from megatron_sfr.objectives.token.registry import OBJECTIVES
-from megatron_sfr.objectives.token.sed import SEDOptions
-from megatron_sfr.objectives.token.token_loss import TokenObjective
+from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.training.auxiliary_loss import TermOptions
 from megatron_sfr.training.data.provider import DataOptions, DataPlan
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
@@ -40,9 +39,9 @@ class RunPlan:
     kl_flow_model: KLFlowModelOptions
     """The denoiser, for the task kl-flow."""
     objective: str
-    """Name of the token objective."""
-    token_loss: TokenObjective
-    """The token objective, with its options."""
+    """Name of the token loss."""
+    token_loss: TokenLoss
+    """The token loss, with its options."""
     term: TermOptions
     """The auxiliary loss; not used without data.sfr."""
     schedule: ScheduleOptions
@@ -86,14 +85,15 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         options(GateOptions, args),
         options(FlowHeadOptions, args),
     )
+    name, token_loss = selected_loss(args)
     return RunPlan(
         megatron=args,
         backend=backend,
         task=options(TaskOptions, args),
         kl_flow=options(KLFlowOptions, args),
         kl_flow_model=options(KLFlowModelOptions, args),
-        objective=args.objective,
-        token_loss=OBJECTIVES[args.objective](options(GEMOptions, args), options(SEDOptions, args)),
+        objective=name,
+        token_loss=token_loss,
         term=term,
         schedule=options(ScheduleOptions, args),
         head_optimizer=options(HeadOptimizerOptions, args),

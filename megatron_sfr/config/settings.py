@@ -8,16 +8,17 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
 from megatron_sfr.config.flags.flag_table import refusal
+from megatron_sfr.config.objective import ObjectiveOptions, check_objective
+from megatron_sfr.config.option_flags import add_flags, options
 from megatron_sfr.config.recipe import hyphenated, read_recipe
 from megatron_sfr.config.validation import contradiction
 from megatron_sfr.hf.load_at_start import StartOptions
@@ -29,9 +30,7 @@ from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
-from megatron_sfr.objectives.token.gem import GEMOptions
-from megatron_sfr.objectives.token.registry import ObjectiveOptions
-from megatron_sfr.objectives.token.sed import SEDOptions
+from megatron_sfr.objectives.token.registry import LOSSES, find_loss
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown
 from megatron_sfr.training.data.provider import DataOptions
@@ -60,7 +59,7 @@ class PresetOptions:
 LONG_VALUE = re.compile(r"'[^']{80,}'")  # that argparse repeats
 
 PARTS = (
-    *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions, GEMOptions, SEDOptions),
+    *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
     *(
         DataOptions,
         PresetOptions,
@@ -141,8 +140,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our options to a parser: upstream's extra_args_provider."""
-    for part in PARTS:
-        ArgumentGroupFactory(part).build_group(parser, title=part.__name__)
+    for part in (*PARTS, *(registered.loss for registered in LOSSES.values())):
+        add_flags(part, parser)
     return parser
 
 
@@ -208,10 +207,11 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
     ValueError in one line for what is wrong.
     """
-    parser = Parser()
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--recipe", type=Path, action="append", default=[])
     ours, flags = own.parse_known_args(list(argv))
+    _import_losses(ours.recipe, flags)
+    parser = Parser()
     recipe: dict[str, Any] = {}
     for path in ours.recipe:
         recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)
@@ -238,17 +238,29 @@ def read_settings(argv: Sequence[str]) -> Settings:
     return Settings(flags, resolved(args, parser), backend, changes)
 
 
+def _import_losses(recipes: Sequence[Path], flags: Sequence[str]) -> None:
+    """Imports losses that recipes or flags select by a dotted path, so that the parser knows their options."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--objective", action="append", default=[])
+    for objective in own.parse_known_args(list(flags))[0].objective:
+        if "." in objective:
+            find_loss(objective)
+    for path in recipes:
+        objective = read_recipe(path).get("objective")
+        if isinstance(objective, str) and "." in objective:
+            try:
+                find_loss(objective)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
 def check(args: argparse.Namespace) -> None:
     """What upstream does not check: ValueError for arguments that contradict the objectives or each other."""
     for part in PARTS:
         options(part, args)
+    check_objective(args)
     if found := contradiction(args):
         raise ValueError(found)
-
-
-def options[Options](part: type[Options], args: argparse.Namespace) -> Options:
-    """One part's options from parsed arguments; ValueError where the part refuses them."""
-    return part(**{f.name: getattr(args, f.name) for f in fields(part)})  # type: ignore[arg-type]
 
 
 def parse(settings: Settings) -> argparse.Namespace:

@@ -41,10 +41,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             "shorten it, or raise train_iters",
         ),
         (
-            args.objective == "sed" and args.sed_threshold is None,
-            "--objective sed needs --sed-threshold: `megatron-sfr calibrate-sed` finds it for your model and data",
-        ),
-        (
             args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
             "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
         ),

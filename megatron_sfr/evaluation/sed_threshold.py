@@ -17,7 +17,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData, Sample
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.kernels import choose
 from megatron_sfr.kernels.vocab_parallel import combine
-from megatron_sfr.objectives.token.sed import SEDOptions, top_mass
+from megatron_sfr.objectives.token.sed import check_top_k, top_mass
 
 LOGITS = 1 << 27  # at a time: 256 MiB in bf16, as many positions of a batch as give so many
 ABOVE_ALL = 2.0  # no probability reaches it
@@ -34,7 +34,7 @@ class CalibrationOptions:
     tokens: Literal["supervised", "all"] = "supervised"
 
     def __post_init__(self) -> None:
-        SEDOptions(sed_top_k=self.top_k)  # the loss reads the same number, and has its own limits
+        check_top_k(self.top_k, "sed_top_k")  # the loss uses the same number
         if not 0 < self.exempt < 1:
             raise ValueError(f"exempt is {self.exempt}; give a share of the tokens between 0 and 1, such as 0.7")
         for name in ("samples", "batch_size"):

@@ -107,33 +107,33 @@ def _row_statistics(
 
 
 @triton.jit
-def _write_tile(z_ptr, column, y, m, z_y, scale, spike, k, c, mask, HAS_C: tl.constexpr):
+def _write_tile(z_ptr, column, y, m, z_y, softmax_coef, label_coef, k, c, mask, HAS_C: tl.constexpr):
     z = tl.load(z_ptr + column, mask=mask).to(tl.float32)
-    g = scale * tl.exp2((z - m) * k)
+    g = softmax_coef * tl.exp2((z - m) * k)
     if HAS_C:
         g = g / (1 + tl.exp2((z_y - z) * c))
-    g = tl.where(column == y, g - spike, g)
+    g = tl.where(column == y, g - label_coef, g)
     tl.store(z_ptr + column, g.to(z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _write_gradient(
-    z_ptr, y_ptr, m_ptr, z_y_ptr, scale_ptr, spike_ptr, stride, V, k, c,
+    z_ptr, y_ptr, m_ptr, z_y_ptr, softmax_coef_ptr, label_coef_ptr, stride, V, k, c,
     HAS_C: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
-    scale, spike = tl.load(scale_ptr + row), tl.load(spike_ptr + row)
+    softmax_coef, label_coef = tl.load(softmax_coef_ptr + row), tl.load(label_coef_ptr + row)
     y, m = tl.load(y_ptr + row), tl.load(m_ptr + row)
     z_y = 0.0
     if HAS_C:
         z_y = tl.load(z_y_ptr + row)
     column = tl.arange(0, L * C)
     tiled = V // (L * C) * (L * C)
-    if (scale != 0) | (spike != 0):
+    if (softmax_coef != 0) | (label_coef != 0):
         for start in range(0, tiled, L * C):
-            _write_tile(z_ptr, start + column, y, m, z_y, scale, spike, k, c, None, HAS_C)
-        _write_tile(z_ptr, tiled + column, y, m, z_y, scale, spike, k, c, tiled + column < V, HAS_C)
+            _write_tile(z_ptr, start + column, y, m, z_y, softmax_coef, label_coef, k, c, None, HAS_C)
+        _write_tile(z_ptr, tiled + column, y, m, z_y, softmax_coef, label_coef, k, c, tiled + column < V, HAS_C)
     else:  # an ignored token: its logits are not read
         zero = tl.zeros((L * C,), z_ptr.dtype.element_ty)
         for start in range(0, tiled, L * C):
@@ -160,14 +160,22 @@ def row_statistics(
 
 
 def write_gradient(
-    z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
+    z_TV: Tensor,
+    y_T: Tensor,
+    m_T: Tensor,
+    z_y_T: Tensor,
+    softmax_coef_T: Tensor,
+    label_coef_T: Tensor,
+    *,
+    beta: float,
+    c: float,
 ) -> None:
     """See `plain.write_gradient`. bf16, fp16 or fp32 logits, gradients rounded once; float64 falls back to `plain`."""
     T, V = z_TV.shape
     if z_TV.dtype == torch.float64 or V == 0:
-        plain.write_gradient(z_TV, y_T, m_T, z_y_T, scale_T, spike_T, beta=beta, c=c)
+        plain.write_gradient(z_TV, y_T, m_T, z_y_T, softmax_coef_T, label_coef_T, beta=beta, c=c)
     elif T:
-        known = (x.contiguous() for x in (y_T, m_T, z_y_T, scale_T, spike_T))
+        known = (x.contiguous() for x in (y_T, m_T, z_y_T, softmax_coef_T, label_coef_T))
         _write_gradient[(T,)](
             *(z_TV, *known, _row_stride(z_TV), V, float(LOG2E.value / beta), float(LOG2E.value * c)),
             HAS_C=c > 0, **_tile(z_TV),

@@ -36,16 +36,16 @@ def row_statistics(
         return stats_TN
     own_T = z_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0].to(dtype)
     stats_TN[:, 5] = torch.where(y_T >= 0, own_T, EMPTY)
-    for rows, room_NBV in _blocks(z_TV, dtype, 1 + moments + (c > 0)):
-        _scan_block(room_NBV, z_TV[rows], z_y_T[rows], stats_TN[rows], beta, moments, c, top_k)
+    for rows, scratch_NBV in _blocks(z_TV, dtype, 1 + moments + (c > 0)):
+        _block_statistics(scratch_NBV, z_TV[rows], z_y_T[rows], stats_TN[rows], beta, moments, c, top_k)
     return stats_TN
 
 
-def _scan_block(
-    room_NBV: Tensor, z_BV: Tensor, z_y_B: Tensor, stats_BN: Tensor, beta: float, moments: bool, c: float, top_k: int
+def _block_statistics(
+    scratch_NBV: Tensor, z_BV: Tensor, z_y_B: Tensor, stats_BN: Tensor, beta: float, moments: bool, c: float, top_k: int
 ) -> None:
-    """Fills the statistics of one block of logits. room_NBV is scratch space in the dtype of the sums."""
-    x_BV = room_NBV[0].copy_(z_BV)
+    """Fills the statistics of one block of logits. scratch_NBV is scratch space in the dtype of the sums."""
+    x_BV = scratch_NBV[0].copy_(z_BV)
     if top_k:
         top = x_BV.topk(min(top_k, x_BV.shape[1])).values
         stats_BN[:, 6 : 6 + top.shape[1]] = top
@@ -55,40 +55,48 @@ def _scan_block(
     if not moments:
         stats_BN[:, 1:4] = x_BV.exp_().sum(1)[:, None]
         return
-    stats_BN[:, 1] = torch.exp(x_BV, out=room_NBV[1]).sum(1)
-    e_BV = torch.div(x_BV, beta, out=room_NBV[1]).exp_()
+    stats_BN[:, 1] = torch.exp(x_BV, out=scratch_NBV[1]).sum(1)
+    e_BV = torch.div(x_BV, beta, out=scratch_NBV[1]).exp_()
     stats_BN[:, 2:4] = e_BV.sum(1)[:, None]
     if c:
-        e_BV *= torch.add(x_BV, (m_B - z_y_B)[:, None], out=room_NBV[2]).mul_(c).sigmoid_()
+        e_BV *= torch.add(x_BV, (m_B - z_y_B)[:, None], out=scratch_NBV[2]).mul_(c).sigmoid_()
         stats_BN[:, 3] = e_BV.sum(1)
     stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)  # skips 0 * -inf of masked logits; NaN logits show in s
 
 
 def write_gradient(
-    z_TV: Tensor, y_T: Tensor, m_T: Tensor, z_y_T: Tensor, scale_T: Tensor, spike_T: Tensor, *, beta: float, c: float
+    z_TV: Tensor,
+    y_T: Tensor,
+    m_T: Tensor,
+    z_y_T: Tensor,
+    softmax_coef_T: Tensor,
+    label_coef_T: Tensor,
+    *,
+    beta: float,
+    c: float,
 ) -> None:
-    """Overwrites the logits with scale w_i exp((z_i - m) / beta) - spike [i = y], in their dtype, rounded once.
+    """Overwrites the logits with softmax_coef w_i exp((z_i - m) / beta) - label_coef [i = y], rounded once.
 
-    A row with scale = spike = 0 gets zeros, even if its logits are not finite.
+    A row with softmax_coef = label_coef = 0 gets zeros, even if its logits are not finite.
     Takes the arguments of `row_statistics`, and m over the whole vocabulary.
     """
     dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
     if z_TV.shape[1] == 0:
         return
-    for rows, room_NBV in _blocks(z_TV, dtype, 1 + (c > 0)):
-        x_BV = torch.sub(z_TV[rows], m_T[rows, None], out=room_NBV[0])
+    for rows, scratch_NBV in _blocks(z_TV, dtype, 1 + (c > 0)):
+        x_BV = torch.sub(z_TV[rows], m_T[rows, None], out=scratch_NBV[0])
         if c:
-            w_BV = torch.add(x_BV, (m_T - z_y_T)[rows, None], out=room_NBV[1]).mul_(c).sigmoid_()
+            w_BV = torch.add(x_BV, (m_T - z_y_T)[rows, None], out=scratch_NBV[1]).mul_(c).sigmoid_()
         if beta != 1:
             x_BV /= beta
-        g_BV = x_BV.exp_().mul_(scale_T[rows, None])
+        g_BV = x_BV.exp_().mul_(softmax_coef_T[rows, None])
         if c:
             g_BV *= w_BV
         y_B1 = y_T[rows, None]
-        spike_B1 = torch.where(y_B1 >= 0, spike_T[rows, None], 0)
-        g_BV.scatter_add_(1, y_B1.clamp(min=0), -spike_B1)
+        label_coef_B1 = torch.where(y_B1 >= 0, label_coef_T[rows, None], 0)
+        g_BV.scatter_add_(1, y_B1.clamp(min=0), -label_coef_B1)
         z_TV[rows] = g_BV
-    z_TV.index_fill_(0, ((scale_T == 0) & (spike_T == 0)).nonzero()[:, 0], 0)
+    z_TV.index_fill_(0, ((softmax_coef_T == 0) & (label_coef_T == 0)).nonzero()[:, 0], 0)
 
 
 def _blocks(z_TV: Tensor, dtype: torch.dtype, copies: int) -> Iterator[tuple[slice, Tensor]]:
@@ -98,7 +106,7 @@ def _blocks(z_TV: Tensor, dtype: torch.dtype, copies: int) -> Iterator[tuple[sli
     """
     T, V = z_TV.shape
     step = max(1, min(T, BLOCK_BYTES.get(z_TV.device.type, BLOCK_BYTES["cpu"]) // (V * dtype.itemsize)))
-    room_NBV = z_TV.new_empty(copies, step, V, dtype=dtype)
+    scratch_NBV = z_TV.new_empty(copies, step, V, dtype=dtype)
     for start in range(0, T, step):
         stop = min(start + step, T)
-        yield slice(start, stop), room_NBV[:, : stop - start]
+        yield slice(start, stop), scratch_NBV[:, : stop - start]

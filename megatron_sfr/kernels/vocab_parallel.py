@@ -35,15 +35,15 @@ class Vocab:
         """The tensors of all ranks, [R, T, N], in one collective."""
         if self.group is None:
             return x_TN[None]
-        rows_RTN = x_TN.new_empty(dist.get_world_size(self.group), *x_TN.shape)
+        x_RTN = x_TN.new_empty(dist.get_world_size(self.group), *x_TN.shape)
         # torch 2.13 deprecates all_gather_into_tensor for all_gather_single, which older versions lack.
-        dist.all_gather(list(rows_RTN.unbind()), x_TN.contiguous(), group=self.group)
-        return rows_RTN
+        dist.all_gather(list(x_RTN.unbind()), x_TN.contiguous(), group=self.group)
+        return x_RTN
 
 
 @dataclass(frozen=True)
-class Scan:
-    """The statistics that one pass over the logits z of a token computes. See `Rows` for their formulas."""
+class StatisticsSpec:
+    """Which statistics one pass over the logits z of a token computes. `LogitStatistics` has their formulas."""
 
     beta: float = 1.0
     """Temperature of s, a and a_x."""
@@ -55,22 +55,29 @@ class Scan:
     """Number of largest logits to keep."""
 
 
-class Rows(NamedTuple):
-    """Statistics of each token's logits over the whole vocabulary; [T] each, top [T, K]. x_i = z_i - m.
+class LogitStatistics(NamedTuple):
+    """Statistics of each token's logits over the whole vocabulary, with x_i = z_i - m.
 
     Without moments s = a = u and a_x = 0.
     """
 
-    m: Tensor  # the largest logit
-    u: Tensor  # sum_i exp(x_i)
-    s: Tensor  # sum_i exp(x_i / beta)
-    a: Tensor  # sum_i w_i exp(x_i / beta)
-    a_x: Tensor  # sum_i w_i exp(x_i / beta) x_i
-    x_y: Tensor  # the label's logit minus m; undefined if the label is ignored
-    top: Tensor  # the K largest logits minus m, in descending order
+    m: Tensor
+    """The largest logit: [T]."""
+    u: Tensor
+    """sum_i exp(x_i): [T]."""
+    s: Tensor
+    """sum_i exp(x_i / beta): [T]."""
+    a: Tensor
+    """sum_i w_i exp(x_i / beta): [T]."""
+    a_x: Tensor
+    """sum_i w_i exp(x_i / beta) x_i: [T]."""
+    x_y: Tensor
+    """The label's logit minus m; undefined if the label is ignored: [T]."""
+    top: Tensor
+    """The K largest logits minus m, in descending order: [T, K]."""
 
 
-def combine(stats_RTN: Tensor, beta: float) -> Rows:
+def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
     """Combines each shard's [m, u, s, a, a_x, z_y, top ...], whose sums are relative to the shard's own m."""
     m_RT, u, s, a, a_x, z_y = stats_RTN[..., :6].unbind(-1)
     m_T = m_RT.amax(0)
@@ -79,7 +86,7 @@ def combine(stats_RTN: Tensor, beta: float) -> Rows:
     z_y_T = z_y.amax(0)
     top_RTK = stats_RTN[..., 6:]
     top_TK = top_RTK.transpose(0, 1).flatten(1).topk(top_RTK.shape[-1], dim=-1).values
-    return Rows(
+    return LogitStatistics(
         m=m_T,
         u=(u * plain).sum(0),
         s=(s * tempered).sum(0),

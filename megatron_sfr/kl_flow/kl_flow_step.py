@@ -19,7 +19,8 @@ from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.corruption import KLFlowOptions, draw_time, free_text, noisy_point
 from megatron_sfr.kl_flow.model import set_time, time_positions
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.token_loss import IGNORED, token_loss
+from megatron_sfr.objectives.token.loss_base import IGNORED
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.auxiliary_loss import DATASET_BITS, Batch
 from megatron_sfr.training.forward_step import check_finite, next_batch, to_device
@@ -108,7 +109,7 @@ class KLFlowStep:
         y_BN = torch.where(context.free_BN, context.tokens_BN, IGNORED)
         y_SB = F.pad(y_BN, (len(logits_SBV) - y_BN.shape[1], 0), value=IGNORED).t()
         z_TV = scale_logits(logits_SBV).flatten(0, 1)
-        loss_T, _cross_entropy_T = token_loss(
+        loss_T, _cross_entropy_T = vocab_parallel_loss(
             z_TV, y_SB.reshape(-1), CrossEntropy(), self._vocab(z_TV.shape[-1]), overwrite=True
         )
         return loss_T.view(y_SB.shape).t()

@@ -20,7 +20,8 @@ from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
-from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, certainty, token_loss
+from megatron_sfr.objectives.token.loss_base import IGNORED, TokenLoss
+from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, vocab_parallel_loss
 from megatron_sfr.runtime.parallel import (
     is_first_stage,
     is_last_stage,
@@ -75,7 +76,7 @@ class ForwardStep:
         self,
         vocab_size: int,
         name: str,
-        objective: TokenObjective,
+        objective: TokenLoss,
         term: FlowTerm | None,
         schedule: ScheduleOptions,
         resets_attention: bool,
@@ -159,7 +160,7 @@ class ForwardStep:
                 power = token_power(z_TV, y_T, self.objective, vocab, weight_VH)
                 self._measure(microbatch, flow, h_SBH, power, sharded)
             term = self._flow(microbatch, flow, h_SBH, sharded)
-        objective_T, cross_entropy_T = token_loss(z_TV, y_T, self.objective, vocab, overwrite=True)
+        objective_T, cross_entropy_T = vocab_parallel_loss(z_TV, y_T, self.objective, vocab, overwrite=True)
         shape = labels.shape[::-1]
         return objective_T.view(shape).t(), cross_entropy_T.view(shape).t(), term
 
@@ -196,7 +197,7 @@ class ForwardStep:
         """Adds this microbatch to the measurement of Lock and Fork positions."""
         assert self.lock_fork is not None
         batch, context, flow = microbatch.batch, microbatch.context, microbatch.flow
-        entropy_BS, top_BS = (x.view(-1, len(batch["labels"])).t() for x in certainty(z_TV, vocab))
+        entropy_BS, top_BS = (x.view(-1, len(batch["labels"])).t() for x in entropy_and_max_prob(z_TV, vocab))
         if flow is None or flow.head.net is None:
             sums = self.lock_fork.at_positions(entropy_BS, top_BS, batch["loss_mask"])
         else:

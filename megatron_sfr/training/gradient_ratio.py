@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.state import FlowState
-from megatron_sfr.objectives.token.token_loss import TokenObjective, logit_gradient
+from megatron_sfr.objectives.token.loss_base import TokenLoss
+from megatron_sfr.objectives.token.token_loss import logit_gradient
 from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.auxiliary_loss import StepSums
 
@@ -21,7 +22,7 @@ SMOOTHING = 0.5  # weight of a new measurement in the adaptive weight, in the lo
 LARGEST_CHANGE = 10_000.0  # the adaptive weight stays within this factor of --sfr-weight
 
 
-def token_power(z_TV: Tensor, y_T: Tensor, objective: TokenObjective, vocab: Vocab, weight_VH: Tensor) -> Tensor:
+def token_power(z_TV: Tensor, y_T: Tensor, objective: TokenLoss, vocab: Vocab, weight_VH: Tensor) -> Tensor:
     """Squared norm of the gradient at h of the summed token objective, over all positions; without autograd."""
     g_TV = logit_gradient(z_TV, y_T, objective, vocab)
     return sum_over_tensor(g_TV.to(weight_VH.dtype) @ weight_VH.detach()).float().square().sum()

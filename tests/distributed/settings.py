@@ -1,5 +1,10 @@
 """The layouts, resumes, phases and objectives that the distributed tests train: {processes: {name: flags}}."""
 
+from megatron_sfr.objectives.token.loss_base import TokenLoss
+from megatron_sfr.objectives.token.registry import LOSSES, path_of
+from megatron_sfr.option_names import option_names
+from tests.objectives.token.token_cases import ALL_LOSSES, CLOSED_FORM_LOSSES
+
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 SP, VPP = "--sequence-parallel", ("--num-layers-per-virtual-pipeline-stage", "1")
 SHARDED_OPTIMIZER = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
@@ -68,12 +73,35 @@ ONLINE: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 ONLINE_STOPPED, ITS_TWIN = "online-stopped", "resume-single-straight"
 
-# Every objective and kind of term in a few combinations; each with the layouts below against one process.
+# Flags beside those of a token loss, which override its settings: kinds of SFR to train it with.
+BESIDE_LOSSES: dict[str, tuple[str, ...]] = {
+    "gem": ("--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),
+    "gem-logsigmoid": ("--gem-slope", "0.3", "--sfr-loss", "cosine"),
+    "sed": ("--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
+    "dft": ("--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK, *AROUND_6_2093),
+}
+NOT_TRAINED = {"ce", "sed-10", "sed-128"}  # all other runs train cross-entropy; k matters only to the kernels
+
+
+def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
+    """The flags that select a loss with its options; by its dotted path if it is not of this package."""
+    kind = type(loss)
+    [name] = [name for name, registered in LOSSES.items() if registered.loss is kind]
+    own = not kind.__module__.startswith("megatron_sfr.")
+    flags = ["--objective", path_of(kind) if own else name]
+    for field, option in option_names(kind).items():
+        flags += [f"--{option.replace('_', '-')}", str(getattr(loss, field))]
+    return tuple(flags)
+
+
+TOKEN_LOSSES = {
+    label: (*loss_flags(loss), *BESIDE_LOSSES.get(label, ()))
+    for label, loss in ALL_LOSSES.items()
+    if label not in NOT_TRAINED
+}
+# Every token loss and kind of term in a few combinations; each with the layouts below against one process.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "gem": ("--objective", "gem", "--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),
-    "gem-logsigmoid": ("--objective", "gem", "--gem-h", "logsigmoid", "--gem-slope", "0.3", "--sfr-loss", "cosine"),
-    "sed": ("--objective", "sed", "--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
-    "dft": ("--objective", "dft", "--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK, *AROUND_6_2093),
+    **TOKEN_LOSSES,
     "mse": ("--sfr-loss", "mse", "--sfr-weight-control", "ratio"),
     "smooth": SMOOTH,
     "teacher": (*TEACHER, "--sfr-weight-control", "ratio"),
@@ -113,8 +141,10 @@ def has_layout(objective: str, layout: str) -> bool:
         return layout in ("single", "dp2", "tp2-pp2")
     if layout == "pp2-vpp":  # where each stage needs to know the conversations
         return objective in ("packed", "documents")
-    token = objective in ("gem", "gem-logsigmoid", "sed", "dft")
-    return layout in (("single", "dp2", "tp2-sp", "tp4", "tp2-pp2") if token else ("single", "dp2", "tp2-pp2-sp"))
+    if objective in TOKEN_LOSSES:
+        gathered = objective not in CLOSED_FORM_LOSSES  # a loss in plain torch: only the vocabulary's split matters
+        return layout in (("single", "tp2-sp") if gathered else ("single", "dp2", "tp2-sp", "tp4", "tp2-pp2"))
+    return layout in ("single", "dp2", "tp2-pp2-sp")
 
 
 # KL-flow: two positions more than the rows have, one for the time; each trains on from a checkpoint of its kind.

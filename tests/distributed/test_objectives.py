@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from .launch import read_checkpoint, read_metrics
-from .settings import APART, OBJECTIVE_LAYOUTS, OBJECTIVES, has_layout
+from .settings import APART, OBJECTIVE_LAYOUTS, OBJECTIVES, TOKEN_LOSSES, has_layout
 from .test_layouts import MOMENT, difference
 
 pytestmark = pytest.mark.distributed
@@ -47,8 +47,9 @@ def test_packing_changes_no_number(runs: Path, name: str) -> None:
 def test_each_setting_does_something(runs: Path) -> None:
     """Else the test above would compare a term that is not there."""
     last = {name: read_metrics(runs / f"{name}-single")[-1] for name in OBJECTIVES}
-    for objective in ("gem", "sed", "dft"):
-        assert last[objective][f"{objective} loss"] != pytest.approx(last[objective]["lm loss"], rel=1e-3)
+    for objective in TOKEN_LOSSES:
+        name = objective.partition("-")[0]
+        assert last[objective][f"{name} loss"] != pytest.approx(last[objective]["lm loss"], rel=1e-3)
     assert last["gate"]["sfr gate"] == 0
     for objective in ("layer", "dft"):
         assert all(0.05 < last[objective][share] < 0.95 for share in ("lock share", "fork share"))

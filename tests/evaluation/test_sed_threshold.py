@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
-from megatron_sfr.config.settings import Parser, options, read_recipe, to_flags
+from megatron_sfr.config.objective import selected_loss
+from megatron_sfr.config.settings import Parser, read_recipe, to_flags
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
@@ -27,10 +28,8 @@ from megatron_sfr.evaluation import sed_threshold
 from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
 from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, threshold, top_masses
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.gem import GEMOptions
-from megatron_sfr.objectives.token.registry import OBJECTIVES, ObjectiveOptions
-from megatron_sfr.objectives.token.sed import SEDOptions
-from megatron_sfr.objectives.token.token_loss import TokenObjective, token_loss
+from megatron_sfr.objectives.token.sed import SED
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 
 shares = st.floats(0.01, 0.99)
 
@@ -62,18 +61,19 @@ def read_at_once(model: Model, data: Path, samples: int, supervised: bool) -> tu
     return torch.cat(logits), torch.cat(found)
 
 
-def held_back(objective: TokenObjective, z_TV: Tensor, y_T: Tensor) -> int:
+def held_back(objective: SED, z_TV: Tensor, y_T: Tensor) -> int:
     """How many tokens an SED loss does not leave to cross-entropy."""
-    loss_T, cross_entropy_T = token_loss(z_TV, y_T, objective, Vocab(z_TV.shape[1]))
+    loss_T, cross_entropy_T = vocab_parallel_loss(z_TV, y_T, objective, Vocab(z_TV.shape[1]))
     return int((loss_T != cross_entropy_T).sum())
 
 
-def objective_of(recipe: Path) -> TokenObjective:
+def objective_of(recipe: Path) -> SED:
     """What a training run with this recipe minimises."""
     parser = Parser()
     args = parser.read(to_flags(read_recipe(recipe), parser))
-    name = options(ObjectiveOptions, args).objective
-    return OBJECTIVES[name](options(GEMOptions, args), options(SEDOptions, args))
+    _, loss = selected_loss(args)
+    assert isinstance(loss, SED)
+    return loss
 
 
 @given(st.lists(st.floats(2**-13, 1.0, width=32), min_size=1, max_size=60, unique=True), shares)
@@ -131,7 +131,7 @@ def test_s6_s7_the_printed_recipe_holds_back_the_printed_share(
     (tmp_path / "recipe.yaml").write_text(printed.out)
     assert read_recipe(tmp_path / "recipe.yaml").keys() == {"objective", "sed-top-k", "sed-threshold"}
     objective = objective_of(tmp_path / "recipe.yaml")
-    assert objective.scan.top_k == k
+    assert objective.statistics.top_k == k
     z_TV, y_T = read_at_once(model, data, 6, tokens == "supervised")
     n = len(y_T)
     count = n - held_back(objective, z_TV, y_T)

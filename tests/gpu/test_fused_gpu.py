@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels import plain
-from tests.kernels.through import OBJECTIVES, through, worst
+from tests.kernels.through import through, worst
+from tests.objectives.token.token_cases import CLOSED_FORM_LOSSES
 
 pytestmark = pytest.mark.gpu
 T, V = 4096, 152064  # Qwen2.5's vocabulary, padded for 8 ranks
@@ -26,7 +27,7 @@ def batch(tokens: int, columns: int, size: int, dtype: torch.dtype) -> tuple[Ten
     return z_TV, torch.where(torch.arange(tokens, device="cuda") % 7 == 0, -100, y_T)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", CLOSED_FORM_LOSSES)
 @pytest.mark.parametrize("shards", [1, 8])
 def test_large_shapes(fused, name: str, shards: int) -> None:
     # The reference is in float64, 256 tokens at a time: whole it would take 5 GB and as much again for each block.
@@ -34,7 +35,7 @@ def test_large_shapes(fused, name: str, shards: int) -> None:
     z_TV, y_T = batch(T, V, size, torch.bfloat16)
     for rows in [slice(i, i + 256) for i in range(0, T, 1024)]:
         ours, exact = (
-            through(kernels, z, y_T[rows], OBJECTIVES[name], size=size, shards=n)
+            through(kernels, z, y_T[rows], CLOSED_FORM_LOSSES[name], size=size, shards=n)
             for kernels, z, n in ((fused, z_TV[rows], shards), (plain, z_TV[rows].double(), 1))
         )
         errors = worst(ours, exact)
@@ -45,9 +46,9 @@ def test_large_shapes(fused, name: str, shards: int) -> None:
 @pytest.mark.parametrize(("columns", "size"), [(1, 1), (7, 7), (512, 501), (2048, 2048), (50304, 50257), (5001, 5001)])
 def test_odd_vocabularies(fused, dtype: torch.dtype, columns: int, size: int) -> None:
     z_TV, y_T = batch(64, columns, size, dtype)
-    for name, objective in OBJECTIVES.items():
-        exact = through(plain, z_TV.double(), y_T, objective, size=size, shards=1)
-        errors = worst(through(fused, z_TV, y_T, objective, size=size, shards=1), exact)
+    for name, loss in CLOSED_FORM_LOSSES.items():
+        exact = through(plain, z_TV.double(), y_T, loss, size=size, shards=1)
+        errors = worst(through(fused, z_TV, y_T, loss, size=size, shards=1), exact)
         assert all(ratio <= 1 for ratio in errors.values()), (name, errors)
 
 
@@ -67,6 +68,6 @@ def test_more_than_2_to_the_31_logits(fused) -> None:
 
 def test_two_runs_are_equal(fused) -> None:
     z_TV, y_T = batch(512, V, V, torch.bfloat16)
-    first, second = (through(fused, z_TV, y_T, OBJECTIVES["gem-linear"], size=V, shards=1) for _ in range(2))
+    first, second = (through(fused, z_TV, y_T, CLOSED_FORM_LOSSES["gem"], size=V, shards=1) for _ in range(2))
     assert torch.equal(first.loss_T, second.loss_T)
     assert torch.equal(first.gradient_TV, second.gradient_TV)

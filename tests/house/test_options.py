@@ -1,12 +1,13 @@
 """Each option of ours is explained, and is in a recipe that someone can run."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
 from megatron_sfr.config.settings import PARTS, PRESETS, Parser
+from megatron_sfr.objectives.token.registry import LOSSES
+from megatron_sfr.option_names import option_names
 
 ROOT = Path(__file__).resolve().parents[2]
 # What no recipe should say: where a machine's peculiarities are named, or a store other than the usual one.
@@ -14,7 +15,10 @@ NOT_IN_RECIPES = {"sfr_target_store", "sfr_target_dim"}
 
 
 def options() -> set[str]:
-    return {field.name for part in PARTS for field in fields(part)}
+    losses = [
+        registered.loss for registered in LOSSES.values() if registered.loss.__module__.startswith("megatron_sfr")
+    ]
+    return {option for part in (*PARTS, *losses) for option in option_names(part).values()}
 
 
 def test_every_option_has_a_help_text() -> None:

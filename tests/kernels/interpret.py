@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels import fused, plain
-from tests.kernels.through import OBJECTIVES, through, worst
+from tests.kernels.through import through, worst
+from tests.objectives.token.token_cases import CLOSED_FORM_LOSSES
 
 INF = float("inf")
 
@@ -28,7 +29,7 @@ class Case:
     z_TV: Tensor
     size: int
     shards: int = 1
-    objectives: tuple[str, ...] = tuple(name for name in OBJECTIVES if name != "sed-128")
+    losses: tuple[str, ...] = tuple(name for name in CLOSED_FORM_LOSSES if name != "sed-128")
 
 
 def random_logits(V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, T: int = 3) -> Tensor:
@@ -65,10 +66,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     least[:, :2500] = torch.finfo(torch.float32).min
     yield "extremes", Case("masked with the least number", _with_labels(least), 3000)
     few = torch.randint(0, 4, (3, 2500), generator=torch.Generator().manual_seed(0)).float()
-    yield "ties", Case("four values", few, 2500, 2, ("sed", "sed-128"))
+    yield "ties", Case("four values", few, 2500, 2, ("sed", "sed-10", "sed-128"))
     yield "ties", Case("no ties", random_logits(2500), 2500, 1, ("sed-128",))
-    yield "ties", Case("one value", torch.zeros(3, 300), 300, 1, ("sed", "sed-128"))
-    yield "ties", Case("fewer columns than wanted", random_logits(50), 50, 2, ("sed", "sed-128"))
+    yield "ties", Case("one value", torch.zeros(3, 300), 300, 1, ("sed", "sed-10", "sed-128"))
+    yield "ties", Case("fewer columns than wanted", random_logits(50), 50, 2, ("sed", "sed-10", "sed-128"))
 
 
 def _with_labels(z_TV: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ def _with_labels(z_TV: Tensor) -> Tensor:
 
 
 def compare(case: Case, name: str) -> dict[str, dict[str, float]]:
-    y_T, objective = labels(len(case.z_TV), case.size), OBJECTIVES[name]
-    exact = through(plain, case.z_TV.double(), y_T, objective, size=case.size, shards=1)
+    y_T, loss = labels(len(case.z_TV), case.size), CLOSED_FORM_LOSSES[name]
+    exact = through(plain, case.z_TV.double(), y_T, loss, size=case.size, shards=1)
     ours, twin = (
-        through(kernels, case.z_TV, y_T, objective, size=case.size, shards=case.shards) for kernels in (fused, plain)
+        through(kernels, case.z_TV, y_T, loss, size=case.size, shards=case.shards) for kernels in (fused, plain)
     )
     cut = case.z_TV.dtype == torch.bfloat16  # Triton 3.7's interpreter truncates fp32 to bf16; compiled code rounds it
     return {
@@ -91,7 +92,7 @@ def compare(case: Case, name: str) -> dict[str, dict[str, float]]:
 
 
 def ignored_rows_are_not_read() -> dict[str, float]:
-    """Both modules write zeros where scale and spike are 0, even over NaN and infinity."""
+    """Both modules write zeros where both coefficients are 0, even over NaN and infinity."""
     actual = {}
     for module in (fused, plain):
         z_TV = torch.full((2, 2500), torch.nan)
@@ -105,7 +106,7 @@ def ignored_rows_are_not_read() -> dict[str, float]:
 def main() -> None:
     actual: dict[str, dict[str, dict[str, float]]] = {"ignored rows": {"zeros": ignored_rows_are_not_read()}}
     for group, case in cases():
-        for name in case.objectives:
+        for name in case.losses:
             actual.setdefault(group, {}).update(compare(case, name))
     print(json.dumps(actual))
 

@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.token_loss import token_loss
-from tests.kernels.through import OBJECTIVES
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
+from tests.objectives.token.token_cases import CLOSED_FORM_LOSSES
 from tools.traffic import Traffic
 
 T, V = 256, 16384  # 8 MiB of logits in bf16, against blocks of 1 MiB
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", CLOSED_FORM_LOSSES)
 def test_plain_passes_stay_within_the_target(name: str) -> None:
     z_TV = torch.randn(T, V, dtype=torch.bfloat16, requires_grad=True)
     y_T = torch.arange(T)
     with Traffic(z_TV) as traffic:
-        loss_T, _ = token_loss(z_TV, y_T, OBJECTIVES[name], Vocab(V), overwrite=True)
+        loss_T, _ = vocab_parallel_loss(z_TV, y_T, CLOSED_FORM_LOSSES[name], Vocab(V), overwrite=True)
         torch.autograd.grad(loss_T.sum(), z_TV)
     assert 6 <= traffic.memory / z_TV.numel() <= 20
     assert traffic.peak / z_TV.numel() <= 2

@@ -1,4 +1,4 @@
-"""Runs one objective through the two passes of a kernels module, over the shards of one vocabulary.
+"""Runs one loss through the two passes of a kernels module, over the shards of one vocabulary.
 
 Shapes: T tokens, V columns, R shards.
 """
@@ -10,62 +10,49 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels.plain import EMPTY
-from megatron_sfr.kernels.vocab_parallel import Rows, Vocab, combine
-from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.dft import DFT
-from megatron_sfr.objectives.token.gem import GEM, GEMOptions
-from megatron_sfr.objectives.token.sed import SED, SEDOptions
-from megatron_sfr.objectives.token.token_loss import TokenObjective
-
-OBJECTIVES: dict[str, TokenObjective] = {
-    "ce": CrossEntropy(),
-    "gem-linear": GEM(),
-    "gem-logsigmoid": GEM(GEMOptions(gem_h="logsigmoid", gem_beta=0.5, gem_slope=0.3)),
-    "sed": SED(SEDOptions(sed_threshold=0.5)),
-    "sed-128": SED(SEDOptions(sed_top_k=128, sed_threshold=0.9)),
-    "dft": DFT(),
-}
+from megatron_sfr.kernels.vocab_parallel import LogitStatistics, Vocab, combine
+from megatron_sfr.objectives.token.loss_base import ClosedFormLoss
 
 
 @dataclass(frozen=True)
 class Found:
     """The results of the two passes, and the coefficients of the gradient."""
 
-    rows: Rows
+    stats: LogitStatistics
     loss_T: Tensor
-    spike_T: Tensor
+    label_coef_T: Tensor
     gradient_TV: Tensor  # of the real columns
 
 
-def through(
-    kernels: ModuleType, z_TV: Tensor, y_T: Tensor, objective: TokenObjective, *, size: int, shards: int
-) -> Found:
+def through(kernels: ModuleType, z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, *, size: int, shards: int) -> Found:
     """Splits the logits into equal shards, of which only the first `size` columns are real, and combines them.
 
     The gradient is that of the sum of the kept tokens' losses, each weighted by 1 + its row index.
     """
     T, V = z_TV.shape
     assert V % shards == 0
-    scan, width = objective.scan, V // shards
+    spec, width = loss.statistics, V // shards
     z_TV = z_TV.clone()
     vocabs = [Vocab(size, r * width) for r in range(shards)]
     shards_z = [vocab.real(z_TV[:, vocab.start : vocab.start + width]) for vocab in vocabs]
     shards_y = [vocab.local(y_T, z.shape[1]) for vocab, z in zip(vocabs, shards_z, strict=True)]
     dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
     z_y_T = torch.where(y_T >= 0, z_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0].to(dtype), 0)
-    stats = [
-        kernels.row_statistics(z, y, z_y_T, beta=scan.beta, moments=scan.moments, c=scan.c, top_k=scan.top_k)
+    of_shards = [
+        kernels.row_statistics(z, y, z_y_T, beta=spec.beta, moments=spec.moments, c=spec.c, top_k=spec.top_k)
         for z, y in zip(shards_z, shards_y, strict=True)
     ]
-    rows = combine(torch.stack(stats), scan.beta)
-    if not scan.moments:
-        rows = rows._replace(a_x=torch.zeros_like(rows.a_x))  # not requested
-    closed = objective.close(rows)
+    stats = combine(torch.stack(of_shards), spec.beta)
+    if not spec.moments:
+        stats = stats._replace(a_x=torch.zeros_like(stats.a_x))  # not requested
+    result = loss.finalize(stats)
     weight_T = torch.where(y_T >= 0, torch.arange(1, T + 1, device=y_T.device), 0).to(dtype)
-    scale_T, spike_T = (torch.where(y_T >= 0, x * weight_T, 0) for x in (closed.scale, closed.spike))
+    softmax_coef_T, label_coef_T = (
+        torch.where(y_T >= 0, x * weight_T, 0) for x in (result.softmax_coef, result.label_coef)
+    )
     for z, y in zip(shards_z, shards_y, strict=True):
-        kernels.write_gradient(z, y, rows.m, z_y_T, scale_T, spike_T, beta=scan.beta, c=scan.c)
-    return Found(rows, torch.where(y_T >= 0, closed.loss, 0), spike_T, z_TV[:, :size])
+        kernels.write_gradient(z, y, stats.m, z_y_T, softmax_coef_T, label_coef_T, beta=spec.beta, c=spec.c)
+    return Found(stats, torch.where(y_T >= 0, result.loss, 0), label_coef_T, z_TV[:, :size])
 
 
 def worst(actual: Found, exact: Found, *, truncates: bool = False) -> dict[str, float]:
@@ -76,13 +63,13 @@ def worst(actual: Found, exact: Found, *, truncates: bool = False) -> dict[str, 
     The gradient is rounded once to the logits' dtype (half an ulp), or truncated (one ulp).
     """
     kind = torch.finfo(actual.gradient_TV.dtype)
-    pairs = zip(Rows._fields, actual.rows, exact.rows, strict=True)
+    pairs = zip(LogitStatistics._fields, actual.stats, exact.stats, strict=True)
     ratios = {name: _ratio(x, y, 1e-5 * y.abs()) for name, x, y in pairs if y.numel()}
-    ratios["loss"] = _ratio(actual.loss_T, exact.loss_T, 1e-5 * (1 + exact.loss_T.abs() + exact.rows.x_y.abs()))
+    ratios["loss"] = _ratio(actual.loss_T, exact.loss_T, 1e-5 * (1 + exact.loss_T.abs() + exact.stats.x_y.abs()))
     expected_TV = exact.gradient_TV
     unit = kind.eps if truncates else kind.eps / 2
     rounding = (unit + 2e-5) * expected_TV.abs() + max(kind.smallest_normal * kind.eps, 1e-37)
-    ratios["gradient"] = _ratio(actual.gradient_TV, expected_TV, rounding + 1e-6 * exact.spike_T.abs()[:, None])
+    ratios["gradient"] = _ratio(actual.gradient_TV, expected_TV, rounding + 1e-6 * exact.label_coef_T.abs()[:, None])
     return ratios
 
 

@@ -15,7 +15,7 @@ from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.corruption import SOURCE_STREAM, KLFlowOptions, draw_time, free_text, noisy_point
 from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.token_loss import token_loss
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from tests.distributed.launch import torchrun
 from tests.kl_flow import simplex_program
 from tests.kl_flow.bayes import bayes_logits
@@ -154,7 +154,7 @@ def toy_points(samples: Tensor, options: KLFlowOptions, t_B: Tensor) -> tuple[Te
 
 
 def cross_entropy(logits_BV: Tensor, text_B: Tensor) -> Tensor:
-    return token_loss(logits_BV, text_B, CrossEntropy(), Vocab(5))[0]
+    return vocab_parallel_loss(logits_BV, text_B, CrossEntropy(), Vocab(5))[0]
 
 
 def test_k6_the_bayes_denoiser_has_the_known_cross_entropy() -> None:

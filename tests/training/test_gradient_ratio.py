@@ -8,39 +8,30 @@ import torch
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.state import FlowState
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.dft import DFT
-from megatron_sfr.objectives.token.gem import GEM, GEMOptions
-from megatron_sfr.objectives.token.sed import SED, SEDOptions
-from megatron_sfr.objectives.token.token_loss import IGNORED, TokenObjective, token_loss
+from megatron_sfr.objectives.token.loss_base import IGNORED
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from megatron_sfr.training.auxiliary_loss import StepSums
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, flow_powers, token_power
+from tests.objectives.token.token_cases import ALL_LOSSES
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-OBJECTIVES: dict[str, TokenObjective] = {
-    "ce": CrossEntropy(),
-    "gem": GEM(),
-    "gem, logsigmoid": GEM(GEMOptions(gem_h="logsigmoid", gem_slope=0.5)),
-    "sed": SED(SEDOptions(sed_threshold=0.9, sed_top_k=2)),
-    "dft": DFT(),
-}
 
 
 def make_state(weight: float) -> FlowState:
     return FlowState(weight, dim=3, bins=2)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ALL_LOSSES)
 def test_the_token_objectives_squared_gradient_norm_equals_autograds(name: str) -> None:
     T, H, V, real = 12, 6, 12, 10  # two padding columns
     g = torch.Generator().manual_seed(0)
     h = torch.randn(T, H, generator=g, requires_grad=True)
     weight, y = torch.randn(V, H, generator=g), torch.randint(0, real, (T,), generator=g)
     y[::4] = IGNORED
-    logits, objective, vocab = h @ weight.T, OBJECTIVES[name], Vocab(real)
+    logits, objective, vocab = h @ weight.T, ALL_LOSSES[name], Vocab(real)
     before = logits.detach().clone()
     actual = token_power(logits.detach(), y, objective, vocab, weight)
-    token_loss(logits, y, objective, vocab)[0].sum().backward()
+    vocab_parallel_loss(logits, y, objective, vocab)[0].sum().backward()
     assert actual.item() == pytest.approx(h.grad.square().sum().item(), rel=1e-5)
     assert torch.equal(logits, before)  # measuring does not change the logits
     assert not h.grad[::4].any()

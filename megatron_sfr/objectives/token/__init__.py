@@ -1,1 +1,8 @@
-"""Losses of one token: cross-entropy, GEM, SED-SFT, DFT. Each has one file and an entry in the registry."""
+"""Losses of one token, one file each. Importing this package registers them; a new one needs a line here."""
+
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+from megatron_sfr.objectives.token.dft import DFT
+from megatron_sfr.objectives.token.gem import GEM
+from megatron_sfr.objectives.token.sed import SED
+
+__all__ = ["DFT", "GEM", "SED", "CrossEntropy"]

@@ -5,20 +5,37 @@ L = -sg(p_y) ln p_y,  dL/dz = p_y (softmax(z) - e_y), with sg = stop gradient. I
 
 from dataclasses import dataclass
 
-from megatron_sfr.kernels.vocab_parallel import Rows, Scan
-from megatron_sfr.objectives.token.token_loss import Closed
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec
+from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, LossAndCoefficients
+from megatron_sfr.objectives.token.registry import register
 
 
+@register("dft")
 @dataclass(frozen=True)
-class DFT:
-    """Cross-entropy times the label's current probability."""
+class DFT(ClosedFormLoss):
+    """DFT (arXiv 2508.05629): cross-entropy times the label's current probability.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> loss, cross_entropy = sfr.token_loss(torch.zeros(1, 4), torch.tensor([2]), sfr.DFT())
+        >>> round((loss / cross_entropy).item(), 4)
+        0.25
+    """
+
+    def loss(self, z_TV: Tensor, y_T: Tensor) -> Tensor:
+        """-sg(p_y) ln p_y."""
+        cross_entropy_T = F.cross_entropy(z_TV, y_T, reduction="none")
+        return (-cross_entropy_T).exp().detach() * cross_entropy_T
 
     @property
-    def scan(self) -> Scan:
+    def statistics(self) -> StatisticsSpec:
         """Only the sum at temperature 1."""
-        return Scan()
+        return StatisticsSpec()
 
-    def close(self, rows: Rows) -> Closed:
+    def finalize(self, stats: LogitStatistics) -> LossAndCoefficients:
         """Loss p_y (ln u - x_y); gradient p_y (exp(x) / u - e_y)."""
-        p_y = rows.x_y.exp() / rows.u
-        return Closed(p_y * (rows.u.log() - rows.x_y), p_y / rows.u, p_y)
+        p_y = stats.x_y.exp() / stats.u
+        return LossAndCoefficients(p_y * (stats.u.log() - stats.x_y), p_y / stats.u, p_y)

@@ -20,7 +20,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import (
     weighted_sum,
 )
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.token_loss import token_loss
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 
 DEGENERATE = SFROptions(sfr_source="zero", sfr_time="zero")
 
@@ -84,7 +84,9 @@ def cross_entropy(p_BHV: Tensor, logits_BHV: Tensor) -> Tensor:
     """The same pairs under the token objective, as in heads that predict the next tokens."""
     V = p_BHV.shape[-1]
     y_T = torch.arange(V).repeat(p_BHV.shape[0] * p_BHV.shape[1])
-    losses_T, _ = token_loss(logits_BHV.reshape(-1, V).repeat_interleave(V, dim=0), y_T, CrossEntropy(), Vocab(V))
+    losses_T, _ = vocab_parallel_loss(
+        logits_BHV.reshape(-1, V).repeat_interleave(V, dim=0), y_T, CrossEntropy(), Vocab(V)
+    )
     return (p_BHV.flatten() * losses_T).sum()
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sfr.config.settings import PARTS, PRESETS, Parser, options, to_flags
+from megatron_sfr.config.option_flags import options
+from megatron_sfr.config.settings import PARTS, PRESETS, Parser, to_flags
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions

@@ -1,4 +1,4 @@
-"""Run by torchrun: writes the results of every objective on this rank's shard of seeded logits to FOLDER/RANK.pt.
+"""Run by torchrun: writes the results of every loss on this rank's shard of seeded logits to FOLDER/RANK.pt.
 
 argv: FOLDER.
 
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.token_loss import token_loss
-from tests.objectives.token.token_cases import OBJECTIVES, labels, logits
+from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
+from tests.objectives.token.token_cases import ALL_LOSSES, labels, logits
 
 TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one padding column, the fourth only padding
 
@@ -45,7 +45,7 @@ def run(name: str, grid: bool, vocab: Vocab, columns: slice) -> dict[str, Any]:
     z_TV = all_logits(grid)[:, columns].clone().requires_grad_()
     weight_T = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
     with Collectives() as forward:
-        loss_T, cross_entropy_T = token_loss(z_TV, labels(TOKENS, SIZE, ignored=0.2), OBJECTIVES[name], vocab)
+        loss_T, cross_entropy_T = vocab_parallel_loss(z_TV, labels(TOKENS, SIZE, ignored=0.2), ALL_LOSSES[name], vocab)
     with Collectives() as backward:
         (loss_T * weight_T).sum().backward()
     actual = {"loss": loss_T.detach(), "cross_entropy": cross_entropy_T, "gradient": z_TV.grad}
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     rank, width = dist.get_rank(), COLUMNS // dist.get_world_size()
     vocab = Vocab(SIZE, rank * width, dist.group.WORLD)
     columns = slice(rank * width, (rank + 1) * width)
-    actual = {(name, grid): run(name, grid, vocab, columns) for name in OBJECTIVES for grid in (False, True)}
+    actual = {(name, grid): run(name, grid, vocab, columns) for name in ALL_LOSSES for grid in (False, True)}
     torch.save(actual, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,5 +1,5 @@
 """GEM's properties G1 to G10 (arXiv 2408.16673). G5, equality over shards, is in test_shards.py; G7, G9 and G10 hold
-for every objective and are in test_token_loss.py.
+for every objective and are in common_checks.py.
 
 Shapes: T tokens, V columns.
 """
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.objectives.token.gem import GEM, GEMOptions
-from tests.objectives.token.token_cases import differentiated, labels, logits, written, written_loss
+from megatron_sfr.objectives.token.gem import GEM
+from tests.objectives.token.token_cases import by_definition, differentiated, labels, logits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(50, 13, seed=5), labels(50, 13, seed=5)
@@ -18,11 +18,11 @@ betas = st.floats(0.05, 1.0)
 
 
 def linear(beta: float) -> GEM:
-    return GEM(GEMOptions(gem_beta=beta))
+    return GEM(beta=beta)
 
 
 def logsigmoid(beta: float, c: float) -> GEM:
-    return GEM(GEMOptions(gem_beta=beta, gem_h="logsigmoid", gem_slope=c))
+    return GEM(beta=beta, h="logsigmoid", slope=c)
 
 
 either = pytest.mark.parametrize("objective", [linear(0.7), logsigmoid(0.7, 0.3)], ids=["linear", "logsigmoid"])
@@ -88,17 +88,17 @@ def test_value_and_gradient_match_the_reference_loss(beta: float, c: float | Non
     objective = linear(beta) if c is None else logsigmoid(beta, c)
     z_TV, y_T = logits(8, 9, seed=seed), labels(8, 9, seed=seed)
     loss_T, _, g_TV = differentiated(z_TV, y_T, objective)
-    for x, there in zip((loss_T, g_TV), written(z_TV, y_T, objective), strict=True):
+    for x, there in zip((loss_T, g_TV), by_definition(z_TV, y_T, objective), strict=True):
         torch.testing.assert_close(x, there, **EXACT)
 
 
 @either
 def test_closed_forms_need_no_log_sum_exp(objective: GEM) -> None:
     """L = sum a z - S z_y and dL/dz = a - S e_y, with a = q w and S = sum a."""
-    o = objective.options
+    o = objective
     z_y_T1 = Z_TV.gather(1, Y_T[:, None])
-    w_TV = (o.gem_slope * (Z_TV - z_y_T1)).sigmoid() if o.gem_h == "logsigmoid" else torch.ones_like(Z_TV)
-    a_TV = (Z_TV / o.gem_beta).softmax(-1) * w_TV
+    w_TV = (o.slope * (Z_TV - z_y_T1)).sigmoid() if o.h == "logsigmoid" else torch.ones_like(Z_TV)
+    a_TV = (Z_TV / o.beta).softmax(-1) * w_TV
     s_T1 = a_TV.sum(-1, keepdim=True)
     loss_T, _, g_TV = differentiated(Z_TV, Y_T, objective)
     torch.testing.assert_close(loss_T, (a_TV * Z_TV).sum(-1) - (s_T1 * z_y_T1)[:, 0], **EXACT)
@@ -106,13 +106,13 @@ def test_closed_forms_need_no_log_sum_exp(objective: GEM) -> None:
 
 
 def test_the_authors_slope_makes_about_half_the_linear_loss() -> None:
-    half, whole = (written_loss(o, Z_TV, Y_T).mean() for o in (logsigmoid(0.7, 0.01), linear(0.7)))
+    half, whole = (o.loss(Z_TV, Y_T).mean() for o in (logsigmoid(0.7, 0.01), linear(0.7)))
     loss_T, _, _ = differentiated(Z_TV, Y_T, logsigmoid(0.7, 0.01))
     torch.testing.assert_close(loss_T.mean(), half, **EXACT)
     assert half / whole == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("wrong", [{"gem_beta": 0.0}, {"gem_beta": 1.1}, {"gem_beta": -0.5}, {"gem_slope": 0.0}])
+@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"beta": 1.1}, {"beta": -0.5}, {"slope": 0.0}])
 def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        GEMOptions(**wrong)
+        GEM(**wrong)

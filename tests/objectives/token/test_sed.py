@@ -15,16 +15,16 @@ from torch import Tensor
 from megatron_sfr.kernels.plain import row_statistics
 from megatron_sfr.kernels.vocab_parallel import combine
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
-from megatron_sfr.objectives.token.sed import SED, SEDOptions, top_mass
-from tests.objectives.token.token_cases import differentiated, labels, logits, written
+from megatron_sfr.objectives.token.sed import SED, top_mass
+from tests.objectives.token.token_cases import by_definition, differentiated, labels, logits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(60, 13, seed=9), labels(60, 13, seed=9)
 weights = st.floats(0.0, 10.0)
 
 
-def sed(weight: float = 1.0, k: int = 3, tau: float | None = 0.7) -> SED:
-    return SED(SEDOptions(sed_weight=weight, sed_top_k=k, sed_threshold=tau))
+def sed(weight: float = 1.0, k: int = 3, tau: float = 0.7) -> SED:
+    return SED(tau, weight, k)
 
 
 def masses(z_TV: Tensor, k: int) -> Tensor:
@@ -65,7 +65,7 @@ def test_s2_the_gradient_is_cross_entropys_times_a_gain(weight: float, k: int, t
     gain_T = 1 - 2 * weight * mask_T * p_T * (p_T - 0.5)
     torch.testing.assert_close(g_TV, gain_T[:, None] * plain_TV, **EXACT)
     torch.testing.assert_close(g_TV.sum(-1), torch.zeros_like(p_T), rtol=0, atol=1e-12)
-    for x, there in zip((loss_T, g_TV), written(Z_TV, Y_T, objective), strict=True):
+    for x, there in zip((loss_T, g_TV), by_definition(Z_TV, Y_T, objective), strict=True):
         torch.testing.assert_close(x, there, **EXACT)
 
 
@@ -126,7 +126,7 @@ def test_a_token_at_the_threshold_is_exempt() -> None:
     assert held_back[0] > held_back[1]
 
 
-@pytest.mark.parametrize("wrong", [{"sed_weight": -0.1}, {"sed_top_k": 0}, {"sed_top_k": 129}])
+@pytest.mark.parametrize("wrong", [{"weight": -0.1}, {"top_k": 0}, {"top_k": 129}])
 def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        SEDOptions(**wrong)
+        SED(0.5, **wrong)

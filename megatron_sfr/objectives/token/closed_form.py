@@ -1,0 +1,70 @@
+"""Losses with a closed-form gradient over a sharded vocabulary, in two passes over the logits.
+
+The first pass computes the statistics of each token, which one collective combines; the second overwrites the logits
+with the gradient. Logits are never gathered.
+Shapes: T tokens, V columns of the local shard, N statistics per token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sfr.kernels import choose
+from megatron_sfr.kernels.vocab_parallel import LogitStatistics, Vocab, combine
+from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, LossAndCoefficients
+
+
+def sum_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of sums over logits: fp32, or float64 for float64 logits."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The results of the first pass; ignored tokens have loss, coefficients and cross-entropy 0."""
+
+    stats: LogitStatistics
+    z_y_T: Tensor
+    """The label's logit; only computed if the loss weights tokens by it."""
+    result: LossAndCoefficients
+    cross_entropy_T: Tensor
+
+
+def first_pass(z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, vocab: Vocab) -> FirstPass:
+    """Loss, gradient coefficients and cross-entropy of each token from a shard's logits."""
+    z_TV = vocab.real(z_TV)
+    spec, width = loss.statistics, z_TV.shape[-1]
+    y_local_T = vocab.local(y_T, width)
+    z_y_T = z_TV.new_zeros(len(y_T), dtype=sum_dtype(z_TV))
+    if spec.c:  # the weights need the label's logit before the pass: one more collective of one float per token
+        own_T = z_TV.gather(-1, y_local_T.clamp(min=0)[:, None])[:, 0] if width else z_y_T
+        own_T = torch.where(y_local_T >= 0, own_T.to(z_y_T.dtype), 0)
+        z_y_T = vocab.gather(own_T[:, None]).sum(0)[:, 0]
+    stats_TN = choose(z_TV).row_statistics(
+        z_TV, y_local_T, z_y_T, beta=spec.beta, moments=spec.moments, c=spec.c, top_k=spec.top_k
+    )
+    stats = combine(vocab.gather(stats_TN), spec.beta)
+    cross_entropy_T = stats.u.log() - stats.x_y
+    kept_T = y_T >= 0
+    result = LossAndCoefficients(*(torch.where(kept_T, x, 0) for x in loss.finalize(stats)))
+    return FirstPass(stats, z_y_T, result, torch.where(kept_T, cross_entropy_T, 0))
+
+
+def write_gradient(
+    z_TV: Tensor,
+    y_T: Tensor,
+    m_T: Tensor,
+    z_y_T: Tensor,
+    softmax_coef_T: Tensor,
+    label_coef_T: Tensor,
+    loss: ClosedFormLoss,
+    vocab: Vocab,
+) -> None:
+    """Overwrites a shard's logits with the gradient, and the padding columns of the vocabulary with 0."""
+    spec, real_TV = loss.statistics, vocab.real(z_TV)
+    width = real_TV.shape[-1]
+    choose(z_TV).write_gradient(
+        real_TV, vocab.local(y_T, width), m_T, z_y_T, softmax_coef_T, label_coef_T, beta=spec.beta, c=spec.c
+    )
+    z_TV[:, width:] = 0

@@ -1,0 +1,68 @@
+"""The two forms of a token loss: any loss in plain torch, and losses whose gradient has a closed form.
+
+Shapes: T tokens, V tokens of the whole vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec
+
+IGNORED = -100
+"""The label of tokens without a loss, as in torch. Every negative label is ignored."""
+
+
+class TokenLoss(ABC):
+    """A loss of one token, as a function of its logits and its label.
+
+    Subclasses are frozen dataclasses whose fields are the options; `register` gives them a name. Only `loss` is
+    needed: the gradient then comes from autograd. Over a sharded vocabulary the logits are gathered, in blocks of
+    tokens, and every rank computes the loss of the whole vocabulary.
+    """
+
+    @abstractmethod
+    def loss(self, z_TV: Tensor, y_T: Tensor) -> Tensor:
+        """The loss in plain torch, with stop-gradients where the paper has them.
+
+        The loss of a token may only depend on its own logits and label, because tokens are processed in blocks.
+
+        Args:
+            z_TV: logits of the whole vocabulary without padding, fp32 (or float64): [T, V].
+            y_T: labels, int64 in [0, V): [T]. The results of ignored tokens are discarded.
+
+        Returns:
+            The loss of each token: [T].
+        """
+
+
+class LossAndCoefficients(NamedTuple):
+    """The loss of each token and the coefficients of its gradient with respect to the logits.
+
+    dL/dz_i = softmax_coef w_i exp(x_i / beta) - label_coef [i = y], with x_i, w_i and beta as in `StatisticsSpec`.
+    """
+
+    loss: Tensor
+    """[T]."""
+    softmax_coef: Tensor
+    """[T]."""
+    label_coef: Tensor
+    """[T]."""
+
+
+class ClosedFormLoss(TokenLoss):
+    """A token loss whose gradient is a weighted softmax minus a one-hot vector.
+
+    Loss and gradient come from a few sums over the logits. Two passes of fused kernels compute them; the logits are
+    never gathered or copied. `loss` defines what they compute, and the tests compare both.
+    """
+
+    @property
+    @abstractmethod
+    def statistics(self) -> StatisticsSpec:
+        """The statistics of the logits that `finalize` needs."""
+
+    @abstractmethod
+    def finalize(self, stats: LogitStatistics) -> LossAndCoefficients:
+        """Loss and gradient coefficients of each token, from the statistics of its logits."""

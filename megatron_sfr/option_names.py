@@ -1,0 +1,54 @@
+"""Names of options outside Python: in flags, recipes and stored arguments. There they carry a prefix, fields do not."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+_PREFIXES: dict[type, tuple[str, dict[str, str]]] = {}
+
+
+def named[Options](prefix: str, **others: str) -> Callable[[type[Options]], type[Options]]:
+    """A class decorator for a dataclass of options: the option of a field is the prefix and the field's name.
+
+    Args:
+        prefix: such as `gem_`; the field `beta` is then the option `gem_beta`, with the flag `--gem-beta`.
+        others: {field: option} for options that are named differently.
+    """
+
+    def decorate(options: type[Options]) -> type[Options]:
+        _PREFIXES[options] = prefix, others
+        return options
+
+    return decorate
+
+
+def option_names(options: type) -> dict[str, str]:
+    """{field: option} of a dataclass. Without `named` an option has the name of its field."""
+    prefix, others = _PREFIXES.get(options, ("", {}))
+    return {f.name: others.get(f.name, prefix + f.name) for f in fields(options)}
+
+
+def from_arguments[Options](options: type[Options], arguments: Mapping[str, Any]) -> Options:
+    """A dataclass of options from arguments by option name.
+
+    Raises:
+        ValueError: the dataclass refuses a value. Fields that its message writes as `` `field` `` are replaced by their
+            options.
+        KeyError: an argument is missing.
+    """
+    names = option_names(options)
+    try:
+        return options(**{field: arguments[option] for field, option in names.items()})
+    except ValueError as error:
+        raise ValueError(re.sub(r"`(\w+)`", lambda m: names.get(m[1], m[0]), str(error))) from error
+
+
+def required(options: type) -> dict[str, str]:
+    """Options without a default, with the `hint` of the field's metadata: {option: hint}."""
+    names = option_names(options)
+    return {
+        names[f.name]: f.metadata.get("hint", "")
+        for f in fields(options)
+        if f.default is MISSING and f.default_factory is MISSING
+    }
