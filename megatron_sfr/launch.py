@@ -124,7 +124,6 @@ def train(
     log = run.save / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    environment = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | variables(max_restarts) | os.environ
     if not verbose:
         print(f"{title}: {run.train_iters} steps on {nproc} processes; Megatron's output: {log}", flush=True)
     with log.open("wb") as sink:
@@ -132,7 +131,7 @@ def train(
             lifetime.tied(command(recipe, nproc, flags, max_restarts)),
             stdout=None if verbose else sink,
             stderr=None if verbose else subprocess.STDOUT,
-            env=environment,
+            env={"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | variables(max_restarts) | os.environ,
             start_new_session=True,  # the terminal's Ctrl-C reaches the workers once, through us
         )
         stopped = _wait(process, None if verbose else _bar(run, title))
