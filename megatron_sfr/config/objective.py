@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import megatron_sfr.objectives.token  # registers the losses of this package  # noqa: F401
 from megatron_sfr.config.option_flags import options
@@ -56,7 +57,7 @@ def check_objective(args: argparse.Namespace) -> None:
             )
 
 
-def _given(loss: type[TokenLoss], args: argparse.Namespace) -> list[str]:
+def _given(loss: type[Any], args: argparse.Namespace) -> list[str]:
     """The options of a loss that differ from their defaults."""
     names, without_default = option_names(loss), required(loss)
     defaults = {names[f.name]: None if names[f.name] in without_default else f.default for f in fields(loss)}

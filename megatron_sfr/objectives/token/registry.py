@@ -98,9 +98,9 @@ def find_loss(objective: str) -> str:
         return objective
     module_name, _, class_name = objective.rpartition(".")
     if not module_name:
-        names = ", ".join(sorted(LOSSES))
+        known = ", ".join(sorted(LOSSES))
         raise ValueError(
-            f"invalid choice: {objective!r} (choose from {names}, or give the dotted path of your own loss, such as "
+            f"invalid choice: {objective!r} (choose from {known}, or give the dotted path of your own loss, such as "
             "my_package.my_module.MyLoss)"
         )
     try:
