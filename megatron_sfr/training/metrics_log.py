@@ -23,6 +23,8 @@ def pair(total: Tensor | float, count: Tensor) -> Tensor:
 class JsonLines:
     """The scalars that upstream logs, as a JSONL file with one line per step.
 
+    A line is appended once its step is over, so that others can follow the file. Before each checkpoint the line of the
+    current step is saved beside it (`metrics.pending.json`): a run that is killed after the checkpoint resumes with it.
     A resumed run truncates the file to the step that it resumes from, and appends.
     """
 
@@ -32,33 +34,47 @@ class JsonLines:
             resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no
                 other run can be writing to the folder.
         """
-        self._path, self._resumed = path, resumed
+        self._path, self._pending, self._resumed = path, path.with_name("metrics.pending.json"), resumed
         self._step, self._record, self._fresh = 0, dict[str, float](), True
-        self._offset, self._written = 0, True
 
     def add(self, tag: str, value: Any, step: int) -> None:
         """Adds a scalar. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
         if tag.endswith(" vs samples"):
             return
         if self._fresh:
-            cut_back(self._path, self._resumed())
-            self._fresh = False
+            self._resume()
         if step != self._step:
             self.flush()
-            self._step, self._record, self._offset = step, {}, _size(self._path)
+            self._step = step
         self._record[tag] = float(value)
-        self._written = False
 
     def flush(self) -> None:
-        """Writes the line of the current step. Later scalars of the same step replace it by a longer one."""
-        if self._written:
-            return
-        line = json.dumps({"step": self._step, "time": round(time.time(), 3), **self._record}) + "\n"
-        with self._path.open("r+b" if self._path.exists() else "wb") as file:
-            file.seek(self._offset)
-            file.write(line.encode())
-            file.truncate()
-        self._written = True
+        """Appends the line of the current step, which is over."""
+        if self._record:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._line())
+            self._pending.unlink(missing_ok=True)
+            self._record = {}
+
+    def keep(self) -> None:
+        """Saves the line of the current step, which may get more scalars, in a file of its own."""
+        if self._record:
+            with replacing(self._pending) as file:
+                file.write(self._line())
+
+    def _line(self) -> str:
+        return json.dumps({"step": self._step, "time": round(time.time(), 3), **self._record}) + "\n"
+
+    def _resume(self) -> None:
+        """Truncates the file to the step that the run resumes from, and appends a saved line that belongs there."""
+        self._fresh, step = False, self._resumed()
+        last = cut_back(self._path, step)
+        if self._pending.exists():
+            line = self._pending.read_bytes()
+            if last < _step(line) <= step:
+                with self._path.open("ab") as file:
+                    file.write(line)
+            self._pending.unlink()
 
 
 def replacements(lines: JsonLines) -> tuple[Replacement, ...]:
@@ -74,7 +90,7 @@ def replacements(lines: JsonLines) -> tuple[Replacement, ...]:
         Replacement(
             "megatron.training.training",
             "save_checkpoint_and_time",
-            wrapper(lambda save: _after_flush(save, lines)),
+            wrapper(lambda save: _after_keeping(save, lines)),
             "has no hook before a save; a process that is killed after it would lose the line of the step",
         ),
     )
@@ -91,34 +107,43 @@ def _to_both(add_scalar: Callable[..., None], lines: JsonLines) -> Callable[...,
     return add
 
 
-def _after_flush(save: Callable[..., Any], lines: JsonLines) -> Callable[..., Any]:
-    """Upstream's save, after the line of the step is written."""
+def _after_keeping(save: Callable[..., Any], lines: JsonLines) -> Callable[..., Any]:
+    """Upstream's save, after the line of the step is kept."""
 
     @functools.wraps(save)
-    def flush_and_save(*args: Any, **kwargs: Any) -> Any:
-        lines.flush()
+    def keep_and_save(*args: Any, **kwargs: Any) -> Any:
+        lines.keep()
         return save(*args, **kwargs)
 
-    return flush_and_save
+    return keep_and_save
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and an incomplete last line. The file is replaced atomically."""
+def cut_back(path: Path, step: int) -> int:
+    """Drops the lines of later steps, and an incomplete last line. The file is replaced atomically.
+
+    Returns:
+        The last step that the file has now; 0 without one.
+    """
     if not path.exists():
-        return
+        return 0
+    with open(path, "rb") as file:
+        last = max((_step(line) for line in file if _stays(line, step)), default=0)
     with open(path, "rb") as file:
         if all(_stays(line, step) for line in file):
-            return
+            return last
     with open(path, "rb") as file, replacing(path, "wb") as kept:
         kept.writelines(line for line in file if _stays(line, step))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    return last
 
 
 def _stays(line: bytes, step: int) -> bool:
+    """Whether a line is complete and not of a later step. Lines that are not ours stay."""
+    return line.endswith(b"\n") and _step(line) <= step
+
+
+def _step(line: bytes) -> int:
+    """The step of a line; 0 if it is not ours."""
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return True  # not written by us: keep it
+        return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.training import training
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sfr.runtime.replacements import replaced
@@ -30,21 +31,56 @@ def test_one_line_per_step_without_the_vs_samples_duplicates(tmp_path: Path) -> 
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_scalars_that_come_after_the_checkpoint_join_their_steps_line(tmp_path: Path) -> None:
-    """Upstream validates after it saved; the line was written before the save, so that a kill does not lose it."""
-    path = tmp_path / "metrics.jsonl"
+def test_a_checkpoint_keeps_the_line_of_its_step_which_is_not_over(tmp_path: Path) -> None:
+    """Upstream validates after the last save: the file itself gets whole lines only."""
+    path, pending = tmp_path / "metrics.jsonl", tmp_path / "metrics.pending.json"
     log = JsonLines(path)
-    with SummaryWriter(tmp_path / "tensorboard") as writer, replaced(replacements(log)):
-        for step in (1, 2):
-            writer.add_scalar("lm loss", 3.0 / step, step)
-            log.flush()
-            assert read(path)[-1] == {"step": step, "lm loss": 3.0 / step}
-            writer.add_scalar("lm loss validation", 4.0, step)
-        log.flush()
+    for step in (1, 2):
+        log.add("lm loss", 3.0 / step, step)
+        log.keep()
+        assert read(pending) == [{"step": step, "lm loss": 3.0 / step}]
+        log.add("lm loss validation", 4.0, step)
+    log.flush()
+    assert not pending.exists()
     assert read(path) == [
         {"step": 1, "lm loss": 3.0, "lm loss validation": 4.0},
         {"step": 2, "lm loss": 1.5, "lm loss validation": 4.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "expected"),
+    [
+        ((1,), 2, [1, 2, 3]),  # killed between the checkpoint and the next step
+        ((1, 2), 2, [1, 2, 3]),  # killed after the line was appended
+        ((1, 2), 3, [1, 2, 3]),  # killed during the save of step 3, which is computed again
+        ((1, 2, 3), 4, [1, 2, 3]),
+        ((), 2, [2, 3]),
+    ],
+)
+def test_a_kill_after_a_checkpoint_loses_no_line(
+    tmp_path: Path, written: tuple[int, ...], kept: int, expected: list[int]
+) -> None:
+    path, pending = tmp_path / "metrics.jsonl", tmp_path / "metrics.pending.json"
+    path.write_bytes(lines(*written))
+    pending.write_bytes(lines(kept))
+    resumed = JsonLines(path, resumed=lambda: 2)
+    resumed.add("lm loss", 1.0, 3)
+    resumed.flush()
+    assert [record["step"] for record in read(path)] == expected
+    assert not pending.exists()
+
+
+def test_a_save_of_upstream_keeps_the_line_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    seen = []
+    monkeypatch.setattr(
+        training, "save_checkpoint_and_time", lambda: seen.append(read(tmp_path / "metrics.pending.json"))
+    )
+    log.add("lm loss", 3.0, 1)
+    with replaced(replacements(log)):
+        training.save_checkpoint_and_time()
+    assert seen == [[{"step": 1, "lm loss": 3.0}]]
 
 
 def test_pair_is_a_detached_sum_and_its_count() -> None:
