@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.flow.path import interpolate
 from megatron_sfr.objectives.sfr.ablations import cosine_error, linear_cka_error
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime import noise
 
 SOURCE_STREAM, TIME_STREAM = 0, 1
@@ -20,43 +21,44 @@ HORIZON_BITS = 24  # positions are below 2^24; the bits above hold the horizon
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class SFROptions:
     """SFR's auxiliary loss."""
 
-    sfr_loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
+    loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
     """'flow' (default): flow matching, the method. The others are the paper's deterministic ablations. 'mse': squared
     error between the embedding and the head's output at x_t = 0, t = 0 (flow with source and time zero). 'cosine':
     cosine distance between the same two. 'cka': linear CKA between hidden states and embeddings over the anchors of
     each sample, at least 4 (the authors: over a batch)."""
-    sfr_source: Literal["normal", "zero"] = "normal"
+    source: Literal["normal", "zero"] = "normal"
     """Source x_0 of the flow. 'normal' (default): N(0, I). 'zero': 0, which requires sfr_time = zero, because at t > 0
     it leaks the target, x_1 = x_t / t."""
-    sfr_time: Literal["uniform", "logit_normal", "zero"] = "uniform"
+    time: Literal["uniform", "logit_normal", "zero"] = "uniform"
     """Distribution of t. 'uniform' (default): U(0, 1), as in the authors' code. 'logit_normal': sigmoid(N(0, 1)), as in
     Stable Diffusion 3 (arXiv 2403.03206). 'zero': 0."""
-    sfr_time_per: Literal["anchor", "sequence"] = "anchor"
+    time_per: Literal["anchor", "sequence"] = "anchor"
     """Whether each anchor draws its own t (default), or all anchors of a sequence share one, as in the authors'
     code."""
-    sfr_draws: int = 4
+    draws: int = 4
     """Noise draws (x_0, t) per anchor and step; their losses are averaged. Default 4, as in MAR (arXiv 2406.11838); the
     authors' code uses 1."""
-    sfr_noise_seed: int = 1234
+    noise_seed: int = 1234
     """Seed of the noise, which depends only on (seed, sample, anchor, draw). Default 1234."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sfr_draws <= 1024:
-            raise ValueError(f"sfr_draws = {self.sfr_draws}: choose 1 to 1024")
-        if self.sfr_source == "zero" and self.sfr_time != "zero" and self.sfr_loss == "flow":
+        if not 1 <= self.draws <= 1024:
+            raise ValueError(f"`draws` = {self.draws}: choose 1 to 1024")
+        if self.source == "zero" and self.time != "zero" and self.loss == "flow":
             raise ValueError(
-                f"sfr_source = zero with sfr_time = {self.sfr_time} leaks the target (x_1 = x_t / t): "
-                "set sfr_time to zero, or sfr_source to normal"
+                f"`source` = zero with `time` = {self.time} leaks the target (x_1 = x_t / t): "
+                "set `time` to zero, or `source` to normal"
             )
 
     @property
     def stochastic(self) -> bool:
         """Whether the loss uses noise."""
-        return self.sfr_loss == "flow" and (self.sfr_source == "normal" or self.sfr_time != "zero")
+        return self.loss == "flow" and (self.source == "normal" or self.time != "zero")
 
 
 def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
@@ -92,15 +94,15 @@ def draw_noise(
     if not options.stochastic:  # one deterministic pair, at the start of the path
         start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
         return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
-    draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_BA.device)
+    draw_K = torch.arange(first_draw, first_draw + options.draws, device=sample_BA.device)
     sample, position = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
-    seed = options.sfr_noise_seed
+    seed = options.noise_seed
     x_0 = noise.normal(seed, sample, position, draw_K, dim, stream=SOURCE_STREAM)
-    if options.sfr_time == "zero":
+    if options.time == "zero":
         return x_0, torch.zeros_like(x_0[..., :1])
-    position = position if options.sfr_time_per == "anchor" else torch.zeros_like(position)
+    position = position if options.time_per == "anchor" else torch.zeros_like(position)
     t = noise.uniform(seed, sample, position, draw_K, stream=TIME_STREAM)
-    if options.sfr_time == "logit_normal":
+    if options.time == "logit_normal":
         t = torch.special.ndtri(t).sigmoid()
     return x_0, t[..., None]
 
@@ -128,14 +130,14 @@ def anchor_errors(
     t: Tensor,
     options: SFROptions,
 ) -> tuple[Tensor, Tensor]:
-    """Errors [B, A, K] and their weights [B, A, 1] for options.sfr_loss; padding has weight 0.
+    """Errors [B, A, K] and their weights [B, A, 1] for options.loss; padding has weight 0.
 
     cka has one error per sample, [B, 1, 1], and no velocity network: only there may `velocity` be None.
     """
-    if options.sfr_loss == "cka":
+    if options.loss == "cka":
         return linear_cka_error(h_BAH, x_1_BAD, weight_BA)
     assert velocity is not None
-    if options.sfr_loss == "cosine":
+    if options.loss == "cosine":
         answer = velocity(x_0, t, h_BAH[:, :, None]).to(x_1_BAD.dtype)
         return cosine_error(answer, x_1_BAD[:, :, None]), weight_BA[..., None]
     return flow_matching_error(velocity, h_BAH, x_1_BAD, x_0, t), weight_BA[..., None]
