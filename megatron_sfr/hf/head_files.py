@@ -89,8 +89,21 @@ def stored_options[Options](part: type[Options], stored: Mapping[str, Any]) -> O
     return part(**given)
 
 
-def load_head(folder: Path) -> FlowHead:
-    """The trained head beside an exported model, on CPU, with its state; ValueError where it is missing or damaged."""
+def load_head(folder: str | Path) -> FlowHead:
+    """Loads the flow head that `export_hf(..., head=True)` wrote beside a model.
+
+    Args:
+        folder: the Hugging Face folder.
+    Returns:
+        The head with its state, on CPU, in evaluation mode.
+    Raises:
+        ValueError: the folder has no head, or its files are damaged.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.load_head("model").dim
+        384
+    """
+    folder = Path(folder)
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: export it with `megatron-sfr convert export --keep-head`")

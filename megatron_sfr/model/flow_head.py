@@ -91,6 +91,19 @@ class FlowHead(MegatronModule):
     """The velocity network, its EMA for sfr_ema = teacher, and the state of the auxiliary loss.
 
     Matrix products run in the dtype of the hidden states. EMA and state stay fp32 when the model is cast.
+
+    Args:
+        config: of the model; the head reads the hidden size and whether the model uses sequence parallelism.
+        plan: the head's options, and the dimension D of the embeddings.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> from megatron.core.transformer import TransformerConfig
+        >>> config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, cuda_graph_modules=[])
+        >>> head = sfr.FlowHead(config, sfr.FlowHeadPlan(sfr.FlowHeadOptions(width=16), dim=4))
+        >>> x_t, t, h = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 1), torch.zeros(2, 3, 1, 8)
+        >>> head(x_t, t, h, torch.zeros(2, 3, dtype=torch.int64)).shape  # velocities [B, A, K, D]
+        torch.Size([2, 3, 5, 4])
     """
 
     def __init__(self, config: TransformerConfig, plan: FlowHeadPlan) -> None:

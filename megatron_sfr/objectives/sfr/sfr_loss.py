@@ -146,3 +146,64 @@ def anchor_errors(
 def weighted_sum(error_BAK: Tensor, weight_BA1: Tensor) -> Tensor:
     """sum_a w_a mean_k error: a scalar."""
     return (weight_BA1 * error_BAK).sum() / error_BAK.shape[-1]
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    horizons: Tensor | None = None,
+    options: SFROptions | None = None,
+    *,
+    first_draw: int = 0,
+) -> Tensor:
+    """SFR's loss of each anchor (arXiv 2605.27971), for a training loop of your own.
+
+    A head that predicts 0 has a loss of about 2 for targets of length sqrt(D). The noise is a function of its keys, so
+    the result does not depend on the batch or the parallel layout; use new sample numbers in each epoch.
+
+    Args:
+        velocity: a `FlowHead`, or any function of x_t [B, A, K, D], t [B, A, K, 1] in [0, 1], h [B, A, 1, H] and
+            horizons [B, A] that returns velocities [B, A, K, D].
+        hidden: hidden states of the backbone at the anchors, [B, A, H]. Detach them to train only the head.
+        targets: embeddings of the text that follows each anchor, at the flow's scale: unit length times sqrt(D) by
+            default in training (`scale_targets`). fp32, [B, A, D].
+        samples: number of each anchor's sample in the run, int64 [B, A] or [B, 1]. A key of the noise.
+        positions: token position of each anchor in its sample, int64 [B, A]. A key of the noise.
+        horizons: index of each anchor's horizon, int64 [B, A]. Default: 0.
+        options: the kind of loss, the source and the times. Default: flow matching with 4 draws per anchor.
+        first_draw: index of the first draw; another value gives independent noise.
+
+    Returns:
+        The loss of each anchor, averaged over noise draws: fp32 [B, A]. Weight it by `anchor_weights`, and 0 for
+        padding.
+
+    Raises:
+        ValueError: options.loss is cka, which has no loss of one anchor.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> def velocity(x_t, t, h, horizons):
+        ...     return torch.zeros_like(x_t)  # a new head
+        >>> B, A, H, D = 2, 3, 8, 4
+        >>> targets = D**0.5 * torch.nn.functional.normalize(torch.ones(B, A, D), dim=-1)
+        >>> samples, positions = torch.arange(B)[:, None], torch.arange(A).expand(B, A)
+        >>> loss = sfr.flow_matching_loss(velocity, torch.zeros(B, A, H), targets, samples, positions)
+        >>> loss.shape
+        torch.Size([2, 3])
+    """
+    options = SFROptions() if options is None else options
+    if options.loss == "cka":
+        raise ValueError("loss = cka compares all anchors of a sample and has no loss of one anchor")
+    horizon_BA = torch.zeros_like(positions) if horizons is None else horizons
+    sample_BA = samples.expand_as(positions)
+    x_0, t = draw_noise(sample_BA, positions, horizon_BA, targets.shape[-1], first_draw, options)
+
+    def at_horizons(x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return velocity(x_t, t, h, horizon_BA)
+
+    weight_BA = torch.ones_like(positions, dtype=x_0.dtype)
+    error_BAK, _ = anchor_errors(at_horizons, hidden, targets, weight_BA, x_0, t, options)
+    return error_BAK.mean(-1)
