@@ -1,3 +1,101 @@
-"""Training language models that stay diverse, on NVIDIA Megatron: objectives, data, conversion, evaluation."""
+"""Training language models that stay diverse, on NVIDIA Megatron: objectives, data, conversion, evaluation.
+
+`import megatron_sfr as sfr` loads nothing else; each name below is imported when it is first used (PEP 562).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DFT",
+    "GEM",
+    "SED",
+    "ClosedFormLoss",
+    "CrossEntropy",
+    "EmbedOptions",
+    "EvaluationOptions",
+    "FlowHead",
+    "FlowHeadOptions",
+    "FlowHeadPlan",
+    "LogitStatistics",
+    "LossAndCoefficients",
+    "PrepareOptions",
+    "SFROptions",
+    "SamplingOptions",
+    "StatisticsSpec",
+    "TokenLoss",
+    "attach_head",
+    "embed",
+    "evaluate",
+    "export_hf",
+    "flow_matching_loss",
+    "generate",
+    "import_hf",
+    "load_head",
+    "open_prepared",
+    "prepare",
+    "register",
+    "token_loss",
+]
+
+_MODULES = {
+    "data.prepare.chat_source": ["PrepareOptions"],
+    "data.prepare.pipeline": ["prepare"],
+    "data.prepared.open": ["open_prepared"],
+    "data.targets.embed": ["EmbedOptions", "embed"],
+    "evaluation.compare.curves": ["EvaluationOptions"],
+    "evaluation.compare.evaluate_models": ["evaluate"],
+    "evaluation.generate.generate_replies": ["generate"],
+    "evaluation.generate.transformers_engine": ["SamplingOptions"],
+    "hf.export_hf": ["export_hf"],
+    "hf.head_files": ["load_head"],
+    "hf.import_hf": ["import_hf"],
+    "kernels.vocab_parallel": ["LogitStatistics", "StatisticsSpec"],
+    "model.attach_head": ["attach_head"],
+    "model.flow_head": ["FlowHead", "FlowHeadOptions", "FlowHeadPlan"],
+    "objectives.sfr.sfr_loss": ["SFROptions", "flow_matching_loss"],
+    "objectives.token.cross_entropy": ["CrossEntropy"],
+    "objectives.token.dft": ["DFT"],
+    "objectives.token.gem": ["GEM"],
+    "objectives.token.loss_base": ["ClosedFormLoss", "LossAndCoefficients", "TokenLoss"],
+    "objectives.token.registry": ["register"],
+    "objectives.token.sed": ["SED"],
+    "objectives.token.token_loss": ["token_loss"],
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+if TYPE_CHECKING:  # for type checkers and editors
+    from megatron_sfr.data.prepare.chat_source import PrepareOptions
+    from megatron_sfr.data.prepare.pipeline import prepare
+    from megatron_sfr.data.prepared.open import open_prepared
+    from megatron_sfr.data.targets.embed import EmbedOptions, embed
+    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
+    from megatron_sfr.evaluation.compare.evaluate_models import evaluate
+    from megatron_sfr.evaluation.generate.generate_replies import generate
+    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+    from megatron_sfr.hf.export_hf import export_hf
+    from megatron_sfr.hf.head_files import load_head
+    from megatron_sfr.hf.import_hf import import_hf
+    from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec
+    from megatron_sfr.model.attach_head import attach_head
+    from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
+    from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, flow_matching_loss
+    from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
+    from megatron_sfr.objectives.token.dft import DFT
+    from megatron_sfr.objectives.token.gem import GEM
+    from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, LossAndCoefficients, TokenLoss
+    from megatron_sfr.objectives.token.registry import register
+    from megatron_sfr.objectives.token.sed import SED
+    from megatron_sfr.objectives.token.token_loss import token_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

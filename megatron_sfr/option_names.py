@@ -44,6 +44,11 @@ def from_arguments[Options](options: type[Options], arguments: Mapping[str, Any]
         raise ValueError(re.sub(r"`(\w+)`", lambda m: names.get(m[1], m[0]), str(error))) from error
 
 
+def to_arguments(options: Any) -> dict[str, Any]:
+    """The values of a dataclass of options by option name, as arguments and files have them."""
+    return {option: getattr(options, field) for field, option in option_names(type(options)).items()}
+
+
 def required(options: type) -> dict[str, str]:
     """Options without a default, with the `hint` of the field's metadata: {option: hint}."""
     names = option_names(options)

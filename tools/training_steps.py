@@ -119,8 +119,8 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
         raise SystemExit(f"--transformer-impl {sizes.transformer_impl} cannot be timed here: {settings.changes[0]}")
     training.initialize_megatron()
     args.curr_iteration = 0
-    head = FlowHeadOptions(sfr_head=sizes.head, sfr_head_width=sizes.width, sfr_head_depth=sizes.depth)
-    term = FlowTerm(TermOptions(SFROptions(sfr_draws=sizes.draws), TargetOptions(), GateOptions(), head))
+    head = FlowHeadOptions(architecture=sizes.head, width=sizes.width, depth=sizes.depth)
+    term = FlowTerm(TermOptions(SFROptions(draws=sizes.draws), TargetOptions(), GateOptions(), head))
     batch = make_batch(sizes, backend.device())
 
     def build(plan: FlowHeadPlan | None) -> tuple[Any, Any, int]:
@@ -137,7 +137,7 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
 
     def make(name: str, built: tuple[Any, Any, int], term: FlowTerm | None, measure_interval: int) -> Arm:
         model, optimizer, size = built
-        schedule = ScheduleOptions(sfr_measure_interval=measure_interval)
+        schedule = ScheduleOptions(measure_interval=measure_interval)
         forward = ForwardStep(sizes.vocab, "ce", CrossEntropy(), term, schedule, False)
 
         def take() -> None:

@@ -117,9 +117,9 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
     store, online = plan.data.sfr_target_store, plan.data.sfr_targets == "online"
     stores = [TargetStore.open(path / store, open_prepared(path), partial=online) for path in paths]
     dims = {store.dim for store in stores}
-    if len(dims) > 1 or head.sfr_target_dim not in (None, *dims):
+    if len(dims) > 1 or head.target_dim not in (None, *dims):
         raise ValueError(f"target stores of dimension {sorted(dims)} do not fit one head (--sfr-target-dim)")
-    whiten = targets.sfr_target_scale == "whiten" and targets.sfr_whiten == "store"
+    whiten = targets.scale == "whiten" and targets.whiten == "store"
     if whiten and (incomplete := [store.folder for store in stores if not store.manifest.complete]):
         raise ValueError(f"{incomplete[0]} is not complete, so its statistics are not known: set sfr_whiten to ema")
     starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
@@ -127,10 +127,10 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
         head,
         dim=dims.pop(),
         horizons=len(horizons_of(paths)),
-        has_network=plan.term.sfr.sfr_loss != "cka",
-        gate_bins=plan.term.gate.sfr_gate_bins,
-        clipped_apart=plan.schedule.sfr_weight_on == "hidden",
-        weight=plan.schedule.sfr_weight,
+        has_network=plan.term.sfr.loss != "cka",
+        gate_bins=plan.term.gate.bins,
+        clipped_apart=plan.schedule.weight_on == "hidden",
+        weight=plan.schedule.weight,
         seed=args.seed,
         fresh=bool(plan.load.sfr_fresh_head and starts_from_other),
         statistics=pooled_statistics(stores) if whiten else None,

@@ -58,10 +58,10 @@ class ExportReport:
 
 
 def export_hf(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: str | Path,
+    output: str | Path,
     *,
-    like: Path,
+    like: str | Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
@@ -69,14 +69,31 @@ def export_hf(
     force: bool = False,
     progress: bool = True,
 ) -> ExportReport:
-    """Writes `output`, which AutoModelForCausalLM loads, from a checkpoint or the newest of a --save folder.
+    """Converts a Megatron checkpoint to a Hugging Face folder, which AutoModelForCausalLM and vLLM load.
 
-    like: an HF folder whose config, tokenizer, chat template and generation config are those of the model.
-    dtype: of the weights; by default as the checkpoint has them, so that nothing is rounded unasked.
-    workers: processes that write, a file each at a time; the files are the same for any number.
-    head: writes the flow head beside the model; `hf.head.load_head` reads it.
-    Returns the report, also where the same export has written `output` already and it stays as it is.
+    An output that the same export has written stays as it is.
+
+    Args:
+        checkpoint: a checkpoint, or a --save folder, of which the newest complete checkpoint is taken.
+        output: folder to write.
+        like: a Hugging Face folder with the model's config, tokenizer, chat template and generation config.
+        dtype: of the weights. Default: the checkpoint's, so that nothing is rounded.
+        shard_bytes: largest size of a file of weights.
+        workers: processes that write files; the files are the same for any number.
+        head: write the flow head too; `load_head` reads it.
+        force: replace an output of another export.
+        progress: show a progress bar.
+    Returns:
+        What was exported, and the names of tensors that were left out.
+    Raises:
+        ValueError: the checkpoint is incomplete or belongs to another architecture than `like`.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> report = sfr.export_hf("start", "exported", like="model", progress=False)
+        >>> report.dropped  # a checkpoint of a run with SFR has a flow head to leave out
+        ()
     """
+    checkpoint, output, like = Path(checkpoint), Path(output), Path(like)
     if workers < 1 or shard_bytes < 1:
         raise ValueError(f"{workers} workers writing files of {shard_bytes} bytes: both have to be positive")
     config = read_config(like)

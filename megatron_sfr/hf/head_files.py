@@ -15,6 +15,7 @@ from megatron_sfr.hf.megatron.megatron_model import HEAD
 from megatron_sfr.hf.safetensors_writer import Header, Shard, ShardWriter
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.option_names import option_names
 from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import check_fields, loading, read_json_object, shown
 
@@ -41,7 +42,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     arguments = checkpoint.arguments()
     try:
         options, targets = (
-            {field.name: arguments[field.name] for field in fields(part)} for part in (FlowHeadOptions, TargetOptions)
+            {option: arguments[option] for option in option_names(part).values()}
+            for part in (FlowHeadOptions, TargetOptions)
         )
         return {
             "checkpoint": checkpoint.folder.name,
@@ -79,16 +81,36 @@ def read_description(folder: Path) -> dict[str, Any]:
     return said
 
 
-def load_head(folder: Path) -> FlowHead:
-    """The trained head beside an exported model, on CPU, with its state; ValueError where it is missing or damaged."""
+def stored_options[Options](part: type[Options], stored: Mapping[str, Any]) -> Options:
+    """A part's options as flow_head.json has them, by the names of flags; options that are missing have defaults."""
+    fields_by_option = {option: field for field, option in option_names(part).items()}
+    given = {fields_by_option[option]: value for option, value in stored.items()}
+    check_fields(given, part)
+    return part(**given)
+
+
+def load_head(folder: str | Path) -> FlowHead:
+    """Loads the flow head that `export_hf(..., head=True)` wrote beside a model.
+
+    Args:
+        folder: the Hugging Face folder.
+    Returns:
+        The head with its state, on CPU, in evaluation mode.
+    Raises:
+        ValueError: the folder has no head, or its files are damaged.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.load_head("model").dim
+        384
+    """
+    folder = Path(folder)
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: export it with `megatron-sfr convert export --keep-head`")
     said = read_description(folder)
     with loading(f"{folder}: {WEIGHTS} and {DESCRIPTION} are damaged or do not belong together", "export them again"):
-        check_fields(said["head"], FlowHeadOptions)
-        check_fields(said["targets"], TargetOptions)
-        options, _ = FlowHeadOptions(**said["head"]), TargetOptions(**said["targets"])
+        options = stored_options(FlowHeadOptions, said["head"])
+        stored_options(TargetOptions, said["targets"])
         plan = FlowHeadPlan(options, said["dim"], said["horizons"], said["has_network"], said["gate_bins"])
         # cuda_graph_modules: megatron-core 0.19.2 warns of its own default
         config = TransformerConfig(

@@ -46,13 +46,28 @@ class ImportReport:
 
 
 def import_hf(
-    source: Path, output: Path, *, check: bool = False, force: bool = False, progress: bool = True
+    source: str | Path, output: str | Path, *, check: bool = False, force: bool = False, progress: bool = True
 ) -> ImportReport:
-    """Writes `output` (a tracker file and `release/`), which Megatron's --load takes in any layout.
+    """Converts a Hugging Face model to a Megatron checkpoint, which --load takes in any parallel layout.
 
-    An `output` that the same import has written stays as it is.
-    check: reads everything back and compares it bit for bit with the source.
+    An output that the same import has written stays as it is.
+
+    Args:
+        source: folder of the Hugging Face model.
+        output: folder to write: a tracker file and `release/`.
+        check: read everything back and compare it bit for bit with the source.
+        force: replace an output of another import.
+        progress: show a progress bar.
+    Returns:
+        What was imported.
+    Raises:
+        ValueError: the family or an option of the model is not supported, or files are missing or damaged.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.import_hf("model", "start", check=True, progress=False).checked
+        True
     """
+    source, output = Path(source), Path(output)
     model = open_source(source)
     d = model.dimensions
     size = sum(prod(entry.row.megatron_shape(d)) * dtype.itemsize for entry, dtype in model.dtypes.items())

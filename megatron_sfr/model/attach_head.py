@@ -36,7 +36,7 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
     def attach(chunks: list[MegatronModule]) -> list[MegatronModule]:
         for chunk in chunks:
             if chunk.post_process:
-                _check_layer(chunk, plan.options.sfr_layer)
+                _check_layer(chunk, plan.options.layer)
                 chunk.flow_head = FlowHead(chunk.config, plan)
         return chunks
 

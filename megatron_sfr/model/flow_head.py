@@ -17,47 +17,49 @@ from torch import Tensor, nn
 
 from megatron_sfr.model.state import FlowState
 from megatron_sfr.model.velocity import VELOCITIES
+from megatron_sfr.option_names import named
 
 GRADIENT_NORM_GROUP = "sfr_head"
 """Upstream's optimizer clips the parameters of this group separately (see training/head_optimizer.py)."""
 
 
+@named("sfr_", architecture="sfr_head", width="sfr_head_width", depth="sfr_head_depth")
 @dataclass(frozen=True)
 class FlowHeadOptions:
     """The flow head."""
 
-    sfr_head: Literal["mlp", "adaln"] = "mlp"
+    architecture: Literal["mlp", "adaln"] = "mlp"
     """Architecture of the head. 'mlp' (default): x_t, t and h concatenated, as in the authors' code. 'adaln': t and h
     modulate the residual blocks, as in MAR (arXiv 2406.11838)."""
-    sfr_head_width: int = 1024
+    width: int = 1024
     """Width of the head. Default 1024, as in the authors' code and in MAR."""
-    sfr_head_depth: int = 1
+    depth: int = 1
     """Number of residual blocks of the head. Default 1, as in the authors' code; MAR has 3."""
-    sfr_time_scale: float = 1000.0
+    time_scale: float = 1000.0
     """Factor on t in [0, 1] before its sinusoidal embedding of base 10000. Default 1000. With the authors' 1 the
     embeddings of nearby t are almost equal."""
-    sfr_layer: int | None = None
+    layer: int | None = None
     """Layer whose output the head reads, from 1, as in Hugging Face's `hidden_states`. It must be on the last pipeline
     stage. Default: the last layer, after the final norm."""
-    sfr_ema: Literal["none", "smooth", "teacher"] = "none"
+    ema: Literal["none", "smooth", "teacher"] = "none"
     """EMA of the head's weights, from the end of phase A. 'none' (default): no EMA. 'smooth': the EMA is written back
     into the head after each step (on in the authors' YAML). 'teacher': the EMA weights supply the backbone's gradient,
     while the head trains on detached hidden states."""
-    sfr_ema_decay: float = 0.999
+    ema_decay: float = 0.999
     """EMA decay per step. Default 0.999, as in the authors' code; 0 does not average."""
-    sfr_target_dim: int | None = None
+    target_dim: int | None = None
     """Dimension of the sentence embeddings. Default: that of the target store."""
 
     def __post_init__(self) -> None:
-        if self.sfr_head_width < 1 or self.sfr_head_depth < 0:
+        if self.width < 1 or self.depth < 0:
             raise ValueError(
-                f"sfr_head_width = {self.sfr_head_width} and sfr_head_depth = {self.sfr_head_depth}: "
+                f"`width` = {self.width} and `depth` = {self.depth}: "
                 "the width must be at least 1 and the depth at least 0"
             )
-        if not 0 <= self.sfr_ema_decay < 1:
-            raise ValueError(f"sfr_ema_decay = {self.sfr_ema_decay}: choose at least 0 and below 1")
-        if self.sfr_layer is not None and self.sfr_layer < 1:
-            raise ValueError(f"sfr_layer = {self.sfr_layer}: layers count from 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` = {self.ema_decay}: choose at least 0 and below 1")
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(f"`layer` = {self.layer}: layers count from 1")
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,33 @@ class FlowHead(MegatronModule):
     """The velocity network, its EMA for sfr_ema = teacher, and the state of the auxiliary loss.
 
     Matrix products run in the dtype of the hidden states. EMA and state stay fp32 when the model is cast.
+
+    Args:
+        config: of the model; the head reads the hidden size and whether the model uses sequence parallelism.
+        plan: the head's options, and the dimension D of the embeddings.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> from megatron.core.transformer import TransformerConfig
+        >>> config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, cuda_graph_modules=[])
+        >>> head = sfr.FlowHead(config, sfr.FlowHeadPlan(sfr.FlowHeadOptions(width=16), dim=4))
+        >>> x_t, t, h = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 1), torch.zeros(2, 3, 1, 8)
+        >>> head(x_t, t, h, torch.zeros(2, 3, dtype=torch.int64)).shape  # velocities [B, A, K, D]
+        torch.Size([2, 3, 5, 4])
     """
 
     def __init__(self, config: TransformerConfig, plan: FlowHeadPlan) -> None:
         super().__init__(config)
         options = plan.options
-        self.dim, self.fresh, self.decay = plan.dim, plan.fresh, options.sfr_ema_decay
+        self.dim, self.fresh, self.decay = plan.dim, plan.fresh, options.ema_decay
         self.net: nn.Module | None = None
         self.ema: nn.Module | None = None
         if plan.has_network:
             device = torch.get_default_device()
             with torch.device("meta"):  # no initialisation here: it would advance the backbone's random stream
-                net = VELOCITIES[options.sfr_head](
-                    *(plan.dim, config.hidden_size, options.sfr_head_width, options.sfr_head_depth),
-                    *(plan.horizons, options.sfr_time_scale),
+                net = VELOCITIES[options.architecture](
+                    *(plan.dim, config.hidden_size, options.width, options.depth),
+                    *(plan.horizons, options.time_scale),
                 )
             net.to_empty(device=device)
             net.initialise(torch.Generator().manual_seed(plan.seed))
@@ -111,7 +126,7 @@ class FlowHead(MegatronModule):
             if plan.clipped_apart:
                 _keep_apart(net)
             self.net = net
-            if options.sfr_ema == "teacher":
+            if options.ema == "teacher":
                 self.ema = copy.deepcopy(net).requires_grad_(False)
         self.state = FlowState(plan.weight, plan.dim, plan.gate_bins)
         if plan.statistics is not None:

@@ -109,8 +109,8 @@ class FlowTerm:
 
     def _average(self, head: FlowHead, step: int, first_average: int) -> None:
         """Updates the EMA of the head's weights, or switches its write-back on."""
-        if self.options.head.sfr_ema == "smooth":
-            self.smoothing = self.smoothing or Smoothing(head, self.options.head.sfr_ema_decay)
+        if self.options.head.ema == "smooth":
+            self.smoothing = self.smoothing or Smoothing(head, self.options.head.ema_decay)
             self.smoothing.active = step >= first_average
         if head.ema is None or head.net is None or step < first_average:
             return
@@ -141,8 +141,8 @@ class FlowTerm:
             weight_at_h: factor on the gradient that reaches h; the head's own gradient is not scaled.
         """
         anchors, pick = self.anchors(head, batch, sharded)
-        teacher = self.options.head.sfr_ema == "teacher" and not detach
-        gated = self.options.gate.sfr_gate != "none"
+        teacher = self.options.head.ema == "teacher" and not detach
+        gated = self.options.gate.kind != "none"
         weighted_SBH = scale_gradient(h_SBH, weight_at_h * start.gate if gated else weight_at_h)
         student_SBH = h_SBH.detach() if detach or teacher else weighted_SBH
         noise = self._noise(anchors, first_draw=0)
@@ -152,9 +152,9 @@ class FlowTerm:
             taught = self._errors(head, anchors, noise, pick(weighted_SBH), averaged=True)
             objective = loss + weighted_sum(taught[0], taught[1])
         sums = torch.stack([objective, loss.detach(), weight.sum()])
-        split = sharded and self.options.sfr.sfr_loss != "cka"
+        split = sharded and self.options.sfr.loss != "cka"
         if head.training and torch.is_grad_enabled():
-            if self.options.gate.sfr_gate != "none":
+            if self.options.gate.kind != "none":
                 sums_2N = sums_by_time(error, weight, t, len(head.state.baseline))
                 self._move_gate(head, sum_over_tensor(sums_2N) if split else sums_2N, start.step, microbatches)
             self._move_statistics(head, batch, start.step, microbatches)
@@ -165,14 +165,14 @@ class FlowTerm:
     ) -> tuple[Callable[[Tensor], Tensor], ...]:
         """Two losses as functions of h that differ only in their noise, with the network that trains the backbone."""
         anchors, pick = self.anchors(head, batch, sharded)
-        averaged = self.options.head.sfr_ema == "teacher" and not detach
+        averaged = self.options.head.ema == "teacher" and not detach
 
         def loss(first_draw: int, h_SBH: Tensor) -> Tensor:
             noise = self._noise(anchors, first_draw)
             error, weight, _ = self._errors(head, anchors, noise, pick(h_SBH), averaged=averaged)
             return weighted_sum(error, weight)
 
-        return partial(loss, 0), partial(loss, self.options.sfr.sfr_draws)
+        return partial(loss, 0), partial(loss, self.options.sfr.draws)
 
     def anchors(self, head: FlowHead, batch: Batch, sharded: bool) -> tuple[Anchors, Callable[[Tensor], Tensor]]:
         """This rank's anchors, and a function that selects their hidden states [B, A, H] from h [S, B, H].
@@ -182,7 +182,7 @@ class FlowTerm:
         """
         fields = [batch[f"anchor_{name}"] for name in ("position", "sample", "place", "horizon", "weight", "row")]
         sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
-        all_anchors = self.options.sfr.sfr_loss == "cka"
+        all_anchors = self.options.sfr.loss == "cka"
         n, rank = (tensor_size(), tensor_rank()) if sharded else (1, 0)
         fields = [F.pad(x, (0, -x.shape[1] % n)) for x in fields]
         all_BA = fields[0]
@@ -230,11 +230,11 @@ class FlowTerm:
     def _move_statistics(self, head: FlowHead, batch: Batch, step: int, microbatches: int) -> None:
         """After the last microbatch of a step, updates the EMA of the target statistics for the next step."""
         state, targets = head.state, self.options.targets
-        if targets.sfr_target_scale != "whiten" or targets.sfr_whiten != "ema":
+        if targets.scale != "whiten" or targets.whiten != "ema":
             return
         sample_B1 = torch.arange(len(batch["target"]), device=batch["target"].device)[:, None]
         moments = batch_moments(batch["target"][sample_B1, batch["anchor_row"]], batch["anchor_weight"])
         if (total := self.target_sums.add(step, microbatches, moments)) is not None:
             kept = (state.target_mean, state.target_std, state.batches)
-            for buffer, value in zip(kept, running_statistics(total, *kept, targets.sfr_whiten_decay), strict=True):
+            for buffer, value in zip(kept, running_statistics(total, *kept, targets.whiten_decay), strict=True):
                 buffer.copy_(value)

@@ -93,7 +93,7 @@ class ForwardStep:
         self.vocab_size, self.name, self.objective = vocab_size, name, objective
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork = data, lock_fork
-        self.measurement = GradientMeasurement(schedule.sfr_grad_ratio, schedule.sfr_weight)
+        self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
         self.reported_bound = False
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
@@ -114,7 +114,7 @@ class ForwardStep:
         if last:
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-        number = self.term.options.head.sfr_layer if self.term is not None else None
+        number = self.term.options.head.layer if self.term is not None else None
         with nullcontext() if flow is None else layer_output(model, number, flow.layer):
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
         return output, partial(self.loss, microbatch)
@@ -123,7 +123,7 @@ class ForwardStep:
         """Starts a microbatch of the auxiliary loss."""
         assert self.term is not None
         head = get_attr_wrapped_model(model, "flow_head")
-        return FlowInputs(head, self.term.begin(head, context.iteration, self.schedule.sfr_warmup_steps), [])
+        return FlowInputs(head, self.term.begin(head, context.iteration, self.schedule.warmup_steps), [])
 
     def _phase(self, context: StepContext) -> Phase:
         return phase_at(context.iteration, context.train_iters, self.schedule)
@@ -175,7 +175,7 @@ class ForwardStep:
             detach=phase.detach,
             sharded=sharded,
             microbatches=microbatch.context.num_microbatches,
-            weight_at_h=self._weight(phase, flow.start) if self.schedule.sfr_weight_on == "hidden" else 1.0,
+            weight_at_h=self._weight(phase, flow.start) if self.schedule.weight_on == "hidden" else 1.0,
         )
 
     def _measure(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, power: Tensor, sharded: bool) -> None:
@@ -184,12 +184,12 @@ class ForwardStep:
         context, state = microbatch.context, flow.head.state
         losses = self.term.losses(flow.head, microbatch.batch, sharded, self._phase(context).detach)
         powers = torch.cat([power[None], flow_powers(losses, h_SBH, sharded)])
-        step, adaptive = context.iteration, self.schedule.sfr_weight_control == "ratio"
-        in_phase_a = step < self.schedule.sfr_warmup_steps
+        step, adaptive = context.iteration, self.schedule.weight_control == "ratio"
+        in_phase_a = step < self.schedule.warmup_steps
         reached = self.measurement.add(step, context.num_microbatches, powers, state, restart=in_phase_a)
         if adaptive and reached is not None and not self.reported_bound and bool(reached):
             self.reported_bound = True
-            print_on_last_rank(at_bound(step, float(state.weight), self.schedule.sfr_grad_ratio))
+            print_on_last_rank(at_bound(step, float(state.weight), self.schedule.grad_ratio))
 
     def _measure_lock_fork(
         self, microbatch: Microbatch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
@@ -209,8 +209,8 @@ class ForwardStep:
 
     def _is_measured(self, step: int) -> bool:
         """True every sfr_measure_interval steps, and at the last step of phase A, where the adaptive weight starts."""
-        interval = self.schedule.sfr_measure_interval
-        return interval > 0 and (step % interval == 0 or step == self.schedule.sfr_warmup_steps - 1)
+        interval = self.schedule.measure_interval
+        return interval > 0 and (step % interval == 0 or step == self.schedule.warmup_steps - 1)
 
     def loss(self, microbatch: Microbatch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
@@ -224,7 +224,7 @@ class ForwardStep:
             assert microbatch.flow is not None
             term, phase, start = Term(*sums), self._phase(context), microbatch.flow.start
             weight = self._weight(phase, start)
-            term_factor = weight if self.schedule.sfr_weight_on == "loss" else 1.0  # otherwise applied at h
+            term_factor = weight if self.schedule.weight_on == "loss" else 1.0  # otherwise applied at h
             total = phase.cross_entropy * total + term_factor * term.objective
             report |= self._report(term, start, weight, tokens)
         if "target_wait" in batch:
@@ -235,8 +235,8 @@ class ForwardStep:
 
     def _weight(self, phase: Phase, start: StepStart) -> Tensor | float:
         """The weight of the auxiliary loss at this step."""
-        adaptive = self.schedule.sfr_weight_control == "ratio"
-        return phase.share * (start.weight if adaptive else self.schedule.sfr_weight)
+        adaptive = self.schedule.weight_control == "ratio"
+        return phase.share * (start.weight if adaptive else self.schedule.weight)
 
     def _report(self, term: Term, start: StepStart, weight: Tensor | float, tokens: Tensor) -> dict[str, Tensor]:
         """The auxiliary loss's log entries. The gradient ratio is the last measurement times this step's weight."""
@@ -246,11 +246,11 @@ class ForwardStep:
             "sfr loss": pair(term.loss, term.weight.clamp(min=1e-20)),
             "sfr weight": pair(weight * tokens, tokens),
         }
-        if self.schedule.sfr_measure_interval > 0:
-            if options.head.sfr_layer is None:
+        if self.schedule.measure_interval > 0:
+            if options.head.layer is None:
                 report["sfr grad ratio"] = pair(weight * start.ratio * tokens, tokens)
             report["sfr grad signal"] = pair(start.signal * tokens, tokens)
-        if options.gate.sfr_gate != "none":
+        if options.gate.kind != "none":
             report["sfr gate"] = pair(start.gate * tokens, tokens)
         return report
 

@@ -2,7 +2,7 @@
 
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES, path_of
-from megatron_sfr.option_names import option_names
+from megatron_sfr.option_names import to_arguments
 from tests.objectives.token.token_cases import ALL_LOSSES, CLOSED_FORM_LOSSES
 
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
@@ -89,8 +89,8 @@ def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
     [name] = [name for name, registered in LOSSES.items() if registered.loss is kind]
     own = not kind.__module__.startswith("megatron_sfr.")
     flags = ["--objective", path_of(kind) if own else name]
-    for field, option in option_names(kind).items():
-        flags += [f"--{option.replace('_', '-')}", str(getattr(loss, field))]
+    for option, value in to_arguments(loss).items():
+        flags += [f"--{option.replace('_', '-')}", str(value)]
     return tuple(flags)
 
 

@@ -22,8 +22,8 @@ def make(**options: object) -> tuple[FlowTerm, FlowHead]:
     kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
     parts = [kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__}) for kind in kinds]
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
-    network = options.get("sfr_loss") != "cka"
-    bins = parts[2].sfr_gate_bins
+    network = options.get("loss") != "cka"
+    bins = parts[2].bins
     head = FlowHead(config, FlowHeadPlan(parts[3], dim=D, has_network=network, gate_bins=bins))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def step(term: FlowTerm, head: FlowHead, h: Tensor, number: int = 0, *, detach: 
 
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "cka"])
 def test_every_loss_has_gradients_exactly_at_anchors_of_positive_weight(loss: str) -> None:
-    term, head = make(sfr_loss=loss)
+    term, head = make(loss=loss)
     h = states()
     actual = step(term, head, h)
     touched = {(s, b) for s, b in h.grad.abs().sum(-1).nonzero().tolist()}
@@ -70,7 +70,7 @@ def test_every_loss_has_gradients_exactly_at_anchors_of_positive_weight(loss: st
     assert all(p.grad is not None for p in head.parameters() if loss == "flow")
 
 
-@pytest.mark.parametrize("options", [{}, {"sfr_ema": "teacher"}, {"sfr_loss": "cosine"}, {"sfr_gate": "static"}])
+@pytest.mark.parametrize("options", [{}, {"ema": "teacher"}, {"loss": "cosine"}, {"kind": "static"}])
 def test_the_weight_multiplies_only_the_gradient_at_h(options: dict[str, object]) -> None:
     gradients = []
     for weight in (1.0, 3.0, torch.tensor([3.0])):
@@ -95,7 +95,7 @@ def test_at_weight_0_even_an_infinite_gradient_is_0() -> None:
 
 @pytest.mark.parametrize("ema", ["none", "smooth", "teacher"])
 def test_with_detached_states_only_the_head_has_a_gradient(ema: str) -> None:
-    term, head = make(sfr_ema=ema)
+    term, head = make(ema=ema)
     h = states()
     step(term, head, h, detach=True, first=100)
     assert h.grad is None
@@ -103,7 +103,7 @@ def test_with_detached_states_only_the_head_has_a_gradient(ema: str) -> None:
 
 
 def test_the_ema_supplies_the_backbones_gradient_and_the_student_the_heads() -> None:
-    term, head = make(sfr_ema="teacher")  # network and EMA have different random weights
+    term, head = make(ema="teacher")  # network and EMA have different random weights
     plain, alone = make()
     h, own = states(), states()
     actual, expected = step(term, head, h, first=100), step(plain, alone, own)
@@ -120,7 +120,7 @@ def test_the_ema_supplies_the_backbones_gradient_and_the_student_the_heads() -> 
 
 
 def test_P11_the_average_starts_after_phase_a_and_is_updated_once_per_step() -> None:
-    term, head = make(sfr_ema="teacher", sfr_ema_decay=0.5)
+    term, head = make(ema="teacher", ema_decay=0.5)
     start = [p.clone() for p in head.ema.parameters()]
 
     def learn() -> list[Tensor]:
@@ -153,7 +153,7 @@ def test_P11_the_average_starts_after_phase_a_and_is_updated_once_per_step() -> 
 def test_P11_targets_do_not_depend_on_the_average_or_the_head(scale: str) -> None:
     actual = []
     for ema in ("none", "smooth", "teacher"):
-        term, head = make(sfr_ema=ema, sfr_target_scale=scale)
+        term, head = make(ema=ema, scale=scale)
         for number in range(3):
             step(term, head, states(), number)
             with torch.no_grad():
@@ -164,13 +164,13 @@ def test_P11_targets_do_not_depend_on_the_average_or_the_head(scale: str) -> Non
     assert torch.equal(actual[0], actual[2])
     assert not actual[0].requires_grad
     batch, mean, std = make_batch(3), torch.zeros(D), torch.full((D,), D**-0.5)
-    expected = scale_targets(batch["target"], mean, std, TargetOptions(sfr_target_scale=scale))
+    expected = scale_targets(batch["target"], mean, std, TargetOptions(scale=scale))
     for b in range(B):
         assert torch.equal(actual[0][b], expected[b, batch["anchor_row"][b]])
 
 
 def test_a_closed_gate_stops_only_the_gradient_at_h() -> None:
-    open_term, head = make(sfr_gate="static", sfr_gate_threshold=1e9, sfr_gate_bins=4)
+    open_term, head = make(kind="static", threshold=1e9, bins=4)
     h = states()
     first = step(open_term, head, h, 0)
     assert h.grad.any()
@@ -187,7 +187,7 @@ def test_a_closed_gate_stops_only_the_gradient_at_h() -> None:
 
 
 def test_running_whitening_statistics_change_after_a_steps_last_microbatch() -> None:
-    term, head = make(sfr_target_scale="whiten", sfr_whiten="ema", sfr_whiten_decay=0.5)
+    term, head = make(scale="whiten", whiten="ema", whiten_decay=0.5)
     initial = head.state.target_mean.clone()
     seen, weights = [], []
     for seed in (0, 1):
@@ -207,7 +207,7 @@ def test_running_whitening_statistics_change_after_a_steps_last_microbatch() -> 
 
 
 def test_evaluation_does_not_change_the_state_and_gives_the_same_loss() -> None:
-    options = {"sfr_gate": "dynamic", "sfr_target_scale": "whiten", "sfr_whiten": "ema"}
+    options = {"kind": "dynamic", "scale": "whiten", "whiten": "ema"}
     term, head = make(**options)
     before = {name: x.clone() for name, x in head.state_dict().items()}
     head.eval()
@@ -220,7 +220,7 @@ def test_evaluation_does_not_change_the_state_and_gives_the_same_loss() -> None:
 
 def test_the_two_measured_losses_differ_only_in_their_noise() -> None:
     for loss, equal in (("flow", False), ("mse", True), ("cosine", True)):
-        term, head = make(sfr_loss=loss)
+        term, head = make(loss=loss)
         h = states().detach()
         start = term.begin(head, 0, 0)
         one, other = (f(h) for f in term.losses(head, make_batch(), sharded=False, detach=False))

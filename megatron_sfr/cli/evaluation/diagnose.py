@@ -85,7 +85,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
     from megatron_sfr.data.targets.store import DEFAULT, TargetStore
     from megatron_sfr.evaluation.lock_fork.examine import Head
     from megatron_sfr.evaluation.lock_fork.futures import Scale
-    from megatron_sfr.hf.head_files import DESCRIPTION, load_head, read_description
+    from megatron_sfr.hf.head_files import DESCRIPTION, load_head, read_description, stored_options
     from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 
     folder = args.head or base
@@ -103,9 +103,9 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
             f"the head in {folder} was trained with sfr_loss = {said['loss']} and {said['horizons']} horizons: futures "
             "are drawn from flow alone, and --horizon counts from 0"
         )
-    options = TargetOptions(**said["targets"])
+    options = stored_options(TargetOptions, said["targets"])
     mean, std = (torch.from_numpy(values.copy()) for values in (store.mean, store.std))
-    if options.sfr_target_scale == "whiten":  # what the head was trained with, wherever it came from
+    if options.scale == "whiten":  # what the head was trained with, wherever it came from
         mean, std = head.state.target_mean, head.state.target_std
     layer = said["head"].get("sfr_layer")
     return Head(head.float(), Scale(mean, std, options), -1 if layer is None else layer), store

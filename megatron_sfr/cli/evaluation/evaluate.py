@@ -6,15 +6,9 @@ the others.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.model_args import add_model_arguments, model_folders, sampling_options
-
-if TYPE_CHECKING:
-    from megatron_sfr.evaluation.generate.prompts import Asked
-    from megatron_sfr.evaluation.scores.style import StyleJudge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,16 +72,10 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
-    from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-    from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
-    from megatron_sfr.evaluation.compare.evaluate import evaluate
+    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
+    from megatron_sfr.evaluation.compare.evaluate_models import evaluate
     from megatron_sfr.evaluation.compare.replies import Hardware
-    from megatron_sfr.evaluation.compare.report import Axes
-    from megatron_sfr.evaluation.generate.prompts import limit, read_asked
 
-    asked = limit(read_asked(args.data), args.limit)
-    if not asked:
-        raise ValueError(f"{args.data} has no conversations")
     options = EvaluationOptions(
         sampling=sampling_options(args),
         temperatures=tuple(sorted(args.temperatures)),
@@ -96,28 +84,13 @@ def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
         bleu_tokenize=args.bleu_tokenize,
         one_temperature=args.one_temperature,
     )
-    judge = style_judge(asked)
-    encoder = Encoder(args.encoder, EncoderOptions(device=args.device))
-    scorer = Scorer(asked, {"held-out replies": asked}, options, encoder, judge=judge)
-    axes = [Axes("relevance", "self-BLEU-4"), Axes("relevance", "modes")]
-    axes += [Axes("style fidelity", "CS-SB-1")] if judge else []
     evaluate(
         model_folders(args.model),
-        scorer,
-        axes,
+        args.data,
         args.output,
-        title=f"{args.data.name}: diversity against quality",
-        picture="frontier.png",
+        options,
+        max_prompts=args.limit,
+        encoder=args.encoder,
         hardware=Hardware(args.device, args.dtype, args.processes),
         identity=identity,
     )
-
-
-def style_judge(asked: "Sequence[Asked]") -> "StyleJudge | None":
-    """Trained on the replies of the data; None where they have one persona or one prompt only."""
-    from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
-
-    rows = [Styled(entry.prompt.shared, entry.prompt.persona or "", text) for entry in asked for text in entry.texts]
-    if len({row.persona for row in rows}) < 2 or len({row.shared for row in rows}) < 2:
-        return None
-    return StyleJudge(rows)

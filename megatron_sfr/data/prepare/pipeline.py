@@ -125,8 +125,16 @@ def prepare[M: PreparedFolder](
         progress: show a progress bar and messages.
         workers: processes that encode.
         chunk_bytes: input that a worker encodes at a time, and that a kill can lose for each worker.
+    Returns:
+        The manifest of the folder: counts of samples, tokens and segments, and what they were made from.
     Raises:
         ValueError: an input or an option is wrong, or a record is and `options.skip_bad_rows` is False.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> options = sfr.PrepareOptions(seq_length=256, horizons=((1, 16),), min_segment_length=4)
+        >>> manifest = sfr.prepare(["chats.jsonl"], "prepared", "model", options, progress=False)
+        >>> manifest.samples
+        9
     """
     output, say = Path(output), (print if progress else lambda line: None)
     source = options.source([Path(path) for path in inputs])

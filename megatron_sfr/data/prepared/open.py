@@ -13,8 +13,22 @@ from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import read_json
 
 
-def open_prepared(folder: Path) -> PreparedData | PreparedDocuments:
-    """A prepared folder of either kind."""
+def open_prepared(folder: str | Path) -> PreparedData | PreparedDocuments:
+    """Opens a folder that `prepare` wrote, memory-mapped.
+
+    Args:
+        folder: the prepared folder.
+    Returns:
+        Conversations (`PreparedData`, a sequence of samples with tokens [L], loss_mask [L] and anchors) or documents.
+    Raises:
+        ValueError: the folder is not a prepared folder, or it is damaged.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> data = sfr.open_prepared("prepared")
+        >>> sample = data[0]
+        >>> sample.tokens.shape == sample.loss_mask.shape
+        True
+    """
     folder = Path(folder)
     return PreparedDocuments.open(folder) if holds_documents(folder) else PreparedData.open(folder)
 

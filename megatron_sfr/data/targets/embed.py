@@ -47,12 +47,29 @@ def embed(
     force: bool = False,
     progress: bool = True,
 ) -> TargetManifest:
-    """Makes the store `output` (PREPARED/targets unless said) whole, or leaves it as it is where it is already.
+    """Encodes each distinct segment of a prepared folder once, into a store of SFR's targets.
 
-    reuse: stores from which rows of the same texts are taken when this one is begun, as from the one that it replaces.
-    verify: also reads every row, and encodes again what is damaged.
-    later: begins the store and leaves the encoding to a run with online targets, or to the next call.
-    force: a store of another encoder is replaced.
+    A store that is complete stays as it is; one that an earlier call left incomplete is resumed.
+
+    Args:
+        prepared: a folder that `prepare` wrote.
+        encoder: a sentence-transformers model: a folder, a name, or minilm.
+        options: how segments are encoded, and by how many processes.
+        output: the store. Default: PREPARED/targets.
+        reuse: stores of the same encoder from which embeddings of equal texts are copied, besides the replaced one.
+        verify: read every embedding, and encode again what is damaged.
+        later: create the store and leave the encoding to a run with online targets, or to the next call.
+        force: replace a store of another encoder.
+        progress: show a progress bar and messages.
+    Returns:
+        The manifest of the store: encoder, dimension D, number of segments.
+    Raises:
+        ValueError: the folder, the encoder or an option is wrong, or the store belongs to another encoder.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> manifest = sfr.embed("prepared", "minilm", sfr.EmbedOptions(device="cpu"), progress=False)
+        >>> manifest.dim
+        384
     """
     data = open_prepared(prepared)
     folder = Path(output) if output is not None else data.folder / DEFAULT

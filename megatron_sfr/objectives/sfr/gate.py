@@ -9,33 +9,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sfr.option_names import named
 
+
+@named("sfr_gate_", kind="sfr_gate")
 @dataclass(frozen=True)
 class GateOptions:
     """When the gate keeps the auxiliary loss's gradient from the backbone."""
 
-    sfr_gate: Literal["none", "static", "dynamic"] = "none"
+    kind: Literal["none", "static", "dynamic"] = "none"
     """Whether a low SFR loss closes the gate for the next step, so that only the head learns. 'none' (default): never.
     'static': when the loss is below sfr_gate_threshold. 'dynamic': when the loss is below its running baseline divided
     by sfr_gate_ratio (on in the authors' YAML)."""
-    sfr_gate_threshold: float = 0.1
+    threshold: float = 0.1
     """Loss below which the static gate closes. Default 0.1."""
-    sfr_gate_ratio: float = 1.5
+    ratio: float = 1.5
     """The dynamic gate closes when the loss is below the baseline divided by this ratio. Default 1.5, as in the
     authors' code."""
-    sfr_gate_decay: float = 0.99
+    decay: float = 0.99
     """EMA decay of the baseline per step. Default 0.99, as in the authors' code."""
-    sfr_gate_bins: int = 8
+    bins: int = 8
     """Number of bins of t, each with its own baseline. The loss depends far more on t than on training progress: with
     the authors' single bin the gate mostly reacts to which t were drawn. Default 8."""
 
     def __post_init__(self) -> None:
-        if self.sfr_gate_ratio < 1:
-            raise ValueError(f"sfr_gate_ratio = {self.sfr_gate_ratio}: below 1 the gate would close on every step")
-        if not 0 <= self.sfr_gate_decay < 1:
-            raise ValueError(f"sfr_gate_decay = {self.sfr_gate_decay}: choose at least 0 and below 1")
-        if not 1 <= self.sfr_gate_bins <= 1024:
-            raise ValueError(f"sfr_gate_bins = {self.sfr_gate_bins}: choose 1 to 1024")
+        if self.ratio < 1:
+            raise ValueError(f"`ratio` = {self.ratio}: below 1 the gate would close on every step")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` = {self.decay}: choose at least 0 and below 1")
+        if not 1 <= self.bins <= 1024:
+            raise ValueError(f"`bins` = {self.bins}: choose 1 to 1024")
 
 
 def sums_by_time(error: Tensor, weight: Tensor, t: Tensor, bins: int) -> Tensor:
@@ -54,11 +57,11 @@ def decide(sums_2N: Tensor, baseline_N: Tensor, options: GateOptions) -> tuple[T
     total_N, weight_N = sums_2N
     mean_N = total_N / weight_N.clamp(min=1e-20)
     known_N = (baseline_N > 0) & (weight_N > 0)
-    if options.sfr_gate == "static":
-        closed = (total_N.sum() < options.sfr_gate_threshold * weight_N.sum()) & (weight_N.sum() > 0)
+    if options.kind == "static":
+        closed = (total_N.sum() < options.threshold * weight_N.sum()) & (weight_N.sum() > 0)
     else:
         expected = torch.where(known_N, weight_N * baseline_N, 0).sum()
-        closed = torch.where(known_N, total_N, 0).sum() * options.sfr_gate_ratio < expected
-    keep = options.sfr_gate_decay
+        closed = torch.where(known_N, total_N, 0).sum() * options.ratio < expected
+    keep = options.decay
     baseline = torch.where(baseline_N > 0, keep * baseline_N + (1 - keep) * mean_N, mean_N)
     return (~closed).to(baseline_N.dtype)[None], torch.where(weight_N > 0, baseline, baseline_N)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.flow.path import interpolate
 from megatron_sfr.objectives.sfr.ablations import cosine_error, linear_cka_error
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime import noise
 
 SOURCE_STREAM, TIME_STREAM = 0, 1
@@ -20,43 +21,44 @@ HORIZON_BITS = 24  # positions are below 2^24; the bits above hold the horizon
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class SFROptions:
     """SFR's auxiliary loss."""
 
-    sfr_loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
+    loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
     """'flow' (default): flow matching, the method. The others are the paper's deterministic ablations. 'mse': squared
     error between the embedding and the head's output at x_t = 0, t = 0 (flow with source and time zero). 'cosine':
     cosine distance between the same two. 'cka': linear CKA between hidden states and embeddings over the anchors of
     each sample, at least 4 (the authors: over a batch)."""
-    sfr_source: Literal["normal", "zero"] = "normal"
+    source: Literal["normal", "zero"] = "normal"
     """Source x_0 of the flow. 'normal' (default): N(0, I). 'zero': 0, which requires sfr_time = zero, because at t > 0
     it leaks the target, x_1 = x_t / t."""
-    sfr_time: Literal["uniform", "logit_normal", "zero"] = "uniform"
+    time: Literal["uniform", "logit_normal", "zero"] = "uniform"
     """Distribution of t. 'uniform' (default): U(0, 1), as in the authors' code. 'logit_normal': sigmoid(N(0, 1)), as in
     Stable Diffusion 3 (arXiv 2403.03206). 'zero': 0."""
-    sfr_time_per: Literal["anchor", "sequence"] = "anchor"
+    time_per: Literal["anchor", "sequence"] = "anchor"
     """Whether each anchor draws its own t (default), or all anchors of a sequence share one, as in the authors'
     code."""
-    sfr_draws: int = 4
+    draws: int = 4
     """Noise draws (x_0, t) per anchor and step; their losses are averaged. Default 4, as in MAR (arXiv 2406.11838); the
     authors' code uses 1."""
-    sfr_noise_seed: int = 1234
+    noise_seed: int = 1234
     """Seed of the noise, which depends only on (seed, sample, anchor, draw). Default 1234."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sfr_draws <= 1024:
-            raise ValueError(f"sfr_draws = {self.sfr_draws}: choose 1 to 1024")
-        if self.sfr_source == "zero" and self.sfr_time != "zero" and self.sfr_loss == "flow":
+        if not 1 <= self.draws <= 1024:
+            raise ValueError(f"`draws` = {self.draws}: choose 1 to 1024")
+        if self.source == "zero" and self.time != "zero" and self.loss == "flow":
             raise ValueError(
-                f"sfr_source = zero with sfr_time = {self.sfr_time} leaks the target (x_1 = x_t / t): "
-                "set sfr_time to zero, or sfr_source to normal"
+                f"`source` = zero with `time` = {self.time} leaks the target (x_1 = x_t / t): "
+                "set `time` to zero, or `source` to normal"
             )
 
     @property
     def stochastic(self) -> bool:
         """Whether the loss uses noise."""
-        return self.sfr_loss == "flow" and (self.sfr_source == "normal" or self.sfr_time != "zero")
+        return self.loss == "flow" and (self.source == "normal" or self.time != "zero")
 
 
 def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
@@ -92,15 +94,15 @@ def draw_noise(
     if not options.stochastic:  # one deterministic pair, at the start of the path
         start_BA1 = torch.zeros(*position_BA.shape, 1, dtype=torch.float32, device=position_BA.device)
         return start_BA1[..., None].expand(-1, -1, -1, dim), start_BA1[..., None]
-    draw_K = torch.arange(first_draw, first_draw + options.sfr_draws, device=sample_BA.device)
+    draw_K = torch.arange(first_draw, first_draw + options.draws, device=sample_BA.device)
     sample, position = sample_BA[:, :, None], (position_BA + (horizon_BA << HORIZON_BITS))[:, :, None]
-    seed = options.sfr_noise_seed
+    seed = options.noise_seed
     x_0 = noise.normal(seed, sample, position, draw_K, dim, stream=SOURCE_STREAM)
-    if options.sfr_time == "zero":
+    if options.time == "zero":
         return x_0, torch.zeros_like(x_0[..., :1])
-    position = position if options.sfr_time_per == "anchor" else torch.zeros_like(position)
+    position = position if options.time_per == "anchor" else torch.zeros_like(position)
     t = noise.uniform(seed, sample, position, draw_K, stream=TIME_STREAM)
-    if options.sfr_time == "logit_normal":
+    if options.time == "logit_normal":
         t = torch.special.ndtri(t).sigmoid()
     return x_0, t[..., None]
 
@@ -128,14 +130,14 @@ def anchor_errors(
     t: Tensor,
     options: SFROptions,
 ) -> tuple[Tensor, Tensor]:
-    """Errors [B, A, K] and their weights [B, A, 1] for options.sfr_loss; padding has weight 0.
+    """Errors [B, A, K] and their weights [B, A, 1] for options.loss; padding has weight 0.
 
     cka has one error per sample, [B, 1, 1], and no velocity network: only there may `velocity` be None.
     """
-    if options.sfr_loss == "cka":
+    if options.loss == "cka":
         return linear_cka_error(h_BAH, x_1_BAD, weight_BA)
     assert velocity is not None
-    if options.sfr_loss == "cosine":
+    if options.loss == "cosine":
         answer = velocity(x_0, t, h_BAH[:, :, None]).to(x_1_BAD.dtype)
         return cosine_error(answer, x_1_BAD[:, :, None]), weight_BA[..., None]
     return flow_matching_error(velocity, h_BAH, x_1_BAD, x_0, t), weight_BA[..., None]
@@ -144,3 +146,64 @@ def anchor_errors(
 def weighted_sum(error_BAK: Tensor, weight_BA1: Tensor) -> Tensor:
     """sum_a w_a mean_k error: a scalar."""
     return (weight_BA1 * error_BAK).sum() / error_BAK.shape[-1]
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    horizons: Tensor | None = None,
+    options: SFROptions | None = None,
+    *,
+    first_draw: int = 0,
+) -> Tensor:
+    """SFR's loss of each anchor (arXiv 2605.27971), for a training loop of your own.
+
+    A head that predicts 0 has a loss of about 2 for targets of length sqrt(D). The noise is a function of its keys, so
+    the result does not depend on the batch or the parallel layout; use new sample numbers in each epoch.
+
+    Args:
+        velocity: a `FlowHead`, or any function of x_t [B, A, K, D], t [B, A, K, 1] in [0, 1], h [B, A, 1, H] and
+            horizons [B, A] that returns velocities [B, A, K, D].
+        hidden: hidden states of the backbone at the anchors, [B, A, H]. Detach them to train only the head.
+        targets: embeddings of the text that follows each anchor, at the flow's scale: unit length times sqrt(D) by
+            default in training (`scale_targets`). fp32, [B, A, D].
+        samples: number of each anchor's sample in the run, int64 [B, A] or [B, 1]. A key of the noise.
+        positions: token position of each anchor in its sample, int64 [B, A]. A key of the noise.
+        horizons: index of each anchor's horizon, int64 [B, A]. Default: 0.
+        options: the kind of loss, the source and the times. Default: flow matching with 4 draws per anchor.
+        first_draw: index of the first draw; another value gives independent noise.
+
+    Returns:
+        The loss of each anchor, averaged over noise draws: fp32 [B, A]. Weight it by `anchor_weights`, and 0 for
+        padding.
+
+    Raises:
+        ValueError: options.loss is cka, which has no loss of one anchor.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> def velocity(x_t, t, h, horizons):
+        ...     return torch.zeros_like(x_t)  # a new head
+        >>> B, A, H, D = 2, 3, 8, 4
+        >>> targets = D**0.5 * torch.nn.functional.normalize(torch.ones(B, A, D), dim=-1)
+        >>> samples, positions = torch.arange(B)[:, None], torch.arange(A).expand(B, A)
+        >>> loss = sfr.flow_matching_loss(velocity, torch.zeros(B, A, H), targets, samples, positions)
+        >>> loss.shape
+        torch.Size([2, 3])
+    """
+    options = SFROptions() if options is None else options
+    if options.loss == "cka":
+        raise ValueError("loss = cka compares all anchors of a sample and has no loss of one anchor")
+    horizon_BA = torch.zeros_like(positions) if horizons is None else horizons
+    sample_BA = samples.expand_as(positions)
+    x_0, t = draw_noise(sample_BA, positions, horizon_BA, targets.shape[-1], first_draw, options)
+
+    def at_horizons(x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return velocity(x_t, t, h, horizon_BA)
+
+    weight_BA = torch.ones_like(positions, dtype=x_0.dtype)
+    error_BAK, _ = anchor_errors(at_horizons, hidden, targets, weight_BA, x_0, t, options)
+    return error_BAK.mean(-1)

@@ -6,39 +6,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sfr.option_names import named
+
 SMALLEST = 0.01  # lower bound on a dimension's standard deviation, in units of 1 / sqrt(D), that of a unit vector
 
 
+@named("sfr_", scale="sfr_target_scale")
 @dataclass(frozen=True)
 class TargetOptions:
     """The targets of the flow."""
 
-    sfr_target_scale: Literal["l2", "sqrt_d", "whiten"] = "sqrt_d"
+    scale: Literal["l2", "sqrt_d", "whiten"] = "sqrt_d"
     """Scale of the targets. 'l2': unit length, as in the authors' code. 'sqrt_d' (default): unit length times sqrt(D),
     so that noise and targets have the same scale in each dimension. 'whiten': subtract the mean of each dimension and
     divide by its standard deviation."""
-    sfr_whiten: Literal["store", "ema"] = "store"
+    whiten: Literal["store", "ema"] = "store"
     """Statistics for sfr_target_scale = whiten. 'store' (default): those of the target store. 'ema': an EMA over
     batches that starts at the scale of sqrt_d. Checkpoints contain either."""
-    sfr_whiten_decay: float = 0.99
+    whiten_decay: float = 0.99
     """EMA decay per step, for sfr_whiten = ema. Default 0.99."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sfr_whiten_decay < 1:
-            raise ValueError(f"sfr_whiten_decay = {self.sfr_whiten_decay}: choose at least 0 and below 1")
+        if not 0 <= self.whiten_decay < 1:
+            raise ValueError(f"`whiten_decay` = {self.whiten_decay}: choose at least 0 and below 1")
 
 
 def scale_targets(x_1: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOptions) -> Tensor:
     """Scales unit-length embeddings [..., D] to targets of the flow, fp32. Only 'whiten' uses the statistics."""
     x_1, root = x_1.float(), x_1.shape[-1] ** 0.5
-    if options.sfr_target_scale == "whiten":
+    if options.scale == "whiten":
         return (x_1 - mean_D) / std_D.clamp(min=SMALLEST / root)
-    return x_1 * root if options.sfr_target_scale == "sqrt_d" else x_1
+    return x_1 * root if options.scale == "sqrt_d" else x_1
 
 
 def unit_targets(x: Tensor, mean_D: Tensor, std_D: Tensor, options: TargetOptions) -> Tensor:
     """The inverse of `scale_targets` up to length: maps points [..., D] at the flow's scale to embeddings."""
-    if options.sfr_target_scale == "whiten":
+    if options.scale == "whiten":
         return x * std_D.clamp(min=SMALLEST / x.shape[-1] ** 0.5) + mean_D
     return x
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_sfr.evaluation.scores.bootstrap import estimate
 from megatron_sfr.hf.head_files import DESCRIPTION, WEIGHTS
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
+from megatron_sfr.option_names import to_arguments
 from tests.evaluation.lock_fork.conftest import WIDTH
 from tests.model.heads import randomised
 
@@ -39,7 +39,7 @@ def store(data: PreparedData) -> TargetStore:
 def diagnosis(tiny_model: Path, data: PreparedData, store: TargetStore) -> Diagnosis:
     """Two models; the base has a head with random weights."""
     config = TransformerConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, cuda_graph_modules=[])
-    head = FlowHead(config, FlowHeadPlan(FlowHeadOptions(sfr_head_width=16), dim=store.dim)).eval()
+    head = FlowHead(config, FlowHeadPlan(FlowHeadOptions(width=16), dim=store.dim)).eval()
     randomised(head)
     scale = Scale(torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions())
     options = ExamineOptions(LabelOptions(lock_top=0.2), FutureOptions(samples=6, steps=4, nodes=4), samples=3)
@@ -124,12 +124,18 @@ def test_the_command_writes_page_and_numbers(
 
 def put_head(folder: Path, store: TargetStore, **said: object) -> FlowHead:
     """A head with random weights beside the model, as `convert export --keep-head` leaves it."""
-    options, targets = FlowHeadOptions(sfr_head_width=16, sfr_layer=1), TargetOptions(sfr_target_scale="l2")
+    options, targets = FlowHeadOptions(width=16, layer=1), TargetOptions(scale="l2")
     config = TransformerConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, cuda_graph_modules=[])
     head = FlowHead(config, FlowHeadPlan(options, dim=store.dim))
     randomised(head.net)
     content = {"hidden_size": WIDTH, "dim": store.dim, "horizons": 1, "has_network": True, "gate_bins": 1}
-    content |= {"head": asdict(options), "targets": asdict(targets), "loss": "flow", "encoder": None, **said}
+    content |= {
+        "head": to_arguments(options),
+        "targets": to_arguments(targets),
+        "loss": "flow",
+        "encoder": None,
+        **said,
+    }
     (folder / DESCRIPTION).write_text(json.dumps(content))
     save_file(head.state_dict(), folder / WEIGHTS)
     return head.eval()
@@ -144,9 +150,7 @@ def test_the_command_draws_futures_from_the_head_beside_the_model(
     flags = ["--data", str(data.folder), "--samples", "2", "--draws", "3", "--steps", "4", "--method", "euler"]
     assert main(["diagnose", "--model", f"a={model}", *flags, "--lock-top", "0.2", "--output", str(tmp_path)]) == 0
     actual = json.loads((tmp_path / "lock_fork.json").read_text())["positions"]
-    scale = Scale(
-        torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions(sfr_target_scale="l2")
-    )
+    scale = Scale(torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions(scale="l2"))
     options = ExamineOptions(LabelOptions(), FutureOptions(samples=3, steps=4, method="euler"), samples=2)
     network = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     expected = examine({"a": lambda: network}, data, options, Head(head, scale, layer=1)).futures

@@ -27,7 +27,7 @@ FUTURES = torch.eye(D)[:3]  # after a lock always the first, after a fork the se
 
 def make_head(**plan: object) -> FlowHead:
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=1, cuda_graph_modules=[])
-    return FlowHead(config, FlowHeadPlan(FlowHeadOptions(sfr_head_width=64, sfr_time_scale=10.0), dim=D, **plan)).eval()
+    return FlowHead(config, FlowHeadPlan(FlowHeadOptions(width=64, time_scale=10.0), dim=D, **plan)).eval()
 
 
 @cache
@@ -36,7 +36,7 @@ def trained(scale: str) -> tuple[FlowHead, Scale]:
     head, B, g = make_head().train(), 256, torch.Generator().manual_seed(0)
     mean = (FUTURES[0] / 2) + (FUTURES[1] + FUTURES[2]) / 4
     std = (torch.stack([FUTURES[0], FUTURES[0], FUTURES[1], FUTURES[2]]) - mean).square().mean(0).sqrt()
-    options, sfr = TargetOptions(sfr_target_scale=scale), SFROptions()
+    options, sfr = TargetOptions(scale=scale), SFROptions()
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     place = torch.zeros(B, 1, dtype=torch.int64)
@@ -99,7 +99,7 @@ def test_P6_the_gain_equals_that_of_the_learnt_distributions() -> None:
 
 
 def test_the_gain_of_a_head_that_predicts_0_equals_the_integral() -> None:
-    scale = Scale(torch.zeros(D), torch.full((D,), D**-0.5), TargetOptions(sfr_target_scale="sqrt_d"))
+    scale = Scale(torch.zeros(D), torch.full((D,), D**-0.5), TargetOptions(scale="sqrt_d"))
     zero = make_head()  # predicts 0; the marginal's velocity is (2t - 1) / (t^2 + (1 - t)^2) x
     actual = draw(zero, scale, torch.stack([LOCK]), samples=4000, end=0.5, nodes=32)
     # Its futures are noise: E|v|^2 = D (2t - 1)^2 / (t^2 + (1 - t)^2), to be integrated against t / (1 - t).
@@ -124,7 +124,7 @@ def test_futures_depend_on_their_own_position_and_the_seed() -> None:
 def test_unit_vectors_are_recovered_from_every_scale(name: str) -> None:
     g = torch.Generator().manual_seed(2)
     x = F.normalize(torch.randn(5, D, generator=g), dim=-1)
-    options = TargetOptions(sfr_target_scale=name)
+    options = TargetOptions(scale=name)
     scale = Scale(x.mean(0), x.std(0), options)
     torch.testing.assert_close(scale.to_unit(scale_targets(x, x.mean(0), x.std(0), options)), x)
 

@@ -115,7 +115,7 @@ def test_cosine_measures_the_angle_and_does_not_normalise_short_predictions() ->
 def test_the_prediction_0_of_a_new_head_has_loss_1_and_a_bounded_gradient() -> None:
     y = rows(2, 3, 8, seed=1)
     bias = torch.zeros(8, dtype=torch.float64, requires_grad=True)
-    zero, h, options = torch.zeros(2, 3, 1, 8), rows(2, 3, 4), SFROptions(sfr_loss="cosine")
+    zero, h, options = torch.zeros(2, 3, 1, 8), rows(2, 3, 4), SFROptions(loss="cosine")
     error, _ = anchor_errors(lambda x, t, h: x + bias, h, y, torch.ones(2, 3), zero, zero[..., :1], options)
     assert torch.equal(error, torch.ones(2, 3, 1, dtype=torch.float64))
     error.mean().backward()

@@ -22,7 +22,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import (
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 
-DEGENERATE = SFROptions(sfr_source="zero", sfr_time="zero")
+DEGENERATE = SFROptions(source="zero", time="zero")
 
 
 def terms(velocity, h_BAH: Tensor, x_1_BAD: Tensor, weight_BA: Tensor, options: SFROptions) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def test_P7_flow_from_zero_at_time_zero_is_the_mse_ablation_bit_for_bit() -> Non
         return h @ matrix + 3 * x.sin() + 5 * t
 
     flow = terms(velocity, h, y, weight, DEGENERATE)
-    mse = terms(velocity, h, y, weight, SFROptions(sfr_loss="mse"))
+    mse = terms(velocity, h, y, weight, SFROptions(loss="mse"))
     assert all(torch.equal(a, b) for a, b in zip(flow, mse, strict=True))
     assert torch.equal(weighted_sum(*flow), weighted_sum(*mse))
     regression = (h @ matrix - y).square().sum(-1) / D  # |head(0, 0, h) - E(y)|^2 / D
@@ -136,6 +136,6 @@ def test_P7_a_deterministic_source_at_later_times_leaks_the_target() -> None:
 @pytest.mark.parametrize("time", ["uniform", "logit_normal"])
 def test_P7_the_leaking_combination_is_refused(time: str) -> None:
     with pytest.raises(ValueError, match="leaks the target"):
-        SFROptions(sfr_source="zero", sfr_time=time)
+        SFROptions(source="zero", time=time)
     for loss in ("mse", "cosine", "cka"):  # these are deterministic whatever the flow's options are
-        assert not SFROptions(sfr_loss=loss, sfr_source="zero", sfr_time=time).stochastic
+        assert not SFROptions(loss=loss, source="zero", time=time).stochastic

@@ -32,7 +32,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("time", ["uniform", "logit_normal"])
 def test_times_follow_their_distribution(time: str) -> None:
-    t = draw(sfr_time=time)[1].double().flatten().sort().values
+    t = draw(time=time)[1].double().flatten().sort().values
     law = t if time == "uniform" else torch.special.ndtr(t.logit())
     assert t.min() > 0
     assert t.max() < 1
@@ -45,10 +45,10 @@ def test_sources_are_normally_distributed() -> None:
 
 
 def test_zero_time_and_zero_source_are_zero() -> None:
-    x_0, t = draw(sfr_time="zero")
+    x_0, t = draw(time="zero")
     assert x_0.std() == pytest.approx(1, abs=0.01)
     assert not t.any()
-    x_0, t = draw(sfr_time="zero", sfr_source="zero")
+    x_0, t = draw(time="zero", source="zero")
     assert x_0.shape == (B, A, 1, D)  # one deterministic pair, whatever sfr_draws is
     assert t.shape == (B, A, 1, 1)
     assert not x_0.any()
@@ -58,13 +58,13 @@ def test_zero_time_and_zero_source_are_zero() -> None:
 @pytest.mark.parametrize("time", ["uniform", "logit_normal"])
 def test_time_is_drawn_per_anchor_or_per_sequence(time: str) -> None:
     each, shared, elsewhere = (
-        draw(sfr_time=time, sfr_time_per="anchor")[1],
-        draw(sfr_time=time, sfr_time_per="sequence"),
-        draw(sfr_time=time, sfr_time_per="sequence", horizon=1),
+        draw(time=time, time_per="anchor")[1],
+        draw(time=time, time_per="sequence"),
+        draw(time=time, time_per="sequence", horizon=1),
     )
     assert len(each[0, :, 0].unique()) == A
     assert len(shared[1][0, :, 0].unique()) == 1
-    assert len(shared[1].unique()) == B * SFROptions().sfr_draws
+    assert len(shared[1].unique()) == B * SFROptions().draws
     assert len(shared[0].unique()) > 0.99 * shared[0].numel()  # sources still differ between anchors
     assert torch.equal(shared[1], elsewhere[1])
     assert correlation(shared[0], elsewhere[0]) < 4
@@ -77,8 +77,8 @@ def test_horizons_at_one_position_have_separate_noise_and_time() -> None:
 
 
 def test_a_second_set_of_draws_is_independent_of_the_first_and_continues_it() -> None:
-    K = SFROptions().sfr_draws
-    both = draw(sfr_draws=2 * K)
+    K = SFROptions().draws
+    both = draw(draws=2 * K)
     for x, y, whole in zip(draw(), draw(first=K), both, strict=True):
         assert correlation(x, y) < 4
         assert torch.equal(torch.cat([x, y], dim=2), whole)
@@ -91,6 +91,6 @@ def test_neighbours_are_independent_and_the_seed_matters() -> None:
         assert correlation(x[1:], x[:-1]) < 4  # samples
         assert correlation(x[:, :, 1:], x[:, :, :-1]) < 4  # draws
     assert correlation(x_0[..., :1], t) < 4
-    other = draw(sfr_noise_seed=1235)
+    other = draw(noise_seed=1235)
     assert correlation(x_0, other[0]) < 4
     assert correlation(t, other[1]) < 4

@@ -9,7 +9,7 @@ from tests.objectives.closed_forms import gaussian_loss
 
 
 def dynamic(**changes: object) -> GateOptions:
-    return GateOptions(sfr_gate="dynamic", **changes)
+    return GateOptions(kind="dynamic", **changes)
 
 
 def sums(errors: list[float], weights: list[float]) -> Tensor:
@@ -42,7 +42,7 @@ def test_sums_of_one_bin_are_those_of_the_loss() -> None:
 
 
 def test_the_static_gate_compares_the_mean_loss_with_a_threshold() -> None:
-    options = GateOptions(sfr_gate="static", sfr_gate_threshold=0.5)
+    options = GateOptions(kind="static", threshold=0.5)
     for errors, is_open in (([0.9, 0.2], 1.0), ([0.7, 0.2], 0.0), ([0.5, 0.5], 1.0)):
         gate, _ = decide(sums(errors, [1.0, 1.0]), torch.zeros(2), options)
         assert gate.tolist() == [is_open]
@@ -51,14 +51,14 @@ def test_the_static_gate_compares_the_mean_loss_with_a_threshold() -> None:
 
 
 def test_the_dynamic_gate_compares_the_loss_with_its_baseline() -> None:
-    options, baseline = dynamic(sfr_gate_ratio=1.5), torch.tensor([0.9])
+    options, baseline = dynamic(ratio=1.5), torch.tensor([0.9])
     for error, is_open in ((0.61, 1.0), (0.59, 0.0)):  # 0.9 / 1.5 = 0.6
         gate, _ = decide(sums([error], [4.0]), baseline, options)
         assert gate.tolist() == [is_open]
 
 
 def test_baselines_start_with_the_first_loss_and_decay_where_a_bin_was_drawn() -> None:
-    options = dynamic(sfr_gate_decay=0.75)
+    options = dynamic(decay=0.75)
     gate, baseline = decide(sums([0.8, 5.0], [2.0, 0.0]), torch.zeros(2), options)
     assert gate.item() == 1  # nothing to compare with
     torch.testing.assert_close(baseline, torch.tensor([0.8, 0.0]))
@@ -87,9 +87,9 @@ def gate_after(bins: int, times: Tensor, progress: float) -> float:
 
     baseline, g = torch.zeros(bins), torch.Generator().manual_seed(0)
     for _ in range(50):
-        gate, baseline = decide(step(torch.rand(1000, generator=g), 1.0), baseline, dynamic(sfr_gate_bins=bins))
+        gate, baseline = decide(step(torch.rand(1000, generator=g), 1.0), baseline, dynamic(bins=bins))
         assert gate.item() == 1  # with many times per step even one bin is stable
-    return decide(step(times, progress), baseline, dynamic(sfr_gate_bins=bins))[0].item()
+    return decide(step(times, progress), baseline, dynamic(bins=bins))[0].item()
 
 
 def test_with_one_bin_the_gate_follows_the_drawn_times_and_with_8_the_progress() -> None:
@@ -101,6 +101,6 @@ def test_with_one_bin_the_gate_follows_the_drawn_times_and_with_8_the_progress()
 
 
 def test_impossible_options_are_refused() -> None:
-    for wrong in ({"sfr_gate_ratio": 0.9}, {"sfr_gate_decay": 1.0}, {"sfr_gate_bins": 0}, {"sfr_gate_bins": 1025}):
+    for wrong in ({"ratio": 0.9}, {"decay": 1.0}, {"bins": 0}, {"bins": 1025}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             GateOptions(**wrong)

@@ -147,8 +147,8 @@ def test_the_preset_sets_the_authors_options() -> None:
     for part in PARTS:
         options(part, args)
     assert options(DataOptions, args).sfr_anchors == "nearest"
-    assert options(TargetOptions, args).sfr_target_scale == "l2"
-    assert options(SFROptions, args) == SFROptions(sfr_time_per="sequence", sfr_draws=1)
-    assert options(ScheduleOptions, args) == ScheduleOptions(sfr_weight_on="loss")
-    assert options(GateOptions, args) == GateOptions("dynamic", sfr_gate_bins=1)
-    assert options(FlowHeadOptions, args) == FlowHeadOptions(sfr_time_scale=1.0, sfr_ema="smooth")
+    assert options(TargetOptions, args).scale == "l2"
+    assert options(SFROptions, args) == SFROptions(time_per="sequence", draws=1)
+    assert options(ScheduleOptions, args) == ScheduleOptions(weight_on="loss")
+    assert options(GateOptions, args) == GateOptions("dynamic", bins=1)
+    assert options(FlowHeadOptions, args) == FlowHeadOptions(time_scale=1.0, ema="smooth")

@@ -4,12 +4,12 @@ import pytest
 
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 
-OPTIONS = {"sfr_warmup_steps": 10, "sfr_ramp_steps": 4}
+OPTIONS = {"warmup_steps": 10, "ramp_steps": 4}
 
 
 @pytest.mark.parametrize(("warmup", "cross_entropy"), [("head_only", 0.0), ("detached", 1.0)])
 def test_phase_a_trains_the_head_at_full_weight_on_detached_states(warmup: str, cross_entropy: float) -> None:
-    options = ScheduleOptions(sfr_warmup=warmup, **OPTIONS)
+    options = ScheduleOptions(warmup=warmup, **OPTIONS)
     for step in (0, 9):
         assert phase_at(step, 100, options) == Phase(cross_entropy, 1.0, detach=True)
 
@@ -25,24 +25,24 @@ def test_phase_b_rises_from_0() -> None:
     ("decay", "shares"), [("constant", (1, 1, 1)), ("linear", (1, 0.5, 0)), ("cosine", (1, 0.5, 0))]
 )
 def test_phase_c_decays_over_the_steps_that_remain(decay: str, shares: tuple[float, ...]) -> None:
-    options = ScheduleOptions(sfr_decay=decay, **OPTIONS)
+    options = ScheduleOptions(decay=decay, **OPTIONS)
     actual = [phase_at(step, 114, options).share for step in (14, 64, 114)]
     assert actual == pytest.approx(shares)
 
 
 def test_weight_0_never_reaches_the_backbone() -> None:
-    assert phase_at(50, 100, ScheduleOptions(sfr_weight=0.0)).detach
+    assert phase_at(50, 100, ScheduleOptions(weight=0.0)).detach
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"sfr_weight": -1.0},
-        {"sfr_warmup_steps": -1},
-        {"sfr_weight_control": "ratio", "sfr_grad_ratio": 0.0},
-        {"sfr_weight_control": "ratio", "sfr_measure_interval": 0},
+        {"weight": -1.0},
+        {"warmup_steps": -1},
+        {"weight_control": "ratio", "grad_ratio": 0.0},
+        {"weight_control": "ratio", "measure_interval": 0},
     ],
 )
 def test_impossible_schedules_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="sfr_"):
+    with pytest.raises(ValueError, match=r"^`"):
         ScheduleOptions(**wrong)

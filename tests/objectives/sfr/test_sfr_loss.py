@@ -29,10 +29,10 @@ def first_horizon(position_BA: Tensor) -> Tensor:
 @pytest.mark.parametrize(("scale", "expected"), [("l2", 1 + 1 / 32), ("sqrt_d", 2.0)])
 def test_P1_a_zero_head_costs_the_variance_of_noise_and_target(scale: str, expected: float) -> None:
     B, A, D = 64, 8, 32
-    options, none = SFROptions(sfr_draws=8), torch.zeros(D)
+    options, none = SFROptions(draws=8), torch.zeros(D)
     position = torch.arange(A).expand(B, A)
     x_0, t = draw_noise(torch.arange(B)[:, None], position, first_horizon(position), D, 0, options)
-    x_1 = scale_targets(unit_targets(B, A, D), none, none, TargetOptions(sfr_target_scale=scale))
+    x_1 = scale_targets(unit_targets(B, A, D), none, none, TargetOptions(scale=scale))
     error, weight = anchor_errors(
         lambda x, t, h: torch.zeros_like(x), torch.zeros(B, A, 3), x_1, torch.ones(B, A), x_0, t, options
     )
@@ -123,7 +123,7 @@ def test_P3_P4_a_head_trained_by_this_loss_finds_the_mixtures_velocity_and_both_
 
 def test_P4_the_mse_ablation_on_the_same_data_predicts_only_the_mean() -> None:
     net, answer = make_net()
-    train(net, lambda x, t, h: answer(x, t), SFROptions(sfr_loss="mse"), 150)
+    train(net, lambda x, t, h: answer(x, t), SFROptions(loss="mse"), 150)
     assert answer(torch.zeros(1, 1), torch.zeros(1, 1)).item() == pytest.approx(0, abs=0.05)  # no future is near it
 
 
@@ -156,7 +156,7 @@ def test_weights_of_each_response_sum_to_its_tokens(lengths: list[list[int]], st
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine"])
 def test_anchors_of_weight_0_have_no_loss_and_no_gradient(loss: str) -> None:
     B, A, D, H = 3, 4, 8, 5
-    options = SFROptions(sfr_loss=loss)
+    options = SFROptions(loss=loss)
     g = torch.Generator().manual_seed(5)
     h = torch.randn(B, A, H, generator=g, requires_grad=True)
     place = torch.zeros(B, A, dtype=torch.int64)
@@ -178,13 +178,13 @@ def test_anchors_of_weight_0_have_no_loss_and_no_gradient(loss: str) -> None:
 
 
 def test_P9_noise_depends_on_the_sample_not_on_its_index_in_the_batch() -> None:
-    options = SFROptions(sfr_time_per="anchor")
+    options = SFROptions(time_per="anchor")
     samples = torch.tensor([[7], [3], [9]])
     position, horizon = torch.tensor([[1, 5], [2, 5], [8, 4]]), torch.tensor([[0, 1], [2, 0], [0, 0]])
     whole = draw_noise(samples, position, horizon, 6, 0, options)
     part = draw_noise(samples[[2, 1]], position[[2, 1]], horizon[[2, 1]], 6, 0, options)
     swapped = draw_noise(samples, position.flip(1), horizon.flip(1), 6, 0, options)
-    later = draw_noise(samples, position, horizon, 6, options.sfr_draws, options)
+    later = draw_noise(samples, position, horizon, 6, options.draws, options)
     for x, y, s, z in zip(whole, part, swapped, later, strict=True):
         assert torch.equal(x[[2, 1]], y)
         assert torch.equal(x.flip(1), s)
@@ -193,5 +193,5 @@ def test_P9_noise_depends_on_the_sample_not_on_its_index_in_the_batch() -> None:
 
 def test_impossible_options_are_refused() -> None:
     for draws in (0, 1025):
-        with pytest.raises(ValueError, match="sfr_draws"):
-            SFROptions(sfr_draws=draws)
+        with pytest.raises(ValueError, match="draws"):
+            SFROptions(draws=draws)

@@ -33,7 +33,7 @@ def test_scales_equal_numpys(dtype: torch.dtype) -> None:
     mean, std = numbers.mean((0, 1)), numbers.std((0, 1))
     expected = {"l2": numbers, "sqrt_d": numbers * np.float32(4), "whiten": (numbers - mean) / std}
     for scale, values in expected.items():
-        actual = scale_targets(x, torch.from_numpy(mean), torch.from_numpy(std), TargetOptions(sfr_target_scale=scale))
+        actual = scale_targets(x, torch.from_numpy(mean), torch.from_numpy(std), TargetOptions(scale=scale))
         assert actual.dtype == torch.float32
         np.testing.assert_allclose(actual.numpy(), values, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(actual.numpy().std((0, 1)), 1, rtol=1e-5)
@@ -44,18 +44,18 @@ def test_a_constant_dimension_stays_finite_when_whitened() -> None:
     x[:, 3] = 0.25
     mean, std = x.mean(0), x.std(0, correction=0)
     std[3] = 0
-    white = scale_targets(x, mean.float(), std.float(), TargetOptions(sfr_target_scale="whiten"))
+    white = scale_targets(x, mean.float(), std.float(), TargetOptions(scale="whiten"))
     assert white.isfinite().all()
     assert white[:, 3].abs().max() < 1e-5
     x[0, 3] += 0.01  # deviations are divided by SMALLEST / sqrt(D)
-    white = scale_targets(x, mean.float(), std.float(), TargetOptions(sfr_target_scale="whiten"))
+    white = scale_targets(x, mean.float(), std.float(), TargetOptions(scale="whiten"))
     assert white[0, 3].item() == pytest.approx(0.01 / (SMALLEST / D**0.5), rel=1e-4)
 
 
 def test_before_the_first_batch_whitening_by_a_running_average_is_sqrt_d() -> None:
     x = embeddings(4)
     start = torch.zeros(D), torch.full((D,), D**-0.5)  # as the head's state starts
-    white, root = (scale_targets(x, *start, TargetOptions(sfr_target_scale=scale)) for scale in ("whiten", "sqrt_d"))
+    white, root = (scale_targets(x, *start, TargetOptions(scale=scale)) for scale in ("whiten", "sqrt_d"))
     torch.testing.assert_close(white, root)
 
 
@@ -116,5 +116,5 @@ def test_a_constant_dimension_gives_a_spread_of_0_not_nan() -> None:
 
 def test_a_decay_outside_its_range_is_refused() -> None:
     for decay in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="sfr_whiten_decay"):
-            TargetOptions(sfr_whiten_decay=decay)
+        with pytest.raises(ValueError, match="whiten_decay"):
+            TargetOptions(whiten_decay=decay)
