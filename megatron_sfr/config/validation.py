@@ -92,15 +92,15 @@ def _of_separation(args: argparse.Namespace) -> Rows:
         (
             local and args.mtp_num_layers,
             f"{option} with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
-            "prediction would foresee the next text",
+            "prediction would predict tokens of the next text",
         ),
         (
             not local and args.micro_batch_size != 1,
-            f"{option} with Transformer Engine takes one row at a time: set micro_batch_size to 1",
+            f"{option} with Transformer Engine takes one sequence at a time: set micro_batch_size to 1",
         ),
         (
             not local and args.eval_micro_batch_size not in (None, 1),
-            f"{option} with Transformer Engine takes one row at a time: set eval_micro_batch_size to 1",
+            f"{option} with Transformer Engine takes one sequence at a time: set eval_micro_batch_size to 1",
         ),
         (
             args.sfr and args.sfr_loss == "cka" and option == "sfr_packing",
@@ -152,11 +152,11 @@ def _of_the_term(args: argparse.Namespace) -> Rows:
         (
             args.sfr_ema != "none" and args.sfr_warmup_steps == 0 and args.sfr_preset is None,
             f"sfr_ema = {args.sfr_ema} averages the head from the end of phase A on: set sfr_warmup_steps above 0, or "
-            "the average starts from a head that answers nothing",
+            "the average starts from an untrained head",
         ),
         (
             args.sfr_ema == "smooth" and (args.use_precision_aware_optimizer or args.optimizer_cpu_offload),
-            "sfr_ema = smooth needs the optimizer's fp32 weights at hand: neither use_precision_aware_optimizer nor "
+            "sfr_ema = smooth needs the optimizer's fp32 weights: leave out use_precision_aware_optimizer and "
             "optimizer_cpu_offload",
         ),
         (

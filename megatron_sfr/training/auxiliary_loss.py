@@ -5,7 +5,7 @@ D embedding dimension.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,10 +37,10 @@ DATASET_BITS = 36  # sample numbers of one dataset are below 2^36, those of the 
 class TermOptions:
     """Options of the auxiliary loss, except its weight."""
 
-    sfr: SFROptions
-    targets: TargetOptions
-    gate: GateOptions
-    head: FlowHeadOptions
+    sfr: SFROptions = field(default_factory=SFROptions)
+    targets: TargetOptions = field(default_factory=TargetOptions)
+    gate: GateOptions = field(default_factory=GateOptions)
+    head: FlowHeadOptions = field(default_factory=FlowHeadOptions)
 
 
 class Anchors(NamedTuple):

@@ -37,8 +37,8 @@ class HeadOptimizerOptions:
             raise ValueError(f"sfr_head_lr_mult is {self.sfr_head_lr_mult}; give a factor above 0")
 
 
-def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
-    """The names of upstream's optimizer that are replaced so that it applies `options` to the head."""
+def clipping(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
+    """The names of Megatron Core that are replaced so that it clips the head separately, in any training loop."""
     return (
         Replacement(
             OPTIMIZER,
@@ -53,6 +53,13 @@ def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
             "clips every gradient norm group to the same threshold",
             ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
         ),
+    )
+
+
+def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
+    """The names that are replaced so that Megatron's training loop applies all `options` to the head."""
+    return (
+        *clipping(options),
         Replacement(
             TRAINING,
             "get_standard_config_overrides",

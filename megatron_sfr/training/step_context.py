@@ -42,8 +42,8 @@ def megatron_context() -> StepContext:
 
     args = get_args()
     return StepContext(
-        # Evaluation without training, --skip-train, happens before the loop sets curr_iteration.
-        iteration=getattr(args, "curr_iteration", args.iteration),
+        # --skip-train evaluates before the loop has set curr_iteration.
+        iteration=args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration,
         train_iters=args.train_iters,
         num_microbatches=get_num_microbatches(),
         writer=get_tensorboard_writer(),

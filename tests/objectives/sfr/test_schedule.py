@@ -30,6 +30,15 @@ def test_phase_c_decays_over_the_steps_that_remain(decay: str, shares: tuple[flo
     assert actual == pytest.approx(shares)
 
 
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total", [15, 114, 100_000])
+def test_within_a_run_the_weight_is_0_only_at_the_first_step_of_the_ramp(decay: str, total: int) -> None:
+    """A decay ends with the run: it would reach 0 at the step after the last one."""
+    options = ScheduleOptions(sfr_decay=decay, **OPTIONS)
+    assert [step for step in range(total) if phase_at(step, total, options).share == 0] == [10]
+    assert (phase_at(total, total, options).share == 0) == (decay != "constant")
+
+
 def test_weight_0_never_reaches_the_backbone() -> None:
     assert phase_at(50, 100, ScheduleOptions(weight=0.0)).detach
 

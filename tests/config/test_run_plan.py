@@ -1,0 +1,66 @@
+"""A run's plan holds the options of every part, read from the arguments once."""
+
+import argparse
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from megatron_sfr.config.objective import ObjectiveOptions
+from megatron_sfr.config.option_flags import options
+from megatron_sfr.config.run_plan import RunPlan, plan_run
+from megatron_sfr.config.settings import PARTS, Parser, PresetOptions
+from megatron_sfr.runtime.backend import BackendOptions
+
+APPLIED_EARLIER = (ObjectiveOptions, PresetOptions, BackendOptions)  # they choose the loss, other options, the backend
+PARSER = Parser()
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    return PARSER.read(["--seq-length", "80", *flags])
+
+
+def plan(*flags: str) -> RunPlan:
+    return plan_run(arguments(*flags), "cpu")
+
+
+def test_it_has_the_options_of_every_part() -> None:
+    flags = ("--objective", "gem", "--gem-beta", "0.5", "--sfr", "--sfr-weight", "3", "--sfr-head-lr-mult", "2")
+    actual, args = plan(*flags), arguments(*flags)
+    held = [*vars(actual).values(), *vars(actual.term).values()]
+    assert [part.__name__ for part in PARTS if part not in APPLIED_EARLIER and options(part, args) not in held] == []
+    assert actual.objective == "gem"
+    assert actual.token_loss.beta == 0.5
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        plan().separator = "sfr_packing"  # type: ignore[misc]
+
+
+def test_a_part_refuses_its_options() -> None:
+    with pytest.raises(ValueError, match="give a factor above 0"):
+        plan("--sfr-head-lr-mult", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [
+        ([], None),
+        (["--sfr-packing", "first_fit_decreasing"], "sfr_packing"),
+        (["--dataloader-inter-document-masking"], "dataloader_inter_document_masking"),
+    ],
+)
+def test_it_names_the_option_that_separates_texts(flags: list[str], option: str | None) -> None:
+    assert plan(*flags).separator == option
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        ([], None),
+        (["--training-task", "kl-flow"], 79),
+        (["--training-task", "kl-flow", "--kl-flow-time", "adaln"], 80),
+    ],
+)
+def test_the_time_takes_a_position_of_kl_flows_texts(flags: list[str], length: int | None) -> None:
+    assert plan(*flags).datasets.text_length == length
