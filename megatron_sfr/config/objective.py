@@ -25,8 +25,9 @@ class ObjectiveOptions:
 
     objective: str = field(default="ce", metadata={"argparse_meta": {"type": _objective, "metavar": "NAME"}})
     """Loss of each token: ce (cross-entropy, default), gem (arXiv 2408.16673), sed (SED-SFT, arXiv 2602.07464), dft
-    (arXiv 2508.05629), or the dotted path of your own, such as my_package.my_module.MyLoss. --sfr adds the
-    flow-matching loss to it. The log's `lm loss` is always cross-entropy."""
+    (arXiv 2508.05629), tofu (arXiv 2605.00195), eaft (arXiv 2601.02151), or the dotted path of your own, such as
+    my_package.my_module.MyLoss. --sfr adds the flow-matching loss to it. The log's `lm loss` is always
+    cross-entropy."""
 
 
 def selected_loss(args: argparse.Namespace) -> tuple[str, TokenLoss]:

@@ -2,7 +2,9 @@
 
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.dft import DFT
+from megatron_sfr.objectives.token.eaft import EAFT
 from megatron_sfr.objectives.token.gem import GEM
 from megatron_sfr.objectives.token.sed import SED
+from megatron_sfr.objectives.token.tofu import TOFU
 
-__all__ = ["DFT", "GEM", "SED", "CrossEntropy"]
+__all__ = ["DFT", "EAFT", "GEM", "SED", "TOFU", "CrossEntropy"]
