@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DFT",
+    "EAFT",
     "GEM",
     "SED",
+    "TOFU",
     "ClosedFormLoss",
     "CrossEntropy",
     "EmbedOptions",
@@ -58,10 +60,12 @@ _MODULES = {
     "objectives.sfr.sfr_loss": ["SFROptions", "flow_matching_loss"],
     "objectives.token.cross_entropy": ["CrossEntropy"],
     "objectives.token.dft": ["DFT"],
+    "objectives.token.eaft": ["EAFT"],
     "objectives.token.gem": ["GEM"],
     "objectives.token.loss_base": ["ClosedFormLoss", "LossAndCoefficients", "TokenLoss"],
     "objectives.token.registry": ["register"],
     "objectives.token.sed": ["SED"],
+    "objectives.token.tofu": ["TOFU"],
     "objectives.token.token_loss": ["token_loss"],
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
@@ -84,10 +88,12 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, flow_matching_loss
     from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
     from megatron_sfr.objectives.token.dft import DFT
+    from megatron_sfr.objectives.token.eaft import EAFT
     from megatron_sfr.objectives.token.gem import GEM
     from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, LossAndCoefficients, TokenLoss
     from megatron_sfr.objectives.token.registry import register
     from megatron_sfr.objectives.token.sed import SED
+    from megatron_sfr.objectives.token.tofu import TOFU
     from megatron_sfr.objectives.token.token_loss import token_loss
 
 

@@ -10,6 +10,7 @@ from examples.dictionary_styles import make_model
 from megatron_sfr.config.settings import Parser, read_recipe, read_settings, to_flags
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
+from megatron_sfr.objectives.token.registry import LOSSES
 
 FOLDER = Path(make_model.__file__).parent
 RECIPES = ("base.yaml", "ce.yaml")
@@ -57,7 +58,7 @@ def test_the_models_recipe_is_what_convert_prints(model: Path) -> None:
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_differs_from_ce_in_the_objective_alone(name: str) -> None:
     arm = yaml.safe_load((FOLDER / "arms" / f"{name}.yaml").read_text())
-    ours = ("sfr", "gem_", "sed_", "mtp_", "objective", "save")
+    ours = ("sfr", *(f"{loss}_" for loss in LOSSES), "mtp_", "objective", "save")
     start = ["pretrained_checkpoint"] if name == "mtp" else []  # upstream cannot start its layer afresh
     assert [key for key in arm if not key.startswith(ours)] == start
     assert arm["save"] == f"runs/dictionary_styles/{name}"
