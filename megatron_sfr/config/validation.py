@@ -92,7 +92,7 @@ def _of_separation(args: argparse.Namespace) -> Rows:
         (
             local and args.mtp_num_layers,
             f"{option} with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
-            "prediction would foresee the next text",
+            "prediction would predict into the next text",
         ),
         (
             not local and args.micro_batch_size != 1,
