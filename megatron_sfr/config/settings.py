@@ -1,4 +1,4 @@
-"""One set of options from three places: our defaults, a YAML recipe and Megatron's flags; later ones win."""
+"""The options of a run from our defaults, YAML recipes and flags; later ones take precedence."""
 
 import argparse
 import difflib
@@ -40,11 +40,11 @@ from megatron_sfr.training.lock_fork import LockForkOptions
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a checkpoint written before the head existed is read."""
+    """How a checkpoint without a flow head is loaded."""
 
     sfr_fresh_head: bool = False
-    """Start the head afresh where a pretrained checkpoint has none (with --finetune or --pretrained-checkpoint). Any
-    other parameter that is missing in the checkpoint stays an error."""
+    """Initialize the flow head if the pretrained checkpoint has none (with --finetune or --pretrained-checkpoint). Any
+    other parameter that is missing in the checkpoint is an error."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class PresetOptions:
     """Settings that belong together."""
 
     sfr_preset: Literal["reference"] | None = None
-    """'reference': the term as the authors' public code and YAML have it (arXiv 2605.27971); recipe and flags override
-    single options. `megatron-sfr prepare` cuts as they do by default. By default ours."""
+    """'reference': SFR as in the authors' public code and YAML (arXiv 2605.27971); recipes and flags override single
+    options. The defaults of `megatron-sfr prepare` cut segments as they do. Default: our own defaults."""
 
 
-LONG_VALUE = re.compile(r"'[^']{80,}'")  # that argparse repeats
+LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
 
 PARTS = (
     *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
@@ -97,11 +97,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DEFAULTS: dict[str, Any] = {
-    "tokenizer-type": "NullTokenizer",  # data arrive as token ids; --vocab-size says how many there are
-    "calculate-per-token-loss": True,  # every term is a sum that the global number of tokens divides
-    "hidden-dropout": 0.0,  # upstream's 0.1 is a relic that no current model family uses
+    "tokenizer-type": "NullTokenizer",  # the data are token ids below --vocab-size
+    "calculate-per-token-loss": True,  # every loss is a sum that the global number of tokens divides
+    "hidden-dropout": 0.0,  # no current model family uses upstream's 0.1
     "attention-dropout": 0.0,
-    "exit-signal-handler": True,  # SIGTERM and Ctrl-C end the run with a whole checkpoint
+    "exit-signal-handler": True,  # SIGTERM and Ctrl-C end the run with a complete checkpoint
     "log-interval": 1,
     "eval-interval": 1000,
     "save-interval": 1000,
@@ -109,7 +109,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Upstream's arguments and ours; an error is a ValueError that names the nearest flag."""
+    """Upstream's arguments and ours. An unknown flag is a ValueError that suggests the most similar one."""
 
     def __init__(self) -> None:
         super().__init__(prog="megatron_sfr.train", allow_abbrev=False)
@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(LONG_VALUE.sub(lambda found: f"{cut(found[0], 79)}'", message))
 
     def read(self, flags: Sequence[str]) -> argparse.Namespace:
-        """Parses flags; ValueError for the first that nobody knows."""
+        """Parses flags. ValueError for the first unknown flag."""
         args, unknown = self.parse_known_args(list(flags))
         if unknown:
             wrong = unknown[0].split("=")[0]
@@ -146,13 +146,13 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def nearest(wrong: str, names: Any) -> str:
-    """'; did you mean X?' or nothing."""
+    """'; did you mean X?', or an empty string if no name is similar."""
     close = difflib.get_close_matches(wrong, list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
-    """Flags that say what a recipe says. A value of null leaves upstream's default."""
+    """The flags of a recipe. A value of null keeps upstream's default."""
     flags: list[str] = []
     for key, value in recipe.items():
         action, flag = parser.named(key)
@@ -176,7 +176,7 @@ def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
 
 
 def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
-    """A recipe of everything that differs from upstream's defaults; reading it gives the same arguments."""
+    """A recipe of all arguments that differ from their defaults. Reading it gives the same arguments."""
     defaults, recipe = vars(parser.read([])), {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)
@@ -194,7 +194,7 @@ def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run was asked to do: flags for upstream's parser, the recipe they amount to, the backend."""
+    """The options of a run: flags for upstream's parser, the equivalent recipe, the backend and what it changed."""
 
     flags: list[str]
     recipe: dict[str, Any]
@@ -222,7 +222,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     except ValueError as error:
         where = " + ".join(str(path) for path in ours.recipe)
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
-    if args.save and not args.load:  # a run that is started again goes on where it was
+    if args.save and not args.load:  # a run that is started again resumes
         flags += ["--load", args.save]
     if args.save and not args.tensorboard_dir:
         flags += ["--tensorboard-dir", os.path.join(args.save, "tensorboard")]
@@ -255,7 +255,7 @@ def _import_losses(recipes: Sequence[Path], flags: Sequence[str]) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What upstream does not check: ValueError for arguments that contradict the objectives or each other."""
+    """Checks what upstream does not. ValueError for values out of range and incompatible options."""
     for part in PARTS:
         options(part, args)
     check_objective(args)
