@@ -25,8 +25,10 @@ __all__ = [
     "LossAndCoefficients",
     "PrepareOptions",
     "SFROptions",
+    "SampleOptions",
     "SamplingOptions",
     "StatisticsSpec",
+    "TemplateOptions",
     "TokenLoss",
     "attach_head",
     "embed",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "data.chat.template_options": ["SampleOptions", "TemplateOptions"],
     "data.prepare.chat_source": ["PrepareOptions"],
     "data.prepare.pipeline": ["prepare"],
     "data.prepared.open": ["open_prepared"],
@@ -71,6 +74,7 @@ _MODULES = {
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 if TYPE_CHECKING:  # for type checkers and editors
+    from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepared.open import open_prepared

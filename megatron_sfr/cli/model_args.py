@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megatron_sfr.cli.template_args import add_template_arguments, template_options
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that sampling always has, shared with `evaluate`."""
@@ -22,6 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="replies at a time (%(default)s)")
     parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+    add_template_arguments(parser)
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:
@@ -38,6 +41,7 @@ def model_folders(given: list[str]) -> dict[str, Path]:
 
 
 def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import
+    from megatron_sfr.data.chat.template_options import TemplateOptions
     from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
 
     return SamplingOptions(
@@ -48,4 +52,5 @@ def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def] 
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         batch_size=args.batch_size,
+        template=TemplateOptions(**template_options(args)),
     )

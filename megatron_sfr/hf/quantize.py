@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.chat.conversation import encode, read_conversations
+from megatron_sfr.data.chat.conversation import encode_samples, read_conversations
+from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.hf.export_hf import copy_companions
 from megatron_sfr.hf.families.family_registry import family_of
@@ -90,7 +91,9 @@ def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[
     """Token ids [1, S] of each conversation, cut at `length`."""
     tokenizer = load_tokenizer(str(source))
     conversations = islice(read_conversations(calibration), samples)
-    rows = [torch.tensor(encode(x, tokenizer).tokens[:length], dtype=torch.int64)[None] for x in conversations]
+    whole = SampleOptions(turns="last")  # the tokens of all turns, which every chat template can write
+    encoded = [encode_samples(x, tokenizer, whole)[0] for x in conversations]
+    rows = [torch.tensor(sample.tokens[:length], dtype=torch.int64)[None] for sample in encoded]
     if len(rows) < 2:
         raise ValueError(f"{calibration}: {len(rows)} conversations; at least 2 are needed, some hundreds are good")
     return rows

@@ -76,6 +76,8 @@ def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of a type: plain, or made of list, dict, tuple, |, Literal and TypedDict."""
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if origin is Literal:
         return value in inner
     if origin in (UnionType, Union):

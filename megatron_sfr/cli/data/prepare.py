@@ -1,15 +1,18 @@
 """Turn JSONL conversations into memory-mapped tokens, loss masks and anchors.
 
 A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or a row of
-ShareGPT or alpaca; each file's first row tells which. A "persona" beside it becomes the system turn of a conversation
-that has none. The loss is on the assistant's turns, each with its end token. Nothing is published unless all of it is
-there; the same command after a kill goes on where it was.
+ShareGPT or alpaca; each file's first record tells which. A "persona" beside it becomes the system turn of a
+conversation that has none. The loss is on the assistant's turns, each with its end token, after exactly the tokens that
+the model is given at inference. The output folder appears when it is complete; the same command resumes a run that was
+killed.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from megatron_sfr.cli.template_args import add_template_arguments, template_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--persona-key", default="persona", metavar="NAME", help="the field of a row that marks the style (%(default)s)"
     )
+    parser.add_argument(
+        "--turns",
+        default="together",
+        metavar="together|each|last|as-rendered",
+        help="samples of a conversation: one with all replies, each after the tokens of inference, or the record is "
+        "refused; one for each reply; one with the last reply; one as the template writes the whole (%(default)s)",
+    )
+    parser.add_argument("--train-on", default="all", metavar="all|last", help="replies with a loss (%(default)s)")
+    add_template_arguments(parser)
     parser.add_argument("--seq-length", type=int, default=2048, help="longest conversation, in tokens (%(default)s)")
     parser.add_argument(
         "--too-long", default="error", metavar="error|truncate", help="a longer one is a bad row, or cut (%(default)s)"
@@ -62,6 +74,7 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.chat.template_options import SampleOptions
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
@@ -77,19 +90,31 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
         persona_key=args.persona_key,
         too_long=args.too_long,
+        chat=SampleOptions(turns=args.turns, train_on=args.train_on, **template_options(args)),
     )
     workers = default_workers() if args.workers is None else args.workers
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
     horizons = f" at {len(result.horizons)} horizons" if len(result.horizons) > 1 else ""
     print(
-        f"{args.output}: {result.samples:,} conversations, {result.tokens:,} tokens ({result.supervised_tokens:,} "
+        f"{args.output}: {_samples(result.samples, result.conversations)}, {result.tokens:,} tokens "
+        f"({result.supervised_tokens:,} "
         f"supervised), {result.anchors:,} anchors{horizons}, {result.segments:,} distinct segments, "
         f"{len(result.personas.keys() - {''})} personas"
     )
     if result.truncated:
-        print(f"{result.truncated:,} conversations truncated to {result.seq_length} + 1 tokens")
+        print(f"{result.truncated:,} samples truncated to {result.seq_length} + 1 tokens")
+    if result.unlike_last:
+        print(
+            f"{result.unlike_last:,} earlier replies are trained without the empty thought that the chat template "
+            "writes in the last one; --turns each writes it in each"
+        )
+    if result.unlike_inference:
+        print(
+            f"{result.unlike_inference:,} replies are not complete, or follow another context than at inference, as "
+            "--turns as-rendered allows; --turns each trains them as inference shows them"
+        )
     if result.duplicates:
-        print(f"{result.duplicates:,} conversations have the tokens of an earlier one; they are kept")
+        print(f"{result.duplicates:,} samples have the tokens of an earlier one; they are kept")
     if result.rejected:
         print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
     if result.segments:
@@ -97,3 +122,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("no reply is long enough for an anchor: SFR has nothing to learn here (see --min-segment-length)")
     return 0
+
+
+def _samples(samples: int, conversations: int | None) -> str:
+    if conversations in (None, samples):
+        return f"{samples:,} conversations"
+    return f"{samples:,} samples of {conversations:,} conversations"

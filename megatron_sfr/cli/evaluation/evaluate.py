@@ -60,6 +60,7 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
     from megatron_sfr.storage.provenance import contents_of
 
     sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")
+    template = ("persona_as", "template_kwargs", "template_date", "special_text")
     scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded")
     folders = model_folders(args.model)
     return {
@@ -67,7 +68,7 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
         "baseline": next(iter(folders)),
         "data": sha256_of(args.data),
         "encoder": contents_of(Path(args.encoder)) if Path(args.encoder).is_dir() else None,
-        "options": {name: getattr(args, name) for name in (*sampling, *scoring)},
+        "options": {name: getattr(args, name) for name in (*sampling, *template, *scoring)},
     }
 
 

@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--persona goes with --prompt; in a file each row names its own")
     if (args.prompts is None) != (args.output is None):
         raise ValueError("--prompts needs --output FILE for the replies; --prompt has none, it answers on the terminal")
-    prompts = read_prompts(args.prompts) if args.prompts else [ask(args.prompt, args.persona)]
     options = sampling_options(args)
+    place = options.template.persona_as
+    prompts = read_prompts(args.prompts, place) if args.prompts else [ask(args.prompt, args.persona, place)]
     folders = model_folders(args.model)
     answer = _write if args.output else _print
     answer(args, folders, prompts, options)

@@ -1,4 +1,4 @@
-"""Conversations: what a row must look like in each format, its persona, and its tokens with an exact assistant mask."""
+"""Conversations: what a record must look like in each format, its persona, and its samples with an exact loss mask."""
 
 from __future__ import annotations
 
@@ -9,46 +9,59 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.chat.chat_template import ChatTemplate, TemplateRefusal
 from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
-from megatron_sfr.data.chat.loss_mask import reply_spans
-from megatron_sfr.data.chat.tool_calls import Message, strings_of
+from megatron_sfr.data.chat.loss_mask import Supervised, Turns, as_rendered, each, together
+from megatron_sfr.data.chat.reply_text import REASONING
+from megatron_sfr.data.chat.system_turn import with_persona
+from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
+from megatron_sfr.data.chat.tool_calls import Message, call_forms, strings_of
 from megatron_sfr.storage.jsonl import BadRow, Row, RowError, read_rows
 from megatron_sfr.storage.user_files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
+TRAINED = ("train", "weight")  # fields of a turn that say whether it is trained
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.
-FIELDS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}}
+FIELDS = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation that ends on an assistant turn; a persona has become its system turn where there was none."""
+    """A conversation that ends on an assistant turn; a persona has become its system turn where there was none.
+
+    tools: as the chat template takes them; untrained: indices of assistant turns that are context only.
+    """
 
     source: str
     line: int
     messages: list[Message]
     persona: str | None
-    tools: list[Any] | None = None  # as the chat template takes them
+    tools: list[Any] | None = None
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids [n] (int32), loss mask [n] (uint8, 1 = predict this token), and one [start, end) for each reply.
+    """A sample: token ids [n] (int32), loss mask [n] (uint8, 1 = predict this token), [start, end) of trained replies.
 
-    The last supervised token of a reply is its end-of-turn token.
+    The last supervised token of a reply is its end-of-turn token. unlike_last, unlike_inference: as in `Supervised`.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     replies: tuple[tuple[int, int], ...]
+    unlike_last: int = 0
+    unlike_inference: int = 0
 
 
-def read_conversations(path: Path, on_bad: Callable[[BadRow], None] | None = None) -> Iterator[Conversation]:
-    """The conversations of a file. A bad row raises ValueError `file:line: reason`, or goes to `on_bad`."""
+def read_conversations(
+    path: Path, on_bad: Callable[[BadRow], None] | None = None, *, persona_as: str = "system"
+) -> Iterator[Conversation]:
+    """The conversations of a file. A bad record raises ValueError `file:line: reason`, or goes to `on_bad`."""
     form = detect(path)
     for row in read_rows(path):
         try:
-            yield parse_row(row, form)
+            yield parse_row(row, form, persona_as=persona_as)
         except RowError as error:
             bad = BadRow(row, str(error))
             if on_bad is None:
@@ -56,11 +69,14 @@ def read_conversations(path: Path, on_bad: Callable[[BadRow], None] | None = Non
             on_bad(bad)
 
 
-def parse_row(row: Row, form: str = "messages", persona_key: str = "persona") -> Conversation:
-    """The conversation of a row; RowError says what is wrong with it."""
+def parse_row(
+    row: Row, form: str = "messages", persona_key: str = "persona", *, persona_as: str = "system"
+) -> Conversation:
+    """The conversation of a record; RowError says what is wrong with it."""
     fields = load_fields(row)
     turns, tools = turns_of(fields, form)
     messages = _messages(turns)
+    untrained = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not _is_trained(turn)}
     for text in strings_of(tools):
         check_text(text, "a text of the tools")
     persona = fields.get(persona_key)
@@ -69,16 +85,9 @@ def parse_row(row: Row, form: str = "messages", persona_key: str = "persona") ->
         if not persona.strip():
             raise RowError(f"the {persona_key} is blank; name it, or leave the field out")
         persona = persona.strip()
-        if messages[0]["role"] != "system":
-            messages = [persona_turn(persona), *messages]
-    return Conversation(row.source, row.line, messages, persona, tools)
-
-
-def persona_turn(persona: str) -> Message:
-    """The system turn of a persona: whole sentences are used as they stand, a name or a phrase is put into one."""
-    text = persona.strip()
-    is_prose = "\n" in text or text.endswith((".", "!", "?", "。", "！", "？", "…"))
-    return {"role": "system", "content": text if is_prose else f"Answer in this persona: {text}."}
+    placed = with_persona(messages, persona, persona_as)
+    shift = len(placed) - len(messages)
+    return Conversation(row.source, row.line, placed, persona, tools, frozenset(i + shift for i in untrained))
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
@@ -88,15 +97,49 @@ def prompt_of(messages: Sequence[Message]) -> list[Message]:
 
 
 def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """The conversation in the tokenizer's chat template, with loss on what the assistant writes and on nothing else.
+    """All replies of a conversation in one sample, with loss on what the assistant writes and on nothing else.
 
     Raises RowError where no exact mask exists.
     """
-    ids, replies = reply_spans(conversation.messages, tokenizer, conversation.tools)
-    mask = np.zeros(len(ids), np.uint8)
-    for start, end in replies:
+    return encode_samples(conversation, tokenizer)[0]
+
+
+def encode_samples(conversation: Conversation, tokenizer: Any, options: SampleOptions = ALL_TOGETHER) -> list[Encoded]:
+    """The samples of a conversation in the tokenizer's chat template, in the order of their replies.
+
+    Raises RowError where one of them has no exact mask, or no reply is trained.
+    """
+    template = ChatTemplate(tokenizer, options)
+    replies = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    wanted = replies[-1:] if options.turns == "last" or options.train_on == "last" else replies
+    trained = [i for i in wanted if i not in conversation.untrained]
+    if not trained:
+        raise RowError('none of the replies is trained; leave out "train": false or "weight": 0, or drop the record')
+    errors: list[RowError] = []
+    for messages in call_forms(conversation.messages):
+        try:
+            turns = Turns(template, messages, conversation.tools, trained, conversation.persona)
+            return [_encoded(sample) for sample in _samples(turns, options.turns)]
+        except RowError as error:
+            errors.append(error)
+    # That a template has no use for another form of the record says less than what it does with a form that it reads.
+    raise next((error for error in errors if not isinstance(error, TemplateRefusal)), errors[0])
+
+
+def _samples(turns: Turns, how: str) -> list[Supervised]:
+    if how == "together":
+        return [together(turns)]
+    if how == "as-rendered":
+        return [as_rendered(turns)]
+    return [each(turns, turn) for turn in turns.trained]
+
+
+def _encoded(sample: Supervised) -> Encoded:
+    mask = np.zeros(len(sample.ids), np.uint8)
+    for start, end in sample.spans:
         mask[start:end] = 1
-    return Encoded(np.asarray(ids, np.int32), mask, tuple(replies))
+    ids = np.asarray(sample.ids, np.int32)
+    return Encoded(ids, mask, tuple(sample.spans), sample.unlike_last, sample.unlike_inference)
 
 
 def _messages(messages: list[Any]) -> list[Message]:
@@ -108,7 +151,14 @@ def _messages(messages: list[Any]) -> list[Message]:
     if "user" not in roles[: roles.index("assistant")]:
         raise RowError("the first assistant turn answers no user turn; begin with a user turn")
     # Templates test for the fields that they know: what is null or empty is as good as absent.
-    return [{k: v for k, v in message.items() if k == "content" or v not in (None, [])} for message in messages]
+    return [
+        {k: v for k, v in message.items() if k == "content" or (k not in TRAINED and v not in (None, []))}
+        for message in messages
+    ]
+
+
+def _is_trained(message: Message) -> bool:
+    return message.get("train") is not False and message.get("weight") != 0
 
 
 def _check_message(message: Any, number: int) -> None:
@@ -119,9 +169,11 @@ def _check_message(message: Any, number: int) -> None:
         raise RowError(f"message {number} has the unknown role {shown(role)}; roles are {', '.join(ROLES)}")
     if role == "system" and number > 1:
         raise RowError(f"message {number} is a system turn; a system turn comes first or not at all")
-    known = {"role", "content"} | FIELDS.get(role, set())
+    known = {"role", "content", *TRAINED} | FIELDS.get(role, set())
     if extra := sorted(name for name, value in message.items() if name not in known and value is not None):
         raise RowError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
+    _check_trained(message, number)
+    _check_reasoning(message, number)
     content, calls = message.get("content"), message.get("tool_calls")
     if calls:
         _check_calls(calls, number)
@@ -131,6 +183,26 @@ def _check_message(message: Any, number: int) -> None:
         check_text(content, f"the content of message {number}")
     if role == "assistant" and not calls and not str(content).strip():
         raise RowError(f"message {number} is an empty reply; write the reply or drop the row")
+
+
+def _check_trained(message: Message, number: int) -> None:
+    train, weight = message.get("train"), message.get("weight")
+    if train not in (None, True, False):
+        raise RowError(f"message {number} has train {shown(train)}; write true or false")
+    if weight is not None and weight not in (0, 1):
+        raise RowError(f"message {number} has the weight {shown(weight)}; a reply is trained or not: write 1 or 0")
+    if message["role"] != "assistant" and (train or weight):
+        raise RowError(
+            f"message {number} is the {message['role']}'s and cannot be trained; write train or weight to replies"
+        )
+
+
+def _check_reasoning(message: Message, number: int) -> None:
+    given = [name for name in REASONING if message.get(name) is not None]
+    if len(given) > 1:
+        raise RowError(f"message {number} has reasoning under two names, {given[0]} and {given[1]}; keep one of them")
+    if given:
+        check_text(message[given[0]], f"the {given[0]} of message {number}")
 
 
 def _check_calls(calls: Any, number: int) -> None:

@@ -83,15 +83,17 @@ EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from"
 def _sharegpt_turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict) or "from" not in turn:
         raise RowError(f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or name the list "messages"')
-    extra = sorted(name for name, value in turn.items() if name not in ("from", "value") and value is not None)
+    trained = {name: turn[name] for name in ("train", "weight") if turn.get(name) is not None}
+    known = ("from", "value", *trained)
+    extra = sorted(name for name, value in turn.items() if name not in known and value is not None)
     if extra:
         raise RowError(f"turn {number} has the field {shown(extra[0])}, which is not supported; remove it")
     who, value = turn["from"], turn.get("value")
     if who == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, number)}
+        return {"role": "assistant", "content": "", "tool_calls": _calls(value, number), **trained}
     if not isinstance(who, str) or who not in SHAREGPT_ROLES:
         raise RowError(f"turn {number} is from the unknown {shown(who)}; known are {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[who], "content": value}
+    return {"role": SHAREGPT_ROLES[who], "content": value, **trained}
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:

@@ -1,192 +1,289 @@
-"""Where the replies are in a rendered chat template: the token span that the assistant itself writes, or an error.
+"""The tokens of a conversation and the span of each reply that is trained, its end token included; or an error.
 
-A reply starts where the generation prompt ends and runs up to and including the first control token: just what the
-model must write at inference, so that it is conditioned on the same tokens as there. Its start is told by the
-template's own `{% generation %}` blocks, else by rendering the turns before it with a generation prompt. Both ways
-are checked against the whole rendering, in text and in tokens.
+A reply starts where the template's own generation prompt for the turns before it ends, and runs up to and including the
+token that ends it: just what the model must write at inference, after just the tokens that it is given there. Only
+`as_rendered` takes a reply where the template's {% generation %} blocks have it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_sfr.data.chat.template_limits import check_output, render_bounded
-from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, ends_of_calls, has_tool_turns, strings_of
-from megatron_sfr.storage.jsonl import RowError
-from megatron_sfr.storage.user_files import reason
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EXAMPLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-_HINT = (
-    "give a folder with tokenizer.json; it, tokenizer_config.json or config.json may be damaged, or written by another "
-    "version of tokenizers"
+from megatron_sfr.data.chat.chat_template import ChatTemplate, RenderedTokens
+from megatron_sfr.data.chat.reply_text import (
+    EMPTY_THOUGHT,
+    END_THINK,
+    THINK,
+    Unrendered,
+    check_complete,
+    check_tail,
+    end_of_reply,
+    no_end,
 )
-TAIL = 64  # letters at the end of a reply that must stand before its end token
+from megatron_sfr.data.chat.system_turn import USER_TURN, check_system_turn, name_of_system_turn
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
+from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls, has_tool_turns
+from megatron_sfr.data.chat.unrendered_reply import after_prompt
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import cut
+
+_QUESTION = [{"role": "user", "content": "Hi"}]
+_ANSWER = {"role": "assistant", "content": "Hello."}
+EACH = "give --turns each (one sample for each reply, after its own prompt)"
+Offsets = tuple[int, int]
 
 
-def reply_spans(
-    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None = None
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of the whole conversation, and [start, end) of each assistant turn, its end token included.
+@dataclass(frozen=True)
+class Supervised:
+    """Token ids of one sample, and [start, end) of each trained reply.
 
-    RowError where no exact mask exists, or the template leaves out what the row says.
+    unlike_last: trained replies without the empty thought that the template writes in the last one.
+    unlike_inference: trained replies that are not complete, or follow another context than at inference.
     """
-    control, control_ids = control_tokens(tokenizer)
-    _check_texts(messages, tools, control)
-    text, starts = _render(messages, tokenizer, tools)
-    ends = _check_written(messages, tokenizer, tools, text, control)
-    ids = _tokenize(text, tokenizer)
-    spans = []
-    replies = [message for message in messages if message["role"] == "assistant"]
-    for number, (start, reply) in enumerate(zip(starts, replies, strict=True), start=1):
-        calls = reply.get("tool_calls")
-        end = ends[number - 1] if calls else control.search(text, start)
-        if end is None:
-            raise RowError(
-                f"the chat template writes no control token after reply {number}, so the model would never learn "
-                "to stop; add eos_token after the reply in the template"
-            )
-        own, tail = text[start : end.start()].rstrip(), (reply.get("content") or "").strip()[-TAIL:]
-        if not (tail in own if calls else own.endswith(tail)):
-            raise RowError(
-                f"reply {number} does not stand whole before the first control token of its turn; "
-                "begin the template's {% generation %} block where the reply begins"
-            )
-        check_calls_stand(calls or [], own, number)
-        head = _tokenize(text[:start], tokenizer)
-        if not head or ids[: len(head)] != head:
-            raise RowError(
-                f"the tokenizer joins the start of reply {number} to the text before it, so no mask is exact; "
-                "remove white space at the start of the reply, or change the template's text there"
-            )
-        # Control tokens cut the text before it is tokenized: what stands before one has the same tokens by itself.
-        before = _tokenize(text[: end.start()], tokenizer) if calls else head
-        if ids[: len(before)] != before:
-            raise RowError(f"the tokenizer joins the end of reply {number} to what follows; leave tools out of the row")
-        last = next(i for i in range(len(before), len(ids)) if ids[i] in control_ids)
-        spans.append((len(head), last + 1))
-    if len(ends_on := {ids[end - 1] for _, end in spans}) > 1:  # one of them is the header of the turn that follows
-        raise RowError(
-            f"the replies end on different control tokens, {tokenizer.convert_ids_to_tokens(sorted(ends_on))}; "
-            "let the template write eos_token after each reply"
+
+    ids: list[int]
+    spans: list[Offsets]
+    unlike_last: int = 0
+    unlike_inference: int = 0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation that ends on the reply at turn `last`, as text.
+
+    call_ends: the end tokens of the replies that call tools, by turn; blocks: those that the template marks.
+    """
+
+    text: str
+    last: int
+    call_ends: dict[int, re.Match[str]]
+    blocks: list[Offsets] | None
+
+
+class Turns:
+    """The turns of one conversation and how a template writes them; `trained` are indices of assistant turns."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        trained: Sequence[int],
+        persona: str | None = None,
+    ) -> None:
+        """RowError where the template leaves out the system turn or the tools, or a text has a control token."""
+        self.template, self.trained, self.persona = template, list(trained), persona
+        self.messages: list[Message] = template.prepared(list(messages))
+        self.tools: list[Any] | None = template.prepared(tools)
+        self.replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        self._prompts: dict[int, str] = {}
+        template.check_texts(self.messages, self.tools)
+        first = self.trained[0]
+        check_system_turn(template, self.messages[:first], self.tools, persona, lambda: self.prompt(first))
+        if self.tools:
+            first = self.replies[0]
+            without = template.text(self.messages[:first], None, prompt=True, like=self.tools)
+            if without == self.prompt(first):
+                raise RowError(
+                    "the chat template does not write the record's tools; use a template that does, or leave them out"
+                )
+
+    def prompt(self, turn: int) -> str:
+        """The text that inference has before the reply at this turn."""
+        if turn not in self._prompts:
+            self._prompts[turn] = self.template.text(self.messages[:turn], self.tools, prompt=True)
+        return self._prompts[turn]
+
+    def number(self, turn: int) -> int:
+        """Which reply the turn is, from 1."""
+        return self.replies.index(turn) + 1
+
+    def rendered(self, last: int) -> Rendered:
+        """The conversation that ends on the reply at turn `last`."""
+        messages, replies = self.messages[: last + 1], self.replies[: self.number(last)]
+        blocks = None
+        if self.template.is_marked(self.tools):
+            text, blocks = self.template.blocks(messages, self.tools)
+            if len(blocks) != len(replies):
+                raise RowError(
+                    f"the chat template marks {len(blocks)} replies with {{% generation %}} where the conversation has "
+                    f"{len(replies)}; mark each reply once, or remove the marks"
+                )
+        else:
+            text = self.template.text(messages, self.tools)
+        if not has_tool_turns(messages):
+            return Rendered(text, last, {}, blocks)
+        ends = ends_of_calls(messages, text, lambda turns: self.template.text(turns, self.tools), self.template.control)
+        return Rendered(text, last, {replies[reply]: end for reply, end in ends.items()}, blocks)
+
+
+def together(turns: Turns) -> Supervised:
+    """All trained replies in one sample. RowError where one of them follows another context than at inference."""
+    try:
+        rendered = turns.rendered(turns.replies[-1])
+        tokens = RenderedTokens(rendered.text, turns.template)
+        spans, bare, has_empty_thought = [], 0, False
+        for turn in turns.trained:
+            start, end = _offsets(turns, turn, rendered)
+            if (first := tokens.before(start)) is None:
+                raise Unrendered(_joined(turns, rendered.text, start, turns.number(turn)))
+            spans.append((first, _after(tokens, end, turns.number(turn))))
+            has_empty_thought = EMPTY_THOUGHT.match(rendered.text, start) is not None
+            bare += not rendered.text[start:].lstrip().startswith((THINK, END_THINK))
+        _check_ends(tokens.ids, spans, turns.template)
+    except Unrendered as error:
+        for turn in turns.trained:
+            each(turns, turn)  # where this fails too, its reason is the true one
+        raise RowError(f"{error}; {EACH}{error.also}") from error
+    return Supervised(tokens.ids, spans, unlike_last=bare if has_empty_thought else 0)
+
+
+def each(turns: Turns, turn: int) -> Supervised:
+    """The reply at one turn after its own prompt, as inference shows it.
+
+    Where the template does not write a finished reply as the model does, its content follows the prompt as it is.
+    """
+    start, number = len(turns.prompt(turn)), turns.number(turn)
+    try:
+        rendered = turns.rendered(turn)
+        text, (_, end) = rendered.text, _offsets(turns, turn, rendered)
+    except Unrendered as error:
+        text, end = after_prompt(
+            turns.template, turns.messages[:turn], turns.messages[turn], turns.tools, number, str(error)
         )
-    return ids, spans
+    tokens = RenderedTokens(text, turns.template)
+    first = tokens.before(start)
+    if first is None:
+        return _apart(turns, text, start, end, number)
+    return Supervised(tokens.ids, [(first, _after(tokens, end, number))])
+
+
+def as_rendered(turns: Turns) -> Supervised:
+    """All trained replies in one sample, as far as the template writes them, in whatever context it has there."""
+    rendered = turns.rendered(turns.replies[-1])
+    tokens = RenderedTokens(rendered.text, turns.template)
+    spans, unlike = [], 0
+    for turn in turns.trained:
+        number, prompt = turns.number(turn), turns.prompt(turn)
+        is_exact = rendered.text.startswith(prompt)
+        if rendered.blocks is None and not is_exact:
+            raise RowError(f"{_not_a_prefix(number)}; {EACH}")
+        start = len(prompt) if rendered.blocks is None else rendered.blocks[number - 1][0]
+        end = rendered.call_ends.get(turn) or turns.template.control.search(rendered.text, start)
+        if end is None:
+            raise RowError(no_end(number))
+        own = rendered.text[start : end.start()]
+        check_tail(own, turns.messages[turn], number)
+        try:
+            check_complete(own, turns.messages[turn], number)
+        except Unrendered:
+            is_exact = False
+        unlike += not (is_exact and start == len(prompt))
+        if (first := tokens.before(start)) is None:
+            raise RowError(f"{_joined(turns, rendered.text, start, number)}; {EACH}")
+        spans.append((first, _after(tokens, end.span(), number)))
+    try:
+        _check_ends(tokens.ids, spans, turns.template)
+    except Unrendered as error:
+        raise RowError(f"{error}; {EACH}") from error
+    return Supervised(tokens.ids, spans, unlike_inference=unlike)
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any, options: TemplateOptions = AS_AT_INFERENCE) -> list[int]:
+    """Token ids of the messages with the generation prompt. RowError where the template fails."""
+    template = ChatTemplate(tokenizer, options)
+    messages = template.prepared(list(messages))
+    template.check_texts(messages, None)
+    check_system_turn(template, messages, None, None, lambda: template.text(messages, None, prompt=True))
+    return template.ids(template.text(messages, None, prompt=True))
 
 
 def reply_end_token(tokenizer: Any) -> int | None:
     """The id on which the chat template ends a reply; None where it writes no control token there."""
     try:
-        ids, spans = reply_spans(_EXAMPLE, tokenizer)
+        template = ChatTemplate(tokenizer, AS_AT_INFERENCE)
+        text, (start, end) = after_prompt(template, _QUESTION, _ANSWER, None, 1, "the example")
     except RowError:
         return None
-    return ids[spans[-1][1] - 1]
+    return template.control_ids[text[start:end]]
 
 
-def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], frozenset[int]]:
-    """A pattern that finds any special token in text (the longest one first), and the ids of these tokens."""
-    return _control_tokens(tokenizer, len(tokenizer))
+def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]:
+    """Where in the text the reply at a turn starts, and its end token. Unrendered where inference shows another text.
 
-
-@lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any, _size: int) -> tuple[re.Pattern[str], frozenset[int]]:
-    """Cached by the vocabulary's size too, which changes when tokens are added."""
-    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(special.values())
-
-
-def _check_texts(messages: Sequence[Message], tools: list[Any] | None, control: re.Pattern[str]) -> None:
-    places = [(f"message {number}", message) for number, message in enumerate(messages, start=1)]
-    for place, content in [*places, ("the list of tools", tools)]:
-        for text in strings_of(content):
-            if found := control.search(text):
-                raise RowError(f"{place} has the control token {found[0]!r} in its text; remove it")
-
-
-def _check_written(
-    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, text: str, control: re.Pattern[str]
-) -> dict[int, re.Match[str]]:
-    """That the template wrote system turns and tools; the ends of the replies that call tools."""
-    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
-        raise RowError(
-            "the chat template does not write the system turn; use a template that does, or put it first "
-            "into the user turn"
-        )
-    if tools and text == _render_text(messages, tokenizer, None):
-        raise RowError("the chat template does not write the row's tools; use a template that does, or leave them out")
-    if not has_tool_turns(messages):
-        return {}
-    return ends_of_calls(messages, text, lambda turns: _render_text(turns, tokenizer, tools), control)
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None) -> tuple[str, list[int]]:
-    """The rendered conversation and the index of the first letter of each reply."""
-    marked = bool(GENERATION.search(tokenizer.get_chat_template(tools=tools)))
-    text, blocks = _render_blocks(messages, tokenizer, tools, return_assistant_tokens_mask=marked)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if marked:
-        if len(blocks) != len(turns):
-            raise RowError(
-                f"the chat template marks {len(blocks)} replies with {{% generation %}} where the conversation has "
-                f"{len(turns)}; mark each reply once"
+    RowError where no such place exists.
+    """
+    prompt, number, text = turns.prompt(turn), turns.number(turn), rendered.text
+    start, message = len(prompt), turns.messages[turn]
+    if not text.startswith(prompt):
+        first = turns.messages[0]
+        if first["role"] == "system" and first["content"].strip() not in text:
+            name = name_of_system_turn(turns.messages, turns.persona)
+            raise Unrendered(
+                f"the chat template does not write {name} in a finished conversation", also=f", or {USER_TURN}"
             )
-        return text, [start for start, _ in blocks]
-    prompts = [_render_text(messages[:turn], tokenizer, tools, add_generation_prompt=True) for turn in turns]
-    for number, prompt in enumerate(prompts, start=1):
-        if not text.startswith(prompt):
-            raise RowError(
-                f"the prompt of reply {number} is not a prefix of the conversation as the chat template writes it, "
-                "so no mask is exact; mark replies in the template with {% generation %} and {% endgeneration %}"
-            )
-    return text, [len(prompt) for prompt in prompts]
-
-
-def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Token ids of the messages with the generation prompt. RowError where the template fails."""
-    return _tokenize(_render_text(messages, tokenizer, None, add_generation_prompt=True), tokenizer)
-
-
-def _render_text(messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool) -> str:
-    return _render_blocks(messages, tokenizer, tools, **options)[0]
-
-
-def _render_blocks(
-    messages: Sequence[Message], tokenizer: Any, tools: list[Any] | None, **options: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text as transformers renders it, and [start, end) of each {% generation %} block if they are asked for."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.get_chat_template(tools=tools)
-
-    def render() -> tuple[list[str], list[list[tuple[int, int]]]]:
-        return render_jinja_template(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=template,
-            **options,
-            **tokenizer.special_tokens_map,
-        )
-
-    try:
-        texts, blocks = render_bounded(_compiled(template), render)
-        return check_output(texts[0]), blocks[0] if blocks else []
-    except Exception as error:  # a template is a program: it divides by zero, adds None to text, asks for a terabyte
+        raise Unrendered(_not_a_prefix(number))
+    if rendered.blocks is not None and (block := rendered.blocks[number - 1][0]) > start:
         raise RowError(
-            f"the chat template refuses the conversation ({reason(error)}); change its turns, or correct the template"
-        ) from error
+            f"the {{% generation %}} block of reply {number} begins after {cut(text[start:block], 40)!r}, which the "
+            "model has to write too; begin the block where the generation prompt ends, or give --turns as-rendered"
+        )
+    end = rendered.call_ends.get(turn)
+    if end is None:
+        end = end_of_reply(text, start, message, number, turns.template.control, is_last=turn == rendered.last)
+    else:
+        check_complete(text[start : end.start()], message, number)
+    return start, end.span()
 
 
-def _compiled(template: str) -> Any:
-    """transformers' compiled template, the one that it renders. ValueError of jinja2 for a syntax error."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+def _after(tokens: RenderedTokens, end: Offsets, number: int) -> int:
+    """How many tokens there are up to and including an end token."""
+    place = tokens.of_control(*end)
+    if place is None:
+        raise RowError(
+            f"the tokenizer joins the end of reply {number} to what follows; use one whose control tokens cut the text"
+        )
+    return place + 1
 
-    return _compile_jinja_template(template)
+
+def _apart(turns: Turns, text: str, start: int, end: Offsets, number: int) -> Supervised:
+    """The sample of a reply whose first letters the tokenizer would join to the prompt: the two are encoded apart.
+
+    So the model is given the prompt's own tokens at inference. The reply is encoded behind its end token, since
+    tokenizers may write a blank before the first letter of a text.
+    """
+    template, token = turns.template, text[end[0] : end[1]]
+    context = template.ids(text[:start])
+    reply = RenderedTokens(token + text[start:], template)
+    ids = context + reply.ids[1:]
+    if reply.ids[0] != template.control_ids[token] or _decoded(ids, template) != _decoded(template.ids(text), template):
+        raise RowError(f"{_joined(turns, text, start, number)}; begin the reply with another letter")
+    shift = len(token) - start
+    return Supervised(ids, [(len(context), len(context) - 1 + _after(reply, (end[0] + shift, end[1] + shift), number))])
 
 
-def _tokenize(text: str, tokenizer: Any) -> list[int]:
-    # The template writes the special tokens itself, as in transformers' own apply_chat_template.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _decoded(ids: Sequence[int], template: ChatTemplate) -> str:
+    return template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _check_ends(ids: Sequence[int], spans: Sequence[Offsets], template: ChatTemplate) -> None:
+    """Unrendered where the replies end on different tokens: one of them may be the header of the turn that follows."""
+    if len(ends := {ids[end - 1] for _, end in spans}) > 1:
+        names = template.tokenizer.convert_ids_to_tokens(sorted(ends))
+        raise Unrendered(f"the replies end on different control tokens, {names}")
+
+
+def _not_a_prefix(number: int) -> str:
+    return (
+        f"the prompt of reply {number} at inference is not a prefix of the conversation as the chat template writes it"
+    )
+
+
+def _joined(turns: Turns, text: str, start: int, number: int) -> str:
+    before, after = turns.template.letters_joined_at(text, start)
+    if not after:
+        return f"the tokenizer joins the start of reply {number} to the text before it"
+    return f"the tokenizer joins {before!r} before reply {number} with {after!r} at its start in one token"

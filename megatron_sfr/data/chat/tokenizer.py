@@ -6,8 +6,13 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_sfr.data.chat.loss_mask import _HINT, _compiled, _tokenize, control_tokens
+from megatron_sfr.data.chat.chat_template import compiled, control_tokens, encode_text
 from megatron_sfr.storage.user_files import loading
+
+_HINT = (
+    "give a folder with tokenizer.json; it, tokenizer_config.json or config.json may be damaged, or written by another "
+    "version of tokenizers"
+)
 
 
 def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
@@ -18,7 +23,7 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if loaded.is_fast:  # some damage shows in use only
             control_tokens(loaded)
-            _tokenize("a", loaded)
+            encode_text(loaded, "a")
             tokenizer_sha256(loaded)
     if not loaded.is_fast:
         raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
@@ -26,7 +31,7 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
         raise ValueError(f"the tokenizer at {tokenizer} has no chat template; put a chat_template.jinja beside it")
     if chat:
         with loading(f"the chat template of the tokenizer at {tokenizer} cannot be used", "correct the template"):
-            _compiled(loaded.get_chat_template())
+            compiled(loaded.get_chat_template())
     return loaded
 
 

@@ -50,18 +50,20 @@ def ends_of_calls(
             what = "the tool calls" if message.get("tool_calls") else f"the {message['role']} turn"
             raise RowError(
                 f"the chat template does not write {what} of message {number} whole; "
-                "use a template that does, or leave tools out of the row"
+                "use a template that does, or leave tools out of the record"
             )
+    _check_no_none(messages, marks, outline)
     in_outline, in_text = list(control.finditer(outline)), list(control.finditer(text))
     if [match[0] for match in in_outline] != [match[0] for match in in_text]:
         raise RowError(
             "the chat template writes other control tokens for other texts, so the end of a tool call cannot be told; "
-            "use another template, or leave tools out of the row"
+            "use another template, or leave tools out of the record"
         )
     ends = {}
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for reply, turn in enumerate(replies):
         if messages[turn].get("tool_calls"):
+            _check_not_quoted(messages[turn], text, reply + 1)
             last = max(outline.rindex(mark) for mark in marks[turn])
             following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
             end = next((i for i, match in enumerate(in_outline) if last < match.start() < following), None)
@@ -74,20 +76,81 @@ def ends_of_calls(
     return ends
 
 
+def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages, and equal ones in the other forms that templates ask for, where they call tools.
+
+    An empty content beside calls is absent, an empty string or null; arguments are an object or a JSON string. First
+    comes the form of the record; transformers leaves out what is null.
+    """
+    calling = [message for message in messages if message.get("tool_calls")]
+    if not calling:
+        yield list(messages)
+        return
+    is_null = any(message.get("content") is None for message in calling)
+    for change in (lambda arguments: arguments, _other_form):
+        calls = [[_with_arguments(call, change) for call in message["tool_calls"]] for message in calling]
+        if change is _other_form and calls == [message["tool_calls"] for message in calling]:
+            return
+        for empty in ({}, {"content": ""}, {"content": None}) if is_null else ({"content": ""}, {}, {"content": None}):
+            given = iter(calls)
+            yield [
+                _in_form(message, empty, next(given)) if message.get("tool_calls") else message for message in messages
+            ]
+
+
+def _in_form(message: Message, empty: Message, calls: list[Any]) -> Message:
+    rest = {name: value for name, value in message.items() if name != "content"} | {"tool_calls": calls}
+    content = message.get("content")
+    return rest | ({"content": content} if content else empty)
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    function = call.get("function", call)
+    function = function | {"arguments": change(function["arguments"])}
+    return call | {"function": function} if "function" in call else function
+
+
+def _other_form(arguments: Any) -> Any:
+    """An object as JSON, or the object of a JSON string; text that is no object stays as it is."""
+    if not isinstance(arguments, str):
+        return json.dumps(arguments, ensure_ascii=False)
+    try:
+        value = parse_json(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _check_no_none(messages: Sequence[Message], marks: Sequence[list[str]], outline: str) -> None:
+    """RowError where the template writes a content that is null as Python's None."""
+    for turn, message in enumerate(messages):
+        if "content" in message and message["content"] is None and marks[turn]:
+            start = max((outline.rindex(mark) for own in marks[:turn] for mark in own), default=0)
+            if re.search(r"\bNone\b", outline[start : min(outline.index(mark) for mark in marks[turn])]):
+                raise RowError(
+                    f'the chat template writes the null content of message {turn + 1} as None; write "content": ""'
+                )
+
+
+def _check_not_quoted(message: Message, text: str, number: int) -> None:
+    """RowError where the template writes arguments that are JSON in a string as a quoted string."""
+    for call in message["tool_calls"]:
+        arguments = call.get("function", call)["arguments"]
+        if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text:
+            raise RowError(
+                f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
+                'write "arguments" as an object'
+            )
+
+
 def check_calls_stand(calls: Sequence[Any], reply: str, number: int) -> None:
-    """RowError unless the reply's own text has its calls, as they are meant to be read."""
+    """RowError unless the reply's own text has its calls."""
     for call in calls:
         function = call.get("function", call)
         if function["name"] not in reply:
             raise RowError(
                 f"a tool call of reply {number} does not stand before its end token; "
                 "begin the template's {% generation %} block where the reply begins"
-            )
-        arguments = function["arguments"]
-        if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in reply:
-            raise RowError(
-                f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
-                'write "arguments" as an object'
             )
 
 

@@ -6,14 +6,16 @@ One file of the pipeline (pipeline.py) reads, one encodes (encode_conversations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron_sfr.data.chat.chat_template import ChatTemplate
 from megatron_sfr.data.chat.formats import FORMATS, TITLES, detect
+from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
 from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, EncodedChunk, SampleEncoder
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
@@ -41,6 +43,7 @@ class PrepareOptions:
     format: str | None = None  # None: recognized by each file's first record
     persona_key: str = "persona"
     too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
+    chat: SampleOptions = field(default_factory=SampleOptions)
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "stride", "min_segment_length"):
@@ -61,6 +64,7 @@ class PrepareOptions:
 class ChatOrigin:
     """What decides every byte of a prepared folder. Its names are the manifest's."""
 
+    chat: dict[str, Any]
     persona_key: str
     seq_length: int
     too_long: str
@@ -93,12 +97,14 @@ class ChatRecords:
         return sum(path.stat().st_size for path in self.inputs)
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> ChatOrigin:
+        ChatTemplate(tokenizer, self.options.chat)  # refuses variables that the template does not read
         records: list[InputRecord] = []
         for path in self.inputs:
             form = self.options.format or detect(path)
             say(f"{path.name}: {TITLES[form]}")
             records.append({"path": str(path.resolve()), "sha256": sha256_of(path), "format": form})
         return ChatOrigin(
+            chat=asdict(self.options.chat),
             persona_key=self.options.persona_key,
             seq_length=self.options.seq_length,
             too_long=self.options.too_long,
@@ -118,7 +124,9 @@ class ChatRecords:
         options = self.options
         formats = {str(path): record["format"] for path, record in zip(self.inputs, origin.inputs, strict=True)}
         cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
-        return SampleEncoder(tokenizer, formats, options.persona_key, options.seq_length, options.too_long, cut)
+        return SampleEncoder(
+            tokenizer, formats, options.persona_key, options.seq_length, options.too_long, cut, options.chat
+        )
 
     def dtypes(self, origin: ChatOrigin) -> Mapping[str, type[np.generic]]:
         return DTYPES | {SAMPLE_DIGESTS: np.uint64}
@@ -153,6 +161,9 @@ class ChatTotals:
 
     position: Position = field(default_factory=Position)
     samples: int = 0
+    conversations: int = 0
+    unlike_last: int = 0
+    unlike_inference: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     max_response_tokens: int = 0
@@ -186,3 +197,6 @@ class ChatTotals:
         self.max_token_id = max(self.max_token_id, int(chunk.tokens.max(initial=-1)))
         self.reply_end_tokens = sorted(chunk.end_tokens.union(self.reply_end_tokens))
         self.truncated += chunk.truncated
+        self.conversations += chunk.conversations
+        self.unlike_last += chunk.unlike_last
+        self.unlike_inference += chunk.unlike_inference

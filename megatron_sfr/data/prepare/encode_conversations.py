@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.chat.conversation import Encoded, encode, parse_row
+from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_row
+from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
 from megatron_sfr.storage.jsonl import BadRow, Chunk, Position, RowError
@@ -37,6 +38,9 @@ class EncodedChunk:
     segments: list[ChunkSegment]  # each once
     end_tokens: frozenset[int]  # ids that end the replies
     truncated: int
+    conversations: int
+    unlike_last: int  # replies, as in `Supervised`
+    unlike_inference: int
     bad: list[BadRow]
 
     @property
@@ -54,19 +58,24 @@ class SampleEncoder:
     seq_length: int
     too_long: str
     cut: Cut
+    options: SampleOptions = field(default_factory=SampleOptions)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         samples = _Samples()
         for row in chunk.rows():
             try:
-                conversation = parse_row(row, self.formats[row.source], self.persona_key)
-                encoded = encode(conversation, self.tokenizer)
-                keep = self._kept_tokens(encoded)
-                found = list(self._futures(encoded, keep))
+                persona_as = self.options.persona_as
+                conversation = parse_row(row, self.formats[row.source], self.persona_key, persona_as=persona_as)
+                made = []  # a record gives all of its samples or none
+                for encoded in encode_samples(conversation, self.tokenizer, self.options):
+                    keep = self._kept_tokens(encoded)
+                    made.append((encoded, keep, list(self._futures(encoded, keep))))
             except RowError as error:
                 samples.bad.append(BadRow(row, str(error)))
             else:
-                samples.add(encoded, keep, found, conversation.persona or "")
+                samples.conversations += 1
+                for encoded, keep, found in made:
+                    samples.add(encoded, keep, found, conversation.persona or "")
         return samples.chunk(chunk.end)
 
     def _kept_tokens(self, encoded: Encoded) -> int:
@@ -103,6 +112,9 @@ class _Samples:
     texts: ChunkTexts = field(default_factory=ChunkTexts)
     end_tokens: set[int] = field(default_factory=set)
     truncated: int = 0
+    conversations: int = 0
+    unlike_last: int = 0
+    unlike_inference: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
     def add(self, encoded: Encoded, keep: int, found: Sequence[tuple[Segment, str]], persona: str) -> None:
@@ -111,6 +123,8 @@ class _Samples:
         self.personas.append(persona)
         self.first_anchors.append(len(self.anchors))
         self.truncated += keep < len(encoded.tokens)
+        self.unlike_last += encoded.unlike_last
+        self.unlike_inference += encoded.unlike_inference
         self.end_tokens.update(int(encoded.tokens[end - 1]) for _, end in encoded.replies)
         lengths = [min(end, keep) - start for start, end in encoded.replies]
         for s, text in found:
@@ -131,6 +145,9 @@ class _Samples:
             segments=self.texts.segments(),
             end_tokens=frozenset(self.end_tokens),
             truncated=self.truncated,
+            conversations=self.conversations,
+            unlike_last=self.unlike_last,
+            unlike_inference=self.unlike_inference,
             bad=self.bad,
         )
 

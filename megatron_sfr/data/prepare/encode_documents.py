@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.chat.chat_template import control_tokens
 from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.data.chat.formats import load_fields
-from megatron_sfr.data.chat.loss_mask import control_tokens
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import COLUMNS, CORPUS
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures

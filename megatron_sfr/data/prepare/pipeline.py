@@ -180,7 +180,8 @@ def is_up_to_date(output: Path, manifest: Any, origin: Any, skip_bad_rows: bool)
     old, new = {name: getattr(manifest, name) for name in asdict(origin)}, asdict(origin)
     for side in (old, new):  # a file may have been moved
         side["inputs"] = [(record["sha256"], record["format"]) for record in side["inputs"]]
-    if changed := sorted(name for name in new if new[name] != old[name]):
+        side |= side.pop("chat", None) or {}  # options of chats, which folders of earlier releases do not name
+    if changed := sorted(name for name in new if new[name] != old.get(name)):
         raise ValueError(
             f"{output} was prepared with other values of {', '.join(changed)}; "
             "choose another output folder, or --force to replace it"

@@ -77,6 +77,10 @@ class PreparedManifest:
     files: dict[str, FileRecord]
     max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
     reply_end_tokens: list[int] | None = None  # ids that end the replies; None in folders of earlier releases
+    chat: dict[str, Any] | None = None  # `SampleOptions`; None in folders of earlier releases
+    conversations: int | None = None  # records, one or more samples each; None in folders of earlier releases
+    unlike_last: int = 0  # replies without the empty thought that the last reply of their sample has
+    unlike_inference: int = 0  # replies of --turns as-rendered that inference would not show so
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Anchors:
     position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
     segment   row of the target store: the text of L units of the segmenter, the o-th from token i + 1 on the first (for
               tokens: i + o ... i + o + L - 1), cut at the end of the reply, which a truncated sample may not reach
-    response  which assistant turn of the sample, from 0
+    response  which trained reply of the sample, from 0
     ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
     length    number of supervised tokens of that reply, as far as the sample holds it
     horizon   index of (o, L) among the manifest's horizons

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sfr.data.chat.formats import TITLES
+from megatron_sfr.data.chat.template_options import ALL_TOGETHER
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
-from megatron_sfr.data.prepared.conversations import PreparedData, Sample
+from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest, Sample
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.segments.horizons import format_horizons
 
@@ -94,8 +95,9 @@ def counts(data: PreparedData) -> list[tuple[str, str]]:
         ("inputs", files),
         (
             "conversations",
-            f"{m.samples:,}; {m.duplicates:,} duplicates, {m.truncated:,} truncated, {m.rejected:,} rejected",
+            f"{_conversations(m)}; {m.duplicates:,} duplicates, {m.truncated:,} truncated, {m.rejected:,} rejected",
         ),
+        *_chat_options(m),
         ("tokens", f"{m.tokens:,}; {m.supervised_tokens:,} supervised ({m.supervised_tokens / m.tokens:.1%})"),
         ("lengths", f"{levels}, longest: {lengths.max():,} (at most {m.seq_length:,} + 1)"),
         (
@@ -105,6 +107,23 @@ def counts(data: PreparedData) -> list[tuple[str, str]]:
         ("segments", f"{m.segments:,} distinct"),
         ("personas", _personas(m.personas)),
     ]
+
+
+def _conversations(manifest: PreparedManifest) -> str:
+    if manifest.conversations in (None, manifest.samples):
+        return f"{manifest.samples:,}"
+    return f"{manifest.conversations:,} in {manifest.samples:,} samples"
+
+
+def _chat_options(manifest: PreparedManifest) -> list[tuple[str, str]]:
+    """The options of the chat template that are not the default, and what they did to the replies."""
+    default = asdict(ALL_TOGETHER)
+    found = [f"{name} {value}" for name, value in (manifest.chat or {}).items() if value != default.get(name)]
+    if manifest.unlike_last:
+        found.append(f"{manifest.unlike_last:,} replies without the empty thought of the last one")
+    if manifest.unlike_inference:
+        found.append(f"{manifest.unlike_inference:,} replies unlike at inference")
+    return [("chat", "; ".join(found))] if found else []
 
 
 def document_counts(data: PreparedDocuments) -> list[tuple[str, str]]:

@@ -2,9 +2,10 @@
 
 A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
 ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last
-prompt position for j = 0). Its target at the horizon (o, L) is the embedding of the text of L units of the reply, from
-the o-th on that starts at or after y_j, cut at y_{N-1}. Where units are tokens these are y_{j+o-1} ... y_{j+o+L-2}.
-So a target holds no token up to its position and nothing of another turn.
+prompt position for j = 0). After an empty thought, which some templates have a model write, the ordinals start at the
+token that follows it. The target of an anchor at the horizon (o, L) is the embedding of the text of L units of the
+reply, from the o-th on that starts at or after y_j, cut at y_{N-1}. Where units are tokens these are
+y_{j+o-1} ... y_{j+o+L-2}. So a target holds no token up to its position and nothing of another turn.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sfr.data.chat.reply_text import EMPTY_THOUGHT
 from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, Units
-from megatron_sfr.data.segments.token_text import token_text
+from megatron_sfr.data.segments.token_text import TokenText, token_text
 
 DIGEST_BYTES = 16
 
@@ -62,19 +64,28 @@ def futures(
     """
     for response, (start, end) in enumerate(replies):
         text = token_text(tokens[start:end], tokenizer)
+        skipped = _empty_thought(text)
+        said = start + skipped
+        text = token_text(tokens[said:end], tokenizer) if skipped else text
         for ordinal, horizon, first, last in spans(SEGMENTERS[cut.segmenter](text), cut):
             target = text.between(first, last)
             if target and not target.isspace():
                 segment = Segment(
-                    position=start + ordinal - 1,
-                    start=start + first,
-                    end=start + last,
+                    position=said + ordinal - 1,
+                    start=said + first,
+                    end=said + last,
                     response=response,
-                    ordinal=ordinal,
+                    ordinal=skipped + ordinal,
                     length=end - start,
                     horizon=horizon,
                 )
                 yield segment, target
+
+
+def _empty_thought(text: TokenText) -> int:
+    """How many tokens an empty thought takes at the start of a reply, 0 without one."""
+    found = EMPTY_THOUGHT.match(text.text)
+    return min(int(text.tokens_at([found.end()])[0]), len(text.begins) - 2) if found else 0
 
 
 def spans(units: Units, cut: Cut) -> Iterator[tuple[int, int, int, int]]:

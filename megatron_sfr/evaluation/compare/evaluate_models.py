@@ -55,10 +55,10 @@ def evaluate(
         (0.5, 1.0)
     """
     data = Path(data)
-    asked = limit(read_asked(data), max_prompts)
+    options = EvaluationOptions(SamplingOptions()) if options is None else options
+    asked = limit(read_asked(data, options.sampling.template.persona_as), max_prompts)
     if not asked:
         raise ValueError(f"{data} has no conversations")
-    options = EvaluationOptions(SamplingOptions()) if options is None else options
     hardware = Hardware() if hardware is None else hardware
     judge = style_judge(asked)
     loaded = Encoder(encoder, EncoderOptions(device=hardware.device))

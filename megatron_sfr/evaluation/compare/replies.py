@@ -87,5 +87,6 @@ def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, p
                 rows[p].append(reply)
                 bar.update()
             replies.append(rows)
-    losses = {label: negative_log_likelihood(model, replies_) for label, replies_ in questions.sets.items()}
+    template = questions.sweep[0].template
+    losses = {label: negative_log_likelihood(model, sets, template) for label, sets in questions.sets.items()}
     return Answers(name, replies, losses)

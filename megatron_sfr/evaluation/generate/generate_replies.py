@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
 from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions, load_model, sample
@@ -22,6 +23,7 @@ def generate(
     batch_size: int = 64,
     device: str | None = None,
     dtype: str = "auto",
+    template: TemplateOptions = AS_AT_INFERENCE,
 ) -> list[list[str]]:
     """Samples replies from a Hugging Face model with transformers.
 
@@ -40,6 +42,7 @@ def generate(
         batch_size: replies that are sampled at a time.
         device: torch's name of a device. Default: a GPU if there is one.
         dtype: of the model, such as bfloat16. Default: the model's own.
+        template: how prompts are written; it has to be as in training.
 
     Returns:
         The replies to each prompt, [prompts][samples].
@@ -53,8 +56,9 @@ def generate(
         >>> len(replies), len(replies[0])
         (1, 2)
     """
-    asked = [ask(prompt, persona) if isinstance(prompt, str) else prompt for prompt in prompts]
-    options = SamplingOptions(samples, temperature, top_k, top_p, max_new_tokens, seed, batch_size)
+    place = template.persona_as
+    asked = [ask(prompt, persona, place) if isinstance(prompt, str) else prompt for prompt in prompts]
+    options = SamplingOptions(samples, temperature, top_k, top_p, max_new_tokens, seed, batch_size, template)
     loaded = load_model(Path(model).name, Path(model), device=device, dtype=dtype)
     warn_of_unknown_end(Path(model), loaded.tokenizer, loaded.end_tokens)
     replies: list[list[str]] = [[""] * samples for _ in asked]

@@ -10,10 +10,10 @@ from megatron_sfr.data.chat.conversation import (
     ROLES,
     Conversation,
     check_text,
-    persona_turn,
     prompt_of,
     read_conversations,
 )
+from megatron_sfr.data.chat.system_turn import with_persona
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
@@ -57,28 +57,28 @@ class Asked:
         return [conversation.messages[-1]["content"] for conversation in self.references]
 
 
-def ask(text: str, persona: str | None = None) -> Prompt:
-    """The prompt of one user turn."""
-    return _prompt([{"role": "user", "content": text}], persona)
+def ask(text: str, persona: str | None = None, persona_as: str = "system") -> Prompt:
+    """The prompt of one user turn; persona_as as in `TemplateOptions`."""
+    return _prompt([{"role": "user", "content": text}], persona, persona_as)
 
 
-def group(conversations: Iterable[Conversation]) -> list[Asked]:
+def group(conversations: Iterable[Conversation], persona_as: str = "system") -> list[Asked]:
     """One entry for each (prompt, persona) in order of appearance, with all its replies."""
     found: dict[Prompt, Asked] = {}
     for conversation in conversations:
         if conversation.tools or any("tool_calls" in message for message in conversation.messages):
             raise ValueError(f"{conversation.source}:{conversation.line}: tools are not sampled; leave this row out")
-        prompt = _prompt(prompt_of(conversation.messages), conversation.persona)
+        prompt = _prompt(prompt_of(conversation.messages), conversation.persona, persona_as)
         found.setdefault(prompt, Asked(prompt)).references.append(conversation)
     return list(found.values())
 
 
-def read_asked(path: Path) -> list[Asked]:
+def read_asked(path: Path, persona_as: str = "system") -> list[Asked]:
     """Prompts with their references, from a file of conversations."""
-    return group(read_conversations(path))
+    return group(read_conversations(path, persona_as=persona_as), persona_as)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
     """The distinct prompts of a JSONL file: `{"prompt": text}` or `{"messages": [...]}`, each with an optional persona.
 
     The reply of a conversation that ends on one is left away. Raises ValueError `file:line: reason`.
@@ -86,7 +86,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts: dict[Prompt, None] = {}
     for row in read_rows(path):
         try:
-            prompts[_parse(row.text)] = None
+            prompts[_parse(row.text, persona_as)] = None
         except ValueError as error:
             raise ValueError(f"{row.source}:{row.line}: {error}") from error
     if not prompts:
@@ -102,7 +102,7 @@ def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
     return [entry for entry in asked if entry.prompt.shared in kept]
 
 
-def _parse(text: bytes) -> Prompt:
+def _parse(text: bytes, persona_as: str) -> Prompt:
     fields = parse_json(text)
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
@@ -121,12 +121,11 @@ def _parse(text: bytes) -> Prompt:
     asked = prompt_of(turns) if turns and turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] != "user":
         raise ValueError("no user turn to reply to; end the prompt on one")
-    return _prompt(asked, persona)
+    return _prompt(asked, persona, persona_as)
 
 
-def _prompt(messages: Sequence[Message], persona: str | None) -> Prompt:
-    if persona is not None and messages[0]["role"] != "system":
-        messages = [persona_turn(persona), *messages]
+def _prompt(messages: Sequence[Message], persona: str | None, persona_as: str) -> Prompt:
+    messages = with_persona(messages, persona, persona_as)
     return Prompt(tuple((message["role"], message["content"]) for message in messages), persona)
 
 

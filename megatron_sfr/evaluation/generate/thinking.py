@@ -2,7 +2,8 @@
 
 import re
 
-EMPTY = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+from megatron_sfr.data.chat.reply_text import EMPTY_THOUGHT
+
 CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
@@ -11,7 +12,7 @@ def without_empty_thought(reply: str) -> str:
 
     Its opening tag may be part of the prompt.
     """
-    found = EMPTY.match(reply)
+    found = EMPTY_THOUGHT.match(reply)
     return reply[found.end() :] if found else reply
 
 

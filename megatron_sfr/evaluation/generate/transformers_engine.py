@@ -7,7 +7,7 @@ temperatures share random numbers.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.data.chat.loss_mask import prompt_ids
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
@@ -31,7 +32,10 @@ MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How replies are drawn. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing off."""
+    """How replies are drawn. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing off.
+
+    template: how prompts are written; it has to be that of training.
+    """
 
     samples: int = 8
     temperature: float = 1.0
@@ -40,6 +44,7 @@ class SamplingOptions:
     max_new_tokens: int = 256
     seed: int = 0
     batch_size: int = 64
+    template: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
@@ -123,7 +128,7 @@ def sample(
 
     The first `start` replies, whole batches, are left out.
     """
-    ids = [token_ids(model.tokenizer, prompt) for prompt in prompts]
+    ids = [token_ids(model.tokenizer, prompt, options.template) for prompt in prompts]
     rows = in_order(ids, options.samples)
     for begin in range(start, len(rows), options.batch_size):
         batch = rows[begin : begin + options.batch_size]
@@ -179,10 +184,10 @@ def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
     return torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
 
 
-def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def token_ids(tokenizer: Any, prompt: Prompt, template: TemplateOptions = AS_AT_INFERENCE) -> list[int]:
     """The prompt by the tokenizer's template, up to where the reply begins. ValueError where there is none."""
     try:
-        ids = prompt_ids(prompt.turns(), tokenizer)
+        ids = prompt_ids(prompt.turns(), tokenizer, template)
     except RowError as error:
         raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
     if not ids:

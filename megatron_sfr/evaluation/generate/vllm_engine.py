@@ -65,7 +65,7 @@ def sample(
     """As sampling.sample: (index of the prompt, reply), in its order; vLLM is handed `batch_size` replies at a time."""
     from vllm import SamplingParams
 
-    ids = [token_ids(model.tokenizer, prompt) for prompt in prompts]
+    ids = [token_ids(model.tokenizer, prompt, options.template) for prompt in prompts]
     rows = in_order(ids, options.samples)
     for begin in range(start, len(rows), options.batch_size):
         batch = rows[begin : begin + options.batch_size]

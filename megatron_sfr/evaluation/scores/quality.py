@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode
+from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_samples
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, SampleOptions, TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 
@@ -72,15 +73,30 @@ def style_match(vectors: np.ndarray, persona: str, references: Mapping[str, np.n
 
 @torch.inference_mode()
 def negative_log_likelihood(
-    model: Model, conversations: Sequence[Conversation], *, batch_size: int = 32
+    model: Model,
+    conversations: Sequence[Conversation],
+    template: TemplateOptions = AS_AT_INFERENCE,
+    *,
+    batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of -ln p over the supervised tokens of each conversation, and their number: two arrays [conversations]."""
-    rows = [encode(conversation, model.tokenizer) for conversation in conversations]
-    total, tokens = np.zeros(len(rows)), np.zeros(len(rows))
+    """Sum of -ln p over the supervised tokens of each conversation, and their number: two arrays [conversations].
+
+    Each reply follows its own prompt, so that all chat templates are measured in the context of inference.
+    """
+    options = SampleOptions(turns="each", **vars(template))
+    rows: list[Encoded] = []
+    owners: list[int] = []
+    for number, conversation in enumerate(conversations):
+        samples = encode_samples(conversation, model.tokenizer, options)
+        rows += samples
+        owners += [number] * len(samples)
+    total, tokens = np.zeros(len(conversations)), np.zeros(len(conversations))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        total[chosen], tokens[chosen] = _nll_of_batch(model, [rows[i] for i in chosen])
+        nll, counts = _nll_of_batch(model, [rows[i] for i in chosen])
+        np.add.at(total, [owners[i] for i in chosen], nll)
+        np.add.at(tokens, [owners[i] for i in chosen], counts)
     return total, tokens
 
 

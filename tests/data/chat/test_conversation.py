@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat.conversation import parse_row, persona_turn, prompt_of, read_conversations
+from megatron_sfr.data.chat.conversation import parse_row, prompt_of, read_conversations
+from megatron_sfr.data.chat.system_turn import persona_turn
 from megatron_sfr.storage.jsonl import Row
 
 USER = {"role": "user", "content": "Hi"}
@@ -28,7 +29,15 @@ BAD_ROWS = {
     "ends on the user": ({"messages": [USER, REPLY, USER]}, "the last turn is the user's"),
     "no user turn": ({"messages": [SYSTEM, REPLY]}, "the first assistant turn answers no user turn"),
     "late system turn": ({"messages": [USER, SYSTEM, REPLY]}, "message 2 is a system turn"),
-    "unknown field": ({"messages": [USER, {**REPLY, "weight": 0}]}, "message 2 has the field 'weight'"),
+    "unknown field": ({"messages": [USER, {**REPLY, "name": "x"}]}, "message 2 has the field 'name'"),
+    "fractional weight": ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "message 2 has the weight 0.5"),
+    "train is a word": ({"messages": [USER, {**REPLY, "train": "no"}]}, "message 2 has train 'no'; write true or"),
+    "trained user": ({"messages": [{**USER, "train": True}, REPLY]}, "message 1 is the user's and cannot be trained"),
+    "reasoning is a list": ({"messages": [USER, {**REPLY, "thinking": ["x"]}]}, "the thinking of message 2 is not a"),
+    "reasoning twice": (
+        {"messages": [USER, {**REPLY, "thinking": "x", "reasoning": "x"}]},
+        "message 2 has reasoning under two names, reasoning and thinking; keep one",
+    ),
     "call of nothing": ({"messages": [USER, {**REPLY, "tool_calls": [{}]}]}, "message 2 has a tool call without the"),
     "call without arguments": (
         {"messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "f"}}]}]},

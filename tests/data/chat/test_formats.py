@@ -96,7 +96,7 @@ REFUSED = {
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
     "roles": ("sharegpt", {"conversations": TURNS}, 'turn 1 is not {"from": ..., "value": ...}'),
     "unknown": ("sharegpt", sharegpt({"from": "narrator", "value": "x"}), "turn 1 is from the unknown 'narrator'"),
-    "weight": ("sharegpt", sharegpt(HUMAN, GPT | {"weight": 0}), "turn 2 has the field 'weight'"),
+    "field": ("sharegpt", sharegpt(HUMAN, GPT | {"score": 0}), "turn 2 has the field 'score'"),
     "no value": ("sharegpt", sharegpt(HUMAN, {"from": "gpt"}), "the content of message 2 is not a string"),
     "call": (
         "sharegpt",

@@ -22,6 +22,7 @@ TEMPLATES = {
     "marked": MARKED,
     "marked, end left out": MARKED.replace("<|im_end|>{% endgeneration %}", "{%- endgeneration -%}<|im_end|>"),
     "marked, line end too": MARKED.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}"),
+    "marked, header too": MARKED.replace(HEADER + "{% generation %}", "{% generation %}" + HEADER),
     "trimmed": CHATML.replace("m.content", "m.content | trim"),
 }
 # As Qwen3's: the last reply opens with an empty thought, which earlier ones lose.
@@ -122,7 +123,7 @@ def test_the_prompt_has_the_tokens_of_inference(make_tokenizer):
 
 
 REFUSED = {
-    "line end joins the header": (CHATML, ("hi", "\n\nyes"), "the tokenizer joins the start of reply 1"),
+    "line end joins the header": (CHATML, ("hi", "\n\nyes"), "the tokenizer joins '\\n' before reply 1 with '\\n' at"),
     "control token": (CHATML, ("hi <|im_end|>", "yes"), "message 1 has the control token '<|im_end|>'"),
     "no end token": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -136,26 +137,30 @@ REFUSED = {
         ("hi", "yes", "hi", "yes"),
         "the replies end on different control tokens, ['<|im_start|>', '<|im_end|>']",
     ),
-    "control token before the reply": (
-        CHATML.replace("{{ m.content }}", "<|channel|>{{ m.content }}"),
+    "reply changed": (
+        CHATML.replace("m.content", "m.content | upper"),
         ("hi", "yes"),
-        "reply 1 does not stand whole",
+        "rewrites reply 1; give --turns",
     ),
-    "reply changed": (CHATML.replace("m.content", "m.content | upper"), ("hi", "yes"), "reply 1 does not stand whole"),
+    "beginning dropped": (
+        CHATML.replace("m.content", "m.content.split(',')[-1]"),
+        ("hi", "well, yes"),
+        "the chat template leaves out the beginning of reply 1 ('well, yes'); give --turns each",
+    ),
     "no prefix": (
         "{{ messages | length }}" + CHATML,
         ("hi", "yes", "hi", "yes"),
-        "the prompt of reply 1 is not a prefix",
+        "the prompt of reply 1 at inference is not a prefix",
     ),
     "one mark for all": (
         "{% generation %}" + CHATML + "{% endgeneration %}",
         ("hi", "yes", "hi", "yes"),
         "marks 1 replies with {% generation %} where the conversation has 2",
     ),
-    "mark too early": (
-        MARKED.replace(HEADER + "{% generation %}", "{% generation %}" + HEADER),
+    "mark too late": (
+        MARKED.replace("{% generation %}", "yes, {% generation %}"),
         ("hi", "yes"),
-        "reply 1 does not stand whole",
+        "block of reply 1 begins after 'yes,', which the model has to write too; begin the block where",
     ),
     "template refuses": (
         "{{ raise_exception('no more than one turn') }}",

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from megatron_sfr.data.chat.conversation import Conversation, encode, persona_turn
+from megatron_sfr.data.chat.conversation import Conversation, encode
+from megatron_sfr.data.chat.system_turn import persona_turn
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RowError
 from tests.data.rows import CHATML, turns
@@ -168,9 +169,9 @@ REFUSED = {
         None,
         "not write the tool turn of message 3",
     ),
-    "tools dropped": (CHATML, turns("hi", "yes"), TOOLS, "does not write the row's tools"),
+    "tools dropped": (CHATML, turns("hi", "yes"), TOOLS, "does not write the record's tools"),
     "system dropped": (NO_SYSTEM, [persona_turn("calm"), *turns("hi", "yes")], None, "does not write the system turn"),
-    "quoted twice": (LLAMA3, with_tools(call("tide", '{"at": 1}')), None, "quotes the arguments of reply 1 once more"),
+    "quoted twice": (LLAMA3, with_tools(call("tide", '"at 1"')), None, "quotes the arguments of reply 1 once more"),
     "two calls": (LLAMA3, with_tools(NOON, NOON), None, "refuses the conversation (one call a turn)"),
     "no end": (
         MISTRAL.replace("{% endfor %}{{ eos_token }}", "{% endfor %}"),
@@ -189,7 +190,8 @@ REFUSED = {
         LAST_SYSTEM,
         [persona_turn("calm"), *turns("hi", "yes", "hi", "no")],
         None,
-        "mark replies in the template with {% generation %}",
+        "the prompt of reply 1 at inference is not a prefix of the conversation as the chat template writes it; give "
+        "--turns each (one sample for each reply, after its own prompt)",
     ),
 }
 

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
@@ -14,7 +16,10 @@ from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
 BAD = {
     "not a row": ("{", "not JSON"),
     "too long": (json.dumps({"messages": turns("the sea", "sky " * 999)}), "tokens, which is over sequence length 200"),
-    "no mask": (json.dumps({"messages": turns("the sea", "\n\nsky")}), "the tokenizer joins the start of reply 1"),
+    "no mask": (
+        json.dumps({"messages": turns("the sea", "\n\nsky")}),
+        "before reply 1 with .* in one token",
+    ),
 }
 
 
@@ -40,7 +45,7 @@ def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
     assert (manifest.samples, manifest.rejected) == (6, 1)
     (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
-    assert reason in rejected["reason"]
+    assert re.search(reason, rejected["reason"])
     with pytest.raises(ValueError, match=reason):  # not "up to date"
         prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     assert len(PreparedData.open(tmp_path / "out")) == 6
@@ -149,3 +154,43 @@ def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: 
 def test_impossible_options_are_refused(options: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         PrepareOptions(**options)
+
+
+def test_a_sample_for_each_reply_keeps_the_persona_and_the_futures_of_its_reply(tmp_path: Path, tokenizer_folder: Path):
+    messages = turns("the sea", "is GREY and the sky", "and the sky", "the sky is blue and the sea is grey")
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"persona": "wild", "messages": messages}, {"persona": "calm", "messages": messages[:2]}],
+    )
+    each = replace(OPTIONS, chat=SampleOptions(turns="each"))
+    whole = prepare([rows], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
+    manifest = prepare([rows], tmp_path / "each", tokenizer_folder, each, progress=False)
+
+    data, together = PreparedData.open(tmp_path / "each"), PreparedData.open(tmp_path / "whole")
+    assert (manifest.samples, manifest.conversations, whole.samples, whole.conversations) == (3, 2, 2, 2)
+    assert manifest.personas == {"wild": 2, "calm": 1}
+    assert [data[i].persona for i in range(3)] == ["wild", "wild", "calm"]
+    assert manifest.chat is not None
+    assert manifest.chat["turns"] == "each"
+    assert manifest.supervised_tokens == whole.supervised_tokens
+
+    def targets(data: PreparedData, sample: int, response: int) -> list[tuple[int, int, int, str]]:
+        a = data[sample].anchors
+        rows = zip(a.response, a.ordinal, a.length, a.horizon, a.segment, strict=True)
+        return [(o, n, h, data.segment_text(int(s))) for r, o, n, h, s in rows if r == response]
+
+    for number in (0, 1):  # both replies of the first conversation have the targets that they have in one sample
+        assert targets(data, number, 0) == targets(together, 0, number)
+    assert {int(r) for i in range(3) for r in data[i].anchors.response} == {0}
+    with pytest.raises(ValueError, match=r"was prepared with other values of turns; choose another"):
+        prepare([rows], tmp_path / "whole", tokenizer_folder, each, progress=False)
+    assert prepare([rows], tmp_path / "each", tokenizer_folder, each, progress=False) == manifest
+
+
+def test_a_record_gives_all_of_its_samples_or_none(tmp_path: Path, tokenizer_folder: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "grey", "sky", "sky " * 999)}, ROWS[0]])
+    options = replace(OPTIONS, skip_bad_rows=True, chat=SampleOptions(turns="each"))
+
+    manifest = prepare([rows], tmp_path / "out", tokenizer_folder, options, progress=False)
+
+    assert (manifest.samples, manifest.conversations, manifest.rejected) == (1, 1, 1)

@@ -210,3 +210,22 @@ def test_texts_are_numbered_by_content():
         (3, True),
     ]
     assert len(texts) == 4
+
+
+def test_an_empty_thought_is_part_of_no_target():
+    ids = ids_of("<think>\n\n</think>\n\nthe sea is blue and grey", "byte_level")
+    bare = ids_of("the sea is blue and grey", "byte_level")
+    skipped = len(ids) - len(bare)
+    tokens = np.array([0, 0, *ids], np.int32)
+    cut = Cut(4, ((1, 6), (3, 4)), 1)
+
+    found = list(futures(tokens, [(2, len(tokens))], tokenizer_of("byte_level"), cut))
+
+    expected = list(futures(np.array([0, 0, *bare], np.int32), [(2, 2 + len(bare))], tokenizer_of("byte_level"), cut))
+    assert [text for _, text in found] == [text for _, text in expected]
+    assert [(s.position, s.ordinal) for s, _ in found] == [
+        (s.position + skipped, s.ordinal + skipped) for s, _ in expected
+    ]
+    assert {s.length for s, _ in found} == {len(ids)}
+    only = np.array([0, 0, *ids_of("<think>\n\n</think>\n\n", "byte_level")], np.int32)
+    assert list(futures(only, [(2, len(only))], tokenizer_of("byte_level"), cut)) == []

@@ -86,3 +86,12 @@ def test_tools_are_not_sampled(tmp_path: Path) -> None:
     row = {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "tools": [{"name": "tide"}]}
     with pytest.raises(ValueError, match=r"data\.jsonl:1: tools are not sampled; leave this row out"):
         read_asked(write(tmp_path / "data.jsonl", row))
+
+
+def test_a_persona_that_is_a_field_only_is_not_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "Why?", "persona": "poet"})
+
+    (prompt,) = read_prompts(path, "field")
+
+    assert prompt == ask("Why?", "poet", "field")
+    assert (prompt.persona, [message["role"] for message in prompt.turns()]) == ("poet", ["user"])

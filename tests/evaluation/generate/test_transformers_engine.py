@@ -8,6 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sfr.cli.command_line import build_parser
+from megatron_sfr.cli.model_args import sampling_options
+from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
 from megatron_sfr.evaluation.generate.transformers_engine import (
     Model,
@@ -17,6 +20,7 @@ from megatron_sfr.evaluation.generate.transformers_engine import (
     decoded,
     load_model,
     sample,
+    token_ids,
 )
 
 PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birthday present?"), ask("Why?", "robot")]
@@ -144,3 +148,18 @@ def test_options_out_of_range_are_refused(wrong: dict) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no Hugging Face model"):
         load_model("x", tmp_path)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["evaluate", "--data", "x", "--output", "x"]])
+def test_the_template_options_of_the_command_line_write_the_prompt(model: Model, command: list[str]) -> None:
+    given = ["--persona-as", "user", "--template-date", "2025-01-31", "--special-text", "literal"]
+    args = build_parser().parse_args([*command, "--model", "m", *given, "--template-kwargs", "{}"])
+
+    template = sampling_options(args).template
+
+    assert template == TemplateOptions("user", "literal", {}, "2025-01-31")
+    prompt = ask("Where to?", "poet", template.persona_as)
+    by_hand = [{"role": "user", "content": "Answer in this persona: poet.\n\nWhere to?"}]
+    text = model.tokenizer.apply_chat_template(by_hand, tokenize=False, add_generation_prompt=True)
+    assert token_ids(model.tokenizer, prompt, template) == model.tokenizer(text)["input_ids"]
+    assert token_ids(model.tokenizer, prompt) == ids_of(model, prompt)

@@ -1,0 +1,232 @@
+"""A tokenizer's chat template with the options that it is used with: rendered text, its token ids, token positions.
+
+`Conversation`s and prompts are rendered here alone, so training and inference cannot differ.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from datetime import date
+from functools import lru_cache
+from typing import Any
+
+from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, with_placeholders
+from megatron_sfr.data.chat.template_limits import check_output, render_bounded
+from megatron_sfr.data.chat.template_options import RESERVED, TemplateOptions
+from megatron_sfr.data.chat.tool_calls import Message, strings_of
+from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.user_files import reason
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
+
+
+class TemplateRefusal(RowError):
+    """The template raised an error, or was stopped at a limit."""
+
+
+class ChatTemplate:
+    """Renders messages and encodes what was rendered.
+
+    control: finds any special token in text, the longest one first; control_ids: the id of each.
+    """
+
+    def __init__(self, tokenizer: Any, options: TemplateOptions) -> None:
+        """ValueError for a variable in `template_kwargs` that the template does not read."""
+        self.tokenizer, self.options = tokenizer, options
+        self.control, self.control_ids = control_tokens(tokenizer)
+        for name in options.template_kwargs:
+            _check_variable(name, tokenizer)
+
+    def prepared(self, value: Any) -> Any:
+        """Messages or tools with control tokens in their texts as `special_text` says: refused or set apart."""
+        if self.options.special_text == "literal":
+            return with_placeholders(value, self.control, self.control_ids)
+        return value
+
+    def check_texts(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
+        """RowError where a text holds a control token."""
+        places = [(f"message {number}", message) for number, message in enumerate(messages, start=1)]
+        for place, content in [*places, ("the list of tools", tools)]:
+            for text in strings_of(content):
+                if found := self.control.search(text):
+                    raise RowError(
+                        f"{place} has the control token {found[0]!r} in its text; remove it, or give "
+                        "--special-text literal, which encodes it as plain text"
+                    )
+
+    def is_marked(self, tools: list[Any] | None) -> bool:
+        return bool(GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
+
+    def text(
+        self, messages: Sequence[Message], tools: list[Any] | None, *, prompt: bool = False, like: Any = None
+    ) -> str:
+        """The messages as transformers renders them, with the generation prompt if asked for.
+
+        like: tools that choose the template of a tokenizer that has several, where it is not `tools`.
+        """
+        return self._render(messages, tools, tools or like, add_generation_prompt=prompt)[0]
+
+    def blocks(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and [start, end) of each {% generation %} block in it."""
+        return self._render(messages, tools, tools, return_assistant_tokens_mask=True)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of rendered text: the template writes the special tokens itself."""
+        if TEXT_OPEN in text:
+            return encode_literally(text, self.tokenizer, self.control, self.control_ids)
+        return list(_short_ids(self.tokenizer, text)) if len(text) <= SHORT else encode_text(self.tokenizer, text)
+
+    def letters_joined_at(self, text: str, offset: int) -> tuple[str, str]:
+        """The letters of one token on both sides of an offset in rendered text; two empty strings for none."""
+        if TEXT_OPEN not in text:
+            for start, end in self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets:
+                if start < offset < end:
+                    return text[start:offset], text[offset:end]
+        return "", ""
+
+    def variables(self) -> set[str]:
+        """The variables that can be set in `template_kwargs`."""
+        return variables_of(self.tokenizer)
+
+    def _render(
+        self, messages: Sequence[Message], tools: list[Any] | None, like: Any, **options: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(tools=like)
+        if self.options.persona_as == "user":
+            messages = system_in_user_turn(messages)
+
+        def render() -> tuple[list[str], list[list[tuple[int, int]]]]:
+            # transformers hands no functions over as variables, so the date is set where its templates find their own.
+            shared = compiled(template).environment.globals
+            clock, shared["strftime_now"] = shared["strftime_now"], day.strftime
+            try:
+                return render_jinja_template(
+                    conversations=[list(messages)],
+                    tools=tools,
+                    chat_template=template,
+                    **options,
+                    **(self.tokenizer.special_tokens_map | self.options.template_kwargs),
+                )
+            finally:
+                shared["strftime_now"] = clock
+
+        day = date.fromisoformat(self.options.template_date)
+        try:
+            texts, blocks = render_bounded(compiled(template), render)
+            return check_output(texts[0]), blocks[0] if blocks else []
+        except (
+            Exception
+        ) as error:  # a template is a program: it divides by zero, adds None to text, asks for a terabyte
+            raise TemplateRefusal(
+                f"the chat template refuses the conversation ({reason(error)}); change its turns, or correct the "
+                "template"
+            ) from error
+
+
+class RenderedTokens:
+    """Token ids of rendered text, and how many of them stand before a character of it.
+
+    Control tokens cut a text before it is tokenized: the tokens between two of them depend on the text between them
+    alone. So a prefix need not be encoded whole, only from its last control token on.
+    """
+
+    def __init__(self, text: str, template: ChatTemplate) -> None:
+        self.text, self.template = text, template
+        self.ids = template.ids(text)
+        controls = list(template.control.finditer(text))
+        known = frozenset(template.control_ids.values())
+        places = [place for place, id in enumerate(self.ids) if id in known]
+        # They differ where the tokenizer writes a special token by itself, such as one for unknown letters.
+        alike = [self.ids[place] for place in places] == [template.control_ids[found[0]] for found in controls]
+        self._starts = [found.start() for found in controls] if alike else []
+        self._places = places if alike else []
+
+    def before(self, character: int) -> int | None:
+        """How many tokens the text before a character has; None where they are others than inside the whole text."""
+        last = bisect_right(self._starts, character - 1) - 1
+        start, first = (self._starts[last], self._places[last]) if last >= 0 else (0, 0)
+        piece = self.template.ids(self.text[start:character])
+        if not piece or self.ids[first : first + len(piece)] != piece:
+            return None
+        return first + len(piece)
+
+    def of_control(self, start: int, end: int) -> int | None:
+        """The index of the control token that is text[start:end]; None where this is not known."""
+        if self._starts:
+            return self._places[bisect_right(self._starts, start) - 1]
+        count = self.before(end)
+        return None if count is None else count - 1
+
+
+def system_in_user_turn(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system turn's text at the start of the first user turn, and a blank line after it."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    system, *rest = messages
+    first = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+    if first is None:
+        return list(messages)
+    rest[first] = rest[first] | {"content": f"{system['content'].strip()}\n\n{rest[first]['content']}"}
+    return rest
+
+
+def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], dict[str, int]]:
+    """A pattern that finds any special token in text (the longest one first), and the ids of these tokens."""
+    return _control_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, _size: int) -> tuple[re.Pattern[str], dict[str, int]]:
+    """Cached by the vocabulary's size too, which changes when tokens are added."""
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), special
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, as `tokenizer(text, add_special_tokens=False)` has them."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: twice as fast
+
+
+@lru_cache(maxsize=4096)
+def _short_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(encode_text(tokenizer, text))
+
+
+def compiled(template: str) -> Any:
+    """transformers' compiled template, the one that it renders. ValueError of jinja2 for a syntax error."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
+def variables_of(tokenizer: Any) -> set[str]:
+    """The variables of a tokenizer's chat templates that nothing else sets."""
+    sources = tokenizer.chat_template
+    read = set().union(*map(_variables, sources.values() if isinstance(sources, dict) else [sources]))
+    return read - RESERVED - tokenizer.special_tokens_map.keys()
+
+
+def _check_variable(name: str, tokenizer: Any) -> None:
+    known = sorted(variables_of(tokenizer))
+    if name not in known:
+        names = f"use {', '.join(known)}" if known else "leave it out: the template has no variables"
+        raise ValueError(f"--template-kwargs: the chat template does not read {name!r}; {names}")
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    environment = compiled(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys())

@@ -1,0 +1,85 @@
+"""How a conversation is written and what of it is trained: options of `prepare`, shared in part with inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+from megatron_sfr.storage.user_files import parse_json
+
+PERSONA_AS = ("system", "user", "field")
+SPECIAL_TEXT = ("refuse", "literal")
+TURNS = ("together", "each", "last", "as-rendered")
+TRAIN_ON = ("all", "last")
+DATE = "2024-07-26"  # what Llama 3's templates write where they have no clock
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How the chat template is used. Training and inference must agree on these.
+
+    persona_as       system: the persona is the system turn where the record has none; user: it, or the record's own
+                     system turn, is written at the start of the first user turn, with a blank line after it; field: it
+                     stays a field of the sample and is not written
+    special_text     refuse or literal: what happens to text that looks like a control token of the tokenizer
+    template_kwargs  variables of the template, such as enable_thinking
+    template_date    the day that `strftime_now` has in the template, as YYYY-MM-DD
+    """
+
+    persona_as: str = "system"
+    special_text: str = "refuse"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str = DATE
+
+    def __post_init__(self) -> None:
+        _check_choice("persona_as", self.persona_as, PERSONA_AS)
+        _check_choice("special_text", self.special_text, SPECIAL_TEXT)
+        if taken := sorted(RESERVED & self.template_kwargs.keys()):
+            raise ValueError(f"template_kwargs: {taken[0]} is set for each conversation; leave it out")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise ValueError(f"template_date is {self.template_date!r}; write a day as YYYY-MM-DD") from error
+
+
+@dataclass(frozen=True)
+class SampleOptions(TemplateOptions):
+    """Which samples a conversation makes.
+
+    turns     together: one sample with all replies; where one of them would follow another context than at inference,
+              or lose a part, the record is refused. each: one sample for each reply, as inference shows it. last: one
+              sample, with the last reply. as-rendered: one sample, as the template writes the finished conversation
+    train_on  all replies or the last one; a turn's own `train` and `weight` leave out further ones
+    """
+
+    turns: str = "together"
+    train_on: str = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("turns", self.turns, TURNS)
+        _check_choice("train_on", self.train_on, TRAIN_ON)
+
+
+AS_AT_INFERENCE = TemplateOptions()  # the defaults
+ALL_TOGETHER = SampleOptions()
+
+
+def parse_template_kwargs(text: str | None) -> dict[str, Any]:
+    """The variables of --template-kwargs, a JSON object."""
+    if text is None:
+        return {}
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"--template-kwargs is {error}; write '{{\"enable_thinking\": false}}'") from error
+    if not isinstance(value, dict):
+        raise ValueError("--template-kwargs is not a JSON object; write '{\"enable_thinking\": false}'")
+    return value

@@ -1,0 +1,95 @@
+"""The chat templates of published models: what each accepts, and that prompts and replies are those of inference."""
+
+import re
+
+import pytest
+
+from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_samples
+from megatron_sfr.data.chat.template_options import SampleOptions
+from megatron_sfr.storage.jsonl import RowError
+from tests.data.chat.families import KINDS, TOOLS, WITH_TOOLS, tokenizer_of
+
+FIELD = dict.fromkeys(("reasoning", "reasonings"), "leaves out the reasoning_content of reply 1; write reasoning_con")
+NO_TOOLS = dict.fromkeys(WITH_TOOLS, "does not write the record's tools; use a template that does, or leave them out")
+NO_THOUGHT = dict.fromkeys(("one", "several", "system"), "the generation prompt opens a thought and reply 1 has none")
+AFTER_PROMPT = dict.fromkeys(("reasoning", "reasonings"), "write reasoning_content at the start of the content as <th")
+# What a family does not take in one sample: only by --turns each, or not at all (the reason). The docs have this table.
+LIMITS: dict[str, dict[str, str]] = {
+    "qwen2.5": FIELD,
+    "qwen3": {"reasonings": "each", "thoughts": "each"},
+    "qwen3-marked": {},
+    "qwen3-thinking-2507": {kind: "each" for kind in KINDS if kind not in ("reasoning", "thought")},
+    "phi-3": FIELD | NO_TOOLS,
+    "deepseek-r1": {"thought": "each", "thoughts": "each"} | FIELD | NO_TOOLS,
+    "deepseek-v3-thinking": {"thought": "each", "thoughts": "each"} | NO_THOUGHT | AFTER_PROMPT | NO_TOOLS,
+    "mistral-v0.1": {"system": "refuses the system turn (Conversation roles must alternate"} | FIELD | NO_TOOLS,
+    "mistral-large-2407": {"system": "each", "late tools": "each"} | FIELD,
+    "mistral-nemo": {"system": "each", "late tools": "each"} | FIELD,
+    "mistral-nemo-marked": {"system": "each", "late tools": "each"} | FIELD,
+}
+
+
+@pytest.fixture(scope="module", params=LIMITS)
+def family(request, bpe):
+    return request.param, tokenizer_of(request.param, bpe)
+
+
+def samples(tokenizer, kind: str, turns: str) -> list[Encoded]:
+    tools = TOOLS if kind in WITH_TOOLS else None
+    return encode_samples(Conversation("f", 1, KINDS[kind], None, tools), tokenizer, SampleOptions(turns=turns))
+
+
+def check(tokenizer, kind: str, turns: str, found: list[Encoded]) -> None:
+    """Each trained reply follows the tokens of the template's own generation prompt and holds all that was said."""
+    tools = TOOLS if kind in WITH_TOOLS else None
+    messages = KINDS["tools" if kind == "null" else kind]  # null content and a JSON string say the same
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(sample, span) for sample in found for span in sample.replies]
+    for turn, (sample, (start, end)) in zip(replies[-len(spans) :], spans, strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:turn], tools=tools, add_generation_prompt=True)["input_ids"]
+        assert sample.tokens[:start].tolist() == prompt
+        text = tokenizer.decode(sample.tokens[start:end])
+        content, reasoning = messages[turn]["content"] or "", messages[turn].get("reasoning_content", "")
+        for part in (*content.removeprefix("<think>").split("</think>"), reasoning):
+            assert part.strip() in text
+        assert sample.loss_mask[start:end].all()
+        assert sample.loss_mask[:start].sum() == sum(b - a for a, b in sample.replies if b <= start)
+    assert len(spans) == (1 if turns == "last" else len(replies))
+    assert all(len(sample.replies) == 1 for sample in found) or turns == "together"
+
+
+@pytest.mark.parametrize("turns", ["together", "each", "last"])
+def test_every_accepted_reply_follows_the_prompt_of_inference_and_is_complete(family, turns: str):
+    name, tokenizer = family
+    for kind in KINDS:
+        limit = LIMITS[name].get(kind)
+        if limit is None or (limit == "each" and turns != "together"):
+            check(tokenizer, kind, turns, samples(tokenizer, kind, turns))
+        else:
+            remedy = "; give --turns each (one sample for each reply, after its own prompt)"
+            with pytest.raises(RowError) as caught:
+                samples(tokenizer, kind, turns)
+            reason = re.sub(r"reply \d", "reply 1", str(caught.value))
+            assert (remedy if limit == "each" else limit) in reason, kind
+
+
+def test_an_earlier_reply_without_the_last_ones_empty_thought_is_counted(bpe):
+    tokenizer = tokenizer_of("qwen3", bpe)
+
+    (whole,) = samples(tokenizer, "several", "together")
+    apart = samples(tokenizer, "several", "each")
+
+    assert whole.unlike_last == 1
+    assert [sample.unlike_last for sample in apart] == [0, 0]
+    for sample in apart:
+        start, end = sample.replies[0]
+        assert tokenizer.decode(sample.tokens[start:end]).startswith("<think>\n\n</think>\n\n")
+    assert samples(tokenizer, "reasoning", "together")[0].unlike_last == 0
+
+
+def test_as_rendered_trains_what_the_template_leaves_and_counts_it(bpe):
+    for name, kind, unlike in (("qwen3", "thoughts", 1), ("deepseek-r1", "thought", 1), ("qwen2.5", "thoughts", 0)):
+        (sample,) = samples(tokenizer_of(name, bpe), kind, "as-rendered")
+        assert sample.unlike_inference == unlike, name
+    (sample,) = samples(tokenizer_of("mistral-nemo-marked", bpe), "late tools", "as-rendered")
+    assert sample.unlike_inference == 1  # the first reply: inference had shown it the tools
