@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 FIRST = ("prepare", "embed", "open_prepared", "import_hf", "export_hf")  # they write what later examples read
 WITH_EXAMPLES = [*FIRST, *(name for name in sfr.__all__ if name not in FIRST)]
 DATA_ONLY = {"ClosedFormLoss", "EmbedOptions", "EvaluationOptions", "FlowHeadOptions", "FlowHeadPlan"} | {
-    *("LogitStatistics", "LossAndCoefficients", "PrepareOptions", "SFROptions", "SamplingOptions", "StatisticsSpec"),
-    "TokenLoss",
+    *("LogitStatistics", "LossAndCoefficients", "PrepareOptions", "SFROptions", "SampleOptions", "SamplingOptions"),
+    *("StatisticsSpec", "TemplateOptions", "TokenLoss"),
 }
 """Base classes and dataclasses, which the examples of the functions use."""
 
