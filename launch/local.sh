@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains a recipe on this one machine:  launch/local.sh [--dry-run] RECIPE.yaml [any flag of Megatron or megatron-sfr]
-# The same as `megatron-sfr train`, without its progress bar; start from here for a launcher of your own.
+# The same as `megatron-sfr train`, without its progress bar. Adapt it for your own launcher.
 set -euo pipefail
 
 # ---- site: edit these, or set them in the environment ----
 PYTHON=${PYTHON:-.venv/bin/python}   # of the environment that has megatron-sfr
 NPROC=${NPROC:-}                     # processes; empty: one for each GPU
-MAX_RESTARTS=${MAX_RESTARTS:-0}      # times that all processes start again from the last checkpoint after a failure
+MAX_RESTARTS=${MAX_RESTARTS:-0}      # how often all processes restart from the last checkpoint after a failure
 GRACE_S=${GRACE_S:-600}              # seconds for the last checkpoint after SIGTERM or Ctrl-C
 # ----------------------------------------------------------
 
@@ -24,7 +24,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # up to Hop
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE_S # torchrun's --shutdown-timeout; before torch 2.12 it is always 30
 if ((MAX_RESTARTS > 0)); then
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a store of its own for each attempt: pytorch/pytorch#135712
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a separate store for each attempt: pytorch/pytorch#135712
 fi
 
 DISTRIBUTED_ARGS=(

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         0 if all ranks finished, 128 + N if signal N stopped the run or killed a rank (143 for SIGTERM), otherwise the
-        exit code of the rank that failed first: 2 for an error that the user has to mend.
+        exit code of the rank that failed first: 2 for an error that the user has to correct.
     """
     try:
         torchrun.main([*local_address(os.environ), *argv])

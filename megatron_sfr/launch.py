@@ -201,7 +201,7 @@ def _bar(run: Run, title: str) -> Iterator[None]:
                 if last is not None and row["time"] > last["time"]:
                     rate = run.tokens_per_step * (row["step"] - last["step"]) / (row["time"] - last["time"])
                     shown["tokens/s"] = f"{rate:,.0f}"
-                elif last is None:  # a resumed run starts where it stands
+                elif last is None:  # a resumed run starts at its current step
                     bar.initial = bar.n = row["step"] - 1
                 bar.set_postfix(shown, refresh=False)
                 bar.update(row["step"] - bar.n)

@@ -1,8 +1,8 @@
-"""How fast conversion is, and what it holds in memory (`python -m tools.bench_convert --folder DIR`).
+"""Measures speed and memory of conversion (`python -m tools.bench_convert --folder DIR`).
 
-Makes a random Qwen3 model of a given size in DIR, then copies, imports and exports it in turn, each in a process of its
-own; prints median GB/s and the peak of resident memory above what the interpreter had before. Files go through the page
-cache, which is written out between the arms; DIR needs room for three such models and is emptied at the end.
+Creates a random Qwen3 model of a given size in DIR, then copies, imports and exports it in turn, each in a separate
+process. Prints median GB/s and the peak resident memory minus what the interpreter had before. Files go through the
+page cache, which is flushed between measurements. DIR needs room for three such models and is emptied at the end.
 """
 
 import argparse
@@ -51,13 +51,13 @@ def headers(layers: int) -> dict[str, Header]:
     d = family.dimensions(config)
     return {
         name: Header(shape, torch.bfloat16)
-        for entry in entries(family.rows(config), d)
-        for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
+        for entry in entries(family.mappings(config), d)
+        for name, shape in zip(entry.names, entry.mapping.shapes(d), strict=True)
     }
 
 
 def make_model(folder: Path, size: float, shard_bytes: int) -> tuple[int, int]:
-    """A model of at least that size with random bits for weights. Returns its bytes and those of its largest tensor."""
+    """Writes a model of at least that size with random bits as weights. Returns its bytes and its largest tensor's."""
     layers = 1
     while sum(x.bytes for x in headers(layers).values()) < size:
         layers += 1
@@ -84,10 +84,10 @@ def resident(kind: str) -> int:
 
 
 def take(arm: str, folder: Path, shard_bytes: int) -> dict[str, float]:
-    """One arm in this process: seconds, and peak bytes above what was resident before (of the largest process)."""
+    """Runs one measurement in this process: seconds, and peak resident bytes (largest process) minus those before."""
     source, megatron, output = folder / "hf", folder / "megatron", folder / "out"
     shutil.rmtree(output, ignore_errors=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident("VmRSS"), time.perf_counter()
     if arm == "copy":
         copy(source, output)
@@ -102,7 +102,7 @@ def take(arm: str, folder: Path, shard_bytes: int) -> dict[str, float]:
 
 
 def copy(source: Path, output: Path) -> None:
-    """Reads and writes each file, 16 MiB at a time; shutil.copyfile would let some file systems share the blocks."""
+    """Reads and writes each file, 16 MiB at a time. shutil.copyfile would let some file systems share blocks."""
     output.mkdir()
     for file in source.iterdir():
         with file.open("rb") as original, (output / file.name).open("wb") as target:
@@ -110,7 +110,7 @@ def copy(source: Path, output: Path) -> None:
 
 
 def identical(folder: Path) -> bool:
-    """Whether what was exported last is what was made, byte for byte."""
+    """Whether the last export equals the original byte for byte."""
     names = sorted(x.name for x in (folder / "hf").glob("*.safetensors"))
     return all((folder / "hf" / x).read_bytes() == (folder / "out" / x).read_bytes() for x in names)
 
@@ -148,7 +148,7 @@ def report(size: int, largest: int, shard_bytes: int, found: dict[str, list[dict
     versions = ", ".join(f"{x} {version(x)}" for x in ("torch", "safetensors", "megatron-core"))
     print(f"{platform.machine()}, {cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, files of {shard_bytes / 1e6:.0f} MB, ", end="")
-    print(f"boxes of {CHUNK_BYTES / 1e6:.0f} MB; the export is the original byte for byte: {same}")
+    print(f"chunks of {CHUNK_BYTES / 1e6:.0f} MB; the export equals the original byte for byte: {same}")
     copy = [x["seconds"] for x in found["copy"]]
     print(f"{'arm':12}{'GB/s':>8}{'range':>16}{'of copying':>12}{'peak MB':>10}")
     for arm, takes in found.items():

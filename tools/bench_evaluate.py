@@ -1,4 +1,4 @@
-"""What scoring costs: synthetic replies of several personas through every metric, with the share of each in time.
+"""Measures the time of scoring: synthetic replies of several personas through every metric, with each metric's share.
 
 Run: OMP_NUM_THREADS=2 python -m tools.bench_evaluate [--replies 10000] [--words 60]. Sampling the model is not counted.
 """
@@ -25,7 +25,7 @@ METRICS = (
 
 
 class Clock:
-    """Seconds spent in each of the functions that it wraps."""
+    """Seconds spent in each wrapped function."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -42,7 +42,7 @@ class Clock:
 
 
 def replies(prompt: int, persona: int, count: int, words: int) -> list[str]:
-    """Words by Zipf's law; a persona prefers some of them, a prompt others."""
+    """Random words by Zipf's law, with preferences of each persona and prompt."""
     rng = random.Random(1000 * prompt + persona)
     vocabulary = [f"w{rng.randrange(20) * 8 + persona}" for _ in range(30)] + [f"w{1000 + i}" for i in range(2000)]
     weights = [1 / (i + 5) for i in range(len(vocabulary))]
@@ -74,7 +74,7 @@ def measure(total: int, words: int) -> None:
     print(
         f"{len(cells) * SAMPLES:,} replies of {words} words, {prompts} prompts x {len(PERSONAS)} personas x {SAMPLES}"
     )
-    print(f"pairs capped at {options.pairs}; all would be {(SAMPLES * (SAMPLES - 1)):,} a cell")
+    print(f"pairs capped at {options.pairs}; all would be {(SAMPLES * (SAMPLES - 1)):,} per cell")
     for name, spent in sorted(clock.seconds.items(), key=lambda item: -item[1]):
         print(f"{name:30s} {spent:8.2f} s")
     print(f"{'all':30s} {seconds:8.2f} s")

@@ -1,7 +1,7 @@
-"""How fast text is sampled (`python -m tools.bench_kl_flow`): a KL-flow denoiser by steps, beside an autoregressive
-model of the same layers with a key-value cache (transformers' Qwen3 and its `generate`), in turn in one process.
+"""Measures sampling speed (`python -m tools.bench_kl_flow`): a KL-flow denoiser at several numbers of steps, and an
+autoregressive model of the same layers with a key-value cache (transformers' Qwen3 and its `generate`), interleaved.
 
-Synthetic weights, one rank; on CUDA where there is one. B texts at a time, of L tokens each. Prints tokens a second.
+Synthetic weights, one rank, on CUDA if there is a GPU. B texts at a time, of L tokens each. Prints tokens per second.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from megatron_sfr.runtime import backend
 
 @dataclass
 class Arm:
-    """One way to write texts of one length: a function that writes them, and the seconds that it took."""
+    """One method and length: a function that samples texts, and the seconds that it took."""
 
     name: str
     length: int
     calls: int
-    """How often the model is called."""
+    """Number of forward passes."""
     write: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     sizes = {"layers": 4, "hidden": 256, "ffn": 704, "heads": 4, "vocab": 512, "batch": 16, "repetitions": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens of a text (128 512)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 128], help="of the denoiser (8 32 128)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens per text (128 512)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 128], help="steps of the denoiser (8 32 128)")
     parser.add_argument("--method", choices=get_args(Method), default="hybrid", help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     return parser
@@ -83,7 +83,7 @@ def flags(sizes: argparse.Namespace) -> list[str]:
 
 
 def make_denoiser(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> tuple[Denoiser, Shard]:
-    """A denoiser of fresh weights in bf16."""
+    """A denoiser with random weights in bf16."""
     args = parse(read_settings(flags(sizes)))
     training.initialize_megatron()
     config = denoiser_config(args)
@@ -96,7 +96,7 @@ def make_denoiser(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> tu
 
 
 def make_autoregressive(sizes: argparse.Namespace) -> Any:
-    """A Qwen3 of the same layers, of fresh weights in bf16."""
+    """A Qwen3 of the same layers, with random weights in bf16."""
     config = transformers.Qwen3Config(
         vocab_size=sizes.vocab,
         hidden_size=sizes.hidden,
@@ -112,7 +112,7 @@ def make_autoregressive(sizes: argparse.Namespace) -> Any:
 
 
 def make_arms(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> list[Arm]:
-    """All of one length after each other, the autoregressive model first."""
+    """The methods for each length in turn, the autoregressive model first."""
     denoiser, shard = make_denoiser(sizes, name)
     network, simplex = make_autoregressive(sizes), Simplex(sizes.vocab, 0.01)
 
@@ -150,11 +150,11 @@ def main() -> None:
     arms = make_arms(sizes, name)
     for repetition in range(sizes.repetitions + 1):
         for arm in arms:
-            torch.cuda.synchronize()  # on CPU the seam makes it nothing
+            torch.cuda.synchronize()  # does nothing on the CPU backend
             start = time.perf_counter()
             arm.write()
             torch.cuda.synchronize()
-            if repetition:  # the first one warms up
+            if repetition:  # the first repetition warms up
                 arm.seconds.append(time.perf_counter() - start)
     report(sizes, name, arms)
 

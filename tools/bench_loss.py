@@ -1,7 +1,7 @@
-"""Measures the losses over the vocabulary (`python -m tools.bench_loss`): bytes moved, peak, collectives, time.
+"""Measures the losses over the vocabulary (`python -m tools.bench_loss`): bytes moved, peak memory, collectives, time.
 
-Ours beside Megatron's vocab-parallel cross-entropy, torch's, and GEM as one would write it down. Forward and backward,
-in a process group of one rank. T tokens, V columns.
+Compares ours with Megatron's vocab-parallel cross-entropy, torch's, and GEM in plain torch. Forward and backward, in a
+process group of one rank. T tokens, V columns.
 """
 
 import argparse
@@ -36,17 +36,17 @@ from tools.model_shapes import SHAPES
 from tools.traffic import Traffic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOOR = 3  # reads and writes of each logit that forward and backward cannot do without
+FLOOR = 3  # reads and writes of each logit that forward and backward need at least
 LEGEND = f"""\
 memory: operands of at least half the logits' storage, and slices of it; the floor is {FLOOR} times an element's size.
-cache: blocks that are used again at once. A second-level cache of their size keeps that traffic from the memory;
-where there is none, it is the memory's too. Both are counted from the operands of torch's operations, not measured.
-peak: bytes alive at most beyond the logits themselves. floats/row: what this rank hands to collectives."""
+cache: blocks that are reused immediately. A second-level cache of their size keeps this traffic from memory; without
+one it goes to memory too. Both are counted from the operands of torch's operations, not measured.
+peak: largest number of bytes alive beyond the logits. floats/token: what this rank passes to collectives."""
 
 
 @dataclass
 class Result:
-    """One loss. Bytes and counts as `Traffic` defines them; none on CUDA, where the kernels are no torch operations."""
+    """One loss. Bytes and counts as in `Traffic`; none on CUDA, where the kernels are not torch operations."""
 
     name: str
     memory_bytes_per_logit: float | None = None
@@ -71,7 +71,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] and labels [T] -> the
 
 
 def ours(token_loss: TokenLoss) -> Loss:
-    """The package's: in kernels/plain.py on CPU; on CUDA in kernels/fused.py, and in its twin beside."""
+    """The package's loss: kernels/plain.py on CPU; on CUDA kernels/fused.py, and also the plain version."""
 
     def loss(z_TV: Tensor, y_T: Tensor) -> Tensor:
         vocab = Vocab(z_TV.shape[1], group=dist.group.WORLD)
@@ -81,19 +81,19 @@ def ours(token_loss: TokenLoss) -> Loss:
 
 
 def megatron_cross_entropy(z_TV: Tensor, y_T: Tensor) -> Tensor:
-    """Upstream's, unfused: what it computes on any device."""
+    """Upstream's unfused loss, which runs on any device."""
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     return vocab_parallel_cross_entropy(z_TV[:, None], y_T[:, None], tp_group=dist.group.WORLD).sum()
 
 
 def torch_cross_entropy(z_TV: Tensor, y_T: Tensor) -> Tensor:
-    """torch's, on fp32 logits as training does it."""
+    """torch's loss on fp32 logits, as in training."""
     return F.cross_entropy(z_TV.float(), y_T, reduction="sum")
 
 
 def textbook_gem(z_TV: Tensor, y_T: Tensor) -> Tensor:
-    """Linear GEM in its definition's words: log-probabilities, rivals q, the product of q and the log-ratios."""
+    """Linear GEM written as its definition: log-probabilities, competitors q, the product of q and the log-ratios."""
     log_p_TV = z_TV.float().log_softmax(-1)
     with torch.no_grad():
         q_TV = (z_TV.float() / GEM().beta).softmax(-1)
@@ -114,7 +114,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def step(name: str, z_TV: Tensor, y_T: Tensor) -> None:
-    """Forward, and the gradient in the logits; nothing is kept."""
+    """Forward and backward to the logits; keeps nothing."""
     twin = (
         mock.patch.object(closed_form, "choose", return_value=plain)
         if name.endswith(TWIN)
@@ -135,7 +135,7 @@ def count(result: Result, z_TV: Tensor, y_T: Tensor) -> None:
 
 
 def seconds(name: str, z_TV: Tensor, y_T: Tensor) -> float:
-    """Of one step, on logits that no step has overwritten."""
+    """Seconds of one step, on logits that no step has overwritten."""
     z_TV = z_TV.clone().requires_grad_()
     if z_TV.is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -158,7 +158,7 @@ def cuda_peak(name: str, z_TV: Tensor, y_T: Tensor) -> float:
 
 
 def measure(z_TV: Tensor, y_T: Tensor, repetitions: int) -> list[Result]:
-    """Each loss once to warm up and to be counted, then all in turn: A B C A B C ..."""
+    """Runs each loss once to warm up and to count operations, then all interleaved: A B C A B C ..."""
     twins = [name + TWIN for name in LOSSES if z_TV.is_cuda and name.startswith("ours")]
     results = [Result(name) for name in [*LOSSES, *twins]]
     for result in results:
@@ -174,7 +174,7 @@ def measure(z_TV: Tensor, y_T: Tensor, repetitions: int) -> list[Result]:
 
 
 def bandwidth() -> float:
-    """Bytes a second of the GPU's memory by its data sheet: clock times 2 transfers times bus width."""
+    """Peak memory bandwidth of the GPU in bytes per second: clock times 2 transfers times bus width."""
     device = torch.cuda.get_device_properties(0)
     return 2 * device.memory_clock_rate * 1e3 * device.memory_bus_width / 8
 
@@ -192,7 +192,7 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
     T, numel = len(z_TV), z_TV.numel()
     size = z_TV.element_size()
     rows = [
-        f"{'bytes a logit:':36}{'memory':>7}{'cache':>7}{'peak':>7}  collectives  floats/row      ms (range)  tokens/s"
+        f"{'bytes per logit:':36}{'memory':>7}{'cache':>7}{'peak':>7}  collectives  floats/token   ms (range)  tokens/s"
         f"{'times ' + results[0].name:>26}"
     ]
     for r in results:
@@ -213,7 +213,7 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", choices=SHAPES, help="tokens and vocabulary of a published model's training step")
-    parser.add_argument("--tokens", type=int, help="rows of logits (512; 4096 on CUDA)")
+    parser.add_argument("--tokens", type=int, help="number of tokens (512; 4096 on CUDA)")
     parser.add_argument("--vocabulary", type=int, help="columns (32768; 152064 on CUDA)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--repetitions", type=int, default=7)
@@ -226,7 +226,7 @@ def main() -> None:
     T, V = options.tokens or T, options.vocabulary or V
     if T * V * DTYPES[options.dtype].itemsize < 8 * plain.BLOCK_BYTES[device]:
         parser.error(f"{T} x {V} logits are too few to tell them from blocks: give more --tokens or --vocabulary")
-    warnings.filterwarnings("ignore")  # upstream's, of companions that are not installed
+    warnings.filterwarnings("ignore")  # upstream's warnings about optional packages
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)

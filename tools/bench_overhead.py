@@ -1,8 +1,10 @@
-"""What SFR adds to a training step (`python -m tools.bench_overhead`): steps of cross-entropy, of SFR, and of SFR with
-its gradients measured, taken in turn in one process, forward, backward and Adam. Prints the time, tokens/s, TFLOP/s and
-MFU of the model without the head, peak memory, and the ratio to cross-entropy with its quartiles.
+"""Measures what SFR adds to a training step (`python -m tools.bench_overhead`).
 
-Synthetic tokens and targets, one rank; on CUDA where there is one. `--like qwen3-8b --layers 4` takes real shapes.
+Interleaves steps of cross-entropy, of SFR, and of SFR with its gradients measured, each with forward, backward, Adam.
+Prints time, tokens/s, TFLOP/s and MFU of the model without the head, peak memory, and the ratio to cross-entropy with
+its quartiles.
+
+Synthetic tokens and targets, one rank, on CUDA if there is a GPU. `--like qwen3-8b --layers 4` uses real shapes.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_sizes(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, each size filled in from --like or from the small default."""
+    """The arguments, with sizes from --like or from the small default."""
     parser = build_parser()
     sizes = parser.parse_args(argv)
     defaults = asdict(SHAPES[sizes.like] if sizes.like else SMALL) | (LIKE_HEAD if sizes.like else HEAD)
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def take_turns(arms: "list[Arm]", repetitions: int, *, on_gpu: bool) -> dict[str, list[float]]:
-    """Seconds of each arm's steps, A B C A B C; on a GPU also the peak memory of each arm."""
+    """Seconds of each kind of step, interleaved A B C A B C; on a GPU also the peak memory of each kind."""
     from tools.training_steps import allocated
 
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -93,7 +95,7 @@ def take_turns(arms: "list[Arm]", repetitions: int, *, on_gpu: bool) -> dict[str
             before = allocated()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()  # on CPU the seam makes it nothing
+            torch.cuda.synchronize()  # does nothing on the CPU backend
             start = time.perf_counter()
             arm.take()
             torch.cuda.synchronize()
@@ -104,7 +106,7 @@ def take_turns(arms: "list[Arm]", repetitions: int, *, on_gpu: bool) -> dict[str
 
 
 def count(arm: "Arm") -> None:
-    """Warms an arm up, and counts operations and those of matrix products; Transformer Engine's are not seen."""
+    """Warms up one kind of step, and counts its operations and matrix products, except Transformer Engine's."""
     from tools.training_steps import Operations, allocated
 
     before = allocated()
@@ -128,7 +130,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def row(
     sizes: argparse.Namespace, device: str | None, base: "Arm", arm: "Arm", seconds: dict[str, list[float]]
 ) -> dict:
-    """The numbers of one arm. Model operations are those without the head, so that its cost shows as a lower rate."""
+    """The numbers of one kind of step. Operations exclude the head's, so that its cost appears as a lower rate."""
     tokens, median = sizes.batch * sizes.seq, statistics.median(seconds[arm.name])
     operations = tokens * shape_of(sizes).flops()
     highest = peak(device, FP8 if sizes.fp8 else BF16) if device and sizes.bf16 else None

@@ -1,12 +1,13 @@
-"""How long training waits for targets that are encoded meanwhile (`python -m tools.bench_prefetch`).
+"""Measures how long training waits for online targets (`python -m tools.bench_prefetch`).
 
-Steps are sleeps, as steps on a GPU are for the CPU; the encoder is in its own process, as in training. First a clocked
-encoder, which takes a set time for each block, one new block a step: a ratio is its time over the step's. Then a real
-one on conversations in random order, by the rows of a block: a block holds rows of several conversations, all of which
-are encoded when the first is met, so at the beginning of an epoch the encoder has more to do than the steps need.
+Steps are simulated by sleeping, since steps on a GPU leave the CPU idle; the encoder is in a separate process, as in
+training. The first part uses a simulated encoder with a fixed time per block and one new block per step; the ratio is
+its time over the step's. The second part uses a real encoder on conversations in random order, for several block sizes.
+A block contains segments of several conversations and is encoded when the first is needed, so at the beginning of an
+epoch the encoder does more than the steps need.
 
-waits: seconds that `fetch` waited, over the seconds of the steps; the first step, which also waits for the encoder to
-be loaded, stands apart. Medians of the repetitions, and their range. predicted: for a queue that loses no time.
+waits: seconds that `fetch` waited, over the seconds of the steps. The first step, which also waits for the encoder to
+be loaded, is reported separately. Median and range of the repetitions. predicted: for a queue without overhead.
 """
 
 import argparse
@@ -41,7 +42,7 @@ WORDS = "red green blue quick slow river stone cloud bird song winter summer lig
 
 
 class Clocked:
-    """Unit vectors that mean nothing, after so many seconds a batch."""
+    """A simulated encoder: random unit vectors after a fixed number of seconds per batch."""
 
     def __init__(self, seconds: float, dim: int = 384) -> None:
         self._seconds = seconds
@@ -54,7 +55,7 @@ class Clocked:
 
 @dataclass
 class Arm:
-    """One row of the table. Its steps in order, how long each takes, and who encodes in what blocks."""
+    """One line of the table: its steps in order, the time of each, and the encoder with its block size."""
 
     name: str
     steps: list[Needs]
@@ -88,7 +89,7 @@ class Arm:
 
 
 def predicted(arm: Arm) -> float:
-    """The share of waiting after the first step if no time were lost: what the order of the needs alone costs."""
+    """The share of waiting after the first step in an ideal queue: the cost of the order in which steps need blocks."""
     ready = set(arm.steps[0][0][1] // arm.block_rows)
     encoder_free = now = waits = 0.0  # seconds; 0: the first step has its targets
     reached = [0.0]  # when the caller was at each step
@@ -106,7 +107,7 @@ def predicted(arm: Arm) -> float:
 
 
 def write_data(folder: Path, conversations: int) -> PreparedData:
-    """Replies of 8 to 64 random words, a target every 8 tokens."""
+    """Writes replies of 8 to 64 random words with a target every 8 tokens."""
     rng = random.Random(0)
     rows = []
     for _ in range(conversations):
@@ -120,20 +121,20 @@ def write_data(folder: Path, conversations: int) -> PreparedData:
 
 
 def clocked_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
-    """A new block of 8 rows for each step."""
+    """A simulated encoder, with a new block of 8 segments for each step."""
     blocks = np.arange(data.manifest.segments // 8 * 8).reshape(-1, 8)[: options.steps]
     steps: list[Needs] = [[(0, rows)] for rows in blocks]
     arms = []
     for ratio in RATIOS:
         seconds = ratio * options.step_seconds
         make = partial(Clocked, seconds)
-        name, identity = f"clocked, ratio {ratio:g}", make().identity
+        name, identity = f"simulated, ratio {ratio:g}", make().identity
         arms.append(Arm(name, steps, options.step_seconds, 8, make, identity, options.lookahead, seconds / 8))
     return arms
 
 
 def real_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
-    """Two conversations a step in random order; the encoder takes `--real-ratio` of an epoch for all rows."""
+    """Two conversations per step in random order. The encoder needs `--real-ratio` of an epoch for all segments."""
     make = partial(load_quietly, options.encoder, EncoderOptions(device=options.device))
     order = np.random.default_rng(0).permutation(len(data)).tolist()
     pairs = zip(order[::2], order[1::2], strict=True)
@@ -149,20 +150,20 @@ def real_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
             encoder.encode(sorted(texts[first : first + min(64, block_rows)], key=len))
         row_seconds = (time.perf_counter() - started) / len(texts)
         step_seconds = row_seconds * data.manifest.segments / options.real_ratio / len(steps)
-        name = f"{options.encoder}, {row_seconds * 1e3:.1f} ms a row in blocks of {block_rows}"
+        name = f"{options.encoder}, {row_seconds * 1e3:.1f} ms per text in blocks of {block_rows}"
         arms.append(Arm(name, steps, step_seconds, block_rows, make, encoder.identity, options.lookahead, row_seconds))
     return arms
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="of the clocked encoder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="steps with the simulated encoder (%(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.1, help="(%(default)s)")
     parser.add_argument("--lookahead", type=int, default=8, help="steps (%(default)s)")
     parser.add_argument("--conversations", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--encoder", default="minilm", help="the real one (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="of the real one (%(default)s)")
-    parser.add_argument("--real-ratio", type=float, default=0.25, help="encoding over training (%(default)s)")
+    parser.add_argument("--encoder", default="minilm", help="the real encoder (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of the real encoder (%(default)s)")
+    parser.add_argument("--real-ratio", type=float, default=0.25, help="encoding time over training time (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="(%(default)s)")
     return parser
 
@@ -179,7 +180,7 @@ def main() -> None:
     versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "sentence-transformers"))
     print(f"{_processor()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {versions}")
     print(f"{data.manifest.segments} segments, lookahead {options.lookahead}, {options.repetitions} repetitions")
-    print("| encoder | steps | ms a step | first step, s | waits | range | predicted | longest, ms |")
+    print("| encoder | steps | ms per step | first step, s | waits | range | predicted | longest, ms |")
     print("|---|---|---|---|---|---|---|---|")
     for arm in arms:
         spread = f"{min(arm.share):.3%} - {max(arm.share):.3%}"

@@ -1,6 +1,6 @@
-"""Checks the package's layers, folders and sizes from syntax trees. Prints one line a violation; exit code 1 for any.
+"""Checks the package's layers, folders and sizes from syntax trees. Prints one line per violation; exit code 1 for any.
 
-CONTRIBUTING.md explains the rules; the table of layers is here. Imports inside functions count like all others.
+CONTRIBUTING.md explains the rules; the table of layers is here. Imports inside functions count as well.
 """
 
 import ast
@@ -26,7 +26,7 @@ WITHOUT_MEGATRON = (
     *("storage", "data", "flow", "kernels", "objectives"),
     *("kl_flow.simplex_path", "kl_flow.corruption", "kl_flow.sampling"),
 )
-COMMANDS = f"{PACKAGE}.cli."  # a command's module has the command's name, whatever else is called so
+COMMANDS = f"{PACKAGE}.cli."  # a command's module has the command's name, even if another module has it too
 FOLDERS = (PACKAGE, "tests", "tools", "examples")
 MOST_FILE_LINES = 300
 MOST_FUNCTION_LINES = 50
@@ -45,7 +45,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Source:
-    """One Python file: where it is, its dotted name, its tree."""
+    """One Python file: its path, dotted name and syntax tree."""
 
     path: Path
     module: str
@@ -54,7 +54,7 @@ class Source:
 
     @property
     def part(self) -> str:
-        """The folder or file right under the package; empty for the package's own __init__."""
+        """The folder or file directly under the package; empty for the package's __init__."""
         names = self.module.split(".")
         return names[1] if names[0] == PACKAGE and len(names) > 1 else ""
 
@@ -99,7 +99,7 @@ def may_import(part: str, other: str) -> bool:
 
 
 def within(module: str, names: Iterable[str]) -> str | None:
-    """The first of these parts of the package that a module lies in."""
+    """The first of these parts of the package that contains a module."""
     return next((name for name in names if f"{module}.".startswith(f"{PACKAGE}.{name}.")), None)
 
 
@@ -128,7 +128,7 @@ def check_layout(source: Source, paths: frozenset[Path]) -> Iterator[Violation]:
 
 
 def check_exports(source: Source, modules: frozenset[str]) -> Iterator[Violation]:
-    """A package says what it is, and lists in __all__ every public name that it defines or imports, and no other."""
+    """A package has a docstring, and __all__ lists exactly the public names that it defines or imports."""
     if not source.is_package:
         return
     if not ast.get_docstring(source.tree):
@@ -145,7 +145,7 @@ def check_exports(source: Source, modules: frozenset[str]) -> Iterator[Violation
                 bound[name] = node.lineno
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] == PACKAGE:
                 bound |= {alias.asname or alias.name: node.lineno for alias in node.names}
-    lazy = "__getattr__" in bound  # PEP 562: what it answers is not seen here
+    lazy = "__getattr__" in bound  # PEP 562: its names cannot be seen here
     names = {name for _, name in listed}
     for name, line in bound.items():
         if not name.startswith("_") and name not in names:
@@ -195,7 +195,7 @@ def check_size(source: Source) -> Iterator[Violation]:
 
 
 def check_folders(sources: list[Source]) -> Iterator[Violation]:
-    """At most so many modules a folder, and no module name twice, so that a name alone says which file is meant."""
+    """Limits the modules per folder, and forbids repeated module names, so that a name identifies a file."""
     modules = [s for s in sources if not s.path.name.startswith("__")]
     for folder, count in Counter(s.path.parent for s in modules).items():
         if count > MOST_MODULES:
@@ -211,7 +211,7 @@ def check_folders(sources: list[Source]) -> Iterator[Violation]:
 
 
 def cycles(edges: dict[str, dict[str, tuple[Path, int]]], what: str) -> Iterator[Violation]:
-    """Each import that closes a cycle, found by walking the graph depth first. edges: from -> to -> where."""
+    """Each import that closes a cycle, by depth-first search. edges: from -> to -> location."""
     done: set[str] = set()
 
     def walk(node: str, trail: tuple[str, ...]) -> Iterator[Violation]:
@@ -229,7 +229,7 @@ def cycles(edges: dict[str, dict[str, tuple[Path, int]]], what: str) -> Iterator
 
 
 def check_cycles(sources: list[Source], modules: frozenset[str]) -> Iterator[Violation]:
-    """Cycles between modules, and between folders of which neither lies in the other."""
+    """Cycles between modules, and between folders of which neither contains the other."""
     of_modules: dict[str, dict[str, tuple[Path, int]]] = {s.module: {} for s in sources}
     of_folders: dict[str, dict[str, tuple[Path, int]]] = {s.folder: {} for s in sources}
     folder_of = {s.module: s.folder for s in sources}

@@ -32,7 +32,7 @@ def sharing(books: Mapping[str, Book]) -> Counter[str]:
 
 
 def balance(books: Books, most: int, most_senses: int, seed: int) -> Books:
-    """At most `most` replies a persona, headwords whole, those that most dictionaries define first, then by lot; at
+    """At most `most` replies per persona: complete headwords, those in most dictionaries first, ties by lot; at
     most `most_senses` of a headword's senses, the first ones (dictionaries put the commonest first)."""
     shared = sharing(books)
     chosen: Books = {}

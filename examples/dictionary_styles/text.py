@@ -34,7 +34,7 @@ _ASIDES = (
     re.compile(rf" ?\((?:but |and )?{_SEE}{_WORDS}{_LINKS}[^(){{}}]*\)", re.IGNORECASE),  # "(see {clone})"
     re.compile(rf"(?:[;,](?: --)?| --?) (?:but |and )?{_SEE}{_WORDS}{_LINKS}", re.IGNORECASE),  # "…; see also {clone}"
 )
-# A sentence of its own, "See also {clone}, which …."
+# A separate sentence, "See also {clone}, which …."
 _SENTENCE = re.compile(
     rf"(?:^|(?<=[.!?:;)\]\"'])) *(?:\(?(?:but |for \w+ )?{_SEE}){_WORDS}{_LINKS}(?:[^.{{}}]|{_LINK})*(?:\.\)?|$)",
     re.IGNORECASE,

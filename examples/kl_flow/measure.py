@@ -1,7 +1,7 @@
 """What a denoiser's texts are worth beside those of an autoregressive model of its size and beside real text.
 
 python -m examples.kl_flow.measure, after both and a judge were trained: entropy of n-grams, a judge's perplexity, and
-how often a function is valid Python once its gap is filled; as Markdown, JSON and a page. A stopped run goes on."""
+how often a function is valid Python once its gap is filled; as Markdown, JSON and a page. A stopped run resumes."""
 
 import argparse
 import json

@@ -31,7 +31,7 @@ def entropy_within(rows: Sequence[Row], n: int) -> Estimate:
 
 
 def entropy_over_all(rows: Sequence[Row], n: int) -> Estimate:
-    """Entropy of the n-grams of all texts together, nats: low where texts are alike.
+    """Entropy of the n-grams of all texts together, nats: low if texts are similar.
 
     Counts of few texts make it too low, and those of a resample lower still: compare equal numbers of tokens. The
     interval has the bootstrap's width around the estimate.

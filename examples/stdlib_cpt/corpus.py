@@ -31,7 +31,7 @@ def place(name: str) -> float:
 
 
 def write_corpus(library: Path, output: Path, megabytes: float) -> dict[str, int]:
-    """Writes about so many megabytes in whole files; the number of documents of each side."""
+    """Writes about this many megabytes of complete files. Returns the number of documents of each side."""
     output.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[str]] = {"validation": [], "train": []}
     size = 0

@@ -1,4 +1,4 @@
-"""megatron-sfr: a table of commands."""
+"""`megatron-sfr`: the table of commands, the parser, and the exit codes."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from megatron_sfr.storage.user_files import is_out_of_memory, reason
 OUT_OF_MEMORY = (
     "no memory is left; lower the batch size, the number of processes or the length, or use a machine with more memory"
 )
-COMMANDS = {  # and the folder of each
+COMMANDS = {  # command: its folder in cli/
     "demo": "training",
     "prepare": "data",
     "prepare-text": "data",
@@ -50,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Runs a command and returns its exit code.
 
-    0: done; 2: the user's error, in one line; 130: stopped by Ctrl-C; 141: nobody reads the output any more.
+    0: success; 2: a user error, printed in one line; 130: stopped by Ctrl-C; 141: the reader of the output has ended.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.flags = rest
     try:
         return args.run(args)
-    except BrokenPipeError:  # whoever reads the output has ended; Python's own flush at exit must not fail again
+    except BrokenPipeError:  # the reader of the output has ended; Python's flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The arguments that commands share which sample from models, and what is read from them."""
+"""Arguments shared by the commands that sample from models, and the options built from them."""
 
 import argparse
 from pathlib import Path
@@ -7,28 +7,35 @@ from megatron_sfr.cli.template_args import add_template_arguments, template_opti
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that sampling always has, shared with `evaluate`."""
+    """Adds the arguments of sampling, which `generate` and `evaluate` share."""
     parser.add_argument(
         "--model",
         nargs="+",
         action="extend",  # a second --model adds to the first
         required=True,
         metavar="NAME=DIR",
-        help="Hugging Face folders; NAME= may be left out",
+        help="Hugging Face folders (NAME defaults to the folder's name)",
     )
-    parser.add_argument("--samples", type=int, default=8, help="replies to each prompt (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens that hold p (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the random numbers (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="replies at a time (%(default)s)")
-    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+    parser.add_argument("--samples", type=int, default=8, help="replies per prompt (%(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: all (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens with total probability p (%(default)s)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply, in tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="replies sampled together (%(default)s)")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     add_template_arguments(parser)
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:
-    """{NAME: DIR} of `NAME=DIR` or `DIR` arguments; ValueError where a name comes twice."""
+    """{NAME: DIR} from `NAME=DIR` or `DIR` arguments. Raises ValueError for a repeated name."""
     folders: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")

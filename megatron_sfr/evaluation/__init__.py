@@ -1,1 +1,1 @@
-"""Evaluation: sampling, metrics of diversity and quality, and the frontier of one against the other."""
+"""Evaluation: sampling, metrics of diversity and quality, and diversity-quality frontiers."""

@@ -1,7 +1,7 @@
-"""SED's threshold tau (arXiv 2602.07464), found on sample data: so many tokens have P_k >= tau and are exempt.
+"""Calibrates SED's threshold tau (arXiv 2602.07464) on sample data: tokens with P_k >= tau are exempt.
 
-P_k is the loss's own: the same pass over the logits, in their own dtype, and the same sum of the k largest.
-Letters: B conversations of a batch, L positions, V vocabulary, T tokens that are wanted, n all of them.
+P_k is computed as in the loss: the same pass over the logits, in their dtype, and the same sum of the k largest.
+Shapes: B conversations of a batch, L positions, V vocabulary, T counted tokens of a batch, n counted tokens in all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from megatron_sfr.kernels import choose
 from megatron_sfr.kernels.vocab_parallel import combine
 from megatron_sfr.objectives.token.sed import check_top_k, top_mass
 
-LOGITS = 1 << 27  # at a time: 256 MiB in bf16, as many positions of a batch as give so many
-ABOVE_ALL = 2.0  # no probability reaches it
+LOGITS = 1 << 27  # logits computed at a time: 256 MiB in bf16
+ABOVE_ALL = 2.0  # larger than any probability
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What is counted, and the share of it that is to be exempt."""
+    """The tokens to count, and the share of them to exempt."""
 
     top_k: int = 10
     exempt: float = 0.7
@@ -44,7 +44,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class Threshold:
-    """tau as a recipe has it, and how many of the n tokens it exempts; `tied` of them share the P_k next to tau."""
+    """tau as written in a recipe, and how many of the n tokens it exempts; `tied` tokens have the P_k next to tau."""
 
     tau: str
     exempt: int
@@ -57,7 +57,7 @@ class Threshold:
 
 
 def check_same_tokens(model: Model, data: PreparedData, options: CalibrationOptions) -> None:
-    """ValueError where the data's token ids are not the model's, or it has fewer tokens than P_k sums."""
+    """Raises ValueError if the data's token ids are not the model's, or the vocabulary is smaller than top_k."""
     manifest, vocabulary = data.manifest, model.network.config.get_text_config().vocab_size
     if options.top_k > vocabulary:
         raise ValueError(f"top_k is {options.top_k}, and {model.name} has {vocabulary} tokens: give at most that")
@@ -81,7 +81,7 @@ def top_masses(model: Model, data: PreparedData, options: CalibrationOptions, *,
     samples = [data[i] for i in range(min(options.samples, len(data)))]
     if not any(_wanted(sample, options).any() for sample in samples):
         raise ValueError(f"the first {len(samples)} conversations of {data.folder} have no supervised token to count")
-    samples.sort(key=lambda sample: len(sample.tokens))  # alike lengths side by side: little padding
+    samples.sort(key=lambda sample: len(sample.tokens))  # similar lengths in a batch need little padding
     found = []
     with tqdm(total=len(samples), desc="calibrate", unit="conversation", disable=not progress) as bar:
         for start in range(0, len(samples), options.batch_size):
@@ -92,25 +92,27 @@ def top_masses(model: Model, data: PreparedData, options: CalibrationOptions, *,
 
 
 def threshold(p_n: Tensor, exempt: float) -> Threshold:
-    """The tau that exempts (P_k >= tau) the nearest share to the wanted one; without ties it is within 1 / (2 n).
+    """The tau whose exempt share (P_k >= tau) is nearest to `exempt`; without ties it is within 1 / (2 n).
 
-    It lies between two values of P_k, so that rounding elsewhere does not move a token across it, and has only as many
-    digits as that needs.
+    It lies between two values of P_k, so that rounding elsewhere does not move a token across it, and has no more
+    digits than needed.
     """
     value_m, tied_m = np.unique(p_n.float().numpy(), return_counts=True)
-    value_m, tied_m = value_m[::-1], tied_m[::-1]  # falling: the first j values are exempt
+    value_m, tied_m = value_m[::-1], tied_m[::-1]  # descending: the first j values are exempt
     exempt_j = np.concatenate([[0], tied_m.cumsum()])
     j = int(np.abs(exempt_j - exempt * len(p_n)).argmin())
     upper = float(value_m[j - 1]) if j else ABOVE_ALL
     lower = float(value_m[j]) if j < len(value_m) else 0.0
-    nearest = tied_m[j] if exempt_j[j] < exempt * len(p_n) else tied_m[j - 1]  # those that one more step would move
+    nearest = (
+        tied_m[j] if exempt_j[j] < exempt * len(p_n) else tied_m[j - 1]
+    )  # tokens that the next value would add or remove
     return Threshold(_decimal(lower, upper), int(exempt_j[j]), int(nearest), len(p_n))
 
 
 def _decimal(lower: float, upper: float) -> str:
-    """A short decimal around the middle of two fp32 numbers; where they are neighbours in fp32, the upper one.
+    """A short decimal near the middle of two fp32 numbers; the upper one if they are adjacent in fp32.
 
-    In fp32, where the loss compares, it is above lower and at most upper.
+    In fp32, in which the loss compares, it is above lower and at most upper.
     """
     for wanted, reach in (((lower + upper) / 2, (upper - lower) / 4), (upper, upper - lower)):
         for digits in range(2, 17):
@@ -121,15 +123,15 @@ def _decimal(lower: float, upper: float) -> str:
 
 
 def _wanted(sample: Sample, options: CalibrationOptions) -> np.ndarray:
-    """Which inputs (all tokens but the last) predict a token that counts: bool [L]."""
+    """Which inputs (all tokens but the last) predict a counted token: bool [L]."""
     return sample.loss_mask[1:] > 0 if options.tokens == "supervised" else np.ones(len(sample.tokens) - 1, dtype=bool)
 
 
 @torch.inference_mode()
 def _wanted_logits(model: Model, batch: Sequence[Sample], options: CalibrationOptions) -> Iterator[Tensor]:
-    """Logits [T, V] of the counted tokens, some positions at a time: what was read stays in the key-value cache.
+    """Logits [T, V] of the counted tokens, a few positions at a time; earlier positions are in the key-value cache.
 
-    Rows are padded on the right, where nothing that counts can see it.
+    Sequences are padded on the right, which no counted token attends to.
     """
     from transformers import DynamicCache
 
@@ -152,7 +154,7 @@ def _wanted_logits(model: Model, batch: Sequence[Sample], options: CalibrationOp
 
 
 def _masses(z_TV: Tensor, top_k: int) -> Tensor:
-    """P_k of each row as SED's loss finds it: [T]."""
+    """P_k of each token as in SED's loss: [T]."""
     nowhere_T = torch.full(z_TV.shape[:1], -1, device=z_TV.device)
     unread_T = torch.zeros(z_TV.shape[:1], device=z_TV.device)
     kernels = choose(z_TV)

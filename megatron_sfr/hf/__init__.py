@@ -1,1 +1,1 @@
-"""Weights to and from Hugging Face's format, strictly: every tensor is mapped, or the conversion fails by name."""
+"""Strict conversion between Hugging Face and Megatron: every tensor is mapped, or the conversion fails by name."""

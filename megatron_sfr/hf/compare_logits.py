@@ -1,4 +1,4 @@
-"""Whether two HF folders are the same model: their logits on random tokens, by transformers on CPU in fp32."""
+"""Compares two HF folders by their logits on random tokens, computed by transformers on CPU in fp32."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from torch import Tensor
 from megatron_sfr.storage.user_files import loading
 
 TOLERANCE = 1e-5
-"""Largest difference that passes, as a share of the largest logit: fp32's rounding, nothing more."""
+"""Largest accepted difference relative to the largest logit: allows for rounding in fp32 only."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The largest difference of any logit, the largest logit, and how many were compared."""
+    """The largest difference of any logit, the largest logit, and the number of logits compared."""
 
     difference: float
     largest: float
@@ -24,9 +24,9 @@ class CheckReport:
 def check_logits(
     folder: Path, reference: Path, *, tolerance: float = TOLERANCE, sequences: int = 4, length: int = 32, seed: int = 0
 ) -> CheckReport:
-    """Compares `folder` with `reference`; ValueError where they differ by more than tolerance times the largest logit.
+    """Compares `folder` with `reference`. Raises ValueError if they differ by more than tolerance * the largest logit.
 
-    Both are computed in fp32, whatever their dtype, one after the other, so that one model is in memory at a time.
+    Both are computed in fp32, whatever their dtype, one after the other, so only one model is in memory at a time.
     """
     wanted = _logits(reference, sequences, length, seed)
     found = _logits(folder, sequences, length, seed)

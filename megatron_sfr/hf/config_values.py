@@ -1,24 +1,24 @@
-"""Values of an HF config.json, read with a check of their type and range; ValueError names the key and the value."""
+"""Reads values of an HF config.json and checks their type and range. Errors name the key and the value."""
 
 from typing import Any
 
 from megatron_sfr.storage.user_files import shown
 
 LARGEST = 100_000_000
-"""Of any size or number in config.json."""
+"""Upper bound of any size or number in config.json."""
 Config = dict[str, Any]
 """An HF config.json as read."""
 
 
 def need(config: Config, key: str) -> Any:
-    """A value of config.json that has no default."""
+    """A required value of config.json."""
     if config.get(key) is None:
         raise ValueError(f"config.json has no {key!r}: is it the config of the whole model?")
     return config[key]
 
 
 def size(config: Config, key: str, default: int | None = None) -> int:
-    """A size of config.json: a whole number, at least 1. It may be missing or null where there is a default."""
+    """A size in config.json: an integer of at least 1. It may be missing or null if there is a default."""
     value = config.get(key) if default is not None else need(config, key)
     if value is None:
         assert default is not None
@@ -29,7 +29,7 @@ def size(config: Config, key: str, default: int | None = None) -> int:
 
 
 def number(config: Config, key: str, default: float) -> float:
-    """A number of config.json, at least 0, that has a default."""
+    """A number in config.json, at least 0, with a default."""
     value = config.get(key)
     if value is None:
         return default
@@ -39,7 +39,7 @@ def number(config: Config, key: str, default: float) -> float:
 
 
 def is_true(config: Config, key: str) -> bool:
-    """A truth value of config.json; false where it is missing or null."""
+    """A boolean in config.json; false if it is missing or null."""
     value = config.get(key)
     if not isinstance(value, bool | None):
         raise ValueError(f"config.json: {key} is {shown(value)}; it has to be true or false")
@@ -47,7 +47,7 @@ def is_true(config: Config, key: str) -> bool:
 
 
 def mapping(config: Config, key: str) -> Config:
-    """An object inside config.json; empty where it is missing or null."""
+    """An object in config.json; empty if it is missing or null."""
     value = config.get(key)
     if not isinstance(value, dict | None):
         raise ValueError(f"config.json: {key} is {shown(value)}; it has to be an object")

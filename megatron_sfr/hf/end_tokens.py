@@ -1,7 +1,7 @@
-"""The tokens at which engines stop: `eos_token_id` of generation_config.json and config.json, kept and extended.
+"""End tokens: `eos_token_id` of generation_config.json and config.json, which stops engines, kept and extended.
 
-A base model that is fine-tuned on a chat template ends its replies on a token that its configuration does not name. A
-checkpoint's arguments have the ids (`reply_end_tokens`); an export adds them.
+A base model fine-tuned on a chat template ends its replies on a token that its configuration does not list. A
+checkpoint's arguments have the ids (`reply_end_tokens`), and an export adds them.
 """
 
 import json
@@ -15,11 +15,11 @@ from megatron_sfr.storage.user_files import read_json_object
 
 GENERATION = "generation_config.json"
 CARRIED = ("bos_token_id", "pad_token_id")
-"""What transformers takes from config.json, beside the end tokens, where there is no generation_config.json."""
+"""Other keys that transformers takes from config.json if there is no generation_config.json."""
 
 
 def end_tokens_of(folder: Path) -> tuple[int, ...]:
-    """The end tokens of a folder: of generation_config.json, else of config.json; none where neither names any."""
+    """The end tokens of a folder: from generation_config.json, else from config.json, else none."""
     for name in (GENERATION, CONFIG):
         if (folder / name).is_file() and (ids := _ids(read_json_object(folder / name))):
             return ids
@@ -27,7 +27,7 @@ def end_tokens_of(folder: Path) -> tuple[int, ...]:
 
 
 def keep_end_tokens(source: Path, folder: Path) -> None:
-    """Keeps the end tokens of an HF folder beside a checkpoint, where `megatron_sfr.train` compares them with the
+    """Keeps the end tokens of an HF folder beside a checkpoint, so that `megatron_sfr.train` can compare them with the
     data's."""
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
@@ -36,7 +36,7 @@ def keep_end_tokens(source: Path, folder: Path) -> None:
 
 
 def add_end_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
-    """Adds ids to the end tokens of an HF folder. Returns those that were not among them."""
+    """Adds ids to the end tokens of an HF folder. Returns the new ones."""
     known = end_tokens_of(folder) if ids else ()
     added = tuple(id for id in ids if id not in known)
     if not added:

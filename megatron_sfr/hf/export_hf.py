@@ -1,4 +1,4 @@
-"""Megatron checkpoint -> Hugging Face folder: a tensor in memory at a time, whole files to each worker."""
+"""Megatron checkpoint -> Hugging Face folder, with one tensor in memory at a time. Workers write separate files."""
 
 import json
 import shutil
@@ -34,13 +34,13 @@ COMPANIONS = (
     "additional_chat_templates/*",
     "LICENSE*",
 )
-"""What is copied beside the config: tokenizer, chat template, generation config, licence."""
+"""Files copied with the config: tokenizer, chat template, generation config, licence."""
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported, from which checkpoint, and what was left behind by name."""
+    """What was exported, from which checkpoint, and the names of tensors that were dropped."""
 
     output: Path
     checkpoint: Path
@@ -50,11 +50,11 @@ class ExportReport:
     dtypes: tuple[torch.dtype, ...]
     dropped: tuple[str, ...]
     padding: int
-    """Rows of vocabulary padding that were cut off."""
+    """Number of padding tokens removed from the vocabulary."""
     up_to_date: bool
-    """The same export had written it already."""
+    """Whether the same export had already written the output."""
     end_tokens: tuple[int, ...] = ()
-    """Ids that end the replies of the training data and were added to the model's end tokens."""
+    """Ids that end the replies of the training data, added to the model's end tokens."""
 
 
 def export_hf(
@@ -127,17 +127,17 @@ def export_hf(
 
 
 def _identity(model: StoredModel, like: Path, options: dict[str, object]) -> dict[str, object]:
-    """What an export is made from, by which a later call recognizes its own output."""
+    """Everything that determines an export, by which a later call recognizes its output."""
     inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
     return {"command": "convert export", **inputs, "options": options}
 
 
 def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
     if head:
-        from megatron_sfr.hf.head_files import keep_head  # which imports Megatron, as nothing else here does
+        from megatron_sfr.hf.head_files import keep_head  # imports Megatron, unlike the rest of this module
 
         keep_head(model.checkpoint, folder)
-    if len(shards) > 1 or head:  # who takes every .safetensors of a folder heeds an index
+    if len(shards) > 1 or head:  # programs that read every .safetensors file of a folder respect an index
         _write_index(shards, size, folder / INDEX)
 
 
@@ -146,28 +146,28 @@ def _headers(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Header]
     return {
         name: Header(shape, dtype or model.dtype(entry))
         for entry in model.entries
-        for name, shape in zip(entry.names, entry.row.shapes(model.dimensions), strict=True)
+        for name, shape in zip(entry.names, entry.mapping.shapes(model.dimensions), strict=True)
     }
 
 
 def _write_shards(
     model: StoredModel, shards: Sequence[Shard], folder: Path, written: Callable[[int], object] | None = None
 ) -> None:
-    """Writes each shard; written: is told the bytes of each tensor."""
+    """Writes each shard. `written` is called with the number of bytes of each tensor."""
     for shard in shards:
         with ShardWriter(folder, shard) as writer:
             for entry in model.entries:
                 if shard.tensors.keys().isdisjoint(entry.names):
                     continue
                 for name, tensor in zip(entry.names, model.read(entry), strict=True):
-                    if name in shard.tensors:  # the next file may begin inside an entry
+                    if name in shard.tensors:  # the next file may start inside an entry
                         writer.write(name, tensor.to(shard.tensors[name].dtype))
                         if written is not None:
                             written(shard.tensors[name].bytes)
 
 
 def _write_weights(model: StoredModel, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int) -> None:
-    """Deals the shards to processes, where there are several; the bar then follows the sizes of their files."""
+    """Writes the shards, distributed over processes if there are several; the bar then follows the file sizes."""
     workers = min(workers, len(shards))
     if workers == 1:
         _write_shards(model, shards, folder, bar.update)
@@ -195,7 +195,7 @@ def _write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
 def _write_config(
     config: Config, dtypes: tuple[torch.dtype, ...], checkpoint: Checkpoint, folder: Path
 ) -> tuple[int, ...]:
-    """Writes config.json. Returns the end tokens of the training data's replies that the model did not have."""
+    """Writes config.json. Returns the end tokens of the training data that the model did not have."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 5 renamed it, and reads both
     dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
     text = json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
@@ -204,7 +204,7 @@ def _write_config(
 
 
 def copy_companions(like: Path, folder: Path) -> None:
-    """Copies what belongs to a model beside its weights and config."""
+    """Copies the files that belong to a model besides its weights and config."""
     for file in sorted({file for pattern in COMPANIONS for file in like.glob(pattern) if file.is_file()}):
         target = folder / file.relative_to(like)
         target.parent.mkdir(exist_ok=True)

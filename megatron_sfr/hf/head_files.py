@@ -1,4 +1,4 @@
-"""The flow head beside an exported model: `flow_head.safetensors` and `flow_head.json`, and the head made from them."""
+"""The flow head beside an exported model: writes and loads `flow_head.safetensors` and `flow_head.json`."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ WEIGHTS, DESCRIPTION = "flow_head.safetensors", "flow_head.json"
 
 
 def keep_head(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the head of a checkpoint; ValueError where it has none, or does not say how it was built."""
+    """Writes the head of a checkpoint. Raises ValueError if it has none, or does not record how it was built."""
     tensors = {key: stored for key, stored in checkpoint.tensors.items() if key.startswith(HEAD)}
     if not tensors:
         raise ValueError(f"{checkpoint.folder} has no flow head to keep: leave --keep-head out")
@@ -37,7 +37,7 @@ def keep_head(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All that `load_head` needs, and whose embeddings the head answers, as far as that is still to be found."""
+    """Everything that `load_head` needs, and the encoder of the head's targets if the store still exists."""
     sizes = {key.removeprefix(HEAD): tuple(stored.size) for key, stored in checkpoint.tensors.items()}
     arguments = checkpoint.arguments()
     try:
@@ -62,7 +62,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def encoder_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The encoder of the run's first target store, where the store is still there."""
+    """The encoder of the run's first target store, if the store still exists."""
     for path in arguments.get("train_data_path") or ():
         manifest = Path(path) / arguments["sfr_target_store"] / NAME
         if manifest.is_file():
@@ -72,7 +72,7 @@ def encoder_of(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """flow_head.json of a folder. ValueError where it is damaged."""
+    """flow_head.json of a folder. Raises ValueError if it is damaged."""
     hint = "export the model again with --keep-head"
     said = read_json_object(folder / DESCRIPTION, hint)
     for name, kind in {"encoder": dict | None, "head": dict, "targets": dict, "horizons": int, "loss": str}.items():

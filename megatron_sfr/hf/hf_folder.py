@@ -1,4 +1,4 @@
-"""A Hugging Face folder: its config, its safetensors by name; and a new folder that appears whole or not at all."""
+"""Hugging Face folders: reads config and tensors by name, and creates a new folder atomically."""
 
 import errno
 import shutil
@@ -19,13 +19,13 @@ from megatron_sfr.storage.user_files import read_json_object, shown
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 RECORD = "conversion.json"
-"""What made the folder: the identity of the conversion, and the sizes of its files."""
+"""Record of what made the folder: the identity of the conversion, and the sizes of its files."""
 WEIGHT_FILES = (CONFIG, INDEX, "*.safetensors")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER = "choose another --output, or replace it with --force"
-_STALE = "the index is of other files: download both again"
-_ROOM = "the disk has no room for it: make some or choose another --output"
-_ACCESS = "the place cannot be written to: choose another --output"
+_STALE = "the index belongs to other files: download both again"
+_ROOM = "the disk is full: free some space or choose another --output"
+_ACCESS = "the location is not writable: choose another --output"
 _NOT_WRITTEN = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
@@ -41,9 +41,9 @@ def read_config(folder: Path) -> Config:
 
 
 class Weights:
-    """The tensors of an HF folder by name, read one at a time; ValueError where index and files do not agree.
+    """The tensors of an HF folder by name, read one at a time. Raises ValueError if index and files disagree.
 
-    A file is opened anew for each tensor: safetensors maps it into memory, where what was read would pile up.
+    A file is opened again for each tensor: safetensors maps it into memory, where pages would accumulate.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,12 +54,12 @@ class Weights:
         self._kinds: dict[str, str] = {}
         for file in sorted(set(index.values())) if index else [SINGLE]:
             with _safe_open(folder / file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     header = tensors.get_slice(name)
                     self.files[name] = file
                     self._shapes[name], self._kinds[name] = tuple(header.get_shape()), header.get_dtype()
                     if index and index.get(name) != file:
-                        raise ValueError(f"{folder / INDEX}: {name} is in {file}, which it does not say: {_STALE}")
+                        raise ValueError(f"{folder / INDEX}: {name} is in {file}, but not in the index: {_STALE}")
         for name, file in (index or {}).items():
             if name not in self.files:
                 raise ValueError(f"{folder / INDEX}: {name} is not in {file}: {_STALE}")
@@ -77,7 +77,7 @@ class Weights:
         return DTYPES[kind]
 
     def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """start..stop of a tensor along an axis, reading no more than that."""
+        """start..stop of a tensor along an axis. Reads only this part."""
         with _safe_open(self.folder / self.files[name]) as tensors:
             part: Tensor = tensors.get_slice(name)[(slice(None),) * axis + (slice(start, stop),)]
             return part
@@ -88,10 +88,10 @@ class Weights:
 
 
 def is_up_to_date(output: Path, identity: Mapping[str, object], *, force: bool) -> bool:
-    """Whether a conversion of this identity has written `output`; False where it is to be written or replaced.
+    """Whether a conversion of this identity has written `output`; False if it must be written or replaced.
 
     Raises:
-        ValueError: `output` is another conversion's, or its files have changed.
+        ValueError: another conversion wrote `output`, or its files have changed.
     """
     made = not force and (output / RECORD).is_file()
     with hint(_OTHER):
@@ -102,14 +102,14 @@ def is_up_to_date(output: Path, identity: Mapping[str, object], *, force: bool) 
 def new_folder(
     output: Path, *, mark: str, force: bool, size: int = 0, identity: Mapping[str, object] | None = None
 ) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when all went well and is removed when not; for one process at a time.
+    """A folder to fill, which becomes `output` on success and is removed on failure; for one process at a time.
 
     Args:
         output: the folder to write. An existing one is refused.
-        mark: a file of every folder that this conversion writes.
-        force: replace an existing folder that has the mark (so that a mistyped path does not cost another folder).
-        size: the bytes it will take, for which there must be room.
-        identity: what decides its bytes, kept in it for `is_up_to_date`.
+        mark: a file that every folder written by this conversion has.
+        force: replace an existing folder that has the mark (a mistyped path then deletes no other folder).
+        size: bytes to be written, for which there must be room.
+        identity: everything that determines the bytes, stored for `is_up_to_date`.
     """
     partial = output.with_name(f".{output.name}.partial")
     replaced = output.with_name(f".{output.name}.replaced")
@@ -136,7 +136,7 @@ def new_folder(
     except OSError as e:
         if e.errno not in _NOT_WRITTEN:
             raise
-        raise ValueError(f"{output} is not written and nothing left of it; {_NOT_WRITTEN[e.errno]} ({e})") from e
+        raise ValueError(f"{output} was not written and nothing is left of it; {_NOT_WRITTEN[e.errno]} ({e})") from e
 
 
 def _check_replaceable(output: Path, mark: str, force: bool) -> None:
@@ -144,11 +144,11 @@ def _check_replaceable(output: Path, mark: str, force: bool) -> None:
         if not force:
             raise ValueError(f"{output} exists: {_OTHER}")
         if not (output / mark).is_file():
-            raise ValueError(f"{output} has no {mark}: --force replaces only what a conversion has written")
+            raise ValueError(f"{output} has no {mark}: --force replaces only folders that a conversion has written")
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file; None where one file holds all."""
+    """Tensor name -> file; None if one file holds all tensors."""
     single = (folder / SINGLE).is_file()
     if not (folder / INDEX).is_file():
         if not single:

@@ -1,4 +1,4 @@
-"""An HF folder that is a whole model: config and weights agree name by name, and any box of Megatron's can be read."""
+"""A complete model in an HF folder: checks config against weights by name, and reads any chunk in Megatron's form."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -29,25 +29,25 @@ class Source:
     """Every entry of the model, and its dtype."""
 
     def read(self, entry: Entry, start: int, stop: int) -> Tensor:
-        """start..stop of Megatron's tensor along the axis that tensor parallelism cuts (the first, where it does not).
+        """start..stop of Megatron's tensor along its tensor-parallel axis (the first axis if it has none).
 
-        Both are multiples of the row's grain.
+        Both are multiples of the mapping's grain.
         """
-        axis, d = entry.row.tp_dim or 0, self.dimensions
+        axis, d = entry.mapping.tp_dim or 0, self.dimensions
         parts = []
-        for name, spans in zip(entry.names, entry.row.spans(start, stop, d), strict=True):
+        for name, spans in zip(entry.names, entry.mapping.spans(start, stop, d), strict=True):
             found = [self.weights.part(name, axis, *span) for span in spans]
             parts.append(found[0] if len(found) == 1 else torch.cat(found, dim=axis))
-        return entry.row.join(tuple(parts), d)
+        return entry.mapping.join(tuple(parts), d)
 
 
 def open_source(folder: Path) -> Source:
-    """Checks all that can be checked without reading weights; ValueError for what is missing, too much, or differs."""
+    """Checks everything that needs no weights. Raises ValueError for missing, unknown or different tensors."""
     config = read_config(folder)
     family = family_of(config)
-    flags = family.flags(config)  # refuses what Megatron would compute otherwise
+    flags = family.flags(config)  # refuses what Megatron would compute differently
     d = family.dimensions(config)
-    todo = entries(family.rows(config), d)
+    todo = entries(family.mappings(config), d)
     weights = Weights(folder)
     _check_names(weights, todo, family, _rotary_buffers(weights, config, d))
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
@@ -56,9 +56,9 @@ def open_source(folder: Path) -> Source:
 
 
 def _rotary_buffers(weights: Weights, config: Config, d: Dimensions) -> set[str]:
-    """Names of stored rotary frequencies, which transformers wrote until 2023; ValueError where config.json's differ.
+    """Names of stored rotary frequencies, which transformers wrote until 2023.
 
-    They are not weights: they follow from rope_theta and the size of a head.
+    They are not weights: they follow from rope_theta and the size of a head. Raises ValueError if config.json's differ.
     """
     names = {name for name in weights.files if name.endswith(ROTARY_BUFFER)}
     if not names or rope_type(config, ("default", "llama3")) != "default":
@@ -71,7 +71,7 @@ def _rotary_buffers(weights: Weights, config: Config, d: Dimensions) -> set[str]
         if stored.shape != expected.shape or not torch.allclose(stored.double(), expected, rtol=tolerance, atol=0):
             raise ValueError(
                 f"{weights.folder / weights.files[name]}: {name} has other rotary frequencies than config.json's "
-                f"rope_theta {theta} and heads of {d.head_dim} give: config and weights are of different models"
+                f"rope_theta {theta} and heads of {d.head_dim} give: config and weights belong to different models"
             )
     return names
 
@@ -93,10 +93,10 @@ def _check_names(weights: Weights, todo: list[Entry], family: Family, buffers: s
 
 
 def _check_entry(weights: Weights, entry: Entry, d: Dimensions) -> torch.dtype:
-    for name, shape in zip(entry.names, entry.row.shapes(d), strict=True):
+    for name, shape in zip(entry.names, entry.mapping.shapes(d), strict=True):
         if weights.shape(name) != shape:
             said = f"{name} is {list(weights.shape(name))}, config.json means {list(shape)}"
-            raise ValueError(f"{weights.folder}: {said}: config and weights are of different models")
+            raise ValueError(f"{weights.folder}: {said}: config and weights belong to different models")
     dtypes = {weights.dtype(name) for name in entry.names}
     if len(dtypes) > 1:
         raise ValueError(f"{weights.folder}: {', '.join(entry.names)} differ in dtype, but are one tensor in Megatron")
@@ -113,5 +113,5 @@ def _check_stacks(source: Path, dtypes: dict[Entry, torch.dtype]) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: -0.0 is not 0.0, and a NaN is itself."""
+    """The bits of a tensor, so that -0.0 differs from 0.0 and a NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)

@@ -1,7 +1,7 @@
 """Hugging Face folder -> Megatron checkpoint, tensor by tensor, without building a model.
 
-The checkpoint knows no layout, so any TP, PP, VPP loads it (`--load DIR`). It has exactly the vocabulary's rows: each
-layout pads for itself (megatron-core marks both embeddings allow_shape_mismatch and zeroes what is not stored).
+The checkpoint is independent of the layout, so any TP, PP, VPP loads it (`--load DIR`). Its vocabulary is not padded: a
+layout pads when it loads (megatron-core marks both embeddings allow_shape_mismatch and zeroes what is not stored).
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from megatron_sfr.hf.end_tokens import keep_end_tokens
 from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.hf_model import Source, bits, open_source
 from megatron_sfr.hf.mappings import EXPERT, LAYER, Dimensions, Entry, Family
-from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Chunk, write_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import StoredModel
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER
 from megatron_sfr.storage.provenance import contents_of
@@ -34,7 +34,7 @@ COMMON_STATE = {
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported: number of HF tensors and their bytes, their dtypes, and whether they were read back."""
+    """What was imported: number, bytes and dtypes of the HF tensors, and whether they were read back."""
 
     output: Path
     tensors: int
@@ -42,7 +42,7 @@ class ImportReport:
     dtypes: tuple[torch.dtype, ...]
     checked: bool
     up_to_date: bool
-    """The same import had written it already."""
+    """Whether the same import had already written the output."""
 
 
 def import_hf(
@@ -70,7 +70,7 @@ def import_hf(
     source, output = Path(source), Path(output)
     model = open_source(source)
     d = model.dimensions
-    size = sum(prod(entry.row.megatron_shape(d)) * dtype.itemsize for entry, dtype in model.dtypes.items())
+    size = sum(prod(entry.mapping.megatron_shape(d)) * dtype.itemsize for entry, dtype in model.dtypes.items())
     identity = {"command": "convert import", "hf": contents_of(source, WEIGHT_FILES)}
     if done := is_up_to_date(output, identity, force=force):
         if check:
@@ -95,8 +95,8 @@ def _write(
     d = model.dimensions
     with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
-            pieces = (piece for entry in model.dtypes for piece in _pieces(model, entry, bar))
-            write_checkpoint(folder / RELEASE, pieces, _objects(model.family, d))
+            chunks = (chunk for entry in model.dtypes for chunk in _chunks(model, entry, bar))
+            write_checkpoint(folder / RELEASE, chunks, _objects(model.family, d))
         keep_end_tokens(source, folder)
         (folder / TRACKER).write_text(RELEASE)
         if check:
@@ -104,7 +104,7 @@ def _write(
 
 
 def check_import(folder: Path, config: Config, weights: Weights, *, progress: bool = True) -> None:
-    """ValueError unless the checkpoint gives back the very bits of the HF folder."""
+    """Raises ValueError unless the checkpoint equals the HF folder bit for bit."""
     model = StoredModel(Checkpoint(folder), config)
     for entry in tqdm(model.entries, unit="tensor", desc="check", disable=not progress):
         for name, tensor in zip(entry.names, model.read(entry), strict=True):
@@ -112,10 +112,10 @@ def check_import(folder: Path, config: Config, weights: Weights, *, progress: bo
                 raise ValueError(f"{folder}: {name} was not read back as it was written: is the disk sound?")
 
 
-def _pieces(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Piece]:
-    """Boxes of about CHUNK_BYTES at most, cut along the axis that tensor parallelism cuts, each read in its turn."""
+def _chunks(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Chunk]:
+    """Chunks of at most about CHUNK_BYTES, split along the tensor-parallel axis; each is read when it is written."""
     d, dtype = model.dimensions, model.dtypes[entry]
-    size, axis, grain = entry.row.megatron_shape(d), entry.row.tp_dim or 0, entry.row.grain(d)
+    size, axis, grain = entry.mapping.megatron_shape(d), entry.mapping.tp_dim or 0, entry.mapping.grain(d)
     count = min(ceil(prod(size) * dtype.itemsize / CHUNK_BYTES), size[axis] // grain)
     bounds = [size[axis] // grain * i // count * grain for i in range(count + 1)]
     index, counts = entry.index, entry.counts(d)
@@ -127,7 +127,7 @@ def _pieces(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Piece]:
             bar.update(prod(box) * dtype.itemsize)
             return model.read(entry, start, stop).reshape(box)
 
-        yield Piece(entry.stacked, (*counts, *size), dtype, (*index, *offset), box, make)
+        yield Chunk(entry.stacked, (*counts, *size), dtype, (*index, *offset), box, make)
 
 
 def _objects(family: Family, d: Dimensions) -> dict[str, object]:

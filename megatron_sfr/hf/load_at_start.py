@@ -1,8 +1,8 @@
-"""Training straight from a Hugging Face folder: each rank reads the boxes of its own parameters, and no others.
+"""Training directly from a Hugging Face folder: each rank reads only the chunks of its own parameters.
 
-The point is upstream's: `pre_wrap_hooks` of its model config run on the bare model, before the optimizer copies fp32
-weights from it. Which box of which tensor a parameter is, `sharded_state_dict` says, as it does for a checkpoint; so
-tensor, pipeline and virtual stages, tied embeddings and padded vocabularies need no code here.
+The extension point is upstream's: `pre_wrap_hooks` of its model config run on the bare model, before the optimizer
+copies fp32 weights from it. `sharded_state_dict` gives the tensor and the chunk of each parameter, as for a checkpoint,
+so tensor parallelism, pipeline stages, tied embeddings and padded vocabularies need no code here.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, disagreement
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Where a run that has no checkpoint yet takes its weights."""
+    """Starting weights of a run that has no checkpoint."""
 
     sfr_hf_load: str | None = None
-    """Folder of a Hugging Face model to start from, without a checkpoint between: each rank reads its own part. The
-    flow head starts afresh. A run whose --load holds a checkpoint goes on from that."""
+    """Folder of a Hugging Face model to start from without converting it first: each rank reads its own part. The flow
+    head is newly initialized. A run whose --load holds a checkpoint resumes from that. Default: none."""
 
 
 def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
-    """A pre-wrap hook that fills the model from an HF folder; ValueError if that is not the model of the arguments."""
+    """A pre-wrap hook that loads an HF folder into the model. Raises ValueError if the arguments describe another
+    model."""
     source = open_source(folder)
     if found := disagreement(vars(args), source.flags):
         flag, said, meant = found
@@ -45,9 +46,9 @@ def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatro
 
 @torch.no_grad()
 def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
-    """Fills this rank's chunks of the model, every parameter once; ValueError naming those that are not.
+    """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
 
-    Only what is no part of an HF model keeps its own initialisation: the flow head, multi-token prediction.
+    Only the flow head and multi-token prediction, which no HF model has, keep their initialization.
     """
     places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
     places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
@@ -69,16 +70,16 @@ def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
 
 
 def _fill(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
-    """Copies the box of an entry that a sharded tensor is; rows of vocabulary padding become zero."""
+    """Copies the chunk of an entry that a sharded tensor covers. Vocabulary padding becomes zero."""
     offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.global_shape[tensor.prepend_axis_num :]
-    wanted = entry.row.megatron_shape(source.dimensions)
-    padding = entry.row.padded and shape[0] > wanted[0] and shape[1:] == wanted[1:]
+    wanted = entry.mapping.megatron_shape(source.dimensions)
+    padding = entry.mapping.padded and shape[0] > wanted[0] and shape[1:] == wanted[1:]
     if shape != wanted and not padding:
         raise ValueError(
             f"{source.weights.folder}: {tensor.key} is {list(wanted)}, these flags build {list(shape)}: "
             f"`megatron-sfr convert recipe --hf {source.weights.folder}` prints those of this model"
         )
-    axis, grain = entry.row.tp_dim or 0, entry.row.grain(source.dimensions)
+    axis, grain = entry.mapping.tp_dim or 0, entry.mapping.grain(source.dimensions)
     start, stop = (min(x, wanted[axis]) for x in (offset[axis], offset[axis] + tensor.local_shape[axis]))
     if start % grain or stop % grain:
         raise ValueError(f"{tensor.key}: tensor_model_parallel_size cuts inside a group of heads: choose a smaller one")
@@ -90,7 +91,7 @@ def _fill(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
 
 
 def _check_filled(chunk: MegatronModule, filled: dict[int, int]) -> None:
-    """ValueError unless each parameter was filled whole, and once."""
+    """Raises ValueError unless each parameter was loaded completely and once."""
     wrong = [
         name
         for name, parameter in chunk.named_parameters()

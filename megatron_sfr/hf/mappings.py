@@ -1,6 +1,6 @@
-"""A weight is a row: its name in Megatron's checkpoint, its names in Hugging Face's, and the invertible map between.
+"""Parameter mappings: a tensor's name in Megatron's checkpoint, its names in Hugging Face's, and the invertible map.
 
-A family of models is a table of rows (one file a family), so that import, export and checks are the same code for all.
+A model family is a table of mappings, in one file, so import, export and checks are the same code for all families.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of a model, from its HF config; rows name them."""
+    """Sizes of a model, from its HF config; mappings refer to them by name."""
 
     layers: int
     vocab: int
@@ -51,12 +51,12 @@ class Dimensions:
         return tuple(getattr(self, name) for name in names)
 
 
-class Row(Protocol):
-    """What every kind of row offers; `{layer}` and `{expert}` in its names are indices."""
+class ParameterMapping(Protocol):
+    """Protocol of a parameter mapping; `{layer}` and `{expert}` in its names are indices."""
 
     @property
     def megatron(self) -> str:
-        """Megatron's name; a checkpoint stacks layers and experts under it, without their indices."""
+        """Megatron's name. A checkpoint stacks layers and experts under this name, without their indices."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,26 +64,26 @@ class Row(Protocol):
 
     @property
     def tp_dim(self) -> int | None:
-        """The axis of Megatron's tensor that tensor parallelism cuts; None: every rank has all of it."""
+        """The axis along which tensor parallelism splits Megatron's tensor; None if it is replicated."""
 
     @property
     def padded(self) -> bool:
-        """Whether Megatron may have more rows than the vocabulary, to divide them over its ranks."""
+        """Whether Megatron may pad the vocabulary axis so that its ranks divide it."""
 
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
         """Shapes of the parts, in the order of `names`."""
 
     def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
-        """Shape of the whole in Megatron, without padding."""
+        """Shape of Megatron's tensor, without padding."""
 
     def grain(self, d: Dimensions) -> int:
-        """Megatron's tensor is cut along `tp_dim` (None: the first axis) at multiples of this."""
+        """Megatron's tensor is split along `tp_dim` (None: the first axis) at multiples of this."""
 
     def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
         """For each part, the spans along the same axis that, concatenated, are what `join` makes start..stop from."""
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
-        """Hugging Face's parts, or such spans of them -> Megatron's tensor, or that span of it."""
+        """Hugging Face's parts, or the `spans` of them -> Megatron's tensor, or that span of it."""
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
         """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit."""
@@ -123,7 +123,7 @@ class Direct:
 class QKV:
     """Query, key and value projections, which Megatron keeps in one tensor, group by group: q...q k v, q...q k v, ...
 
-    A group is one key-value head with the query heads that share it, so tensor parallelism cuts between groups.
+    A group is one key-value head with the query heads that share it. Tensor parallelism splits between groups.
     """
 
     megatron: str
@@ -199,7 +199,7 @@ class FusedQKV:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Gate and up projections, which Megatron stacks; its checkpoint holds the whole gate, then the whole up."""
+    """Gate and up projections, which Megatron stacks: its checkpoint holds all of gate, then all of up."""
 
     megatron: str
     names: tuple[str, str]
@@ -231,63 +231,65 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models; each callable reads an HF config and raises ValueError for what Megatron cannot do alike."""
+    """A model family. Each callable reads an HF config and raises ValueError for what Megatron computes differently."""
 
     dimensions: Callable[[Config], Dimensions]
-    rows: Callable[[Config], tuple[Row, ...]]
+    mappings: Callable[[Config], tuple[ParameterMapping, ...]]
     flags: Callable[[Config], dict[str, object]]
     """Megatron's flags for the shape of the model, as keys of a recipe."""
     extra_states: tuple[str, ...]
-    """Modules for which Megatron asks a checkpoint for an extra state (empty but under fp8), local or TE specs."""
+    """Modules for which Megatron, with either spec, expects an extra state in a checkpoint (empty except under fp8)."""
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
-    """A copy that some folders of tied models carry, and the tensor that it must equal."""
+    """A copy that some folders of tied models contain, and the tensor that it must equal."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row at one layer (None: outside the layers), and at one expert where the layer has them."""
+    """A mapping at one layer (None: outside the layers) and, in layers with experts, at one expert."""
 
-    row: Row
+    mapping: ParameterMapping
     layer: int | None
     expert: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert)) for name in self.row.names)
+        return tuple(
+            name.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert)) for name in self.mapping.names
+        )
 
     @property
     def stacked(self) -> str:
         """Key of a checkpoint that stacks the layers along a first axis."""
-        return self.row.megatron.replace(f"{LAYER}.", "")
+        return self.mapping.megatron.replace(f"{LAYER}.", "")
 
     @property
     def single(self) -> str:
-        """Key of a checkpoint that keeps each layer apart, as Megatron does where layers differ."""
-        return self.row.megatron.replace(LAYER, str(self.layer))
+        """Key of a checkpoint that keeps each layer separately, as Megatron does if layers differ."""
+        return self.mapping.megatron.replace(LAYER, str(self.layer))
 
     @property
     def index(self) -> tuple[int, ...]:
-        """Where the entry is along the axes that `stacked` has before the row's own: layer, expert."""
+        """Position of the entry along the leading axes of `stacked`: layer, expert."""
         return tuple(i for i in (self.layer, self.expert) if i is not None)
 
     def counts(self, d: Dimensions) -> tuple[int, ...]:
-        """The sizes of these axes."""
+        """Sizes of these leading axes."""
         return (d.layers, d.experts)[: len(self.index)]
 
 
-def entries(rows: tuple[Row, ...], d: Dimensions) -> list[Entry]:
-    """Every row at every layer and expert, in the order of the model: before the layers, the layers, after them."""
-    repeated = [LAYER in row.megatron for row in rows]
+def entries(mappings: tuple[ParameterMapping, ...], d: Dimensions) -> list[Entry]:
+    """Every mapping at every layer and expert, in the order of the model: before, in and after the layers."""
+    repeated = [LAYER in mapping.megatron for mapping in mappings]
     first = repeated.index(True)
-    last = len(rows) - repeated[::-1].index(True)
-    assert all(repeated[first:last]), "a family lists the rows of its layers together"
+    last = len(mappings) - repeated[::-1].index(True)
+    assert all(repeated[first:last]), "a family lists the mappings of its layers consecutively"
     return [
-        *(Entry(row, None) for row in rows[:first]),
+        *(Entry(mapping, None) for mapping in mappings[:first]),
         *(
-            Entry(row, layer, expert)
+            Entry(mapping, layer, expert)
             for layer in range(d.layers)
-            for row in rows[first:last]
-            for expert in (range(d.experts) if EXPERT in row.names[0] else (None,))
+            for mapping in mappings[first:last]
+            for expert in (range(d.experts) if EXPERT in mapping.names[0] else (None,))
         ),
-        *(Entry(row, None) for row in rows[last:]),
+        *(Entry(mapping, None) for mapping in mappings[last:]),
     ]

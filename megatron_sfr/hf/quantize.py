@@ -1,7 +1,7 @@
-"""A model calibrated for FP8 or INT8 by NVIDIA's Model Optimizer, and how far its logits are from the original's.
+"""Calibrates a model for FP8 or INT8 with NVIDIA's Model Optimizer, and compares its logits with the original's.
 
-What is written is Model Optimizer's own form: the weights and `modelopt_state.pth`, which its restore reads; quantised
-products are simulated, on CPU as on a GPU. Optional: pip install "megatron-sfr[quant]".
+The output has Model Optimizer's format: the weights, and `modelopt_state.pth`, which its restore reads. Quantized
+products are simulated on any device. Optional: pip install "megatron-sfr[quant]".
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from megatron_sfr.hf.hf_folder import CONFIG, new_folder, read_config
 from megatron_sfr.storage.user_files import loading
 
 FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
-"""Model Optimizer's configurations: E4M3 a tensor; INT8 weights a channel, with smoothed activations."""
+"""Model Optimizer's configurations: E4M3 per tensor; INT8 weights per channel, with smoothed activations."""
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """How the quantised logits differ from the original's in bf16, on conversations that did not calibrate them."""
+    """Difference between the quantized logits and the original's in bf16, on conversations not used to calibrate."""
 
     rms: float
-    """Root mean square of the difference, over that of the logits."""
+    """Root mean square of the difference, relative to that of the logits."""
     largest: float
     """Largest difference of a logit."""
     agreement: float
-    """Share of positions at which both like the same token best."""
+    """Share of positions at which both models have the same most likely token."""
     calibrated: int
     compared: int
     """Conversations."""
@@ -50,9 +50,9 @@ def quantize_hf(
     length: int = 512,
     force: bool = False,
 ) -> QuantizeReport:
-    """Writes `output`, restored before it is kept: ValueError unless that gives the same logits bit for bit.
+    """Writes `output` and restores it. Raises ValueError, and keeps nothing, unless the logits are equal bit for bit.
 
-    calibration: JSONL of conversations; of the first `samples` every eighth measures, the others calibrate.
+    calibration: JSONL of conversations. Of the first `samples`, every eighth is for measuring, the others calibrate.
     """
     mtq, mto = _optimizer("quantization"), _optimizer("opt")
     if family_of(read_config(source)).dimensions(read_config(source)).experts:
@@ -88,7 +88,7 @@ def _optimizer(part: str) -> Any:
 
 
 def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[Tensor]:
-    """Token ids [1, S] of each conversation, cut at `length`."""
+    """Token ids [1, S] of each conversation, truncated to `length`."""
     tokenizer = load_tokenizer(str(source))
     conversations = islice(read_conversations(calibration), samples)
     whole = SampleOptions(turns="last")  # the tokens of all turns, which every chat template can write
@@ -108,5 +108,5 @@ def _load(folder: Path) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, rows: list[Tensor]) -> list[Tensor]:
-    """fp32 [S, V] of each row."""
+    """Logits in fp32, [S, V] for each conversation."""
     return [model(row).logits[0].float() for row in rows]

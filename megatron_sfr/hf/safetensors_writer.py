@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: their sizes are known before, so that no file is ever held in memory."""
+"""Writes safetensors files tensor by tensor. All sizes are known in advance, so no file is held in memory."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """Shape and dtype of a tensor to be written."""
+    """Shape and dtype of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,14 +29,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file and what it holds."""
+    """One file and its tensors."""
 
     file: str
     tensors: Mapping[str, Header]
 
 
 def plan_shards(tensors: Mapping[str, Header], shard_bytes: int) -> list[Shard]:
-    """Files of at most shard_bytes, in the order of the tensors; a larger tensor has a file of its own."""
+    """Files of at most shard_bytes, in the order of the tensors. A larger tensor gets a separate file."""
     shards: list[dict[str, Header]] = []
     filled = 0
     for name, header in tensors.items():
@@ -53,8 +53,8 @@ def plan_shards(tensors: Mapping[str, Header], shard_bytes: int) -> list[Shard]:
 class ShardWriter:
     """A shard's file, open for writing its tensors in any order.
 
-    The format: length of the header (8 bytes), the header in JSON, the tensors' bytes; wider dtypes first, so that each
-    tensor is aligned.
+    The format is: length of the header (8 bytes), the header as JSON, the tensors' bytes. Wider dtypes come first, so
+    that each tensor is aligned.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:

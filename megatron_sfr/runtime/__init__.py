@@ -1,1 +1,1 @@
-"""What the machine is: devices, process groups, random numbers. Nothing outside this folder asks."""
+"""The machine: devices, process groups, random numbers. Only this package distinguishes CPU and CUDA."""

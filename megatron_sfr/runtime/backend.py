@@ -20,18 +20,18 @@ class BackendOptions:
     """Where the training runs."""
 
     sfr_backend: Name = "auto"
-    """'cuda' (NCCL), 'cpu' (gloo; development, tests and the demo), or 'auto': cuda where there is one."""
+    """'cuda' (NCCL), 'cpu' (gloo; development, tests and the demo), or 'auto' (default): cuda if there is a GPU."""
 
 
 def choose(name: Name) -> Literal["cpu", "cuda"]:
-    """The backend that a name means on this machine; ValueError where CUDA is asked for and absent."""
+    """The backend that a name selects on this machine. Raises ValueError if CUDA is requested but absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--sfr-backend cuda: torch sees no CUDA device; use --sfr-backend cpu, or check the driver")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Call before Megatron is imported: on the CPU backend hides the CUDA packages that upstream takes at import.
+    """Hides the CUDA packages that upstream would import, on the CPU backend. Call before Megatron is imported.
 
     argv: the run's flags. Only the backend is read from them and from their recipes; config/settings.py checks the
     rest.
@@ -64,7 +64,7 @@ def _backend_in(recipe: Path) -> str | None:
 
 
 def start(backend: Literal["cpu", "cuda"]) -> None:
-    """Prepares the process for training; on CPU replaces what upstream asks of CUDA and joins torchrun's gloo group."""
+    """Prepares the process for training. On CPU, replaces upstream's CUDA calls and joins torchrun's gloo group."""
     from megatron_sfr.runtime import cpu
 
     if backend == "cuda":
@@ -76,7 +76,7 @@ def start(backend: Literal["cpu", "cuda"]) -> None:
 
 
 def join(backend: Literal["cpu", "cuda"]) -> None:
-    """Prepares the process as one of torchrun's ranks or, without it, as the only one; upstream starts nothing."""
+    """Prepares the process as one of torchrun's ranks or, without torchrun, as a single rank, without a training."""
     if backend == "cpu":
         from megatron_sfr.runtime import cpu
 
@@ -93,7 +93,7 @@ def join(backend: Literal["cpu", "cuda"]) -> None:
 
 
 def device() -> torch.device:
-    """The device of this process's tensors, once a backend was started."""
+    """The device of this process's tensors, after a backend was started."""
     return torch.device(torch.cuda.current_device())
 
 
@@ -169,7 +169,7 @@ def is_importable(*names: str) -> bool:
 
 
 def changes_for(backend: Literal["cpu", "cuda"], args: Any) -> tuple[Change, ...]:
-    """The arguments that need another value on this backend, with what is installed here."""
+    """The arguments that need another value on this backend with the installed packages."""
     changes = CPU_CHANGES if backend == "cpu" else _cuda_changes(args)
     return tuple(change for change in changes if getattr(args, change.dest) != change.value)
 
@@ -191,7 +191,7 @@ def _cuda_changes(args: Any) -> tuple[Change, ...]:
 
 
 def adapt_flags(backend: Literal["cpu", "cuda"], args: Any) -> tuple[list[str], list[str]]:
-    """What the backend changes in parsed arguments: flags to add, lines that say so. ValueError if none can help."""
+    """Changes that the backend needs: flags to add, and lines to print. Raises ValueError if it cannot run."""
     if backend == "cpu":
         _refuse(CPU_REFUSALS, args, "cannot work on CPU")
         parallel = args.tensor_model_parallel_size > 1 and args.expert_model_parallel_size > 1
@@ -221,7 +221,7 @@ def _refuse(refusals: Sequence[Refusal], args: Any, why: str) -> None:
 
 
 def adapt_config(backend: Literal["cpu", "cuda"], config: Any) -> None:
-    """Changes in a model's config, whose `transformer` is Megatron's, what no flag reaches.
+    """Changes settings of a model's config that no flag reaches; its `transformer` is Megatron's config.
 
     On CPU gloo's asynchronous sends read a stage's output after upstream would have freed it. On CUDA without Apex's
     extension the output layer cannot fuse gradient accumulation; Transformer Engine's layers still do, by their own

@@ -51,7 +51,7 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.record_stream:
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # optimizers and gradient clipping ask: param.type() == "torch.cuda.FloatTensor"
+            # optimizers and gradient clipping check param.type() == "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
@@ -152,11 +152,9 @@ TRAINING = "megatron.training.training"
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
 TORCH = (
-    Replacement("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() at some sixty places"),
+    Replacement("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() in about sixty calls"),
     Replacement("torch.cuda", "set_device", _nothing, "initialisation pins each rank to its GPU"),
-    Replacement(
-        "torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only where a GPU is counted"
-    ),
+    Replacement("torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only if it counts a GPU"),
     Replacement("torch.cuda", "get_device_properties", _properties, "argument validation asks for the architecture"),
     Replacement(
         "torch.cuda", "get_device_capability", lambda _=None: (9, 0), "argument validation asks for the architecture"
@@ -178,7 +176,7 @@ TORCH_ADAM = (
         DISTRIBUTED,
         "DistributedOptimizer.sharded_state_dict",
         _primed,
-        "a load reads the state of a torch Adam that has made none yet, and asserts",
+        "loading reads the state of a torch Adam that has not created it yet, and asserts",
         ("self", "model_sharded_state_dict", "is_loading"),
     ),
     Replacement(
@@ -192,7 +190,7 @@ TORCH_ADAM = (
         DISTRIBUTED,
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         _state_without_step,
-        "a load copies a placeholder over the step that was loaded, and in fp32 copies into views of leaves",
+        "loading copies a placeholder over the loaded step, and in fp32 copies into views of leaves",
         ("self", "model_param", "tensors"),
     ),
 )
@@ -206,7 +204,7 @@ MEGATRON = (
         "asserts CUDA unless allow_no_cuda is passed",
         ("allow_no_cuda",),
     ),
-    Replacement(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are switched off on CPU"),
+    Replacement(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are disabled on CPU"),
     Replacement(
         "megatron.core.fusions.fused_softmax",
         "get_default_causal_mask",
@@ -234,10 +232,10 @@ MEGATRON = (
 )
 REPLACEMENTS = TORCH + TORCH_ADAM + MEGATRON
 
-# Packages of CUDA kernels that upstream takes wherever they can be imported, on any device. Without them it falls back
-# to torch's optimizer and norms, which is what the CPU needs.
+# Packages of CUDA kernels that upstream uses on any device if they can be imported. Without them it falls back to
+# torch's optimizer and norms, which the CPU needs.
 HIDDEN_PACKAGES = {
-    "transformer_engine": "its FusedAdam and multi-tensor norm ask for a CUDA driver (core/optimizer/clip_grads.py)",
+    "transformer_engine": "its FusedAdam and multi-tensor norm need a CUDA driver (core/optimizer/clip_grads.py)",
     "apex": "its FusedAdam and FusedLayerNorm run on CUDA only (core/optimizer/__init__.py)",
     "amp_C": "Apex's multi-tensor norm (core/optimizer/clip_grads.py)",
 }
@@ -265,7 +263,7 @@ def install() -> None:
     hide_cuda_packages()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
-    # Dynamo, which upstream's decorators import, refuses to meet one replacement under two names: let it look first.
+    # Dynamo, which upstream's decorators import, refuses one replacement under two names: import it before replacing.
     importlib.import_module("torch._dynamo")
     torch.compiler.set_stance("force_eager")  # for what was decorated before that variable was set
     for entry in TORCH + MEGATRON:

@@ -1,4 +1,4 @@
-"""What accelerators this machine has: questions asked before any backend is chosen, by commands that only look."""
+"""The accelerators of this machine, for commands that need to know before a backend is chosen."""
 
 import os
 import warnings
@@ -32,11 +32,11 @@ def gpus() -> list[Gpu]:
 
 
 def usable_device(name: str | None) -> str:
-    """The device of that name, by default a GPU if there is one; ValueError where nothing can be computed on it."""
+    """The device of that name, by default a GPU if there is one. Raises ValueError if it cannot compute."""
     if name is None:
         return "cuda" if gpus() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # `meta` has no numbers to give
+        torch.zeros(1, device=name).item()  # fails on `meta`, which holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise

@@ -5,9 +5,9 @@ import signal
 from pathlib import Path
 
 _ENDS = {
-    signal.SIGKILL: "out of memory is the usual reason (the kernel's log says so: dmesg)",
+    signal.SIGKILL: "out of memory is the usual reason (see the kernel's log: dmesg)",
     signal.SIGBUS: "a full /dev/shm is the usual reason",
-    signal.SIGABRT: "a library gave up, which its last lines in the log explain",
+    signal.SIGABRT: "a library aborted; its last lines in the log explain why",
 }
 _RAISED = r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception)\b: .*)$"
 _NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+)[^\n]*?message='([^'\n]*)"
@@ -15,7 +15,7 @@ _LONGEST = 300
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line; of one from a DataLoader's worker its last line, without the traceback."""
+    """An exception's message in one line; for one from a DataLoader worker its last line, without the traceback."""
     text = str(error)
     if "Original Traceback" in text:
         last = re.search(r"^(?:\w+\.)*(\w+)(?:: (.*))?", text.rpartition("\n  File ")[2], re.MULTILINE | re.DOTALL)
@@ -46,7 +46,7 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
 
 
 def marked(log: Path, mark: str) -> list[str]:
-    """What follows a mark in the lines of a log, each text once."""
+    """The texts that follow a mark in a log, without duplicates."""
     return list(dict.fromkeys(_marked(log.read_text(encoding="utf-8", errors="replace"), mark)))
 
 
@@ -75,13 +75,13 @@ def _not_finite(text: str) -> str | None:
 
 
 def _explained(line: str) -> str:
-    """A DataLoader's worker that was killed, with the usual reason."""
+    """Adds the usual reason to the message about a killed DataLoader worker."""
     killed = "DataLoader worker" in line and ("signal: Killed" in line or line.rstrip().endswith("exited unexpectedly"))
     return f"{line.rstrip().removesuffix('.')}; {_ENDS[signal.SIGKILL]}" if killed else line
 
 
 def _killed(text: str) -> str | None:
-    """Which rank a signal ended, from torchrun's summary of the processes that failed by themselves."""
+    """The rank that a signal ended, from torchrun's summary of root-cause failures."""
     ends = re.findall(r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) ", text, flags=re.MULTILINE)
     if not ends:
         return None

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in one Triton kernel: in plain torch its ten rounds are 120 launches, dearer than what they compute."""
+"""Philox4x32-10 in one Triton kernel: in plain torch its ten rounds are 120 launches, which cost more than the work."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # The arguments of a kernel are Triton's, whose types Python's annotations do not name.
 
@@ -24,7 +24,7 @@ def _philox(c_0, c_1, c_2, c_3, w_0, w_1, w_2, w_3, n, seed, BLOCK: tl.constexpr
 
 
 def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `noise.philox` says, to the bit."""
+    """Same values as `noise.philox`, bit for bit."""
     counters = [x.contiguous() for x in torch.broadcast_tensors(*c)]
     words = [torch.empty_like(x) for x in counters]
     if n := words[0].numel():

@@ -1,14 +1,14 @@
-"""When processes end: what a process started ends with it, and a rank that fails ends at once.
+"""Lifetime of processes: children end with their parent, and a failing rank ends at once.
 
-Linux kills a process when its parent dies, however it dies, if the process asked for it (PR_SET_PDEATHSIG). A fork
-clears the request and an exec keeps it, so each process that the product starts makes it here:
+Linux kills a process when its parent dies for any reason, if the process requested it (PR_SET_PDEATHSIG). A fork clears
+the request and an exec keeps it, so each process that the package starts makes the request here:
 
 - `tied` for a command (torchrun), `end_with_parent` for the processes of a pool;
-- `tie_rank` for a rank of torchrun and, by a hook, for whatever it forks or spawns: DataLoader workers, encoders,
-  upstream's checkpoint writers and their manager.
+- `tie_rank` for a rank of torchrun and, through a hook, for every process that it forks or spawns: DataLoader workers,
+  encoders, upstream's checkpoint writers and their manager.
 
-So a failing rank needs only to leave (`run`). Interpreter shutdown would join DataLoader workers, which ignore SIGTERM
-under --exit-signal-handler, for ever.
+A failing rank therefore only needs to exit (`run`). Interpreter shutdown would wait forever for DataLoader workers,
+which ignore SIGTERM under --exit-signal-handler.
 
 The request is bound to the thread that started the process: start processes from a thread that outlives them.
 """
@@ -35,9 +35,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Kills this process when its parent ends. parent: its pid, to notice one that ended before this call.
+    """Kills this process when its parent ends. parent: its pid, to detect a parent that ended before this call.
 
-    Without a pid, a parent of another session is taken for the one that adopts orphans.
+    Without a pid, a parent in another session is assumed to be the process that adopts orphans.
     """
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -45,21 +45,21 @@ def end_with_parent(parent: int | None = None) -> None:
         parent = spawned_by.pid
     if parent is not None:
         orphan = os.getppid() != parent
-    else:  # who leads a session has left that of its parent
+    else:  # a session leader is in another session than its parent
         orphan = os.getsid(0) not in (os.getpid(), os.getsid(os.getppid()))
     if orphan:
         os._exit(1)
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """The command, to be started by this process, so that it ends with it."""
+    """The command, wrapped so that it ends with this process, which must start it."""
     return [sys.executable, "-m", __name__, str(os.getpid()), *command]
 
 
 def tie_rank(module: str) -> None:
-    """Ties a rank to torchrun, and what the rank forks or spawns to the rank.
+    """Ties a rank to torchrun, and the processes that the rank forks or spawns to the rank.
 
-    The module that is the rank's program calls it on import with its __name__: multiprocessing imports that module, as
+    The rank's main module calls it on import with its __name__, because multiprocessing imports that module, as
     __mp_main__, in each process that the rank spawns.
     """
     if module == "__mp_main__":
@@ -71,10 +71,10 @@ def tie_rank(module: str) -> None:
 
 
 def _tie_child(parent: int | None) -> None:
-    """Lets a process live as long as the rank that started it, and no longer.
+    """Ends a process together with the rank that started it, and makes it ignore signals that stop a run.
 
-    Signals that stop a run are for the rank, which then writes a checkpoint and needs upstream's manager process for
-    that. torchrun signals the rank's process group, and Slurm each process of a job.
+    Only the rank handles these signals: it writes a checkpoint and needs upstream's manager process for that. torchrun
+    signals the rank's process group, and Slurm each process of a job.
     """
     end_with_parent(parent)
     os.setpgid(0, 0)
@@ -98,7 +98,7 @@ def _tie_forks() -> None:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], mark: str) -> NoReturn:
     """Runs a rank's program and ends the process. Code 2 and one line after the mark for ValueError, else a traceback.
 
-    After a failure the process leaves without interpreter shutdown, so nothing can delay it.
+    After a failure the process exits without interpreter shutdown, so nothing can delay it.
     """
     outlive_terminal()
     code = 1

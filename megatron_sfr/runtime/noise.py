@@ -1,4 +1,4 @@
-"""Stateless random numbers: each is a function of its key and counter, so no layout, order or resume can move it.
+"""Stateless random numbers: each is a function of its key and counter, independent of layout, order and resume.
 
 Philox4x32-10 (Salmon et al., SC 2011), the generator of cuRAND and Triton, in integer tensor arithmetic.
 """
@@ -20,7 +20,9 @@ def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor,
     Args:
         c: four int64 tensors of one (broadcastable) shape; the low 32 bits of each are the counter.
         seed: 64-bit key.
-    Returns: four int64 tensors in [0, 2^32).
+
+    Returns:
+        Four int64 tensors in [0, 2^32).
     """
     if c[0].is_cuda:
         from megatron_sfr.runtime import fused_philox  # needs Triton, which not every platform has

@@ -1,4 +1,4 @@
-"""Where this process stands: the few questions about stages, shards and groups that the package asks upstream."""
+"""This process's pipeline stage, shards and process groups: all that the package asks upstream about the layout."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ def is_last_stage(vp_stage: int | None = None) -> bool:
 
 
 def tensor_group() -> dist.ProcessGroup | None:
-    """The tensor-parallel group; None where it has one rank."""
+    """The tensor-parallel group; None if it has one rank."""
     one = parallel_state.get_tensor_model_parallel_world_size() == 1
     return None if one else parallel_state.get_tensor_model_parallel_group()
 
 
 def tensor_rank() -> int:
-    """This process's place in its tensor-parallel group."""
+    """This process's rank in its tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_rank()
 
 
@@ -36,7 +36,7 @@ def tensor_size() -> int:
 
 
 def data_rank() -> int:
-    """This process's place among the replicas of its part of the model."""
+    """This process's rank among the replicas of its part of the model."""
     return parallel_state.get_data_parallel_rank()
 
 

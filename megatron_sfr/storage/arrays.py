@@ -1,4 +1,4 @@
-"""Flat binary files: arrays appended one after another while a folder is written, mapped into memory to be read."""
+"""Memory-mapped array files: arrays of one dtype, appended while a folder is written and memory-mapped for reading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BLOCK = 1 << 20
 
 
 class FlatWriter:
-    """Appends arrays of one dtype to a file and keeps the checksum of what it holds.
+    """Appends arrays of one dtype to a file and maintains its checksum.
 
-    The file is new, or goes on behind the bytes of `kept`; ValueError where these are not what was written.
+    Creates the file, or appends after the bytes recorded in `kept`. Raises ValueError if these bytes have changed.
     """
 
     def __init__(self, path: Path, dtype: DTypeLike, kept: FileRecord | None = None) -> None:
@@ -45,16 +45,16 @@ class FlatWriter:
 
     @property
     def bytes(self) -> int:
-        """What was appended, with what was kept."""
+        """Size of the file: kept and appended bytes."""
         return self._file.tell()
 
     def flush(self) -> FileRecord:
-        """Hands what was appended to the system, where it outlives this process, and says what is there."""
+        """Passes appended data to the operating system, so that it survives this process. Returns the file's record."""
         self._file.flush()
         return {"bytes": self._file.tell(), "sha256": self._sha256.hexdigest()}
 
     def finish(self) -> FileRecord:
-        """Flushes to the disk and says what is there."""
+        """Flushes to disk. Returns the file's record."""
         record = self.flush()
         os.fsync(self._file.fileno())
         return record
@@ -71,7 +71,7 @@ class FlatWriter:
 
 
 def map_flat(path: Path, dtype: DTypeLike) -> np.ndarray:
-    """The whole file as a read-only array that is read from disk where it is used."""
-    if path.stat().st_size == 0:  # the system maps no empty file
+    """The file as a read-only memory-mapped array."""
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))

@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole, old or new: written aside, flushed to the disk and renamed."""
+"""Atomic writes: a file is written under a temporary name, flushed to disk and renamed. A crash leaves old or new."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write, which replaces `path` once it is on the disk, or is removed where the block fails.
+    """A file to write, which atomically replaces `path` when the block ends, or is removed if the block fails.
 
-    Processes that write the same path at the same time do not share the temporary file; the last one wins.
+    Processes that write the same path at the same time use separate temporary files; the last one wins.
     """
     partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
@@ -27,10 +27,10 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's names, where the file system can."""
+    """Flushes a folder's directory entries, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems refuse it, and need it not
+        with contextlib.suppress(OSError):  # some network file systems refuse it and do not need it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -38,7 +38,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes its name only when the block ends well."""
+    """A text file that gets its name only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         yield file

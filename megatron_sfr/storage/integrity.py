@@ -108,7 +108,7 @@ def check_offsets(path: Path, offsets: np.ndarray, total: int) -> None:
 
 
 def check_sample(folder: Path, files: Mapping[str, FileRecord], budget: int = SAMPLE_BYTES) -> list[str]:
-    """Compares the checksums of the smallest files, up to `budget` bytes together. Returns their names."""
+    """Compares the checksums of the smallest files, up to `budget` bytes in total. Returns their names."""
     chosen: dict[str, FileRecord] = {}
     for name, record in sorted(files.items(), key=lambda item: (item[1]["bytes"], item[0])):
         budget -= record["bytes"]

@@ -1,4 +1,4 @@
-"""Flat files that grow together, and a journal of what of them is whole: a run that was killed goes on from there."""
+"""Array files that grow together, with a journal of their last consistent state, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ JOURNAL = "journal.json"
 
 
 class JournaledFiles:
-    """The flat files of a folder (name: dtype) and the state that their writer left at the last `commit`.
+    """The array files of a folder (name: dtype) and the state that their writer saved at the last `commit`.
 
-    `about` says what is written (JSON values). A journal about something else, or of files that are not as it says, is
-    of no use: then the folder is emptied and `state` is None. So no flush to the disk is needed at a commit: what a
-    power cut takes is found by the checksums.
+    `about` is the fingerprint of the output (JSON values). If the journal has another fingerprint, or files differ from
+    its record, the folder is emptied and `state` is None. A commit therefore needs no flush to disk: the checksums
+    reveal what a power failure lost.
     """
 
     def __init__(self, folder: Path, dtypes: Mapping[str, DTypeLike], about: dict[str, Any]) -> None:
@@ -53,14 +53,14 @@ class JournaledFiles:
         return self._files[name]
 
     def commit(self, state: dict[str, Any]) -> None:
-        """What was appended up to now is whole; `state` (JSON values) is what it takes to go on."""
+        """Records everything appended so far as consistent, with the `state` (JSON values) needed to resume."""
         files = {name: file.flush() for name, file in self._files.items()}
         temporary = self.folder / f".{JOURNAL}.partial"
         temporary.write_text(json.dumps({"about": self._about, "files": files, "state": state}), encoding="utf-8")
         temporary.replace(self.folder / JOURNAL)
 
     def finish(self) -> dict[str, FileRecord]:
-        """Flushes all to the disk and closes; the journal is gone, so that the folder can be published."""
+        """Flushes and closes all files and deletes the journal, so that the folder can be published."""
         records = {name: file.finish() for name, file in self._files.items()}
         self.close()
         (self.folder / JOURNAL).unlink(missing_ok=True)
@@ -74,7 +74,7 @@ class JournaledFiles:
         return journal if isinstance(journal, dict) and journal.get("about") == self._about else None
 
     def _open(self, dtypes: Mapping[str, DTypeLike], kept: dict[str, FileRecord]) -> bool:
-        """Whether the files could be opened as they were kept; new ones always can."""
+        """Whether the files could be opened in the recorded state. New files always can."""
         with ExitStack() as stack:
             try:
                 for name, dtype in dtypes.items():
@@ -88,7 +88,7 @@ class JournaledFiles:
 
 @contextmanager
 def discard_without_journal(folder: Path) -> Iterator[None]:
-    """After an error, removes a folder that has nothing to go on from."""
+    """After an error, removes a folder that has no state to resume from."""
     try:
         yield
     except BaseException:

@@ -1,7 +1,7 @@
 """One writer at a time: an advisory lock beside or inside an output, which the system releases when its holder ends.
 
-Two commands that write one file or folder would mix their work. The lock is flock's, through filelock, so a kill
-releases it too. The lock file says who holds it and is removed at the end; one that a kill left behind blocks nobody.
+The lock is flock's, through filelock, so a kill releases it too. The lock file names its holder and is removed at the
+end; a file left behind by a kill does not block anyone.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _POLL_S = 0.1
 
 
 def lock_file(output: Path, *, inside: bool = False) -> Path:
-    """Where the lock of an output is: `.NAME.lock` beside it, or `.lock` in a folder that is written in place."""
+    """Path of an output's lock: `.NAME.lock` beside it, or `.lock` in a folder that is written in place."""
     return output / ".lock" if inside else output.absolute().with_name(f".{output.absolute().name}.lock")
 
 
@@ -31,11 +31,12 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
     """Holds the lock of an output while the block runs.
 
     Args:
-        output: the file or folder to be written; the folder of its lock file is made if it is missing.
-        inside: the output is a folder that is written in place, whose parent may not be writable.
+        output: the file or folder to write; the folder of its lock file is created if it is missing.
+        inside: whether the output is a folder that is written in place; its parent may be read-only.
         wait: seconds to wait for a holder that may be about to end.
+
     Raises:
-        ValueError: another process holds it; the message says which.
+        ValueError: another process holds the lock; the message names it.
     """
     path = lock_file(output, inside=inside)
     is_new = inside and not output.exists()
@@ -55,9 +56,11 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
             path.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever opened this file already sees that it has no name
+        path.unlink(
+            missing_ok=True
+        )  # while the lock is held: a process that has already opened this file notices that it was removed
         lock.release()
-        if is_new:  # a command that has written nothing leaves nothing
+        if is_new:  # a command that wrote nothing leaves no folder
             with contextlib.suppress(OSError):
                 output.rmdir()
 
@@ -67,7 +70,7 @@ def _this_process() -> dict[str, object]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, in words; what the holder has not written yet is left out."""
+    """The holder of a lock as text, as far as it has written its lock file."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['process']} on {holder['host']} since {holder['since']}"

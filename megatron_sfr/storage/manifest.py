@@ -1,4 +1,4 @@
-"""Manifests: the JSON file, written last, that makes a folder whole; and how a folder is built aside and published."""
+"""Manifests: the JSON file, written last, that marks a folder as complete; and staging folders that are published."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import check_fields, cut, read_json_object, shown
 
 NAME = "manifest.json"
-MOST = 1 << 62  # of a count or a size
+MOST = 1 << 62  # upper bound of a count or a size
 
 
 class InputRecord(TypedDict):
@@ -26,9 +26,9 @@ class InputRecord(TypedDict):
 
 
 class Manifest(Protocol):
-    """A frozen dataclass of JSON values; `kind` and `version` say which one wrote a file.
+    """A frozen dataclass of JSON values; `kind` and `version` identify the format.
 
-    A field with a default is newer than its version: files without it are read too.
+    A field with a default was added within its version: files without it can be read too.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -37,7 +37,7 @@ class Manifest(Protocol):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Written under a temporary name, flushed, renamed: it is there whole or not at all."""
+    """Writes the manifest atomically."""
     content = {"kind": manifest.kind, "version": manifest.version, **asdict(manifest)}
     with replacing(folder / NAME) as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
@@ -76,7 +76,7 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M]) -> M:
 def staging(output: Path, *, keep: bool) -> Iterator[Path]:
     """A folder beside `output` to write in, for one process at a time.
 
-    It must be gone, by `publish`, when the block ends. After an error it is removed, or left for a later run (`keep`).
+    The block must move it away with `publish`. After an error it is removed, or kept for a later run (`keep`).
     """
     folder = output.parent / f".{output.name}.partial"
     with hold(output):
@@ -92,7 +92,7 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Puts the finished files of `folder` into `output`, the manifest last; other files there stay."""
+    """Moves the finished files of `folder` to `output`, the manifest last. Other files in `output` remain."""
     if not output.exists():
         folder.rename(output)
     else:

@@ -1,6 +1,7 @@
-"""What made an output, kept beside or in it: the same command says "up to date", another one what differs.
+"""A record of what made an output, kept beside or in it. The same command then reports "up to date", another one what
+differs.
 
-A record holds the identity of a command, which is all that decides the bytes it writes, and the sizes of its files.
+A record holds the identity of a command (everything that determines the bytes it writes) and the sizes of its files.
 """
 
 import json
@@ -14,13 +15,13 @@ from megatron_sfr.storage.user_files import read_json
 
 
 def contents_of(folder: Path, patterns: Iterable[str] = ("*",)) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of the last change) of files of a folder: cheap, and another model has others."""
+    """(name, size, modification time) of files in a folder: a cheap fingerprint of a model."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """The bytes of every file under a folder, by relative name."""
+    """The size of every file under a folder, by relative name."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -31,7 +32,7 @@ def write_record(record: Path, identity: Mapping[str, object], files: Mapping[st
 
 
 def read_record(record: Path) -> dict[str, Any] | None:
-    """{"identity": ..., "files": {name: bytes}}, or None where there is none that can be read."""
+    """{"identity": ..., "files": {name: bytes}}, or None if there is no readable record."""
     try:
         content = read_json(record)
     except (FileNotFoundError, ValueError):
@@ -61,7 +62,7 @@ def is_up_to_date(output: Path, record: Path, identity: Mapping[str, object]) ->
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, object]) -> list[str]:
-    """The keys in which two identities differ, with dots between those of nested mappings."""
+    """The keys in which two identities differ; keys of nested mappings are joined by dots."""
     then, now = _flat(old), _flat(json.loads(json.dumps(new)))
     return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
 

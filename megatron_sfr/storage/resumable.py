@@ -1,4 +1,5 @@
-"""A file of lines that a killed run leaves half written and the same run, started again, ends with the same bytes."""
+"""Resumable text files: a killed run leaves a partial file, and the same run, started again, completes it with the same
+bytes."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,12 @@ from megatron_sfr.storage.provenance import differences, is_up_to_date, read_rec
 
 
 def record_of(path: Path) -> Path:
-    """Where a file's record is: what command writes it, and its size once it is finished."""
+    """Path of a file's record: the command that writes it, and its size once it is complete."""
     return path.with_name(f".{path.name}.identity.json")
 
 
 def is_finished(path: Path, identity: Mapping[str, object]) -> bool:
-    """Whether a file is there, from a finished run of this identity; ValueError where it is another one's."""
+    """Whether a finished run of this identity wrote the file. Raises ValueError if another one did."""
     with hint("choose another --output, or remove it"):
         return is_up_to_date(path, record_of(path), identity)
 
@@ -27,13 +28,13 @@ def is_finished(path: Path, identity: Mapping[str, object]) -> bool:
 def resumable(
     path: Path, identity: Mapping[str, object], boundary: Callable[[int], int]
 ) -> Iterator[tuple[IO[str], int]]:
-    """A text file to append lines to, and how many it has already; it takes its name when the block ends well.
+    """A text file to append lines to, and the number of lines it already has. It gets its name when the block succeeds.
 
-    Until then it is `.NAME.partial`. The record beside it stays. Of the complete lines that an earlier run left,
-    boundary(lines) stay.
+    Until then it is called `.NAME.partial`, with a record beside it. Of the n complete lines left by an earlier run,
+    the first `boundary(n)` are kept.
 
     Raises:
-        ValueError: the file or the partial one is of another identity, or another process is writing it.
+        ValueError: the file or its partial form has another identity, or another process is writing it.
     """
     partial, record = path.with_name(f".{path.name}.partial"), record_of(path)
     with hold(path):
@@ -46,7 +47,7 @@ def resumable(
             )
         done = _keep(partial, boundary) if known is not None else 0
         write_record(record, identity, {})
-        with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # a line is written at once
+        with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # line-buffered
             yield file, done
             file.flush()
             os.fsync(file.fileno())
@@ -56,7 +57,7 @@ def resumable(
 
 
 def _keep(partial: Path, boundary: Callable[[int], int]) -> int:
-    """Cuts the file after boundary(its whole lines) lines, and says how many that is."""
+    """Truncates the file after `boundary(n)` of its n complete lines. Returns how many remain."""
     if not partial.exists():
         return 0
     with open(partial, "r+b") as file:

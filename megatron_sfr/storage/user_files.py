@@ -1,6 +1,6 @@
-"""Files from users: JSON, values in messages, and what libraries parse. What is wrong with one is a ValueError.
+"""Files from users: JSON, values in messages, and calls of libraries that parse. Problems are raised as ValueError.
 
-Every reader of JSON, and every call by which a library loads a user's files, goes through here.
+Every reader of JSON, and every library call that loads a user's files, goes through this module.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 SHOWN = 80
-DEEPEST = 100  # levels of JSON: far more than any record has, and less than recursion over a value can follow
+DEEPEST = 100  # levels of JSON: far more than any record has, and within Python's recursion limit
 _REPR = reprlib.Repr(maxlevel=4, maxstring=SHOWN, maxother=SHOWN, maxlong=40)
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
 
 
 def shown(value: object) -> str:
-    """The repr of a value for a message, cut to 80 letters."""
+    """The repr of a value for a message, cut to 80 characters."""
     return cut(_REPR.repr(value))
 
 
 def cut(text: str, letters: int = SHOWN) -> str:
-    """The text in one line; of a longer one the first letters."""
+    """The text in one line, truncated if it is longer than `letters`."""
     text = " ".join(text[: 8 * letters].split())
     return text if len(text) <= letters else f"{text[: letters - 3]}..."
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8. ValueError where it is damaged or nested too deeply."""
+    """The value of a JSON text in UTF-8. Raises ValueError if it is damaged or nested too deeply."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text.removeprefix("\ufeff"))
@@ -58,7 +58,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_json(path: Path, hint: str = "") -> Any:
-    """The value of a JSON file. ValueError `path: reason; hint`; OSError where it cannot be opened."""
+    """The value of a JSON file. Raises ValueError `path: reason; hint`, or OSError if the file cannot be opened."""
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
@@ -66,7 +66,7 @@ def read_json(path: Path, hint: str = "") -> Any:
 
 
 def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
-    """As `read_json`, for a file that holds an object."""
+    """Like `read_json`, for a file that holds an object."""
     value = read_json(path, hint)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {shown(value)}{'; ' + hint if hint else ''}")
@@ -74,7 +74,7 @@ def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type: plain, or made of list, dict, tuple, |, Literal and TypedDict."""
+    """Whether a JSON value has a type: a plain one, or one made of list, dict, tuple, |, Literal and TypedDict."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -94,7 +94,7 @@ def has_type(value: Any, hint: Any) -> bool:
 
 
 def check_fields(content: dict[str, Any], cls: type) -> None:
-    """ValueError for the first value of a JSON object that is not of the type of the dataclass's field of that name."""
+    """Raises ValueError for the first value of a JSON object whose type differs from that of the dataclass field."""
     for name, hint in get_type_hints(cls).items():
         if name in content and not has_type(content[name], hint):
             raise ValueError(f"{name} is {shown(content[name])}")
@@ -102,10 +102,10 @@ def check_fields(content: dict[str, Any], cls: type) -> None:
 
 @contextmanager
 def loading(what: str, hint: str) -> Iterator[None]:
-    """For a block in which a library parses a user's files: what it raises becomes ValueError `what (reason); hint`.
+    """Turns exceptions of a library that parses a user's files into ValueError `what (reason); hint`.
 
-    Libraries meet damaged files with whatever their code stumbles over: tokenizers raises plain Exception, transformers
-    AttributeError and TypeError, torch AssertionError. Running out of memory is not a fault of the files and passes.
+    Libraries raise many types for damaged files: tokenizers plain Exception, transformers AttributeError and TypeError,
+    torch AssertionError. Out-of-memory errors are not the files' fault and pass through.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def loading(what: str, hint: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a library says: the first sentence of its message, with its type unless that is plain."""
+    """A library exception as text: the first line of its message, with its type unless that is a generic one."""
     said = cut(re.split(r"(?<!:)\n", str(error).strip(), maxsplit=1)[0], 200)
     if type(error).__name__ in ("Exception", "ValueError", "OSError", "TemplateError") and said:
         return said
@@ -124,7 +124,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, or the one that it was raised from, says that no memory is left: Python's or torch's."""
+    """Whether an exception, or its cause, means that memory ran out, in Python or in torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY):

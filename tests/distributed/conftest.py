@@ -98,7 +98,7 @@ class Corpus:
         ]
 
     def online_stopped(self) -> list[list[str]]:
-        """The encoder does what it is asked for; the second run goes on in the store that the first left."""
+        """Encodes only what is requested; the second run continues with the store of the first."""
         flags = (*RATIO, *online(ONLINE_STOPPED), "--sfr-lookahead", "0")
         return [self.run("recipe", ONLINE_STOPPED, *flags, "--exit-interval", stop) for stop in ("2", "4")]
 

@@ -2,7 +2,7 @@
 
 argv: the folders of checkpoints. One that holds none is told in logits.txt beside it.
 
-Letters: B samples, S positions, V tokens.
+Shapes: B samples, S positions, V tokens.
 """
 
 import sys

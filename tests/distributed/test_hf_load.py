@@ -58,7 +58,7 @@ def trained(tmp_path_factory) -> Path:
             for save, way in ways.items():
                 named = ("--recipe", str(folder / f"{model}.yaml"), "--save", str(folder / save))
                 lists.append([*named, *layout, *way, "--save-interval", "1"])
-        if processes == 2:  # goes on from its own checkpoint, so that the folder need not even exist
+        if processes == 2:  # resumes from its own checkpoint, so the folder need not exist
             resumed = ("--sfr-hf-load", str(folder / "moved away"), "--exit-interval", "3")
             lists.append([*lists[1][:4], *TP2, *resumed, "--save-interval", "1"])
         train_many(processes, lists, folder)

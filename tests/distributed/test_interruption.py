@@ -58,7 +58,7 @@ def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(recipe: Path, tmp_path: Pat
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     assert "stopping after this step" in output
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
     checkpoint = find_checkpoint(tmp_path / "run")
     assert "flow_head.net.output.weight" in read_checkpoint(checkpoint)
     assert int(checkpoint.name.removeprefix("iter_")) == read_metrics(tmp_path / "run")[-1]["step"]

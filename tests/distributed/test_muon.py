@@ -1,4 +1,4 @@
-"""Upstream's Muon trains a denoiser and goes on after a stop as if it had not."""
+"""Upstream's Muon trains a denoiser, and a stopped run resumes exactly."""
 
 from pathlib import Path
 

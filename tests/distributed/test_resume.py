@@ -1,4 +1,4 @@
-"""A run that stopped goes on as if it had not: bit for bit in its own layout, to fp32's tolerance in another."""
+"""A resumed run equals an uninterrupted one: bit for bit in the same layout, to fp32's tolerance in another."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """SED's properties S6 and S7 (arXiv 2602.07464): the calibrated threshold exempts the wanted share, in the loss too.
 
-Letters: T tokens, V vocabulary, n counted tokens.
+Shapes: T tokens, V vocabulary, n counted tokens.
 """
 
 import json

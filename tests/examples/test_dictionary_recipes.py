@@ -1,4 +1,4 @@
-"""The example's recipes, parsed by the trainer's own reader; the model that make_model writes; the two arms alike."""
+"""The example's recipes, parsed by the trainer's own reader; make_model's model; equal settings of the two arms."""
 
 import json
 from pathlib import Path

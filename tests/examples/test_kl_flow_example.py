@@ -207,4 +207,4 @@ def test_a_piece_is_sampled_once_and_again_when_what_it_depends_on_changes(tmp_p
 
 def test_a_missing_judge_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure.main(["--root", str(tmp_path)]) == 2
-    assert "judge-hf is no Hugging Face model" in capsys.readouterr().err
+    assert "judge-hf is not a Hugging Face model" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(imported, untied, tmp_path,
     ]
     done = subprocess.run([*drop, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "the place cannot be written to: choose another --output" in done.stderr.splitlines()[-1]
+    assert "the location is not writable: choose another --output" in done.stderr.splitlines()[-1]
     assert list((tmp_path / "locked").iterdir()) == []
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(imported, untied, tmp_path, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        refused(capsys, "the disk has no room for it", verb, *source, *options, "--output", tmp_path / "out")
+        refused(capsys, "the disk is full", verb, *source, *options, "--output", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []

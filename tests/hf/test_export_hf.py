@@ -14,7 +14,7 @@ from megatron_sfr.hf.end_tokens import GENERATION, end_tokens_of
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, RECORD, Weights
 from megatron_sfr.hf.import_hf import import_hf
-from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Piece, write_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Chunk, write_checkpoint
 from tests.hf.models import CASES, save_model
 
 
@@ -28,10 +28,10 @@ def rewrite(source, target, *, without=(), add=None, objects=None, pad=0):
     } | (add or {})
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[key] = torch.cat([tensors[key], torch.full((pad, tensors[key].shape[1]), torch.nan)])
-    pieces = [
-        Piece(key, tuple(x.shape), x.dtype, (0,) * x.ndim, tuple(x.shape), lambda x=x: x) for key, x in tensors.items()
+    chunks = [
+        Chunk(key, tuple(x.shape), x.dtype, (0,) * x.ndim, tuple(x.shape), lambda x=x: x) for key, x in tensors.items()
     ]
-    write_checkpoint(target, pieces, objects or {})
+    write_checkpoint(target, chunks, objects or {})
     return target
 
 

@@ -45,7 +45,11 @@ def test_truncated_shard(folder):
     ("name", "file", "match"),
     [
         ("model.norm.weight", "model-00001-of-00004.safetensors", r"model\.norm\.weight is in model-.*does not say"),
-        ("model.norm.weight", None, r"model\.norm\.weight is in model-.*does not say: the index is of other files"),
+        (
+            "model.norm.weight",
+            None,
+            r"model\.norm\.weight is in model-.*not in the index: the index belongs to other files",
+        ),
         ("surprise", "model-00001-of-00004.safetensors", "surprise is not in model-00001-of-00004"),
     ],
 )
@@ -138,7 +142,7 @@ def test_existing_folder_is_replaced_only_by_force_and_only_at_the_end(tmp_path)
 def test_force_does_not_replace_what_no_conversion_wrote(tmp_path):
     (tmp_path / "thesis").mkdir()
     with (
-        pytest.raises(ValueError, match="replaces only what a conversion has written"),
+        pytest.raises(ValueError, match="replaces only folders that a conversion has written"),
         new_folder(tmp_path / "thesis", mark="mark", force=True),
     ):
         pass

@@ -87,8 +87,8 @@ def test_rows_are_what_transformers_writes(tmp_path, architecture, tied):
     d = family.dimensions(config)
     found = {
         name: shape
-        for entry in entries(family.rows(config), d)
-        for name, shape in zip(entry.names, entry.row.shapes(d), strict=True)
+        for entry in entries(family.mappings(config), d)
+        for name, shape in zip(entry.names, entry.mapping.shapes(d), strict=True)
     }
     assert found == {name: weights.shape(name) for name in weights.files}
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_checkout(folder: Path) -> Path:
-    """The files that making an environment reads, in a folder of their own, whose name has a space."""
+    """The files that making an environment reads, in a separate folder whose name has a space."""
     checkout = folder / "a checkout"
     (checkout / "tools").mkdir(parents=True)
     for name in ("Makefile", ".python-version", "setup.py", "constraints.txt", "tools/environment.sh"):

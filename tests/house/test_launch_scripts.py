@@ -115,7 +115,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """A launch script in a session of its own, its output in the log; what still runs at the end is killed."""
+    """Runs a launch script in a new session with its output in the log; kills what still runs at the end."""
     with log.open("w") as sink:
         job = subprocess.Popen(
             command, cwd=ROOT, env=environment(**variables), stdout=sink, stderr=sink, start_new_session=True

@@ -54,7 +54,7 @@ def test_every_import_is_asked_for_and_nothing_else_is() -> None:
 def test_every_requirement_is_pinned_within_its_bounds() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
-    for requirement in [*requirements(), *requirements("dev"), *requirements("demo")]:
+    for requirement in [*requirements(), *requirements("dev"), *requirements("demo"), *requirements("docs")]:
         (exact,) = pins[canonicalize_name(requirement.name)].specifier
         assert exact.operator == "=="
         assert Version(exact.version) in requirement.specifier, requirement

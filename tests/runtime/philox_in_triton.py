@@ -1,6 +1,6 @@
 """A program: Philox as a Triton kernel, in the interpreter on the CPU, against Philox in torch. Prints the differences.
 
-The interpreter has to be chosen before Triton is imported, so this runs in a process of its own.
+The interpreter has to be chosen before Triton is imported, so this runs in a separate process.
 """
 
 import os

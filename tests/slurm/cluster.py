@@ -112,7 +112,7 @@ class Job:
         self._wait(lambda: text in self.text(), repr(text))
 
     def wait_for_steps(self, more: int = 3) -> None:
-        """Waits until so many more steps are logged."""
+        """Waits until this many more steps are logged."""
         before = len(self.steps())
         self._wait(lambda: len(self.steps()) >= before + more, f"step {before + more}")
 

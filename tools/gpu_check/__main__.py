@@ -1,7 +1,7 @@
 """Checks this machine's GPU from tests to benchmarks: `python -m tools.gpu_check`, or `make gpu`.
 
-Prints one line a step and writes OUTPUT/report.md; each step has a log in OUTPUT/logs and a time limit. A step that
-fails stops nothing but what needs it. The exit code is 1 if a step failed, 2 if there is no GPU.
+Prints one line per step and writes OUTPUT/report.md; each step has a log in OUTPUT/logs and a time limit. A failed
+step stops only the steps that need it. The exit code is 1 if a step failed, 2 if there is no GPU.
 """
 
 import argparse
@@ -20,9 +20,13 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transform
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), help="(%(default)s); made anew")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps, on the data there is")
-    parser.add_argument("--slow", type=float, default=1.0, metavar="FACTOR", help="on every time limit")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/gpu-check"), help="folder to write, emptied first (%(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run only these steps, on existing data")
+    parser.add_argument(
+        "--slow", type=float, default=1.0, metavar="FACTOR", help="factor on every time limit (%(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the same steps on the CPU, to check this program")
     return parser
 

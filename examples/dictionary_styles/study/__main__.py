@@ -1,4 +1,4 @@
-"""Runs the study or goes on with it: python -m examples.dictionary_styles.study."""
+"""Starts or resumes the study: python -m examples.dictionary_styles.study."""
 
 import sys
 

@@ -79,7 +79,7 @@ def tokens(place: Place) -> list[Step]:
     for side in ("train", "validation"):
         words = ("embed", "--data", place.data(side), "--encoder", "minilm", "--dtype", "bfloat16")
         found.append(_tokens(place, place.root / "text" / f"{side}.jsonl", place.data(side)))
-        done = place.data(side) / DEFAULT / STATISTICS  # written once all rows are there: `embed` goes on before
+        done = place.data(side) / DEFAULT / STATISTICS  # written when the store is complete; until then `embed` resumes
         found.append((f"targets of text/{side}", done, _command(place, *words)))
     return found
 

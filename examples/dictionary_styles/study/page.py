@@ -88,7 +88,7 @@ def how(plan: Plan, place: Place) -> str:
     both, more = (", ".join(f"{t:g}" for t in found) for found in (plan.temperatures, plan.between))
     return (
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from {place.base.name} in one order "
-        f"of data; {plan.samples} replies a prompt at temperatures {both} with common random numbers, the baseline at "
+        f"of data; {plan.samples} replies per prompt at temperatures {both} with common random numbers, baseline at "
         f"{more} too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "
         "interval over seeds and headwords leaves 0 out, every seed agrees, two seeds of the baseline lie nearer "
         "together, and all of it holds again in a second sampling. That is "
@@ -131,7 +131,7 @@ def comparisons(found: Found) -> Rows:
 
 def arms(found: Found) -> Rows:
     """Settings, and the loss on held-out replies at temperature 1: mean over seeds, and each seed's difference."""
-    lines = [["arm", "chosen settings", "nats a token on held-out replies", "seed by seed, less the baseline's"]]
+    lines = [["arm", "chosen settings", "nats per token on held-out replies", "seed by seed, minus the baseline's"]]
     nats = {arm: [_nats(curve) for curve in curves] for arm, curves in found.curves.items()}
     for arm, values in nats.items():
         less = ", ".join(f"{a - b:+.3f}" for a, b in zip(values, nats[BASELINE], strict=True))

@@ -1,4 +1,4 @@
-"""The study from materials to pages, stage by stage; each goes on where an earlier call stopped."""
+"""The study from materials to pages, stage by stage; each stage resumes an earlier call."""
 
 import argparse
 import multiprocessing
@@ -18,7 +18,7 @@ from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, JUDGING, Place, finish, read_curve
 from megatron_sfr.evaluation.compare.curves import Curve
 
-DESCRIPTION = "Run the study, or go on with it, and write its pages."
+DESCRIPTION = "Start or resume the study, and write its pages."
 
 Curves = dict[str, list[Curve]]  # arm -> one a seed
 
@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"only these of {' '.join(a.name for a in plan.arms)}")
     parser.add_argument("--steps", type=int, default=plan.steps, help="of each arm (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=plan.samples, help="replies a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=plan.samples, help="replies per prompt (default: %(default)s)")
     parser.add_argument("--start", type=Path, metavar="HF_DIR", help="the model to begin from (a small one, made here)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="over the arms' recipes, as study/gpu.yaml")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstudy: stopped; the same command goes on", file=sys.stderr)
+        print("\nstudy: stopped; the same command resumes it", file=sys.stderr)
         return 130
     return 0
 

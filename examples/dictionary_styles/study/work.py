@@ -185,7 +185,7 @@ def save(curve: Curve, path: Path) -> None:
 
 
 def read_curve(path: Path, name: str, temperatures: Sequence[float]) -> Curve:
-    """A curve that `save` wrote; ValueError where the file is none."""
+    """A curve that `save` wrote; Raises ValueError for another file."""
     kinds: dict[str, dict[str, np.ndarray]] = {"score": {}, "loss": {}, "persona": {}}
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -193,6 +193,6 @@ def read_curve(path: Path, name: str, temperatures: Sequence[float]) -> Curve:
                 kind, _, what = key.partition("/")
                 kinds[kind][what] = file[key]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no curve of the study ({error}): remove it and run again") from error
+        raise ValueError(f"{path} is not a curve of the study ({error}): remove it and run again") from error
     losses, personas = ({what: Loss(*pair) for what, pair in kinds[kind].items()} for kind in ("loss", "persona"))
     return Curve(name, tuple(temperatures), kinds["score"], losses, personas)

@@ -1,8 +1,8 @@
-"""Find where a model is locked and where it forks, and compare models there.
+"""Find positions where a model is certain (lock) and where several futures are open (fork), and compare models there.
 
-Reads samples of a prepared folder: entropy, top-1 mass and tail mass at each position of a reply. The first model is
-the base, which decides what a lock and a fork is. With its flow head (`convert export --keep-head`) futures are drawn
-at each position. Writes lock_fork.html and lock_fork.json.
+Computes entropy, top-1 probability and tail mass at each position of the replies of a prepared folder. The first model
+is the base, which determines locks and forks. With its flow head (`convert export --keep-head`), futures are drawn at
+each position. Writes lock_fork.html and lock_fork.json.
 """
 
 import argparse
@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="Hugging Face folders, base first",
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder that `prepare` wrote")
-    parser.add_argument("--samples", type=int, default=48, help="conversations that are read (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="the tail is what lies outside (%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
+    parser.add_argument("--samples", type=int, default=48, help="number of conversations to read (%(default)s)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="the tail is the probability outside the top p (%(default)s)"
+    )
     parser.add_argument("--lock-entropy", type=float, default=0.25, metavar="Q", help="quantile (%(default)s)")
     parser.add_argument("--lock-top", type=float, default=0.9, metavar="P", help="probability (%(default)s)")
     parser.add_argument("--fork-entropy", type=float, default=0.75, metavar="Q", help="quantile (%(default)s)")
@@ -36,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head", type=Path, metavar="DIR", help="folder of the base's flow head (default: the base's, if it has one)"
     )
     parser.add_argument("--targets", type=Path, metavar="DIR", help="the target store (default: DATA/targets)")
-    parser.add_argument("--draws", type=int, default=16, help="futures drawn at a position (%(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="of the solver (%(default)s)")
+    parser.add_argument("--draws", type=int, default=16, help="futures drawn per position (%(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of the solver (%(default)s)")
     parser.add_argument("--method", choices=("euler", "heun"), default="heun", help="the solver (%(default)s)")
-    parser.add_argument("--horizon", type=int, default=0, help="which of the head's horizons, from 0 (%(default)s)")
-    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+    parser.add_argument("--horizon", type=int, default=0, help="index of the head's horizon, from 0 (%(default)s)")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
 
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[Head | None, TargetStore | None]":
-    """The flow head and the store of its targets; neither where none was asked for and the base has none."""
+    """The flow head and its target store; (None, None) if no head was requested and the base has none."""
     import torch
 
     from megatron_sfr.data.targets.store import DEFAULT, TargetStore
@@ -118,7 +120,7 @@ def _write(
     store: "TargetStore | None",
     diagnosis: "Diagnosis",
 ) -> None:
-    """The page, the numbers, and the table on the terminal."""
+    """Writes the page and the numbers, and prints the table."""
     from megatron_sfr.data.chat.tokenizer import load_tokenizer
     from megatron_sfr.evaluation.lock_fork.lock_fork_html import page
     from megatron_sfr.evaluation.lock_fork.summary import as_json, table
@@ -128,7 +130,7 @@ def _write(
     rows = table(diagnosis, estimate)
     notes = [f"{len(diagnosis.where.token):,} positions of {min(args.samples, len(data))} samples of {args.data.name}."]
     if store is not None:
-        how = f"{args.draws} futures a position by {args.method} in {args.steps} steps, horizon {args.horizon}"
+        how = f"{args.draws} futures per position by {args.method} in {args.steps} steps, horizon {args.horizon}"
         notes.append(f"{how}; their targets are those of {store.manifest.encoder}.")
     tokenizer = load_tokenizer(str(folders[diagnosis.base]))
     for name, text in {

@@ -1,8 +1,7 @@
 """Compare models over a sweep of temperatures: diversity against quality.
 
-Every model answers the prompts of a file of conversations, whose replies are the references. Writes report.html,
-which holds everything, report.md, evaluation.json, samples.jsonl and frontier.png. The first model is the baseline of
-the others.
+Every model answers the prompts of a file of conversations, whose replies are the references. The first model is the
+baseline. Writes report.html, which is self-contained, report.md, evaluation.json, samples.jsonl and frontier.png.
 """
 
 import argparse
@@ -14,25 +13,30 @@ from megatron_sfr.cli.model_args import add_model_arguments, model_folders, samp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="JSONL conversations held out of training"
+        "--data", type=Path, required=True, metavar="FILE", help="JSONL of conversations held out of training"
     )
     parser.add_argument(
-        "--temperatures", nargs="+", type=float, default=[0.5, 0.7, 1.0, 1.3], metavar="T", help="(0.5 0.7 1.0 1.3)"
+        "--temperatures",
+        nargs="+",
+        type=float,
+        default=[0.5, 0.7, 1.0, 1.3],
+        metavar="T",
+        help="temperatures to sample at (0.5 0.7 1.0 1.3)",
     )
     parser.add_argument(
-        "--one-temperature", action="store_true", help="accept a single temperature, which says little of diversity"
+        "--one-temperature", action="store_true", help="accept a single temperature, which says little about diversity"
     )
     parser.add_argument("--limit", type=int, default=64, help="at most this many different prompts (%(default)s)")
     parser.add_argument("--encoder", default="minilm", metavar="NAME_OR_DIR", help="sentence encoder (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=16, help="BLEU comparisons a prompt and persona (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=16, help="BLEU comparisons per prompt and persona (%(default)s)")
     parser.add_argument(
         "--bleu-tokenize",
         choices=("auto", "13a", "intl", "zh", "char", "ja-mecab", "ko-mecab"),
         default="auto",
-        help="sacrebleu's tokens, for distinct-n too where words have no spaces (auto: by the script of the text)",
+        help="sacrebleu's tokenizer, used for distinct-n too if words have no spaces (auto: by the script of the text)",
     )
-    parser.add_argument("--embedded", type=int, default=4, help="replies embedded a prompt and persona (%(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="models side by side, for CPUs (%(default)s)")
+    parser.add_argument("--embedded", type=int, default=4, help="replies embedded per prompt and persona (%(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="models evaluated in parallel, for CPUs (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
 
 
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
-    """What decides the report. An encoder that is named, not a folder, counts by its name."""
+    """Everything that determines the report. An encoder given by name is identified by its name."""
     from megatron_sfr.storage.integrity import sha256_of
     from megatron_sfr.storage.provenance import contents_of
 

@@ -1,7 +1,7 @@
 """Run replies to programming tasks in a sandbox, and report pass@k for every k with its interval.
 
-Tasks are HumanEval's, MBPP's or LiveCodeBench's JSONL. Ask a model with `generate`, on the prompts that --write-prompts
-gives; then score its replies. Writes code.json and code.md.
+Tasks are the JSONL of HumanEval, MBPP or LiveCodeBench. Write their prompts with --write-prompts, sample replies with
+`generate`, then score them with --replies. Writes code.json and code.md.
 """
 
 import argparse
@@ -22,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--write-prompts", type=Path, metavar="FILE", help="write the prompts for generate, and stop")
     what.add_argument("--replies", type=Path, metavar="FILE", help="JSONL from generate, or of task_id and completion")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="programs at a time (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time limit of a program (%(default)s)")
-    parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="memory of a program (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="programs run in parallel (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="time limit of one program (%(default)s)")
+    parser.add_argument(
+        "--memory", type=int, default=1024, metavar="MIB", help="memory limit of one program (%(default)s)"
+    )
     parser.add_argument(
         "--isolation",
         choices=("auto", "namespaces", "audit"),

@@ -1,8 +1,8 @@
 """Sample text from a KL-flow checkpoint, all of its tokens at once.
 
-Without an input texts are written from nothing; --prompt and --prompts ask for replies; --infill fills gaps: rows
-{"prefix": text, "suffix": text, "length": tokens between them}. Equal commands give equal samples, whatever the batch
-size and --nproc. A run that was stopped goes on when it is started again, and writes the same file in the end.
+Without an input it samples unconditional texts; --prompt and --prompts sample replies; --infill fills gaps, given as
+records {"prefix": text, "suffix": text, "length": tokens between them}. Equal commands give equal samples for any batch
+size and --nproc. The same command resumes a stopped run and writes the same file.
 """
 
 import argparse
@@ -26,30 +26,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="the tokenizer of its data")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one user turn to reply to")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL: prompt or messages, and persona if any")
-    what.add_argument("--infill", type=Path, metavar="FILE", help="JSONL: prefix, suffix and the length between them")
-    parser.add_argument("--persona", metavar="NAME", help="who answers --prompt")
+    what.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL records with prompt or messages, and optionally persona"
+    )
+    what.add_argument("--infill", type=Path, metavar="FILE", help="JSONL records with prefix, suffix and length")
+    parser.add_argument("--persona", metavar="NAME", help="persona that answers --prompt")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write (default: the terminal)")
-    parser.add_argument("--samples", type=int, default=1, help="of each input (%(default)s)")
-    parser.add_argument("--length", type=int, help="tokens of a text from nothing (default: all positions)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest reply (default: all positions after the prompt)")
+    parser.add_argument("--samples", type=int, default=1, help="samples per input (%(default)s)")
+    parser.add_argument("--length", type=int, help="tokens of an unconditional text (default: all positions)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="longest reply, in tokens (default: all positions after the prompt)"
+    )
     parser.add_argument(
         "--method",
         choices=("basic", "sampling", "hybrid"),
         default="hybrid",
-        help="the differential equation, draws and fresh noise, or the one and then the other (%(default)s)",
+        help="basic solves the ODE, sampling draws tokens and fresh noise, hybrid does first one, then the other "
+        "(%(default)s)",
     )
-    parser.add_argument("--steps", type=int, help="(default: one a free token where some are given, else 512)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (%(default)s)")
-    parser.add_argument("--final-top-k", type=int, default=1, help="the same for the last reading (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of draws (%(default)s)")
-    parser.add_argument("--t-split", type=float, help="where hybrid begins to draw (default: 0.28 / 0.3 of t_max)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the random numbers (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples at a time (%(default)s)")
-    parser.add_argument("--nproc", type=int, default=1, help="processes that share the model (%(default)s)")
-    parser.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
     parser.add_argument(
-        "--film", metavar="FILE.html", help="the first sample as it forms, as a page; -: on the terminal"
+        "--steps", type=int, help="sampling steps (default: one per free token if some tokens are given, else 512)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: all (%(default)s)")
+    parser.add_argument("--final-top-k", type=int, default=1, help="the same for the final decoding (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of draws (%(default)s)")
+    parser.add_argument(
+        "--t-split", type=float, help="time at which hybrid starts to draw (default: 0.28 / 0.3 of t_max)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per batch (%(default)s)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that share the model (%(default)s)")
+    parser.add_argument(
+        "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: a GPU if any)"
+    )
+    parser.add_argument(
+        "--film", metavar="FILE.html", help="write the first sample's trajectory as a page; -: show it on the terminal"
     )
 
 
@@ -57,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.kl_flow.flow_generate import is_up_to_date, notice, plan
 
     if args.persona is not None and args.prompt is None:
-        raise ValueError("--persona goes with --prompt; in a file each row names its own")
+        raise ValueError("--persona goes with --prompt; in a file each record names its own")
     if (args.prompts or args.infill) and args.output is None:
         raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
     with _scratch() as scratch:
         job = _job(args, scratch)
-        made = plan(job)  # what is wrong is said before processes start
+        made = plan(job)  # reports errors before processes start
         if job.film is None and is_up_to_date(job, made):
             print(f"{args.output} is up to date")
             return 0
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for what the processes leave; it stays where its log says why they failed."""
+    """A temporary folder for the processes' files; kept after a failure, because its log has the reason."""
     folder, stays = Path(tempfile.mkdtemp(prefix="flow-generate-")), False
     try:
         yield folder
@@ -106,7 +117,7 @@ def _job(args: argparse.Namespace, scratch: Path) -> "Job":
 
 
 def start(job: "Job", log: Path) -> None:
-    """Runs the job on its processes; a bar on the terminal, the rest of what they say in a log."""
+    """Runs the job in its processes, with a progress bar on the terminal and other output in a log."""
     from dataclasses import asdict
 
     from megatron_sfr.kl_flow.flow_generate import ERROR
@@ -129,7 +140,7 @@ def start(job: "Job", log: Path) -> None:
 
 
 def _show(frames: Path, film: str) -> None:
-    """The film as a page, or on the terminal: moving where there is one, else a few stills."""
+    """Shows the trajectory as a page or on the terminal; without a terminal it prints a few frames."""
     import time
 
     from megatron_sfr.kl_flow.sampling.trajectory import from_json, moving, stills

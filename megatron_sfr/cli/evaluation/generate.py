@@ -1,8 +1,7 @@
 """Sample replies from Hugging Face models.
 
-One prompt is answered on the terminal; a file of prompts is answered into a JSONL file. Equal commands give equal
-replies, and several models share their random numbers. A run that was stopped goes on when it is started again, and
-writes the same file in the end.
+Replies to one prompt are printed; replies to a file of prompts are written to a JSONL file. Equal commands give equal
+replies, and several models share their random numbers. The same command resumes a stopped run and writes the same file.
 """
 
 import argparse
@@ -19,10 +18,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="one user turn, answered on the terminal")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL: prompt or messages, and persona if any")
-    parser.add_argument("--persona", metavar="NAME", help="who answers --prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (%(default)s)")
+    what.add_argument("--prompt", metavar="TEXT", help="one user turn; the replies are printed")
+    what.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL records with prompt or messages, and optionally persona"
+    )
+    parser.add_argument("--persona", metavar="NAME", help="persona that answers --prompt")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
 
@@ -31,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.evaluation.generate.prompts import ask, read_prompts
 
     if args.prompts is not None and args.persona is not None:
-        raise ValueError("--persona goes with --prompt; in a file each row names its own")
+        raise ValueError("--persona goes with --prompt; in a file each record names its own")
     if (args.prompts is None) != (args.output is None):
-        raise ValueError("--prompts needs --output FILE for the replies; --prompt has none, it answers on the terminal")
+        raise ValueError("--prompts needs --output FILE for the replies; --prompt prints them and takes no --output")
     options = sampling_options(args)
     place = options.template.persona_as
     prompts = read_prompts(args.prompts, place) if args.prompts else [ask(args.prompt, args.persona, place)]
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(
     args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
 ) -> None:
-    """Every reply of every model as a line, from where an earlier run was stopped."""
+    """Writes every reply of every model as a line, and resumes an earlier run."""
     import json
     from dataclasses import asdict
 
@@ -68,7 +71,7 @@ def _write(
     }
 
     def boundary(lines: int) -> int:
-        """Whole batches: a batch that was cut off is drawn again as it was, to the last bit of its rounding."""
+        """Keeps complete batches: an incomplete batch is sampled again, with identical rounding."""
         return lines - lines % each % options.batch_size
 
     if is_finished(args.output, identity):
@@ -92,7 +95,7 @@ def _write(
 def _print(
     args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
 ) -> None:
-    """Every model's replies on the terminal."""
+    """Prints every model's replies."""
     load_model, sample = _engine(args)
     for name, folder in folders.items():
         model = load_model(name, folder)
@@ -101,7 +104,7 @@ def _print(
 
 
 def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(load_model, sample) of the engine; load_model takes a name and a folder, and warns of a model without end."""
+    """(load_model, sample) of the engine. load_model takes a name and a folder, and warns of missing end tokens."""
     from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
     from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
 

@@ -1,8 +1,8 @@
-"""Find SED-SFT's threshold for a wanted share of exempt tokens, and print it as lines of a recipe.
+"""Find SED-SFT's threshold for a given share of exempt tokens, and print it as lines of a recipe.
 
-A token is exempt where the model's k largest probabilities already sum to the threshold or more: it is trained by plain
-cross-entropy. The authors' script counts all tokens of 100 conversations, prompts included, and exempts 0.7 of them;
-here only supervised tokens count, since they alone are trained on, unless --tokens all says otherwise. Calibrate with
+A token is exempt, and trained by plain cross-entropy, if the model's k largest probabilities sum to the threshold or
+more. The authors' script counts all tokens of 100 conversations, prompts included, and exempts 0.7 of them. By default
+this command counts supervised tokens only, because only they are trained on (--tokens all counts all). Calibrate with
 the model that training starts from.
 """
 
@@ -14,19 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of the Hugging Face model")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
     parser.add_argument(
-        "--top-k", type=int, default=10, help="probabilities that are summed; the loss's sed_top_k (%(default)s)"
+        "--top-k", type=int, default=10, help="number of probabilities to sum: the loss's sed_top_k (%(default)s)"
     )
-    parser.add_argument("--exempt", type=float, default=0.7, metavar="SHARE", help="of the tokens (%(default)s)")
-    parser.add_argument("--samples", type=int, default=100, help="the first so many conversations (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="conversations at a time (%(default)s)")
+    parser.add_argument(
+        "--exempt", type=float, default=0.7, metavar="SHARE", help="share of the tokens to exempt (%(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=100, help="number of conversations, from the first (%(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations per batch (%(default)s)")
     parser.add_argument(
         "--tokens",
         choices=["supervised", "all"],
         default="supervised",
-        help="which count: those that are trained on, or prompts too, as the authors do (%(default)s)",
+        help="tokens to count: those that are trained on, or all, prompts included, as the authors do (%(default)s)",
     )
-    parser.add_argument("--device", help="torch's name of a device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's own)")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
 
 
 def run(args: argparse.Namespace) -> int:

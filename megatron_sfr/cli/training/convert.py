@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16")  # float16 would turn large weights into infini
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("import", help="Hugging Face folder -> checkpoint that --load takes in any TP/PP layout")
+    verb = verbs.add_parser("import", help="Hugging Face folder -> checkpoint that --load reads in any TP/PP layout")
     verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, for --load")
     verb.add_argument("--check", action="store_true", help="read everything back and compare it bit for bit")
@@ -20,20 +20,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--like", type=Path, required=True, metavar="HF_DIR", help="folder with the config and tokenizer")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     verb.add_argument("--check", type=Path, metavar="HF_DIR", help="compare logits with this model's")
-    verb.add_argument("--tolerance", type=float, help="of --check, as a share of the largest logit (default 1e-5)")
-    verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
-    verb.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default 5)")
+    verb.add_argument(
+        "--tolerance", type=float, help="tolerance of --check, relative to the largest logit (default 1e-5)"
+    )
+    verb.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    verb.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a file (default 5)"
+    )
     verb.add_argument("--keep-head", action="store_true", help="write the flow head too: flow_head.safetensors, .json")
     verb.add_argument("--workers", type=int, default=1, metavar="N", help="processes that write files (default 1)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
-    verb = verbs.add_parser("quantize", help="HF folder -> the same for FP8 or INT8, calibrated by nvidia-modelopt")
+    verb = verbs.add_parser("quantize", help="HF folder -> FP8 or INT8 folder, calibrated by nvidia-modelopt")
     verb.add_argument("hf", type=Path, metavar="HF_DIR", help="folder of the Hugging Face model")
     verb.add_argument("--format", choices=("fp8", "int8"), required=True)
     verb.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="JSONL of conversations")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    verb.add_argument("--samples", type=int, default=256, help="conversations that are read (%(default)s)")
-    verb.add_argument("--length", type=int, default=512, help="tokens of each (%(default)s)")
+    verb.add_argument("--samples", type=int, default=256, help="number of conversations to read (%(default)s)")
+    verb.add_argument("--length", type=int, default=512, help="tokens to read of each conversation (%(default)s)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
     verb = verbs.add_parser("recipe", help="print the model part of a recipe")
@@ -63,7 +67,7 @@ def _export(args: argparse.Namespace) -> None:
     from megatron_sfr.hf.export_hf import export_hf
 
     if args.tolerance is not None and args.check is None:
-        raise ValueError("--tolerance says how close --check must be: give --check HF_DIR too")
+        raise ValueError("--tolerance is the tolerance of --check: give --check HF_DIR too")
     if not 0 < args.max_shard_gb < 1e9:
         raise ValueError(f"--max-shard-gb {args.max_shard_gb:g}: give a size in GB, such as 5")
     report = export_hf(

@@ -1,6 +1,6 @@
-"""Train a small model with and without SFR on a world whose truth is known, and compare.
+"""Train a small model with and without SFR on a world in which all correct replies are known, and compare.
 
-Needs no download and no GPU: at most ten minutes on two cores. A second call goes on where the first one stopped.
+Needs no download and no GPU, and is designed for ten minutes on two cores. A second call resumes an unfinished demo.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the folder to write (%(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="a few steps only: shows that all of it runs, nothing more")
+    parser.add_argument("--tiny", action="store_true", help="run a few steps only, to check that everything works")
     parser.add_argument("--verbose", action="store_true", help="show Megatron's output instead of progress bars")
 
 

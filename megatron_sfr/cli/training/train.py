@@ -5,14 +5,16 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `megatron-sfr train`; whatever is not listed here goes to Megatron."""
-    parser.add_argument("recipe", type=Path, help="YAML file of Megatron's flag names and ours (--recipe adds more)")
+    """Arguments of `megatron-sfr train`; all others are passed to Megatron."""
+    parser.add_argument(
+        "recipe", type=Path, help="YAML file of Megatron's option names and ours (--recipe adds more files)"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes to start (default 1)")
     parser.add_argument(
         "--max-restarts",
         type=int,
         default=0,
-        help="times to start all processes again from the last checkpoint after one of them failed (default 0)",
+        help="how often to restart all processes from the last checkpoint after a failure (default 0)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Megatron's output instead of a progress bar")
     parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and stop")
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; the flags that this command does not know are in args.flags."""
+    """Trains. args.flags holds the flags for Megatron."""
     from megatron_sfr import launch
 
     if args.nproc < 1:

@@ -1,1 +1,1 @@
-"""Programming tasks: replies run in a sandbox, scored by pass@k."""
+"""Programming tasks: runs replies in a sandbox and scores them by pass@k."""

@@ -1,4 +1,4 @@
-"""The code of a reply: which of its fenced blocks is the solution, as chat models and base models write them."""
+"""Extracts the solution from a reply of a chat or base model: one of its fenced blocks, or its text."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ CONSTRUCTORS = {"float", "int", "set", "dict", "list", "tuple", "range", "pow", 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. is_python: by its language; None without a language."""
+    """A fenced block. is_python: whether its language is Python; None without a language."""
 
     code: str
     is_python: bool | None
@@ -25,13 +25,13 @@ class Block:
 def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") -> str:
     """The solution in a reply.
 
-    Thoughts (`<think>...</think>`) are dropped. The solution is the last block that defines one of the wanted names;
-    else the text before the first fence, where it completes the prompt; else the last block in Python; else the last
-    block without a language; else the whole reply. Earlier blocks of imports and definitions alone stand before it.
+    Thoughts (`<think>...</think>`) are dropped. The solution is the last block that defines one of the given names;
+    else the text before the first fence, if it completes the prompt; else the last block in Python; else the last block
+    without a language; else the complete reply. Earlier blocks with only imports and definitions are put before it.
 
     Args:
         reply: The model's text.
-        defines: Names of which the solution defines one; none for a program of standard input and output.
+        defines: Names of which the solution defines one; empty for a program of standard input and output.
         prompt: Code that the reply may complete.
     """
     text = without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n")
@@ -54,7 +54,7 @@ def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") ->
 
 
 def parses(code: str) -> bool:
-    """Whether it is Python."""
+    """Whether the code is valid Python."""
     return _tree(code) is not None
 
 
@@ -66,7 +66,7 @@ def _tree(code: str) -> ast.Module | None:
 
 
 def _defines(code: str, name: str) -> bool:
-    """Whether a function or class of this name, or a variable, is defined at the left margin; of broken code too."""
+    """Whether code, valid or not, defines a function, class or variable of this name at the left margin."""
     return (
         re.search(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=[^=]", code, re.M)
         is not None
@@ -74,8 +74,8 @@ def _defines(code: str, name: str) -> bool:
 
 
 def _with_definitions(blocks: Sequence[Block], chosen: Block, defines: Collection[str]) -> str:
-    """The chosen block after the earlier ones that only import and define, drafts of the solution left out."""
-    if not parses(chosen.code):  # the body of a function, say
+    """The chosen block, preceded by earlier blocks that only import and define, except drafts of the solution."""
+    if not parses(chosen.code):  # for example the body of a function
         return chosen.code
     earlier = [block.code for block in blocks[: blocks.index(chosen)] if _only_defines(block.code)]
     return "".join(code for code in earlier if not any(_defines(code, name) for name in defines)) + chosen.code
@@ -87,7 +87,7 @@ def _only_defines(code: str) -> bool:
 
 
 def _is_definition(statement: ast.stmt) -> bool:
-    """An import, a function, a class, or a constant: what runs nothing of the program."""
+    """Whether a statement is an import, a function, a class or a constant, which runs no part of the program."""
     if isinstance(statement, ast.Assign | ast.AnnAssign):
         calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
         return all(isinstance(call, ast.Name) and call.id in CONSTRUCTORS for call in calls)
@@ -100,9 +100,9 @@ def _opens(line: str) -> re.Match[str] | None:
 
 
 def _blocks(text: str) -> Iterator[Block]:
-    """Fenced blocks as in CommonMark; a block that the reply's end cuts off counts.
+    """Fenced blocks as in CommonMark, including one that the end of the reply cuts off.
 
-    In Python a closing fence inside a docstring is passed over, where only a later one leaves code that parses.
+    In Python, a closing fence inside a docstring is skipped if only a later one gives valid code.
     """
     lines = text.removesuffix("\n").split("\n")
     i = 0
@@ -122,7 +122,7 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _unindented(lines: Sequence[str], indent: str) -> str:
-    """Lines of a block without the indentation of its fence, nor any other that keeps a module from parsing."""
+    """Lines of a block without the indentation of its fence, or any other that makes a module invalid."""
     code = "".join(line.removeprefix(indent) + "\n" for line in lines)
     flush = textwrap.dedent(code)
     is_module = re.match(r"\s*(?:@|def |async def |class |import |from )", flush)

@@ -1,8 +1,8 @@
 """Runs an untrusted Python program in a separate process, in a sandbox (sandbox_child.py), within limits.
 
-The verdict does not rest on the exit code: with `to_the_end`, a program counts only if it reaches its own last line,
-where it writes a random mark. So `sys.exit(0)` before the tests is a failure. A program that sets out to forge the mark
-can: scores are only as honest as the model that is scored.
+The verdict does not depend on the exit code: with `to_the_end`, a program passes only if it reaches its last line,
+where it writes a random mark. So `sys.exit(0)` before the tests is a failure. A program written to forge the mark can
+do so: scores are only as honest as the scored model.
 """
 
 import json
@@ -31,14 +31,14 @@ Ending = Literal["ended", "failed", "left early", "timeout"]
 class Limits:
     """Limits of one program. Time in seconds, sizes in bytes.
 
-    A program is one process (system_calls.py), so `memory` bounds all of it. Files in the working folder are in memory
-    too, up to `disk` beside it.
+    A program is one process (system_calls.py), so `memory` bounds all of it. Files in the working folder use additional
+    memory, up to `disk`.
     """
 
     wall: float = 10.0
     cpu: int = 10
     memory: int = 1024 * MIB  # of address space
-    file_size: int = 16 * MIB  # standard output among them
+    file_size: int = 16 * MIB  # also of standard output
     disk: int = 64 * MIB  # all files together; under `audit` only each file is limited
     threads: int = 32
 
@@ -73,8 +73,8 @@ def run_program(
         stdin: What it reads from standard input.
         name: Its `__name__`; under another name than `__main__`, lines below a main guard do not run.
         limits: Of time, memory, files and threads.
-        isolation: The kind of sandbox; None for the best that this machine permits.
-        to_the_end: Whether the program has to reach its last line. If not, it may leave early by SystemExit.
+        isolation: The kind of sandbox; None for the best one available on this machine.
+        to_the_end: Whether the program must reach its last line. If not, it may exit early by SystemExit.
 
     Raises:
         ValueError: The sandbox cannot be built on this machine.
@@ -118,8 +118,8 @@ def isolation_here() -> Isolation:
 def _start(
     descriptors: tuple[int, int], given: IO[bytes], output: IO[bytes], errors: IO[bytes], box: str
 ) -> subprocess.Popen:
-    """sandbox_child.py in a new session, with the descriptors of its settings and of the mark, and none of our
-    environment."""
+    """Starts sandbox_child.py in a new session with an empty environment, and descriptors for its settings and the
+    mark."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", str(JAIL), *map(str, descriptors)],
         stdin=given,
@@ -133,20 +133,19 @@ def _start(
 
 
 def _machine() -> dict[str, object]:
-    """What sandbox_child.py has to know of this machine: Python, its library and its packages; the filter of system
-    calls."""
+    """This machine's settings for sandbox_child.py: Python, its library and packages, and the system-call filter."""
     python = (os.path.realpath(sys.executable), sys.base_prefix, sysconfig.get_path("purelib"))
     return {"python": python, "filter": seccomp_filter().hex()}
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit code, or None at the time limit; nothing of the process group outlives this."""
+    """The exit code, or None at the time limit. Ends all of the process group."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with suppress(ProcessLookupError):  # all of it has ended
+        with suppress(ProcessLookupError):  # the process group has ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

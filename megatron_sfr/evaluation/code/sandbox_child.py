@@ -1,10 +1,11 @@
-"""Runs one Python program in a sandbox. A separate program, started by sandbox.py; it imports nothing of the package.
+"""Runs one Python program in a sandbox. A separate program, started by sandbox.py, that imports nothing of the package.
 
-Two kinds. `namespaces`: new network (none at all), processes, mounts and, without root, users; the file system is a
-read-only view of the system's libraries and Python, with an empty folder in memory to work in; as root the program runs
-under an unused user id. `audit`: only a hook in the interpreter that refuses sockets, processes and writing outside the
-folder: it stops accidents, not attackers. Both limit time, memory, files and threads, and both install the seccomp
-filter of system_calls.py, which keeps the program one process, so that its memory limit is the limit of the whole.
+There are two kinds. `namespaces`: new network (without interfaces), process, mount and, without root, user namespaces.
+The file system is a read-only view of the system's libraries and Python, with an empty in-memory working folder; as
+root the program runs under an unused user id. `audit`: only a hook in the interpreter that refuses sockets, processes
+and writing outside the folder, which stops accidents, not attackers. Both limit time, memory, files and threads, and
+install the seccomp filter of system_calls.py, which keeps the program one process, so its memory limit covers all of
+it.
 """
 
 import ctypes
@@ -56,7 +57,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def build_root(spec: dict[str, Any]) -> None:
-    """A tmpfs over the box, with the system and Python bound into it, read-only; /box is empty and in memory."""
+    """Mounts a tmpfs root with the system and Python bound read-only; /box is an empty in-memory folder."""
     box = spec["box"]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", box, "tmpfs", MS_NOSUID, "size=1m,mode=755")
@@ -85,7 +86,7 @@ def limit(spec: dict[str, Any]) -> None:
 
 
 def refuse_system_calls(code: bytes) -> None:
-    """Installs a seccomp filter (an array of struct sock_filter) for this process and all that it executes."""
+    """Installs a seccomp filter (an array of struct sock_filter) for this process and everything it executes."""
     instructions = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))  # struct sock_fprog
     checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
@@ -95,7 +96,7 @@ def refuse_system_calls(code: bytes) -> None:
 def in_namespaces(spec: dict[str, Any], mark: int) -> int:
     """The exit status of the program; everything it started dies with the first process of its namespace."""
     user, group = os.getuid(), os.getgid()
-    stranger = 1_000_000_000 + os.getpid()  # RLIMIT_NPROC counts a user's processes, and does not bind root's
+    stranger = 1_000_000_000 + os.getpid()  # RLIMIT_NPROC counts a user's processes and does not limit root's
     os.unshare(NAMESPACES | (0 if user == 0 else os.CLONE_NEWUSER))
     end_with(spec["parent"])
     if user != 0:
@@ -130,13 +131,13 @@ def in_namespaces(spec: dict[str, Any], mark: int) -> int:
 
 
 def waited(work: Callable[[], int]) -> int:
-    """The exit status of a child that does the work, 128 + signal where one ended it; orphans are reaped meanwhile."""
+    """The exit status of a child that runs `work`, or 128 + signal if a signal ended it. Also reaps orphans."""
     child = os.fork()
     if child == 0:
         try:
             os._exit(work())
         except BaseException as error:
-            os.write(2, f"jail: {error!r}\n".encode())
+            os.write(2, f"sandbox: {error!r}\n".encode())
             os._exit(97)
     while True:
         pid, status = os.wait()
@@ -146,7 +147,7 @@ def waited(work: Callable[[], int]) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Kills this process when its parent ends: nobody would enforce the time limit. See runtime/lifetime.py."""
+    """Kills this process when its parent, which enforces the time limit, ends. See runtime/lifetime.py."""
     checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Scores of replies to programming tasks: every reply is run in the sandbox, pass@k follows with its interval."""
+"""Scores replies to programming tasks: runs every reply in the sandbox and computes pass@k with its interval."""
 
 import json
 import math
@@ -26,7 +26,7 @@ Setting = tuple[str, float]  # model, temperature
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply to a task, by whom and how warm."""
+    """A reply to a task, with its model and temperature."""
 
     setting: Setting
     task: str
@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Passes:
-    """pass@k for k = 1, 2, ... of one model at one temperature; what became of its replies; each task's counts."""
+    """pass@k for k = 1, 2, ... of one model at one temperature, the outcomes of its replies, and each task's counts."""
 
     model: str
     temperature: float
@@ -45,7 +45,10 @@ class Passes:
 
 
 def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
-    """Rows that `generate` wrote (found by their question), or rows of task_id and completion. ValueError by line."""
+    """Replies from records of `generate`, matched by their question, or records of task_id and completion.
+
+    Raises ValueError with the line of a wrong record.
+    """
     by_prompt, names = {task.prompt.strip(): task.name for task in tasks}, {task.name for task in tasks}
     replies = []
     for row in read_rows(path):
@@ -68,7 +71,7 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
 
 
 def _setting(fields: Mapping[str, Any]) -> Setting:
-    """The model and the temperature of a reply; a missing one and null are the same."""
+    """The model and temperature of a reply; null means missing."""
     model, temperature = fields.get("model"), fields.get("temperature")
     if not isinstance(model, str | None):
         raise ValueError(f"the model is {shown(model)}; write its name, or leave the field out")
@@ -80,7 +83,7 @@ def _setting(fields: Mapping[str, Any]) -> Setting:
 
 
 def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> str:
-    """`passed`, `wrong answer`, or how the first program that did not succeed ended. Any doubt is a failure."""
+    """`passed`, `wrong answer`, or how the first failed program ended. Anything unclear is a failure."""
     for program in task.programs(reply):
         to_the_end = program.expected is None
         outcome = run_program(
@@ -103,7 +106,10 @@ def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> 
 def score(
     tasks: Sequence[Task], replies: Sequence[Reply], limits: Limits, isolation: Isolation, processes: int
 ) -> list[Passes]:
-    """Runs every reply, `processes` at a time; one entry a model and temperature. ValueError where a task has none."""
+    """Runs every reply, `processes` at a time. Returns one entry per model and temperature.
+
+    Raises ValueError if a task has no reply.
+    """
     by_name = {task.name: task for task in tasks}
     for model, temperature in dict.fromkeys(reply.setting for reply in replies):
         answered = {reply.task for reply in replies if reply.setting == (model, temperature)}
@@ -132,7 +138,7 @@ def _passes(setting: Setting, by_task: Mapping[str, Sequence[str]]) -> Passes:
 
 
 def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
-    """pass@1, 2, 5, 10, 20, 50, 100 ... as far as there are replies, and what became of them."""
+    """pass@1, 2, 5, 10, 20, 50, 100 ... up to the number of replies, and the outcomes of the replies."""
     largest = min(len(passes.pass_at) for passes in scored)
     shown = [k for power in range(6) for k in (10**power, 2 * 10**power, 5 * 10**power) if k < largest] + [largest]
     endings = sorted({name for passes in scored for name in passes.outcomes})

@@ -1,8 +1,8 @@
-"""The seccomp filter of the sandbox: system calls that would get a program around its memory limit.
+"""The sandbox's seccomp filter, which refuses system calls that would bypass a program's memory limit.
 
-RLIMIT_AS limits one process. It bounds a whole program only if the program stays one process and owns no memory outside
-its address space. So the filter refuses new processes (threads are allowed), System V and POSIX IPC, files in memory
-and the calls that keep pages in a pipe or a ring. Calls are numbered as in Linux's unistd.h.
+RLIMIT_AS limits one process. It bounds a program only if the program stays one process and owns no memory outside its
+address space. So the filter refuses new processes (threads are allowed), System V and POSIX IPC, files in memory and
+the calls that keep pages in a pipe or a ring. Calls are numbered as in Linux's unistd.h.
 """
 
 import errno
@@ -35,7 +35,7 @@ CLONE3 = 435
 
 
 def seccomp_filter(machine: str = "") -> bytes:
-    """The filter as an array of struct sock_filter, for prctl(PR_SET_SECCOMP). ValueError for an unknown machine.
+    """The filter as an array of struct sock_filter, for prctl(PR_SET_SECCOMP). Raises ValueError for unknown machines.
 
     Refused calls fail with EPERM. clone3 hides its flags behind a pointer: it fails with ENOSYS, and the C library
     falls back to clone.

@@ -1,4 +1,4 @@
-"""Programming tasks in the formats of HumanEval, MBPP and LiveCodeBench, and the programs that a reply turns into.
+"""Programming tasks in the formats of HumanEval, MBPP and LiveCodeBench, and the programs made from a reply.
 
 - HumanEval (and HumanEval+): task_id, prompt, entry_point, test
 - MBPP: task_id, text or prompt, test_list, and test_setup_code or test_imports if any
@@ -46,7 +46,7 @@ FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Program:
-    """One run of a task: with `expected` the output for `stdin` decides, else whether the source reaches its end."""
+    """One run of a task. It passes if its output is `expected` or, without one, if the source reaches its end."""
 
     source: str
     stdin: str = ""
@@ -59,8 +59,8 @@ class Task:
 
     Attributes:
         name: Its id.
-        prompt: What the model is asked.
-        before: Code that stands before the reply's.
+        prompt: The model's prompt.
+        before: Code that is put before the reply's code.
         defines: Names of which the reply's code has to define one; empty for a program.
         continues: Whether a reply may continue `before` (HumanEval) instead of standing alone.
         tests: Code that runs after the reply's.
@@ -83,7 +83,7 @@ class Task:
         return [Program(f"{source}\n{self.tests}")]
 
     def complete(self, code: str) -> str:
-        """The reply's code after `before`; imports from __future__ come first, where Python wants them.
+        """The reply's code after `before`; imports from __future__ come first, as Python requires.
 
         If `before` is a function without a body, and the code defines that function itself, the header is left out.
         """
@@ -97,7 +97,7 @@ class Task:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The tasks of a JSONL file, its format known by its fields. ValueError `file:line: reason`."""
+    """The tasks of a JSONL file, whose format follows from its fields. Raises ValueError `file:line: reason`."""
     tasks: dict[str, Task] = {}
     for row in read_rows(path):
         try:
@@ -115,7 +115,7 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def agrees(found: str, expected: str) -> bool:
-    """Whether outputs are equal line by line, white space at the ends of lines and of the text apart.
+    """Whether outputs are equal line by line, ignoring white space at the ends of lines and of the text.
 
     Lines that differ are equal if all their words are decimal numbers of equal value: `1.0` and `1.00`.
     """
@@ -203,7 +203,7 @@ def _texts(row: dict[str, Any], field: str) -> list[str]:
 
 
 def _tests(field: str, code: str) -> ast.Module:
-    """The tests, parsed. ValueError where they are not Python or cannot fail: every reply would pass."""
+    """The parsed tests. Raises ValueError if they are not Python or cannot fail, so that every reply would pass."""
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
@@ -221,7 +221,7 @@ def _cases(row: dict[str, Any]) -> Iterator[dict[str, str]]:
             try:
                 cases = json.loads(cases)
             except ValueError as error:
-                raise ValueError(f"{field} is no JSON (packed as a pickle?); write a list of cases") from error
+                raise ValueError(f"{field} is not JSON (packed as a pickle?); write a list of cases") from error
         for case in cases:
             if case["testtype"] not in ("stdin", "functional"):
                 raise ValueError(f"testtype {case['testtype']!r} is neither stdin nor functional")

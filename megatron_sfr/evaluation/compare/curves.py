@@ -1,4 +1,4 @@
-"""One curve for each model: replies sampled at every temperature, every score kept prompt by prompt."""
+"""One curve per model: replies sampled at every temperature, with every score for each prompt."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from megatron_sfr.evaluation.scores.style import StyleJudge
 from megatron_sfr.evaluation.scores.tokenizers import CHOICES, Choice, bleu_metric, resolved
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
-AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can be held against other real replies only
+AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can only be compared with other real replies
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is sampled and how much of it the quadratic and the slow metrics look at."""
+    """What to sample, and how much of it the quadratic and the slow metrics use."""
 
     sampling: SamplingOptions
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 1.3)
@@ -40,15 +40,15 @@ class EvaluationOptions:
     embedded_prompts: int = 32  # shared prompts whose replies are embedded
     mode_threshold: float = THRESHOLD
     bleu_tokenize: Choice = "auto"  # auto: by the script of prompts and real replies
-    one_temperature: bool = False  # diversity at one temperature says little: it has to be asked for
+    one_temperature: bool = False  # diversity at one temperature says little, so it must be requested
 
     def __post_init__(self) -> None:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError("temperatures: give at least one, each once")
         if len(self.temperatures) < 2 and not self.one_temperature:
             raise ValueError(
-                "one temperature cannot tell diversity from a warmer model: give two or more, "
-                "or insist with --one-temperature"
+                "one temperature cannot distinguish diversity from a higher temperature: give two or more, "
+                "or use --one-temperature"
             )
         if self.bleu_tokenize not in CHOICES:
             raise ValueError(f"bleu_tokenize is {self.bleu_tokenize!r}; choose one of {', '.join(CHOICES)}")
@@ -66,7 +66,7 @@ class Loss:
 
     @property
     def per_token(self) -> np.ndarray:
-        """Nats a token [P]; NaN for a prompt without replies in this set."""
+        """Nats per token [P]; NaN for a prompt without replies in this set."""
         return self.nll / np.where(self.tokens > 0, self.tokens, np.nan)
 
     def __add__(self, other: "Loss") -> "Loss":
@@ -75,7 +75,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model over the temperatures: each score [T, P], and its losses on real replies, by named set and by persona."""
+    """A model's scores over temperatures, [T, P] each, and its losses on real replies, by named set and by persona."""
 
     model: str
     temperatures: tuple[float, ...]
@@ -85,7 +85,7 @@ class Curve:
 
 
 class Scorer:
-    """Everything about the data that does not depend on a model: the grouping by shared prompt, references embedded."""
+    """Everything about the data that does not depend on a model: grouping by shared prompt, embedded references."""
 
     def __init__(
         self,
@@ -107,12 +107,12 @@ class Scorer:
         self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
         texts = (text for entry in asked for text in (entry.prompt.question, *entry.texts))
         self.tokenizer = resolved(options.bleu_tokenize, texts)
-        bleu_metric(1, self.tokenizer)  # fails now, not after sampling, where it is not installed
+        bleu_metric(1, self.tokenizer)  # if it is not installed, fails before sampling
         self._references = self._embed([entry.texts for entry in asked])
         self._questions = self._embed([[entry.prompt.question] for entry in asked])
 
     def questions(self) -> Questions:
-        """What every model is asked."""
+        """The questions for every model."""
         options = self.options
         return Questions(
             prompts=[entry.prompt for entry in self.asked],
@@ -121,7 +121,7 @@ class Scorer:
         )
 
     def notes(self) -> list[str]:
-        """What the numbers are made of, and how much of it the capped scores look at."""
+        """Lines about the data behind the numbers, and how much of it the capped scores use."""
         options = self.options
         return [
             f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona, {options.sampling.samples} "
@@ -131,7 +131,7 @@ class Scorer:
             f"BLEU's tokens: sacrebleu's {self.tokenizer} "
             f"({'by the text' if options.bleu_tokenize == 'auto' else 'as asked'}); distinct-2 counts "
             + ("words between spaces." if self.tokenizer in ("13a", "intl") else "the same tokens."),
-            f"What is embedded (relevance, style, context, modes, spread, Vendi): {options.embedded} replies a pair on "
+            f"Embedded (for relevance, style, context, modes, spread, Vendi): {options.embedded} replies per pair on "
             f"{len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. Modes "
             f"are clusters of real replies at cosine {options.mode_threshold:g}. A loop has {LOOP} words or more.",
             "real: the data's own replies, judged as a model's; against other real replies where a score needs them. "
@@ -139,14 +139,14 @@ class Scorer:
         ]
 
     def scores(self, replies: Sequence[Sequence[str]]) -> Scores:
-        """Every score of one model at one temperature; replies [entries of asked][samples]."""
+        """Every score of one model at one temperature; `replies[entry of asked][sample]`."""
         vectors = self._embed([texts[: self.options.embedded] for texts in replies])
         return self._score(replies, vectors, self._references)
 
     def real(self) -> Scores:
-        """Every score of the real replies themselves, judged as a model's are.
+        """Every score of the real replies, computed as for a model.
 
-        Where a score refers to real replies, every other one is held against the rest; NaN where a prompt has one.
+        If a score compares with real replies, every second one is compared with the rest; NaN for prompts with one.
         """
         texts, vectors = [entry.texts for entry in self.asked], self._references
         held, rest = ([rows[start::2] for rows in vectors] for start in (1, 0))
@@ -165,7 +165,7 @@ class Scorer:
         return Curve(answers.model, self.options.temperatures, stacked, whole, spoken)
 
     def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
-        """Losses of a set's replies for each persona, gathered by shared prompt."""
+        """Losses of a set's replies for each persona, grouped by shared prompt."""
         place = {shared: i for i, shared in enumerate(self.prompts)}
         entries = [entry for entry in self._sets[name] for _ in entry.references]
         index = np.array([place[entry.prompt.shared] for entry in entries], dtype=int)
@@ -224,9 +224,9 @@ class Scorer:
         }
 
     def _embed(self, rows: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Unit vectors [texts, dim] for the texts of each entry of asked, none where its prompt is not embedded.
+        """Unit vectors [texts, dim] for the texts of each entry of asked; empty if its prompt is not embedded.
 
-        Each distinct text is encoded once, long with long.
+        Each distinct text is encoded once, in batches of similar length.
         """
         texts = [
             row if entry.prompt.shared in self._embedded else [] for entry, row in zip(self.asked, rows, strict=True)

@@ -1,4 +1,4 @@
-"""A whole evaluation: models in, a table on the terminal and five files out."""
+"""A complete evaluation of models: prints a table and writes five files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ def evaluate(
     hardware: Hardware,
     identity: Mapping[str, object] | None = None,
 ) -> Report:
-    """Asks and scores every model, the first being the baseline; prints the table and writes it with the picture.
+    """Samples and scores every model, of which the first is the baseline. Prints the table and writes the files.
 
-    identity: what decides the numbers, kept in evaluation.json, which is written last.
+    identity: everything that determines the numbers, stored in evaluation.json, which is written last.
     """
     questions = scorer.questions()
     answered = answers(folders, questions, hardware)

@@ -1,8 +1,8 @@
-"""Frontiers: a model is its whole curve over temperatures, diversity against quality, and is compared as such.
+"""Frontiers: models are compared by their curves over temperatures, diversity against quality.
 
-best(q), the most diversity a model offers where quality must be at least q, is read off the broken line through its
-temperatures. Two models are compared over the range of q that both reach: gap = mean of best_b(q) - best_a(q) there,
-the area between the two frontiers divided by its width.
+best(q) is the highest diversity of a model at quality q or better, on the polyline through its temperatures. Two models
+are compared over the range of q that both reach: gap = mean of best_b(q) - best_a(q), which is the area between the two
+frontiers divided by its width.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import numpy as np
 
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, interval, resamples
 
-Line = tuple[np.ndarray, np.ndarray]  # quality [T], diversity [T]: one point a temperature
-GRID = 65  # values of q, and points a segment of a broken line
+Line = tuple[np.ndarray, np.ndarray]  # quality [T], diversity [T]: one point per temperature
+GRID = 65  # values of q, and points per segment of a polyline
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the frontier of `model` lies above that of `baseline`, on average over the shared range of quality."""
+    """Mean height of the frontier of `model` above that of `baseline`, over the shared range of quality."""
 
     baseline: str
     model: str
@@ -28,12 +28,12 @@ class Gap:
 
     @property
     def is_beyond_noise(self) -> bool:
-        """The interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.estimate.low > 0 or self.estimate.high < 0
 
 
 def best(quality_T: np.ndarray, diversity_T: np.ndarray, at_G: np.ndarray) -> np.ndarray:
-    """The most diversity [G] on the broken line through T points where quality is at least q; NaN where none is."""
+    """The highest diversity [G] at quality q or better on the polyline through T points; NaN if q is not reached."""
     share = np.linspace(0, 1, GRID)
     quality, diversity = (
         np.concatenate([(values[:-1, None] * (1 - share) + values[1:, None] * share).ravel(), values[-1:]])
@@ -46,7 +46,7 @@ def best(quality_T: np.ndarray, diversity_T: np.ndarray, at_G: np.ndarray) -> np
 
 
 def shared_range(quality_a: np.ndarray, quality_b: np.ndarray) -> tuple[float, float]:
-    """Qualities that both curves reach; low > high where the curves lie apart."""
+    """Range of quality that both curves reach; low > high if there is none."""
     return max(quality_a.min(), quality_b.min()), min(quality_a.max(), quality_b.max())
 
 
@@ -60,7 +60,7 @@ def gap(curve_a: Line, curve_b: Line) -> float:
 
 
 def bootstrap_gap(curve_a: Line, curve_b: Line) -> tuple[Estimate, tuple[float, float]]:
-    """The gap with its interval, and its range; here the curves hold a value for each prompt: [T, P] instead of [T].
+    """The gap with its interval, and its range. Here the curves have a value for each prompt: [T, P] instead of [T].
 
     Both models answer the same prompts with the same random numbers, so prompts are resampled for both at once.
     """

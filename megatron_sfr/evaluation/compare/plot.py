@@ -1,4 +1,4 @@
-"""The picture: one panel for each pair of scores, diversity against quality, a curve a model over temperatures."""
+"""The plot: one panel for each pair of scores, diversity against quality, with one curve per model."""
 
 import math
 from pathlib import Path
@@ -8,11 +8,11 @@ from megatron_sfr.evaluation.scores.bootstrap import Estimate
 
 COLOURS = ("#4c566a", "#d1495b", "#2e86ab", "#8f6bb3", "#3a7d44", "#c98a1b", "#13a89e", "#8c4a2f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-MOST_LABELLED = 3  # curves; of more only the first has its temperatures written, and the others' follow in that order
+MOST_LABELLED = 3  # with more curves, only the first one's temperatures are written; the others have the same order
 
 
 def draw(report: Report, path: Path, title: str) -> None:
-    """Writes the PNG whole or not at all; crosses are the 95 % intervals."""
+    """Writes the PNG atomically. Crosses are the 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def draw(report: Report, path: Path, title: str) -> None:
 
 
 def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # type: ignore[no-untyped-def]
-    """One model's broken line through its temperatures, which are written beside the points where there is room."""
+    """One model's polyline through its temperatures, which are written beside the points if there is room."""
     quality = report.scores[model][axes.quality]
     diversity = [_turn(estimate, axes) for estimate in report.scores[model][axes.diversity]]
     x, y = [e.mean for e in quality], [e.mean for e in diversity]
@@ -48,7 +48,7 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
     panel.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.5, label=model)
     if i > 0 and len(report.scores) > MOST_LABELLED:
         return
-    side = -1 if i % 2 == 0 else 1  # labels of neighbouring models stand on either side
+    side = -1 if i % 2 == 0 else 1  # labels of neighbouring models are on different sides
     for temperature, at_x, at_y in zip(report.temperatures, x, y, strict=True):
         panel.annotate(
             f"T {temperature:g}",

@@ -1,6 +1,6 @@
-"""What is asked of a model and what it answers: replies at every temperature, and its loss on sets of real replies.
+"""Questions for a model and its answers: replies at every temperature, and its loss on sets of real replies.
 
-Several models can answer side by side, each in a process of its own: small models on a CPU are faster that way.
+Several models can run in parallel, each in a separate process, which is faster for small models on a CPU.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from megatron_sfr.runtime.lifetime import end_with_parent
 
 @dataclass(frozen=True)
 class Questions:
-    """The same for every model: prompts, one way to sample for each temperature, and named sets of real replies."""
+    """Prompts, sampling options for each temperature, and named sets of real replies; the same for every model."""
 
     prompts: Sequence[Prompt]
     sweep: Sequence[SamplingOptions]
@@ -33,7 +33,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """Replies [temperatures][prompts][samples]; for each set -ln p [conversations] and supervised tokens."""
+    """One model's replies, indexed by temperature, prompt and sample, and its losses.
+
+    losses: for each set -ln p of each conversation, and its number of supervised tokens.
+    """
 
     model: str
     replies: list[list[list[Sampled]]]
@@ -42,7 +45,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where models run: torch's names of a device (None: a GPU if there is one) and of a dtype, models side by side."""
+    """Where models run: torch device (None: a GPU if there is one), dtype, and number of models in parallel."""
 
     device: str | None = None
     dtype: str = "auto"
@@ -69,7 +72,7 @@ def _begin(threads: int, lock: object) -> None:
     import torch
 
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told once, by the parent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent alone reports Ctrl-C
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
 

@@ -1,4 +1,4 @@
-"""What the curves amount to: estimates with intervals, and how far frontiers lie from the first one."""
+"""Summary of the curves: estimates with intervals, and gaps between each frontier and the first one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from megatron_sfr.evaluation.scores.metrics import metric
 
 @dataclass(frozen=True)
 class Axes:
-    """One panel: a score of quality and a score of diversity, turned so that more is better on both."""
+    """One panel: a score of quality and a score of diversity, oriented so that more is better on both."""
 
     quality: str
     diversity: str
 
     @property
     def is_turned(self) -> bool:
-        """Whether the picture shows 1 - diversity."""
+        """Whether the plot shows 1 - diversity."""
         return metric(self.diversity).lower
 
     @property
@@ -35,12 +35,12 @@ class Axes:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told. scores: model, score, one a temperature; losses: model, set of replies, nats a token.
+    """Everything reported. scores: by model and score, one per temperature; losses: by model and set, nats per token.
 
-    real: score of the real replies. perplexities: model, persona, exp of the nats a token of that persona's replies.
+    real: scores of the real replies. perplexities: by model and persona, exp of the nats per token of the real replies.
     """
 
-    prompts: int  # shared prompts: what is resampled
+    prompts: int  # number of shared prompts, which are resampled
     temperatures: tuple[float, ...]
     axes: tuple[Axes, ...]
     scores: dict[str, dict[str, list[Estimate]]]
@@ -52,7 +52,7 @@ class Report:
 
 
 def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str], real: Scores) -> Report:
-    """Every model's estimates, and its gap to the first model on all axes; real: the real replies' own scores."""
+    """Every model's estimates, and its gap to the first model on all axes. real: scores of the real replies."""
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
     return Report(
@@ -88,13 +88,13 @@ def _nats(loss: Loss) -> Estimate:
 
 
 def _exp(nats: Estimate) -> Estimate:
-    """Of mean and interval: exp is monotone, so the quantiles are those of the perplexity."""
+    """exp of mean and interval. exp is monotone, so quantiles stay quantiles."""
     mean, low, high = np.exp([nats.mean, nats.low, nats.high]).tolist()
     return Estimate(mean, low, high, nats.n)
 
 
 def verdict(gap: Gap) -> str:
-    """One sentence that says no more than the interval allows."""
+    """One sentence about a gap that claims no more than its interval supports."""
     low, high = gap.range
     if np.isnan(gap.estimate.mean):
         return f"{gap.model} and {gap.baseline} reach no {gap.quality} in common: {gap.diversity} cannot be compared."

@@ -1,4 +1,4 @@
-"""The report as one HTML page: what moved beyond noise and what did not, the picture, every table, and samples."""
+"""The report as one HTML page: what moved beyond noise and what did not, the plot, all tables, and samples."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ Samples = list[list[str]]
 
 
 def page(report: Report, title: str, picture: bytes, samples: Samples) -> str:
-    """picture: a PNG. samples: a table, as `side_by_side` makes it."""
+    """The page. picture: a PNG. samples: a table from `side_by_side`."""
     moved = [verdict(gap) for gap in report.gaps if gap.is_beyond_noise]
     still = [verdict(gap) for gap in report.gaps if not gap.is_beyond_noise]
     names = columns(report)
     parts = []
     for text, verdicts in (("What moved beyond noise", moved), ("What did not", still)):
         parts += [heading(text), bullets(verdicts) if verdicts else note("Nothing.")]
-    parts += [heading("Frontiers"), image(picture, "diversity against quality, a curve a model")]
+    parts += [heading("Frontiers"), image(picture, "diversity against quality, one curve per model")]
     parts += [note("A model is its whole curve over temperatures: one that lies above and to the right is better.")]
     rows = [["model", "temperature", *heads(report, names)], *score_rows(report, names, str)]
     parts += [heading("Scores"), table(rows), note(INTERVALS.format(n=report.prompts)), *map(note, report.notes)]
@@ -34,7 +34,7 @@ def page(report: Report, title: str, picture: bytes, samples: Samples) -> str:
 
 
 def side_by_side(asked: Sequence[Asked], answered: Sequence[Answers], temperatures: Sequence[float]) -> Samples:
-    """The first reply of every model at every temperature, to a few prompts by a few personas, beside a real reply."""
+    """A table of each model's first reply at each temperature, for a few prompts and personas, and a real reply."""
     shared = list(dict.fromkeys(entry.prompt.shared for entry in asked))
     count = min(PROMPTS, len(shared))
     rows = [["question", "persona", "temperature", *(answers.model for answers in answered), "real"]]

@@ -1,4 +1,4 @@
-"""A report as text for the terminal, as Markdown and as JSON; files are written whole or not at all."""
+"""A report as text for the terminal, as Markdown and as JSON."""
 
 import json
 import math
@@ -18,7 +18,7 @@ INTERVALS = (
 
 
 def terminal(report: Report) -> str:
-    """The table for the terminal (mean ± half the interval), the losses, and what the comparison says."""
+    """The table for the terminal (mean ± half the interval), the losses, and the verdicts."""
     names = [name for name in columns(report) if not metric(name).detail]
     heads = [name.rpartition(" ") for name in names]  # "coverage, far" takes two lines
     rows = [["", "", *(head[0] for head in heads)], ["model", "T", *(head[2] for head in heads)]]
@@ -30,7 +30,7 @@ def terminal(report: Report) -> str:
 
 
 def markdown(report: Report, title: str, picture: str) -> str:
-    """The same as a page, with full intervals."""
+    """The same as Markdown, with full intervals."""
     names = columns(report)
     lines = [f"# {escaped(title)}", "", f"![frontiers]({picture})", ""]
     lines += [*(f"- {escaped(verdict(gap))}" for gap in report.gaps), ""]
@@ -43,13 +43,13 @@ def markdown(report: Report, title: str, picture: str) -> str:
 
 
 def as_json(report: Report, record: Mapping[str, object]) -> str:
-    """Everything, numbers in full; what has no value is null. record: what made it, beside the report's own keys."""
+    """Everything at full precision; missing values are null. record: what made it, added to the report's keys."""
     content = asdict(report) | {"verdicts": [verdict(gap) for gap in report.gaps]} | dict(record)
     return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
 
 
 def columns(report: Report) -> list[str]:
-    """Scores that have a value for some model: those of quality first, so that no diversity is read alone."""
+    """Scores that have a value for some model; quality first, so that diversity is not read alone."""
     every = next(iter(report.scores.values()))
     known = [name for name in every if any(e.n for scores in report.scores.values() for e in scores[name])]
     place = {name: i for i, name in enumerate(METRICS)}
@@ -63,7 +63,7 @@ def heads(report: Report, names: Sequence[str]) -> list[str]:
 
 
 def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list[str]]:
-    """Model, temperature, scores; the row of the real replies first, if there are any."""
+    """Lines of model, temperature and scores; the line of the real replies first, if there is one."""
     if any(report.real[name].n for name in names if name in report.real):
         yield ["real", "-", *(show(report.real[name]) for name in names)]
     for model, scores in report.scores.items():
@@ -74,7 +74,7 @@ def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list
 def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]]]]:
     """(title, table) of the losses by set of replies, and of the perplexities by persona."""
     for title, found in (
-        ("Loss on real replies (nats a token, temperature 1)", report.losses),
+        ("Loss on real replies (nats per token, temperature 1)", report.losses),
         ("Perplexity of each persona's real replies", report.perplexities),
     ):
         if names := list(next(iter(found.values()))):
@@ -83,7 +83,7 @@ def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]
 
 
 def direction(name: str) -> str:
-    """Which way is better, where less is."""
+    """A note for scores of which less is better."""
     if not metric(name).lower:
         return ""
     return " (lower is more diverse)" if metric(name).kind == "diversity" else " (lower is better)"
@@ -105,14 +105,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first row is the head; a cell's bars and line breaks do not end it."""
+    """A Markdown table whose first line is the header; bars and line breaks in cells are escaped."""
     cells = [[escaped(cell) for cell in row] for row in rows]
     head, *body = [f"| {' | '.join(row)} |" for row in cells]
     return [head, "|" + "---|" * len(rows[0]), *body]
 
 
 def escaped(text: str) -> str:
-    """Text from data in one line of Markdown that shows as it stands: no markup, HTML, link, or end of a cell."""
+    """Text from data as one line of Markdown that renders literally: without markup, HTML, links or cell ends."""
     return MARKUP.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -1,1 +1,1 @@
-"""Sampling replies: prompts, and the engines that answer them."""
+"""Sampling replies: prompts and sampling engines."""

@@ -1,4 +1,4 @@
-"""A warning for models that would not stop: their chat template ends replies on a token that is no end token."""
+"""A warning for models that would not stop: their chat template ends replies on a token that is not an end token."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from megatron_sfr.data.chat.loss_mask import reply_end_token
 
 
 def unknown_end(tokenizer: Any, end_tokens: Sequence[int]) -> str | None:
-    """What is wrong, in one line; None where the chat template's end of a reply is an end token, or is not known."""
+    """The problem in one line; None if the chat template ends replies on an end token, or its end is unknown."""
     end = reply_end_token(tokenizer)
     if end is None or end in end_tokens:
         return None

@@ -1,4 +1,4 @@
-"""Prompts and the replies that are known to be right: read from JSONL, grouped so that personas share a prompt."""
+"""Prompts and reference replies from JSONL, grouped so that personas share a prompt."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ from megatron_sfr.storage.user_files import parse_json, shown
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one persona is asked: the turns before the reply, a persona's system turn among them."""
+    """A prompt for one persona: the turns before the reply, including the persona's system turn."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content)
     persona: str | None = None
 
     @property
     def shared(self) -> str:
-        """Names what is asked, whoever answers: equal for prompts that differ in the system turn alone."""
+        """A key of the prompt without its persona: equal for prompts that differ only in the system turn."""
         return _digest([turn for turn in self.messages if turn[0] != "system"]).hex()[:12]
 
     @property
     def key(self) -> int:
-        """48 bits that name persona and turns: they choose the random numbers of the replies."""
+        """A 48-bit key of persona and turns, which selects the random numbers of the replies."""
         return int.from_bytes(_digest([self.persona, self.messages])[:6])
 
     @property
@@ -47,7 +47,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and the replies that the data hold for it."""
+    """A prompt and its reference replies."""
 
     prompt: Prompt
     references: list[Conversation] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Asked:
 
 
 def ask(text: str, persona: str | None = None, persona_as: str = "system") -> Prompt:
-    """The prompt of one user turn; persona_as as in `TemplateOptions`."""
+    """A prompt of one user turn; persona_as as in `TemplateOptions`."""
     return _prompt([{"role": "user", "content": text}], persona, persona_as)
 
 
@@ -81,7 +81,7 @@ def read_asked(path: Path, persona_as: str = "system") -> list[Asked]:
 def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
     """The distinct prompts of a JSONL file: `{"prompt": text}` or `{"messages": [...]}`, each with an optional persona.
 
-    The reply of a conversation that ends on one is left away. Raises ValueError `file:line: reason`.
+    A reply at the end of a conversation is dropped. Raises ValueError `file:line: reason`.
     """
     prompts: dict[Prompt, None] = {}
     for row in read_rows(path):
@@ -113,7 +113,7 @@ def _parse(text: bytes, persona_as: str) -> Prompt:
             raise ValueError(f"{shown(turn)} is not a turn; write a role ({', '.join(ROLES)}) and its text")
     persona = fields.get("persona")
     if persona is not None and (not isinstance(persona, str) or not persona.strip()):
-        raise ValueError("the persona is no text; name it, or leave the field out")
+        raise ValueError("the persona is not text; name it, or leave the field out")
     if not isinstance(turns, list):
         raise ValueError('messages is not a list; write {"messages": [{"role": "user", "content": "..."}]}')
     for text in [persona or "", *(turn["content"] for turn in turns)]:

@@ -1,4 +1,4 @@
-"""Thoughts in a reply, `<think>...</think>`: what is dropped before a reply is scored."""
+"""Removes thoughts, `<think>...</think>`, from replies before scoring."""
 
 import re
 
@@ -8,7 +8,7 @@ CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def without_empty_thought(reply: str) -> str:
-    """The reply without an empty thought at its start, which some templates have a model write (Qwen3).
+    """The reply without an empty thought at its start, which some templates make a model write (Qwen3).
 
     Its opening tag may be part of the prompt.
     """

@@ -1,8 +1,8 @@
-"""Replies sampled from a Hugging Face model, in batches, with random numbers that belong to the reply.
+"""Samples replies from a Hugging Face model in batches, with random numbers keyed by the reply.
 
-Token s of sample i for a prompt is drawn by one uniform number u(seed, prompt, i, s) through the inverse of the model's
-cumulative distribution. So a reply does not depend on what else is in its batch (but for rounding), and all models and
-temperatures share random numbers.
+Token s of sample i for a prompt is drawn with one uniform number u(seed, prompt, i, s) through the inverse of the
+model's cumulative distribution. So a reply does not depend on the rest of its batch, except for rounding, and all
+models and temperatures share random numbers.
 """
 
 import math
@@ -25,14 +25,14 @@ from megatron_sfr.storage.jsonl import RowError
 from megatron_sfr.storage.user_files import loading, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
-KEPT = 0.75  # ended rows are dropped once fewer than this share go on: dropping copies the whole cache
+KEPT = 0.75  # finished sequences are dropped when fewer than this share continue, because dropping copies the cache
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How replies are drawn. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing off.
+    """Sampling options. Temperature 0 is greedy decoding; top_k 0 and top_p 1 do not truncate.
 
     template: how prompts are written; it has to be that of training.
     """
@@ -51,14 +51,16 @@ class SamplingOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.samples > MAX_SAMPLES:
-            raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} replies a prompt can be told apart")
+            raise ValueError(
+                f"samples is {self.samples}; at most {MAX_SAMPLES} replies per prompt have separate random numbers"
+            )
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One reply. logprob: sum of ln p over its tokens (the end token among them) at temperature 1, nothing cut off."""
+    """One reply. logprob: sum of ln p over its tokens, end token included, at temperature 1 without truncation."""
 
     sample: int
     text: str
@@ -69,7 +71,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Model:
-    """A causal language model in evaluation, with its tokenizer and the tokens that end a reply."""
+    """A causal language model in eval mode, with its tokenizer and its end tokens."""
 
     name: str
     network: Any
@@ -78,7 +80,7 @@ class Model:
 
 
 def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
-    """The model and tokenizer of a Hugging Face folder; none of its code is run. device None: a GPU if there is one."""
+    """Loads model and tokenizer of a Hugging Face folder without running its code. device None: a GPU if any."""
     check_folder(folder)
     place = usable_device(device)
     tokenizer = load_tokenizer(str(folder))
@@ -88,7 +90,7 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
 
 
 def load_network(folder: Path, dtype: str, device: str) -> Any:
-    """The causal language model of a Hugging Face folder, in evaluation; ValueError where its files are damaged."""
+    """Loads the causal language model of a Hugging Face folder in eval mode. Raises ValueError for damaged files."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -97,13 +99,13 @@ def load_network(folder: Path, dtype: str, device: str) -> Any:
     disable_progress_bar()
     with loading(f"cannot load the model in {folder}", "files are damaged or do not belong together: export it again"):
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
-        with torch.inference_mode():  # a config.json of odd types may fail here only
+        with torch.inference_mode():  # a config.json with wrong types may fail only here
             network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=True)
     return network
 
 
 def end_tokens(named: object, tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """The tokens that end a reply, as the generation config names them, else the tokenizer; ValueError without any."""
+    """The end tokens of the generation config, else of the tokenizer. Raises ValueError if there are none."""
     ends = tokenizer.eos_token_id if named is None else named
     if ends is None:
         raise ValueError(f"{folder} names no end token; set eos_token_id in generation_config.json")
@@ -116,17 +118,19 @@ def end_tokens(named: object, tokenizer: Any, folder: Path) -> tuple[int, ...]:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError where a folder cannot be a Hugging Face model."""
+    """Raises ValueError if a folder cannot be a Hugging Face model."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model (config.json is missing); run megatron-sfr convert export")
+        raise ValueError(
+            f"{folder} is not a Hugging Face model (config.json is missing); run megatron-sfr convert export"
+        )
 
 
 def sample(
     model: Model, prompts: Sequence[Prompt], options: SamplingOptions, *, start: int = 0
 ) -> Iterator[tuple[int, Sampled]]:
-    """(index of the prompt, reply), `options.samples` of each prompt, batch by batch; short prompts come first.
+    """Yields (index of the prompt, reply), `options.samples` for each prompt, batch by batch; short prompts come first.
 
-    The first `start` replies, whole batches, are left out.
+    The first `start` replies, a number of complete batches, are skipped.
     """
     ids = [token_ids(model.tokenizer, prompt, options.template) for prompt in prompts]
     rows = in_order(ids, options.samples)
@@ -141,7 +145,7 @@ def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]
 
 
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
-    """A reply as a row of JSONL."""
+    """A reply as a JSONL record."""
     return {
         "model": name,
         "prompt": prompt.shared,
@@ -165,7 +169,7 @@ def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Te
     else:
         p_BV = _cut((log_p_BV / options.temperature).softmax(dim=-1), options).double()
         total_BV = p_BV.cumsum(dim=-1)
-        # right=True passes over tokens of probability 0; u < 1 keeps the last one with any in reach.
+        # right=True skips tokens of probability 0; u < 1 keeps the last one with positive probability reachable.
         token_B = torch.searchsorted(total_BV, u_B.double()[:, None] * total_BV[:, -1:], right=True)[:, 0]
     if not bool(log_p_BV.amax(dim=-1).isfinite().all()):
         raise ValueError("the model's logits are not finite: its weights are damaged, or overflow in this --dtype")
@@ -173,7 +177,7 @@ def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Te
 
 
 def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
-    """Zero outside the top_k likeliest tokens and outside the fewest likeliest tokens that hold top_p."""
+    """Probabilities with zeros outside the top_k most likely tokens and outside the top_p nucleus."""
     if not options.top_k and options.top_p == 1:
         return p_BV
     sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
@@ -185,7 +189,7 @@ def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def token_ids(tokenizer: Any, prompt: Prompt, template: TemplateOptions = AS_AT_INFERENCE) -> list[int]:
-    """The prompt by the tokenizer's template, up to where the reply begins. ValueError where there is none."""
+    """The prompt rendered by the chat template, up to the start of the reply. Raises ValueError if it is empty."""
     try:
         ids = prompt_ids(prompt.turns(), tokenizer, template)
     except RowError as error:
@@ -208,7 +212,7 @@ def _sample_batch(
     rows: Sequence[tuple[int, int]],
     options: SamplingOptions,
 ) -> list[Sampled]:
-    """Replies for rows (prompt, sample): each prompt is read once, then all rows advance together until they end."""
+    """Replies for pairs (prompt, sample): each prompt is processed once, then all sequences advance together."""
     device = model.network.device
     distinct = list(dict.fromkeys(p for p, _ in rows))
     row_B = torch.tensor([distinct.index(p) for p, _ in rows], device=device)
@@ -244,26 +248,26 @@ def _sample_batch(
 
 @dataclass
 class _State:
-    """What the model has read so far in each row: its key-value cache, which positions are not padding, next logits."""
+    """Decoding state of each sequence: key-value cache, mask of positions that are not padding, next logits."""
 
     cache: Any
     mask_BL: Tensor
     logits_BV: Tensor
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows, in this order; a row may come more than once."""
+        """Keeps these sequences, in this order; a sequence may be repeated."""
         self.cache.batch_select_indices(rows)
         self.mask_BL, self.logits_BV = self.mask_BL[rows], self.logits_BV[rows]
 
     def advance(self, token_B: Tensor, model: Model) -> None:
-        """Reads one more token in each row."""
+        """Appends one token to each sequence."""
         self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(token_B), 1)], dim=1)
         place_B1 = self.mask_BL.sum(dim=1, keepdim=True) - 1
         self.logits_BV = _forward(model, token_B[:, None], place_B1, self.mask_BL, self.cache)
 
 
 def _read(ids: Sequence[list[int]], model: Model) -> _State:
-    """Reads prompts side by side, padded on the left so that all of them end together."""
+    """Processes prompts as one batch, padded on the left so that all end at the same position."""
     from transformers import DynamicCache
 
     length = max(map(len, ids))

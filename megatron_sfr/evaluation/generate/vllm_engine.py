@@ -1,7 +1,7 @@
-"""The same replies' law by vLLM, for large models on GPUs: `generate --engine vllm`. vLLM is no dependency of ours.
+"""Sampling with vLLM, for large models on GPUs: `generate --engine vllm`. vLLM is an optional dependency.
 
-Log-probabilities are those of transformers' engine: of the model at temperature 1 with nothing cut off, which vLLM
-calls raw_logprobs. The random numbers are vLLM's own, one seed a reply: models do not share them token by token, and
+Log-probabilities are the same as those of the transformers engine: at temperature 1 without truncation, which vLLM
+calls raw_logprobs. The random numbers are vLLM's, with one seed per reply: models do not share them token by token, and
 the two engines draw different replies. Run with vLLM 0.32 on a CPU, not yet on a GPU.
 """
 
@@ -27,7 +27,7 @@ from megatron_sfr.storage.user_files import loading
 
 @dataclass(frozen=True)
 class Served:
-    """A model that vLLM holds, with its tokenizer and the tokens that end a reply."""
+    """A model loaded in vLLM, with its tokenizer and its end tokens."""
 
     name: str
     engine: Any
@@ -36,16 +36,16 @@ class Served:
 
 
 def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Served:
-    """The model of a Hugging Face folder; none of its code is run. ValueError without vLLM, or for another device."""
+    """Loads a Hugging Face folder without running its code. Raises ValueError without vLLM, or if a device is given."""
     try:
         from vllm import LLM
     except ImportError as error:
         raise ValueError(
-            "--engine vllm: vLLM is not installed; install it in an environment of its own (it pins torch), or leave "
+            "--engine vllm: vLLM is not installed; install it in a separate environment (it pins torch), or leave "
             "--engine out"
         ) from error
     if device is not None:
-        raise ValueError(f"--engine vllm finds its device itself: leave --device {device} out")
+        raise ValueError(f"--engine vllm chooses its device itself: leave --device {device} out")
     from transformers import AutoConfig, GenerationConfig
 
     check_folder(folder)
@@ -62,7 +62,7 @@ def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str
 def sample(
     model: Served, prompts: Sequence[Prompt], options: SamplingOptions, *, start: int = 0
 ) -> Iterator[tuple[int, Sampled]]:
-    """As sampling.sample: (index of the prompt, reply), in its order; vLLM is handed `batch_size` replies at a time."""
+    """Like transformers_engine.sample, in the same order; vLLM gets `batch_size` replies at a time."""
     from vllm import SamplingParams
 
     ids = [token_ids(model.tokenizer, prompt, options.template) for prompt in prompts]
@@ -90,6 +90,6 @@ def sample(
 
 
 def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
-    """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample's number alone."""
+    """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample index only."""
     digest = hashlib.sha256(f"{seed} {prompt.key} {sample}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1

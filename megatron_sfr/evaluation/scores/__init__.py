@@ -1,1 +1,1 @@
-"""Scores of replies, pure functions: diversity, quality, modes, repetition, style; and their intervals."""
+"""Scores of replies as pure functions: diversity, quality, modes, repetition, style, and bootstrap intervals."""

@@ -1,4 +1,4 @@
-"""Intervals by resampling prompts: whatever is said about the same prompt rises and falls together."""
+"""Cluster bootstrap over prompts: all scores of a prompt are resampled together."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +24,12 @@ class Estimate:
 
 @cache
 def resamples(n: int) -> np.ndarray:
-    """Indices [DRAWS, n] drawn with replacement: always the same, so whatever is compared is resampled together."""
+    """Indices [DRAWS, n] drawn with replacement; equal for equal n, so that compared models are resampled together."""
     return np.random.default_rng(0).integers(n, size=(DRAWS, n))
 
 
 def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
-    """Of the (weighted) mean of one value a prompt [prompts]; prompts whose value is NaN are left out."""
+    """The (weighted) mean of one value per prompt [prompts], with its interval. Prompts with NaN are skipped."""
     used = ~np.isnan(values)
     n = int(used.sum())
     if not n:
@@ -42,7 +42,7 @@ def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
-    """The central 95 % of bootstrap draws; draws without a value are left out."""
+    """The central 95 % of bootstrap draws; draws without a value are skipped."""
     drawn = drawn[~np.isnan(drawn)]
     if not drawn.size:
         return float("nan"), float("nan")

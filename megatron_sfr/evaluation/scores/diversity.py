@@ -1,7 +1,7 @@
-"""How different texts are: distinct-n, self-BLEU, cross-style BLEU, embedding spread, Vendi score. Pure functions.
+"""Diversity of texts: distinct-n, self-BLEU, cross-style BLEU, embedding spread, Vendi score. Pure functions.
 
-None of them means anything without a measure of quality beside it: noise is diverse. `tokenizer` names sacrebleu's
-tokens; `auto` chooses them by the script of the texts given.
+None of them is meaningful without a measure of quality: noise is diverse. `tokenizer` is one of sacrebleu's; `auto`
+chooses it by the script of the given texts.
 """
 
 import random
@@ -18,7 +18,7 @@ from megatron_sfr.evaluation.scores.tokenizers import Choice, Tokenizer, bleu_me
 def distinct_n(texts: Sequence[str], n: int, tokenizer: Choice = "auto") -> float:
     """Distinct n-grams of words over all n-grams of words in the texts, in (0, 1] (Li et al., NAACL 2016).
 
-    It falls with the number and length of texts: compare equal numbers. NaN where no text has n words.
+    It falls with the number and length of texts: compare equal numbers. NaN if no text has n words.
     """
     chosen = resolved(tokenizer, texts)
     tokens = [words(text, chosen) for text in texts]
@@ -40,8 +40,8 @@ def bleu(hypothesis: str, reference: str, n: int, tokenizer: Choice = "auto") ->
 def self_bleu(texts: Sequence[str], n: int, *, pairs: int, seed: int, tokenizer: Choice = "auto") -> float:
     """Pairwise self-BLEU: mean BLEU-n of one text against one other, over ordered pairs of texts for one prompt.
 
-    1: all are the same. At most `pairs` pairs, drawn by seed: all pairs are quadratic in the number of texts. NaN for
-    fewer than two texts.
+    1 if all texts are equal. Uses at most `pairs` pairs, drawn by seed, because the number of pairs is quadratic in the
+    number of texts. NaN for fewer than two texts.
     """
     tokenizer = resolved(tokenizer, texts)
     chosen = _draw(list(permutations(range(len(texts)), 2)), pairs, seed)
@@ -51,9 +51,9 @@ def self_bleu(texts: Sequence[str], n: int, *, pairs: int, seed: int, tokenizer:
 def self_bleu_all(texts: Sequence[str], n: int, tokenizer: Choice = "auto") -> float:
     """Self-BLEU of Zhu et al. (SIGIR 2018): mean BLEU-n of each text with all the others as its references.
 
-    An n-gram counts as often as it occurs in that reference which has it most often; the length is compared with the
-    nearest reference. Smoothing is that of `bleu`. Linear in the texts: an n-gram's largest count in the other texts is
-    its largest or second largest count in all. 1: all are the same. NaN for fewer than two texts.
+    An n-gram's count is clipped to its largest count in any reference; the length is compared with the nearest
+    reference. Smoothing is that of `bleu`. Linear in the number of texts: an n-gram's largest count in the other texts
+    is its largest or second largest count in all. 1 if all texts are equal. NaN for fewer than two texts.
     """
     if len(texts) < 2:
         return float("nan")
@@ -101,8 +101,8 @@ def cross_style_bleu(
 ) -> float:
     """CS-SB-n: mean BLEU-n of a reply of persona a against one of persona b, over ordered pairs (a, b), on one prompt.
 
-    Each of at most `pairs` comparisons takes another ordered pair of personas as long as there is one, and a text of
-    either drawn by seed. NaN for fewer than two personas.
+    At most `pairs` comparisons cycle through the ordered pairs of personas, with texts drawn by seed. NaN for fewer
+    than two personas.
     """
     tokenizer = resolved(tokenizer, (text for row in texts.values() for text in row))
     rng = random.Random(seed)
@@ -123,8 +123,8 @@ def embedding_spread(vectors: np.ndarray) -> float:
 def vendi_score(vectors: np.ndarray) -> float:
     """exp(-sum_i l_i ln l_i) in [1, n], l_i the eigenvalues of K / n, K the cosines of n unit vectors [n, dim].
 
-    The effective number of different texts (Friedman and Dieng, arXiv 2210.02410): 1 where all are alike, n where all
-    are at right angles. Like the spread it counts nonsense as diverse. NaN for none.
+    The effective number of different texts (Friedman and Dieng, arXiv 2210.02410): 1 if all vectors are equal, n if all
+    are orthogonal. Like the spread, it counts nonsense as diverse. NaN without texts.
     """
     n = len(vectors)
     if not n:

@@ -8,19 +8,19 @@ from typing import Literal
 class Metric:
     kind: Literal["quality", "diversity"]
     meaning: str
-    lower: bool = False  # a lower value is the better one, or the more diverse
-    detail: bool = False  # told in the files only: the terminal has no room
+    lower: bool = False  # whether a lower value is better or more diverse
+    detail: bool = False  # reported in the files only
 
 
 METRICS = {
-    "precision": Metric("quality", "share of replies that are right in content and persona"),
+    "precision": Metric("quality", "share of replies that are correct in content and persona"),
     "fidelity": Metric("quality", "share of replies in the persona, judged exactly"),
-    "coverage": Metric("diversity", "share of the known right replies that are found"),
-    "style fidelity": Metric("quality", "share of replies in which a classifier of real text hears the persona"),
+    "coverage": Metric("diversity", "share of the known correct replies that are produced"),
+    "style fidelity": Metric("quality", "share of replies that a classifier of real text assigns to the persona"),
     "relevance": Metric("quality", "cosine of a reply to the nearest real reply"),
     "style": Metric("quality", "share of replies whose nearest real reply is their own persona's", detail=True),
     "context": Metric("quality", "cosine of a reply to the question"),
-    "loops": Metric("quality", "share of replies that run in circles: the canary", lower=True),
+    "loops": Metric("quality", "share of replies that repeat themselves, a sign of a broken model", lower=True),
     "modes": Metric("diversity", "share of the clusters of real replies that are hit"),
     "distinct-2": Metric("diversity", "distinct bigrams over all bigrams", detail=True),
     "self-BLEU-4": Metric("diversity", "BLEU-4 of a reply against one other of the persona (pairwise)", lower=True),
@@ -38,5 +38,5 @@ CROSS_STYLE_ORDERS = tuple(int(name.removeprefix("CS-SB-")) for name in METRICS 
 
 
 def metric(name: str) -> Metric:
-    """The row of a score; `coverage, far` is a coverage."""
+    """The metric of a score; `coverage, far` is a coverage."""
     return METRICS[name.partition(",")[0]]

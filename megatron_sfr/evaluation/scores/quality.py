@@ -1,4 +1,4 @@
-"""How good texts are: loss on real replies, closeness to them and, where a world knows its truth, exact scores."""
+"""Quality of texts: loss on real replies, similarity to them and, if all correct replies are known, exact scores."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ from megatron_sfr.evaluation.generate.transformers_engine import Model
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a reply says (None: nothing that is right for this prompt), and whether its persona speaks throughout."""
+    """The mode of a reply (None: not correct for this prompt), and whether all of it is in its persona's voice."""
 
     mode: Hashable | None
     is_faithful: bool
 
 
 class Truth(Protocol):
-    """A world in which every right reply is known."""
+    """A world in which every correct reply is known."""
 
     def judge(self, prompt: Prompt, text: str) -> Judgement: ...
 
     def modes(self, prompt: Prompt) -> Mapping[str, frozenset[Hashable]]:
-        """Named sets of the right modes of a prompt, the same names for every prompt."""
+        """Named sets of the correct modes of a prompt, with the same names for every prompt."""
         ...
 
 
 def true_scores(truth: Truth, prompt: Prompt, texts: Sequence[str]) -> dict[str, float]:
-    """Precision (share right in content and persona), fidelity (share in the persona), coverage of each set of modes.
+    """Precision (share correct in content and persona), fidelity (share in the persona), coverage of each set of modes.
 
-    Coverage is the share of a set that at least one right reply says: it rises with the number of texts. NaN
-    without texts, and for a set without modes.
+    Coverage is the share of a set that correct replies produce; it rises with the number of texts. NaN without texts,
+    and for a set without modes.
     """
     n = len(texts) or float("nan")
     judgements = [truth.judge(prompt, text) for text in texts]
@@ -61,7 +61,7 @@ def context_relevance(vectors: np.ndarray, question: np.ndarray) -> float:
 def style_match(vectors: np.ndarray, persona: str, references: Mapping[str, np.ndarray]) -> float:
     """Share of texts whose nearest real reply to the same prompt, of all personas' replies, is their own persona's.
 
-    NaN where fewer than two personas have a reply to this prompt.
+    NaN if fewer than two personas have a reply to this prompt.
     """
     known = {name: rows for name, rows in references.items() if len(rows)}
     if len(known) < 2 or persona not in known or not len(vectors):

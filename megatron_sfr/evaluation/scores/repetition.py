@@ -1,25 +1,25 @@
-"""The canary of a broken model: replies that run in circles."""
+"""Repetition within replies, a sign of a broken model."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 LONGEST_BLOCK = 32  # words
-LOOP = 20  # words from which a loop counts
+LOOP = 20  # smallest number of words in a loop
 
 
 def longest_loop(text: str, longest_block: int = LONGEST_BLOCK) -> int:
-    """Words in the longest stretch that says one block of at most `longest_block` words twice or more in a row; or 0.
+    """Words in the longest run that repeats one block of at most `longest_block` words at least twice; 0 if none.
 
-    A stretch has period p where w_i = w_(i - p) throughout; with r such words on end it is r + p words long, and it
-    counts from r = p on.
+    A run has period p if w_i = w_(i - p) throughout. With r consecutive such words it is r + p words long, and it
+    counts if r >= p.
     """
     words = text.split()
     ids = np.unique(words, return_inverse=True)[1] if words else np.zeros(0, int)
     loops = [0]
     for p in range(1, min(longest_block, len(ids) // 2) + 1):
         same = np.concatenate([[False], ids[p:] == ids[:-p], [False]])
-        run = np.diff(np.flatnonzero(~same)).max() - 1  # words on end that equal the one p before
+        run = np.diff(np.flatnonzero(~same)).max() - 1  # consecutive words that equal the word p before
         loops.append(int(run) + p if run >= p else 0)
     return max(loops)
 

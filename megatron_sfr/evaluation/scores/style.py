@@ -1,8 +1,8 @@
-"""Style fidelity: whether a classifier trained on real replies hears the intended persona in a text.
+"""Style fidelity: whether a classifier trained on real replies assigns a text to the intended persona.
 
 tf-idf of words and word pairs, then logistic regression (scikit-learn). It is cross-fitted: a text is judged by a
-classifier that has seen no reply to its prompt, so that it knows a persona by its manner and not by this answer. Real
-replies, judged the same way, give the ceiling.
+classifier that has seen no reply to its prompt, so it recognizes a persona by style, not by content. Real replies,
+judged the same way, give the ceiling.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Styled:
-    """A real reply: what it answers, who speaks, what is said."""
+    """A real reply: shared prompt, persona, text."""
 
     shared: str
     persona: str
@@ -24,10 +24,10 @@ class Styled:
 
 
 class StyleJudge:
-    """One classifier a fold of the prompts. `known` has the personas that it can tell apart."""
+    """One classifier per fold of the prompts. `known` holds the personas that it distinguishes."""
 
     def __init__(self, rows: Sequence[Styled], *, folds: int = FOLDS) -> None:
-        """ValueError where there is nothing to tell apart: fewer than two personas or fewer than two prompts."""
+        """Raises ValueError for fewer than two personas or fewer than two prompts."""
         prompts = list(dict.fromkeys(row.shared for row in rows))
         self.known = frozenset(row.persona for row in rows)
         if len(self.known) < 2 or len(prompts) < 2:
@@ -40,15 +40,17 @@ class StyleJudge:
         self._classifiers = [_fit([row for row in rows if self._fold[row.shared] != fold]) for fold in range(folds)]
 
     def share(self, shared: str, persona: str, texts: Sequence[str]) -> float:
-        """Share of the texts in which the persona is heard first; NaN without texts, or for an unknown persona."""
-        classifier = self._classifiers[self._fold.get(shared, 0)]  # a prompt without real replies: any will do
+        """Share of the texts assigned to the persona; NaN without texts, or for an unknown persona."""
+        classifier = self._classifiers[
+            self._fold.get(shared, 0)
+        ]  # for a prompt without real replies any classifier is valid
         if not texts or persona not in self.known or classifier is None:
             return float("nan")
         return float(np.mean(classifier.predict(list(texts)) == persona))
 
 
 def _fit(rows: Sequence[Styled]) -> Any:
-    """The classifier of these rows; None where they are all of one persona, or have no words."""
+    """The classifier of these replies; None if all have one persona, or they have no words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -11,7 +11,7 @@ Choice = Tokenizer | Literal["auto"]
 CHOICES = ("auto", *get_args(Tokenizer))
 HAN, KANA = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff", r"\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 OTHERS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u0f00-\u0fff"  # Thai, Lao, Burmese, Khmer, Tibetan
-SHARE = 0.1  # of letters in scripts without spaces; from here on, 13a tokens are whole sentences too often
+SHARE = 0.1  # share of letters in scripts without spaces from which 13a tokens are too often entire sentences
 KANA_SHARE = 0.02  # of letters; Chinese text has hardly any kana, Japanese text has about half
 
 

@@ -1,13 +1,13 @@
-"""The dense decoder that the families share: norm before each block, rotary positions, SiLU-gated MLP; rows and flags.
+"""Mappings and flags of the dense decoder that the families share: pre-norm, rotary positions, SiLU-gated MLP.
 
-A family's own file says what it adds and what else it refuses. Transformer Engine's layer spec and the local one write
+A family's own file holds what it adds and what else it refuses. Transformer Engine's layer spec and the local one write
 the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_*` and `linear_fc1.layer_norm_*`.
 """
 
 from collections.abc import Sequence
 
 from megatron_sfr.hf.config_values import Config, is_true, mapping, number, size
-from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, GatedMLP, Row
+from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, GatedMLP, ParameterMapping
 from megatron_sfr.storage.user_files import cut, shown
 
 M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -45,10 +45,13 @@ ATTENTION_STATES = (
 EXTRA_STATES = (*ATTENTION_STATES, M + "mlp.linear_fc1", M + "mlp.linear_fc2")
 
 
-def rows(
-    config: Config, attention: tuple[Row, ...] = (), mlp: tuple[Row, ...] = _MLP, qkv: Row = _QKV
-) -> tuple[Row, ...]:
-    """Every row of the model.
+def mappings(
+    config: Config,
+    attention: tuple[ParameterMapping, ...] = (),
+    mlp: tuple[ParameterMapping, ...] = _MLP,
+    qkv: ParameterMapping = _QKV,
+) -> tuple[ParameterMapping, ...]:
+    """All mappings of a model.
 
     Args:
         attention: what a family has after the weight of q, k and v: biases, norms.
@@ -64,7 +67,7 @@ def is_tied(config: Config) -> bool:
 
 
 def dimensions(config: Config, head_dim: int | None = None) -> Dimensions:
-    """Sizes of the model; head_dim: of a head where the config does not say (None: hidden_size / heads)."""
+    """Sizes of the model. head_dim is the default size of a head (None: hidden_size / heads)."""
     heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
     groups = size(config, "num_key_value_heads", heads)
     if heads % groups:
@@ -81,7 +84,7 @@ def dimensions(config: Config, head_dim: int | None = None) -> Dimensions:
 
 
 def flags(config: Config, d: Dimensions, partial_rotary: bool = False) -> dict[str, object]:
-    """Megatron's flags for what all families have; ValueError for what it would compute otherwise, with the reason.
+    """Megatron's flags that all families share. Raises ValueError for what Megatron would compute differently.
 
     Args:
         partial_rotary: whether the family reads `partial_rotary_factor`.
@@ -127,7 +130,7 @@ def _refuse(config: Config, partial_rotary: bool) -> None:
 
 
 def rotary_share(config: Config) -> float:
-    """The part of each head that is turned."""
+    """The share of each head that rotary embedding applies to."""
     part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
     if part is None:
         return 1.0
@@ -137,13 +140,13 @@ def rotary_share(config: Config) -> float:
 
 
 def refuse_attention_bias(config: Config) -> None:
-    """For families whose `attention_bias` puts a bias on all four projections."""
+    """For families whose `attention_bias` adds a bias to all four projections."""
     if is_true(config, "attention_bias"):
         raise ValueError("attention_bias: true: Megatron has a bias on q, k, v (--add-qkv-bias), not on o_proj alone")
 
 
 def refuse_sliding_layers(config: Config) -> None:
-    """For families in which `use_sliding_window` gives some layers a window and leaves it to others."""
+    """For families in which `use_sliding_window` adds a window to some of the layers."""
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list):
         raise ValueError(f"config.json: layer_types is {shown(kinds)}; it has to be a list")
@@ -152,13 +155,13 @@ def refuse_sliding_layers(config: Config) -> None:
 
 
 def rope_parameters(config: Config) -> Config:
-    """transformers 5 writes `rope_parameters`; before, it was `rope_theta` beside `rope_scaling`."""
+    """RoPE settings: transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`."""
     old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     return {**old, **mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
 
 
 def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
-    """How rotary frequencies are made; ValueError where it is none of `known`."""
+    """The type of the rotary frequencies. Raises ValueError if it is not in `known`."""
     rope = rope_parameters(config)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in known:

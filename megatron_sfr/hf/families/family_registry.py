@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-    """The family that an HF config names; ValueError listing the known ones where it is another."""
+    """The family that an HF config names. Raises ValueError for an unknown one, listing the known families."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"config.json: architectures is {shown(architectures)}; it has to be a list of names")
@@ -34,5 +34,5 @@ def family_of(config: Config) -> Family:
 
 
 def megatron_flags(config: Config) -> dict[str, object]:
-    """A recipe's keys for the shape of the model that an HF config.json describes (booleans: store_true flags)."""
+    """Recipe keys for the model that an HF config.json describes; booleans are store_true flags."""
     return family_of(config).flags(config)

@@ -1,21 +1,21 @@
 """GLM-4 9B and GLM-Edge (GlmForCausalLM): biases of q, k and v, fused gate and up projection, rotary pairs interleaved.
 
-Half of each head is turned unless the config says otherwise. Glm4ForCausalLM (0414) has norms after attention and MLP,
+By default rotary embedding applies to half of each head. Glm4ForCausalLM (0414) has norms after attention and MLP,
 which megatron-core's GPTModel does not have.
 """
 
 from megatron_sfr.hf.config_values import Config, is_true
 from megatron_sfr.hf.families import dense, fused_weights
-from megatron_sfr.hf.mappings import Dimensions, Family, Row
+from megatron_sfr.hf.mappings import Dimensions, Family, ParameterMapping
 
 
 def dimensions(config: Config) -> Dimensions:
     return dense.dimensions(config, head_dim=128)  # GlmConfig's default
 
 
-def rows(config: Config) -> tuple[Row, ...]:
+def mappings(config: Config) -> tuple[ParameterMapping, ...]:
     bias = (dense.QKV_BIAS,) if has_bias(config) else ()
-    return dense.rows(config, attention=bias, mlp=fused_weights.MLP)
+    return dense.mappings(config, attention=bias, mlp=fused_weights.MLP)
 
 
 def has_bias(config: Config) -> bool:
@@ -32,4 +32,4 @@ def flags(config: Config) -> dict[str, object]:
     }
 
 
-FAMILY = Family(dimensions=dimensions, rows=rows, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -11,7 +11,7 @@ from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import shown
 
 FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""RotaryEmbedding._apply_scaling's own, which no flag reaches."""
+"""The constants of RotaryEmbedding._apply_scaling, which no flag changes."""
 
 
 def flags(config: Config) -> dict[str, object]:
@@ -35,4 +35,4 @@ def _scaling(config: Config) -> dict[str, object]:
     return {"use_rope_scaling": True, "rope_scaling_factor": float(number(rope, "factor", 1.0))}
 
 
-FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)

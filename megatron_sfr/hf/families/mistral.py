@@ -1,8 +1,8 @@
 """Mistral, dense: Llama's layers; in 0.1 each attends to a window of the last `sliding_window` tokens, itself included.
 
-`sliding_window: null` (0.2 and later) is full attention. A window of W becomes --window-size W-1,0: so many tokens to
-the left, none to the right. Transformer Engine and the local spec both take it; the local spec's fused softmax on CUDA
-ignores it (megatron-core 0.19.2), so it is switched off beside it. Sequences of at most W tokens feel no window.
+`sliding_window: null` (0.2 and later) is full attention. A window of W becomes --window-size W-1,0: W-1 tokens to the
+left, none to the right. Both Transformer Engine and the local spec support it. The local spec's fused softmax on CUDA
+ignores it (megatron-core 0.19.2) and is therefore disabled. The window has no effect on sequences of at most W tokens.
 """
 
 from megatron_sfr.hf.config_values import LARGEST, Config
@@ -11,7 +11,7 @@ from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import shown
 
 DEFAULT_WINDOW = 4096
-"""MistralConfig's, where config.json has no such key; null is another thing."""
+"""MistralConfig's default if config.json has no such key; null means full attention."""
 
 
 def flags(config: Config) -> dict[str, object]:
@@ -33,4 +33,4 @@ def window(config: Config, default: int | None) -> dict[str, object]:
     return {"window_size": f"{tokens - 1},0", "no_masked_softmax_fusion": True}
 
 
-FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -21,7 +21,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dense.dimensions,
-    rows=partial(dense.rows, qkv=fused_weights.QKV, mlp=fused_weights.MLP),
+    mappings=partial(dense.mappings, qkv=fused_weights.QKV, mlp=fused_weights.MLP),
     flags=flags,
     extra_states=dense.EXTRA_STATES,
 )

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: q, k and v have a bias, whatever the config says, and no norm."""
+"""Qwen2 and Qwen2.5, dense: q, k and v always have a bias and no norm."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dense.dimensions,
-    rows=partial(dense.rows, attention=(dense.QKV_BIAS,)),
+    mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,)),
     flags=flags,
     extra_states=dense.EXTRA_STATES,
 )

@@ -1,4 +1,4 @@
-"""Qwen3, dense: q and k are normalised, there is no bias, a head is 128 wide unless the config says otherwise."""
+"""Qwen3, dense: RMSNorm on q and k, no bias, heads of width 128 by default."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dimensions,
-    rows=partial(dense.rows, attention=NORMS),
+    mappings=partial(dense.mappings, attention=NORMS),
     flags=flags,
     extra_states=(*dense.EXTRA_STATES, M + "self_attention.q_layernorm", M + "self_attention.k_layernorm"),
 )

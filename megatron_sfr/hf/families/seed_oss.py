@@ -4,13 +4,13 @@ from functools import partial
 
 from megatron_sfr.hf.config_values import Config, is_true, number
 from megatron_sfr.hf.families import dense
-from megatron_sfr.hf.mappings import Family, Row
+from megatron_sfr.hf.mappings import Family, ParameterMapping
 
 dimensions = partial(dense.dimensions, head_dim=128)  # SeedOssConfig's default
 
 
-def rows(config: Config) -> tuple[Row, ...]:
-    return dense.rows(config, attention=(dense.QKV_BIAS,) if has_bias(config) else ())
+def mappings(config: Config) -> tuple[ParameterMapping, ...]:
+    return dense.mappings(config, attention=(dense.QKV_BIAS,) if has_bias(config) else ())
 
 
 def has_bias(config: Config) -> bool:
@@ -29,4 +29,4 @@ def flags(config: Config) -> dict[str, object]:
     }
 
 
-FAMILY = Family(dimensions=dimensions, rows=rows, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -17,7 +17,7 @@ def flags(config: Config) -> dict[str, object]:
 
 
 def without_positions(config: Config, d: Dimensions) -> list[int]:
-    """For each layer 1 where it has no positions. Hugging Face marks the layers that have them."""
+    """For each layer, 1 if it has no positions. Hugging Face marks the layers that have them."""
     layers = config.get("no_rope_layers")
     if layers is None:
         interval = size(config, "no_rope_layer_interval", 4)
@@ -29,4 +29,4 @@ def without_positions(config: Config, d: Dimensions) -> list[int]:
     return [1 - layer for layer in layers]
 
 
-FAMILY = Family(dimensions=dense.dimensions, rows=dense.rows, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)

@@ -1,7 +1,7 @@
-"""Megatron's torch_dist checkpoints read and written by one process, without a process group and without the model.
+"""Reads and writes Megatron's torch_dist checkpoints in one process, without a process group and without the model.
 
-The format is torch.distributed.checkpoint's: boxes of named tensors in .distcp files, a `.metadata` that says where
-each box lies, and Megatron's `metadata.json`, written last. It knows no layout: any TP, PP, VPP reads what it needs.
+The format is torch.distributed.checkpoint's: chunks of named tensors in .distcp files, a `.metadata` with the position
+of each chunk, and Megatron's `metadata.json`, written last. It is independent of the layout.
 """
 
 import json
@@ -33,16 +33,16 @@ from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, RELEASE, TRACKER,
 from megatron_sfr.storage.user_files import cut, loading, read_json_object
 
 COMMON = "common_state/shard_0_1"
-"""Where megatron-core keeps what is no tensor: the arguments, the iteration, versions."""
+"""Megatron-core's file for everything that is not a tensor: arguments, iteration, versions."""
 CHUNK_BYTES = 128 << 20
-"""Size of the boxes that we write: a reader loads whole boxes, so a tensor-parallel rank reads little but its part."""
+"""Size of the chunks that we write. Readers load complete chunks, so small ones keep a rank's reads near its part."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one complete checkpoint, from that folder or from the newest of a --save folder.
+    """The folder of one complete checkpoint, given that folder or a --save folder, whose newest one is used.
 
-    Where the tracker of a --save folder is damaged or names a checkpoint that is not complete, the newest complete one
-    is used and a warning says so.
+    If the tracker of a --save folder is damaged or names an incomplete checkpoint, the newest complete one is used,
+    with a warning.
     """
     of_its_own = path.name == RELEASE or path.name.startswith("iter_") or (path / METADATA).is_file()
     if of_its_own and not (path / TRACKER).is_file():
@@ -72,7 +72,7 @@ def _others(folder: Path) -> str:
 
 
 class Checkpoint:
-    """A checkpoint open for reading; `tensors` says what it holds, `read` gives any box of one of them."""
+    """A checkpoint open for reading: `tensors` lists its tensors, `read` reads any chunk of one of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,19 +91,19 @@ class Checkpoint:
                 raise ValueError(f"{path} has {size} of {end} bytes: the checkpoint is not complete; {HINT}")
 
     def read(self, key: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """The box of that size at that offset, reading only the stored boxes that it touches."""
+        """The chunk of that size at that offset. Reads only the stored chunks that overlap it."""
         tensor = self.tensors[key]
         with loading(f"{self.folder}: {key} cannot be read", HINT):
             out = torch.empty(tuple(size), dtype=tensor.properties.dtype)
-            box = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-            items = create_read_items_for_chunk_list(key, tensor, [box])
+            chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+            items = create_read_items_for_chunk_list(key, tensor, [chunk])
             if sum(prod(item.lengths) for item in items) != out.numel():
                 raise ValueError(f"parts of {key} are not stored")
-            self._reader.read_data(LoadPlan(items), _Box(out)).wait()
+            self._reader.read_data(LoadPlan(items), _SingleTensor(out)).wait()
         return out
 
     def arguments(self) -> Mapping[str, Any]:
-        """The arguments of the run that wrote it; empty where it keeps none, as ours from a Hugging Face folder."""
+        """The arguments of the run that wrote it; empty if it has none, as after an import from Hugging Face."""
         info = self._metadata.storage_data.get(MetadataIndex(COMMON))
         if info is None:
             return {}
@@ -117,14 +117,14 @@ class Checkpoint:
 
 
 def _file_ends(metadata: Metadata) -> dict[str, int]:
-    """How many bytes each file of a checkpoint has at least."""
+    """The minimum size in bytes of each file of a checkpoint."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     return ends
 
 
-class _Box(DefaultLoadPlanner):
+class _SingleTensor(DefaultLoadPlanner):
     """Reads into one given tensor."""
 
     def __init__(self, out: Tensor) -> None:
@@ -136,8 +136,8 @@ class _Box(DefaultLoadPlanner):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of a tensor to be written, made when its turn has come."""
+class Chunk:
+    """A chunk of a tensor to write. `make` computes it when it is written."""
 
     key: str
     whole: tuple[int, ...]
@@ -147,10 +147,10 @@ class Piece:
     make: Callable[[], Tensor]
 
 
-def write_checkpoint(folder: Path, pieces: Iterable[Piece], objects: Mapping[str, Any]) -> None:
-    """Writes one torch_dist checkpoint; tensors are made, written and let go one by one."""
-    planner = _Stream(tuple(pieces), objects)
-    # per_thread_copy_ahead = 0: else a machine with CUDA looks ahead and holds more than one tensor.
+def write_checkpoint(folder: Path, chunks: Iterable[Chunk], objects: Mapping[str, Any]) -> None:
+    """Writes one torch_dist checkpoint. Tensors are made, written and freed one by one."""
+    planner = _Stream(tuple(chunks), objects)
+    # per_thread_copy_ahead = 0: otherwise a machine with CUDA copies ahead and holds more than one tensor.
     writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
@@ -158,7 +158,7 @@ def write_checkpoint(folder: Path, pieces: Iterable[Piece], objects: Mapping[str
     try:
         written = writer.write_data(plan, planner).wait()
     except RuntimeError as e:
-        if isinstance(e.__context__, OSError):  # a full disk, behind which torch.save 2.13 puts its own error
+        if isinstance(e.__context__, OSError):  # a full disk, which torch.save 2.13 hides behind its own error
             raise e.__context__ from e
         raise
     writer.finish(metadata, [written])
@@ -166,11 +166,11 @@ def write_checkpoint(folder: Path, pieces: Iterable[Piece], objects: Mapping[str
 
 
 class _Stream(DefaultSavePlanner):
-    """Plans the writing of pieces, and makes each when the writer asks for it."""
+    """Plans the writing of chunks, and computes each when the writer requests it."""
 
-    def __init__(self, pieces: tuple[Piece, ...], objects: Mapping[str, Any]) -> None:
+    def __init__(self, chunks: tuple[Chunk, ...], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = {MetadataIndex(x.key, x.offset): x for x in pieces}
+        self._chunks = {MetadataIndex(x.key, x.offset): x for x in chunks}
         self._objects = objects
 
     def create_local_plan(self) -> SavePlan:
@@ -184,17 +184,17 @@ class _Stream(DefaultSavePlanner):
                     torch.Size(x.whole),
                 ),
             )
-            for index, x in self._pieces.items()
+            for index, x in self._chunks.items()
         ]
         self.plan = SavePlan([*(WriteItem(MetadataIndex(k), WriteItemType.BYTE_IO) for k in self._objects), *tensors])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
         if write_item.type == WriteItemType.SHARD:
-            piece = self._pieces[write_item.index]
-            tensor = piece.make()
-            assert tensor.shape == torch.Size(piece.size), f"{piece.key}: {tuple(tensor.shape)} is not {piece.size}"
+            chunk = self._chunks[write_item.index]
+            tensor = chunk.make()
+            assert tensor.shape == torch.Size(chunk.size), f"{chunk.key}: {tuple(tensor.shape)} is not {chunk.size}"
             return tensor.contiguous()
         stream = BytesIO()
-        torch.save([self._objects[write_item.index.fqn]], stream)  # a list: as upstream stores its ShardedObjects
+        torch.save([self._objects[write_item.index.fqn]], stream)  # a list, as upstream stores its ShardedObjects
         return stream

@@ -1,4 +1,4 @@
-"""The model inside a Megatron checkpoint, checked name by name against an HF config before anything is read of it."""
+"""The model in a Megatron checkpoint, checked name by name against an HF config before any weight is read."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,12 +15,12 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 
 HEAD = "flow_head."
 AUXILIARY = (HEAD, "mtp.")
-"""Prefixes of what helps the training and is no part of the model that leaves: the flow head with its average and
-state, and upstream's multi-token prediction, which no family here has in its HF form."""
+"""Prefixes of tensors used only in training, which an export drops: the flow head with its EMA and state, and
+multi-token prediction, which no family here has in its HF form."""
 TRAINING_STATE = re.compile(
     r"optimizer\.|chained_\d+\.|(rng_state|rerun_state_machine_state|common_state)/|.*\._extra_state(/|$)"
 )
-"""What a checkpoint keeps to go on training; the extra states are Transformer Engine's fp8 scales."""
+"""Tensors that a checkpoint keeps to resume training; the extra states are Transformer Engine's fp8 scales."""
 COMPARED = {
     "num_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
@@ -43,7 +43,7 @@ COMPARED = {
     "no_rope_freq": "no_rope_freq",
     "moe_shared_expert_gate": "moe_shared_expert_gate",
 }
-"""Flags that change what a model computes but not always a shape, and where Megatron's arguments keep them."""
+"""Flags that change what a model computes but not always a shape, with their names in Megatron's arguments."""
 UNSAID: dict[str, object] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
@@ -53,12 +53,12 @@ UNSAID: dict[str, object] = {
     "window_attn_skip_freq": None,
     "no_rope_freq": None,
 }
-"""What a family means that does not name the flag: whole heads turned, unscaled; attention to everything before."""
+"""Values of families that do not set the flag: rotary embedding on complete heads, unscaled; no attention window."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a checkpoint keeps an entry: a box of one of its tensors, and the size of that tensor without padding."""
+class Location:
+    """Where a checkpoint stores an entry: a chunk of one of its tensors, and that tensor's size without padding."""
 
     key: str
     offset: tuple[int, ...]
@@ -67,7 +67,7 @@ class Place:
 
 
 class StoredModel:
-    """The tensors of a checkpoint under their HF names; ValueError where checkpoint and config do not agree."""
+    """The tensors of a checkpoint under their HF names. Raises ValueError if checkpoint and config disagree."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
         if checkpoint.arguments().get("training_task") == "kl-flow":
@@ -78,7 +78,7 @@ class StoredModel:
         family = family_of(config)
         self.checkpoint = checkpoint
         self.dimensions = family.dimensions(config)
-        self.entries = entries(family.rows(config), self.dimensions)
+        self.entries = entries(family.mappings(config), self.dimensions)
         if found := disagreement(checkpoint.arguments(), family.flags(config)):
             flag, trained, meant = found
             raise ValueError(
@@ -86,7 +86,7 @@ class StoredModel:
                 "the exported model would not compute what was trained"
             )
         self._places = {entry: self._find(entry) for entry in self.entries}
-        known = {place.key for place in self._places.values()}
+        known = {location.key for location in self._places.values()}
         rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
         self.dropped = tuple(key for key in rest if key.startswith(AUXILIARY))
         unknown = [key for key in rest if not key.startswith(AUXILIARY) and not TRAINING_STATE.match(key)]
@@ -100,39 +100,39 @@ class StoredModel:
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
         """The HF tensors of an entry, without padding."""
-        place = self._places[entry]
-        tensor = self.checkpoint.read(place.key, place.offset, place.size)
-        return entry.row.split(tensor.reshape(entry.row.megatron_shape(self.dimensions)), self.dimensions)
+        location = self._places[entry]
+        tensor = self.checkpoint.read(location.key, location.offset, location.size)
+        return entry.mapping.split(tensor.reshape(entry.mapping.megatron_shape(self.dimensions)), self.dimensions)
 
-    def _find(self, entry: Entry) -> Place:
-        size, index, counts = entry.row.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
+    def _find(self, entry: Entry) -> Location:
+        size, index, counts = entry.mapping.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
         key = entry.stacked
         if entry.layer is not None and entry.single in self.checkpoint.tensors:
             key, index, counts = entry.single, index[1:], counts[1:]
-        return Place(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
+        return Location(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
 
     def _check_shape(self, entry: Entry) -> int:
-        """Number of padding rows; ValueError if the stored tensor is not the one that the config describes."""
-        place = self._places[entry]
-        stored, wanted = tuple(self.checkpoint.tensors[place.key].size), place.whole
-        if entry.row.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
+        """Number of padding tokens. Raises ValueError if the stored tensor differs from the config's."""
+        location = self._places[entry]
+        stored, wanted = tuple(self.checkpoint.tensors[location.key].size), location.whole
+        if entry.mapping.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
             return stored[0] - wanted[0]
         if stored != wanted:
             raise ValueError(
-                f"{self.checkpoint.folder}: {place.key} is {list(stored)}, the config means {list(wanted)}: "
-                "this config is of another model"
+                f"{self.checkpoint.folder}: {location.key} is {list(stored)}, the config means {list(wanted)}: "
+                "the config belongs to a different architecture"
             )
         return 0
 
 
 def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> tuple[str, object, object] | None:
-    """The first flag that a run's arguments have otherwise than a config means it: its name, theirs, the config's."""
+    """The first flag in which a run's arguments differ from a config: its name, the run's value, the config's value."""
     wanted = {**UNSAID, **flags}
     for flag, name in COMPARED.items():
         if flag not in wanted or name not in arguments:
             continue
         found = arguments[name]
-        if isinstance(found, tuple | list):  # the flag's own form, as in a recipe
+        if isinstance(found, tuple | list):  # written as in a recipe
             said = ",".join(str(x) for x in found)
             found = f"[{said}]" if isinstance(found, list) else said
         if found != wanted[flag]:

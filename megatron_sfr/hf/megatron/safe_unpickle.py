@@ -1,7 +1,7 @@
-"""Reads the two pickles of a checkpoint without running what they say.
+"""Reads the two pickles of a checkpoint without executing code from them.
 
-A pickle names functions and calls them; from a folder that somebody sent, any function. Here `.metadata` may name only
-the classes that it is made of, and in the common state any class but a namespace is replaced by one that does nothing.
+A pickle can call any function, which is unsafe for checkpoints from others. Here `.metadata` may name only the classes
+that it consists of, and in the common state every class except a namespace is replaced by one that does nothing.
 """
 
 import pickle
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sfr.storage.user_files import loading
 
-HINT = "take another checkpoint of the run, or copy this one again"
+HINT = "use another checkpoint of the run, or copy this one again"
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -38,7 +38,7 @@ _PLAIN = {("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections
 
 
 def read_metadata(path: Path) -> Metadata:
-    """`.metadata` of torch.distributed.checkpoint: which tensors there are, and where their boxes lie."""
+    """`.metadata` of torch.distributed.checkpoint: the tensors, and the positions of their chunks."""
     with path.open("rb") as file, loading(f"{path} is damaged", HINT):
         try:
             metadata = _MetadataUnpickler(file).load()
@@ -50,7 +50,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_common_state(stored: BytesIO) -> dict[str, Any]:
-    """What megatron-core keeps beside the tensors, of which the plain values are true."""
+    """Megatron-core's state besides the tensors. Only plain values are restored."""
     (common,) = torch.load(stored, map_location="cpu", weights_only=False, pickle_module=_INERT)
     if not isinstance(common, dict):
         raise ValueError("the common state is not a mapping")
@@ -65,7 +65,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Inert:
-    """Stands for an object of any other class: takes whatever the pickle gives, does nothing."""
+    """Replaces objects of all other classes: accepts any state and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> "_Inert":
         return super().__new__(cls)
@@ -85,7 +85,7 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def _load(file: Any, **options: Any) -> Any:
-    """pickle.load, which torch's formats of before 1.6 are read with."""
+    """pickle.load, with which torch reads its formats from before 1.6."""
     return _InertUnpickler(file, **options).load()
 
 

@@ -1,8 +1,8 @@
-"""The newest complete checkpoint of a --save folder, whatever a crash left in its tracker file.
+"""The newest complete checkpoint of a --save folder, even if a crash damaged its tracker file.
 
-A torch_dist save writes the tensors, then `.metadata`, then `metadata.json`, and then the folder's tracker, which names
-the checkpoint to load. A kill between two of these leaves a checkpoint that is not complete, or a tracker that does not
-name the newest one. Upstream trusts the tracker: if it is empty, a run ends without a step and with exit code 0.
+A torch_dist save writes the tensors, then `.metadata`, then `metadata.json`, then the folder's tracker, which names the
+checkpoint to load. A kill in between leaves an incomplete checkpoint, or a tracker that does not name the newest one.
+Upstream trusts the tracker: if it is empty, a run ends without a step and with exit code 0.
 """
 
 import re
@@ -13,7 +13,7 @@ from megatron_sfr.storage.user_files import read_json_object
 
 TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 RELEASE = "release"
-"""Megatron's name for a checkpoint that no run has written: training starts at step 0 with a fresh optimizer."""
+"""Megatron's name for a checkpoint without training state: training starts at step 0 with a new optimizer."""
 _CUT_OFF = "still being written, or its save was cut off"
 
 
@@ -23,22 +23,23 @@ class Newest:
 
     folder: Path
     note: str | None = None
-    """What is wrong with the tracker, and what is used instead; or that there is a newer one. One line, or None."""
+    """One line about a wrong tracker and what is used instead, or about a newer checkpoint; None otherwise."""
     repair: str | None = None
-    """What the tracker should hold, where it does not name this checkpoint."""
+    """The correct content of the tracker, if it does not name this checkpoint."""
 
     @property
     def step(self) -> int:
-        """The number of steps that it has."""
+        """The training step of the checkpoint."""
         return 0 if self.folder.name == RELEASE else int(self.folder.name.removeprefix("iter_"))
 
 
 def newest(save: Path, *, any_format: bool = False) -> Newest | None:
-    """The checkpoint that the tracker names, if it is complete; else the newest complete one. None where there is none.
+    """The checkpoint that the tracker names, if it is complete; else the newest complete one, or None.
 
     Args:
         save: a folder of checkpoints.
-        any_format: trust the tracker about folders that exist; only torch_dist tells when a checkpoint is complete.
+        any_format: trust the tracker for existing folders; completeness can be checked for torch_dist only.
+
     Raises:
         ValueError: the tracker names no complete checkpoint, and there is no other.
     """
@@ -66,7 +67,7 @@ def newest(save: Path, *, any_format: bool = False) -> Newest | None:
 
 
 def incomplete(folder: Path) -> str | None:
-    """What a checkpoint lacks, as the end of a sentence; None where it is complete or of another format."""
+    """What a checkpoint lacks, as the end of a sentence; None if it is complete or has another format."""
     if not folder.is_dir():
         return "does not exist"
     if _is_foreign(folder):
@@ -82,12 +83,12 @@ def incomplete(folder: Path) -> str | None:
     for name, end in ends.items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size < end:
-            return f"is not whole ({name} has {size} of {end} bytes)"
+            return f"is not complete ({name} has {size} of {end} bytes)"
     return None
 
 
 def _read(tracker: Path) -> tuple[str | None, str | None]:
-    """The name of the folder that a tracker names, or None and what is wrong with it."""
+    """(folder name, None) from a tracker, or (None, what is wrong with it)."""
     if not tracker.is_file():
         return None, "is missing"
     text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
@@ -99,7 +100,7 @@ def _read(tracker: Path) -> tuple[str | None, str | None]:
 
 
 def _steps(save: Path) -> list[tuple[int, str]]:
-    """(step, name) of the folders of checkpoints, the newest first."""
+    """(step, name) of each checkpoint folder, newest first."""
     names = [path.name for path in save.glob("iter_*") if re.fullmatch("iter_[0-9]{7,12}", path.name)]
     return sorted(((int(name.removeprefix("iter_")), name) for name in names), reverse=True)
 
@@ -110,9 +111,9 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _ends(folder: Path) -> dict[str, int]:
-    """The bytes that each file of tensors must have, from `.metadata`."""
+    """The minimum size in bytes of each tensor file, from `.metadata`."""
     from megatron_sfr.hf.megatron.safe_unpickle import (
-        read_metadata,  # torch, which the launcher of a new run does not need
+        read_metadata,  # imports torch, which the launcher of a new run does not need
     )
 
     ends: dict[str, int] = {}

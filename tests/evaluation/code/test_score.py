@@ -101,7 +101,7 @@ def test_a_reply_passes_if_and_only_if_it_is_right(tasks: dict[str, Task], task:
 
 
 def test_programs_are_those_of_the_harnesses(tasks: dict[str, Task]) -> None:
-    """Written anew from openai/human-eval execution.py and bigcode-evaluation-harness mbpp.py."""
+    """Rewritten from openai/human-eval execution.py and bigcode-evaluation-harness mbpp.py."""
     for reply in ("    return a * b // gcd(a, b)\n", LEAST, "    x = '```'\n    return 1\n\n\nprint(least(1, 2))"):
         theirs = f"{HUMAN_EVAL['prompt']}{reply}\n{HUMAN_EVAL['test']}\ncheck(least)"
         assert [program.source for program in tasks["HumanEval/x"].programs(reply)] == [theirs]

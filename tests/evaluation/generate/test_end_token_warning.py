@@ -1,4 +1,4 @@
-"""A model whose chat template ends replies on a token that is no end token is named before it runs on and on."""
+"""A model whose chat template ends replies on a token that is not an end token is reported before sampling."""
 
 import json
 import shutil

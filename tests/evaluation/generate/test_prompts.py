@@ -68,7 +68,7 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
         ({"messages": "a"}, "is not a turn"),
         ({"messages": []}, "no user turn"),
         ({"messages": [turn("system", "a")]}, "no user turn"),
-        ({"prompt": "a", "persona": ""}, "persona is no text"),
+        ({"prompt": "a", "persona": ""}, "persona is not text"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: object, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A killed `generate` goes on: the file it ends with is, byte for byte, that of a run that nobody disturbed."""
+"""A killed `generate` resumes, and its file equals that of an uninterrupted run byte for byte."""
 
 import json
 import signal

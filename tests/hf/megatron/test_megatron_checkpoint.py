@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Piece, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Chunk, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_checkpoint import write_checkpoint as write
 from megatron_sfr.hf.megatron.safe_unpickle import read_common_state, read_metadata
 from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, TRACKER
@@ -23,21 +23,21 @@ WHOLE = torch.arange(7 * 5 * 4, dtype=torch.float64).reshape(7, 5, 4)
 ROWS, COLUMNS = (0, 2, 3, 7), (0, 4, 5)
 
 
-def pieces():
+def chunks():
     """A tensor in uneven boxes, and one in bf16."""
     for a, b in pairwise(ROWS):
         for c, d in pairwise(COLUMNS):
             box = WHOLE[a:b, c:d]
-            yield Piece("x", (7, 5, 4), box.dtype, (a, c, 0), tuple(box.shape), lambda box=box: box)
+            yield Chunk("x", (7, 5, 4), box.dtype, (a, c, 0), tuple(box.shape), lambda box=box: box)
     small = torch.tensor([1.5, -0.0], dtype=torch.bfloat16)
-    yield Piece("y", (2,), small.dtype, (0,), (2,), lambda: small)
+    yield Chunk("y", (2,), small.dtype, (0,), (2,), lambda: small)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("save") / "iter_0000003"
     args = argparse.Namespace(rotary_base=7, dtype=torch.bfloat16, path=folder)
-    write(folder, pieces(), {COMMON: {"args": args, "iteration": 3}, "x._extra_state/shard_0_1": None})
+    write(folder, chunks(), {COMMON: {"args": args, "iteration": 3}, "x._extra_state/shard_0_1": None})
     return folder
 
 
@@ -133,7 +133,7 @@ def test_truncated_file(copy):
 
 
 def test_a_box_that_was_never_stored(tmp_path):
-    write(tmp_path / "whole", pieces(), {})
+    write(tmp_path / "whole", chunks(), {})
     metadata = read_metadata(tmp_path / "whole" / METADATA)
     del metadata.state_dict_metadata["x"].chunks[2]
     (tmp_path / "whole" / METADATA).write_bytes(pickle.dumps(metadata))
@@ -153,7 +153,7 @@ def test_metadata_that_would_run_something_is_refused(tmp_path):
 
 
 def test_common_state_that_would_run_something_does_nothing(tmp_path, capfd):
-    write(tmp_path, pieces(), {COMMON: {"args": argparse.Namespace(a=Hostile(), b=1)}})
+    write(tmp_path, chunks(), {COMMON: {"args": argparse.Namespace(a=Hostile(), b=1)}})
     assert Checkpoint(tmp_path).arguments()["b"] == 1
     assert "never run" not in capfd.readouterr().out
 
@@ -169,7 +169,7 @@ def test_a_common_state_of_either_format_runs_nothing(zipped, capfd):
 
 
 def test_a_common_state_that_is_not_a_mapping_is_refused(tmp_path):
-    write(tmp_path, pieces(), {COMMON: [1]})
+    write(tmp_path, chunks(), {COMMON: [1]})
     with pytest.raises(ValueError, match=r"arguments cannot be read \(the common state is not a mapping\)"):
         Checkpoint(tmp_path).arguments()
 

@@ -6,16 +6,16 @@ import shutil
 import pytest
 import torch
 
-from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Piece, find_checkpoint, write_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Chunk, find_checkpoint, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, TRACKER, incomplete, newest
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    pieces = [Piece("x", (4,), torch.float32, (0,), (4,), lambda: torch.arange(4.0))]
+    chunks = [Chunk("x", (4,), torch.float32, (0,), (4,), lambda: torch.arange(4.0))]
     for step in (2, 4, 10):
-        write_checkpoint(folder / f"iter_{step:07d}", pieces, {COMMON: {"iteration": step}})
+        write_checkpoint(folder / f"iter_{step:07d}", chunks, {COMMON: {"iteration": step}})
     (folder / TRACKER).write_text("10")
     return folder
 

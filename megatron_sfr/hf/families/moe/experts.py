@@ -1,16 +1,16 @@
-"""What families with experts share: the router, each expert's gated MLP, and their flags.
+"""Shared by families with experts: the router, each expert's gated MLP, and their flags.
 
-Upstream's grouped experts (Transformer Engine) and its sequential ones (the local spec) save the same names, tensors of
-[layers, experts, ...]: megatron-core 0.19.2 says so of itself, and only the sequential ones were tried here.
+According to megatron-core 0.19.2, grouped experts (Transformer Engine) and sequential ones (the local spec) save the
+same names, tensors of [layers, experts, ...]. Only the sequential ones were tested.
 """
 
 from megatron_sfr.hf.config_values import Config, size
 from megatron_sfr.hf.families import dense
 from megatron_sfr.hf.families.dense import H, M
-from megatron_sfr.hf.mappings import EXPERT, Dimensions, Direct, GatedMLP, Row
+from megatron_sfr.hf.mappings import EXPERT, Dimensions, Direct, GatedMLP, ParameterMapping
 
 
-def mlp(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def mlp(router: str, gate: str, up: str, down: str) -> tuple[ParameterMapping, ...]:
     """The weights of a layer after its attention.
 
     Args:
@@ -43,7 +43,7 @@ def flags(config: Config, d: Dimensions, normalised: bool) -> dict[str, object]:
         "num_experts": d.experts,
         "moe_ffn_hidden_size": d.expert_ffn,
         "moe_router_topk": size(config, "num_experts_per_tok"),
-        # Softmax of the chosen alone is softmax of all, normalised over the chosen.
+        # A softmax over the chosen experts equals a softmax over all, renormalized over the chosen.
         "moe_router_pre_softmax": not normalised,
         "moe_router_score_function": "softmax",
         "moe_token_dispatcher_type": "alltoall",

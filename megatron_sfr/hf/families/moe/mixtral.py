@@ -26,7 +26,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dimensions,
-    rows=partial(dense.rows, mlp=MLP),
+    mappings=partial(dense.mappings, mlp=MLP),
     flags=flags,
     extra_states=experts.EXTRA_STATES,
 )

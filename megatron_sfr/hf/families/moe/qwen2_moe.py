@@ -1,6 +1,6 @@
 """Qwen1.5 and Qwen2 with experts (Qwen2MoeForCausalLM): Qwen2's attention, experts, and one that all tokens share.
 
-The shared expert's output is weighted by a sigmoid of its own; Megatron computes it (--moe-shared-expert-gate).
+The shared expert's output is weighted by a separate sigmoid gate, which Megatron computes (--moe-shared-expert-gate).
 """
 
 from dataclasses import replace
@@ -48,7 +48,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dimensions,
-    rows=partial(dense.rows, attention=(dense.QKV_BIAS,), mlp=(*experts.QWEN_MLP, *SHARED)),
+    mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,), mlp=(*experts.QWEN_MLP, *SHARED)),
     flags=flags,
     extra_states=(*experts.EXTRA_STATES, _S + "linear_fc1", _S + "linear_fc2"),
 )

@@ -25,7 +25,7 @@ def flags(config: Config) -> dict[str, object]:
 
 FAMILY = Family(
     dimensions=dimensions,
-    rows=partial(dense.rows, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
+    mappings=partial(dense.mappings, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
     flags=flags,
     extra_states=(
         *experts.EXTRA_STATES,
