@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import enum
+import functools
 import os
 import re
 import sys
@@ -138,6 +139,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"unknown key {key!r}{nearest(key.replace('-', '_'), names)}")
 
 
+def flag_parser() -> Parser:
+    """The parser of all flags. It is built once: upstream parses its own source for the help texts, which is slow."""
+    return _flag_parser(tuple((name, registered.loss) for name, registered in LOSSES.items()))
+
+
+@functools.cache
+def _flag_parser(losses: tuple[tuple[str, type], ...]) -> Parser:
+    return Parser()
+
+
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our options to a parser: upstream's extra_args_provider."""
     for part in (*PARTS, *(registered.loss for registered in LOSSES.values())):
@@ -211,7 +222,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     own.add_argument("--recipe", type=Path, action="append", default=[])
     ours, flags = own.parse_known_args(list(argv))
     _import_losses(ours.recipe, flags)
-    parser = Parser()
+    parser = flag_parser()
     recipe: dict[str, Any] = {}
     for path in ours.recipe:
         recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_sfr.config.settings import DEFAULTS, PRESETS, Parser, read_settings, to_flags
+from megatron_sfr.config.settings import DEFAULTS, PRESETS, flag_parser, read_settings, to_flags
 from megatron_sfr.config.validation import contradiction
 
 BASE = {
@@ -49,7 +49,7 @@ def test_the_saved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
 
 def test_switches_lists_and_nulls() -> None:
     recipe = {"swiglu": True, "bf16": False, "no_rope_fusion": True, "bias_gelu_fusion": False, "seed": None}
-    flags = to_flags(recipe | {"train_data_path": [0.3, "a", 0.7, "b"]}, Parser())
+    flags = to_flags(recipe | {"train_data_path": [0.3, "a", 0.7, "b"]}, flag_parser())
     assert flags == [
         "--swiglu",
         "--no-rope-fusion",
@@ -65,7 +65,7 @@ ADALN = {"kl_flow_time": "adaln"}
 
 def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
     words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss", "--micro-batch-size", "2"]
-    args = Parser().read([*words, "--sfr-packing", "first_fit_decreasing"])
+    args = flag_parser().read([*words, "--sfr-packing", "first_fit_decreasing"])
     assert "set micro_batch_size to 1" in str(contradiction(args))
     args.micro_batch_size = 1
     assert contradiction(args) is None
@@ -75,7 +75,7 @@ def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
 
 def test_kl_flow_with_transformer_engine_has_its_time_as_a_token() -> None:
     words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss"]
-    args = Parser().read([*words, *to_flags(KL_FLOW | ADALN, Parser())])
+    args = flag_parser().read([*words, *to_flags(KL_FLOW | ADALN, flag_parser())])
     assert "set kl_flow_time to token, or transformer_impl to local" in str(contradiction(args))
     args.kl_flow_time = "token"
     assert contradiction(args) is None
@@ -195,7 +195,7 @@ def test_a_preset_yields_to_the_recipe_and_the_recipe_to_flags(tmp_path: Path) -
     assert recipe["sfr_draws"] == 2
     assert "sfr_gate" not in recipe  # its default again
     for options in PRESETS["reference"]:
-        assert options.replace("-", "_") in vars(Parser().read([]))
+        assert options.replace("-", "_") in vars(flag_parser().read([]))
 
 
 def test_of_two_recipes_the_later_wins(tmp_path: Path) -> None:

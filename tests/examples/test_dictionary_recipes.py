@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from examples.dictionary_styles import make_model
-from megatron_sfr.config.settings import Parser, read_recipe, read_settings, to_flags
+from megatron_sfr.config.settings import flag_parser, read_recipe, read_settings, to_flags
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.objectives.token.registry import LOSSES
@@ -46,7 +46,7 @@ def test_the_tokenizer_speaks_chatml_and_marks_replies(model: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_readable_and_fits_any_model(name: str) -> None:
     recipe = yaml.safe_load((FOLDER / name).read_text())
-    args = Parser().read(to_flags(read_recipe(FOLDER / name), Parser()))
+    args = flag_parser().read(to_flags(read_recipe(FOLDER / name), flag_parser()))
     assert args.train_iters == recipe["train_iters"]
     assert recipe.keys() & yaml.safe_load((FOLDER / "model.yaml").read_text()).keys() == set()
 

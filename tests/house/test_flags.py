@@ -11,7 +11,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_sfr.config.flags.flag_table import page, refusal, table
 from megatron_sfr.config.flags.refused import REFUSED
-from megatron_sfr.config.settings import DEFAULTS, Parser, read_settings, to_flags
+from megatron_sfr.config.settings import DEFAULTS, flag_parser, read_settings, to_flags
 from tests.config.test_settings import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +36,12 @@ def test_the_page_is_the_table() -> None:
 
 
 def test_defaults_are_not_refused() -> None:
-    defaults = vars(Parser().read([]))
-    assert refusal(Parser().read(to_flags(DEFAULTS, Parser())), defaults) is None
+    defaults = vars(flag_parser().read([]))
+    assert refusal(flag_parser().read(to_flags(DEFAULTS, flag_parser())), defaults) is None
 
 
 def test_a_refused_flag_is_refused_by_its_own_name() -> None:
-    defaults = vars(Parser().read([]))
+    defaults = vars(flag_parser().read([]))
     for entry in REFUSED:
         for name in entry.names.split() if entry.when is None else ():
             found = refusal(argparse.Namespace(**defaults | {name: "something else"}), defaults)
@@ -91,7 +91,7 @@ def test_what_works_is_accepted(tmp_path: Path, flags: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope_deprecated"])
 def test_a_captured_iteration_is_refused_however_it_is_asked_for(name: str) -> None:
-    defaults = vars(Parser().read([]))
+    defaults = vars(flag_parser().read([]))
     found = refusal(argparse.Namespace(**defaults | {name: "full_iteration"}), defaults)
     assert found is not None
     assert "use cuda_graph_impl local or transformer_engine" in found
