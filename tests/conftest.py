@@ -1,27 +1,17 @@
-"""For all tests: no downloads, the CPU backend except under `-m gpu`, and what is shared is made once."""
+"""For all tests: no downloads, the CPU backend except under `-m gpu`; with pytest-xdist a file stays in one process."""
 
 import os
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-SHARE_RUNS = ("test_layouts", "test_objectives", "test_phases", "test_resume", "test_online", "test_kl_flow")
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 hypothesis.settings.register_profile("house", deadline=None)  # no timing in tests: another process may have the cores
 hypothesis.settings.load_profile("house")
-
-
-class ByWhatIsShared(LoadFileScheduling):
-    """A file's tests stay in one process, and so do those of the files that look at the same training runs."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "runs" if Path(file).stem in SHARE_RUNS and "distributed" in file else file
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,11 +23,20 @@ def pytest_configure(config: pytest.Config) -> None:
         hide_cuda_packages()
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
-    return ByWhatIsShared(config, log)
+def pytest_unconfigure() -> None:
+    if "tests.warm" in sys.modules:
+        sys.modules["tests.warm"].stop()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    config.option.loadscopereorder = False  # files start in the order below
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # long files first, or one process ends with one of them alone
+        long = ("slow", "distributed")
+        items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in long])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         from megatron_sfr.runtime.devices import gpus

@@ -1,6 +1,6 @@
 """Reads denoisers and writes what each makes of seeded points: logits [B, S, V] to logits.pt in its folder.
 
-argv: the folders of checkpoints. One that holds none is told in logits.txt beside it.
+argv: the folders of checkpoints.
 
 Shapes: B samples, S positions, V tokens.
 """
@@ -35,7 +35,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        try:
-            main(path)
-        except ValueError as error:
-            (path / "logits.txt").write_text(str(error), encoding="utf-8")
+        main(path)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import Weights, read_config
 from megatron_sfr.hf.import_hf import import_hf
-from tests.distributed.launch import train_many
-from tests.distributed.tiny import recipe, write_prepared
+from tests.distributed.runs import Runs
+from tests.distributed.tiny import write_recipe
 from tests.hf.models import LLAMA3, save_model
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -40,33 +39,36 @@ RUNS = {  # name: model, layout of four processes, whether a head is trained bes
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """Each run loads its imported model, takes one step of learning rate 0, which moves no weight, and saves."""
-    folder = tmp_path_factory.mktemp("convert")
-    prepared = write_prepared(folder / "data")
-    for name, options in MODELS.items():
-        save_model(folder / name / "hf", **options)
-        import_hf(folder / name / "hf", folder / name / "megatron", progress=False)
-    lists = []
-    for i, (run, (model, layout)) in enumerate(RUNS.items()):
-        start = {"load": str(folder / model / "megatron"), "finetune": True, "exit_on_missing_checkpoint": True}
-        step = {"train_iters": 1, "lr": 0.0, "seq_length": 80, "save": str(folder / run)}
-        shape = {"qk_layernorm": False} | megatron_flags(read_config(folder / model / "hf"))
-        flags = recipe(prepared) | shape | start | step | layout
-        (folder / f"{i}.yaml").write_text(yaml.safe_dump(flags))
-        lists.append(["--recipe", str(folder / f"{i}.yaml")])
-    train_many(4, lists, folder)
-    return folder
+def model(runs: Runs, name: str) -> Path:
+    """A folder with the model as Hugging Face saves it and, in megatron/, its import."""
+
+    def make(folder: Path) -> None:
+        save_model(folder / "hf", **MODELS[name])
+        import_hf(folder / "hf", folder / "megatron", progress=False)
+
+    return runs.once(f"model {name}", make)
+
+
+def saved(runs: Runs, run: str) -> Path:
+    """A run that loads its imported model, takes one step of learning rate 0, which moves no weight, and saves."""
+    name, layout = RUNS[run]
+    folder = model(runs, name)
+    start = {"load": str(folder / "megatron"), "finetune": True, "exit_on_missing_checkpoint": True}
+    step = {"train_iters": 1, "lr": 0.0, "seq_length": 80}
+    shape = {"qk_layernorm": False} | megatron_flags(read_config(folder / "hf"))
+    changes = shape | start | step | layout
+    recipe = runs.once(f"{run}.yaml", lambda path: write_recipe(path, runs.prepared, **changes))
+    return runs.train(run, 4, recipe=recipe)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", RUNS)
-def test_there_through_megatron_and_back_is_bit_equal(saved, run):
+def test_there_through_megatron_and_back_is_bit_equal(runs, run, tmp_path):
     """Not exercised: TE's layer spec, which writes the same keys but needs a GPU."""
-    model, layout = RUNS[run]
-    report = export_hf(saved / run, saved / f"{run} hf", like=saved / model / "hf", progress=False)
-    found, wanted = Weights(saved / f"{run} hf"), Weights(saved / model / "hf")
+    name, layout = RUNS[run]
+    like = model(runs, name) / "hf"
+    report = export_hf(saved(runs, run), tmp_path / "hf", like=like, progress=False)
+    found, wanted = Weights(tmp_path / "hf"), Weights(like)
     assert found.files.keys() == wanted.files.keys()
     for name in wanted.files:
         assert found[name].dtype == wanted[name].dtype
@@ -77,15 +79,15 @@ def test_there_through_megatron_and_back_is_bit_equal(saved, run):
 
 
 @pytest.mark.distributed
-def test_an_export_for_another_config_is_refused(saved):
+def test_an_export_for_another_config_is_refused(runs, tmp_path):
     """What shapes cannot show is in the arguments that Megatron keeps."""
-    like = saved / "other"
+    like = tmp_path / "other"
     like.mkdir()
-    config = (saved / "untied" / "hf" / "config.json").read_text()
+    config = (model(runs, "untied") / "hf" / "config.json").read_text()
     (like / "config.json").write_text(config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
     with pytest.raises(ValueError, match="trained with norm_epsilon 1e-05, but the config means 1e-06"):
-        export_hf(saved / "TP2 PP2", saved / "refused", like=like, progress=False)
-    config = (saved / "Llama 3" / "hf" / "config.json").read_text()
+        export_hf(saved(runs, "TP2 PP2"), tmp_path / "refused", like=like, progress=False)
+    config = (model(runs, "Llama 3") / "hf" / "config.json").read_text()
     (like / "config.json").write_text(config.replace('"factor": 32.0', '"factor": 8.0'))
     with pytest.raises(ValueError, match=r"trained with rope_scaling_factor 32\.0, but the config means 8\.0"):
-        export_hf(saved / "TP2 PP2, Llama 3", saved / "refused", like=like, progress=False)
+        export_hf(saved(runs, "TP2 PP2, Llama 3"), tmp_path / "refused", like=like, progress=False)

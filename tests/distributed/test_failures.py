@@ -24,8 +24,9 @@ import pytest
 import yaml
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
+from tests.warm import ROOT
 
-from .launch import ROOT, read_checkpoint, read_metrics
+from .launch import read_checkpoint, read_metrics
 from .tiny import recipe, write_prepared
 
 pytestmark = pytest.mark.distributed

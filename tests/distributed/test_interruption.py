@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
+from tests.warm import ROOT
 
-from .launch import ROOT, read_checkpoint, read_metrics
+from .launch import read_checkpoint, read_metrics
 from .tiny import write_prepared, write_recipe
 
 pytestmark = pytest.mark.distributed

@@ -8,23 +8,124 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sfr.objectives.token.loss_base import TokenLoss
+from megatron_sfr.objectives.token.registry import LOSSES, path_of
+from megatron_sfr.option_names import to_arguments
+from tests.objectives.token.token_cases import ALL_LOSSES, CLOSED_FORM_LOSSES
+
 from .launch import read_checkpoint, read_metrics
-from .settings import APART, OBJECTIVE_LAYOUTS, OBJECTIVES, TOKEN_LOSSES, has_layout
+from .runs import Runs, begin_with
+from .settings import LATE, MICRO_BATCH_4, OVERLAPPED, PP2, RECOMPUTE, SHARDED_OPTIMIZER, SMOOTH, SP, TEACHER, TP2, VPP
 from .test_layouts import MOMENT, difference
 
 pytestmark = pytest.mark.distributed
-LAYOUTS = [name for layouts in OBJECTIVE_LAYOUTS.values() for name in layouts if name != "single"]
 LOOKED_AT = ("entropy", "lock share", "fork share", "lock entropy", "fork entropy", "future dispersion")
-CASES = [(objective, layout) for objective in OBJECTIVES for layout in LAYOUTS if has_layout(objective, layout)]
+TWO_HORIZONS = ("--train-data-path", "{two_horizons}")
+TWENTY_SIX = ("--train-data-path", "{twenty_six}", "--seq-length", "200", "--max-position-embeddings", "200")
+PER_CONVERSATION = ("--sfr-time-per", "sequence", "--sfr-anchors", "nearest", "--sfr-gate", "dynamic")
+FIRST_FIT = ("--sfr-packing", "first_fit_decreasing")
+WHITEN = ("--sfr-target-scale", "whiten")
+WHITEN_EMA = (*WHITEN, "--sfr-whiten", "ema", "--sfr-whiten-decay", "0.5")
+# With thresholds that separate the positions of a model that knows next to nothing: its entropies are near ln 501.
+LOCK_FORK = ("--sfr-lock-fork-interval", "1", "--sfr-lock-top", "0", "--sfr-fork-dispersion", "0.9")
+AROUND_6_2084 = ("--sfr-lock-entropy", "6.2083", "--sfr-fork-entropy", "6.2085")
+AROUND_6_2093 = ("--sfr-lock-entropy", "6.2092", "--sfr-fork-entropy", "6.2094")
+NEAREST = ("--sfr-anchors", "nearest", "--sfr-time-per", "sequence")
+MTP = ("--mtp-num-layers", "1", "--vocab-size", "512")  # upstream's own loss counts padded columns: have none
+
+# Flags beside those of a token loss, which override its settings: kinds of SFR to train it with.
+BESIDE_LOSSES: dict[str, tuple[str, ...]] = {
+    "gem": ("--sfr-head", "adaln", "--sfr-time", "logit_normal", *TWO_HORIZONS, *WHITEN),
+    "gem-logsigmoid": ("--gem-slope", "0.3", "--sfr-loss", "cosine"),
+    "sed": ("--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
+    "dft": ("--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK, *AROUND_6_2093),
+}
+NOT_TRAINED = {"ce", "sed-10", "sed-128"}  # all other runs train cross-entropy; k matters only to the kernels
+
+
+def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
+    """The flags that select a loss with its options; by its dotted path if it is not of this package."""
+    kind = type(loss)
+    [name] = [name for name, registered in LOSSES.items() if registered.loss is kind]
+    own = not kind.__module__.startswith("megatron_sfr.")
+    flags = ["--objective", path_of(kind) if own else name]
+    for option, value in to_arguments(loss).items():
+        flags += [f"--{option.replace('_', '-')}", str(value)]
+    return tuple(flags)
+
+
+TOKEN_LOSSES = {
+    label: (*loss_flags(loss), *BESIDE_LOSSES.get(label, ()))
+    for label, loss in ALL_LOSSES.items()
+    if label not in NOT_TRAINED
+}
+# Every token loss and kind of auxiliary loss in a few combinations; each with the layouts below against one process.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    **TOKEN_LOSSES,
+    "mse": ("--sfr-loss", "mse", "--sfr-weight-control", "ratio"),
+    "smooth": SMOOTH,
+    "teacher": (*TEACHER, "--sfr-weight-control", "ratio"),
+    "gate": ("--sfr-gate", "static", "--sfr-gate-threshold", "1e9", "--sfr-gate-bins", "4"),  # closed from step 2 on
+    "reference": ("--sfr-preset", "reference", "--sfr-head-width", "24", *LATE),
+    "layer": ("--sfr-layer", "4", *NEAREST, *TWO_HORIZONS, *LOCK_FORK, *AROUND_6_2084),
+    # 26 conversations fit 8 sequences of 200 tokens: a step is an epoch, and so it is in UNPACKED.
+    "packed": (*TWENTY_SIX, *FIRST_FIT, *TEACHER),
+    "packed-sequence": (*TWENTY_SIX, *FIRST_FIT, *PER_CONVERSATION),
+    "documents": ("--train-data-path", "{documents}", "--dataloader-inter-document-masking", *TEACHER),
+    "mtp": MTP,
+}
+UNPACKED = {
+    "packed": (*TWENTY_SIX, *TEACHER, "--global-batch-size", "26"),
+    "packed-sequence": (*TWENTY_SIX, *PER_CONVERSATION, "--global-batch-size", "26"),
+}
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
+    "single": (1, ()),
+    "tp2-sp": (2, (*TP2, SP)),
+    "dp2": (2, (*MICRO_BATCH_4, *SHARDED_OPTIMIZER, *OVERLAPPED)),
+    "pp2-vpp": (2, (*PP2, *VPP, *RECOMPUTE)),
+    "tp4": (4, ("--tensor-model-parallel-size", "4")),
+    "tp2-pp2": (4, (*TP2, *PP2)),
+    "tp2-pp2-sp": (4, (*TP2, *PP2, SP)),
+}
+
+
+def has_layout(objective: str, layout: str) -> bool:
+    """Token objectives are split in every way; terms in two that together hold TP, PP, SP, DP and micro-batches."""
+    if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
+        return layout in ("single", "dp2", "tp2-pp2")
+    if layout == "pp2-vpp":  # where each stage needs to know the conversations
+        return objective in ("packed", "documents")
+    if objective in TOKEN_LOSSES:
+        gathered = objective not in CLOSED_FORM_LOSSES  # a loss in plain torch: only the vocabulary's split matters
+        return layout in (("single", "tp2-sp") if gathered else ("single", "dp2", "tp2-sp", "tp4", "tp2-pp2"))
+    return layout in ("single", "dp2", "tp2-pp2-sp")
+
+
+CASES = [(name, layout) for layout in LAYOUTS for name in OBJECTIVES if layout != "single" and has_layout(name, layout)]
+
+
+def trained(runs: Runs, name: str, layout: str = "single") -> Path:
+    """Three steps of an objective in a layout, measured at each."""
+    ranks, flags = LAYOUTS[layout]
+    return _trained(runs, f"{name}-{layout}", ranks, *OBJECTIVES[name], *flags)
+
+
+def _trained(runs: Runs, name: str, ranks: int, *flags: str) -> Path:
+    start = runs.plain_start()
+    if name.startswith("mtp-"):
+        backbone = runs.train("plain-mtp", 1, *MTP, "--train-iters", "1", recipe=runs.plain)
+        start = (*begin_with(backbone), "--sfr-fresh-head")
+    return runs.train(name, ranks, *start, "--sfr-measure-interval", "1", *runs.with_data(flags))
 
 
 @pytest.mark.parametrize(("objective", "layout"), CASES)
-def test_P9_layout_changes_no_number(runs: Path, objective: str, layout: str) -> None:
-    single, other = (read_checkpoint(runs / f"{objective}-{x}" / "iter_0000003") for x in ("single", layout))
+def test_P9_layout_changes_no_number(runs: Runs, objective: str, layout: str) -> None:
+    both = [trained(runs, objective, x) for x in ("single", layout)]
+    single, other = (read_checkpoint(run / "iter_0000003") for run in both)
     parts = ["decoder.", "embedding.", "output_layer.", "flow_head.", *(["mtp."] if objective == "mtp" else [])]
     for prefix in (MOMENT, *parts):
         assert difference(single, other, prefix) < (2e-5, "")
-    check_equal_terms(*(read_metrics(runs / f"{objective}-{x}") for x in ("single", layout)))
+    check_equal_terms(*map(read_metrics, both))
 
 
 def check_equal_terms(expected: list[dict[str, float]], found: list[dict[str, float]]) -> None:
@@ -35,18 +136,20 @@ def check_equal_terms(expected: list[dict[str, float]], found: list[dict[str, fl
         assert [row_found[t] for t in ours] == pytest.approx([row[t] for t in ours], rel=2e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", APART)
-def test_packing_changes_no_number(runs: Path, name: str) -> None:
-    """26 conversations in 8 rows, against a row each: losses, gradients of three steps, weights."""
-    packed, apart = (read_checkpoint(runs / f"{name}-{x}" / "iter_0000003") for x in ("single", "apart"))
+@pytest.mark.parametrize("name", UNPACKED)
+def test_packing_changes_no_number(runs: Runs, name: str) -> None:
+    """26 conversations in 8 sequences, against one each: losses, gradients of three steps, weights."""
+    both = _trained(runs, f"{name}-apart", 1, *UNPACKED[name]), trained(runs, name)
+    apart, packed = (read_checkpoint(run / "iter_0000003") for run in both)
     for prefix in (MOMENT, "decoder.", "embedding.", "output_layer.", "flow_head."):
         assert difference(apart, packed, prefix) < (2e-5, "")
-    check_equal_terms(*(read_metrics(runs / f"{name}-{x}") for x in ("apart", "single")))
+    check_equal_terms(*map(read_metrics, both))
 
 
-def test_each_setting_does_something(runs: Path) -> None:
-    """Else the test above would compare a term that is not there."""
-    last = {name: read_metrics(runs / f"{name}-single")[-1] for name in OBJECTIVES}
+def test_each_setting_does_something(runs: Runs) -> None:
+    """Otherwise the test above would compare a term that is not there."""
+    singles = {name: trained(runs, name) for name in OBJECTIVES}
+    last = {name: read_metrics(run)[-1] for name, run in singles.items()}
     for objective in TOKEN_LOSSES:
         name = objective.partition("-")[0]
         assert last[objective][f"{name} loss"] != pytest.approx(last[objective]["lm loss"], rel=1e-3)
@@ -57,7 +160,7 @@ def test_each_setting_does_something(runs: Path) -> None:
     assert 0.9 < last["layer"]["future dispersion"] < 1.1
     assert "future dispersion" not in last["dft"]
     assert last["mtp"]["mtp_1 loss"] > 1
-    states = {name: read_checkpoint(runs / f"{name}-single" / "iter_0000003") for name in OBJECTIVES}
+    states = {name: read_checkpoint(run / "iter_0000003") for name, run in singles.items()}
     assert states["sed"]["flow_head.state.batches"] == 3
     assert states["gem"]["flow_head.net.horizon.weight"].shape[0] == 2
     assert states["gem"]["flow_head.state.target_mean"].any()

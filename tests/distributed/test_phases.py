@@ -5,11 +5,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launch import read_checkpoint, read_metrics, torchrun
-from .settings import UNTOUCHED, UNTOUCHED_LAYOUTS
+from tests import warm
+
+from .launch import read_checkpoint, read_metrics
+from .runs import Runs
+from .settings import CLIP, EACH_STEP, LATE, OVERLAPPED, PP2, SHARDED_OPTIMIZER, TP2
 from .test_layouts import MOMENT
 
 pytestmark = pytest.mark.distributed
+ONE_STEP = ("--train-iters", "1")
+DETACHED = ("--sfr", "--sfr-warmup", "detached", "--sfr-warmup-steps", "9", *CLIP)
+# A static gate that closes after the first step, which belongs to phase A.
+CLOSED = ("--sfr", "--sfr-gate", "static", "--sfr-gate-threshold", "1e9", *LATE, *CLIP)
+PHASES: dict[str, tuple[str, ...]] = {
+    "plain": (*CLIP, *EACH_STEP),
+    "weight-0": ("--sfr", "--sfr-weight", "0", *CLIP),
+    "detached": DETACHED,
+    "closed": CLOSED,
+    "ramp-0": ("--sfr", "--sfr-ramp-steps", "3", *CLIP, *EACH_STEP),
+    "head-only": ("--sfr", "--sfr-warmup-steps", "9", "--weight-decay", "0", *EACH_STEP),
+    "clipped-head": ("--sfr", "--sfr-clip-grad", "0.01", *CLIP, *ONE_STEP),
+    "unclipped-head": ("--sfr", "--sfr-clip-grad", "0", *CLIP, *ONE_STEP),
+    "slow-head": ("--sfr", "--sfr-head-lr-mult", "0.25", *ONE_STEP),
+    "weight-on-loss": ("--sfr", "--sfr-weight-on", "loss", "--sfr-weight", "50", *CLIP, *ONE_STEP),
+    "weight-50": ("--sfr", "--sfr-weight", "50", *CLIP, *ONE_STEP),
+    "weight-1": ("--sfr", *CLIP, *ONE_STEP),
+}
+# Layouts in which a head without a weight changes no bit of the backbone; each also runs without a head, "plain".
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "tp2": TP2,
+    "pp2": PP2,
+    "dp2-sharded": (*SHARDED_OPTIMIZER, *OVERLAPPED),
+    "dp2-sharded-bf16": ("--bf16", *SHARDED_OPTIMIZER),
+}
+IN_LAYOUTS = {"plain": CLIP, "detached": DETACHED, "closed": CLOSED}
+
+
+def phase(runs: Runs, name: str) -> Path:
+    """A single-process run, most with gradients that are clipped in every step."""
+    return runs.train(name, 1, *PHASES[name], recipe=runs.plain)
+
+
+def laid_out(runs: Runs, name: str, layout: str) -> Path:
+    """A run of two processes."""
+    return runs.train(f"{name}-{layout}", 2, *IN_LAYOUTS[name], *LAYOUTS[layout], recipe=runs.plain)
 
 
 def is_head(name: str) -> bool:
@@ -28,21 +67,23 @@ def clipped(run: Path, threshold: float = 0.05) -> bool:
 
 
 @pytest.mark.parametrize("name", ["weight-0", "detached", "closed"])
-def test_a_head_that_does_not_reach_the_backbone_changes_no_bit_of_it(runs: Path, name: str) -> None:
+def test_a_head_that_does_not_reach_the_backbone_changes_no_bit_of_it(runs: Runs, name: str) -> None:
     # In "detached" and "closed" a head learns beside the backbone: its noise, its initial weights and its gradient
     # norm must be separate.
-    plain, other = (read_checkpoint(runs / run / "iter_0000003") for run in ("plain", name))
+    both = [phase(runs, run) for run in ("plain", name)]
+    plain, other = (read_checkpoint(run / "iter_0000003") for run in both)
     assert equal_backbones(plain, other)
-    assert clipped(runs / "plain")
+    assert clipped(both[0])
     for term in ("lm loss", "grad-norm"):
-        assert [r[term] for r in read_metrics(runs / name)] == [r[term] for r in read_metrics(runs / "plain")]
+        expected, actual = ([row[term] for row in read_metrics(run)] for run in both)
+        assert actual == expected
     assert any(map(is_head, other)) == (name != "weight-0")
 
 
-@pytest.mark.parametrize("name", [name for name in UNTOUCHED if name != "plain"])
-@pytest.mark.parametrize("layout", UNTOUCHED_LAYOUTS)
-def test_nor_does_it_on_other_layouts(runs: Path, layout: str, name: str) -> None:
-    plain, other = (runs / f"{run}-{layout}" for run in ("plain", name))
+@pytest.mark.parametrize("name", ["detached", "closed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nor_does_it_on_other_layouts(runs: Runs, layout: str, name: str) -> None:
+    plain, other = (laid_out(runs, run, layout) for run in ("plain", name))
     assert equal_backbones(*(read_checkpoint(run / "iter_0000003") for run in (plain, other)))
     assert clipped(plain)
     for term in ("lm loss", "grad-norm"):
@@ -52,9 +93,11 @@ def test_nor_does_it_on_other_layouts(runs: Path, layout: str, name: str) -> Non
     )
 
 
-def test_nor_does_it_after_a_resume(runs: Path) -> None:
-    names = ("plain-dp2-sharded", "closed-dp2-sharded", "resumed-dp2-sharded")
-    plain, closed, resumed = (read_checkpoint(runs / name / "iter_0000003") for name in names)
+def test_nor_does_it_after_a_resume(runs: Runs) -> None:
+    flags = (*CLOSED, *LAYOUTS["dp2-sharded"])
+    run = runs.train("resumed-dp2-sharded", 2, *flags, recipe=runs.plain, stops=(1, 3))
+    plain, closed = (laid_out(runs, name, "dp2-sharded") for name in ("plain", "closed"))
+    plain, closed, resumed = (read_checkpoint(run / "iter_0000003") for run in (plain, closed, run))
     assert equal_backbones(plain, resumed)
     named = [key for key in closed if not key.startswith("optimizer.distributed")]
     assert [key for key in named if not torch.equal(closed[key], resumed[key])] == []
@@ -66,18 +109,20 @@ def moments(checkpoint: dict[str, torch.Tensor], head: bool) -> float:
     return float(torch.stack([x.double().norm() for x in found]).norm())
 
 
-def test_head_and_backbone_are_clipped_by_separate_norms(runs: Path) -> None:
-    first = {name: read_checkpoint(runs / name / "iter_0000001") for name in ("clipped-head", "unclipped-head")}
-    norms = read_metrics(runs / "unclipped-head")[0]
+def test_head_and_backbone_are_clipped_by_separate_norms(runs: Runs) -> None:
+    names = ("clipped-head", "unclipped-head")
+    first = {name: read_checkpoint(phase(runs, name) / "iter_0000001") for name in names}
+    clipped_norms, norms = (read_metrics(phase(runs, name))[0] for name in names)
     for checkpoint in first.values():
         assert moments(checkpoint, head=False) == pytest.approx(0.1 * 0.05, rel=1e-4)
     assert moments(first["clipped-head"], head=True) == pytest.approx(0.1 * 0.01, rel=1e-4)
     assert moments(first["unclipped-head"], head=True) == pytest.approx(0.1 * norms["sfr head grad-norm"], rel=1e-4)
-    assert norms["grad-norm"] == read_metrics(runs / "clipped-head")[0]["grad-norm"]
+    assert norms["grad-norm"] == clipped_norms["grad-norm"]
 
 
-def test_the_weight_reaches_the_backbone_and_not_the_head(runs: Path) -> None:
-    one, fifty, on_loss = (read_metrics(runs / name)[0] for name in ("weight-1", "weight-50", "weight-on-loss"))
+def test_the_weight_reaches_the_backbone_and_not_the_head(runs: Runs) -> None:
+    names = ("weight-1", "weight-50", "weight-on-loss")
+    one, fifty, on_loss = (read_metrics(phase(runs, name))[0] for name in names)
     assert fifty["sfr head grad-norm"] == one["sfr head grad-norm"]
     assert [row["sfr weight"] for row in (one, fifty, on_loss)] == [1, 50, 50]
     # On the whole loss the head's gradient is in the one norm, 50 times as large.
@@ -86,34 +131,37 @@ def test_the_weight_reaches_the_backbone_and_not_the_head(runs: Path) -> None:
     assert backbone == pytest.approx(fifty["grad-norm"], rel=0.01)
 
 
-def test_the_heads_learning_rate_has_a_factor(runs: Path) -> None:
+def test_the_heads_learning_rate_has_a_factor(runs: Runs) -> None:
     # The output layer starts at 0, and Adam's first step is the learning rate wherever the gradient is well above eps.
-    plain, slow = (read_checkpoint(runs / name / "iter_0000001") for name in ("clipped-head", "slow-head"))
+    plain, slow = (read_checkpoint(phase(runs, name) / "iter_0000001") for name in ("clipped-head", "slow-head"))
     steps = [checkpoint["flow_head.net.output.weight"].abs().max().item() for checkpoint in (plain, slow)]
     assert steps == pytest.approx([1e-3, 0.25e-3], rel=0.05)
 
 
-def test_ramp_starts_from_cross_entropys_gradient_and_leaves_it(runs: Path) -> None:
-    plain, ramp = ([read_checkpoint(runs / run / f"iter_000000{i}") for i in (1, 2)] for run in ("plain", "ramp-0"))
-    assert equal_backbones(plain[0], ramp[0])
-    assert [row["sfr weight"] for row in read_metrics(runs / "ramp-0")] == pytest.approx([0, 1 / 3, 2 / 3])
+def test_ramp_starts_from_cross_entropys_gradient_and_leaves_it(runs: Runs) -> None:
+    both = [phase(runs, name) for name in ("plain", "ramp-0")]
+    assert equal_backbones(*(read_checkpoint(run / "iter_0000001") for run in both))
+    assert [row["sfr weight"] for row in read_metrics(both[1])] == pytest.approx([0, 1 / 3, 2 / 3])
 
 
-def test_head_only_phase_gives_the_backbone_no_gradient(runs: Path) -> None:
-    first, last = (read_checkpoint(runs / "head-only" / f"iter_000000{i}") for i in (1, 3))
+def test_head_only_phase_gives_the_backbone_no_gradient(runs: Runs) -> None:
+    run = phase(runs, "head-only")
+    first, last = (read_checkpoint(run / f"iter_000000{i}") for i in (1, 3))
     for name, moment in last.items():
         if name.startswith(MOMENT):
             assert moment.any() == is_head(name), name
     assert all(torch.equal(first[n], last[n]) for n in first if n.startswith(("decoder.", "embedding.")))
-    losses = [row["sfr loss"] for row in read_metrics(runs / "head-only")]
+    losses = [row["sfr loss"] for row in read_metrics(run)]
     assert losses[0] == pytest.approx(2.0, abs=0.15)  # a zero head on unit-variance noise and targets
 
 
-def test_fresh_head_joins_a_backbone_that_had_none(runs: Path) -> None:
-    plain, fresh = (read_checkpoint(runs / run / "iter_0000003") for run in ("plain", "fresh-head"))
+def test_fresh_head_joins_a_backbone_that_had_none(runs: Runs) -> None:
+    both = phase(runs, "plain"), runs.train("fresh-head", 1, *runs.plain_start())
+    plain, fresh = (read_checkpoint(run / "iter_0000003") for run in both)
     assert not any(map(is_head, plain))
     assert fresh["flow_head.net.output.weight"].any()
-    assert read_metrics(runs / "fresh-head")[0]["lm loss"] < read_metrics(runs / "plain")[0]["lm loss"]
+    before, after = (read_metrics(run)[0] for run in both)
+    assert after["lm loss"] < before["lm loss"]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +171,11 @@ def test_fresh_head_joins_a_backbone_that_had_none(runs: Path) -> None:
         ("--add-qkv-bias", "has no decoder.layers.self_attention.linear_qkv.bias: it is of another model"),
     ],
 )
-def test_what_a_checkpoint_lacks_is_named(runs: Path, tmp_path: Path, flag: str, message: str) -> None:
-    source = ("--recipe", str(runs / "recipe.yaml"), "--pretrained-checkpoint", str(runs / "plain"))
+def test_what_a_checkpoint_lacks_is_named(runs: Runs, tmp_path: Path, flag: str, message: str) -> None:
+    backbone = phase(runs, "plain")
+    source = ("--recipe", str(runs.sfr), "--pretrained-checkpoint", str(backbone))
     fresh = ("--sfr-fresh-head",) if "another" in message else ()
     flags = ("--save", str(tmp_path / "run"), flag, *fresh)
-    done = torchrun(1, "-m", "megatron_sfr.train", *source, *flags, check=False)
-    assert done.returncode != 0
-    assert f"megatron-sfr train: error: the checkpoint in {runs / 'plain'} {message}" in done.stderr
+    done = warm.run("-m", "megatron_sfr.train", *source, *flags, ranks=1)
+    assert done.returncode == 2
+    assert f"megatron-sfr train: error: the checkpoint in {backbone} {message}" in done.stderr

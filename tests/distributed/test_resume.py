@@ -5,38 +5,69 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launch import read_checkpoint, read_metrics
-from .settings import RESUMES
-from .test_layouts import difference
+from .launch import read_checkpoint, read_metrics, train
+from .runs import Runs
+from .settings import EACH_STEP, OVERLAPPED, PP2, RATIO, SHARDED_OPTIMIZER, SMOOTH, TEACHER, TP2, TWO_CLIPS
+from .test_layouts import difference, trained
 
 pytestmark = pytest.mark.distributed
+GATE = ("--sfr-gate", "dynamic", "--sfr-gate-ratio", "1.01", "--sfr-gate-bins", "4")
+WHITEN = ("--sfr-target-scale", "whiten", "--sfr-whiten", "ema")
+RESUMES: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
+    "single": (1, ()),
+    "bf16": (1, ("--bf16",)),
+    "pp2": (2, PP2),
+    "dp2-buckets": (2, ("--use-distributed-optimizer",)),
+    "dp2-sharded": (2, SHARDED_OPTIMIZER),
+    "smooth-bf16-sharded": (2, ("--bf16", *SHARDED_OPTIMIZER, *OVERLAPPED, *SMOOTH)),
+    "smooth-bf16-dp2": (2, ("--bf16", *SMOOTH)),
+    "teacher-pp2": (2, (*PP2, *TEACHER, *GATE, *WHITEN)),
+}
 
 
-@pytest.mark.parametrize("name", [name for resumes in RESUMES.values() for name in resumes])
-def test_resumed_run_equals_the_straight_one_bit_for_bit(runs: Path, name: str) -> None:
-    straight, resumed = (read_checkpoint(runs / run / "iter_0000004") for run in (f"{name}-straight", name))
-    assert straight.keys() == resumed.keys()
+def straight(runs: Runs, name: str) -> Path:
+    """Four steps without a stop."""
+    ranks, flags = RESUMES[name]
+    return runs.train(f"resume-{name}-straight", ranks, *RATIO, *flags)
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_resumed_run_equals_the_straight_one_bit_for_bit(runs: Runs, name: str) -> None:
+    ranks, flags = RESUMES[name]
+    both = straight(runs, name), runs.train(f"resume-{name}", ranks, *RATIO, *flags, stops=(2, 4))
+    expected, resumed = (read_checkpoint(run / "iter_0000004") for run in both)
+    assert expected.keys() == resumed.keys()
     # Upstream's gradient buckets have gaps between parameters that nobody writes: compare what they hold by its effect.
-    named = [key for key in straight if not key.startswith("optimizer.distributed")]
-    assert [key for key in named if not torch.equal(straight[key], resumed[key])] == []
-    weights = [row["sfr weight"] for row in read_metrics(runs / name)]
-    assert weights == [row["sfr weight"] for row in read_metrics(runs / f"{name}-straight")]
-    assert weights[3] != weights[0]  # the steered weight moved, and came through the checkpoint
+    named = [key for key in expected if not key.startswith("optimizer.distributed")]
+    assert [key for key in named if not torch.equal(expected[key], resumed[key])] == []
+    weights, resumed_weights = ([row["sfr weight"] for row in read_metrics(run)] for run in both)
+    assert resumed_weights == weights
+    assert weights[3] != weights[0]  # the adaptive weight moved, and came through the checkpoint
 
 
-def test_tp2_checkpoint_resumes_as_pp2(runs: Path) -> None:
-    straight, crossed = (read_checkpoint(runs / run / "iter_0000004") for run in ("crossing-straight", "crossing"))
+def test_tp2_checkpoint_resumes_as_pp2(runs: Runs) -> None:
+    expected = runs.train("crossing-straight", 2, *RATIO, *TP2)
+
+    def make(save: Path) -> None:
+        for layout, stop in ((TP2, "2"), (PP2, "4")):
+            saves = ("--save", str(save), "--exit-interval", stop)
+            train(2, "--recipe", str(runs.sfr), *RATIO, *layout, *saves)
+
+    straight, crossed = (read_checkpoint(run / "iter_0000004") for run in (expected, runs.once("crossing", make)))
     for prefix in ("decoder.", "embedding.", "output_layer.", "flow_head.", "optimizer.state.exp_avg."):
         assert difference(straight, crossed, prefix) < (1e-5, "")
 
 
-def test_asynchronous_saving_writes_the_same_checkpoint(runs: Path) -> None:
-    single, other = (read_checkpoint(runs / run / "iter_0000003") for run in ("single", "asynchronous"))
+def test_asynchronous_saving_writes_the_same_checkpoint(runs: Runs) -> None:
+    asynchronous = runs.train("asynchronous", 1, "--async-save", *runs.start(), *TWO_CLIPS, *EACH_STEP)
+    single, other = (read_checkpoint(run / "iter_0000003") for run in (trained(runs, "single"), asynchronous))
     assert all(torch.equal(single[key], other[key]) for key in single)
 
 
-def test_validating_between_steps_changes_nothing_and_is_logged(runs: Path) -> None:
-    single, other = (read_checkpoint(runs / run / "iter_0000003") for run in ("single", "validated"))
+def test_validating_between_steps_changes_nothing_and_is_logged(runs: Runs) -> None:
+    validation = ("--valid-data-path", str(runs.prepared), "--eval-iters", "2", "--eval-interval", "1")
+    validated = runs.train("validated", 1, *runs.start(), *TWO_CLIPS, *validation)
+    single, other = (read_checkpoint(run / "iter_0000003") for run in (trained(runs, "single"), validated))
     assert all(torch.equal(single[key], other[key]) for key in single)
-    rows = read_metrics(runs / "validated")
+    rows = read_metrics(validated)
     assert [0 < row["lm loss validation"] < 7 and 1 < row["sfr loss validation"] < 3 for row in rows] == [True] * 3

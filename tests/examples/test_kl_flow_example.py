@@ -4,8 +4,6 @@ that texts made by hand are known to have."""
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +15,13 @@ import yaml
 from examples.kl_flow import gaps, measure, scores
 from examples.kl_flow.pieces import Folder
 from examples.stdlib_cpt import corpus
-from megatron_sfr.config.settings import Parser, read_recipe, read_settings, to_flags
+from megatron_sfr.config.settings import flag_parser, read_recipe, read_settings, to_flags
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
+from tests import warm
 
 FOLDER = Path(measure.__file__).parent
-ROOT = FOLDER.parents[1]
 LENGTH = 48
 MODULE = '''"""A module."""
 import os
@@ -70,7 +68,7 @@ def recipe(name: str) -> dict[str, object]:
 
 def resolved(*names: str) -> argparse.Namespace:
     settings = read_settings([word for name in names for word in ("--recipe", str(FOLDER / name))])
-    return Parser().read(to_flags(dict(settings.recipe), Parser()))
+    return flag_parser().read(to_flags(dict(settings.recipe), flag_parser()))
 
 
 def test_the_baseline_is_the_model_that_the_corpus_wrote(made: Path) -> None:
@@ -97,11 +95,10 @@ def test_the_dictionarys_rows_leave_room_for_the_time() -> None:
 
 
 def test_upstream_accepts_the_recipe_for_a_gpu() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.house.validate_recipe", "1", str(FOLDER / "gpu.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run("-m", "tests.house.validate_recipe", "1", str(FOLDER / "gpu.yaml"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["layers"] == [12]
-    args = Parser().read(to_flags(read_recipe(FOLDER / "gpu.yaml"), Parser()))
+    args = flag_parser().read(to_flags(read_recipe(FOLDER / "gpu.yaml"), flag_parser()))
     assert (args.training_task, args.optimizer, args.kl_flow_infill) == ("kl-flow", "muon", 0.25)
 
 

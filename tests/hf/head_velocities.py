@@ -1,4 +1,4 @@
-"""Under torchrun: the velocities of heads that upstream loaded. argv: a JSON list of [flags, file].
+"""Run as a rank: the velocities of heads that upstream loaded. argv: a JSON list of [flags, file].
 
 Each file holds the arguments of the head's forward, and is replaced by what it answers.
 """

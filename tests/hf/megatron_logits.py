@@ -1,4 +1,4 @@
-"""Under torchrun: loads checkpoints into upstream's models and writes their logits. argv: a JSON list of [flags, file].
+"""Run as a rank: loads checkpoints into upstream's models and writes their logits. argv: a JSON list of [flags, file].
 
 Each file holds tokens [B, S] and is replaced by the logits [B, S, V + padding], and by the tokens [B, S] that greedy
 decoding gives after the first PROMPT of them.

@@ -3,8 +3,6 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, RECORD, Weights
 from megatron_sfr.hf.import_hf import import_hf
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Checkpoint, Chunk, write_checkpoint
+from tests import warm
 from tests.hf.models import CASES, save_model
 
 
@@ -276,11 +275,11 @@ def test_existing_output_is_kept(imported, untied, tmp_path):
 def test_two_at_once_write_one_whole_folder(imported, untied, tmp_path):
     """Files of one tensor or two, so that the first is still at work when the second starts."""
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "megatron_sfr.cli", "convert", "export", "--checkpoint", str(imported)]
+    command = ["-m", "megatron_sfr.cli", "convert", "export", "--checkpoint", str(imported)]
     command += ["--like", str(untied), "--max-shard-gb", "0.00001", "--output", str(output)]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    codes = [process.returncode for process in both]
+    with warm.popen(*command) as first, warm.popen(*command) as second:
+        errors = [process.communicate()[1] for process in (first, second)]
+    codes = [first.returncode, second.returncode]
     assert 0 in codes, errors  # the other was refused, or came late and found it up to date
     assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True)), (
         errors

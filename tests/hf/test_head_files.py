@@ -12,7 +12,8 @@ from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.head_files import DESCRIPTION, WEIGHTS, load_head
 from megatron_sfr.hf.hf_folder import INDEX, Weights, read_config
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
-from tests.distributed.launch import torchrun, train_many
+from tests import warm
+from tests.distributed.launch import train
 from tests.distributed.tiny import write_prepared, write_recipe
 from tests.hf.models import save_model
 
@@ -43,14 +44,14 @@ def trained(tmp_path_factory) -> Path:
     write_recipe(folder / "recipe.yaml", prepared, **changes)
     named = ["--recipe", str(folder / "recipe.yaml")]
     start = ["--sfr-hf-load", str(folder / "hf")]
-    train_many(1, [[*named, *start, "--save", str(folder / name), *flags] for name, flags in RUNS.items()], folder)
     jobs = []
     for name, flags in RUNS.items():
+        train(1, *named, *start, "--save", str(folder / name), *flags)
         torch.save(inputs(name, 36, 384), folder / f"{name}.pt")
         jobs.append([[*named, "--load", str(folder / name), *flags], str(folder / f"{name}.pt")])
         export_hf(folder / name, folder / f"{name} hf", like=folder / "hf", head=True, progress=False)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(1, str(Path(__file__).with_name("head_velocities.py")), str(folder / "jobs.json"))
+    warm.run(str(Path(__file__).with_name("head_velocities.py")), str(folder / "jobs.json"), ranks=1, check=True)
     return folder
 
 

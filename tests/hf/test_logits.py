@@ -11,7 +11,7 @@ from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.hf.import_hf import import_hf
-from tests.distributed.launch import torchrun
+from tests import warm
 from tests.hf.megatron_logits import PROMPT
 from tests.hf.models import CASES, VARIANTS, save_model
 
@@ -44,7 +44,7 @@ def logits(tmp_path_factory):
         export_hf(case / "megatron", case / "back", like=case / "hf", progress=False)
         wanted[name] = [of_transformers(case / x, tokens) for x in ("hf", "back")]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(1, str(Path(__file__).with_name("megatron_logits.py")), str(folder / "jobs.json"))
+    warm.run(str(Path(__file__).with_name("megatron_logits.py")), str(folder / "jobs.json"), ranks=1, check=True)
     return {name: (torch.load(folder / name / "logits.pt"), *wanted[name]) for name in CASES}
 
 

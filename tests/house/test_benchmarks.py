@@ -1,17 +1,15 @@
 """The benchmarks' arithmetic: operations of a shape against those that torch counts, peaks, quartiles, sizes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tools.bench_loss import Result
 from tools.bench_overhead import quartiles, read_sizes, shape_of
 from tools.model_shapes import BF16, FP8, SHAPES, peak
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "--layers 2 --hidden 64 --ffn 96 --heads 4 --groups 2 --kv-channels 16 --vocab 512 --seq 32 --batch 2 --dim 16 "
     "--anchors 4 --width 32 --repetitions 4"
@@ -20,8 +18,7 @@ TINY = (
 
 def test_the_operations_of_a_step_are_those_that_torch_counts(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tools.bench_overhead", *TINY, "--json", str(file)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    warm.run("-m", "tools.bench_overhead", *TINY, "--json", str(file), check=True)
     plain, sfr, measured = json.loads(file.read_text())["rows"]
     sizes = read_sizes(TINY)
     assert plain["counted_flops"] == sizes.batch * sizes.seq * shape_of(sizes).flops(causal=False)

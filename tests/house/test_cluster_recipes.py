@@ -5,13 +5,13 @@ What this does not exercise: Transformer Engine, FP8, NCCL, memory, speed. They 
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_sfr.hf.families.family_registry import megatron_flags
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3, CODER = "examples/qwen3_32b_personas/recipe.yaml", "examples/qwen2.5_coder_7b/recipe.yaml"
@@ -52,8 +52,7 @@ CODER_CONFIG = SHARED | {  # Qwen/Qwen2.5-Coder-7B-Instruct, config.json
 
 
 def validate(processes: int, recipe: str, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.house.validate_recipe", str(processes), recipe, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return warm.run("-m", "tests.house.validate_recipe", str(processes), str(ROOT / recipe), *flags)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Run by torchrun: runs several flow-generate jobs in one process start. argv: a JSON list of their arguments.
+"""Run as ranks: runs several flow-generate jobs in one process start. argv: a JSON list of their arguments.
 
 A job whose output is named `cut` is interrupted at the start of its third batch of two, and run again.
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: writes this rank's shard of seeded points of the simplex to FOLDER/RANK.pt; argv: FOLDER.
+"""Run as ranks: writes this rank's shard of seeded points of the simplex to FOLDER/RANK.pt; argv: FOLDER.
 
 Shapes: B samples, N positions, V columns of the shard.
 """

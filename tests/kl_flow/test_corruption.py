@@ -16,7 +16,7 @@ from megatron_sfr.kl_flow.corruption import SOURCE_STREAM, KLFlowOptions, draw_t
 from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
-from tests.distributed.launch import torchrun
+from tests import warm
 from tests.kl_flow import simplex_program
 from tests.kl_flow.bayes import bayes_logits
 from tests.kl_flow.simplex_program import COLUMNS, SIZE
@@ -54,7 +54,7 @@ def test_a_point_depends_only_on_its_sample_position_and_text() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_shards_of_real_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
-    torchrun(ranks, str(Path(simplex_program.__file__)), str(tmp_path))
+    warm.run(str(Path(simplex_program.__file__)), str(tmp_path), ranks=ranks, check=True)
     actual = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)], dim=-1)
     torch.testing.assert_close(actual, simplex_program.points(Vocab(SIZE), COLUMNS), rtol=1e-6, atol=1e-9)
     assert (actual[..., SIZE:] == 0).all()

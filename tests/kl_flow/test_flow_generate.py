@@ -14,7 +14,8 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.kl_flow.flow_generate import Job, plan
-from tests.distributed.launch import torchrun, train_many
+from tests import warm
+from tests.distributed.launch import train
 from tests.distributed.tiny import recipe, write_corpus
 from tests.kl_flow import generation_program
 
@@ -39,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain |= {"seq_length": POSITIONS + 1, "max_position_embeddings": POSITIONS + 1}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     token = ["--recipe", str(folder / "recipe.yaml")]
-    adaln = [*token, "--save", str(folder / "adaln"), "--kl-flow-time", "adaln", "--normalization", "LayerNorm"]
-    train_many(1, [token, adaln], folder)
+    train(1, *token)
+    train(1, *token, "--save", str(folder / "adaln"), "--kl-flow-time", "adaln", "--normalization", "LayerNorm")
     (folder / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GAPS), encoding="utf-8")
     prompts = [{"prompt": "green stone", "persona": "voice 1"}, {"prompt": "song"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
@@ -68,7 +69,7 @@ def jobs(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
 def do(folder: Path, nproc: int, listing: list[dict[str, Any]]) -> None:
     path = folder / f"jobs-{nproc}.json"
     path.write_text(json.dumps(listing), encoding="utf-8")
-    torchrun(nproc, str(Path(generation_program.__file__)), str(path))
+    warm.run(str(Path(generation_program.__file__)), str(path), ranks=nproc, check=True)
 
 
 @pytest.fixture(scope="module")

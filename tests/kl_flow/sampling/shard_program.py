@@ -1,4 +1,4 @@
-"""Run by torchrun: writes samples of a toy language with a sharded vocabulary to FOLDER/RANK.pt. argv: FOLDER.
+"""Run as ranks: writes samples of a toy language with a sharded vocabulary to FOLDER/RANK.pt. argv: FOLDER.
 
 Shapes: B rows, S positions, V tokens, W columns of the shard.
 """

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.sampling.vocab_shard import Keys, Shard
-from tests.distributed.launch import torchrun
+from tests import warm
 from tests.kl_flow.sampling import shard_program
 from tests.kl_flow.sampling.shard_program import COLUMNS, SIZE
 
@@ -52,7 +52,7 @@ def test_real_ranks_draw_the_samples_of_one_process(tmp_path: Path) -> None:
     """Every method and every kind of draw."""
     whole = shard_program.run_all(Vocab(SIZE), COLUMNS)
     assert len({tuple(actual.flatten().tolist()) for actual in whole.values()}) >= 7  # basic draws only at the end
-    torchrun(3, str(Path(shard_program.__file__)), str(tmp_path))
+    warm.run(str(Path(shard_program.__file__)), str(tmp_path), ranks=3, check=True)
     for rank in range(3):
         actual = torch.load(tmp_path / f"{rank}.pt")
         for key, x_BS in whole.items():

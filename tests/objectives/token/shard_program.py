@@ -1,4 +1,4 @@
-"""Run by torchrun: writes the results of every loss on this rank's shard of seeded logits to FOLDER/RANK.pt.
+"""Run as ranks: writes the results of every loss on this rank's shard of seeded logits to FOLDER/RANK.pt.
 
 argv: FOLDER.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_sfr.kernels import plain
 from megatron_sfr.kernels.vocab_parallel import Vocab, combine
 from megatron_sfr.objectives.token.loss_base import ClosedFormLoss
-from tests.distributed.launch import torchrun
+from tests import warm
 from tests.objectives.token import shard_program
 from tests.objectives.token.shard_program import COLUMNS, SIZE
 from tests.objectives.token.token_cases import ALL_LOSSES, CLOSED_FORM_LOSSES, differentiated, labels, logits
@@ -75,7 +75,7 @@ def test_g5_s5_for_any_cut(data: st.DataObject) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """The results of each rank of a real gloo group."""
     folder = tmp_path_factory.mktemp("shards")
-    torchrun(request.param, str(Path(shard_program.__file__)), str(folder))
+    warm.run(str(Path(shard_program.__file__)), str(folder), ranks=request.param, check=True)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -11,8 +11,8 @@ from megatron_sfr.config.build import unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.training.data.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
+from tests import warm
 from tests.data.stores import flip
-from tests.distributed.launch import torchrun
 from tests.distributed.tiny import write_documents, write_prepared, write_recipe
 from tests.training.data.test_provider import arguments
 
@@ -110,7 +110,7 @@ def test_a_run_refuses_foreign_ids_before_its_first_step(tmp_path: Path) -> None
     prepared = write_prepared(tmp_path / "data", rows=6)
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save=str(tmp_path / "run"), train_iters=1, sfr=False)
     command = ("-m", "megatron_sfr.train", "--recipe", str(recipe), "--num-workers", "2")
-    done = torchrun(1, *command, "--vocab-size", "300", check=False)
-    assert done.returncode != 0
+    done = warm.run(*command, "--vocab-size", "300", ranks=1)
+    assert done.returncode == 2
     assert f"megatron-sfr train: error: {prepared} has token ids up to" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
