@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
@@ -37,6 +37,11 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE
         time.sleep(0.1)
 
 
+def tail(log: Path, lines: int) -> str:
+    text = log.read_text(errors="replace") if log.exists() else "(does not exist)"
+    return "\n".join([f"==> {log} <==", *text.splitlines()[-lines:]])
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
@@ -50,6 +55,7 @@ class Cluster:
     """A running cluster. Its processes, and those of its jobs, have SLURM_CONF = `conf` in their environment."""
 
     conf: Path
+    jobs: list["Job"] = field(default_factory=list, repr=False)
 
     def call(self, *command: str, **variables: str) -> str:
         """Runs one of Slurm's commands and returns what it printed."""
@@ -75,7 +81,23 @@ class Cluster:
         ours = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": "1", "OMP_NUM_THREADS": "1"}
         ours |= {"PORT": str(free_ports(1)[0]), "CUDA_VISIBLE_DEVICES": ""} | variables
         command = ("sbatch", "--parsable", *sizes, f"--output={log}", "launch/slurm.sbatch", str(recipe))
-        return Job(self, self.call(*command, **ours), log)
+        self.jobs.append(Job(self, self.call(*command, **ours), log))
+        return self.jobs[-1]
+
+    def report(self) -> str:
+        """What Slurm says of its nodes and of each job, and the ends of the logs of jobs and daemons."""
+        parts = [self._answer("sinfo", "--Node", "--long")]
+        for job in self.jobs:
+            parts += [self._answer("scontrol", "show", "job", job.number), tail(job.log, 60)]
+        parts += [tail(log, 20) for log in sorted(self.conf.parent.glob("*.log"))]
+        return "\n\n".join(parts)
+
+    def _answer(self, *command: str) -> str:
+        """A command and all that it printed, also if it fails."""
+        done = subprocess.run(
+            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        return f"$ {' '.join(command)}\n{done.stdout.strip()}"
 
     def kill_all(self) -> None:
         """Kills the daemons and the processes of jobs: those that were started with this cluster's configuration."""
@@ -118,19 +140,10 @@ class Job:
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         def met() -> bool:
-            assert condition() or self.state() not in ENDED, self.text()[-3000:]
+            assert condition() or self.state() not in ENDED, f"job {self.number} ended without {what}"
             return condition()
 
-        try:
-            wait_for(met, f"{what} in {self.log}")
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.report()}") from None
-
-    def report(self) -> str:
-        """What Slurm knows of the job, and the ends of its log and of the daemons' logs."""
-        folder = self.cluster.conf.parent
-        logs = [path.read_text(errors="replace")[-2000:] for path in (self.log, *folder.glob("*.log")) if path.exists()]
-        return "\n".join([self.cluster.call("scontrol", "--oneliner", "show", "job", self.number), *logs])
+        wait_for(met, f"{what} in {self.log}")
 
     def shown(self, name: str) -> str:
         """One field of `scontrol show job`."""
@@ -187,6 +200,9 @@ def running(root: Path) -> Iterator[Cluster]:
                     wait_for((root / "munge.socket").exists, "munged", 30)
             wait_for(lambda: cluster.idle_nodes() == len(NODES), "two idle nodes", 60)
             yield cluster
+        except BaseException as error:  # a timeout of pytest, too
+            error.add_note(cluster.report())
+            raise
         finally:
             cluster.kill_all()
             for daemon in daemons:

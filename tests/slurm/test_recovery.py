@@ -4,7 +4,6 @@ Both nodes are this machine, with one rank (a pipeline stage) each, on gloo; a r
 Skipped where Slurm is not installed.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,10 +11,11 @@ import pytest
 import torch
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
-from tests.distributed.launch import read_checkpoint, torchrun
+from tests import warm
+from tests.distributed.launch import read_checkpoint
 from tests.distributed.tiny import write_prepared, write_recipe
 
-from .cluster import NODES, Cluster, Job, running, unavailable, wait_for
+from .cluster import NODES, Job, running, unavailable, wait_for
 
 pytestmark = [
     pytest.mark.distributed,
@@ -24,13 +24,6 @@ pytestmark = [
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
 ]
 STEPS, INTERVAL = 60, 2
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """In a folder with a short path: Slurm keeps sockets there, whose paths have at most 108 letters."""
-    with TemporaryDirectory(prefix="slurm-") as folder, running(Path(folder)) as cluster:
-        yield cluster
 
 
 def survive_three_kills(job: Job) -> None:
@@ -46,7 +39,7 @@ def stop(job: Job) -> None:
     job.wait_for_steps()
     job.cluster.call("scancel", "--signal=TERM", job.number)
     wait_for(lambda: job.state() == "FAILED", f"the end of job {job.number}")
-    assert job.shown("ExitCode") == "143:0", job.text()[-3000:]
+    assert job.shown("ExitCode") == "143:0"
 
 
 def requeue_and_finish(job: Job) -> None:
@@ -54,30 +47,33 @@ def requeue_and_finish(job: Job) -> None:
     job.wait_for_steps()
     job.cluster.call("scontrol", "requeue", job.number)
     wait_for(lambda: job.state() in ("COMPLETED", "FAILED"), f"the end of job {job.number}")
-    assert job.state() == "COMPLETED", job.text()[-3000:]
+    assert job.state() == "COMPLETED"
     assert job.shown("Restarts") == "1"
 
 
-def test_a_job_survives_faults_and_ends_with_the_same_weights(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_survives_faults_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """A failure shows what Slurm says of the jobs, and the ends of their logs and of its daemons'."""
     save, straight = tmp_path / "run", tmp_path / "straight"
     changes = {"pipeline_model_parallel_size": 2, "train_iters": STEPS, "num_workers": 2, "sfr_backend": "cpu"}
     prepared = write_prepared(tmp_path / "data")
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save=str(save), save_interval=INTERVAL, **changes)
 
-    first = cluster.submit(recipe, tmp_path / "first.log", WAIT_S="10")
-    survive_three_kills(first)
-    stop(first)
-    stopped = int(find_checkpoint(save).name.removeprefix("iter_"))
-    assert stopped == first.steps()[-1] < STEPS
-    assert first.steps().count(1) == 1, "a restart began again instead of resuming"
+    # In a folder with a short path: Slurm keeps sockets there, whose paths have at most 108 letters.
+    with TemporaryDirectory(prefix="slurm-") as folder, running(Path(folder)) as cluster:
+        first = cluster.submit(recipe, tmp_path / "first.log", WAIT_S="10")
+        survive_three_kills(first)
+        stop(first)
+        stopped = int(find_checkpoint(save).name.removeprefix("iter_"))
+        assert stopped == first.steps()[-1] < STEPS
+        assert first.steps().count(1) == 1, "a restart began again instead of resuming"
 
-    second = cluster.submit(recipe, tmp_path / "second.log", WAIT_S="10")
-    requeue_and_finish(second)
-    assert second.steps()[0] == stopped + 1
-    assert second.steps()[-1] == STEPS
+        second = cluster.submit(recipe, tmp_path / "second.log", WAIT_S="10")
+        requeue_and_finish(second)
+        assert second.steps()[0] == stopped + 1
+        assert second.steps()[-1] == STEPS
 
     undisturbed = write_recipe(tmp_path / "straight.yaml", prepared, save=str(straight), save_interval=STEPS, **changes)
-    torchrun(2, "-m", "megatron_sfr.train", "--recipe", str(undisturbed))
+    warm.run("-m", "megatron_sfr.train", "--recipe", str(undisturbed), ranks=2, check=True)
     expected, actual = (read_checkpoint(find_checkpoint(folder)) for folder in (straight, save))
     assert expected.keys() == actual.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])]
