@@ -1,4 +1,4 @@
-"""A run that is stopped or killed loses at most the step or the save it was in, and says where to go on."""
+"""A run that is stopped or killed loses at most the step or the save it was in, and says how to resume."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,31 +15,45 @@ import pytest
 import torch
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
+from tests import warm
 from tests.warm import ROOT
 
 from .launch import read_checkpoint, read_metrics
-from .tiny import write_prepared, write_recipe
+from .runs import Runs
+from .settings import PP2
+from .tiny import write_recipe
 
 pytestmark = pytest.mark.distributed
 FOREVER = 100_000
+PATIENCE_S = 600  # a run that hangs never ends; one on a busy machine may need minutes to start
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("interruption")
-    return write_recipe(folder / "tiny.yaml", write_prepared(folder / "data"), train_iters=FOREVER, num_workers=2)
+def recipe(tmp_path_factory: pytest.TempPathFactory, runs: Runs) -> Path:
+    warm.server()  # now, or a run waits for it
+    path = tmp_path_factory.mktemp("interruption") / "tiny.yaml"
+    return write_recipe(path, runs.prepared, train_iters=FOREVER, num_workers=2)
 
 
-def start(recipe: Path, save: Path, *flags: str) -> subprocess.Popen:
+@contextmanager
+def started(recipe: Path, save: Path, *flags: str) -> Iterator[subprocess.Popen]:
+    """`megatron-sfr train` with two ranks; what is left of it at the end is killed."""
     command = [sys.executable, "-m", "megatron_sfr.cli", "train", str(recipe), "--nproc", "2", "--save", str(save)]
-    parallel = ["--pipeline-model-parallel-size", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *parallel, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([*command, *PP2, *flags], env=environment, text=True, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # its processes end with it
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 180) -> None:
+def in_warm_ranks(ranks: int, recipe: Path, save: Path, *flags: str) -> subprocess.CompletedProcess:
+    """The same training without launcher and torchrun."""
+    return warm.run("-m", "megatron_sfr.train", "--recipe", str(recipe), "--save", str(save), *flags, ranks=ranks)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = PATIENCE_S) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -52,11 +67,11 @@ def steps(save: Path) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
-    process = start(recipe, tmp_path / "run", "--save-interval", "2")
-    # torchrun signals all processes of a rank: upstream's manager, which the first save starts, must not end.
-    wait_for(lambda: steps(tmp_path / "run") >= 3, process)
-    process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
+    with started(recipe, tmp_path / "run", "--save-interval", "2") as process:
+        # torchrun signals all processes of a rank: upstream's manager, which the first save starts, must not end.
+        wait_for(lambda: steps(tmp_path / "run") >= 3, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 130, output
     assert "stopping after this step" in output
     assert "the same command resumes" in output
@@ -67,15 +82,14 @@ def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(recipe: Path, tmp_path: Pat
 
 def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    process = start(recipe, save, "--save-interval", "1")
-    wait_for(lambda: (save / "iter_0000003").is_dir(), process)  # made first, filled and marked later
-    second = start(recipe, save)  # refused while the first rank of the first run holds the folder
-    refused = second.communicate(timeout=120)[0]
-    assert second.returncode == 2, refused
-    assert f"{save} is being written by process" in refused
-    for child in psutil.Process(process.pid).children(recursive=True):  # torchrun and its workers, not the launcher
-        child.kill()
-    output = process.communicate(timeout=60)[0]
+    with started(recipe, save, "--save-interval", "1") as process:
+        wait_for(lambda: (save / "iter_0000003").is_dir(), process)  # made first, filled and marked later
+        second = in_warm_ranks(1, recipe, save)  # refused while the first rank of the first run holds the folder
+        assert second.returncode == 2, second.stderr
+        assert f"{save} is being written by process" in second.stderr
+        for child in psutil.Process(process.pid).children(recursive=True):  # torchrun and its workers, not the launcher
+            child.kill()
+        output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 2, output
     assert "training failed" in output
     saved = int((save / "latest_checkpointed_iteration.txt").read_text())
@@ -85,34 +99,33 @@ def test_kill_9_during_a_save_loses_at_most_that_save(recipe: Path, tmp_path: Pa
     (save / "latest_checkpointed_iteration.txt").write_text("")  # as a kill of upstream's own write left it
     with (save / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": newest + 1, "time": 1.0, "lm loss": 1.0}) + '\n{"step": ')  # and a line cut off
-    again = start(recipe, save, "--exit-interval", "1")
-    output = again.communicate(timeout=180)[0]
-    assert again.returncode == 0, output
-    assert f"is empty: iter_{newest:07d} is used, the newest complete checkpoint" in output
+    again = in_warm_ranks(2, recipe, save, *PP2, "--exit-interval", "1")
+    assert again.returncode == 0, again.stderr
+    assert f"is empty: iter_{newest:07d} is used, the newest complete checkpoint" in again.stdout
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(newest + 1)
     assert [row["step"] for row in read_metrics(save)] == list(range(1, newest + 2))
     assert not list(save.glob(".*lock"))
 
 
 def test_a_restart_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
-    steps_to_do = 60
-    limit = ["--train-iters", str(steps_to_do), "--save-interval", "5"]
-    process = start(recipe, tmp_path / "killed", "--max-restarts", "1", *limit)
-    wait_for(lambda: (tmp_path / "killed/iter_0000005").is_dir() and steps(tmp_path / "killed") >= 7, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in children if child.cmdline()[1:4] == ["-u", "-m", "megatron_sfr.train"]).kill()
-    output = process.communicate(timeout=300)[0]
+    limit = ["--train-iters", "40", "--save-interval", "5"]
+    with started(recipe, tmp_path / "killed", "--max-restarts", "1", *limit) as process:
+        wait_for(lambda: steps(tmp_path / "killed") >= 7, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in children if child.cmdline()[1:4] == ["-u", "-m", "megatron_sfr.train"]).kill()
+        output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
-    straight = start(recipe, tmp_path / "straight", *limit)
-    output = straight.communicate(timeout=300)[0]
-    assert straight.returncode == 0, output
+    resumed = [row["step"] for row in read_metrics(tmp_path / "killed")]
+    assert resumed == list(range(1, 41))
+    straight = in_warm_ranks(2, recipe, tmp_path / "straight", *PP2, *limit)
+    assert straight.returncode == 0, straight.stderr
     expected, actual = (read_checkpoint(find_checkpoint(tmp_path / name)) for name in ("straight", "killed"))
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
 
 
 def test_a_failure_is_one_line_that_says_what_to_do(recipe: Path, tmp_path: Path) -> None:
-    process = start(recipe, tmp_path / "run", "--train-data-path", str(tmp_path / "absent"))
-    output = process.communicate(timeout=120)[0]
+    with started(recipe, tmp_path / "run", "--train-data-path", str(tmp_path / "absent")) as process:
+        output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]
     assert last.startswith("megatron-sfr train: error:")
