@@ -11,18 +11,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.template_args import add_template_arguments, template_options
+
+if TYPE_CHECKING:
+    from megatron_sfr.storage.input_files import DatasetOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL: messages, ShareGPT or alpaca"
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="files of records (JSONL or JSON array, also .gz or .zst; Parquet; Arrow), folders of them, or datasets",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's tokenizer, with a chat template")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
-        "--format", metavar="messages|sharegpt|alpaca", help="of all rows (each file's own, told by its first row)"
+        "--format",
+        metavar="messages|sharegpt|alpaca|completion",
+        help="format of all records (default: recognized by the first record of each file)",
     )
     parser.add_argument(
         "--persona-key", default="persona", metavar="NAME", help="the field of a row that marks the style (%(default)s)"
@@ -45,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about anchors, their futures and the run, shared with `prepare-text`."""
+    parser.add_argument("--split", metavar="NAME", help="split of an input that is a dataset (default: its only one)")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a dataset on the hub (default: its own)")
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
     parser.add_argument(
         "--segments",
@@ -73,6 +87,13 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace prepared data that is there already")
 
 
+def dataset_options(args: argparse.Namespace) -> DatasetOptions:
+    """The options of inputs that are datasets, shared with `prepare-text`."""
+    from megatron_sfr.storage.input_files import DatasetOptions
+
+    return DatasetOptions(split=args.split, subset=args.subset, revision=args.revision)
+
+
 def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.chat.template_options import SampleOptions
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
@@ -91,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         persona_key=args.persona_key,
         too_long=args.too_long,
         chat=SampleOptions(turns=args.turns, train_on=args.train_on, **template_options(args)),
+        dataset=dataset_options(args),
     )
     workers = default_workers() if args.workers is None else args.workers
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)

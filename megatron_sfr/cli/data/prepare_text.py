@@ -10,12 +10,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sfr.cli.data.prepare import add_cut_arguments
+from megatron_sfr.cli.data.prepare import add_cut_arguments, dataset_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL files, or a prefix of .bin and .idx"
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="files of records (JSONL or JSON array, also .gz or .zst; Parquet; Arrow), folders of them, datasets; or "
+        "the prefix of a .bin and .idx",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's, or the one of the .bin")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
@@ -38,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         text_key=args.text_key,
         eod_token=args.eod_token,
         skip_bad_rows=args.skip_bad_rows,
+        dataset=dataset_options(args),
     )
     workers = default_workers() if args.workers is None else args.workers
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
