@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.training.data.epochs import sequences_of
 
     options = PrepareOptions(
         seq_length=args.seq_length,
@@ -139,6 +140,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{result.duplicates:,} samples have the tokens of an earlier one; they are kept")
     if result.rejected:
         print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
+    packed = sequences_of(args.output, result.seq_length, packed=True)
+    epoch = f"{result.samples:,} sequences, or {packed:,} packed ones with --sfr-packing"
+    print(f"an epoch is {epoch}; train_epochs counts in them")
     if result.segments:
         print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
     else:

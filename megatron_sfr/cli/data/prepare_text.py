@@ -12,6 +12,9 @@ from pathlib import Path
 
 from megatron_sfr.cli.data.prepare import add_cut_arguments, dataset_options
 
+EXAMPLE_LENGTH = 4096
+"""The seq_length at which an epoch is printed: training chooses its own."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -35,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.training.data.epochs import sequences_of
 
     options = DocumentOptions(
         stride=args.stride,
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if result.rejected:
         print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
+    sequences = sequences_of(args.output, EXAMPLE_LENGTH)
+    print(f"an epoch is {sequences:,} sequences at seq_length {EXAMPLE_LENGTH:,}; train_epochs counts in them")
     if result.segments:
         print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
     return 0
