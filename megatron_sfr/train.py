@@ -64,8 +64,8 @@ def _train(settings: "Settings", first: bool) -> None:
     args = parse(settings)
     if not _is_ready(args, say):
         return
-    if first and (line := describe(vars(args))):
-        say(line)
+    if first and (epochs := describe(vars(args))):
+        say(epochs)
     plan = plan_run(args, settings.backend)
     config = model_config(plan)
     if args.exit_signal_handler:  # Ctrl-C and SIGHUP end a run as SIGTERM does: after the step, with a checkpoint
