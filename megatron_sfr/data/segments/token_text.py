@@ -50,9 +50,8 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     no text could be (`token_bytes`).
     """
     table = token_bytes(tokenizer)
-    pieces = [table[id] for id in ids.tolist()]
-    data = b"".join(pieces)
-    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+    data = b"".join([table[id] for id in ids.tolist()])
+    ends = np.cumsum(_token_sizes(tokenizer)[ids])
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -60,6 +59,8 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     else:
         if dropped := _dropped_at_start(data, ids, tokenizer):
             data, text, ends = data[dropped:], text[dropped:], np.maximum(ends - dropped, 0)  # blanks, a byte each
+        if len(text) == len(data):  # ASCII: a character is a byte
+            return TokenText(text, np.concatenate([[0], ends]))
         first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
     characters = np.concatenate([[0], np.cumsum(first)])
     return TokenText(text, characters[np.concatenate([[0], ends])])
@@ -97,6 +98,12 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
                 "take a tokenizer that keeps its text, such as byte-level BPE"
             )
     return table
+
+
+@lru_cache(maxsize=8)
+def _token_sizes(tokenizer: Any) -> np.ndarray:
+    """Bytes of each token by id, int64."""
+    return np.array([len(piece) for piece in token_bytes(tokenizer)], np.int64)
 
 
 def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
