@@ -67,13 +67,19 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
-    for name in (*names, "ckpt_format"):
+    for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "split"):
         parser.add_argument(f"--{name.replace('_', '-')}")
+    for name in ("train_data_path", "data_path"):
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="*")
     given = vars(parser.parse_known_args(list(flags))[0])
     keys: dict[str, Any] = {}
     for path in (recipe, *given.pop("recipe")):
         keys |= {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
     keys |= {key: value for key, value in given.items() if value is not None}
+    if keys.get("train_epochs") is not None:
+        from megatron_sfr.training.data.epochs import train_iters_of
+
+        keys["train_iters"] = train_iters_of(keys)
     keys.setdefault("global_batch_size", keys.get("micro_batch_size"))
     for name in names:
         if keys.get(name) is None:

@@ -52,6 +52,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.config.settings import parse
     from megatron_sfr.runtime import backend
     from megatron_sfr.runtime.replacements import replaced
+    from megatron_sfr.training.data.epochs import describe
     from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.step_context import for_megatron
 
@@ -63,6 +64,8 @@ def _train(settings: "Settings", first: bool) -> None:
     args = parse(settings)
     if not _is_ready(args, say):
         return
+    if first and (epochs := describe(vars(args))):
+        say(epochs)
     plan = plan_run(args, settings.backend)
     config = model_config(plan)
     if args.exit_signal_handler:  # Ctrl-C and SIGHUP end a run as SIGTERM does: after the step, with a checkpoint

@@ -29,7 +29,7 @@ import numpy as np
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.create import create_store
 from megatron_sfr.data.targets.encoder import EncoderOptions, load_quietly
 from megatron_sfr.data.targets.fill import TextEncoder
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
@@ -71,7 +71,7 @@ class Arm:
 
     def run(self, data: PreparedData, folder: Path) -> None:
         identity = StoreIdentity(**vars(self.identity), batch_size=min(64, self.block_rows), block_rows=self.block_rows)
-        begin_store(folder, data, identity)
+        create_store(folder, data, identity)
         store = TargetStore.open(folder, data, partial=True)
         waits = []
         with Prefetcher([store], self.make_encoder, lookahead=self.lookahead) as prefetcher:

@@ -34,6 +34,7 @@ from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.registry import LOSSES, find_loss
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, shown
+from megatron_sfr.training.data.epochs import train_iters_of
 from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
@@ -230,6 +231,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
         args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
         flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
         args = parser.read(flags)
+        if (steps := train_iters_of(vars(args))) is not None:
+            flags += ["--train-iters", str(steps)]
     except ValueError as error:
         where = " + ".join(str(path) for path in ours.recipe)
         raise ValueError(f"{where}: {error}" if where else str(error)) from error

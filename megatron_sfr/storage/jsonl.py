@@ -1,6 +1,7 @@
-"""Records of JSONL files: one by one, or in chunks of complete lines with their positions, for worker processes.
+"""Records of files: one by one, or in chunks of complete records with their positions, for worker processes.
 
-Nothing here knows what a record means: conversations and documents are read in the same way.
+A record is a line of JSON, whatever container it comes from (containers.py). Nothing here knows what it means:
+conversations and documents are read in the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_sfr.storage.containers import read_pieces
 
 CHUNK_BYTES = 1 << 20
 
@@ -76,22 +79,22 @@ class Chunk:
 
 
 def read_chunks(paths: Sequence[Path], start: Position = Position(), size: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The files from `start` on, `size` bytes and the rest of a line at a time. `Position.done` counts bytes."""
-    position = start
+    """The files from `start` on, `size` bytes and the rest of a record at a time. `Position.done` counts bytes.
+
+    Raises:
+        ValueError: a file is damaged, or needs a library that is not installed.
+    """
+    before = sum(path.stat().st_size for path in paths[: start.file])
     for number in range(start.file, len(paths)):
-        if number > position.file:
-            position = Position(number, done=position.done)
-        with open(paths[number], "rb") as file:
-            file.seek(position.offset)
-            while text := file.read(size) + file.readline():
-                end = Position(
-                    number, position.offset + len(text), position.record + text.count(b"\n"), position.done + len(text)
-                )
-                yield Chunk(str(paths[number]), position.record, text, end)
-                position = end
+        position = start if number == start.file else Position(number)
+        for piece in read_pieces(paths[number], position.offset, size):
+            end = Position(number, piece.offset, position.record + piece.records, before + piece.done)
+            yield Chunk(str(paths[number]), position.record, piece.text, end)
+            position = end
+        before += paths[number].stat().st_size
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The records of a file: its lines that are not blank, numbered from 1, without a byte order mark."""
+    """The records of a file, numbered from 1: in JSONL its lines that are not blank, without a byte order mark."""
     for chunk in read_chunks([path]):
         yield from chunk.rows()

@@ -48,7 +48,7 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     out, err = capsys.readouterr()
     assert f"{data}: 3 conversations, {manifest.tokens} tokens ({manifest.supervised_tokens} supervised)" in out
     assert "2 samples have the tokens of an earlier one; they are kept" in out
-    assert f"1 bad rows set aside with their reasons in {data / 'rejected.jsonl'}" in out
+    assert f"1 bad records are in {data / 'rejected.jsonl'}, with their reasons" in out
     assert f"megatron-sfr embed --data {data}" in out
     assert "prepare: 100%" in err
 

@@ -1,7 +1,7 @@
-"""Show what is in a prepared folder: its counts, and a sample with what the model learns to write told apart.
+"""Show the contents of a prepared folder: its counts, and a sample with the text that the model learns to write.
 
-What the loss is on is green, the rest dim; without colour it stands in [[...]]. Beneath are the sample's anchors and
-the future text that each is to foresee. Of documents it shows the counts, and the futures of one.
+Supervised text is green, the rest dim; without colour supervised text is in [[...]]. Below are the sample's anchors and
+the future text that each is to predict. Of documents it shows the counts and the futures of one.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare or prepare-text"
     )
-    parser.add_argument("--sample", type=int, metavar="N", help="this one, from 0 (a random one)")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same random samples each time")
-    parser.add_argument("--anchors", type=int, default=8, metavar="N", help="how many to show (%(default)s)")
-    parser.add_argument("--counts", action="store_true", help="the counts alone")
+    parser.add_argument("--sample", type=int, metavar="N", help="number of the sample, from 0 (default: a random one)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of random samples (default: different ones each time)"
+    )
+    parser.add_argument("--anchors", type=int, default=8, metavar="N", help="anchors to show (default: %(default)s)")
+    parser.add_argument("--counts", action="store_true", help="show only the counts")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte of the folder and of the target stores in it and compare the checksums; shows nothing",
+        help="compare the checksums of the folder and of the target stores in it, reading every byte; shows nothing",
     )
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is now, if it was moved")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead of one here")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer, if it was moved")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead")
 
 
 def run(args: argparse.Namespace) -> int:

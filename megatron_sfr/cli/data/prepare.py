@@ -11,66 +11,98 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.template_args import add_template_arguments, template_options
+
+if TYPE_CHECKING:
+    from megatron_sfr.storage.input_files import DatasetOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSONL: messages, ShareGPT or alpaca"
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="files of records (JSONL or JSON array, also .gz or .zst; Parquet; Arrow), folders of them, or datasets",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the model's tokenizer, with a chat template")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
-        "--format", metavar="messages|sharegpt|alpaca", help="of all rows (each file's own, told by its first row)"
+        "--format",
+        metavar="messages|sharegpt|alpaca|completion",
+        help="format of all records (default: recognized by the first record of each file)",
     )
     parser.add_argument(
-        "--persona-key", default="persona", metavar="NAME", help="the field of a row that marks the style (%(default)s)"
+        "--persona-key", default="persona", metavar="NAME", help="field that marks the style (default: %(default)s)"
     )
     parser.add_argument(
         "--turns",
         default="together",
         metavar="together|each|last|as-rendered",
         help="samples of a conversation: one with all replies, each after the tokens of inference, or the record is "
-        "refused; one for each reply; one with the last reply; one as the template writes the whole (%(default)s)",
+        "refused; one for each reply; one with the last reply; one as the template writes the whole (default: %(default)s)",
     )
-    parser.add_argument("--train-on", default="all", metavar="all|last", help="replies with a loss (%(default)s)")
-    add_template_arguments(parser)
-    parser.add_argument("--seq-length", type=int, default=2048, help="longest conversation, in tokens (%(default)s)")
     parser.add_argument(
-        "--too-long", default="error", metavar="error|truncate", help="a longer one is a bad row, or cut (%(default)s)"
+        "--train-on", default="all", metavar="all|last", help="replies with a loss (default: %(default)s)"
+    )
+    add_template_arguments(parser)
+    parser.add_argument("--seq-length", type=int, default=2048, help="longest sample, in tokens (default: %(default)s)")
+    parser.add_argument(
+        "--too-long",
+        default="error",
+        metavar="error|truncate",
+        help="a longer one is a bad record, or is cut (default: %(default)s)",
     )
     add_cut_arguments(parser)
 
 
 def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments about anchors, their futures and the run, shared with `prepare-text`."""
-    parser.add_argument("--stride", type=int, default=32, help="tokens from anchor to anchor (%(default)s)")
+    parser.add_argument("--split", metavar="NAME", help="split of an input that is a dataset (default: its only one)")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a dataset on the hub (default: its own)")
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit on the hub (default: main)")
+    parser.add_argument("--stride", type=int, default=32, help="tokens between anchors (default: %(default)s)")
     parser.add_argument(
         "--segments",
         choices=("window", "sentence", "statement"),
         default="window",
-        help="what horizons count: tokens (window), sentences, or statements of source code, the next to start being "
-        "number 1 (%(default)s)",
+        help="what horizons count: tokens (window), sentences, or statements of source code; 1 is the next to start "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--horizons",
         nargs="+",
         metavar="OFFSET:LENGTH",
-        help="the future of an anchor that a target holds, from where and how much, in what --segments says; an anchor "
-        "has one target for each (window 1:256, otherwise 1:1)",
+        help="futures of an anchor, in the unit of --segments; an anchor has a target for each (default: 1:256 for "
+        "window, 1:1 otherwise)",
     )
     parser.add_argument(
         "--min-segment-length",
         type=int,
         default=16,
-        help="a target that the end of the text cuts to fewer tokens is left out (%(default)s)",
+        help="leave out targets that the end of the text cuts to fewer tokens (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="set bad rows aside in OUTPUT/rejected.jsonl and go on"
+        "--skip-bad-rows",
+        action="store_true",
+        help="write bad records to OUTPUT/rejected.jsonl and continue (default: stop at the first)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a processor, at most 8)")
-    parser.add_argument("--force", action="store_true", help="replace prepared data that is there already")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one for each processor, at most 8)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace existing prepared data of other inputs or options"
+    )
+
+
+def dataset_options(args: argparse.Namespace) -> DatasetOptions:
+    """The options of inputs that are datasets, shared with `prepare-text`."""
+    from megatron_sfr.storage.input_files import DatasetOptions
+
+    return DatasetOptions(split=args.split, subset=args.subset, revision=args.revision)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.training.data.epochs import sequences_of
 
     options = PrepareOptions(
         seq_length=args.seq_length,
@@ -91,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         persona_key=args.persona_key,
         too_long=args.too_long,
         chat=SampleOptions(turns=args.turns, train_on=args.train_on, **template_options(args)),
+        dataset=dataset_options(args),
     )
     workers = default_workers() if args.workers is None else args.workers
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
@@ -116,7 +150,10 @@ def run(args: argparse.Namespace) -> int:
     if result.duplicates:
         print(f"{result.duplicates:,} samples have the tokens of an earlier one; they are kept")
     if result.rejected:
-        print(f"{result.rejected:,} bad rows set aside with their reasons in {args.output / 'rejected.jsonl'}")
+        print(f"{result.rejected:,} bad records are in {args.output / 'rejected.jsonl'}, with their reasons")
+    packed = sequences_of(args.output, result.seq_length, packed=True)
+    epoch = f"{result.samples:,} sequences, or {packed:,} packed ones with --sfr-packing"
+    print(f"an epoch is {epoch}; train_epochs counts in them")
     if result.segments:
         print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
     else:

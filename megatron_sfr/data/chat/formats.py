@@ -3,6 +3,7 @@
 - messages   {"messages": [{"role": "user", "content": ...}, ...], "tools": [...]}
 - ShareGPT   {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
 - alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[asked, answered], ...]}
+- completion {"prompt": ..., "completion": ..., "system": ...}: strings, or lists of messages
 - plain text {"text": ...}: pretraining data, no chat
 """
 
@@ -15,9 +16,21 @@ from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import Row, RowError, read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
 
-TITLES = {"messages": "messages", "sharegpt": "ShareGPT", "alpaca": "alpaca", "text": "plain text"}
-FORMATS = ("messages", "sharegpt", "alpaca")  # those that hold chats
-KEYS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "text": "text"}
+TITLES = {
+    "messages": "messages",
+    "sharegpt": "ShareGPT",
+    "alpaca": "alpaca",
+    "completion": "prompt and completion",
+    "text": "plain text",
+}
+FORMATS = ("messages", "sharegpt", "alpaca", "completion")  # those that hold chats
+KEYS = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "alpaca": "instruction",
+    "completion": "completion",
+    "text": "text",
+}
 SHAREGPT_ROLES = (
     {"system": "system", "human": "user", "user": "user"}
     | dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model"), "assistant")
@@ -68,13 +81,15 @@ def turns_of(fields: dict[str, Any], form: str) -> tuple[list[Any], list[Any] | 
         raise RowError(f"the row is {TITLES[found]} in a file of {TITLES[form]}; keep each format in a file of its own")
     if form == "alpaca":
         return _alpaca(fields), None
+    if form == "completion":
+        return _plain_turns(_completion(fields)), _tools(fields.get("tools"))
     turns = fields.get(KEYS[form])
     if not isinstance(turns, list) or not turns:
         raise RowError(f'no {KEYS[form]}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
     if form == "sharegpt":
         turns = [_sharegpt_turn(turn, number) for number, turn in enumerate(turns, start=1)]
         turns = _system(fields) + turns
-    return turns, _tools(fields.get("tools"))
+    return _plain_turns(turns), _tools(fields.get("tools"))
 
 
 EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from": "human", "value": ...}'}
@@ -122,6 +137,43 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = f"{instruction}\n{more}" if more and more.strip() else instruction
     return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
+
+
+def _completion(fields: dict[str, Any]) -> list[Any]:
+    """The prompt's turns and the completion's: a string is one turn."""
+    turns: list[Any] = _system(fields)
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = fields.get(name)
+        if isinstance(value, list) and value:
+            turns += value
+        elif isinstance(value, str):
+            turns.append({"role": role, "content": value})
+        else:
+            raise RowError(f'the {name} is not text; write {{"prompt": ..., "completion": ...}}, or a list of messages')
+    return turns
+
+
+def _plain_turns(turns: list[Any]) -> list[Any]:
+    """Turns with the content as one text and without the role `developer`, which is the system's newer name."""
+    return [_plain_turn(turn, number) if isinstance(turn, dict) else turn for number, turn in enumerate(turns, start=1)]
+
+
+def _plain_turn(turn: Message, number: int) -> Message:
+    role, content = turn.get("role"), turn.get("content")
+    if role == "developer":
+        turn = turn | {"role": "system"}
+    if isinstance(content, list):
+        turn = turn | {"content": "".join(_part(part, number) for part in content)}
+    return turn
+
+
+def _part(part: Any, number: int) -> str:
+    """The text of a content part, as {"type": "text", "text": ...} or as a string."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise RowError(f"message {number} has content of type {shown(kind)}; only text can be trained on: remove it")
+    return text
 
 
 def _system(fields: dict[str, Any]) -> list[Message]:

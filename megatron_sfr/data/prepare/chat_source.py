@@ -5,6 +5,7 @@ One file of the pipeline (pipeline.py) reads, one encodes (encode_conversations.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,13 @@ from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, Prepa
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
 
+MOST_NAMED = 8
+"""Files whose formats are printed one by one."""
 SAMPLE_DIGESTS = "sample_digests.bin"
 """By which duplicates are counted; not published."""
 
@@ -44,6 +48,7 @@ class PrepareOptions:
     persona_key: str = "persona"
     too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
     chat: SampleOptions = field(default_factory=SampleOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)  # which part of inputs that are datasets
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "stride", "min_segment_length"):
@@ -57,7 +62,10 @@ class PrepareOptions:
             raise ValueError(f"too_long {self.too_long!r} is unknown; choose {' or '.join(TOO_LONG)}")
 
     def source(self, inputs: Sequence[Path]) -> ChatRecords:
-        return ChatRecords(tuple(inputs), self)
+        """Files of records. Raises ValueError where an input is not one."""
+        if not inputs:
+            raise ValueError("no input; give at least one file of records")
+        return ChatRecords(record_files(inputs, self.dataset), self)
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,6 @@ class ChatRecords:
     is_chat = True
     unit = "B"
 
-    def __post_init__(self) -> None:
-        if not self.inputs:
-            raise ValueError("no input; give at least one JSONL file")
-
     @property
     def total(self) -> int:
         return sum(path.stat().st_size for path in self.inputs)
@@ -101,8 +105,8 @@ class ChatRecords:
         records: list[InputRecord] = []
         for path in self.inputs:
             form = self.options.format or detect(path)
-            say(f"{path.name}: {TITLES[form]}")
             records.append({"path": str(path.resolve()), "sha256": sha256_of(path), "format": form})
+        _say_formats(records, say)
         return ChatOrigin(
             chat=asdict(self.options.chat),
             persona_key=self.options.persona_key,
@@ -200,3 +204,12 @@ class ChatTotals:
         self.conversations += chunk.conversations
         self.unlike_last += chunk.unlike_last
         self.unlike_inference += chunk.unlike_inference
+
+
+def _say_formats(records: Sequence[InputRecord], say: Callable[[str], None]) -> None:
+    if len(records) <= MOST_NAMED:
+        for record in records:
+            say(f"{Path(record['path']).name}: {TITLES[record['format']]}")
+        return
+    counts = Counter(TITLES[record["format"]] for record in records)
+    say(f"{len(records):,} files: " + ", ".join(f"{count:,} of {title}" for title, count in counts.items()))

@@ -25,6 +25,7 @@ from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
@@ -46,6 +47,7 @@ class DocumentOptions:
     text_key: str = "text"
     eod_token: str | None = None  # None: the tokenizer's eos_token
     skip_bad_rows: bool = False
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)  # which part of inputs that are datasets
 
     def __post_init__(self) -> None:
         for name in ("stride", "min_segment_length"):
@@ -55,17 +57,15 @@ class DocumentOptions:
         check_segmenter(self.segmenter)
 
     def source(self, inputs: Sequence[Path]) -> TextRecords | IndexedCorpus:
-        """Records with a text, or the one prefix of a .bin and .idx."""
+        """Files of records, or the one prefix of a .bin and .idx. Raises ValueError where an input is neither."""
         if not inputs:
-            raise ValueError("no input; give JSONL files, or the prefix of a .bin and .idx")
-        prefixes = [path for path in inputs if not path.is_file()]
-        if not prefixes:
-            return TextRecords(tuple(inputs), self)
-        if len(inputs) > 1:
-            raise ValueError(f"{prefixes[0]} is not a file; give JSONL files, or the one prefix of a .bin and .idx")
-        if not Path(f"{prefixes[0]}.idx").is_file():
-            raise ValueError(f"{prefixes[0]} is neither a JSONL file nor the prefix of a .bin and .idx")
-        return IndexedCorpus(str(prefixes[0].resolve()), self)
+            raise ValueError("no input; give files of records, or the prefix of a .bin and .idx")
+        prefixes = [path for path in inputs if not path.exists() and Path(f"{path}.idx").is_file()]
+        if prefixes and len(inputs) > 1:
+            raise ValueError(f"{prefixes[0]} is an indexed corpus; prepare it alone")
+        if prefixes:
+            return IndexedCorpus(str(prefixes[0].resolve()), self)
+        return TextRecords(record_files(inputs, self.dataset), self)
 
 
 @dataclass(frozen=True)

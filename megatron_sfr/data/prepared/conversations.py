@@ -1,11 +1,11 @@
-"""The prepared folder: tokens, loss masks and anchors, memory-mapped, read-only and cheap to open on every rank.
+"""Prepared folders of conversations: tokens, loss masks and anchors, memory-mapped and read-only.
 
 - manifest.json: written last
-- tokens.bin (int32), mask.bin (uint8): all samples one after another; offsets.bin (int64 [samples + 1]) divides them
+- tokens.bin (int32), mask.bin (uint8): all samples, concatenated; offsets.bin (int64 [samples + 1]) separates them
 - personas.bin (int32 [samples]): index into the manifest's personas
 - anchors.bin (int32 [anchors, 6]): the fields of `Anchors`; anchor_offsets.bin (int64 [samples + 1])
-- segments.jsonl, segment_offsets.bin, segment_digests.bin: the distinct texts of segments, as in segment_texts.py
-- rejected.jsonl: the rows that --skip-bad-rows set aside, with the reasons; for people, never read again
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: the distinct texts of segments; see segment_texts.py
+- rejected.jsonl: records that --skip-bad-rows left out, with the reasons; never read again
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPES: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class PreparedManifest:
-    """What a prepared folder holds and what it was made from."""
+    """Contents and origin of a prepared folder."""
 
     kind: ClassVar[str] = "prepared data"
     version: ClassVar[int] = 3
@@ -54,14 +54,14 @@ class PreparedManifest:
     samples: int
     tokens: int
     supervised_tokens: int
-    max_response_tokens: int  # supervised, in all replies of one sample
-    anchors: int  # an anchor counts once for each horizon that it has a target at
+    max_response_tokens: int  # supervised tokens of one sample, at most
+    anchors: int  # each counted once for each horizon at which it has a target
     max_anchors: int  # in one sample
     segments: int  # distinct
     rejected: int
     truncated: int  # samples cut at seq_length + 1 tokens
-    duplicates: int  # samples with the token ids of an earlier one; they are kept
-    personas: dict[str, int]  # name: samples; "" has those without a persona
+    duplicates: int  # samples with the token ids of an earlier one, which are kept
+    personas: dict[str, int]  # samples by persona; "" for none
     persona_key: str
     seq_length: int
     too_long: str
@@ -85,25 +85,25 @@ class PreparedManifest:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Positions of one sample that have a target, once for each horizon they have one at; int32 [A] each.
-
-    position  index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised
-    segment   row of the target store: the text of L units of the segmenter, the o-th from token i + 1 on the first (for
-              tokens: i + o ... i + o + L - 1), cut at the end of the reply, which a truncated sample may not reach
-    response  which trained reply of the sample, from 0
-    ordinal   index of token i + 1 among the supervised tokens of its reply, from 0
-    length    number of supervised tokens of that reply, as far as the sample holds it
-    horizon   index of (o, L) among the manifest's horizons
+    """Positions of one sample that have a target, once for each of its horizons; int32 [A] each.
 
     They are ordered by position, then horizon.
     """
 
     position: np.ndarray
+    """Index i into the tokens: the hidden state at input position i is the condition, token i + 1 is supervised."""
     segment: np.ndarray
+    """Index in the target store. The segment at horizon (o, L) is the text of L units of the segmenter, the first being
+    the o-th from token i + 1 on (for tokens: i + o ... i + o + L - 1). It is cut at the end of the reply, which may lie
+    beyond a truncated sample."""
     response: np.ndarray
+    """Number of the trained reply in the sample, from 0."""
     ordinal: np.ndarray
+    """Index of token i + 1 among the supervised tokens of its reply, from 0."""
     length: np.ndarray
+    """Supervised tokens of that reply within the sample."""
     horizon: np.ndarray
+    """Index of (o, L) among the manifest's horizons."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Sample:
 class PreparedData:
     """The samples of a prepared folder.
 
-    `open` checks the manifest and the sizes, every sample its ranges, `check` the offsets and a sample of the
+    `open` checks the manifest and the sizes of files, reading a sample its ranges, `check` all offsets and some
     checksums, `verify` every byte.
     """
 
@@ -138,7 +138,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
-        """ValueError where the folder is incomplete, damaged or of another version."""
+        """Opens a folder. Raises ValueError if it is incomplete, damaged or of another version."""
         folder = Path(folder)
         with repair(folder):
             manifest = read_manifest(folder, PreparedManifest)
@@ -147,7 +147,7 @@ class PreparedData:
         return cls(folder, manifest)
 
     def check(self, budget: int = SAMPLE_BYTES) -> None:
-        """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
+        """Checks offsets, and checksums of `budget` bytes of files, at the start of a run. Raises ValueError."""
         with self._repair:
             check_offsets(self.folder / "offsets.bin", self._offsets, self.manifest.tokens)
             check_offsets(self.folder / "anchor_offsets.bin", self._anchor_offsets, self.manifest.anchors)
@@ -155,12 +155,12 @@ class PreparedData:
 
     @property
     def max_token_id(self) -> int:
-        """The largest token id; reads all tokens of a folder that an earlier release wrote."""
+        """The largest token id. Reads all tokens if an earlier release wrote the folder."""
         recorded = self.manifest.max_token_id
         return largest(self._tokens) if recorded is None else recorded
 
     def verify(self) -> None:
-        """Reads everything; ValueError names the file that is not what was written."""
+        """Reads every byte. Raises ValueError, with the file's name, if one is not what was written."""
         with self._repair:
             check_contents(self.folder, self.manifest.files)
 
@@ -177,7 +177,7 @@ class PreparedData:
         start, end = self._bounds("offsets.bin", self._offsets, index, len(self._tokens))
         first, last = self._bounds("anchor_offsets.bin", self._anchor_offsets, index, len(self._anchors))
         self._check_ranges(index, int(end - start), self._anchors[first:last])
-        # Copies: torch takes no read-only memory without a warning, and a sample is small.
+        # Copies: torch warns of read-only memory, and a sample is small.
         columns = self._anchors[first:last].T.copy()
         return Sample(
             tokens=self._tokens[start:end].copy(),
@@ -188,24 +188,24 @@ class PreparedData:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions that each sample takes in training: its tokens but the last, which is only predicted; int64 [n]."""
+        """Input positions of each sample, int64 [n]: its tokens without the last, which is only predicted."""
         return np.diff(self._offsets) - 1
 
     @property
     def anchor_counts(self) -> np.ndarray:
-        """Rows of `Anchors` of each sample, int64 [n]."""
+        """Anchors of each sample, int64 [n]."""
         return np.diff(self._anchor_offsets)
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens of each sample, int64 [samples]."""
+        """Tokens of each sample, int64 [samples]."""
         return np.diff(self._offsets)
 
     def segment_text(self, row: int) -> str:
         return self.texts[row]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process maps the files again: pickling a memory map would copy all of it.
+        # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedData.open, (self.folder,)
 
     def _map(self, name: str) -> np.ndarray:
@@ -218,16 +218,16 @@ class PreparedData:
         return start, end
 
     def _check_ranges(self, index: int, tokens: int, anchors: np.ndarray) -> None:
-        """ValueError where a sample's numbers point outside of what there is; anchors [A, 6]."""
+        """Raises StoredFileError if the persona or an anchor of a sample is out of range; anchors [A, 6]."""
         if not 0 <= self._persona[index] < len(self._personas):
-            refuse(self.folder / "personas.bin", f"sample {index} has no known persona")
+            refuse(self.folder / "personas.bin", f"sample {index} has an unknown persona")
         last = (tokens - 2, self.manifest.segments - 1, tokens - 1, tokens - 1, tokens, len(self.manifest.horizons) - 1)
         if (anchors < 0).any() or (anchors > last).any():
             refuse(self.folder / "anchors.bin", f"an anchor of sample {index} is out of range")
 
 
 def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
-    """The size of each file by the manifest's counts."""
+    """The size of each file that the manifest's counts imply."""
     elements = {
         "tokens.bin": manifest.tokens,
         "mask.bin": manifest.tokens,

@@ -1,10 +1,10 @@
-"""The prepared folder of a pretraining corpus: Megatron's .bin/.idx, and the anchors of each document.
+"""Prepared folders of documents: Megatron's .bin and .idx, and the anchors of each document.
 
 - manifest.json: written last
-- documents.bin, documents.idx: upstream's indexed dataset, unless the manifest names one that was there already
+- documents.bin, documents.idx: upstream's indexed dataset, unless the manifest names an existing one
 - anchors.bin (int32 [anchors, 3]): position, segment and horizon as in `Anchors`, by document, position, horizon;
-  anchor_offsets.bin (int64 [documents + 1]) divides them
-- segments.jsonl, segment_offsets.bin, segment_digests.bin: as in segment_texts.py
+  anchor_offsets.bin (int64 [documents + 1]) separates them
+- segments.jsonl, segment_offsets.bin, segment_digests.bin: see segment_texts.py
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ COLUMNS = 3
 
 @dataclass(frozen=True)
 class DocumentsManifest:
-    """What a folder of prepared documents holds and what it was made from."""
+    """Contents and origin of a folder of prepared documents."""
 
     kind: ClassVar[str] = "prepared documents"
     version: ClassVar[int] = 1
 
     documents: int
     tokens: int
-    anchors: int  # an anchor counts once for each horizon that it has a target at
+    anchors: int  # each counted once for each horizon at which it has a target
     segments: int  # distinct
     rejected: int
     stride: int
@@ -60,16 +60,16 @@ class DocumentsManifest:
     segments_sha256: str
     corpus: str  # prefix of the .bin and .idx, inside the folder or an absolute path
     text_key: str
-    inputs: list[InputRecord]  # JSONL files, or the .idx of a corpus that was there already
+    inputs: list[InputRecord]  # files of records, or the .idx of an existing corpus
     files: dict[str, FileRecord]
     max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
-    corpus_files: dict[str, FileRecord] | None = None  # .bin and .idx of a corpus that was there already
+    corpus_files: dict[str, FileRecord] | None = None  # .bin and .idx of an existing corpus
 
 
 class PreparedDocuments:
     """The documents of a prepared folder.
 
-    `open` checks the manifest and the sizes, `anchors` its ranges, `check` the offsets and a sample of the checksums,
+    `open` checks the manifest and the sizes of files, `anchors` ranges, `check` all offsets and some checksums,
     `verify` every byte.
     """
 
@@ -83,7 +83,7 @@ class PreparedDocuments:
 
     @classmethod
     def open(cls, folder: Path) -> PreparedDocuments:
-        """ValueError where the folder is incomplete, damaged or of another version, or its corpus is not there."""
+        """Opens a folder. Raises ValueError if it is incomplete, damaged or of another version, or has no corpus."""
         folder = Path(folder)
         with repair(folder):
             manifest = read_manifest(folder, DocumentsManifest)
@@ -97,11 +97,11 @@ class PreparedDocuments:
         return opened
 
     def _corpus_records(self) -> dict[str, FileRecord]:
-        """The files of a corpus outside of the folder, by their paths."""
+        """The files of a corpus outside the folder, by path."""
         return {f"{self.corpus}{end}": record for end, record in (self.manifest.corpus_files or {}).items()}
 
     def check(self, budget: int = SAMPLE_BYTES) -> None:
-        """For the start of a run: ValueError where offsets, or checksums of `budget` bytes of files, are wrong."""
+        """Checks offsets, and checksums of `budget` bytes of files, at the start of a run. Raises ValueError."""
         with self._repair:
             check_offsets(self.folder / "anchor_offsets.bin", self._offsets, self.manifest.anchors)
             check_sample(self.folder, self.manifest.files | self._corpus_records(), budget)
@@ -112,7 +112,7 @@ class PreparedDocuments:
         return str(self.folder / self.manifest.corpus)
 
     def verify(self) -> None:
-        """Reads everything; ValueError names the file that is not what was written."""
+        """Reads every byte. Raises ValueError, with the file's name, if one is not what was written."""
         with self._repair:
             check_contents(self.folder, self.manifest.files | self._corpus_records())
 
@@ -144,12 +144,12 @@ class PreparedDocuments:
         return self.texts[row]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process maps the files again: pickling a memory map would copy all of it.
+        # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedDocuments.open, (self.folder,)
 
 
 def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
-    """The size of each file by the manifest's counts."""
+    """The size of each file that the manifest's counts imply."""
     own = {"anchors.bin": 4 * COLUMNS * manifest.anchors, "anchor_offsets.bin": 8 * (manifest.documents + 1)}
     return own | segment_texts.bytes_of(manifest)
 

@@ -1,4 +1,4 @@
-"""What is in a prepared folder, for people: its counts, and a sample as text with what is supervised told apart."""
+"""The contents of a prepared folder for people: counts, and a sample as text with its supervised parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PERSONAS = 12
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text that is supervised throughout, or not at all."""
+    """A text that is supervised throughout, or not at all."""
 
     text: str
     supervised: bool
@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Future:
-    """An anchor of a sample at one horizon, and the text that it is to foresee."""
+    """An anchor of a sample at one horizon, and the text to predict."""
 
     position: int
     response: int
@@ -42,10 +42,10 @@ class Future:
 
 
 def tokenizer_of(data: PreparedData, tokenizer: str | None = None) -> Any:
-    """The tokenizer that the folder was prepared with, at its old place or at another; ValueError for one unlike it."""
+    """The tokenizer that the folder was prepared with, at its old path or another. ValueError if it differs."""
     place = tokenizer or data.manifest.tokenizer
     if tokenizer is None and os.path.isabs(place) and not Path(place).is_dir():
-        raise ValueError(f"the tokenizer of {data.folder} is no longer at {place}; say where with --tokenizer DIR")
+        raise ValueError(f"the tokenizer of {data.folder} is no longer at {place}; give its path with --tokenizer DIR")
     loaded = load_tokenizer(place)
     if tokenizer_sha256(loaded) != data.manifest.tokenizer_sha256:
         raise ValueError(
@@ -56,9 +56,9 @@ def tokenizer_of(data: PreparedData, tokenizer: str | None = None) -> Any:
 
 
 def pieces(sample: Sample, tokenizer: Any) -> list[Piece]:
-    """The whole text of a sample, special tokens too, cut where the mask changes.
+    """The text of a sample with its special tokens, divided where the mask changes.
 
-    A letter of several tokens stands whole in the piece in which it ends.
+    A character of several tokens is in the piece in which it ends.
     """
     changes = np.flatnonzero(np.diff(sample.loss_mask)) + 1
     borders = [0, *changes.tolist(), len(sample.tokens)]
@@ -86,7 +86,7 @@ def futures_of(data: PreparedData, sample: Sample) -> Iterator[Future]:
 
 
 def counts(data: PreparedData) -> list[tuple[str, str]]:
-    """What the folder holds, as names and texts."""
+    """The counts of a folder of conversations, as names and texts."""
     m = data.manifest
     lengths = data.lengths
     levels = ", ".join(f"{q} %: {np.percentile(lengths, q):,.0f}" for q in PERCENTILES)
@@ -127,7 +127,7 @@ def _chat_options(manifest: PreparedManifest) -> list[tuple[str, str]]:
 
 
 def document_counts(data: PreparedDocuments) -> list[tuple[str, str]]:
-    """What a folder of documents holds, as names and texts."""
+    """The counts of a folder of documents, as names and texts."""
     m = data.manifest
     return [
         ("inputs", ", ".join(Path(record["path"]).name for record in m.inputs)),
@@ -139,7 +139,7 @@ def document_counts(data: PreparedDocuments) -> list[tuple[str, str]]:
 
 
 def futures_of_document(data: PreparedDocuments, number: int) -> Iterator[tuple[int, str, str]]:
-    """The anchors of a document, in order: position, horizon and the text that it is to foresee."""
+    """The anchors of a document, in order: position, horizon and the text to predict."""
     for position, segment, horizon in zip(*data.anchors(number), strict=True):
         yield int(position), format_horizons([data.manifest.horizons[horizon]]), data.segment_text(int(segment))
 
@@ -155,7 +155,7 @@ def _personas(personas: dict[str, int]) -> str:
 
 
 def _agree(whole: str, start: str) -> int:
-    """How many letters of `start` are those of `whole`: all but a last one that is not complete in it."""
+    """Length of the common prefix: all of `start`, without a last character that is incomplete in it."""
     return next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), min(len(whole), len(start)))
 
 

@@ -1,4 +1,4 @@
-"""A page of prepared samples to look at in a browser: one file, no scripts, nothing loaded from elsewhere."""
+"""Prepared samples as an HTML page: one file, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ td { vertical-align: top; padding: .2em 1em .2em 0 }
 
 
 def write_page(path: Path, data: PreparedData, samples: Sequence[int], tokenizer: Any) -> None:
-    """The folder's counts and these samples: what is supervised marked, each anchor's future in a table to unfold."""
+    """Writes the folder's counts and these samples, with supervised text marked and the anchors in a table."""
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}\n" for name, text in counts(data))
     body = [f"<h1>{escape(str(data.folder))}</h1>\n<table>\n{rows}</table>\n"]
     body += [_sample(data, number, tokenizer) for number in samples]

@@ -1,4 +1,4 @@
-"""Opens a prepared folder of either kind, and checks that the folders of one run agree on their horizons."""
+"""Opens prepared folders of either kind, and checks that the folders of a run have the same horizons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_prepared(folder: str | Path) -> PreparedData | PreparedDocuments:
 
 
 def holds_documents(folder: Path) -> bool:
-    """Whether a prepared folder holds documents; a folder without a manifest that can be read holds none."""
+    """Whether a prepared folder holds documents. False if its manifest cannot be read."""
     try:
         manifest = read_json(folder / NAME)
     except (OSError, ValueError):

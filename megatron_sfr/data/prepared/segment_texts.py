@@ -1,7 +1,7 @@
-"""The distinct texts of segments in a prepared folder, by number; all that an encoder needs of it.
+"""The distinct texts of segments in a prepared folder: all that an encoder needs of it.
 
-- segments.jsonl: one JSON string a text; segment_offsets.bin (int64 [segments + 1])
-- segment_digests.bin (uint8 [segments, 16]): `text_digest` of each, by which stores know a text again
+- segments.jsonl: a JSON string for each text; segment_offsets.bin (int64 [segments + 1])
+- segment_digests.bin (uint8 [segments, 16]): `text_digest` of each, by which stores recognize a text
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES: dict[str, type[np.generic]] = {
 
 
 class SegmentManifest(Protocol):
-    """What of a prepared folder's manifest tells which texts it has."""
+    """The fields of a prepared folder's manifest that identify its texts."""
 
     @property
     def segments(self) -> int: ...
@@ -48,7 +48,7 @@ class HasSegments(Protocol):
 
 
 class SegmentTexts:
-    """The texts, read where they are used."""
+    """The texts of a folder, read on use."""
 
     def __init__(self, folder: Path, repair: hint) -> None:
         """repair: what to run if they are damaged."""
@@ -84,5 +84,5 @@ class SegmentTexts:
 
 
 def bytes_of(manifest: SegmentManifest) -> dict[str, int]:
-    """The sizes of the two files that a manifest's counts decide."""
+    """The sizes of the two files that the manifest's counts imply."""
     return {"segment_offsets.bin": 8 * (manifest.segments + 1), "segment_digests.bin": DIGEST_BYTES * manifest.segments}

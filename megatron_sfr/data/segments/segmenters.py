@@ -1,4 +1,4 @@
-"""What horizons count: a reply divided into units, and which units lie ahead of each anchor."""
+"""Segmenters: divide a reply into units, which horizons count, and find the units ahead of each anchor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Segmenter = Literal["window", "sentence", "statement"]
 
 @dataclass(frozen=True)
 class Units:
-    """Unit u of N tokens is the tokens starts[u] ... ends[u] - 1; starts ascend, and ends[u] > starts[u]; int64 [U].
+    """U units of N tokens: unit u is tokens starts[u] ... ends[u] - 1. starts ascend, ends[u] > starts[u]; int64 [U].
 
-    Units may hold others. The unit that follows u is the first one that starts at or after ends[u].
+    Units may contain others. The unit that follows u is the first one that starts at or after ends[u].
     """
 
     starts: np.ndarray
@@ -27,12 +27,12 @@ class Units:
     N: int
 
     def ahead(self, anchors: np.ndarray, offset: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of anchors [A]: where `length` units ahead start and end, [A] each, and whether so many are there.
+        """Start and end of `length` units ahead of anchors [A], [A] each, and whether all of them exist.
 
-        The first unit is the first one that starts at or after the anchor, the o-th the one that follows the (o-1)-th.
-        Where the tokens end before the last unit, the end is N; where even the first is missing, so is the start.
+        The first unit starts at or after the anchor, the o-th follows the (o-1)-th. The end is N if a unit is missing;
+        so is the start if the first of them is.
         """
-        starts, ends = np.append(self.starts, self.N), np.append(self.ends, self.N)  # unit U: no unit
+        starts, ends = np.append(self.starts, self.N), np.append(self.ends, self.N)  # unit U stands for none
         follows = np.searchsorted(self.starts, ends)
         first = _steps(follows, offset - 1)[np.searchsorted(self.starts, anchors)]
         last = _steps(follows, length - 1)[first]
@@ -40,7 +40,7 @@ class Units:
 
 
 def _steps(follows: np.ndarray, steps: int) -> np.ndarray:
-    """The unit that is reached from each one [U + 1] in so many steps, by doubling: O(U log steps)."""
+    """The unit reached from each one [U + 1] after `steps` steps, by doubling: O(U log steps)."""
     reached = np.arange(len(follows))
     steps = min(steps, len(follows))
     while steps:
@@ -56,13 +56,13 @@ def tokens_as_units(text: TokenText) -> Units:
 
 
 def sentences_as_units(text: TokenText) -> Units:
-    """Each token belongs to the sentence where its first byte lies."""
+    """Sentences. A token belongs to the sentence that contains its first byte."""
     starts = sentence_starts(text.text)
     return _in_tokens(text, starts, [*starts[1:], len(text.text)])
 
 
 def statements_as_units(text: TokenText) -> Units:
-    """Each token belongs to the statements where its first byte lies."""
+    """Statements. A token belongs to the statements that contain its first byte."""
     return _in_tokens(text, *statements(text.text))
 
 
@@ -74,7 +74,7 @@ SEGMENTERS: dict[Segmenter, Callable[[TokenText], Units]] = {
 
 
 def _in_tokens(text: TokenText, first: Sequence[int], after: Sequence[int]) -> Units:
-    """Units given in characters; one in which no token begins is none, and of two from one token the later is kept."""
+    """Units from characters. Drops those in which no token starts, and the earlier of two that start at one token."""
     N = len(text.begins) - 1
     starts, ends = text.tokens_at(first), text.tokens_at(after)
     starts, ends = starts[ends > starts], ends[ends > starts]

@@ -1,6 +1,6 @@
-"""Where sentences start, in any script: the rules of Unicode (UAX #29, SB1-SB11) as one pattern, and where we depart.
+"""Sentence boundaries in any script: the rules of Unicode (UAX #29, SB1-SB11) as one pattern, with some departures.
 
-`regex` knows each character's Sentence_Break class; a full stop then ends a sentence or not by what follows it.
+`regex` knows the Sentence_Break class of each character; what follows a full stop decides whether a sentence ends.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ ABBREVIATIONS = "Mr Mrs Ms Dr Prof Sr Jr St Gen Col Capt Lt Rev Hon Fig Figs Eq 
 def sentence_starts(text: str) -> list[int]:
     """The index of the first character of each sentence, from 0, ascending.
 
-    Unicode's rules, but for these departures, each for text as models write it:
+    Unicode's rules, with these departures for text as models write it:
 
     - blanks between two sentences of a line belong to the second, as in the tokens of most tokenizers; line ends, and
       blank lines, belong to the sentence before them, and those that begin the text to the first
     - a full stop after the number or letter of a list item ("2. "), after a lone capital ("J. Bach") or one of
-      ABBREVIATIONS ends no sentence
-    - the marks of Markdown's emphasis and code (* _ ~ `) after a full stop close the sentence, as quotes do
+      ABBREVIATIONS does not end a sentence
+    - Markdown's marks of emphasis and code (* _ ~ `) after a full stop belong to the sentence, as quotes do
     - an opening quote or bracket right before a word opens the next sentence, in scripts without blanks too
 
-    Each line end ends a sentence, so an item of a list is one, and a line of code; where a script writes no full stops,
-    as Thai does, sentences are lines.
+    Each line end ends a sentence, so items of lists and lines of code are sentences. In scripts without full stops,
+    such as Thai, sentences are lines.
     """
     blank = len(text) - len(text.lstrip())
     ends = [found.end() for found in _sentence_end().finditer(text, blank)]
@@ -34,11 +34,11 @@ def sentence_starts(text: str) -> list[int]:
 @lru_cache(maxsize=1)
 def _sentence_end() -> Any:
     """Matches from a sentence's last mark (or line end) to where the next sentence starts."""
-    import regex  # here, as windows do without it
+    import regex  # here, since windows do not need it
 
     line_end, aterm = r"[\p{SB=SE}\p{SB=CR}\p{SB=LF}]", r"\p{SB=AT}"
     close = r"(?! [\p{Ps}\p{Pi}]++ \w ) [\p{SB=CL}*_~`]"
-    ignored = r"[\p{SB=EX}\p{SB=FO}]*"  # SB5: combining marks count for nothing
+    ignored = r"[\p{SB=EX}\p{SB=FO}]*"  # SB5: combining marks are skipped
     item = r"^[ \t]*(?:\d{1,3}(?:\.\d{1,3})*|\p{Ll})"
     pattern = rf"""
         (?:

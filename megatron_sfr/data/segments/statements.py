@@ -1,4 +1,4 @@
-"""Where statements start and end in source code of any language, by lines and indentation alone."""
+"""Boundaries of statements in source code of any language, from lines and indentation alone."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def statements(text: str) -> tuple[list[int], list[int]]:
       a closing bracket, is an opening brace alone, begins with else, elif, except, finally, catch, end or the like, or
       is the fence that closes a block of Markdown.
 
-    Every other line starts a statement, within another one if it is indented more, except the line that belongs to a
-    leading one: decorators (@name, @name(...), #[...]) and the fence that opens a block of Markdown are one statement
-    with the next line of their indentation. So a function is a statement and each line of its body too; so are the
-    elements of a list, one a line; and outside of code each line of prose. Tabs go on to the next multiple of 8.
-    Nothing is parsed: the lines of a string, or of a preprocessor at column 0, count by their indentation as well.
+    Every other line starts a statement, within another one if it is indented more, except the line after a leading one:
+    decorators (@name, @name(...), #[...]) and the fence that opens a block of Markdown are one statement with the next
+    line of their indentation. So a function is a statement, and so is each line of its body, each element of a list on
+    its own line, and outside code each line of prose. Tabs advance to the next multiple of 8. Nothing is parsed: the
+    lines of a string, or of a preprocessor at column 0, count by their indentation as well.
     """
     starts: list[int] = []
     ends: list[int] = []
-    stack: list[tuple[int, int]] = []  # (indentation, statement) of those not ended yet, ever deeper
-    leading = -1  # the statement whose leading line awaits the line that it belongs to
+    stack: list[tuple[int, int]] = []  # (indentation, statement) of open statements, outermost first
+    leading = -1  # the statement whose leading line waits for the next one
     fenced = False
     for line in LINE.finditer(text):
         kind = line.lastgroup

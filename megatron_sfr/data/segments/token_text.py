@@ -1,10 +1,10 @@
-"""The exact text of tokens, and of any slice of them: decoding a slice by itself loses blanks and cuts characters.
+"""The exact text of tokens and of any slice of them. Decoding a slice by itself loses blanks and cuts characters.
 
-A tokenizer's decoder looks at the tokens around a token: it drops the blank before the first one, and turns bytes that
-make no character into U+FFFD. Here each token has bytes of its own, found once for a tokenizer, and the bytes of a text
-are those of its tokens, one after another. A character belongs to the token that has its first byte, so the texts of
-consecutive slices, put together, are the text, in any script. Code points are never cut; what a reader takes for one
-letter may be: between a letter and its combining mark, or inside an emoji that is joined of several.
+A tokenizer's decoder depends on neighbouring tokens: it drops the blank before the first one, and replaces incomplete
+characters by U+FFFD. Here each token has its own bytes, found once for a tokenizer, and the bytes of a text are those
+of its tokens, concatenated. A character belongs to the token with its first byte, so the texts of consecutive slices,
+concatenated, are the text, in any script. Code points are never cut; a letter and its combining mark, or an emoji of
+several code points, may be.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 
 from megatron_sfr.storage.jsonl import RowError
 
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that make no character
+REPLACEMENT = "\ufffd"  # what decoders write for incomplete characters
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of one byte, in tokenizers that fall back to bytes
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """The text of tokens [n]; begins [n + 1] is how many characters begin before the first byte of token i."""
+    """The text of tokens [n]. begins [n + 1]: the number of characters that begin before the first byte of token i."""
 
     text: str
     begins: np.ndarray
@@ -36,23 +36,25 @@ class TokenText:
         return self.text[self.begins[start] : self.begins[end]]
 
     def tokens_at(self, characters: Sequence[int]) -> np.ndarray:
-        """For each character the first token whose first byte lies at or after its own; n for the end of the text."""
+        """For each character, the first token that starts at or after its first byte; n at the end of the text."""
         holder = np.searchsorted(self.begins[:-1], characters, side="right") - 1
         at_or_after = holder + (self.begins[holder] < characters)
         return np.where(np.less(characters, len(self.text)), at_or_after, len(self.begins) - 1)
 
 
 def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
-    """The text of ids [n], as the tokenizer decodes them without its special tokens; n >= 1.
+    """The text of ids [n], n >= 1, as the tokenizer decodes them without its special tokens.
 
-    Where their bytes are no UTF-8, since the ids begin or end inside a character, the text is the whole characters:
-    decoders have no exact answer there. RowError where the bytes are not what the tokenizer decodes, ValueError where
-    no text could be (`token_bytes`).
+    If the ids begin or end inside a character, the text is the complete characters: decoders have no exact answer
+    there.
+
+    Raises:
+        RowError: the bytes are not what the tokenizer decodes.
+        ValueError: the tokens have no bytes (`token_bytes`).
     """
     table = token_bytes(tokenizer)
-    pieces = [table[id] for id in ids.tolist()]
-    data = b"".join(pieces)
-    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+    data = b"".join([table[id] for id in ids.tolist()])
+    ends = np.cumsum(_token_sizes(tokenizer)[ids])
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -60,6 +62,8 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     else:
         if dropped := _dropped_at_start(data, ids, tokenizer):
             data, text, ends = data[dropped:], text[dropped:], np.maximum(ends - dropped, 0)  # blanks, a byte each
+        if len(text) == len(data):  # ASCII: a character is a byte
+            return TokenText(text, np.concatenate([[0], ends]))
         first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
     characters = np.concatenate([[0], np.cumsum(first)])
     return TokenText(text, characters[np.concatenate([[0], ends])])
@@ -67,10 +71,13 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
 
 @lru_cache(maxsize=8)
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes of each token inside a text, by id; none for special tokens. ValueError where a token has no bytes.
+    """The bytes of each token inside a text, by id; special tokens have none.
 
-    What the decoder writes after a letter is the token's text. Where that is no whole character, its bytes are spelled
-    by its name: in the alphabet of byte-level BPE, or as <0xE4>.
+    A token's text is what the decoder writes for it after a letter. If that is an incomplete character, its name spells
+    its bytes: in the alphabet of byte-level BPE, or as <0xE4>.
+
+    Raises:
+        ValueError: a token has no bytes of its own.
     """
     backend = tokenizer.backend_tokenizer
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -99,8 +106,14 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return table
 
 
+@lru_cache(maxsize=8)
+def _token_sizes(tokenizer: Any) -> np.ndarray:
+    """Bytes of each token by id, int64."""
+    return np.array([len(piece) for piece in token_bytes(tokenizer)], np.int64)
+
+
 def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
-    """How many blanks the decoder drops before the first token; RowError where it differs in anything else."""
+    """The number of blanks that the decoder drops before the first token. Raises RowError for any other difference."""
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode("utf-8")
     dropped = len(data) - len(decoded)
     if dropped < 0 or data != b" " * dropped + decoded:
@@ -113,8 +126,8 @@ def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
 
 
 def _whole_characters(data: bytes) -> tuple[str, np.ndarray]:
-    """The characters of damaged UTF-8 that are whole, and for each byte whether one of them begins there."""
-    escaped = data.decode("utf-8", errors="surrogateescape")  # a byte of no character: U+DC80 ... U+DCFF
+    """The complete characters of truncated UTF-8, and for each byte whether one of them begins there."""
+    escaped = data.decode("utf-8", errors="surrogateescape")  # a byte outside a character: U+DC80 ... U+DCFF
     points = np.frombuffer(escaped.encode("utf-32-le", errors="surrogatepass"), "<u4")
     whole = (points < 0xDC80) | (points > 0xDCFF)
     sizes = np.where(whole, 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000), 1)
@@ -124,7 +137,7 @@ def _whole_characters(data: bytes) -> tuple[str, np.ndarray]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte of each letter that byte-level BPE (GPT-2) writes tokens in: printable bytes stand for themselves."""
+    """The byte of each character in the alphabet of byte-level BPE (GPT-2). Printable bytes stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Beginning a target store: an empty one of full size, with the rows whose texts earlier stores already have."""
+"""Creates target stores: of full size, with the embeddings of texts that earlier stores have."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from megatron_sfr.storage.arrays import FlatWriter, map_flat
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, hint, sha256_of
 from megatron_sfr.storage.manifest import NAME, publish, read_manifest, staging, write_manifest
 
-BATCHES = {"batch_size", "block_rows"}  # what decides no more than a row's last bits
+BATCHES = {"batch_size", "block_rows"}
+"""Fields of a store's identity that change only the last bits of an embedding."""
 Say = Callable[[str], None]
 
 
-def begin_store(
+def create_store(
     folder: Path,
     prepared: HasSegments,
     identity: StoreIdentity,
@@ -38,16 +39,26 @@ def begin_store(
     force: bool = False,
     say: Say = print,
 ) -> None:
-    """Makes `folder` a store of these segments by this encoder, complete or to be filled; leaves it where it is one.
+    """Makes `folder` a store of these segments by this encoder, complete or to be filled. Leaves it if it is one.
 
-    A store of other segments by the same encoder is replaced, and its rows are taken over where their texts are still
-    wanted; so are those of the stores `reuse`. A store of another encoder is an error, or replaced with `force`.
+    A store of other segments by the same encoder is replaced; embeddings of texts that are still needed are copied from
+    it.
+
+    Args:
+        folder: the store.
+        prepared: the prepared folder whose segments it holds.
+        identity: encoder and batches.
+        reuse: other stores of the same encoder to copy embeddings from.
+        force: replace a store of another encoder.
+        say: is told how many embeddings were copied from where.
+    Raises:
+        ValueError: `folder` is something else, or a store of another encoder.
     """
     if not prepared.manifest.segments:
         raise ValueError(f"{prepared.folder} has no segments to embed; prepare it with a smaller --min-segment-length")
     ours = (folder / NAME).exists() or (folder / VECTORS).exists()
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is no target store; choose another output folder")
+        raise ValueError(f"{folder} is not a target store; choose another output folder")
     old = _manifest(folder, prepared, force)
     sources = list(reuse)
     if old is not None:
@@ -67,7 +78,7 @@ def begin_store(
 
 
 def _manifest(folder: Path, prepared: HasSegments, force: bool) -> TargetManifest | None:
-    """Of the store that is there already; one that cannot be read is an error, or None with `force`."""
+    """The manifest of an existing store. None if there is none, or if it cannot be read and `force` is set."""
     if not (folder / NAME).exists():
         return None
     try:
@@ -109,13 +120,13 @@ def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sou
 
 
 def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.ndarray, writer: RowWriter) -> int:
-    """Copies the rows of the texts `wanted` (digests [n, 2]) not yet `copied` [n], which it marks; how many."""
+    """Copies embeddings of `wanted` (digests [n, 2]) that are not `copied` [n] yet. Marks and counts them."""
     with hint("leave it out of --reuse"):
         manifest = read_manifest(source, TargetManifest)
         if changed := set(differences(manifest, identity)) - BATCHES:
             raise StoredFileError(f"{source} was made with other values of {', '.join(sorted(changed))}")
         check_files(source, manifest)
-    old = _places(wanted, map_flat(source / DIGESTS, np.uint64).reshape(-1, 2))
+    old = _indices(wanted, map_flat(source / DIGESTS, np.uint64).reshape(-1, 2))
     rows, found = Rows(source, manifest.dim), np.flatnonzero((old >= 0) & ~copied)
     for first in range(0, len(found), CHUNK_ROWS):
         chunk = found[first : first + CHUNK_ROWS]
@@ -125,10 +136,10 @@ def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.
     return int(copied[found].sum())
 
 
-def _places(wanted: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """Where in `have` [m, 2] each digest of `wanted` [n, 2] is, int64 [n]; -1 where it is not.
+def _indices(wanted: np.ndarray, have: np.ndarray) -> np.ndarray:
+    """Index in `have` [m, 2] of each digest of `wanted` [n, 2], int64 [n]; -1 if it is missing.
 
-    They are sorted by their first 8 bytes: of two texts that are alike in these, one would be encoded again.
+    Digests are found by their first 8 bytes: if two texts agree in these, one is encoded again.
     """
     order = np.argsort(have[:, 0])
     place = np.searchsorted(have[:, 0], wanted[:, 0], sorter=order).clip(max=len(have) - 1)
@@ -141,20 +152,23 @@ def _write_copied(folder: Path, copied: np.ndarray) -> FileRecord:
         return file.finish()
 
 
-def reopen_damaged(folder: Path, prepared: HasSegments) -> int:
-    """Reads a whole store and makes it incomplete if anything is damaged, to be filled again; how many rows are.
+def reopen_if_damaged(folder: Path, prepared: HasSegments) -> int:
+    """Reads a complete store and marks it incomplete if anything is damaged, so that it is filled again.
 
-    `begin_store` has found it to be of these segments.
+    The store must belong to these segments, as after `create_store`.
+
+    Returns:
+        The number of embeddings that are missing or damaged.
     """
     with embed_hint(folder, prepared):
         manifest = read_manifest(folder, TargetManifest)
-    with RowWriter(folder, manifest.segments, manifest.dim):  # a file that was cut has its size again
+    with RowWriter(folder, manifest.segments, manifest.dim):  # restores the size of a truncated file
         missing = len(Rows(folder, manifest.dim).missing())
     files = dict(manifest.files)
     damaged = {name for name, record in files.items() if not _is_whole(folder / name, record)}
     if DIGESTS in damaged:
         shutil.copyfile(prepared.folder / DIGESTS, folder / DIGESTS)
-    if COPIED in damaged:  # its rows count as encoded here: those of damaged blocks may differ in the last bits
+    if COPIED in damaged:  # all then count as encoded here: damaged blocks may change in the last bits
         files[COPIED] = _write_copied(folder, np.zeros(manifest.segments, bool))
     if missing or damaged:
         files.pop(STATISTICS, None)

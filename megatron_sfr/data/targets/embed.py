@@ -1,4 +1,4 @@
-"""`embed`: encodes each distinct segment once into a target store; a run that was stopped goes on where it was."""
+"""`embed`: encodes each distinct segment once into a target store. A run that was stopped resumes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets.create import Say, begin_store, reopen_damaged
+from megatron_sfr.data.targets.create import Say, create_store, reopen_if_damaged
 from megatron_sfr.data.targets.encoder import EncoderOptions
-from megatron_sfr.data.targets.encoder_pool import Crew, gather
-from megatron_sfr.data.targets.fill import Filling
+from megatron_sfr.data.targets.encoder_pool import EncoderPool, open_pool
+from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.data.targets.store import DEFAULT, StoreIdentity, TargetManifest, TargetStore
 
 MOST = 1_000_000  # of anything that EmbedOptions counts
@@ -19,11 +19,11 @@ MOST = 1_000_000  # of anything that EmbedOptions counts
 
 @dataclass(frozen=True)
 class EmbedOptions(EncoderOptions):
-    """How segments are encoded, in what batches, and by how many."""
+    """How segments are encoded, in which batches, and by how many processes."""
 
     batch_size: int = 64
-    block_rows: int = 256  # encoded as one piece of work: what a kill can lose
-    workers: int = 1  # processes on each device, each with an encoder of its own
+    block_rows: int = 256  # segments that a process takes at a time, and that a kill can lose
+    workers: int = 1  # processes on each device, each with its own encoder
     devices: tuple[str, ...] = ()  # several of them, instead of `device`
 
     def __post_init__(self) -> None:
@@ -75,12 +75,12 @@ def embed(
     folder = Path(output) if output is not None else data.folder / DEFAULT
     say: Say = print if progress else lambda line: None
     devices = (options.devices or (options.device,)) * options.workers
-    with closing(gather(encoder, options, devices)) as crew:
-        identity = StoreIdentity(**asdict(crew.identity), batch_size=options.batch_size, block_rows=options.block_rows)
-        begin_store(folder, data, identity, reuse=reuse, force=force, say=say)
+    with closing(open_pool(encoder, options, devices)) as pool:
+        identity = StoreIdentity(**asdict(pool.identity), batch_size=options.batch_size, block_rows=options.block_rows)
+        create_store(folder, data, identity, reuse=reuse, force=force, say=say)
         if verify:
             data.texts.check(data.manifest.files)
-            damaged = reopen_damaged(folder, data)
+            damaged = reopen_if_damaged(folder, data)
             say(f"{folder}: {damaged:,} of {data.manifest.segments:,} rows are missing or damaged")
         manifest = TargetStore.open(folder, data, partial=True).manifest
         if later:
@@ -89,18 +89,18 @@ def embed(
             say(f"{folder} is up to date")
         else:
             data.texts.check(data.manifest.files)
-            with Filling(folder, data) as filling:
-                _fill(filling, crew, progress)
+            with StoreWriter(folder, data) as writer:
+                _fill(writer, pool, progress)
     return TargetStore.open(folder, data).manifest
 
 
-def _fill(filling: Filling, crew: Crew, progress: bool) -> None:
-    """Every row that is not there."""
+def _fill(writer: StoreWriter, pool: EncoderPool, progress: bool) -> None:
+    """Encodes every embedding that is missing or damaged."""
     from tqdm import tqdm
 
-    rows = {block: filling.rows_of(block) for block in filling.blocks_of(filling.store.rows.missing())}
-    total, left = len(filling.store), sum(r.stop - r.start for r in rows.values())
+    rows = {block: writer.rows_of(block) for block in writer.blocks_of(writer.store.rows.missing())}
+    total, left = len(writer.store), sum(r.stop - r.start for r in rows.values())
     with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
-        for block in crew.fill(filling, list(rows)):
+        for block in pool.fill(writer, list(rows)):
             bar.update(rows[block].stop - rows[block].start)
-    filling.finish()
+    writer.finish()

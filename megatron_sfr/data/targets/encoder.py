@@ -1,4 +1,4 @@
-"""Sentence encoders, frozen: any sentence-transformers model by folder or name; texts in, a vector each out."""
+"""Frozen sentence encoders: any sentence-transformers model, by folder or name, from texts to vectors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BUNDLED = "minilm"
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How a text becomes a vector. `own` pooling leaves the encoder's own."""
+    """How a text becomes a vector. Pooling `own` keeps the encoder's."""
 
     pooling: str = "mean"
-    normalize: str = "unit"  # to length 1; none: as the encoder gives it
-    prompt: str | None = None  # put before each text; None: the encoder's default, mostly none
+    normalize: str = "unit"  # to length 1; none: as the encoder returns it
+    prompt: str | None = None  # before each text; None: the encoder's default, mostly none
     prompt_name: str | None = None  # one of the encoder's own prompts, instead
     max_length: int | None = None  # None: the encoder's own
     dtype: str = "float32"
@@ -48,7 +48,7 @@ class EncoderOptions:
 
 
 class Encoder:
-    """A sentence-transformers model in evaluation, with the pooling that was asked for."""
+    """A sentence-transformers model in evaluation mode, with the pooling of the options."""
 
     def __init__(self, name: str, options: EncoderOptions) -> None:
         self._model = _load(name, options)
@@ -69,7 +69,7 @@ class Encoder:
         )
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """fp32 [len(texts), dim]; one batch, in the order given. ValueError where fp16 could not hold a vector."""
+        """fp32 [len(texts), dim]; one batch, in the order given. Raises ValueError if fp16 cannot hold a vector."""
         vectors = self._model.encode(
             list(texts),
             prompt=self.identity.prompt,
@@ -92,17 +92,17 @@ class Encoder:
 
 
 def load_quietly(name: str, options: EncoderOptions) -> Encoder:
-    """An Encoder in a process that has no screen and may be killed."""
+    """An Encoder in a process without a terminal, which may be killed."""
     from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tqdm.set_lock(threading.RLock())  # else it makes a semaphore of the system, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())  # by default a semaphore of the system, which a killed process leaves behind
     return Encoder(name, options)
 
 
 def encoder_path(name: str) -> str:
-    """The folder or name that sentence-transformers loads: `minilm` is the one that an installed package carries."""
+    """The folder or name that sentence-transformers loads. `minilm` is in an installed package."""
     if name != BUNDLED or Path(name).exists():
         return name
     try:
@@ -136,7 +136,7 @@ def _load(name: str, options: EncoderOptions) -> Any:
 
 
 def _prompt(model: Any, options: EncoderOptions, name: str) -> str:
-    """The text before each text."""
+    """The prompt before each text."""
     if options.prompt is not None:
         return options.prompt
     key = options.prompt_name or model.default_prompt_name
@@ -167,7 +167,7 @@ def _set_max_length(model: Any, length: int, name: str) -> None:
 
 
 def _sha256(model: Any) -> str:
-    """Of every weight by name, dtype, shape and bytes, and of the tokenizer."""
+    """SHA-256 of every weight by name, dtype, shape and bytes, and of the tokenizer."""
     import torch
 
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Those who encode for `embed`: this process alone, or several that share the blocks."""
+"""Encoder pools for `embed`: in this process, or in several processes that share the store's blocks."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from typing import Protocol, cast
 
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions, load_quietly
 from megatron_sfr.data.targets.encoder_process import CLAIMED_WAIT, EncodingProcess, Open, Task
-from megatron_sfr.data.targets.fill import Filling
+from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.data.targets.store import EncoderIdentity
 
-AT_HAND = 2  # blocks that a process has: the one that it encodes, and the next
+QUEUED_BLOCKS = 2
+"""Blocks that a process holds: the one that it encodes, and the next."""
 
 
-class Crew(Protocol):
-    """Has the encoder loaded; `close` ends it."""
+class EncoderPool(Protocol):
+    """Loaded encoders."""
 
     identity: EncoderIdentity
 
-    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
-        """Encodes what is missing of these blocks; yields the number of each when it is there."""
+    def fill(self, writer: StoreWriter, blocks: Sequence[int]) -> Iterator[int]:
+        """Encodes what is missing of these blocks. Yields the number of each when it is done."""
         ...
 
     def close(self) -> None: ...
 
 
-def gather(encoder: str, options: EncoderOptions, devices: Sequence[str | None]) -> Crew:
-    """A process for each device, which may be named several times; this process where it is one."""
+def open_pool(encoder: str, options: EncoderOptions, devices: Sequence[str | None]) -> EncoderPool:
+    """A pool with a process for each device, which may be named several times; for one device, in this process."""
     each = [replace(options, device=device) for device in devices]
-    return Alone(Encoder(encoder, each[0])) if len(each) == 1 else Several(encoder, each)
+    return InProcessPool(Encoder(encoder, each[0])) if len(each) == 1 else MultiProcessPool(encoder, each)
 
 
-class Alone:
-    """This process."""
+class InProcessPool:
+    """An encoder in this process."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self.identity = encoder.identity
 
-    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
+    def fill(self, writer: StoreWriter, blocks: Sequence[int]) -> Iterator[int]:
         todo = deque(blocks)
         while todo:
             block = todo.popleft()
-            if filling.fill(block, self._encoder):
+            if writer.fill(block, self._encoder):
                 yield block
             else:
                 todo.append(block)
@@ -58,8 +59,8 @@ class Alone:
         pass
 
 
-class Several:
-    """Processes with an encoder each. The first that fails or dies is a ValueError at once."""
+class MultiProcessPool:
+    """Processes with an encoder each. Raises ValueError as soon as one fails or dies."""
 
     def __init__(self, encoder: str, options: Sequence[EncoderOptions]) -> None:
         cores = len(os.sched_getaffinity(0))
@@ -75,8 +76,8 @@ class Several:
         assert len(identities) == 1, "one name and one set of options"
         self.identity = cast(EncoderIdentity, identities.pop())
 
-    def fill(self, filling: Filling, blocks: Sequence[int]) -> Iterator[int]:
-        store, todo = filling.store, deque(blocks)
+    def fill(self, writer: StoreWriter, blocks: Sequence[int]) -> Iterator[int]:
+        store, todo = writer.store, deque(blocks)
         self._opened += 1
 
         def give_next(process: EncodingProcess) -> None:
@@ -85,7 +86,7 @@ class Several:
 
         for process in self._processes.values():
             process.give(Open(self._opened - 1, store.folder, store.prepared.folder, completes=False))
-        for process in [*self._processes.values()] * AT_HAND:
+        for process in [*self._processes.values()] * QUEUED_BLOCKS:
             give_next(process)
         done = 0
         while done < len(blocks):
@@ -105,4 +106,4 @@ def _next_done(process: EncodingProcess) -> Task:
     try:
         return cast(Task, process.receive())
     except RuntimeError as error:
-        raise ValueError(f"{error}; what is encoded is kept: the same command goes on with the rest") from error
+        raise ValueError(f"{error}; what is encoded is kept: run the same command to encode the rest") from error

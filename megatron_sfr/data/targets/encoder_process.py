@@ -1,8 +1,8 @@
-"""A process of its own that loads an encoder once and fills the blocks of target stores that it is told.
+"""A process that loads an encoder once and fills blocks of target stores on request.
 
-It may be killed at any moment: what it wrote stays valid, and what it was writing counts as not there. It ends with its
-parent, however that ends. On CUDA it needs no stream of its own: it shares the GPU with other processes as the driver
-divides the time, and torch's default stream has the lowest priority there is.
+It may be killed at any moment: what it wrote stays valid, and what it was writing counts as missing. It ends with its
+parent, however that ends. On CUDA it needs no separate stream: the driver divides the GPU's time among processes, and
+torch's default stream already has the lowest priority.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from queue import PriorityQueue
 from typing import ClassVar
 
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.data.targets.fill import Filling, TextEncoder
+from megatron_sfr.data.targets.fill import StoreWriter, TextEncoder
 from megatron_sfr.data.targets.store import EncoderIdentity
 from megatron_sfr.runtime.lifetime import end_with_parent
 
-OPEN, URGENT, AHEAD = 0, 1, 2  # in this order
-CLAIMED_WAIT = 0.002  # seconds before a block that another process is encoding is looked at again
+OPEN, URGENT, AHEAD = 0, 1, 2  # priorities: lower ones come first
+CLAIMED_WAIT = 0.002  # seconds before a block that another process encodes is tried again
 
 
 @dataclass(frozen=True)
 class Open:
-    """A store to be filled, and the number that tasks know it by."""
+    """A store to fill, and its number in tasks."""
 
     number: int
     store: Path
     prepared: Path
-    completes: bool  # whether to make it complete when the last row is there
+    completes: bool  # whether to complete the store after its last embedding
     priority: ClassVar[int] = OPEN
 
 
 @dataclass(frozen=True)
 class Task:
-    """A block of a store to be filled; urgent ones come first, else as they were given."""
+    """A block of a store to fill. Urgent ones come first, others in the order in which they were given."""
 
     store: int
     block: int
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Completed:
-    """A store that has become complete, or was found to be."""
+    """A store is complete."""
 
     store: int
 
@@ -64,11 +64,11 @@ class Failed:
     reason: str
 
 
-Message = EncoderIdentity | Task | Completed  # what a process says: of its encoder, first; a task that is done
+Message = EncoderIdentity | Task | Completed  # from a process: its encoder, first; then tasks that are done
 
 
 class EncodingProcess:
-    """The parent's end; `receive` when `connection` has something to read."""
+    """The parent's end. Call `receive` when `connection` has something to read."""
 
     def __init__(self, make_encoder: Callable[[], TextEncoder], *, threads: int | None = None) -> None:
         """make_encoder is pickled and called there; threads: of torch in the process, None as torch chooses."""
@@ -77,14 +77,14 @@ class EncodingProcess:
         arguments = (theirs, make_encoder, threads)
         self._process = context.Process(target=_serve, args=arguments, name="encoder", daemon=True)
         self._process.start()
-        theirs.close()  # so that a process that ends is the end of the messages
+        theirs.close()  # so that the end of the process ends the messages
 
     def give(self, task: Open | Task) -> None:
-        with suppress(OSError):  # it has ended: the next message says why
+        with suppress(OSError):  # the process has ended: the next message says why
             self.connection.send(task)
 
     def receive(self) -> Message:
-        """The next message, waited for; RuntimeError of one line where the process failed or was killed."""
+        """Waits for the next message. Raises RuntimeError, in one line, if the process failed or was killed."""
         try:
             message = self.connection.recv()
         except (EOFError, OSError) as error:
@@ -99,18 +99,18 @@ class EncodingProcess:
         return self._process.pid
 
     def kill(self) -> None:
-        """Ends it, which loses nothing that it wrote; what it said before can still be received."""
+        """Ends the process. What it wrote is kept, and messages that it sent can still be received."""
         self._process.kill()
         self._process.join()
 
     def close(self) -> None:
-        """Nobody may be waiting for a message."""
+        """Ends the process and closes the connection. No thread may be waiting for a message."""
         self.kill()
         self.connection.close()
 
 
 def identity_of(make_encoder: Callable[[], TextEncoder]) -> EncoderIdentity:
-    """Of an encoder that this process has no other use for: it is loaded in one that ends again."""
+    """The identity of an encoder, which is loaded for that in a separate process."""
     process = EncodingProcess(make_encoder)
     try:
         identity = process.receive()
@@ -123,7 +123,7 @@ def identity_of(make_encoder: Callable[[], TextEncoder]) -> EncoderIdentity:
 
 
 class Queued:
-    """What the parent has sent, in the order in which it is to be done: of two of one priority, the one put first."""
+    """A message of the parent, ordered by priority and then by time."""
 
     _number = itertools.count()
 
@@ -141,7 +141,7 @@ Queue = PriorityQueue[Queued]
 def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], threads: int | None) -> None:
     """The main function of the process."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group: the parent decides
     queue: Queue = PriorityQueue()
     threading.Thread(target=_receive, args=(connection, queue), daemon=True).start()
     try:
@@ -158,12 +158,12 @@ def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], thre
 
 
 def _fill_as_told(connection: Connection, queue: Queue, encoder: TextEncoder) -> None:
-    stores: dict[int, Filling] = {}
-    unfinished: dict[int, Filling] = {}  # those to be completed
+    stores: dict[int, StoreWriter] = {}
+    unfinished: dict[int, StoreWriter] = {}  # to be completed
     while True:
         task = queue.get().message
         if isinstance(task, Open):
-            stores[task.number] = Filling(task.store, open_prepared(task.prepared))
+            stores[task.number] = StoreWriter(task.store, open_prepared(task.prepared))
             if task.completes:
                 unfinished[task.number] = stores[task.number]
         elif _fill(stores[task.store], task.block, encoder):
@@ -172,33 +172,33 @@ def _fill_as_told(connection: Connection, queue: Queue, encoder: TextEncoder) ->
             queue.put(Queued(task))
             time.sleep(CLAIMED_WAIT)
         if queue.empty():
-            for store in [store for store, filling in unfinished.items() if filling.all_begun()]:
+            for store in [store for store, writer in unfinished.items() if writer.all_begun()]:
                 _complete(unfinished.pop(store), encoder)
                 connection.send(Completed(store))
 
 
-def _fill(filling: Filling, block: int, encoder: TextEncoder) -> bool:
+def _fill(writer: StoreWriter, block: int, encoder: TextEncoder) -> bool:
     try:
-        return filling.fill(block, encoder)
+        return writer.fill(block, encoder)
     except Exception as error:
-        raise ValueError(f"{filling.store.folder}, block {block}: {_one_line(error)}") from error
+        raise ValueError(f"{writer.store.folder}, block {block}: {_one_line(error)}") from error
 
 
-def _complete(filling: Filling, encoder: TextEncoder) -> None:
-    """Rows that a power failure tore in an earlier run are found here, if nobody has asked for them."""
-    for block in filling.blocks_of(filling.complete()):
-        _fill(filling, block, encoder)
-    filling.finish()
+def _complete(writer: StoreWriter, encoder: TextEncoder) -> None:
+    """Completes a store. Encodes again embeddings that a power failure damaged in an earlier run."""
+    for block in writer.blocks_of(writer.complete()):
+        _fill(writer, block, encoder)
+    writer.finish()
 
 
 def _one_line(error: Exception) -> str:
-    """As the last line of a traceback; of errors made for users, only what they say."""
+    """The message of a ValueError; of other errors also the type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _receive(connection: Connection, queue: Queue) -> None:
-    """Takes what the parent sends at once, so that it never waits; an urgent task is seen after the block at hand."""
+    """Receives messages at once, so that the parent never waits. An urgent task follows the current block."""
     while True:
         try:
             queue.put(Queued(connection.recv()))

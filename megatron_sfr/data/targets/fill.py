@@ -1,12 +1,12 @@
-"""Filling a target store in fixed blocks, so that a row's bits do not depend on who encodes it, when, and beside whom.
+"""Fills target stores in fixed blocks, so that the bits of an embedding do not depend on when and where it is encoded.
 
-The last bits of an embedding depend on the batch that it is computed in. A block is `block_rows` consecutive rows; its
-texts are sorted by length and cut into batches of `batch_size`, those of rows copied from another store apart from the
-others. So a row is a function of the store's identity, its texts and which rows were copied: in any order, by any
-number of processes, during training or before it, killed and gone on with or not.
+The last bits of an embedding depend on the batch in which it is computed. A block is `block_rows` consecutive segments.
+Its texts are sorted by length and divided into batches of `batch_size`; those that were copied from another store are
+kept apart from the others. So an embedding is a function of the store's identity, its texts and the copied rows: for
+any order of blocks and any number of processes, before training or during it, with or without interruptions.
 
-Processes that fill one store at the same time claim a block by a lock on its byte of claims.lock, which the system
-releases when its holder ends. That only saves double work: equal bits would make a race harmless.
+Processes that fill one store at the same time lock a block by its byte of claims.lock. The system releases the lock
+when its holder ends. Locks only avoid double work: a race would write equal bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CLAIMS = "claims.lock"
 
 
 class TextEncoder(Protocol):
-    """What turns texts into vectors; `Encoder` is one."""
+    """Turns texts into vectors; `Encoder` is one."""
 
     @property
     def identity(self) -> EncoderIdentity: ...
@@ -52,14 +52,14 @@ class TextEncoder(Protocol):
         ...
 
 
-class Filling:
-    """A store that is open to be filled. One for each store and process: locks of one process do not exclude itself."""
+class StoreWriter:
+    """A store that is open for writing. Open it once in a process: locks do not exclude their own process."""
 
     def __init__(self, folder: Path, prepared: HasSegments) -> None:
         self.store = TargetStore.open(folder, prepared, partial=True)
         manifest = self.store.manifest
         self.blocks = -(-manifest.segments // manifest.block_rows)
-        self._first_unfinished = 0  # every block before it is there
+        self._first_unfinished = 0  # every block before this one is complete
         fixed = {name: manifest.files[name] for name in (COPIED, DIGESTS)}
         with embed_hint(folder, prepared, manifest, "--verify"):
             check_contents(folder, fixed)
@@ -86,7 +86,7 @@ class Filling:
         return np.unique(rows // self.store.manifest.block_rows).tolist()
 
     def fill(self, block: int, encoder: TextEncoder) -> bool:
-        """Encodes what is missing of a block; False where another process is doing it."""
+        """Encodes what is missing of a block. Returns False if another process holds its lock."""
         try:
             fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
         except BlockingIOError:
@@ -96,16 +96,16 @@ class Filling:
             missing = ~self.store.rows.read(rows)[1]
             for copied in (False, True):
                 group = self._copied[rows] == copied
-                if (wanted := missing & group).any():
+                if (needed := missing & group).any():
                     vectors = np.empty((len(rows), self.store.dim), np.float16)
                     vectors[group] = self._encode(rows[group], encoder)
-                    self._writer.write(rows[wanted], vectors[wanted])
+                    self._writer.write(rows[needed], vectors[needed])
         finally:
             fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, block)
         return True
 
     def _encode(self, rows: np.ndarray, encoder: TextEncoder) -> np.ndarray:
-        """fp16 [len(rows), dim], encoded longest first: batches of equal lengths need little padding."""
+        """fp16 [len(rows), dim]. Encodes the longest texts first: batches of similar lengths need little padding."""
         texts = [self._text(row) for row in rows.tolist()]
         vectors = np.empty((len(texts), self.store.dim), np.float16)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
@@ -115,7 +115,7 @@ class Filling:
         return vectors
 
     def _text(self, row: int) -> str:
-        """The text of a row; ValueError where it is not the text that the store was made for."""
+        """The text of a segment. Raises ValueError if it is not the text that the store was made for."""
         text = self.store.prepared.segment_text(row)
         if text_digest(text) != self._digests[row].tobytes():
             prepared = self.store.prepared
@@ -127,7 +127,7 @@ class Filling:
         return text
 
     def all_begun(self) -> bool:
-        """Whether every row has a checksum, right or not; cheap, as blocks once found there are not looked at again."""
+        """Whether every embedding has a checksum, right or wrong. Cheap: finished blocks are not read again."""
         while self._first_unfinished < self.blocks:
             if not self.store.rows.begun(self.rows_of(self._first_unfinished)).all():
                 return False
@@ -135,9 +135,12 @@ class Filling:
         return True
 
     def complete(self) -> np.ndarray:
-        """Reads every row and returns those that are missing or damaged, int64; if there are none, the store is whole.
+        """Reads every embedding. If none is missing or damaged, writes the statistics and marks the store complete.
 
-        Whole: it has its statistics and says that it is complete, which whoever comes first writes.
+        Of several processes the first one writes.
+
+        Returns:
+            The rows that are missing or damaged, int64.
         """
         fcntl.lockf(self._claims, fcntl.LOCK_EX, 1, self.blocks)
         try:
@@ -153,10 +156,10 @@ class Filling:
             fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, self.blocks)
 
     def finish(self) -> None:
-        """`complete` of a store that has been filled; ValueError where it did not keep what was written."""
+        """Completes a store that has been filled. Raises ValueError if it did not keep what was written."""
         if count := len(self.complete()):
             raise ValueError(
-                f"{self.store.folder} does not keep what is written: {count:,} rows are missing or damaged again; "
+                f"{self.store.folder} does not keep what is written: {count:,} embeddings are damaged again; "
                 "look at its disk, then run the same command"
             )
 
@@ -166,7 +169,7 @@ class Filling:
 
 
 def _write_statistics(store: TargetStore) -> FileRecord:
-    """Mean and standard deviation of the rows as they are stored, in fp16."""
+    """Writes mean and standard deviation of the embeddings as they are stored, in fp16."""
     statistics = statistics_of(store.rows.vectors)
     temporary = store.folder / f".{STATISTICS}.partial"
     with FlatWriter(temporary, np.float32) as file:

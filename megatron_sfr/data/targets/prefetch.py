@@ -1,8 +1,8 @@
-"""Targets that are encoded while the model trains: a process in the background fills stores ahead of the steps that
-need them, in the blocks of fill.py, so that training on them equals training on stores that `embed` has filled.
+"""Encodes targets while the model trains: a background process fills the stores ahead of the steps that need them.
 
-A light thread walks the rows that the coming steps need and asks for their blocks, at most `lookahead` steps ahead of
-the caller. `fetch` gives rows; what is not there yet it asks for before all else, waits for, and adds to `waited`.
+It fills the blocks of fill.py, so training equals training on stores that `embed` has filled. A thread walks the rows
+that the coming steps need and requests their blocks, at most `lookahead` steps ahead of the caller. `fetch` returns
+rows; it requests missing ones first of all, waits for them, and adds the time to `waited`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megatron_sfr.data.targets.encoder_process import AHEAD, URGENT, Completed, 
 from megatron_sfr.data.targets.fill import TextEncoder
 from megatron_sfr.data.targets.store import EncoderIdentity, TargetStore, differences
 
-Needs = Sequence[tuple[int, np.ndarray]]  # of one step: places of stores, and rows int64 [n] of each
+Needs = Sequence[tuple[int, np.ndarray]]  # of one step: indices of stores, and rows int64 [n] of each
 
 
 class Prefetcher:
-    """One for each process that trains; several may fill the same stores. Close it, or use it in a `with`.
+    """The targets of one training process; several may fill the same stores. Close it, or use it in a `with`.
 
-    Its methods may be called from any thread of that process, not from the workers of a DataLoader.
+    Its methods may be called from any thread of that process, but not from the workers of a DataLoader.
     """
 
     def __init__(
@@ -36,17 +36,21 @@ class Prefetcher:
         lookahead: int,
         threads: int | None = 1,
     ) -> None:
-        """stores: opened with `partial`, of this encoder. make_encoder: pickled, called once in the background process.
+        """Starts the background process.
 
-        lookahead: steps; 0 encodes only what is asked for. threads: of torch in that process, None as torch chooses.
+        Args:
+            stores: stores of this encoder, opened with `partial`.
+            make_encoder: loads the encoder; pickled, called once in the background process.
+            lookahead: steps to encode ahead; 0 encodes only what `fetch` requests.
+            threads: torch's threads in that process; None leaves the choice to torch.
         """
         if lookahead < 0:
             raise ValueError(f"lookahead is {lookahead}; give at least 0")
-        self.waited = 0.0  # seconds that callers of `fetch` have waited, all together
+        self.waited = 0.0  # seconds that callers of `fetch` have waited in total
         self._stores, self._lookahead = list(stores), lookahead
-        self._position = 0  # the step, of those that are followed, at which the caller is
-        self._changed = threading.Condition()  # of all that follows
-        self._asked: set[Task] = set()  # and not yet done
+        self._position = 0  # the caller's step, among those that are followed
+        self._changed = threading.Condition()  # guards what follows
+        self._asked: set[Task] = set()  # requested, and not yet done
         self._incomplete = {i for i, store in enumerate(self._stores) if not store.manifest.complete}
         self._failure: str | None = None
         self._closed = False
@@ -64,23 +68,24 @@ class Prefetcher:
         self.close()
 
     def follow(self, steps: Iterable[Needs]) -> None:
-        """The needs of the coming steps, in order; the first one's is the step at which the caller is. Once only.
+        """Takes the needs of the coming steps, in order; the first step is the caller's. Call it once.
 
-        The iterable is walked in a thread of its own, no further than is asked for.
+        The iterable is walked in a separate thread, no further than `lookahead` steps ahead.
         """
         if self._lookahead:
             threading.Thread(target=self._ask_ahead, args=(steps,), name="targets: ahead", daemon=True).start()
 
     def advance(self) -> None:
-        """The caller is at the next step."""
+        """Tells that the caller is at the next step."""
         with self._changed:
             self._position += 1
             self._changed.notify_all()
 
     def fetch(self, store: int, rows: np.ndarray) -> np.ndarray:
-        """fp16 [n, D] of rows [n]: what is not there is encoded at once, foreseen or not.
+        """The embeddings of rows [n], fp16 [n, D]. Missing ones are encoded first of all.
 
-        RuntimeError of one line where the background process has failed or ended; what it wrote is kept.
+        Raises:
+            RuntimeError: in one line, if the background process has failed or ended. What it wrote is kept.
         """
         vectors, there = self._stores[store].rows.read(rows)
         if there.all() and self._failure is None:
@@ -100,7 +105,7 @@ class Prefetcher:
         return self._stores[store][rows]
 
     def close(self) -> None:
-        """Ends the process, in the middle of a block if need be: its rows are encoded by the next one."""
+        """Ends the process, if need be in the middle of a block, which the next process encodes again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -112,7 +117,7 @@ class Prefetcher:
         return np.unique(rows // self._stores[store].manifest.block_rows).tolist()
 
     def _ask(self, tasks: Iterable[Task]) -> None:
-        """With the lock held."""
+        """Requests tasks that are not requested yet. The caller holds the lock."""
         for task in tasks:
             if task not in self._asked:
                 self._asked.add(task)
@@ -128,11 +133,11 @@ class Prefetcher:
                 ]
                 with self._changed:
                     self._ask(tasks)
-        except Exception as error:  # of the caller's iterable: fetch tells him
+        except Exception as error:  # in the caller's iterable: `fetch` raises it
             self._fail(f"{type(error).__name__}: {error}")
 
     def _in_reach(self, steps: Iterable[Needs]) -> Iterator[Needs]:
-        """Each step when the caller is `lookahead` steps before it; none any more when it is closed."""
+        """Yields each step once the caller is `lookahead` steps before it, until the prefetcher is closed."""
         walk = iter(steps)
         for number in itertools.count():
             with self._changed:
@@ -145,7 +150,7 @@ class Prefetcher:
             yield needs
 
     def _listen(self) -> None:
-        """Until all is there: then the process and its encoder are no longer needed."""
+        """Receives messages until all stores are complete, then ends the process."""
         try:
             while self._incomplete:
                 message = self._process.receive()
@@ -170,7 +175,7 @@ class Prefetcher:
                     )
 
     def _is_answered(self, store: int, wanted: set[Task]) -> bool:
-        """Whether there is nothing to wait for: all is there, or nothing comes any more."""
+        """Whether there is nothing to wait for: everything is encoded, or nothing more will be."""
         done = store not in self._incomplete or not wanted & self._asked
         return done or self._closed or self._failure is not None
 

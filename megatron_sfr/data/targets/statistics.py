@@ -1,8 +1,8 @@
-"""Mean and standard deviation of each dimension of embeddings, of one store and of several: what whitening divides by.
+"""Mean and standard deviation of each dimension of embeddings, of one store or several, for whitening.
 
-Letters: D dimension of the embeddings. Blocks and stores are combined in float64 by
+Shapes: D dimension of the embeddings. Blocks and stores are combined in float64 by
 mean = sum_i n_i mean_i / n and std^2 = sum_i n_i (std_i^2 + (mean_i - mean)^2) / n (Chan, Golub and LeVeque, 1983),
-which subtracts no large sums from each other.
+which does not subtract large sums from each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of so many rows: mean [D] and population standard deviation [D], float64."""
+    """Mean [D] and population standard deviation [D] of `rows` embeddings, float64."""
 
     rows: int
     mean: np.ndarray
@@ -26,7 +26,7 @@ class Statistics:
 
 
 class HasStatistics(Protocol):
-    """What of a store is needed to combine it with others."""
+    """What is needed of a store to combine it with others."""
 
     @property
     def mean(self) -> np.ndarray: ...
@@ -36,18 +36,18 @@ class HasStatistics(Protocol):
 
 
 def statistics_of(vectors: np.ndarray, block_rows: int = BLOCK_ROWS) -> Statistics:
-    """Of all rows [n, D], n >= 1, of any float dtype; reads `block_rows` at a time."""
+    """Statistics of vectors [n, D], n >= 1, of any float dtype. Reads `block_rows` at a time."""
     total = None
     for first in range(0, len(vectors), block_rows):
         block = vectors[first : first + block_rows].astype(np.float64)
         new = Statistics(len(block), block.mean(axis=0), block.std(axis=0))
         total = new if total is None else pooled([total, new])
-    assert total is not None, "a store has a row"
+    assert total is not None, "a store is not empty"
     return total
 
 
 def pooled(parts: Sequence[Statistics]) -> Statistics:
-    """Of the rows of all parts together."""
+    """Statistics of the embeddings of all parts together."""
     rows = np.array([part.rows for part in parts], np.float64)[:, None]
     means, stds = np.stack([part.mean for part in parts]), np.stack([part.std for part in parts])
     share = rows / rows.sum()
@@ -57,7 +57,7 @@ def pooled(parts: Sequence[Statistics]) -> Statistics:
 
 
 def pooled_statistics(stores: Iterable[HasStatistics]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float32 [D] each, as if all rows of the stores were in one."""
+    """Mean and standard deviation, float32 [D] each, as if all embeddings were in one store."""
     parts = [Statistics(len(s), s.mean.astype(np.float64), s.std.astype(np.float64)) for s in stores]
     dims = sorted({len(part.mean) for part in parts})
     if len(dims) != 1:

@@ -1,10 +1,10 @@
-"""The target store: one fp16 row for each distinct segment, memory-mapped, each with its checksum, tied to its data.
+"""The target store: an fp16 embedding of each distinct segment of a prepared folder, memory-mapped, with its checksum.
 
-- manifest.json: whose embeddings of which segments, and whether all are there
+- manifest.json: the encoder, the segments, and whether the store is complete
 - vectors.bin, checksums.bin: see vectors.py
-- segment_digests.bin (uint8 [segments, 16]): the digests of the texts, by which another store can take rows from here
-- copied.bin (uint8 [segments]): 1 where the row was taken from another store
-- statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension over all rows; once complete
+- segment_digests.bin (uint8 [segments, 16]): digests of the texts, by which another store can copy embeddings from here
+- copied.bin (uint8 [segments]): 1 if the embedding was copied from another store
+- statistics.bin (fp32 [2, D]): mean and population standard deviation of each dimension; once the store is complete
 - claims.lock: empty; see fill.py
 """
 
@@ -24,29 +24,29 @@ from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_co
 from megatron_sfr.storage.manifest import NAME, read_manifest
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
-DIGESTS = "segment_digests.bin"  # named alike in prepared data
+DIGESTS = "segment_digests.bin"  # the same name as in prepared folders
 COPIED = "copied.bin"
 STATISTICS = "statistics.bin"
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What decides the embedding of a text, up to rounding."""
+    """What determines the embedding of a text, up to rounding."""
 
-    encoder: str  # as it was named, and
-    revision: str | None  # of which revision; `encoder_sha256` decides
+    encoder: str  # as it was named
+    revision: str | None  # name and revision are for people: `encoder_sha256` identifies the encoder
     encoder_sha256: str  # of its weights and its tokenizer
     pooling: str
     normalize: str
     prompt: str  # put before each text
-    max_length: int  # in the encoder's tokens; the rest of a segment is not read
-    dtype: str  # of the encoder's computation
+    max_length: int  # in tokens of the encoder; the rest of a segment is not read
+    dtype: str  # in which the encoder computes
     dim: int
 
 
 @dataclass(frozen=True)
 class StoreIdentity(EncoderIdentity):
-    """What decides every bit of a row: also which texts are encoded together, whose shapes decide the rounding."""
+    """What determines every bit of an embedding: also which texts share a batch, as its shape affects rounding."""
 
     batch_size: int
     block_rows: int
@@ -54,25 +54,25 @@ class StoreIdentity(EncoderIdentity):
 
 @dataclass(frozen=True)
 class TargetManifest(StoreIdentity):
-    """Whose embeddings a store holds, of which segments, and whether they are all there."""
+    """Which embeddings of which segments a store holds, and whether it is complete."""
 
     kind: ClassVar[str] = "a target store"
     version: ClassVar[int] = 3
 
     segments: int
-    segments_sha256: str  # of the prepared data they belong to
+    segments_sha256: str  # of segments.jsonl in the prepared folder
     complete: bool
-    files: dict[str, FileRecord]  # those that do not change while rows are added
+    files: dict[str, FileRecord]  # files that do not change while the store is filled
 
 
 def differences(old: EncoderIdentity, new: EncoderIdentity) -> list[str]:
-    """The fields of `new` that decide a row and are other in `old`; names decide nothing."""
+    """The fields of `new` that determine embeddings and differ in `old`; the encoder's name does not count."""
     deciding = {name: value for name, value in asdict(new).items() if name not in ("encoder", "revision")}
     return sorted(name for name, value in deciding.items() if getattr(old, name) != value)
 
 
 class TargetStore:
-    """Embeddings by segment row. `open` checks manifest, pair and sizes, every read its rows, `verify` everything."""
+    """Embeddings by segment. `open` checks the manifest and sizes, every read its embeddings, `verify` all bytes."""
 
     def __init__(self, folder: Path, prepared: HasSegments, manifest: TargetManifest) -> None:
         self.folder = folder
@@ -88,9 +88,14 @@ class TargetStore:
 
     @classmethod
     def open(cls, folder: Path, prepared: HasSegments, *, partial: bool = False) -> TargetStore:
-        """ValueError where the store is missing, cut, or belongs to other segments than `prepared` has.
+        """Opens a store.
 
-        Also where rows are still to be encoded, unless `partial`.
+        Args:
+            folder: the store.
+            prepared: the prepared folder whose segments it holds.
+            partial: accept a store that is not complete.
+        Raises:
+            ValueError: the store is missing, truncated or not complete, or belongs to other segments.
         """
         folder = Path(folder)
         with embed_hint(folder, prepared):
@@ -112,12 +117,12 @@ class TargetStore:
 
     @property
     def mean(self) -> np.ndarray:
-        """float32 [D], read-only: of all rows, each distinct segment once. ValueError before the store is complete."""
+        """float32 [D], read-only: mean over distinct segments. Raises ValueError if the store is not complete."""
         return self._statistic(0)
 
     @property
     def std(self) -> np.ndarray:
-        """float32 [D], read-only: the population standard deviation of the same rows."""
+        """float32 [D], read-only: population standard deviation over distinct segments."""
         return self._statistic(1)
 
     def _statistic(self, index: int) -> np.ndarray:
@@ -127,7 +132,7 @@ class TargetStore:
         return self._statistics[index]
 
     def verify(self) -> None:
-        """Reads everything; ValueError where a byte is not what was written. Rows still to be encoded are no error."""
+        """Reads all bytes. Raises ValueError if one is not what was written; missing embeddings are not an error."""
         with self._repair:
             check_contents(self.folder, self.manifest.files)
             bad = self.rows.missing()
@@ -137,7 +142,7 @@ class TargetStore:
         return self.manifest.segments
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """fp16 [len(rows), dim], a copy; ValueError where one is not there, or not what was written."""
+        """Embeddings of rows, fp16 [len(rows), dim], a copy. Raises ValueError if one is missing or damaged."""
         vectors, good = self.rows.read(rows)
         with self._repair:
             self._refuse(rows[~good])

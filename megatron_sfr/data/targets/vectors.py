@@ -1,10 +1,10 @@
-"""fp16 rows in a flat file, each with a checksum beside it, so that whatever is not whole is known by the row.
+"""fp16 vectors in a memory-mapped array file, each with a checksum, so that damage is known for each vector.
 
 - vectors.bin (fp16 [rows, D])
-- checksums.bin (uint32 [rows]): CRC-32 of each row's bytes; 0: not there yet (a CRC that is 0 is kept as 1)
+- checksums.bin (uint32 [rows]): CRC-32 of each row's bytes; 0 if it is missing (a CRC of 0 is stored as 1)
 
-Several processes may read and write the same files at once, without locks: a row whose writing was cut off, by a kill
-or by the power, has no checksum or a wrong one, and so counts as not there.
+Several processes may read and write the same files at the same time, without locks: a row whose writing was
+interrupted by a kill or a power failure has no checksum or a wrong one, and counts as missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from megatron_sfr.storage.arrays import map_flat
 
 VECTORS = "vectors.bin"
 CHECKSUMS = "checksums.bin"
-CHUNK_ROWS = 4096  # read at a time where all are read
+CHUNK_ROWS = 4096
+"""Rows that are read at a time when all are read."""
 
 
 def row_sizes(rows: int, dim: int) -> dict[str, int]:
@@ -32,7 +33,7 @@ def row_sizes(rows: int, dim: int) -> dict[str, int]:
 
 
 class Rows:
-    """The rows of a folder, memory-mapped: what other processes write is seen at once. The files must be whole."""
+    """The rows of a folder, memory-mapped: what other processes write is visible at once. The files have full size."""
 
     def __init__(self, folder: Path, dim: int) -> None:
         self.vectors = map_flat(folder / VECTORS, np.float16).reshape(-1, dim)
@@ -42,23 +43,23 @@ class Rows:
         return len(self._checksums)
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """fp16 [n, D], a copy, and bool [n]: which of them are there, and what was written."""
+        """Vectors fp16 [n, D], a copy, and bool [n]: which of them are present and undamaged."""
         vectors, expected = self.vectors[rows], self._checksums[rows]
         found = np.fromiter((_checksum(vector) for vector in vectors), np.uint32, len(vectors))
         return vectors, found == expected
 
     def begun(self, rows: slice | np.ndarray) -> np.ndarray:
-        """bool [n]: which have a checksum, right or not. Reads no vector."""
+        """bool [n]: which rows have a checksum, right or wrong. Reads no vector."""
         return self._checksums[rows] != 0
 
     def missing(self) -> np.ndarray:
-        """Every row that is not there, or not what was written, int64, ascending. Reads everything."""
+        """Rows that are missing or damaged, int64, ascending. Reads everything."""
         bad = [chunk[~self.read(chunk)[1]] for chunk in chunks(len(self))]
         return np.concatenate([np.empty(0, np.int64), *bad])
 
 
 class RowWriter:
-    """Puts rows into the files of a folder, which it makes at full size; ValueError where the disk is too small."""
+    """Writes rows into the files of a folder, created at full size. Raises ValueError if the disk is too small."""
 
     def __init__(self, folder: Path, rows: int, dim: int) -> None:
         with ExitStack() as stack:
@@ -77,7 +78,7 @@ class RowWriter:
         self._open.close()
 
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """vectors fp16 [n, D] into rows [n]; a row's checksum follows it."""
+        """Writes vectors fp16 [n, D] into rows [n], and the checksum of each after it."""
         vector_file, checksum_file = self._files
         for row, vector in zip(rows.tolist(), vectors, strict=True):
             checksum = np.uint32(_checksum(vector)).tobytes()
@@ -91,13 +92,13 @@ class RowWriter:
 
 
 def chunks(rows: int) -> Iterator[np.ndarray]:
-    """The numbers 0 ... rows - 1, int64, as many at a time as are read at a time."""
+    """The indices 0 ... rows - 1, int64, CHUNK_ROWS at a time."""
     for first in range(0, rows, CHUNK_ROWS):
         yield np.arange(first, min(first + CHUNK_ROWS, rows))
 
 
 def _resize(path: Path, file: int, size: int) -> None:
-    """Reserves the space at once, so that no run of days ends on a full disk."""
+    """Reserves the space at once, so that a run of days does not end on a full disk."""
     missing = size - os.fstat(file).st_size
     if missing > (free := shutil.disk_usage(path.parent).free):
         raise ValueError(f"{path} needs {missing / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB left; make room")

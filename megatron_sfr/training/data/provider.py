@@ -18,6 +18,7 @@ from megatron_sfr.runtime.parallel import is_last_stage
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, contents_of
+from megatron_sfr.training.data.epochs import sequences_of
 from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
 from megatron_sfr.training.data.prepared_check import prepared_folders
 
@@ -30,6 +31,9 @@ class DataOptions:
 
     sfr: bool = False
     """Train with the flow head. Default: off, which trains on the token objective alone, on the same data."""
+    train_epochs: float | None = None
+    """Length of the run in epochs of the training data, instead of train_iters; needs global_batch_size. An epoch of
+    several folders has as many sequences as all of them together. Default: train_iters decides."""
     sfr_target_store: str = "targets"
     """Folder of the target store inside each prepared folder, written by `megatron-sfr embed`. Default: targets."""
     sfr_targets: Literal["stored", "online"] = "stored"
@@ -134,6 +138,7 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
 def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     """Upstream's datasets for training, validation and test, with anchor arrays of one size."""
     cls = DocumentDataset if isinstance(config, DocumentDatasetConfig) else PreparedDataset
+    config.blend_per_split = _repeated(config, num_samples[0])
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     if (plan := config.anchors) is not None:
         parts = list(_parts(built))
@@ -141,6 +146,20 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
         for dataset in parts:
             dataset.pad_anchors(AnchorSizes(max(size.rows for size in sizes), max(size.entries for size in sizes)))
     return built
+
+
+def _repeated(config: Config, samples: int | None) -> list[Any] | None:
+    """The blends by split, with weights for a training blend without them that is read more than once.
+
+    Upstream builds a single epoch of a blend without weights. The numbers of sequences as weights repeat each folder
+    equally often.
+    """
+    blends = config.blend_per_split
+    if samples is None or blends is None or blends[0] is None or blends[0][1] is not None or len(blends[0][0]) == 1:
+        return blends
+    packed = isinstance(config, PreparedDatasetConfig) and config.packed
+    sizes = [sequences_of(Path(path), config.sequence_length, packed=packed) for path in blends[0][0]]
+    return [(blends[0][0], sizes), *blends[1:]] if samples > sum(sizes) else blends
 
 
 def _parts(datasets: list[Any]) -> Iterator[Any]:

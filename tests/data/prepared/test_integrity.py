@@ -12,7 +12,7 @@ from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.targets.fill import Filling
+from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.storage.integrity import check_offsets, check_sample
 from tests.data.rows import OPTIONS, ROWS, write_rows
 from tests.data.stores import flip, open_store, run, write_prepared
@@ -141,7 +141,7 @@ def test_online_targets_are_not_made_of_another_text(tmp_path: Path, tokenizer_f
     run(prepared, later=True)
     flip(prepared / "segments.jsonl", 3)
     with (
-        Filling(prepared / "targets", PreparedData.open(prepared)) as filling,
+        StoreWriter(prepared / "targets", PreparedData.open(prepared)) as filling,
         pytest.raises(ValueError, match=r"segments\.jsonl is damaged: segment 0 is not the text that was prepared"),
     ):
         filling.fill(0, None)  # type: ignore[arg-type]  # no encoder is reached

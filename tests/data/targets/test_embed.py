@@ -137,7 +137,7 @@ def test_nothing_to_embed_and_a_folder_of_someone_else_are_refused(tmp_path: Pat
 
     with pytest.raises(ValueError, match=r"has no segments to embed; .*--min-segment-length"):
         run(short)
-    with pytest.raises(ValueError, match="is no target store"):
+    with pytest.raises(ValueError, match="is not a target store"):
         run(prepared, output=tmp_path, force=True)
     with pytest.raises(ValueError, match="does not exist; run: megatron-sfr prepare"):
         run(tmp_path / "none")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.create import create_store
 from megatron_sfr.data.targets.embed import EmbedOptions
 from megatron_sfr.data.targets.encoder import Encoder
-from megatron_sfr.data.targets.encoder_pool import gather
-from megatron_sfr.data.targets.fill import CLAIMS, Filling
+from megatron_sfr.data.targets.encoder_pool import open_pool
+from megatron_sfr.data.targets.fill import CLAIMS, StoreWriter
 from megatron_sfr.data.targets.store import StoreIdentity
 from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
 from tests.data.rows import turns
@@ -28,7 +28,7 @@ from tests.data.stores import BLOCKS, damage_row, flip, open_store, run, write_p
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    return write_prepared(tmp_path_factory.mktemp("filling"), tokenizer_folder)
+    return write_prepared(tmp_path_factory.mktemp("writer"), tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def encoder() -> Encoder:
     return Encoder("minilm", BLOCKS)
 
 
-def begin(folder: Path, prepared: Path, encoder: Encoder, options: EmbedOptions = BLOCKS) -> Filling:
+def begin(folder: Path, prepared: Path, encoder: Encoder, options: EmbedOptions = BLOCKS) -> StoreWriter:
     """A store that is begun and has no row yet."""
     identity = StoreIdentity(**vars(encoder.identity), batch_size=options.batch_size, block_rows=options.block_rows)
-    begin_store(folder, PreparedData.open(prepared), identity)
-    return Filling(folder, PreparedData.open(prepared))
+    create_store(folder, PreparedData.open(prepared), identity)
+    return StoreWriter(folder, PreparedData.open(prepared))
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -63,15 +63,15 @@ def test_other_batches_give_other_bits(prepared: Path, whole: Path, tmp_path: Pa
 
 
 def test_blocks_in_any_order(prepared: Path, whole: Path, encoder: Encoder, tmp_path: Path):
-    with begin(tmp_path / "store", prepared, encoder) as filling:
-        assert filling.blocks == 4
+    with begin(tmp_path / "store", prepared, encoder) as writer:
+        assert writer.blocks == 4
         for block in (2, 0, 3):
-            assert filling.fill(block, encoder)
-        assert not filling.all_begun()
-        assert filling.complete().tolist() == [3, 4, 5]
-        assert filling.fill(1, encoder)
-        assert filling.all_begun()
-        assert len(filling.complete()) == 0
+            assert writer.fill(block, encoder)
+        assert not writer.all_begun()
+        assert writer.complete().tolist() == [3, 4, 5]
+        assert writer.fill(1, encoder)
+        assert writer.all_begun()
+        assert len(writer.complete()) == 0
     assert content(tmp_path / "store") == content(whole)
 
 
@@ -139,9 +139,9 @@ def wipe(path: Path, start: int, count: int) -> None:
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
 def test_a_torn_write_costs_its_block(prepared: Path, whole: Path, encoder, encoded, tmp_path: Path, tear):
     store = tmp_path / "store"
-    with begin(store, prepared, encoder) as filling:
+    with begin(store, prepared, encoder) as writer:
         for block in (1, 2):
-            filling.fill(block, encoder)
+            writer.fill(block, encoder)
     tear(store)
     encoded.clear()
 
@@ -180,31 +180,31 @@ sys.stdin.read()
 
 
 def test_a_block_that_another_process_encodes_is_left_to_it(prepared: Path, encoder: Encoder, tmp_path: Path):
-    with begin(tmp_path / "store", prepared, encoder) as filling:
+    with begin(tmp_path / "store", prepared, encoder) as writer:
         command = [sys.executable, "-c", HOLDER, tmp_path / "store" / CLAIMS]
         holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert holder.stdout is not None
         holder.stdout.readline()
-        assert not filling.fill(1, encoder)
-        assert filling.fill(2, encoder)
+        assert not writer.fill(1, encoder)
+        assert writer.fill(2, encoder)
         holder.kill()
         holder.communicate()
-        assert filling.fill(1, encoder)
+        assert writer.fill(1, encoder)
 
 
 def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
     prepared: Path, encoder: Encoder, tmp_path: Path, encoded: list[str]
 ):
     options = replace(BLOCKS, batch_size=1, block_rows=1)
-    crew = gather("minilm", options, ("cpu", "cpu"))
-    with begin(tmp_path / "store", prepared, encoder, options) as filling:
-        work = crew.fill(filling, range(filling.blocks))
+    pool = open_pool("minilm", options, ("cpu", "cpu"))
+    with begin(tmp_path / "store", prepared, encoder, options) as writer:
+        work = pool.fill(writer, range(writer.blocks))
         done = [next(work)]
-        os.kill(next(iter(crew._processes.values())).pid, signal.SIGKILL)
+        os.kill(next(iter(pool._processes.values())).pid, signal.SIGKILL)
         with pytest.raises(ValueError, match="ended with exit code -9; what is encoded is kept: the same command"):
             done.extend(work)
-        crew.close()
-        left = filling.store.rows.missing()
+        pool.close()
+        left = writer.store.rows.missing()
         assert not set(done) & set(left.tolist())
     run(prepared, output=tmp_path / "store", options=options)
     assert len(encoded) == len(left) > 0
@@ -225,10 +225,10 @@ def test_random_orders_of_a_larger_store(tokenizer_folder: Path, tmp_path: Path,
     options = EmbedOptions(batch_size=4, block_rows=16, device="cpu")
     expected = content(run(prepared, options=options))[VECTORS]
     for order in range(2):
-        with begin(tmp_path / str(order), prepared, encoder, options) as filling:
-            blocks = list(range(filling.blocks))
+        with begin(tmp_path / str(order), prepared, encoder, options) as writer:
+            blocks = list(range(writer.blocks))
             rng.shuffle(blocks)
             assert len(blocks) > 4
             for block in blocks:
-                filling.fill(block, encoder)
+                writer.fill(block, encoder)
         assert content(tmp_path / str(order))[VECTORS] == expected

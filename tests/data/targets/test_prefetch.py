@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.data.targets.create import begin_store
+from megatron_sfr.data.targets.create import create_store
 from megatron_sfr.data.targets.encoder_process import identity_of
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
@@ -54,7 +54,7 @@ def log(tmp_path: Path) -> Path:
 def store(prepared: Path, identity: EncoderIdentity, tmp_path: Path) -> TargetStore:
     """A store that is begun and has no row yet."""
     both = StoreIdentity(**vars(identity), batch_size=BLOCKS.batch_size, block_rows=BLOCKS.block_rows)
-    begin_store(tmp_path / "store", PreparedData.open(prepared), both)
+    create_store(tmp_path / "store", PreparedData.open(prepared), both)
     return open_store(tmp_path / "store", prepared, partial=True)
 
 

@@ -1,0 +1,137 @@
+"""How many sequences and steps an epoch of the training data is, read from prepared folders without Megatron.
+
+`train_epochs` is turned into upstream's `train_iters` here, before upstream's arguments exist. An epoch of several
+folders has as many sequences as all of them together; with weights a folder is read more or less often than once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.corpus_files import open_corpus
+from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.prepared.open import open_prepared
+from megatron_sfr.training.data.packing import first_fit_decreasing
+
+SPLIT = "969,30,1"
+"""Upstream's default of `split`, which divides data_path into training, validation and test."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of the training data."""
+
+    sequences: dict[Path, int]
+    """Sequences of each folder."""
+    weights: tuple[float, ...] | None
+    """Weights of the folders in a blend; None: by their numbers of sequences."""
+
+    @property
+    def total(self) -> int:
+        """Sequences of all folders."""
+        return sum(self.sequences.values())
+
+    def times(self, samples: int) -> dict[Path, float]:
+        """How often each folder is read in a run of this many sequences."""
+        weights = self.weights or tuple(self.sequences.values())
+        shares = [samples * weight / sum(weights) for weight in weights]
+        return {path: share / n for (path, n), share in zip(self.sequences.items(), shares, strict=True)}
+
+
+def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
+    """The epoch of a run with these arguments or recipe keys; None if its data are not named by path.
+
+    Raises:
+        ValueError: a folder is not a prepared folder, or its training part is empty.
+    """
+    blend = options.get("train_data_path") or options.get("data_path")
+    if not blend:
+        return None
+    paths, weights = split_blend([blend] if isinstance(blend, str) else blend)
+    share = 1.0 if options.get("train_data_path") else _training_share(options.get("split") or SPLIT)
+    packed = options.get("sfr_packing") not in (None, "none")
+    sequences = {path: sequences_of(path, int(options["seq_length"]), packed=packed, share=share) for path in paths}
+    if empty := [path for path, n in sequences.items() if not n]:
+        raise ValueError(f"{empty[0]} has no sequence of {options['seq_length']} tokens to train on; add data to it")
+    return Epoch(sequences, weights)
+
+
+def split_blend(blend: Sequence[Any]) -> tuple[list[Path], tuple[float, ...] | None]:
+    """Paths and weights of a blend as upstream reads it: WEIGHT PATH WEIGHT PATH ..., or paths alone."""
+    try:
+        weights = tuple(float(weight) for weight in blend[::2])
+    except ValueError:
+        return [Path(path) for path in blend], None
+    if len(blend) % 2:
+        return [Path(path) for path in blend], None
+    return [Path(path) for path in blend[1::2]], weights
+
+
+def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, share: float = 1.0) -> int:
+    """Sequences that the first `share` of a prepared folder is, in one epoch."""
+    data = open_prepared(folder)
+    count = round(share * len(data))
+    if isinstance(data, PreparedData):
+        return len(first_fit_decreasing(data.positions[:count], seq_length)) if packed else count
+    return max(0, (_tokens(data, count) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
+
+
+def _tokens(data: PreparedDocuments, count: int) -> int:
+    if count == len(data):
+        return data.manifest.tokens
+    return int(open_corpus(data.corpus).sequence_lengths[:count].sum(dtype=np.int64))
+
+
+def _training_share(split: str) -> float:
+    parts = [float(part) for part in split.split(",")]
+    return parts[0] / sum(parts)
+
+
+def train_iters_of(options: Mapping[str, Any]) -> int | None:
+    """The steps that `train_epochs` asks for; None without it. Takes arguments or recipe keys.
+
+    Raises:
+        ValueError: the option does not go with others, or the data cannot be read.
+    """
+    if (value := options.get("train_epochs")) is None:
+        return None
+    try:
+        epochs, size = float(value), int(options.get("global_batch_size") or 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"train_epochs = {value}: give a number above 0, and global_batch_size") from error
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"train_epochs = {value}: give a number above 0")
+    if options.get("train_samples") or options.get("rampup_batch_size"):
+        raise ValueError("train_epochs does not go with train_samples or rampup_batch_size: leave one of them out")
+    if not size:
+        raise ValueError("train_epochs needs global_batch_size, to know the steps of an epoch: set it")
+    epoch = read_epoch(options)
+    if epoch is None:
+        raise ValueError("train_epochs needs the training data by path: set train_data_path")
+    steps = math.ceil(epochs * epoch.total / size - 1e-9)
+    given = options.get("train_iters")
+    if given is not None and int(given) != steps:
+        raise ValueError(f"train_epochs = {epochs:g} is {steps:,} steps of this data, train_iters = {given}: set one")
+    return steps
+
+
+def describe(options: Mapping[str, Any]) -> str | None:
+    """A line about the epochs of a run with these arguments; None if its data or its length are not known."""
+    size, steps = options.get("global_batch_size"), options.get("train_iters")
+    epoch = read_epoch(options) if size else None
+    if epoch is None or not size:
+        return None
+    line = f"an epoch is {epoch.total / size:,.1f} steps ({epoch.total:,} sequences)"
+    if not steps:
+        return line
+    line += f", the run {steps * size / epoch.total:,.2f} epochs"
+    if epoch.weights is not None:
+        line += ": " + ", ".join(f"{path} {times:,.2f} times" for path, times in epoch.times(steps * size).items())
+    return line

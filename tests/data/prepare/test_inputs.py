@@ -1,0 +1,154 @@
+"""`prepare` on what people have: containers, folders, saved datasets and formats give the bytes of plain JSONL."""
+
+import gzip
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sfr.cli import main
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
+from megatron_sfr.data.prepared.conversations import PreparedData
+from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
+
+OPTIONS = PrepareOptions(200, 4, HORIZONS, 4)
+MANY = ROWS * 5
+
+
+def data_of(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_of(folder).items() if name != "manifest.json"}
+
+
+@pytest.fixture
+def expected(tmp_path: Path, tokenizer_folder: Path) -> dict[str, bytes]:
+    rows = write_rows(tmp_path / "plain.jsonl", MANY)
+    prepare([rows], tmp_path / "expected", tokenizer_folder, OPTIONS, progress=False)
+    return data_of(tmp_path / "expected")
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps(MANY, indent=1))
+
+
+def write_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in MANY).encode()))
+
+
+def write_folder(path: Path) -> None:
+    path.mkdir()
+    for shard in range(3):
+        write_rows(path / f"{shard}.jsonl", MANY[shard * 7 : shard * 7 + 7])
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(MANY), path, row_group_size=3)
+
+
+def write_saved(path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dill, with which it makes its fingerprints
+        datasets.Dataset.from_list(MANY).save_to_disk(path)
+
+
+@pytest.mark.parametrize("write", [write_json, write_gzip, write_folder, write_parquet, write_saved])
+def test_any_container_gives_the_same_folder_and_resumes(
+    tmp_path: Path, tokenizer_folder: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture, write: Any
+) -> None:
+    source = tmp_path / "input"
+    write(source)
+    prepare([source], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    assert data_of(tmp_path / "out") == expected
+
+    # A bad record in a last file stops a run; skipping it resumes after the chunks that were written.
+    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": []}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: no messages"):
+        prepare([source, bad], tmp_path / "more", tokenizer_folder, OPTIONS, progress=False, chunk_bytes=300)
+    capsys.readouterr()
+    skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
+    prepare([source, bad], tmp_path / "more", tokenizer_folder, skip, chunk_bytes=300)
+    assert "resumes at" in capsys.readouterr().out
+    assert {name: data for name, data in data_of(tmp_path / "more").items() if name != "rejected.jsonl"} == expected
+
+
+def test_a_bad_record_of_an_array_is_named_by_its_number(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([*ROWS, {"messages": []}], indent=2))
+    with pytest.raises(ValueError, match=r"rows\.json:5: no messages"):
+        prepare([path], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False, workers=2, chunk_bytes=100)
+
+
+def test_texts_come_from_arrays_and_folders_too(tmp_path: Path, tokenizer_folder: Path) -> None:
+    rows = [{"text": f"the sea is blue {i}"} for i in range(9)]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(rows[:4]))
+    write_rows(folder / "b.jsonl", rows[4:])
+    plain = write_rows(tmp_path / "plain.jsonl", rows)
+    options = DocumentOptions(stride=2, min_segment_length=2)
+    for source, output in ((folder, "a"), (plain, "b")):
+        assert prepare([source], tmp_path / output, tokenizer_folder, options, progress=False).documents == 9
+    assert data_of(tmp_path / "a") == data_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "the sea", "completion": "is blue"},
+        {"prompt": turns("the sea"), "completion": [{"role": "assistant", "content": "is blue"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "the "}, "sea"]}, turns("", "is blue")[1]]},
+        {"instruction": "the sea", "output": "is blue"},
+    ],
+)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_formats_of_peers_are_the_same_conversation(
+    tmp_path: Path, tokenizer_folder: Path, row: dict, system: str | None
+) -> None:
+    messages = turns("the sea", "is blue")
+    if system is not None:
+        plain = {"messages": [{"role": "system", "content": system}, *messages]}
+        if "messages" in row:
+            row = {"messages": [{"role": "developer", "content": system}, *row["messages"]]}
+        else:
+            row = row | {"system": system}
+    else:
+        plain = {"messages": messages}
+    tokens = []
+    for name, record in (("a", plain), ("b", row)):
+        path = write_rows(tmp_path / f"{name}.jsonl", [record])
+        prepare([path], tmp_path / name, tokenizer_folder, OPTIONS, progress=False)
+        tokens.append(PreparedData.open(tmp_path / name)[0])
+    assert tokens[0].tokens.tolist() == tokens[1].tokens.tolist()
+    assert tokens[0].loss_mask.tolist() == tokens[1].loss_mask.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": 3, "completion": "b"}, "the prompt is not text; write"),
+        ({"prompt": "a", "completion": []}, "the completion is not text; write"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, turns("", "b")[1]]},
+            "message 1 has content of type 'image_url'; only text can be trained on",
+        ),
+    ],
+)
+def test_what_is_not_text_is_a_bad_record(tmp_path: Path, tokenizer_folder: Path, row: dict, reason: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=f":1: {reason}"):
+        prepare([path], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+
+
+def test_the_commands_name_an_input_that_is_none(tmp_path: Path, tokenizer_folder: Path, capsys) -> None:
+    how = ["--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "out")]
+    for command in ("prepare", "prepare-text"):
+        assert main([command, "--input", str(tmp_path / "none"), *how]) == 2
+        assert "none does not exist; give a file, a folder, or the name of a dataset" in capsys.readouterr().err
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert main(["prepare", "--input", str(rows), "--split", "train", *how]) == 2
+    assert "no input is one; leave them out" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""`train_epochs`: steps from the prepared folders, alone, packed and in blends; and that upstream's datasets agree."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sfr.cli import main
+from megatron_sfr.config.settings import read_settings
+from megatron_sfr.data.prepare.document_source import DocumentOptions
+from megatron_sfr.data.prepare.pipeline import prepare
+from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.launch import read_run
+from megatron_sfr.training.data.epochs import describe, read_epoch, sequences_of, train_iters_of
+from megatron_sfr.training.data.provider import build, dataset_config
+from tests.distributed.tiny import SEQ_LENGTH, write_prepared, write_recipe
+from tests.training.data.test_document_dataset import document_arguments
+from tests.training.data.test_provider import arguments
+
+PACKED = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH}
+
+
+@pytest.fixture(autouse=True)
+def rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("epochs")
+    return [write_prepared(folder / str(rows), rows) for rows in (4, 10)]
+
+
+@pytest.fixture(scope="module")
+def documents(folders: list[Path]) -> Path:
+    rows = folders[0].parent / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"sea {i} " * 20}) + "\n" for i in range(9)))
+    options = DocumentOptions(stride=3, horizons=((1, 8),), min_segment_length=2)
+    prepare([rows], rows.parent / "documents", folders[0].parent / "tokenizer", options, progress=False)
+    return rows.parent / "documents"
+
+
+def options(*blend: Any, epochs: Any = 2, **changes: Any) -> dict[str, Any]:
+    return {
+        "train_data_path": [str(part) for part in blend],
+        "train_epochs": epochs,
+        "seq_length": SEQ_LENGTH,
+        "global_batch_size": 4,
+    } | changes
+
+
+def test_an_epoch_is_what_upstreams_dataset_has(folders: list[Path], documents: Path) -> None:
+    for changes in ({}, PACKED):
+        train, _, _ = build(dataset_config(arguments([str(folders[1])], sfr=False, **changes)), [None, None, None])
+        packed, length = bool(changes), changes.get("seq_length", SEQ_LENGTH)
+        assert sequences_of(folders[1], length, packed=packed) == len(train) == (len(train) if packed else 10)
+    plan = document_arguments(documents, sfr=False, split="60,30,10", data_path=[str(documents)], train_data_path=None)
+    train, _, _ = build(dataset_config(plan), [None, None, None])
+    epoch = read_epoch({"data_path": [str(documents)], "split": "60,30,10", "seq_length": plan.megatron.seq_length})
+    assert epoch is not None
+    assert epoch.total == len(train) > 1
+
+
+def test_steps_follow_from_epochs_alone_and_in_blends(folders: list[Path]) -> None:
+    a, b = folders
+    assert train_iters_of(options(a)) == 2
+    assert train_iters_of(options(a, epochs=2.1)) == 3
+    assert train_iters_of(options(a, b)) == 7
+    assert train_iters_of(options(0.5, a, 0.5, b)) == 7
+    assert train_iters_of(options(a, epochs=None)) is None
+    assert train_iters_of(options(a, train_iters=2)) == 2, "a saved recipe has both"
+    packed = sequences_of(b, 3 * SEQ_LENGTH, packed=True)
+    assert packed < 10
+    assert train_iters_of(options(b, epochs=8, **PACKED)) == 2 * packed
+    line = describe(options(0.5, a, 0.5, b, train_iters=7))
+    assert line == f"an epoch is 3.5 steps (14 sequences), the run 2.00 epochs: {a} 3.50 times, {b} 1.40 times"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train_iters": 5}, "is 2 steps of this data, train_iters = 5: set one"),
+        ({"train_samples": 5}, "does not go with train_samples"),
+        ({"global_batch_size": None}, "needs global_batch_size"),
+        ({"train_data_path": None}, "needs the training data by path"),
+        ({"train_epochs": 0}, "give a number above 0"),
+        ({"train_epochs": "two"}, "give a number above 0"),
+        ({"train_data_path": ["nowhere"]}, "nowhere does not exist; run: megatron-sfr prepare"),
+    ],
+)
+def test_what_does_not_say_a_length_is_refused(folders: list[Path], changes: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        train_iters_of(options(folders[0]) | changes)
+
+
+def test_a_blend_without_weights_is_repeated_for_more_than_an_epoch(folders: list[Path]) -> None:
+    config = dataset_config(arguments([str(folder) for folder in folders], sfr=False))
+    train, _, _ = build(config, [42, None, None])
+    seen = [0, 0]
+    for i in range(42):
+        seen[int(train[i]["dataset_id"])] += 1
+    assert seen == [12, 30]
+
+
+def test_recipe_flags_and_launcher_agree(folders: list[Path], tmp_path: Path) -> None:
+    changes = {"train_epochs": 3, "train_iters": None, "save": str(tmp_path / "run")}
+    path = write_recipe(tmp_path / "recipe.yaml", folders[1], **changes)
+    assert read_settings(["--recipe", str(path)]).recipe["train_iters"] == 4  # 30 sequences, 8 a step
+    assert read_run(path, []).train_iters == 4
+    assert read_run(path, ["--train-epochs", "6"]).train_iters == 8
+
+
+def test_prepare_prints_what_an_epoch_is(folders: list[Path], documents: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, texts = folders[1].parent, documents.parent / "texts.jsonl"
+    (rows,) = folder.glob("*.jsonl")
+    how = ["--tokenizer", str(folder / "tokenizer"), "--workers", "1"]
+    assert main(["prepare", "--input", str(rows), "--output", str(folder / "p"), *how]) == 0
+    assert "an epoch is 10 sequences, or 1 packed ones with --sfr-packing" in capsys.readouterr().out
+    assert main(["prepare-text", "--input", str(texts), "--output", str(folder / "t"), *how]) == 0
+    tokens = PreparedDocuments.open(folder / "t").manifest.tokens
+    assert f"an epoch is {(tokens - 1) // 4096} sequences at seq_length 4,096" in capsys.readouterr().out
