@@ -27,14 +27,18 @@ __all__ = [
     "SFROptions",
     "SampleOptions",
     "SamplingOptions",
+    "ScheduleOptions",
     "StatisticsSpec",
+    "StepContext",
     "TemplateOptions",
+    "TermOptions",
     "TokenLoss",
     "attach_head",
     "embed",
     "evaluate",
     "export_hf",
     "flow_matching_loss",
+    "forward_step",
     "generate",
     "import_hf",
     "load_head",
@@ -60,6 +64,7 @@ _MODULES = {
     "kernels.vocab_parallel": ["LogitStatistics", "StatisticsSpec"],
     "model.attach_head": ["attach_head"],
     "model.flow_head": ["FlowHead", "FlowHeadOptions", "FlowHeadPlan"],
+    "objectives.sfr.schedule": ["ScheduleOptions"],
     "objectives.sfr.sfr_loss": ["SFROptions", "flow_matching_loss"],
     "objectives.token.cross_entropy": ["CrossEntropy"],
     "objectives.token.dft": ["DFT"],
@@ -70,6 +75,9 @@ _MODULES = {
     "objectives.token.sed": ["SED"],
     "objectives.token.tofu": ["TOFU"],
     "objectives.token.token_loss": ["token_loss"],
+    "training.auxiliary_loss": ["TermOptions"],
+    "training.bridge": ["forward_step"],
+    "training.step_context": ["StepContext"],
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -89,6 +97,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec
     from megatron_sfr.model.attach_head import attach_head
     from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
+    from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
     from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, flow_matching_loss
     from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
     from megatron_sfr.objectives.token.dft import DFT
@@ -99,6 +108,9 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.objectives.token.sed import SED
     from megatron_sfr.objectives.token.tofu import TOFU
     from megatron_sfr.objectives.token.token_loss import token_loss
+    from megatron_sfr.training.auxiliary_loss import TermOptions
+    from megatron_sfr.training.bridge import forward_step
+    from megatron_sfr.training.step_context import StepContext
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ FIRST = ("prepare", "embed", "open_prepared", "import_hf", "export_hf")  # they 
 WITH_EXAMPLES = [*FIRST, *(name for name in sfr.__all__ if name not in FIRST)]
 DATA_ONLY = {"ClosedFormLoss", "EmbedOptions", "EvaluationOptions", "FlowHeadOptions", "FlowHeadPlan"} | {
     *("LogitStatistics", "LossAndCoefficients", "PrepareOptions", "SFROptions", "SampleOptions", "SamplingOptions"),
-    *("StatisticsSpec", "TemplateOptions", "TokenLoss"),
+    *("ScheduleOptions", "StatisticsSpec", "StepContext", "TemplateOptions", "TermOptions", "TokenLoss"),
 }
 """Base classes and dataclasses, which the examples of the functions use."""
 

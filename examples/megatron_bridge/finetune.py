@@ -6,14 +6,9 @@ from pathlib import Path
 from megatron.bridge.training.config import ConfigContainer, DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.pretrain import pretrain
 
-from megatron_sfr.data.prepared.open import open_prepared
+import megatron_sfr as sfr
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.model.attach_head import attach_head
-from megatron_sfr.model.flow_head import FlowHeadPlan
-from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.runtime.replacements import replaced
-from megatron_sfr.training.auxiliary_loss import TermOptions
-from megatron_sfr.training.bridge import forward_step
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan
 from megatron_sfr.training.data.conversation_dataset import PreparedDatasetConfig
 from megatron_sfr.training.data.provider import build
@@ -37,12 +32,12 @@ class Conversations(DatasetProvider):
         return tuple(build(config, [context.train_samples, None, None]))
 
 
-def finetune_with_sfr(config: ConfigContainer, folder: Path, vocab_size: int, sfr: TermOptions) -> None:
+def finetune_with_sfr(config: ConfigContainer, folder: Path, vocab_size: int, options: sfr.TermOptions) -> None:
     """Fine-tunes the model of a configuration, such as a recipe's, on a prepared folder."""
     config.dataset = Conversations(folder=str(folder), seq_length=config.model.seq_length)
     config.model.calculate_per_token_loss = True
-    dim = TargetStore.open(folder / "targets", open_prepared(folder)).dim
-    config.model.register_pre_wrap_hook(attach_head(FlowHeadPlan(sfr.head, dim=dim)))
-    schedule = ScheduleOptions(sfr_warmup="detached", sfr_warmup_steps=100, sfr_ramp_steps=100)
+    dim = TargetStore.open(folder / "targets", sfr.open_prepared(folder)).dim
+    config.model.register_pre_wrap_hook(sfr.attach_head(sfr.FlowHeadPlan(options.head, dim=dim)))
+    schedule = sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100)
     with replaced(clipping(HeadOptimizerOptions())):  # the head has its own gradient norm
-        pretrain(config, forward_step(vocab_size, sfr=sfr, schedule=schedule))
+        pretrain(config, sfr.forward_step(vocab_size, sfr=options, schedule=schedule))

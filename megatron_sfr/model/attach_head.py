@@ -17,7 +17,7 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
 
     Run it after the chunks of a rank are built and before they are wrapped in DDP: the optimizer and the checkpoints
     then see the head as a submodule, `flow_head`. Megatron-Bridge's providers accept it as a pre-wrap hook:
-    `provider.register_pre_wrap_hook(attach_head(plan))`. Chunks without an output layer stay as they are.
+    `provider.register_pre_wrap_hook(sfr.attach_head(plan))`. Chunks without an output layer stay as they are.
 
     Args:
         plan: the head's options, and the dimension of the sentence embeddings that it predicts.
@@ -26,9 +26,8 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
     Raises:
         ValueError: by the hook, where the layer that the head reads is not on the last pipeline stage.
     Example:
-        >>> from megatron_sfr.model.attach_head import attach_head
-        >>> from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
-        >>> hook = attach_head(FlowHeadPlan(FlowHeadOptions(), dim=384))
+        >>> import megatron_sfr as sfr
+        >>> hook = sfr.attach_head(sfr.FlowHeadPlan(sfr.FlowHeadOptions(), dim=384))
         >>> hook([])  # a rank without model chunks; usually a list of GPTModel
         []
     """

@@ -42,11 +42,10 @@ def forward_step(
     Raises:
         RuntimeError: by the function, if `sfr` is given and the model has no flow head.
     Example:
-        >>> from megatron_sfr.training.auxiliary_loss import TermOptions
-        >>> from megatron_sfr.training.bridge import forward_step
-        >>> step = forward_step(151_936, sfr=TermOptions())
-        >>> step.__name__  # pretrain(config, step)
-        'step'
+        >>> import inspect, megatron_sfr as sfr
+        >>> step = sfr.forward_step(151_936, loss=sfr.GEM(beta=0.7), sfr=sfr.TermOptions())
+        >>> list(inspect.signature(step).parameters)  # pretrain(config, step)
+        ['state', 'data_iterator', 'model']
     """
     loss, term = loss or CrossEntropy(), FlowTerm(sfr) if sfr is not None else None
     name = next((name for name, known in LOSSES.items() if known.loss is type(loss)), type(loss).__name__)

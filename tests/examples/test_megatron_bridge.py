@@ -14,11 +14,17 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron_bridge" / "finetune
 
 
 def test_every_name_that_the_example_imports_from_the_package_exists() -> None:
+    nodes = list(ast.walk(ast.parse(EXAMPLE.read_text(encoding="utf-8"))))
     imported = [
         (node.module, alias.name)
-        for node in ast.walk(ast.parse(EXAMPLE.read_text(encoding="utf-8")))
+        for node in nodes
         if isinstance(node, ast.ImportFrom) and node.module.startswith("megatron_sfr.")
         for alias in node.names
+    ]
+    imported += [
+        ("megatron_sfr", node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sfr"
     ]
     assert len(imported) > 8
     assert [name for module, name in imported if not hasattr(importlib.import_module(module), name)] == []

@@ -153,12 +153,12 @@ def compare_with_the_usual_way() -> dict[str, Any]:
     from megatron_sfr.training.bridge import forward_step
     from megatron_sfr.training.step_context import StepContext
 
-    options = FlowHeadOptions(sfr_head_width=WIDTH, sfr_layer=1)
+    options = FlowHeadOptions(width=WIDTH, layer=1)
     head = FlowHeadPlan(options, dim=D, weight=2.0)
     model = randomised(plain_model(head))
     weights = copy.deepcopy(model.state_dict())  # the steps change the head's measurements
-    schedule = ScheduleOptions(sfr_weight=2.0)
-    step = forward_step(VOCAB, sfr=TermOptions(sfr=SFROptions(sfr_draws=2), head=options), schedule=schedule)
+    schedule = ScheduleOptions(weight=2.0)
+    step = forward_step(VOCAB, sfr=TermOptions(sfr=SFROptions(draws=2), head=options), schedule=schedule)
     given = [
         gradients(lambda data: step(StepContext(i, STEPS, 1, implementation="local"), data, model), model, i)  # noqa: B023
         for i in range(STEPS)
@@ -235,8 +235,8 @@ def decay_to_zero(decay: str, ends: int = 2, last: int = 5) -> dict[str, Any]:
     from megatron_sfr.training.auxiliary_loss import TermOptions
     from megatron_sfr.training.bridge import forward_step
 
-    options = FlowHeadOptions(sfr_head_width=WIDTH)
-    schedule = ScheduleOptions(sfr_weight=2.0, sfr_decay=decay)
+    options = FlowHeadOptions(width=WIDTH)
+    schedule = ScheduleOptions(weight=2.0, decay=decay)
     model, plain = randomised(plain_model(FlowHeadPlan(options, dim=D))), plain_model(None)
     step = forward_step(VOCAB, sfr=TermOptions(head=options), schedule=schedule)
     train(model, step, range(ends), ends)
@@ -262,7 +262,7 @@ def errors() -> dict[str, str]:
 
     found = {}
     try:
-        plain_model(FlowHeadPlan(FlowHeadOptions(sfr_layer=9), dim=D))
+        plain_model(FlowHeadPlan(FlowHeadOptions(layer=9), dim=D))
     except ValueError as error:
         found["layer"] = str(error)
     try:

@@ -34,7 +34,7 @@ def test_phase_c_decays_over_the_steps_that_remain(decay: str, shares: tuple[flo
 @pytest.mark.parametrize("total", [15, 114, 100_000])
 def test_within_a_run_the_weight_is_0_only_at_the_first_step_of_the_ramp(decay: str, total: int) -> None:
     """A decay ends with the run: it would reach 0 at the step after the last one."""
-    options = ScheduleOptions(sfr_decay=decay, **OPTIONS)
+    options = ScheduleOptions(decay=decay, **OPTIONS)
     assert [step for step in range(total) if phase_at(step, total, options).share == 0] == [10]
     assert (phase_at(total, total, options).share == 0) == (decay != "constant")
 
