@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_sfr.cli.template_args import add_template_arguments, template_options
 
 if TYPE_CHECKING:
+    from megatron_sfr.data.prepared.conversations import PreparedManifest
     from megatron_sfr.storage.input_files import DatasetOptions
 
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="together",
         metavar="together|each|last|as-rendered",
         help="samples of a conversation: one with all replies, each after the tokens of inference, or the record is "
-        "refused; one for each reply; one with the last reply; one as the template writes the whole (default: %(default)s)",
+        "refused; one for each reply; one with the last reply; one as the template writes it (default: %(default)s)",
     )
     parser.add_argument(
         "--train-on", default="all", metavar="all|last", help="replies with a loss (default: %(default)s)"
@@ -111,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
     from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
-    from megatron_sfr.training.data.epochs import sequences_of
 
     options = PrepareOptions(
         seq_length=args.seq_length,
@@ -127,13 +127,19 @@ def run(args: argparse.Namespace) -> int:
         dataset=dataset_options(args),
     )
     workers = default_workers() if args.workers is None else args.workers
-    result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
+    _report(prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers), args.output)
+    return 0
+
+
+def _report(result: PreparedManifest, output: Path) -> None:
+    """Prints what a folder holds and what comes next."""
+    from megatron_sfr.training.data.epochs import sequences_of
+
     horizons = f" at {len(result.horizons)} horizons" if len(result.horizons) > 1 else ""
     print(
-        f"{args.output}: {_samples(result.samples, result.conversations)}, {result.tokens:,} tokens "
-        f"({result.supervised_tokens:,} "
-        f"supervised), {result.anchors:,} anchors{horizons}, {result.segments:,} distinct segments, "
-        f"{len(result.personas.keys() - {''})} personas"
+        f"{output}: {_samples(result.samples, result.conversations)}, {result.tokens:,} tokens "
+        f"({result.supervised_tokens:,} supervised), {result.anchors:,} anchors{horizons}, "
+        f"{result.segments:,} distinct segments, {len(result.personas.keys() - {''})} personas"
     )
     if result.truncated:
         print(f"{result.truncated:,} samples truncated to {result.seq_length} + 1 tokens")
@@ -150,15 +156,14 @@ def run(args: argparse.Namespace) -> int:
     if result.duplicates:
         print(f"{result.duplicates:,} samples have the tokens of an earlier one; they are kept")
     if result.rejected:
-        print(f"{result.rejected:,} bad records are in {args.output / 'rejected.jsonl'}, with their reasons")
-    packed = sequences_of(args.output, result.seq_length, packed=True)
+        print(f"{result.rejected:,} bad records are in {output / 'rejected.jsonl'}, with their reasons")
+    packed = sequences_of(output, result.seq_length, packed=True)
     epoch = f"{result.samples:,} sequences, or {packed:,} packed ones with --sfr-packing"
     print(f"an epoch is {epoch}; train_epochs counts in them")
     if result.segments:
-        print(f"next: megatron-sfr embed --data {args.output} --encoder minilm   (or another encoder)")
+        print(f"next: megatron-sfr embed --data {output} --encoder minilm   (or another encoder)")
     else:
         print("no reply is long enough for an anchor: SFR has nothing to learn here (see --min-segment-length)")
-    return 0
 
 
 def _samples(samples: int, conversations: int | None) -> str:

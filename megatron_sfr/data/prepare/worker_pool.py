@@ -1,4 +1,4 @@
-"""Work on many chunks by several processes at once: results in order, a bounded number of chunks in memory."""
+"""Maps chunks in several processes: results in order, a bounded number of chunks in memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from typing import Any
 from megatron_sfr.runtime.lifetime import end_with_parent
 
 MOST_BY_DEFAULT = 8
-AHEAD = 2  # chunks a worker, waiting or done
+AHEAD = 2  # chunks for each worker, waiting or done
 
 
 def default_workers() -> int:
-    """One a processor that this process may use, at most 8."""
+    """One for each processor that this process may use, at most 8."""
     return min(MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
 
 
 def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
-    """work(item) for each item, in order; with one worker in this process, else in so many spawned ones.
+    """Yields work(item) for each item, in order: in this process for one worker, otherwise in spawned processes.
 
-    `work` is pickled once a worker. At most AHEAD * workers items and results are held, however slowly they are taken.
-    Close the iterator (contextlib.closing) to end the workers early. ValueError where a worker dies.
+    `work` is pickled once for each worker. At most AHEAD * workers items and results are held, however slowly they are
+    taken. Close the iterator (contextlib.closing) to end the workers early.
+
+    Raises:
+        ValueError: a worker died.
     """
     if workers == 1:
         yield from map(work, items)

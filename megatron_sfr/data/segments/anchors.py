@@ -1,4 +1,4 @@
-"""Anchors and their future segments: what a position is to foresee (SFR, arXiv 2605.27971).
+"""Anchors and their future segments: what a position has to predict (SFR, arXiv 2605.27971).
 
 A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
 ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last

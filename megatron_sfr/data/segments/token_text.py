@@ -77,7 +77,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     its bytes: in the alphabet of byte-level BPE, or as <0xE4>.
 
     Raises:
-        ValueError: a token has no bytes of its own.
+        ValueError: a token has no separate bytes.
     """
     backend = tokenizer.backend_tokenizer
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -100,7 +100,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
             table.append(text.removeprefix(alone[letter]).encode("utf-8"))
         else:
             raise ValueError(
-                f"the tokenizer writes token {name!r} over the one before it, so no token has a text of its own; "
+                f"the tokenizer writes token {name!r} over the one before it, so tokens have no separate texts; "
                 "take a tokenizer that keeps its text, such as byte-level BPE"
             )
     return table

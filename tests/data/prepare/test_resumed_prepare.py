@@ -1,4 +1,4 @@
-"""A preparation that is killed for real goes on where it was, and ends on the bytes of one that was not."""
+"""A preparation that is killed for real resumes where it was, and ends on the bytes of one that was not."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def unbroken(rows: Path, tokenizer_folder: Path) -> dict[str, bytes]:
 
 
 def kill_midway(rows: Path, output: Path, tokenizer: Path, workers: int) -> Path:
-    """Runs `prepare` in a process of its own, kills it some chunks after its first, and gives the folder it left."""
+    """Runs `prepare` in a separate process, kills it some chunks after its first, and gives the folder it left."""
     command = [sys.executable, "-c", CHILD, str(rows), str(output), str(tokenizer), str(workers)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     left = output.parent / f".{output.name}.partial"

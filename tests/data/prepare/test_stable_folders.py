@@ -102,7 +102,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prepared_folder_has_the_bytes_that_it_always_had(tmp_path: Path, tokenizer_folder: Path, case: str):
     if not EXPECTED.exists():
         write_expected(tokenizer_folder, tmp_path / "all")
-        pytest.fail(f"{EXPECTED} is written anew: look at what changed in it")
+        pytest.fail(f"{EXPECTED} is written again: look at what changed in it")
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))[case]
     actual = found(CASES[case](tmp_path, tokenizer_folder))
     assert {name: actual[name] for name in expected} == expected

@@ -1,4 +1,4 @@
-"""Encoders for processes of their own: the real one, which also keeps a log and can be told to be slow or to fail."""
+"""Encoders for separate processes: the real one, which also keeps a log and can be told to be slow or to fail."""
 
 import time
 from collections.abc import Sequence

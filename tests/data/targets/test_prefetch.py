@@ -86,7 +86,7 @@ def test_training_reads_what_embed_would_have_written(store, whole, log, prepare
             prefetcher.advance()
         assert prefetcher.waited > 0, "for the first step at least"
         prefetcher.fetch(0, np.arange(ROWS))
-        assert until(lambda: is_complete(store)), "whoever has the last row completes the store"
+        assert until(lambda: is_complete(store)), "the process with the last row completes the store"
         assert until(lambda: not is_running(prefetcher._process.pid)), "an encoder that is not needed any more ends"
         assert (prefetcher.fetch(0, np.arange(ROWS)) == offline[np.arange(ROWS)]).all()
     assert content(store.folder) == content(whole)
