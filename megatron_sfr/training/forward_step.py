@@ -220,6 +220,8 @@ class ForwardStep:
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
         if self.name != "ce":
             report[f"{self.name} loss"] = pair(total, tokens)
+            for name, values_BS in self.objective.logged(objective_BS, cross_entropy_BS).items():
+                report[name] = pair((values_BS * batch["loss_mask"]).sum(), tokens)
         if sums is not None:
             assert microbatch.flow is not None
             term, phase, start = Term(*sums), self._phase(context), microbatch.flow.start

@@ -36,6 +36,17 @@ class TokenLoss(ABC):
             The loss of each token: [T].
         """
 
+    def logged(self, loss: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        """Further values of each token, whose means over the supervised tokens are logged under these names.
+
+        Args:
+            loss: the loss of each token, and cross_entropy: both as computed for training, any shape.
+
+        Returns:
+            Tensors of that shape; by default none.
+        """
+        return {}
+
 
 class LossAndCoefficients(NamedTuple):
     """The loss of each token and the coefficients of its gradient with respect to the logits.

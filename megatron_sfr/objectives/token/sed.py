@@ -17,7 +17,7 @@ from megatron_sfr.objectives.token.registry import register
 def check_top_k(top_k: int, name: str) -> None:
     """ValueError if P_k cannot sum this number of probabilities."""
     if not 1 <= top_k <= 128:
-        raise ValueError(f"{name} = {top_k}: choose 1 to 128 (the authors' 10)")
+        raise ValueError(f"{name} = {top_k}: choose 1 to 128, such as 10")
 
 
 def top_mass(stats: LogitStatistics) -> Tensor:
@@ -56,7 +56,8 @@ class SED(ClosedFormLoss):
     down: its probability converges to (1 + sqrt(1 + 8 / lambda)) / 4."""
     top_k: int = 10
     """Number k of the largest probabilities that P_k sums; use the same k as in `megatron-sfr calibrate-sed`. Default
-    10."""
+    10, with which the authors' script calibrates the threshold. Their loss has 2 unless it is told otherwise, and the
+    script does not tell it."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -69,6 +70,14 @@ class SED(ClosedFormLoss):
         p_k_T = z_TV.softmax(-1).topk(min(self.top_k, z_TV.shape[-1])).values.sum(-1)
         mask_T = (p_k_T < self.threshold).to(z_TV.dtype).detach()
         return cross_entropy_T + self.weight * mask_T * ((-cross_entropy_T).exp() - 0.5).square()
+
+    def logged(self, loss: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        """The squared term with its weight, and the share of tokens that are exempt from it.
+
+        An exempt token's loss is its cross-entropy, to the last bit. A token that is not exempt is counted as exempt
+        only where the squared term is below the rounding of cross-entropy: p_y within about 2e-4 of 1/2, in fp32.
+        """
+        return {"sed squared term": loss - cross_entropy, "sed exempt": (loss == cross_entropy).to(loss.dtype)}
 
     @property
     def statistics(self) -> StatisticsSpec:

@@ -47,6 +47,18 @@ def test_s1_without_weight_or_threshold_it_is_cross_entropy_bit_for_bit(objectiv
         assert torch.equal(x, y)
 
 
+def test_the_log_has_the_squared_term_and_the_exempt_share() -> None:
+    objective = sed(weight=0.8)
+    loss_T, cross_entropy_T, _ = differentiated(Z_TV.float(), Y_T, objective)
+    held_T = masses(Z_TV.float(), 3) < 0.7
+    assert 0.1 < held_T.float().mean() < 0.9
+    logged = objective.logged(loss_T, cross_entropy_T)
+    term_T = torch.where(held_T, 0.8 * ((-cross_entropy_T).exp() - 0.5) ** 2, 0)
+    torch.testing.assert_close(logged["sed squared term"], term_T, rtol=0, atol=1e-6)
+    assert torch.equal(logged["sed exempt"], (~held_T).float())
+    assert CrossEntropy().logged(loss_T, cross_entropy_T) == {}
+
+
 @pytest.mark.parametrize("k", [1, 3, 13, 20])
 def test_s1_above_1_the_threshold_exempts_no_token(k: int) -> None:
     loss_T, cross_entropy_T, _ = differentiated(Z_TV, Y_T, sed(weight=0.8, k=k, tau=1.01))
