@@ -9,7 +9,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_sfr.config.run_plan import RunPlan
-from megatron_sfr.data.prepared.open import horizons_of, open_prepared
+from megatron_sfr.data.prepared.documents import PreparedDocuments
+from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_prepared
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.hf.end_tokens import end_tokens_of
@@ -24,6 +25,7 @@ from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.auxiliary_loss import FlowTerm
+from megatron_sfr.training.data.prepared_check import prepared_folders
 from megatron_sfr.training.data.provider import DataProvider
 from megatron_sfr.training.forward_step import ForwardStep
 from megatron_sfr.training.lock_fork import LockFork
@@ -97,7 +99,9 @@ def forward_step(plan: RunPlan, data: DataProvider) -> ForwardStep | KLFlowStep:
     args = plan.megatron
     if plan.is_kl_flow:
         everywhere = plan.kl_flow_model.kl_flow_time == "adaln"
-        return KLFlowStep(args.vocab_size, args.seq_length, plan.kl_flow, time_everywhere=everywhere)
+        paths = prepared_folders(args)
+        end = PreparedDocuments.open(paths[0]).manifest.eod if holds_documents(paths[0]) else None
+        return KLFlowStep(args.vocab_size, args.seq_length, plan.kl_flow, everywhere, end)
     return ForwardStep(
         args.vocab_size,
         plan.objective,

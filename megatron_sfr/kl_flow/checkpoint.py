@@ -42,7 +42,7 @@ def denoiser_config(args: argparse.Namespace) -> KLFlowModelConfig:
     """The model that the arguments of a KL-flow run describe."""
     config = gpt_config_from_args(args, model_config_cls=KLFlowModelConfig)
     config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
-    config.time, config.seed = args.kl_flow_time, args.seed
+    config.time, config.time_scale, config.seed = args.kl_flow_time, args.kl_flow_time_scale, args.seed
     return config
 
 

@@ -5,6 +5,7 @@ Shapes: B samples, S positions of a sequence, N positions of a text, V vocabular
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
 from megatron_sfr.runtime.noise import uniform
 
 SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and its diagnostics use lower streams
-REPLY, INFILL, LENGTH, BEGIN = range(4)  # the random choices made for a text
+REPLY, INFILL, LENGTH, BEGIN, GAPS, PADDING = range(6)  # the random choices made for a text; for gap g: 6 g more
+CHOICES, MOST_GAPS = 6, 64
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,17 @@ class KLFlowOptions:
     kl_flow_noise_seed: int = 1234
     """Seed of the noise, which depends only on (seed, sample, position, token). Default 1234."""
     kl_flow_infill: float = 0.0
-    """Fraction of the texts that are trained on infilling: a single span is free, with uniform length and position
-    within what would have been free; the rest of the text is given. Default 0."""
+    """Fraction of the texts that are trained on infilling: one or several spans (gaps) are free, with uniform length
+    and position within what would have been free; the rest of the text is given. Default 0."""
+    kl_flow_infill_gaps: int = 1
+    """Largest number of gaps of an infilled text, drawn uniformly from 1. Each lies in its own equal part of what would
+    have been free. Default 1."""
+    kl_flow_infill_padding: int = 0
+    """Largest number of end tokens, drawn uniformly from 0, that fill up a gap after its text. A model trained this way
+    fills gaps of unknown length (`at_most` in flow-generate). Default 0."""
+    kl_flow_loss: Literal["free", "all"] = "free"
+    """Positions in the mean of the cross-entropy. 'free' (default): those that are not given. 'all': given ones too, as
+    in the authors' code."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_flow_smoothing < 1:
@@ -40,6 +51,12 @@ class KLFlowOptions:
             raise ValueError(f"kl_flow_t_max = {self.kl_flow_t_max}: choose above 0 and below 1")
         if not 0 <= self.kl_flow_infill <= 1:
             raise ValueError(f"kl_flow_infill = {self.kl_flow_infill}: choose a fraction from 0 to 1")
+        if not 1 <= self.kl_flow_infill_gaps <= MOST_GAPS:
+            raise ValueError(f"kl_flow_infill_gaps = {self.kl_flow_infill_gaps}: choose 1 to {MOST_GAPS}")
+        if self.kl_flow_infill_padding < 0:
+            raise ValueError(f"kl_flow_infill_padding = {self.kl_flow_infill_padding}: must not be negative")
+        if self.kl_flow_infill == 0 and (self.kl_flow_infill_gaps > 1 or self.kl_flow_infill_padding):
+            raise ValueError("kl_flow_infill_gaps and kl_flow_infill_padding need kl_flow_infill above 0")
 
 
 def draw_time(sample_B: Tensor, options: KLFlowOptions) -> Tensor:
@@ -49,7 +66,13 @@ def draw_time(sample_B: Tensor, options: KLFlowOptions) -> Tensor:
 
 
 def free_text(
-    tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, sample_B: Tensor, length: int, options: KLFlowOptions
+    tokens_BS: Tensor,
+    labels_BS: Tensor,
+    loss_mask_BS: Tensor,
+    sample_B: Tensor,
+    length: int,
+    options: KLFlowOptions,
+    end_token: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first `length` tokens of each sequence, int64 [B, N], and which of them are free, bool [B, N].
 
@@ -57,6 +80,9 @@ def free_text(
     before it are given. The positions after it are free too and hold the reply's last token, which ends it, as in LLaDA
     (arXiv 2502.09992): a model that saw where the text ends would not learn to end it. A sequence without supervised
     tokens has no free positions.
+
+    Args:
+        end_token: fills up gaps, for kl_flow_infill_padding. None: the reply's last token.
     """
     text_BN = torch.cat([tokens_BS[:, :1], labels_BS], dim=1)[:, :length]
     mask_BS = loss_mask_BS > 0  # of the labels; the first token has none
@@ -69,17 +95,44 @@ def free_text(
     after_BN = (position_N > last_B1) & (last_B1 >= 0)
     text_BN = torch.where(after_BN, text_BN.gather(-1, last_B1.clamp(min=0)), text_BN)
     free_BN = free_BN | after_BN
-    return text_BN, _infilled(free_BN, position_N, sample_B, options) if options.kl_flow_infill > 0 else free_BN
+    if options.kl_flow_infill == 0:
+        return text_BN, free_BN
+    end_B1 = text_BN.gather(-1, last_B1.clamp(min=0)) if end_token is None else torch.full_like(last_B1, end_token)
+    return _infilled(text_BN, free_BN, end_B1, sample_B, options)
 
 
-def _infilled(free_BN: Tensor, position_N: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    """The free positions, which reach to the end of the text, or a random span of them."""
-    size_B1 = free_BN.sum(-1, keepdim=True)
-    length_B1 = 1 + _choice(LENGTH, size_B1, sample_B, options)
-    begin_B1 = free_BN.shape[-1] - size_B1 + _choice(BEGIN, size_B1 - length_B1 + 1, sample_B, options)
-    span_BN = (position_N >= begin_B1) & (position_N < begin_B1 + length_B1)
+def _infilled(
+    text_BN: Tensor, free_BN: Tensor, end_B1: Tensor, sample_B: Tensor, options: KLFlowOptions
+) -> tuple[Tensor, Tensor]:
+    """Text and free positions, which reach to the end of the text; or gaps in these, filled up by end tokens."""
+    position_N = torch.arange(free_BN.shape[-1], device=free_BN.device)
     infill_B1 = _number(INFILL, sample_B, options) < options.kl_flow_infill
-    return free_BN & (span_BN | ~infill_B1)
+    size_B1 = free_BN.sum(-1, keepdim=True)
+    first_B1 = free_BN.shape[-1] - size_B1
+    count_B1 = 1 + _choice(GAPS, torch.full_like(size_B1, options.kl_flow_infill_gaps), sample_B, options)
+    gaps_BN, padding_BN = torch.zeros_like(free_BN), torch.zeros_like(text_BN)
+    for g in range(options.kl_flow_infill_gaps):
+        start_B1, stop_B1 = (size_B1 * k // count_B1 for k in (g, g + 1))
+        here_B1 = infill_B1 & (g < count_B1) & (start_B1 < stop_B1)
+        length_B1 = 1 + _choice(LENGTH + CHOICES * g, stop_B1 - start_B1, sample_B, options)
+        shift_B1 = _choice(BEGIN + CHOICES * g, stop_B1 - start_B1 - length_B1 + 1, sample_B, options)
+        begin_B1 = first_B1 + start_B1 + shift_B1
+        last_B1 = torch.minimum(begin_B1 + length_B1, first_B1 + stop_B1) - 1
+        gaps_BN |= here_B1 & (position_N >= begin_B1) & (position_N <= last_B1)
+        most_B1 = torch.full_like(size_B1, options.kl_flow_infill_padding + 1)
+        padding_BN += _choice(PADDING + CHOICES * g, most_B1, sample_B, options) * (here_B1 & (position_N == last_B1))
+    free_BN = free_BN & (gaps_BN | ~infill_B1)
+    if options.kl_flow_infill_padding == 0:
+        return text_BN, free_BN
+    # Each token moves right by the padding before it; positions that no token moves to are padding, and free.
+    to_BN = position_N + padding_BN.cumsum(-1) - padding_BN
+    N = text_BN.shape[-1]
+    padding = end_B1.expand_as(text_BN), torch.ones_like(free_BN)
+    text_BN, free_BN = (
+        F.pad(x, (0, 1)).scatter(-1, to_BN.clamp(max=N), moved)[:, :N]
+        for x, moved in zip(padding, (text_BN, free_BN), strict=True)
+    )
+    return text_BN, free_BN
 
 
 def _number(what: int, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
@@ -89,7 +142,7 @@ def _number(what: int, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
 
 
 def _choice(what: int, count_B1: Tensor, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
-    """Uniform from 0 to count - 1: int64 [B, 1]; 0 where the count is 0."""
+    """Uniform from 0 to count - 1: int64 [B, 1]; 0 where the count is 0 or less."""
     chosen_B1 = (_number(what, sample_B, options).double() * count_B1).long()
     return torch.minimum(chosen_B1, (count_B1 - 1).clamp(min=0))
 

@@ -114,6 +114,8 @@ def plan(job: Job) -> Plan:
         seed=job.seed,
     )
     requests = _requests(job, tokenizer, _positions(run))
+    if job.film is not None and requests[0].more:
+        raise ValueError("--film shows a text with one gap: leave it out, or let the first record have one")
     return Plan(folder, tokenizer, requests, options, Simplex(run["vocab_size"], run["kl_flow_smoothing"]))
 
 
@@ -159,10 +161,17 @@ def _reply_to(prompt: Prompt, tokenizer: Any, positions: int, longest: int | Non
 def record(wanted: Wanted, tokens: Sequence[int], steps: int, made: Plan) -> dict[str, object]:
     """A sample as a row of JSONL."""
     found, finished = wanted.request.found(tokens)
+    text, told = made.tokenizer.decode(found, skip_special_tokens=True), wanted.request.told
+    gaps: dict[str, object] = {}
+    if "parts" in told:  # the whole text, and each gap's
+        fills = [made.tokenizer.decode(gap.found(tokens)[0], skip_special_tokens=True) for gap in wanted.request.gaps]
+        left = iter(fills)
+        text, gaps = "".join(part if isinstance(part, str) else next(left) for part in told["parts"]), {"gaps": fills}
     return {
-        **wanted.request.told,
+        **told,
         "sample": wanted.sample,
-        "text": made.tokenizer.decode(found, skip_special_tokens=True),
+        "text": text,
+        **gaps,
         "tokens": len(found),
         "token_ids": found,
         "finished": finished,

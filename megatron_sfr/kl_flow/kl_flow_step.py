@@ -46,21 +46,34 @@ class Texts:
     free_BN: Tensor
     t_B: Tensor
     sample_B: Tensor
+    counted_BN: Tensor
+    """Positions in the loss."""
 
 
 class KLFlowStep:
     """Upstream's forward_step_func. Stateless."""
 
-    def __init__(self, vocab_size: int, seq_length: int, options: KLFlowOptions, time_everywhere: bool) -> None:
-        """time_everywhere: whether the intermediate pipeline stages need the time too."""
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_length: int,
+        options: KLFlowOptions,
+        time_everywhere: bool,
+        end_token: int | None = None,
+    ) -> None:
+        """
+        Args:
+            time_everywhere: whether the intermediate pipeline stages need the time too.
+            end_token: ends documents, and fills up their gaps. None for conversations: it is their replies' last token.
+        """
         self.vocab_size, self.seq_length, self.options = vocab_size, seq_length, options
-        self.time_everywhere = time_everywhere
+        self.time_everywhere, self.end_token = time_everywhere, end_token
 
     def __call__(self, data_iterator: Iterator[Batch], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into the loss."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
-        x_BNV, free_BN, more = None, None, dict[str, Any]()
+        x_BNV, counted_BN, more = None, None, dict[str, Any]()
         if first or last or self.time_everywhere:
             batch = to_device(next_batch(data_iterator), next(model.parameters()).device)
             texts = self.texts(batch, self.seq_length - time_positions(model))
@@ -69,10 +82,10 @@ class KLFlowStep:
                 table = get_attr_wrapped_model(model, "embedding").word_embeddings.weight
                 x_BNV = self.points(texts, len(table)).to(table.dtype)
             if last:
-                free_BN = texts.free_BN
+                counted_BN = texts.counted_BN
                 more = {"output_processor": self.losses, "output_processor_context": texts}
         output = model(input_ids=x_BNV, position_ids=None, attention_mask=None, **more)
-        return output, partial(self.loss, free_BN, context)
+        return output, partial(self.loss, counted_BN, context)
 
     def texts(self, batch: Batch, length: int) -> Texts:
         """The clean tokens, which of them are free, and the times."""
@@ -80,8 +93,11 @@ class KLFlowStep:
         if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
         rows = batch["tokens"], batch["labels"], batch["loss_mask"]
-        tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options)
-        return Texts(tokens_BN, free_BN, draw_time(sample_B, self.options), sample_B)
+        tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options, self.end_token)
+        counted_BN = free_BN
+        if self.options.kl_flow_loss == "all":  # a text without free positions has nothing to learn from
+            counted_BN = free_BN.any(-1, keepdim=True).expand_as(free_BN)
+        return Texts(tokens_BN, free_BN, draw_time(sample_B, self.options), sample_B, counted_BN)
 
     def points(self, texts: Texts, width: int) -> Tensor:
         """x_t in this rank's shard of the vocabulary: [B, N, V]."""
@@ -102,11 +118,11 @@ class KLFlowStep:
         scale_logits: Any,
         **_: Any,
     ) -> Tensor:
-        """Upstream's output_processor: the denoiser's cross-entropy [B, S], 0 outside the free positions."""
+        """Upstream's output_processor: the denoiser's cross-entropy [B, S], 0 outside the counted positions."""
         logits_SBV, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
-        y_BN = torch.where(context.free_BN, context.tokens_BN, IGNORED)
+        y_BN = torch.where(context.counted_BN, context.tokens_BN, IGNORED)
         y_SB = F.pad(y_BN, (len(logits_SBV) - y_BN.shape[1], 0), value=IGNORED).t()
         z_TV = scale_logits(logits_SBV).flatten(0, 1)
         loss_T, _cross_entropy_T = vocab_parallel_loss(
@@ -114,10 +130,10 @@ class KLFlowStep:
         )
         return loss_T.view(y_SB.shape).t()
 
-    def loss(self, free_BN: Tensor | None, context: StepContext, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
-        """Upstream's loss_func: the sum to differentiate, the free positions that divide it, {name: [sum, count]}."""
-        assert free_BN is not None
-        total, tokens = loss_BS.sum(), free_BN.sum()
+    def loss(self, counted_BN: Tensor | None, context: StepContext, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """Upstream's loss_func: the sum to differentiate, the positions that divide it, {name: [sum, count]}."""
+        assert counted_BN is not None
+        total, tokens = loss_BS.sum(), counted_BN.sum()
         if context.checks_nan:
             check_finite(total)
         return total, tokens.to(torch.int), {"kl-flow loss": pair(total, tokens)}

@@ -29,7 +29,7 @@ from megatron_sfr.model.gradient_fusion import fuse_layers
 from megatron_sfr.model.local_spec import local_block_spec, local_norm
 from megatron_sfr.model.velocity import sinusoids
 
-TIME_NUMBERS, TIME_SCALE = 256, 1000.0
+TIME_NUMBERS = 256
 Way = Literal["token", "adaln"]
 
 
@@ -40,6 +40,13 @@ class KLFlowModelOptions:
     kl_flow_time: Way = "token"
     """'token': an embedding of t stands before the text, as in the paper's code, and takes one of the seq_length
     positions; 'adaln': t scales and shifts what each layer's norms give, and the text has all positions."""
+    kl_flow_time_scale: float = 1000.0
+    """Factor on t before its sinusoidal embedding of base 10000. Default 1000. With 1, as in the authors' code, the
+    embeddings of all times up to t_max = 0.3 are almost equal."""
+
+    def __post_init__(self) -> None:
+        if self.kl_flow_time_scale <= 0:
+            raise ValueError(f"kl_flow_time_scale = {self.kl_flow_time_scale}: choose a factor above 0")
 
 
 @dataclass(kw_only=True)
@@ -48,6 +55,7 @@ class KLFlowModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_sfr.kl_flow.model.KLFlowModelBuilder"
     time: Way = "token"
+    time_scale: float = 1000.0
     seed: int = 1234
     """Of the initial weights of what knows the time."""
     fuses_layers: bool = False
@@ -63,6 +71,7 @@ class FlowTime:
     """
 
     way: Way
+    scale: float = 1000.0
     wave_BF: Tensor | None = None
 
     @property
@@ -72,7 +81,7 @@ class FlowTime:
 
     def set(self, t_B: Tensor) -> None:
         """t in [0, 1) of each sample, fp32."""
-        self.wave_BF = sinusoids(t_B[:, None], TIME_NUMBERS, TIME_SCALE)
+        self.wave_BF = sinusoids(t_B[:, None], TIME_NUMBERS, self.scale)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """The time's sines and cosines [B, F]."""
@@ -199,7 +208,7 @@ class KLFlowModelBuilder(GPTModelBuilder):
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         if config.fuses_layers:
             fuse_layers(model)
-        model.flow_time = FlowTime(config.time)
+        model.flow_time = FlowTime(config.time, config.time_scale)
         if model.pre_process:
             table = model.embedding.word_embeddings
             model.embedding = SimplexEmbedding(config.transformer, table, model.flow_time, config.seed)

@@ -122,6 +122,52 @@ def test_an_infilled_text_has_one_free_span_of_what_was_free(sample: int, prompt
     assert (all_BN | ~free_BN).all()
 
 
+@given(st.integers(0, 10**6), st.sampled_from([0, 2, 3, 9]), st.integers(1, 4), st.integers(0, 5))
+def test_gaps_are_filled_up_by_end_tokens_and_push_the_rest_to_the_right(
+    sample: int, prompt: int, gaps: int, padding: int
+) -> None:
+    n, end = 24, 99
+    options = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=gaps, kl_flow_infill_padding=padding)
+    words = torch.arange(1, n + 1)[None]
+    mask = torch.tensor([[0.0] * prompt + [1.0] * (n - prompt)])
+    text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], mask[:, 1:], torch.tensor([sample]), n, options, end)
+    text, free = text_BN[0].tolist(), free_BN[0].tolist()
+    assert [word for word in text if word != end] == words[0, : n - text.count(end)].tolist(), "nothing else moves"
+    assert not any(free[:prompt])
+    runs, start = [], None
+    for i, is_free in enumerate([*free, False]):
+        if is_free and start is None:
+            start = i
+        elif not is_free and start is not None:
+            runs.append(text[start:i])
+            start = None
+    assert 1 <= len(runs) <= gaps
+    assert text.count(end) == sum(run.count(end) for run in runs), "padding is free"
+    if gaps == 1:
+        (run,) = runs
+        pads = run.count(end)
+        assert pads <= padding
+        assert run[len(run) - pads :] == [end] * pads
+        assert pads < len(run)
+
+
+def test_numbers_of_gaps_and_of_end_tokens_are_uniform() -> None:
+    n, end, samples = 64, 99, torch.arange(4000)
+    options = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=1, kl_flow_infill_padding=3)
+    words = torch.arange(1, n + 1).expand(len(samples), -1)
+    ones = torch.ones(len(samples), n - 1)
+    text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], ones, samples, n, options, end)
+    pads_B = (text_BN == end).sum(-1)
+    shares = torch.bincount(pads_B, minlength=4).double() / len(samples)
+    assert (shares - 0.25).abs().max() < 0.08  # padding beyond the end of the text is cut off
+    several = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=4)
+    text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], ones, samples, n, several)
+    assert torch.equal(text_BN, words)
+    starts_B = (free_BN & ~torch.nn.functional.pad(free_BN, (1, 0))[:, :-1]).sum(-1)
+    shares = torch.bincount(starts_B, minlength=5)[1:5].double() / len(samples)
+    assert (shares - 0.25).abs().max() < 0.06  # two gaps that touch count as one
+
+
 def test_infilled_spans_are_uniform_over_lengths_and_positions() -> None:
     B, N = 60_000, 4
     tokens_BS = torch.arange(6).expand(B, 6)

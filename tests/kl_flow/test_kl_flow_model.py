@@ -118,3 +118,17 @@ def test_two_models_of_one_seed_have_equal_time_embeddings() -> None:
 def test_a_denoiser_without_rotary_positions_is_refused(position: str) -> None:
     with pytest.raises(ValueError, match="set it to rope"):
         KLFlowModelBuilder(config(position=position)).build_model(None, True, True)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_time_scale_is_a_factor_on_t() -> None:
+    t_B, authors = torch.tensor([0.1, 0.3]), config()
+    authors.time_scale = 1.0
+    model = KLFlowModelBuilder(authors).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
+    model.flow_time.set(1000 * t_B)
+    ours = FlowTime("token")
+    ours.set(t_B)
+    torch.testing.assert_close(model.flow_time.wave_BF, ours.wave_BF, rtol=0, atol=1e-4)
+    model.flow_time.set(t_B)
+    first, second = model.flow_time.wave_BF
+    assert (first - second).abs().max() < 0.25 < (ours.wave_BF[0] - ours.wave_BF[1]).abs().max()

@@ -102,3 +102,15 @@ def test_the_datasets_of_a_blend_have_separate_noise(folder: Path) -> None:
     x_BNV = STEP.points(texts, 504)
     assert (x_BNV[..., VOCAB_SIZE:] == 0).all()
     assert (x_BNV[0] != x_BNV[1]).any()
+
+
+def test_their_loss_counts_given_positions_too(folder: Path) -> None:
+    theirs = KLFlowStep(VOCAB_SIZE, LENGTH, KLFlowOptions(kl_flow_loss="all"), time_everywhere=False)
+    batch = default_collate([rows(folder)[i] for i in range(3)])
+    ours, all_of_them = (step.texts(batch, LENGTH - 1) for step in (STEP, theirs))
+    assert torch.equal(ours.free_BN, all_of_them.free_BN)
+    assert ours.counted_BN is ours.free_BN
+    assert not ours.free_BN.all()
+    assert all_of_them.counted_BN.all()
+    nothing = batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}
+    assert not theirs.texts(nothing, LENGTH - 1).counted_BN.any()

@@ -2,7 +2,8 @@
 
 Without an input it samples unconditional texts; --prompt and --prompts sample replies; --infill fills gaps, given as
 records {"prefix": text, "suffix": text, "length": tokens between them}. Equal commands give equal samples for any batch
-size and --nproc. The same command resumes a stopped run and writes the same file.
+size and --nproc. --infill also takes {"parts": [text, gap, text, ...]}, where a gap is a number of tokens, or
+{"at_most": n} if its length is not known. The same command resumes a stopped run and writes the same file.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--prompts", type=Path, metavar="FILE", help="JSONL records with prompt or messages, and optionally persona"
     )
-    what.add_argument("--infill", type=Path, metavar="FILE", help="JSONL records with prefix, suffix and length")
+    what.add_argument(
+        "--infill", type=Path, metavar="FILE", help="JSONL records with prefix, suffix and length, or parts"
+    )
     parser.add_argument("--persona", metavar="NAME", help="persona that answers --prompt")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write (default: the terminal)")
     parser.add_argument("--samples", type=int, default=1, help="samples per input (%(default)s)")
@@ -47,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, help="sampling steps (default: one per free token if some tokens are given, else 512)"
     )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0: all (%(default)s)")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="draw from the k most likely tokens; 0: all (%(default)s), 1: as in the paper's code",
+    )
     parser.add_argument("--final-top-k", type=int, default=1, help="the same for the final decoding (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of draws (%(default)s)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Sampling requests: an unconditional text, a completion of a prompt, or infill between two texts.
+"""Sampling requests: an unconditional text, a completion of a prompt, or infill of the gaps between texts.
 
 Shapes: B sequences, S positions.
 """
@@ -20,8 +20,25 @@ KEYS = 1 << 48  # the noise counter has 48 bits for the sample
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Free positions [start, stop) of a sequence."""
+
+    start: int
+    stop: int
+    end: int | None = None
+    """The token at which the generated text ends; None: it fills all positions of the gap."""
+
+    def found(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
+        """The generated tokens up to the end token, and whether it was found (True if the gap has none)."""
+        inside = list(tokens[self.start : self.stop])
+        if self.end is None:
+            return inside, True
+        return (inside[: inside.index(self.end)], True) if self.end in inside else (inside, False)
+
+
+@dataclass(frozen=True)
 class Request:
-    """A sequence of tokens whose positions [start, stop) are free; the tokens there are ignored."""
+    """A sequence of tokens with one or several gaps; the tokens there are ignored."""
 
     tokens: tuple[int, ...]
     start: int
@@ -29,16 +46,21 @@ class Request:
     key: int = 0
     """Key of the noise of the first sample; sample s has key + s."""
     end: int | None = None
-    """The token at which the generated text ends; None: it fills all free positions."""
+    """Of the first gap, as in Gap."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """Fields that are copied to the request's output records."""
+    more: tuple[Gap, ...] = ()
+    """Gaps after the first."""
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """All gaps, in order."""
+        return (Gap(self.start, self.stop, self.end), *self.more)
 
     def found(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
-        """The generated tokens up to the end token, and whether it was found (True if the request has none)."""
-        inside = list(tokens[self.start : self.stop])
-        if self.end is None:
-            return inside, True
-        return (inside[: inside.index(self.end)], True) if self.end in inside else (inside, False)
+        """The generated tokens of all gaps, one after another, and whether every end token was found."""
+        fills = [gap.found(tokens) for gap in self.gaps]
+        return [token for fill, _ in fills for token in fill], all(finished for _, finished in fills)
 
 
 def blank(length: int) -> Request:
@@ -67,10 +89,32 @@ def gap(prefix: Sequence[int], length: int, suffix: Sequence[int], told: Any) ->
     return Request(tokens, len(prefix), len(prefix) + length, int.from_bytes(digest[:6]), told=told)
 
 
-def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
-    """Infill requests of a JSONL file: {"prefix": text, "suffix": text, "length": tokens between them}.
+def infill(parts: Sequence[Sequence[int] | Gap], told: Any) -> Request:
+    """Infill of the gaps between texts.
 
-    Either text may be omitted. Raises ValueError `file:line: reason`.
+    Args:
+        parts: token ids of texts, and gaps, whose start is 0 and whose stop is their length; at least one gap.
+    """
+    tokens: list[int] = []
+    gaps: list[Gap] = []
+    for part in parts:
+        if isinstance(part, Gap):
+            gaps.append(Gap(len(tokens), len(tokens) + part.stop, part.end))
+            tokens += [0] * part.stop
+        else:
+            tokens += part
+    about = [[part.stop, part.end] if isinstance(part, Gap) else list(part) for part in parts]
+    digest = hashlib.sha256(json.dumps(about).encode()).digest()
+    first, *more = gaps
+    return Request(tuple(tokens), first.start, first.stop, int.from_bytes(digest[:6]), first.end, told, tuple(more))
+
+
+def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
+    """Infill requests of a JSONL file.
+
+    {"prefix": text, "suffix": text, "length": tokens between them}, either text may be omitted; or
+    {"parts": [text, gap, text, ...]}, where a gap is its length in tokens, or {"at_most": n} if it is not known: up to
+    n tokens, filled up by end tokens. Raises ValueError `file:line: reason`.
     """
     requests = []
     for row in read_rows(path):
@@ -85,6 +129,8 @@ def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
 
 def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
     fields = parse_json(text)
+    if isinstance(fields, dict) and fields.keys() == {"parts"}:
+        return _infill_of(fields["parts"], tokenizer, positions)
     if not isinstance(fields, dict) or "length" not in fields or fields.keys() - {"prefix", "suffix", "length"}:
         raise RowError('not an infill record; write {"prefix": "...", "suffix": "...", "length": 8}')
     length, texts = fields["length"], [fields.get(side, "") for side in ("prefix", "suffix")]
@@ -96,6 +142,29 @@ def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
     if (total := len(prefix) + length + len(suffix)) > positions:
         raise RowError(f"prefix, length and suffix have {total} tokens in all; the model has {positions} positions")
     return gap(prefix, length, suffix, {"prefix": texts[0], "suffix": texts[1]})
+
+
+def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
+    """A request of texts and gaps."""
+    if not isinstance(parts, list) or not any(isinstance(part, int | dict) for part in parts):
+        raise RowError('parts must be a list of texts and gaps, such as ["def f(x):", 12, "return y"]')
+    made: list[Sequence[int] | Gap] = []
+    for part in parts:
+        length = part["at_most"] if isinstance(part, dict) and part.keys() == {"at_most"} else part
+        if isinstance(part, str):
+            made.append(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [])
+        elif not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise RowError(
+                f'{shown(part)} is neither a text nor a gap; a gap is its number of tokens, or {{"at_most": 8}}'
+            )
+        elif isinstance(part, dict) and tokenizer.eos_token_id is None:
+            raise RowError("at_most needs an end token; set eos_token in the tokenizer's tokenizer_config.json")
+        else:
+            made.append(Gap(0, length, tokenizer.eos_token_id if isinstance(part, dict) else None))
+    total = sum(part.stop if isinstance(part, Gap) else len(part) for part in made)
+    if total > positions:
+        raise RowError(f"the parts have {total} tokens in all; the model has {positions} positions")
+    return infill(made, {"parts": parts})
 
 
 @dataclass(frozen=True)
@@ -137,9 +206,9 @@ def _ends(batches: Sequence[Sequence[Wanted]]) -> Iterator[int]:
 def canvas(batch: Sequence[Wanted], device: torch.device) -> Canvas:
     """The sequences of one batch as tensors."""
     tokens_BS = torch.tensor([spec.request.tokens for spec in batch], device=device)
-    position_S = torch.arange(tokens_BS.shape[1], device=device)
-    start_B1, stop_B1 = (
-        torch.tensor([[getattr(spec.request, name)] for spec in batch], device=device) for name in ("start", "stop")
-    )
+    free_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    for row, spec in enumerate(batch):
+        for gap in spec.request.gaps:
+            free_BS[row, gap.start : gap.stop] = True
     numbers = [(spec.request.key + spec.sample) % KEYS for spec in batch]
-    return Canvas(tokens_BS, (position_S >= start_B1) & (position_S < stop_B1), torch.tensor(numbers, device=device))
+    return Canvas(tokens_BS, free_BS, torch.tensor(numbers, device=device))

@@ -21,9 +21,11 @@ class SamplerOptions:
     """'basic' solves the flow's ODE. 'sampling' draws all tokens at each step and adds new noise. 'hybrid' (default) is
     basic while t < t_split, then sampling."""
     steps: int | None = None
-    """Steps per sequence. Default: the number of free positions, or 512 if every position is free."""
+    """Steps per sequence. Default: the number of free positions, or 512 if every position is free. The authors' code
+    takes the free positions of the longest sequence in a batch, also where nothing is given."""
     top_k: int = 0
-    """Draw tokens among the k most likely ones; 1: the most likely token. Default 0: all tokens."""
+    """Draw tokens among the k most likely ones; 1: the most likely token. Default 0: all tokens. The authors' code has
+    1, which collapses unless most of the path is 'basic' (docs/kl_flow.md)."""
     temperature: float = 1.0
     """Temperature of drawn tokens. Default 1. Has no effect on steps of the ODE, which draw no tokens."""
     final_top_k: int = 1
