@@ -27,7 +27,7 @@ class Conversations(DatasetProvider):
             random_seed=1234,
             sequence_length=self.seq_length,
             blend_per_split=[([self.folder], None), None, None],
-            anchors=AnchorPlan("targets", "anchors_only"),
+            anchors=AnchorPlan("targets"),
         )
         return tuple(build(config, [context.train_samples, None, None]))
 

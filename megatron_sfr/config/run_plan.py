@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_sfr.config.objective import selected_loss
 from megatron_sfr.config.option_flags import options
-from megatron_sfr.config.settings import LoadOptions
+from megatron_sfr.config.settings import LoadOptions, PresetOptions
 from megatron_sfr.config.validation import separator
 from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
@@ -52,6 +52,8 @@ class RunPlan:
     """Measurements of Lock and Fork positions."""
     data: DataOptions
     """Targets and packing."""
+    preset: PresetOptions
+    """The set of options that the run started from."""
     load: LoadOptions
     """How a checkpoint without a head is loaded."""
     start: StartOptions
@@ -68,7 +70,8 @@ class RunPlan:
     def datasets(self) -> DataPlan:
         """What the datasets are built from."""
         length = text_length(self.task, self.kl_flow_model, self.megatron.seq_length)
-        return DataPlan(self.megatron, self.data, length)
+        raw_weights = self.term.sfr.mean == "microbatch"
+        return DataPlan(self.megatron, self.data, length, raw_weights, self.preset.sfr_preset == "reference")
 
 
 def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPlan:
@@ -99,6 +102,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         head_optimizer=options(HeadOptimizerOptions, args),
         lock_fork=options(LockForkOptions, args),
         data=options(DataOptions, args),
+        preset=options(PresetOptions, args),
         load=options(LoadOptions, args),
         start=options(StartOptions, args),
         separator=separator(args),

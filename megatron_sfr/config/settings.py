@@ -54,8 +54,10 @@ class PresetOptions:
     """Settings that belong together."""
 
     sfr_preset: Literal["reference"] | None = None
-    """'reference': SFR as in the authors' public code and YAML (arXiv 2605.27971); recipes and flags override single
-    options. The defaults of `megatron-sfr prepare` cut segments as they do. Default: our own defaults."""
+    """'reference': SFR's loss as in the authors' public code and YAML (arXiv 2605.27971), on data of `megatron-sfr
+    prepare --preset reference` and `embed --preset reference`. Recipe and flags override single options. What their
+    code does by mistake is only reproduced by the options sfr_fault_*. Default: our own settings, which
+    docs/differences.md compares with theirs."""
 
 
 LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
@@ -82,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sfr-time": "uniform",
         "sfr-time-per": "sequence",
         "sfr-draws": 1,
+        "sfr-mean": "microbatch",
         "sfr-weight": 1.0,
         "sfr-weight-on": "loss",
         "sfr-decay": "constant",
@@ -91,9 +94,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sfr-time-scale": 1.0,
         "sfr-ema": "smooth",
         "sfr-ema-decay": 0.999,
+        "sfr-ema-order": "before_step",
         "sfr-gate": "dynamic",
         "sfr-gate-ratio": 1.5,
         "sfr-gate-decay": 0.99,
+        "sfr-gate-baseline": "current",
         "sfr-gate-bins": 1,
     }
 }

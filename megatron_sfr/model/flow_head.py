@@ -47,6 +47,12 @@ class FlowHeadOptions:
     while the head trains on detached hidden states."""
     ema_decay: float = 0.999
     """EMA decay per step. Default 0.999, as in the authors' code; 0 does not average."""
+    ema_order: Literal["after_step", "before_step"] = "after_step"
+    """When 'smooth' writes back. 'after_step' (default): after the optimizer's step, so that the loss sees the EMA.
+    'before_step': before it, as in the authors' code, so that the loss sees the EMA plus one whole step."""
+    fault_phase_a_lost: bool = False
+    """Reproduces a fault of the authors' code: the EMA starts from the head's initial weights instead of those that
+    phase A has trained, so 'before_step' overwrites the trained head at the first joint step. Default: off."""
     target_dim: int | None = None
     """Dimension of the sentence embeddings. Default: that of the target store."""
 
@@ -60,6 +66,15 @@ class FlowHeadOptions:
             raise ValueError(f"`ema_decay` = {self.ema_decay}: choose at least 0 and below 1")
         if self.layer is not None and self.layer < 1:
             raise ValueError(f"`layer` = {self.layer}: layers count from 1")
+        if self.ema_order == "before_step" and self.ema == "teacher":
+            raise ValueError("`ema_order` = before_step is for `ema` = smooth: a teacher is not written back")
+        if self.fault_phase_a_lost and not (self.ema == "smooth" and self.stores_ema):
+            raise ValueError("`fault_phase_a_lost` needs `ema` = smooth and `ema_order` = before_step")
+
+    @property
+    def stores_ema(self) -> bool:
+        """Whether the head keeps its EMA beside its weights."""
+        return self.ema == "teacher" or (self.ema == "smooth" and self.ema_order == "before_step")
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class FlowHeadPlan:
 
 
 class FlowHead(MegatronModule):
-    """The velocity network, its EMA for sfr_ema = teacher, and the state of the auxiliary loss.
+    """The velocity network, its EMA if options.stores_ema, and the state of the auxiliary loss.
 
     Matrix products run in the dtype of the hidden states. EMA and state stay fp32 when the model is cast.
 
@@ -126,7 +141,7 @@ class FlowHead(MegatronModule):
             if plan.clipped_apart:
                 _keep_apart(net)
             self.net = net
-            if options.ema == "teacher":
+            if options.stores_ema:
                 self.ema = copy.deepcopy(net).requires_grad_(False)
         self.state = FlowState(plan.weight, plan.dim, plan.gate_bins)
         if plan.statistics is not None:

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 ADALN_FREQUENCIES = 256
 
 
-def sinusoids(t: Tensor, dim: int, scale: float) -> Tensor:
-    """[..., 1] -> [..., dim]: sines, then cosines, of scale * t at frequencies 1 to 1/10000. At least fp32."""
-    t, half = t.to(torch.promote_types(t.dtype, torch.float32)), (dim + 1) // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
-    angle = t * scale * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :dim]
+def sinusoids(t: Tensor, dim: int, scale: float, *, reach_last: bool = False) -> Tensor:
+    """[..., 1] -> [..., dim]: n sines, then n cosines, of scale * t at frequencies 10000^(-k / n). At least fp32.
+
+    The last feature of an odd dim is 0.
+
+    Args:
+        reach_last: divide k by n - 1, so that the last frequency is 1/10000 itself, as in SFR's code. With n, as in
+            DiT's and KL-flow's code, it is one step short of that.
+    """
+    t, n = t.to(torch.promote_types(t.dtype, torch.float32)), dim // 2
+    k = torch.arange(n, dtype=t.dtype, device=t.device)
+    angle = t * scale * torch.exp(-math.log(10000.0) * k / (max(1, n - 1) if reach_last else n))
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, dim % 2))
 
 
 class ResidualBlock(nn.Module):
@@ -35,8 +42,8 @@ class ResidualBlock(nn.Module):
 class MLPVelocity(nn.Module):
     """concat(x_t, emb(t), h) -> Linear -> LayerNorm -> SiLU -> residual blocks -> Linear, as in SFR's public code.
 
-    emb(t): D sines and cosines -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The first Linear is split by input, so that h
-    is projected once per anchor and not once per draw.
+    emb(t): D sines and cosines, to the frequency 1/10000 -> Linear(D, 4D) -> SiLU -> Linear(4D, D). The first Linear is
+    split by input, so that h is projected once per anchor and not once per draw.
     """
 
     def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
@@ -58,7 +65,8 @@ class MLPVelocity(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
         """Velocity [B, A, K, D] from x_t [B, A, K, D], t [B, A, K, 1] in [0, 1] and h [B, A, 1, H]."""
-        time = self.time_out(F.silu(self.time_in(sinusoids(t, self.dim, self.time_scale))))
+        wave = sinusoids(t, self.dim, self.time_scale, reach_last=True)
+        time = self.time_out(F.silu(self.time_in(wave)))
         x = self.input_x(x_t) + self.input_t(time) + self.input_h(h)
         if self.horizon is not None:
             x = x + self.horizon(horizon_BA)[:, :, None]

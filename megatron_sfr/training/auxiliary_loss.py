@@ -16,7 +16,13 @@ from torch import Tensor
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.gate import GateOptions, decide, sums_by_time
-from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.sfr_loss import (
+    SFROptions,
+    anchor_errors,
+    draw_noise,
+    mean_over_microbatch,
+    weighted_sum,
+)
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, batch_moments, running_statistics, scale_targets
 from megatron_sfr.runtime.parallel import (
     scale_gradient,
@@ -109,8 +115,10 @@ class FlowTerm:
 
     def _average(self, head: FlowHead, step: int, first_average: int) -> None:
         """Updates the EMA of the head's weights, or switches its write-back on."""
-        if self.options.head.ema == "smooth":
-            self.smoothing = self.smoothing or Smoothing(head, self.options.head.ema_decay)
+        options = self.options.head
+        if options.ema == "smooth":
+            before_step = options.ema_order == "before_step"
+            self.smoothing = self.smoothing or Smoothing(head, options.ema_decay, before_step=before_step)
             self.smoothing.active = step >= first_average
         if head.ema is None or head.net is None or step < first_average:
             return
@@ -118,7 +126,7 @@ class FlowTerm:
         h = h.to(next(head.net.parameters()).dtype)  # the dtype of the hidden states
         with torch.no_grad():  # calling the head waits for upstream's overlapped all-gather of its weights
             head(x_t, t, h, torch.zeros_like(t[..., 0, 0], dtype=torch.int64))
-        head.average(first=step == first_average)
+        head.average(first=step == first_average and not options.fault_phase_a_lost)
 
     def __call__(
         self,
@@ -189,6 +197,8 @@ class FlowTerm:
         if not all_anchors:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
         position, sample, place, horizon, weight, row = fields
+        if self.options.sfr.mean == "microbatch":
+            weight = mean_over_microbatch(weight, batch["anchor_weight"], batch["loss_mask"])
         state = head.state
         x_1 = scale_targets(batch["target"][sample_B1, row], state.target_mean, state.target_std, self.options.targets)
 

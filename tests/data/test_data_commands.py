@@ -103,6 +103,18 @@ def test_segments_say_what_horizons_count(tmp_path: Path, tokenizer_folder: Path
         command(prepare, *typed[:-1], *other, *lengths)
 
 
+def test_the_reference_preset_reads_512_pieces_of_a_segment():
+    parser = argparse.ArgumentParser()
+    embed.add_arguments(parser)
+    typed = ["--data", "x", "--encoder", "minilm", "--preset", "reference"]
+    args = parser.parse_args(typed)
+    embed._set_reference(args)
+    assert (args.max_length, args.pooling, args.normalize) == (512, "mean", "unit")
+    for other in (["--pooling", "cls"], ["--normalize", "none"], ["--max-length", "256"]):
+        with pytest.raises(ValueError, match="leave --pooling, --normalize and --max-length out"):
+            embed.run(parser.parse_args([*typed, *other]))
+
+
 def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
 

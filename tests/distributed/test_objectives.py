@@ -66,7 +66,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "smooth": SMOOTH,
     "teacher": (*TEACHER, "--sfr-weight-control", "ratio"),
     "gate": ("--sfr-gate", "static", "--sfr-gate-threshold", "1e9", "--sfr-gate-bins", "4"),  # closed from step 2 on
-    "reference": ("--sfr-preset", "reference", "--sfr-head-width", "24", *LATE),
+    # The mean over a microbatch, as in the authors' code, depends on how the batch is split.
+    "reference": ("--sfr-preset", "reference", "--sfr-mean", "tokens", "--sfr-head-width", "24", *LATE),
     "layer": ("--sfr-layer", "4", *NEAREST, *TWO_HORIZONS, *LOCK_FORK, *AROUND_6_2084),
     # 26 conversations fit 8 sequences of 200 tokens: a step is an epoch, and so it is in UNPACKED.
     "packed": (*TWENTY_SIX, *FIRST_FIT, *TEACHER),

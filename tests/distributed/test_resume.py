@@ -21,6 +21,13 @@ RESUMES: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "dp2-sharded": (2, SHARDED_OPTIMIZER),
     "smooth-bf16-sharded": (2, ("--bf16", *SHARDED_OPTIMIZER, *OVERLAPPED, *SMOOTH)),
     "smooth-bf16-dp2": (2, ("--bf16", *SMOOTH)),
+    "reference-bf16-sharded": (
+        2,
+        (
+            *("--bf16", *SHARDED_OPTIMIZER, *OVERLAPPED),
+            *("--sfr-preset", "reference", "--sfr-head-width", "24", *SMOOTH, "--sfr-ema-order", "before_step"),
+        ),
+    ),
     "teacher-pp2": (2, (*PP2, *TEACHER, *GATE, *WHITEN)),
 }
 

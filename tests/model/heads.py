@@ -9,10 +9,20 @@ from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 B, A, K, D, H, W = 2, 3, 2, 5, 8, 6
 
 
-def make_head(kind: str = "mlp", *, depth: int = 2, ema: str = "none", decay: float = 0.75, **plan: object) -> FlowHead:
+def make_head(
+    kind: str = "mlp",
+    *,
+    depth: int = 2,
+    ema: str = "none",
+    order: str = "after_step",
+    decay: float = 0.75,
+    **plan: object,
+) -> FlowHead:
     """A new head; plan: fields of FlowHeadPlan."""
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
-    options = FlowHeadOptions(architecture=kind, width=W, depth=depth, ema=ema, ema_decay=decay, time_scale=10.0)
+    options = FlowHeadOptions(
+        architecture=kind, width=W, depth=depth, ema=ema, ema_order=order, ema_decay=decay, time_scale=10.0
+    )
     return FlowHead(config, FlowHeadPlan(options, dim=D, **plan))
 
 

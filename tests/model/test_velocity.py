@@ -29,15 +29,19 @@ def test_velocities_pass_gradcheck_in_float64(kind: str) -> None:
     assert torch.autograd.gradcheck(answer, given, fast_mode=True)  # along random directions of all inputs
 
 
-def test_sinusoids_are_sines_then_cosines_of_geometric_frequencies() -> None:
+@pytest.mark.parametrize(("reach_last", "steps"), [(False, 3), (True, 2)])
+def test_sinusoids_are_sines_then_cosines_of_geometric_frequencies(reach_last: bool, steps: int) -> None:
     t, dim = torch.tensor([[0.0], [0.3], [1.0]], dtype=torch.float64), 6
-    actual = sinusoids(t, dim, 1000.0)
+    actual = sinusoids(t, dim, 1000.0, reach_last=reach_last)
     for row, time in zip(actual, t[:, 0], strict=True):
         for i in range(3):
-            angle = 1000 * time * 10000 ** (-i / 3)
+            angle = 1000 * time * 10000 ** (-i / steps)
             assert row[i].item() == pytest.approx(math.sin(angle), abs=1e-12)
             assert row[3 + i].item() == pytest.approx(math.cos(angle), abs=1e-12)
-    assert sinusoids(t, 5, 1.0).shape == (3, 5)  # an odd dimension omits the last cosine
+    odd = sinusoids(t, 7, 1000.0, reach_last=reach_last)  # the last feature of an odd dimension is 0
+    assert torch.equal(odd, F.pad(actual, (0, 1)))
+    for tiny in (2, 3):  # one frequency
+        assert sinusoids(t, tiny, 1.0, reach_last=reach_last)[:, 1].tolist() == t[:, 0].cos().tolist()
     for dtype in (torch.float32, torch.bfloat16):
         assert sinusoids(t.to(dtype), dim, 1.0).dtype == torch.float32
 
@@ -54,7 +58,7 @@ def test_splitting_the_first_product_equals_one_linear_on_the_concatenation() ->
     net = head.net
     assert isinstance(net, MLPVelocity)
     x_t, t, h, horizon = inputs(torch.float64)
-    time = net.time_out(F.silu(net.time_in(sinusoids(t, D, 10.0))))
+    time = net.time_out(F.silu(net.time_in(sinusoids(t, D, 10.0, reach_last=True))))
     first = torch.cat([part.weight for part in (net.input_x, net.input_t, net.input_h)], dim=1)
     x = F.linear(torch.cat([x_t, time, h.expand(B, A, K, H)], dim=-1), first, net.input_x.bias)
     x = F.silu(net.norm(x + net.horizon.weight[horizon][:, :, None]))

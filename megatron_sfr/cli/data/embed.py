@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+REFERENCE_LENGTH = 512
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder written by prepare")
@@ -64,6 +66,11 @@ def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prompt.add_argument("--prompt-name", metavar="NAME", help="one of the encoder's own prompts")
     parser.add_argument(
+        "--preset",
+        choices=("reference",),
+        help="encode as SFR's public code does: mean pooling, unit length, and up to 512 tokens of a segment",
+    )
+    parser.add_argument(
         "--max-length", type=int, help="tokens of a segment that are read, at most (default: the encoder's limit)"
     )
     parser.add_argument(
@@ -74,6 +81,16 @@ def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _set_reference(args: argparse.Namespace) -> None:
+    """The encoder options of SFR's public code. ValueError where another one was given too."""
+    if args.pooling != "mean" or args.normalize != "unit" or args.max_length not in (None, REFERENCE_LENGTH):
+        raise ValueError(
+            f"--preset reference is mean pooling, unit length and --max-length {REFERENCE_LENGTH}: leave --pooling, "
+            "--normalize and --max-length out, or the preset"
+        )
+    args.max_length = REFERENCE_LENGTH
+
+
 def run(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
@@ -82,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.targets.embed import EmbedOptions, embed
     from megatron_sfr.data.targets.store import DEFAULT
 
+    if args.preset == "reference":
+        _set_reference(args)
     given = {field.name: getattr(args, field.name) for field in fields(EmbedOptions)}
     options = EmbedOptions(**given | {"devices": tuple(args.devices)})
     logging.disable_progress_bar()  # of loading weights: the bar that counts is embed's own

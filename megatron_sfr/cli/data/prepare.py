@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="error|truncate",
         help="a longer one is a bad record, or is cut (default: %(default)s)",
     )
+    parser.add_argument(
+        "--preset",
+        choices=("reference",),
+        help="place anchors and windows as SFR's public code does, for --sfr-preset reference (docs/differences.md)",
+    )
     add_cut_arguments(parser)
 
 
@@ -78,7 +83,7 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="OFFSET:LENGTH",
         help="futures of an anchor, in the unit of --segments; an anchor has a target for each (default: 1:256 for "
-        "window, 1:1 otherwise)",
+        "window, 1:1 otherwise); `reply`: the whole reply, equal at each anchor",
     )
     parser.add_argument(
         "--min-segment-length",
@@ -125,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         too_long=args.too_long,
         chat=SampleOptions(turns=args.turns, train_on=args.train_on, **template_options(args)),
         dataset=dataset_options(args),
+        anchor_rule=args.preset or "replies",
     )
     workers = default_workers() if args.workers is None else args.workers
     _report(prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers), args.output)

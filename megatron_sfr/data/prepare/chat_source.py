@@ -22,6 +22,7 @@ from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, EncodedChun
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
+from megatron_sfr.data.segments.reference_anchors import AnchorRule
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
@@ -49,6 +50,7 @@ class PrepareOptions:
     too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
     chat: SampleOptions = field(default_factory=SampleOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)  # which part of inputs that are datasets
+    anchor_rule: AnchorRule = "replies"  # or reference: as in SFR's public code, see data/segments/reference_anchors.py
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "stride", "min_segment_length"):
@@ -60,6 +62,8 @@ class PrepareOptions:
             raise ValueError(f"format {self.format!r} is unknown; choose {', '.join(FORMATS)}")
         if self.too_long not in TOO_LONG:
             raise ValueError(f"too_long {self.too_long!r} is unknown; choose {' or '.join(TOO_LONG)}")
+        if self.anchor_rule == "reference" and self.segmenter != "window":
+            raise ValueError(f"segmenter {self.segmenter}: the reference preset counts tokens; set it to window")
 
     def source(self, inputs: Sequence[Path]) -> ChatRecords:
         """Files of records. Raises ValueError where an input is not one."""
@@ -80,6 +84,7 @@ class ChatOrigin:
     horizons: list[list[int]]
     min_segment_length: int
     segmenter: Segmenter
+    anchor_rule: AnchorRule
     vocab_size: int
     tokenizer_sha256: str
     inputs: list[InputRecord]
@@ -116,6 +121,7 @@ class ChatRecords:
             horizons=[list(horizon) for horizon in self.options.horizons],
             min_segment_length=self.options.min_segment_length,
             segmenter=self.options.segmenter,
+            anchor_rule=self.options.anchor_rule,
             vocab_size=len(tokenizer),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             inputs=records,
@@ -128,9 +134,8 @@ class ChatRecords:
         options = self.options
         formats = {str(path): record["format"] for path, record in zip(self.inputs, origin.inputs, strict=True)}
         cut = Cut(options.stride, origin.horizons, options.min_segment_length, options.segmenter)
-        return SampleEncoder(
-            tokenizer, formats, options.persona_key, options.seq_length, options.too_long, cut, options.chat
-        )
+        how = options.persona_key, options.seq_length, options.too_long
+        return SampleEncoder(tokenizer, formats, *how, cut, options.chat, options.anchor_rule)
 
     def dtypes(self, origin: ChatOrigin) -> Mapping[str, type[np.generic]]:
         return DTYPES | {SAMPLE_DIGESTS: np.uint64}

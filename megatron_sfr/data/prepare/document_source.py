@@ -23,7 +23,7 @@ from megatron_sfr.data.prepared.corpus_files import open_corpus, token_dtype, wr
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS, DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
-from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
+from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter, is_whole_reply
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
@@ -54,6 +54,8 @@ class DocumentOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         check_horizons(self.horizons)
+        if any(map(is_whole_reply, self.horizons)):
+            raise ValueError("horizon reply is for conversations; give documents horizons such as 1:256")
         check_segmenter(self.segmenter)
 
     def source(self, inputs: Sequence[Path]) -> TextRecords | IndexedCorpus:

@@ -16,6 +16,7 @@ from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_r
 from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
+from megatron_sfr.data.segments.reference_anchors import AnchorRule, reference_futures, with_last_input
 from megatron_sfr.storage.jsonl import BadRow, Chunk, Position, RowError
 
 TOO_LONG = ("error", "truncate")
@@ -59,9 +60,10 @@ class SampleEncoder:
     too_long: str
     cut: Cut
     options: SampleOptions = field(default_factory=SampleOptions)
+    anchor_rule: AnchorRule = "replies"
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        samples = _Samples()
+        samples = _Samples(self.anchor_rule)
         for row in chunk.rows():
             try:
                 persona_as = self.options.persona_as
@@ -81,9 +83,10 @@ class SampleEncoder:
     def _kept_tokens(self, encoded: Encoded) -> int:
         """How many tokens are kept from the start; RowError where these are too few."""
         length, most = len(encoded.tokens), self.seq_length + 1  # inputs are tokens[:-1], labels tokens[1:]
+        most -= self.anchor_rule == "reference"  # every token is an input
         if length > most and self.too_long == "error":
             raise RowError(
-                f"{length} tokens, which is over sequence length {self.seq_length} + 1; "
+                f"{length} tokens, which is over sequence length {self.seq_length}{' + 1' * (most > self.seq_length)}; "
                 "shorten the conversation, raise --seq-length, or give --too-long truncate"
             )
         if not encoded.loss_mask[:most].any():
@@ -93,7 +96,11 @@ class SampleEncoder:
         return min(length, most)
 
     def _futures(self, encoded: Encoded, keep: int) -> Iterator[tuple[Segment, str]]:
-        """Those of the anchors in the kept tokens: futures of the whole conversation, beyond the cut too."""
+        """Those of the anchors in the kept tokens. Ours are futures of the whole conversation, beyond the cut too."""
+        if self.anchor_rule == "reference":
+            kept = [(start, min(end, keep)) for start, end in encoded.replies if start < keep]
+            yield from reference_futures(encoded.tokens, kept, self.tokenizer, self.cut)
+            return
         for segment, text in futures(encoded.tokens, encoded.replies, self.tokenizer, self.cut):
             if segment.position + 1 >= keep:  # they come by position
                 return
@@ -104,6 +111,7 @@ class SampleEncoder:
 class _Samples:
     """A chunk's samples while they are made."""
 
+    anchor_rule: AnchorRule
     tokens: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
     personas: list[str] = field(default_factory=list)
@@ -118,8 +126,11 @@ class _Samples:
     bad: list[BadRow] = field(default_factory=list)
 
     def add(self, encoded: Encoded, keep: int, found: Sequence[tuple[Segment, str]], persona: str) -> None:
-        self.tokens.append(encoded.tokens[:keep])
-        self.masks.append(encoded.loss_mask[:keep])
+        tokens, mask = encoded.tokens[:keep], encoded.loss_mask[:keep]
+        if self.anchor_rule == "reference":
+            tokens, mask = with_last_input(tokens, mask)
+        self.tokens.append(tokens)
+        self.masks.append(mask)
         self.personas.append(persona)
         self.first_anchors.append(len(self.anchors))
         self.truncated += keep < len(encoded.tokens)
@@ -128,7 +139,8 @@ class _Samples:
         self.end_tokens.update(int(encoded.tokens[end - 1]) for _, end in encoded.replies)
         lengths = [min(end, keep) - start for start, end in encoded.replies]
         for s, text in found:
-            row, length = self.texts.number(text), lengths[s.response]
+            row = self.texts.number(text)
+            length = s.length if self.anchor_rule == "reference" else lengths[s.response]
             self.anchors.append((s.position, row, s.response, s.ordinal, length, s.horizon))
 
     def chunk(self, end: Position) -> EncodedChunk:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data.prepared import segment_texts
+from megatron_sfr.data.segments.reference_anchors import AnchorRule
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import (
@@ -81,13 +82,16 @@ class PreparedManifest:
     conversations: int | None = None  # records, one or more samples each; None in folders of earlier releases
     unlike_last: int = 0  # replies without the empty thought that the last reply of their sample has
     unlike_inference: int = 0  # replies of --turns as-rendered that inference would not show so
+    anchor_rule: AnchorRule = "replies"  # reference: as in SFR's public code, with one response for all replies
 
 
 @dataclass(frozen=True)
 class Anchors:
     """Positions of one sample that have a target, once for each of its horizons; int32 [A] each.
 
-    They are ordered by position, then horizon.
+    They are ordered by position, then horizon. With the manifest's anchor_rule = reference the replies of a sample are
+    one response: token i itself is its token `ordinal`, which need not be contiguous with the next one, and the segment
+    starts at token `ordinal` + o.
     """
 
     position: np.ndarray

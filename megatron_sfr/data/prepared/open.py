@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest
 from megatron_sfr.data.prepared.documents import DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.segments.horizons import Horizon, format_horizons
+from megatron_sfr.data.segments.reference_anchors import AnchorRule
 from megatron_sfr.data.segments.segmenters import Segmenter
 from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import read_json
@@ -42,11 +43,28 @@ def holds_documents(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
 
 
+def anchor_rule_of(path: str | Path) -> AnchorRule:
+    """The rule by which a prepared folder's anchors were placed; documents are always 'replies'."""
+    manifest = open_prepared(Path(path)).manifest
+    return manifest.anchor_rule if isinstance(manifest, PreparedManifest) else "replies"
+
+
+def check_anchor_rules(paths: Sequence[str | Path]) -> None:
+    """ValueError where some of the folders were prepared with --preset reference and others were not."""
+    rules = {anchor_rule_of(path): str(path) for path in paths}
+    if len(rules) > 1:
+        raise ValueError(
+            f"{rules['reference']} was prepared with --preset reference and {rules['replies']} without: their anchors "
+            "read other positions; prepare the folders of one run alike"
+        )
+
+
 def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
     """The horizons that all these prepared folders have; ValueError where they, or what they count, differ.
 
     One head has one meaning for each of its horizons. Strides may differ: they say where anchors stand.
     """
+    check_anchor_rules(paths)
     found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them
     segmenters: dict[Segmenter, str] = {}
     for path in paths:

@@ -5,7 +5,8 @@ ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the 
 prompt position for j = 0). After an empty thought, which some templates have a model write, the ordinals start at the
 token that follows it. The target of an anchor at the horizon (o, L) is the embedding of the text of L units of the
 reply, from the o-th on that starts at or after y_j, cut at y_{N-1}. Where units are tokens these are
-y_{j+o-1} ... y_{j+o+L-2}. So a target holds no token up to its position and nothing of another turn.
+y_{j+o-1} ... y_{j+o+L-2}. So a target holds no token up to its position and nothing of another turn. The horizon
+`reply` is the exception: its target is the text of the whole reply at each anchor, as by default in SFR's public code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.reply_text import EMPTY_THOUGHT
+from megatron_sfr.data.segments.horizons import is_whole_reply
 from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, Units
 from megatron_sfr.data.segments.token_text import TokenText, token_text
 
@@ -93,7 +95,10 @@ def spans(units: Units, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
     anchors = np.arange(0, units.N, cut.stride)
     found = []
     for horizon, (offset, length) in enumerate(cut.horizons):
-        start, end, whole = units.ahead(anchors, offset, length)
+        if is_whole_reply((offset, length)):
+            start, end, whole = np.zeros_like(anchors), np.full_like(anchors, units.N), np.full(len(anchors), True)
+        else:
+            start, end, whole = units.ahead(anchors, offset, length)
         keep = (start < units.N) & (whole | (end - start >= cut.min_segment_length))
         found.append(np.stack([anchors, np.full_like(anchors, horizon), start, end], axis=1)[keep])
     rows = np.concatenate(found)

@@ -28,6 +28,9 @@ class GateOptions:
     authors' code."""
     decay: float = 0.99
     """EMA decay of the baseline per step. Default 0.99, as in the authors' code."""
+    baseline: Literal["previous", "current"] = "previous"
+    """What the dynamic gate compares a step's loss with. 'previous' (default): the baseline of the earlier steps.
+    'current': the baseline that already includes this step's loss, as in the authors' code."""
     bins: int = 8
     """Number of bins of t, each with its own baseline. The loss depends far more on t than on training progress: with
     the authors' single bin the gate mostly reacts to which t were drawn. Default 8."""
@@ -57,11 +60,12 @@ def decide(sums_2N: Tensor, baseline_N: Tensor, options: GateOptions) -> tuple[T
     total_N, weight_N = sums_2N
     mean_N = total_N / weight_N.clamp(min=1e-20)
     known_N = (baseline_N > 0) & (weight_N > 0)
+    keep = options.decay
+    new_N = torch.where(baseline_N > 0, keep * baseline_N + (1 - keep) * mean_N, mean_N)
     if options.kind == "static":
         closed = (total_N.sum() < options.threshold * weight_N.sum()) & (weight_N.sum() > 0)
     else:
-        expected = torch.where(known_N, weight_N * baseline_N, 0).sum()
+        compared_N = new_N if options.baseline == "current" else baseline_N
+        expected = torch.where(known_N, weight_N * compared_N, 0).sum()
         closed = torch.where(known_N, total_N, 0).sum() * options.ratio < expected
-    keep = options.decay
-    baseline = torch.where(baseline_N > 0, keep * baseline_N + (1 - keep) * mean_N, mean_N)
-    return (~closed).to(baseline_N.dtype)[None], torch.where(weight_N > 0, baseline, baseline_N)
+    return (~closed).to(baseline_N.dtype)[None], torch.where(weight_N > 0, new_N, baseline_N)

@@ -43,6 +43,11 @@ class SFROptions:
     draws: int = 4
     """Noise draws (x_0, t) per anchor and step; their losses are averaged. Default 4, as in MAR (arXiv 2406.11838); the
     authors' code uses 1."""
+    mean: Literal["tokens", "microbatch"] = "tokens"
+    """How SFR's weighted sum becomes a mean. 'tokens' (default): the position weights of a reply sum to its number of
+    supervised tokens, and the tokens of the global batch divide, so that no parallel layout changes the mean.
+    'microbatch': the sum over a microbatch is divided by the sum of its weights, (N - j) / N each, as in the authors'
+    code; the mean then depends on how the batch is split."""
     noise_seed: int = 1234
     """Seed of the noise, which depends only on (seed, sample, anchor, draw). Default 1234."""
 
@@ -61,12 +66,17 @@ class SFROptions:
         return self.loss == "flow" and (self.source == "normal" or self.time != "zero")
 
 
-def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Weights of one sample's anchors: proportional to (N - j) / N, scaled to sum to N over each response.
+def position_weights(ordinal: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """(N - j) / N, the paper's w_t = (N - pos_t + 1) / N with pos = j + 1; float64 [A]."""
+    weights: np.ndarray = (length - ordinal) / np.maximum(length, 1)
+    return weights
 
-    The paper's position weight is w_t = (N - pos_t + 1) / N with pos = j + 1. The weights of a response sum to its
-    number of supervised tokens N, so dividing the sum over the global batch by its supervised tokens gives SFR's mean
-    on any parallel layout. A response without anchors has weight 0.
+
+def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Weights of one sample's anchors: `position_weights`, scaled to sum to N over each response.
+
+    N is the response's number of supervised tokens, so dividing the sum over the global batch by its supervised tokens
+    gives SFR's mean on any parallel layout. A response without anchors has weight 0.
 
     Args:
         ordinal: j, the 0-based index of the predicted token in its response; int [A].
@@ -74,10 +84,21 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
         response: index of the response in the sample; int [A].
     Returns: float32 [A].
     """
-    raw = (length - ordinal) / np.maximum(length, 1)
+    raw = position_weights(ordinal, length)
     total = np.zeros(int(response.max(initial=-1)) + 1)
     np.add.at(total, response, raw)
     return (raw * length / total[response]).astype(np.float32)
+
+
+def mean_over_microbatch(weight_BA: Tensor, all_weights: Tensor, loss_mask: Tensor) -> Tensor:
+    """Weights for sfr_mean = microbatch: sum w l / max(1, sum w) times the microbatch's supervised tokens.
+
+    The training loop divides by the tokens of the global batch, so a batch of one microbatch has the authors' mean.
+
+    Args:
+        weight_BA: raw weights of this rank's anchors; all_weights: those of the microbatch.
+    """
+    return weight_BA * loss_mask.sum() / all_weights.sum().clamp(min=1)
 
 
 def draw_noise(

@@ -5,6 +5,8 @@ one or more conversations; R target embeddings and P entries, padded to the maxi
 embedding dimension.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,9 +17,20 @@ import numpy as np
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.objectives.sfr.sfr_loss import anchor_weights
+from megatron_sfr.objectives.sfr.sfr_loss import anchor_weights, position_weights
 
 Fill = Literal["anchors_only", "nearest"]
+
+
+@dataclass(frozen=True)
+class EntryOptions:
+    """Which positions have targets, and with what weights."""
+
+    fill: Fill = "anchors_only"
+    raw_weights: bool = False
+    """(N - j) / N itself, for sfr_mean = microbatch, instead of scaled to sum to N over each response."""
+    zero_targets: bool = False
+    """Whether supervised tokens without a target get the target 0; for a stream with a single horizon."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +47,26 @@ class AnchorPlan:
 
     store: str
     """Name of the target store's folder inside each prepared folder."""
-    fill: Fill
-    """Which positions have targets."""
+    entries: EntryOptions = EntryOptions()
     folders: Sequence[Path] = ()
     """The prepared folders, in the numbering of online targets; empty if the datasets read stored targets."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The supervised tokens of a sequence, which are the inputs that SFR's public code reads (anchor_rule reference).
+
+    C conversations with T supervised tokens in all.
+    """
+
+    position: np.ndarray
+    """Of each token in the sequence, one conversation after another; int64 [T]."""
+    first: np.ndarray
+    """Index of each conversation's first token, and T; int64 [C + 1]."""
+    sample: np.ndarray
+    """Of each conversation, as in RowAnchors; int64 [C]."""
+    start: np.ndarray
+    """Of each conversation, as in RowAnchors; int64 [C]."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +80,8 @@ class RowAnchors:
     """Position in the sequence from which the noise counts positions; int64 [A]."""
     falling: bool = True
     """Whether the weight falls from the first token of a response to its last, or is constant."""
+    stream: Stream | None = None
+    """For anchors of the rule 'reference', whose responses are the conversations."""
 
 
 def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> RowAnchors:
@@ -67,6 +98,27 @@ def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarr
     return RowAnchors(Anchors(**columns), np.repeat(samples, counts), start)
 
 
+def join_streams(
+    parts: Sequence[Anchors], masks: Sequence[np.ndarray], samples: np.ndarray, starts: np.ndarray
+) -> RowAnchors:
+    """`join_anchors` for anchors of the rule 'reference'; masks: the loss mask of each conversation's tokens."""
+    counts = [len(part.position) for part in parts]
+    columns = {
+        field.name: np.concatenate([getattr(part, field.name).astype(np.int64) for part in parts])
+        for field in fields(Anchors)
+    }
+    columns["position"] += np.repeat(starts, counts)
+    columns["response"] = np.repeat(np.arange(len(parts)), counts)
+    supervised = [np.flatnonzero(mask) for mask in masks]
+    stream = Stream(
+        position=np.concatenate([tokens + start for tokens, start in zip(supervised, starts, strict=True)]),
+        first=np.cumsum([0, *map(len, supervised)]),
+        sample=np.asarray(samples),
+        start=np.asarray(starts),
+    )
+    return RowAnchors(Anchors(**columns), np.repeat(samples, counts), np.repeat(starts, counts), stream=stream)
+
+
 class TargetReader:
     """Reads the targets of a sequence's anchors."""
 
@@ -81,32 +133,47 @@ class TargetReader:
         For online targets, where to find them instead: `target_row` [R] (-1: padding) of `target_store`.
         """
         segment = row.anchors.segment
-        arrays = anchor_arrays(row, self.plan.fill, sizes)
+        arrays = anchor_arrays(row, self.plan.entries, sizes)
         if self.store is None:
             return arrays | {"target_row": padded(segment + 1, sizes.rows, np.int64) - 1, "target_store": self.number}
         return arrays | {"target": padded(self.store[segment], sizes.rows, np.float16)}
 
 
-def anchor_arrays(row: RowAnchors, fill: Fill, sizes: AnchorSizes) -> dict[str, np.ndarray]:
+def anchor_arrays(row: RowAnchors, options: EntryOptions, sizes: AnchorSizes) -> dict[str, np.ndarray]:
     """Arrays [P] with one value per entry.
 
     int64: `anchor_position` in the sequence, `anchor_row` of its target, `anchor_horizon`, and `anchor_sample` and
     `anchor_place`, which key the noise. fp32: `anchor_weight`. Padding is 0; weight 0 removes it from the loss.
     """
-    anchors = row.anchors
-    of, ordinal = entries_at_anchors(anchors) if fill == "anchors_only" else entries_of_nearest(anchors)
+    anchors, stream = row.anchors, row.stream
+    of, ordinal = entries_at_anchors(anchors) if options.fill == "anchors_only" else entries_of_nearest(anchors)
+    response, horizon, sample, start = anchors.response[of], anchors.horizon[of], row.sample[of], row.start[of]
+    length, target = anchors.length[of], of
+    if options.zero_targets:
+        assert stream is not None
+        missing = tokens_without_entry(stream, response, ordinal)
+        response, ordinal = (np.concatenate(pair) for pair in zip((response, ordinal), missing, strict=True))
+        target = np.concatenate([of, np.full(len(missing[0]), sizes.rows - 1)])  # the last embedding is padding, so 0
+        length, horizon = np.diff(stream.first)[response], np.zeros_like(response)
+        sample, start = stream.sample[response], stream.start[response]
+    if stream is not None:
+        position = stream.position[stream.first[response] + ordinal]
+    else:
+        position = (anchors.position - anchors.ordinal)[of] + ordinal
     place = ordinal if row.falling else np.zeros_like(ordinal)
-    weight = anchor_weights(place, anchors.length[of], anchors.response[of])
-    position = (anchors.position - anchors.ordinal)[of] + ordinal
-    columns = {
-        "position": position,
-        "row": of,
-        "horizon": anchors.horizon[of],
-        "sample": row.sample[of],
-        "place": position - row.start[of],
-    }
+    weight = position_weights(place, length) if options.raw_weights else anchor_weights(place, length, response)
+    columns = {"position": position, "row": target, "horizon": horizon, "sample": sample, "place": position - start}
     arrays = {f"anchor_{name}": padded(values, sizes.entries, np.int64) for name, values in columns.items()}
     return arrays | {"anchor_weight": padded(weight, sizes.entries, np.float32)}
+
+
+def tokens_without_entry(stream: Stream, response: np.ndarray, ordinal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Response and ordinal of the supervised tokens that are not among these entries: int64 [n] each."""
+    has_entry = np.zeros(stream.first[-1], bool)
+    has_entry[stream.first[response] + ordinal] = True
+    token = np.flatnonzero(~has_entry)
+    missing = np.searchsorted(stream.first, token, side="right") - 1
+    return missing, token - stream.first[missing]
 
 
 def entries_at_anchors(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:

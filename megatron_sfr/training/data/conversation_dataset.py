@@ -17,7 +17,15 @@ from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
-from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, Fill, TargetReader, join_anchors
+from megatron_sfr.training.data.anchor_arrays import (
+    AnchorPlan,
+    AnchorSizes,
+    EntryOptions,
+    RowAnchors,
+    TargetReader,
+    join_anchors,
+    join_streams,
+)
 from megatron_sfr.training.data.packing import Rows, deal, first_fit_decreasing, most_in_a_row
 
 logger = logging.getLogger(__name__)
@@ -106,14 +114,20 @@ class PreparedDataset(MegatronDataset):
             item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:
             keys = epoch * len(self.dataset) + conversations
-            parts = [sample.anchors for sample in samples]
             assert self.anchor_sizes is not None, "pad_anchors comes first"
-            item |= self.targets.arrays(join_anchors(parts, keys, row_starts(samples)[:-1]), self.anchor_sizes)
+            item |= self.targets.arrays(self._joined(samples, keys), self.anchor_sizes)
         return item
 
     def pad_anchors(self, sizes: AnchorSizes) -> None:
         """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
         self.anchor_sizes = sizes
+
+    def _joined(self, samples: Sequence[Sample], keys: np.ndarray) -> RowAnchors:
+        """The anchors of a sequence's samples, by the rule of the folder."""
+        parts, starts = [sample.anchors for sample in samples], row_starts(samples)[:-1]
+        if self.dataset.manifest.anchor_rule == "reference":
+            return join_streams(parts, [sample.loss_mask for sample in samples], keys, starts)
+        return join_anchors(parts, keys, starts)
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
         """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""
@@ -123,14 +137,16 @@ class PreparedDataset(MegatronDataset):
         rows = [self.dataset[int(i)].anchors.segment for i in conversations]
         return self.targets.number, np.concatenate(rows).astype(np.int64)
 
-    def sizes(self, fill: Fill) -> AnchorSizes:
+    def sizes(self, options: EntryOptions) -> AnchorSizes:
         """Bounds on the anchors of any sequence."""
         manifest, length = self.dataset.manifest, self.config.sequence_length
         if self.config.packed:
             rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.positions, length), length
         else:
             rows, tokens = manifest.max_anchors, manifest.max_response_tokens
-        return AnchorSizes(rows, rows if fill == "anchors_only" else tokens * len(manifest.horizons))
+        anchors_only = options.fill == "anchors_only" and not options.zero_targets
+        entries = rows if anchors_only else tokens * len(manifest.horizons)
+        return AnchorSizes(rows + options.zero_targets, entries)
 
 
 def row_starts(samples: Sequence[Sample]) -> np.ndarray:

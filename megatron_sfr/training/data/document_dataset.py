@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, Fill, RowAnchors, TargetReader
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions, RowAnchors, TargetReader
 
 
 @dataclass
@@ -122,13 +122,13 @@ class DocumentDataset(GPTDataset):
         assert self.targets.number is not None
         return self.targets.number, self._anchors(self.pieces(idx), idx).anchors.segment
 
-    def sizes(self, fill: Fill) -> AnchorSizes:
+    def sizes(self, options: EntryOptions) -> AnchorSizes:
         """Bounds on the anchors of any sequence. A piece of n predictions has at most ceil(n / stride) per horizon."""
         manifest, length = self.prepared.manifest, self.config.sequence_length
         pieces = 1 + int((self.sample_index[1:, 0] - self.sample_index[:-1, 0]).max(initial=0))
         horizons = len(manifest.horizons)
         rows = horizons * ((length + pieces * (manifest.stride - 1)) // manifest.stride)
-        return AnchorSizes(rows, rows if fill == "anchors_only" else length * horizons)
+        return AnchorSizes(rows, rows if options.fill == "anchors_only" else length * horizons)
 
 
 def contents_of(prepared: PreparedDocuments) -> str:

@@ -1,5 +1,6 @@
 """Builds upstream's datasets: the data that a run reads, conversations or documents, and their anchors."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,21 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+from megatron.core.utils import log_single_rank
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.prepared.open import holds_documents, horizons_of
+from megatron_sfr.data.prepared.open import anchor_rule_of, holds_documents, horizons_of
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_last_stage
-from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, contents_of
 from megatron_sfr.training.data.epochs import sequences_of
 from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
 from megatron_sfr.training.data.prepared_check import prepared_folders
+
+logger = logging.getLogger(__name__)
 
 Config = PreparedDatasetConfig | DocumentDatasetConfig
 
@@ -54,6 +58,10 @@ class DataOptions:
     """Which positions have a target. 'anchors_only' (default): the position before the target starts. 'nearest': every
     position of a reply has the target of the nearest anchor, as in the authors' code; the position may already have
     read some of its tokens."""
+    sfr_fault_zero_targets: bool = False
+    """Reproduces a fault of the authors' code: supervised tokens without a target, such as those of a reply too short
+    for any window, are trained towards an embedding of 0 with their full weight. Needs data of `prepare --preset
+    reference`. Default: off, they have no SFR loss."""
 
     def __post_init__(self) -> None:
         if self.sfr_lookahead < 0:
@@ -72,6 +80,10 @@ class DataPlan:
     """Targets and packing."""
     text_length: int | None = None
     """Tokens of a sequence that KL-flow reads; None for other training tasks."""
+    raw_weights: bool = False
+    """Whether anchors have the weights (N - j) / N themselves, for sfr_mean = microbatch."""
+    reference: bool = False
+    """Whether the run has the preset `reference`, which needs data prepared with it."""
 
 
 def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
@@ -89,7 +101,9 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
     if options.sfr:
         horizons_of(paths)  # all folders need the same horizons, for one head
         folders = paths if options.sfr_targets == "online" else ()
-        anchors = AnchorPlan(options.sfr_target_store, options.sfr_anchors, folders) if reads_targets else None
+        check_preset(plan, paths)
+        entries = EntryOptions(options.sfr_anchors, plan.raw_weights, options.sfr_fault_zero_targets)
+        anchors = AnchorPlan(options.sfr_target_store, entries, folders) if reads_targets else None
     common: dict[str, Any] = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -110,6 +124,20 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
             raise ValueError("eod_mask_loss is for documents; conversations have masks of their own: leave it out")
         return PreparedDatasetConfig(**common, packed=options.sfr_packing != "none")
     return _documents_config(plan, paths, common)
+
+
+def check_preset(plan: DataPlan, paths: list[Path]) -> None:
+    """ValueError or a warning where the data were not prepared as the options of SFR's public code need it."""
+    reference = anchor_rule_of(paths[0]) == "reference"
+    if plan.options.sfr_fault_zero_targets and not reference:
+        raise ValueError(f"sfr_fault_zero_targets needs data of prepare --preset reference, which {paths[0]} is not")
+    if plan.options.sfr_fault_zero_targets and len(horizons_of(paths)) > 1:
+        raise ValueError("sfr_fault_zero_targets is for a single horizon: prepare the data with one")
+    if plan.reference and not reference:
+        message = (
+            f"sfr_preset = reference, but {paths[0]} was not prepared with --preset reference: its anchors are ours"
+        )
+        log_single_rank(logger, logging.WARNING, message)
 
 
 def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any]) -> DocumentDatasetConfig:
@@ -142,7 +170,7 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     if (plan := config.anchors) is not None:
         parts = list(_parts(built))
-        sizes = [dataset.sizes(plan.fill) for dataset in parts]
+        sizes = [dataset.sizes(plan.entries) for dataset in parts]
         for dataset in parts:
             dataset.pad_anchors(AnchorSizes(max(size.rows for size in sizes), max(size.entries for size in sizes)))
     return built

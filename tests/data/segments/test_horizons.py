@@ -19,6 +19,13 @@ def test_what_is_written_is_read(horizons: list[tuple[int, int]]):
     assert parse_horizons(format_horizons(horizons).split()) == tuple(horizons)
 
 
+def test_the_whole_reply_is_a_horizon():
+    assert parse_horizons(["reply", "1:256"]) == ((0, 0), (1, 256))
+    assert format_horizons([[0, 0], [1, 256]]) == "reply 1:256"
+    with pytest.raises(ValueError, match="horizon reply is given twice"):
+        parse_horizons(["reply", "reply"])
+
+
 @pytest.mark.parametrize(
     ("typed", "reason"),
     [

@@ -57,6 +57,17 @@ def test_the_dynamic_gate_compares_the_loss_with_its_baseline() -> None:
         assert gate.tolist() == [is_open]
 
 
+def test_the_current_baseline_includes_the_loss_that_it_is_compared_with() -> None:
+    # l < (0.99 b + 0.01 l) / 1.5, so l < 0.99 / 1.49 b = 0.664 b; without the step's own loss l < 0.667 b.
+    for compares, edge in (("previous", 1 / 1.5), ("current", 0.99 / 1.49)):
+        options = dynamic(baseline=compares)
+        for factor, is_open in ((1.0001, 1.0), (0.9999, 0.0)):
+            gate, baseline = decide(sums([factor * edge * 0.9], [4.0]), torch.tensor([0.9]), options)
+            assert gate.tolist() == [is_open]
+            assert baseline.item() == pytest.approx(0.99 * 0.9 + 0.01 * factor * edge * 0.9)
+        assert decide(sums([0.5], [1.0]), torch.zeros(1), options)[0].item() == 1  # the first step has no baseline
+
+
 def test_baselines_start_with_the_first_loss_and_decay_where_a_bin_was_drawn() -> None:
     options = dynamic(decay=0.75)
     gate, baseline = decide(sums([0.8, 5.0], [2.0, 0.0]), torch.zeros(2), options)

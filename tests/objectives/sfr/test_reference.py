@@ -1,145 +1,186 @@
-"""The preset `reference` against the authors' loss, reimplemented here from the formulas of arXiv 2605.27971.
+"""`--sfr-preset reference` on data of `prepare --preset reference` against the authors' loss in reference.py.
 
-N tokens y_1 ... y_N of one reply; d: embedding dimension; h_t in R^H: hidden state at the input y_t.
+The data are prepared, embedded by MiniLM and read as in a run. S positions, B conversations, H hidden size, d embedding
+dimension.
 """
 
 import argparse
-from functools import partial
+import json
+import random
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-import torch.nn.functional as F
+from megatron.core.datasets.utils import Split
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import AutoModel, AutoTokenizer
 
 from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.settings import PARTS, PRESETS, Parser, to_flags
-from megatron_sfr.data.prepared.conversations import Anchors
+from megatron_sfr.data.chat.tokenizer import load_tokenizer
+from megatron_sfr.data.prepare.chat_source import PrepareOptions
+from megatron_sfr.data.prepare.pipeline import prepare
+from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.data.targets.embed import EmbedOptions, embed
+from megatron_sfr.data.targets.encoder import encoder_path
+from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
-from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, draw_noise
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
-from megatron_sfr.training.data.anchor_arrays import AnchorSizes, anchor_arrays, join_anchors
+from megatron_sfr.training.data.anchor_arrays import AnchorPlan, EntryOptions
+from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.data.provider import DataOptions
+from tests.distributed.tiny import WORDS
+from tests.objectives.sfr.reference import Row, authors_loss
 
-N, STRIDE, d, H = 15, 4, 10, 12  # of 15 tokens our weights (N - j) / 8 are exact in fp32
-BEFORE = 3  # tokens before the reply
-SAMPLE = 7
+H, d, SEQ_LENGTH = 24, 384, 512
+# Words of each reply: a long one, several replies whose windows cross into the next one, and short ones.
+REPLIES = ([290], [40, 60, 5], [6], [9], [150, 3])
+LONG, SEVERAL, SHORT = 0, 1, 2
 
 
-def preset() -> argparse.Namespace:
+def preset(**changes: object) -> argparse.Namespace:
     parser = Parser()
-    return parser.read(to_flags(PRESETS["reference"], parser))
+    return parser.read(to_flags(PRESETS["reference"] | changes, parser))
 
 
-def authors_loss(weights: dict[str, Tensor], h: Tensor, z_1: Tensor, z_0: Tensor, tau: Tensor) -> Tensor:
-    """L = sum_t w_t l_t / max(1, sum_t w_t) of h [N, H], z_1 and z_0 [N, d], tau one number for the sequence."""
-    z_tau, v = tau * z_1 + (1 - tau) * z_0, z_1 - z_0
-    # Sines first, as in our code: another order only permutes the inputs, and so the weights, of a Linear.
-    angle = tau / 10000.0 ** (2 * torch.arange(d // 2, dtype=tau.dtype) / d)
-    temb = torch.cat([angle.sin(), angle.cos()])
-    temb = weights["time_in.weight"] @ temb + weights["time_in.bias"]
-    temb = weights["time_out.weight"] @ (temb * temb.sigmoid()) + weights["time_out.bias"]
-    first = torch.cat([weights[f"input_{part}.weight"] for part in "xth"], dim=1)
-    x = torch.cat([z_tau, temb.expand(N, d), h], dim=1) @ first.T + weights["input_x.bias"]
-    x = silu_of_norm(x, weights["norm.weight"], weights["norm.bias"])
-    inner = x @ weights["blocks.0.linear.weight"].T + weights["blocks.0.linear.bias"]
-    x = x + silu_of_norm(inner, weights["blocks.0.norm.weight"], weights["blocks.0.norm.bias"])
-    v_hat = x @ weights["output.weight"].T + weights["output.bias"]
-    l_t = (v_hat - v).square().mean(-1)
-    position = torch.arange(1, N + 1, dtype=tau.dtype)
-    w_t = (N - position + 1) / N
-    return (w_t * l_t).sum() / w_t.sum().clamp(min=1)
+def narrow(**changes: object) -> argparse.Namespace:
+    """The preset with a head that is quick to compute in float64."""
+    return preset(**{"sfr-head-width": 32, **changes})
 
 
-def silu_of_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    x = gain * (x - mean) / (variance + 1e-5).sqrt() + shift
-    return x * x.sigmoid()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared and embedded data; the chat template ends with the end token, so that the last input is supervised."""
+    made, rng = tmp_path_factory.mktemp("reference"), random.Random(0)
+    lines = []
+    for replies in REPLIES:
+        messages = []
+        for words in replies:
+            messages.append({"role": "user", "content": rng.choice(WORDS)})
+            messages.append({"role": "assistant", "content": " ".join(rng.choices(WORDS, k=words))})
+        lines.append(json.dumps({"messages": messages}))
+    (made / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tokenizer = train_tokenizer([" ".join(WORDS)], 500)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    save_tokenizer(tokenizer, made / "tokenizer")
+    cut = PrepareOptions(seq_length=SEQ_LENGTH, anchor_rule="reference", too_long="truncate")
+    prepare([made / "rows.jsonl"], made / "data", made / "tokenizer", cut, progress=False)
+    embed(made / "data", "minilm", EmbedOptions(max_length=512), progress=False)
+    return made
 
 
-def make_head() -> FlowHead:
+def authors_rows(folder: Path) -> list[Row]:
+    """ids and labels of each conversation, without the token that `prepare` appends."""
+    rows, data = [], PreparedData.open(folder / "data")
+    for i in range(len(data)):
+        ids, mask = data[i].tokens, data[i].loss_mask
+        end = np.flatnonzero(mask)[-1] + 1
+        rows.append((ids[:end], np.where(mask[:end] == 1, ids[:end], -100)))
+    return rows
+
+
+@cache
+def minilm() -> Callable[[str], Tensor]:
+    """Mean pooling over all pieces of the encoder's tokenizer, length 1, fp16 as their encoder: [d]."""
+    path = encoder_path("minilm")
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+
+    @cache
+    @torch.no_grad()
+    def encode(text: str) -> Tensor:
+        pieces = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        mean = model(**pieces).last_hidden_state[0].double().mean(0)
+        return (mean / mean.norm()).half().double()
+
+    return encode
+
+
+def make_head(args: argparse.Namespace) -> FlowHead:
     """The preset's head with all parameters random, including norms and the output layer."""
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
-    head = FlowHead(config, FlowHeadPlan(options(FlowHeadOptions, preset()), dim=d, gate_bins=1))
+    head = FlowHead(config, FlowHeadPlan(options(FlowHeadOptions, args), dim=d, gate_bins=1))
     g = torch.Generator().manual_seed(0)
     for p in head.net.parameters():
         with torch.no_grad():
             p.add_(0.05 * torch.randn(p.shape, generator=g))
-    return head.eval()
+    return head
 
 
-def make_batch() -> dict[str, Tensor]:
-    """One reply with an anchor at every 4th token; each position has the target of its nearest anchor."""
-    ordinal = np.arange(0, N, STRIDE, dtype=np.int32)
-    same, n = np.zeros_like(ordinal), len(ordinal)
-    anchors = Anchors(BEFORE + ordinal, np.arange(n, dtype=np.int32), same, ordinal, same + N, same)
-    g = torch.Generator().manual_seed(1)
-    store = F.normalize(torch.randn(n, d, generator=g), dim=-1).half().numpy()
-    fill = options(DataOptions, preset()).sfr_anchors
-    row = join_anchors([anchors], np.array([SAMPLE]), np.array([0]))
-    arrays = anchor_arrays(row, fill, AnchorSizes(n, N + 2)) | {"target": store}  # two entries of padding
-    return {name: torch.from_numpy(x)[None] for name, x in arrays.items()}
+def make_batch(folder: Path, numbers: list[int], args: argparse.Namespace) -> dict[str, Tensor]:
+    """The conversations as a microbatch of a run."""
+    data = options(DataOptions, args)
+    entries = EntryOptions(data.sfr_anchors, args.sfr_mean == "microbatch", data.sfr_fault_zero_targets)
+    config = PreparedDatasetConfig(random_seed=1, sequence_length=SEQ_LENGTH, anchors=AnchorPlan("targets", entries))
+    prepared = PreparedData.open(folder / "data")
+    dataset = PreparedDataset(
+        prepared, str(folder / "data"), np.arange(len(prepared)), None, Split.valid, config
+    )  # in the folder's order
+    dataset.pad_anchors(dataset.sizes(entries))
+    return default_collate([dataset[i] for i in numbers])
 
 
-def make_states(dtype: torch.dtype) -> Tensor:
-    """[S, 1, H]: the prompt, the reply and two more positions."""
-    return torch.randn(BEFORE + N + 4, 1, H, dtype=dtype, generator=torch.Generator().manual_seed(2))
-
-
-def authors_inputs(batch: dict[str, Tensor], h_SBH: Tensor) -> tuple[Tensor, ...]:
-    """h, z_1, z_0 and tau of the reply's positions, in float64: the nearest anchor's target, the earlier on a tie."""
-    h = h_SBH[BEFORE : BEFORE + N, 0].double()
-    nearest = [min(range(0, N, STRIDE), key=lambda anchor: abs(anchor - j)) // STRIDE for j in range(N)]
-    z_1 = batch["target"][0].double()[nearest]
-    position = BEFORE + torch.arange(N)[None]
-    z_0, tau = draw_noise(
-        torch.tensor([[SAMPLE]]), position, torch.zeros_like(position), d, 0, options(SFROptions, preset())
-    )
-    assert z_0.shape == (1, N, 1, d)  # one draw
+def noise_of(args: argparse.Namespace, numbers: list[int], row: int, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The noise that our loss draws for a row, in float64."""
+    position = torch.from_numpy(positions)[None]
+    sample = torch.full_like(position, numbers[row])
+    z_0, tau = draw_noise(sample, position, torch.zeros_like(position), d, 0, options(SFROptions, args))
+    assert z_0.shape[2] == 1  # one draw
     assert len(tau.unique()) == 1  # shared by the sequence
-    return h, z_1, z_0[0, :, 0].double(), tau.flatten()[0].double()
+    return z_0[0, :, 0].double(), tau.flatten()[0].double()
 
 
-def test_the_term_equals_the_authors_loss_in_float64() -> None:
-    sfr, head, batch, h_SBH = (
-        options(SFROptions, preset()),
-        make_head().double(),
-        make_batch(),
-        make_states(torch.float64),
-    )
-    position, horizon = batch["anchor_position"], batch["anchor_horizon"]
-    x_0, t = (x.double() for x in draw_noise(batch["anchor_sample"], position, horizon, d, 0, sfr))
-    error, weight = anchor_errors(
-        partial(head, horizon_BA=horizon),
-        h_SBH[position[0], 0][None],
-        batch["target"][:, batch["anchor_row"][0]].double(),
-        batch["anchor_weight"].double(),
-        *(x_0, t, sfr),
-    )
-    expected = authors_loss(dict(head.net.named_parameters()), *authors_inputs(batch, h_SBH))
-    actual = weighted_sum(error, weight) / weight.sum()
-    assert expected > 0.5
-    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
-
-
-def test_the_term_of_a_run_equals_the_authors_loss_and_gradient_at_h() -> None:
-    args, head, batch, h_SBH = preset(), make_head(), make_batch(), make_states(torch.float32).requires_grad_()
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("zero_targets", [False, True])
+@pytest.mark.parametrize("numbers", [[LONG], [SEVERAL], [SHORT], [0, 1, 2, 3, 4]])
+def test_loss_and_gradient_at_h_are_the_authors(folder: Path, numbers: list[int], zero_targets: bool) -> None:
+    args = narrow(**{"sfr-fault-zero-targets": zero_targets})
+    head, batch = make_head(args), make_batch(folder, numbers, args)
     kinds = (SFROptions, TargetOptions, GateOptions, FlowHeadOptions)
-    term = FlowTerm(TermOptions(*(options(kind, args) for kind in kinds)))
+    term, g = FlowTerm(TermOptions(*(options(kind, args) for kind in kinds))), torch.Generator().manual_seed(2)
+    h_SBH = torch.randn(SEQ_LENGTH, len(numbers), H, generator=g).requires_grad_()
     start = term.begin(head, step=0, first_average=0)
-    actual = term(head, batch, h_SBH, start, detach=False, sharded=False, microbatches=1)
-    weights = {name: p.double() for name, p in head.net.named_parameters()}
-    reference = h_SBH.detach().clone().requires_grad_()
-    expected = authors_loss(weights, *authors_inputs(batch, reference))
-    torch.testing.assert_close((actual.loss / actual.weight).double(), expected, rtol=1e-5, atol=0)
-    (actual.objective / actual.weight).backward()
-    expected.backward()
-    torch.testing.assert_close(h_SBH.grad, reference.grad, rtol=1e-4, atol=1e-7)
-    assert not h_SBH.grad[:BEFORE].any()
+    actual = term(head, batch, h_SBH, start, detach=False, sharded=False, microbatches=1).objective
+    actual = actual / batch["loss_mask"].sum()  # as the training loop divides
+    (gradient,) = torch.autograd.grad(actual, h_SBH)
+
+    weights = {name: p.detach().double() for name, p in head.net.named_parameters()}
+    states = [h.detach().double().requires_grad_() for h in h_SBH.unbind(1)]
+    decode = partial(load_tokenizer(str(folder / "tokenizer")).decode, skip_special_tokens=True)
+    rows = [authors_rows(folder)[i] for i in numbers]
+    expected = authors_loss(
+        weights, rows, states, partial(noise_of, args, numbers), decode, minilm(), zero_targets=zero_targets
+    )
+    if numbers == [SHORT] and not zero_targets:
+        assert actual == expected == 0
+        return
+    assert expected > 0.5
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+    wanted = torch.stack(torch.autograd.grad(expected, states), dim=1)
+    assert (gradient.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_appended_token_makes_the_last_supervised_token_an_input(folder: Path) -> None:
+    data = PreparedData.open(folder / "data")
+    for i, replies in enumerate(REPLIES):
+        tokens, mask, anchors = data[i].tokens, data[i].loss_mask, data[i].anchors
+        assert (mask[-2:] == [1, 0]).all()
+        assert tokens[-1] == tokens[-2]
+        assert len(np.flatnonzero(np.diff(mask) == 1)) == len(replies)
+        N = mask.sum()
+        assert anchors.ordinal.tolist() == [t for t in range(0, N, 32) if N - t - 1 >= 16]
+        assert (np.flatnonzero(mask)[anchors.ordinal] == anchors.position).all()
 
 
 def test_the_preset_sets_the_authors_options() -> None:
@@ -147,8 +188,10 @@ def test_the_preset_sets_the_authors_options() -> None:
     for part in PARTS:
         options(part, args)
     assert options(DataOptions, args).sfr_anchors == "nearest"
+    assert not options(DataOptions, args).sfr_fault_zero_targets
     assert options(TargetOptions, args).scale == "l2"
-    assert options(SFROptions, args) == SFROptions(time_per="sequence", draws=1)
+    assert options(SFROptions, args) == SFROptions(time_per="sequence", draws=1, mean="microbatch")
     assert options(ScheduleOptions, args) == ScheduleOptions(weight_on="loss")
-    assert options(GateOptions, args) == GateOptions("dynamic", bins=1)
-    assert options(FlowHeadOptions, args) == FlowHeadOptions(time_scale=1.0, ema="smooth")
+    assert options(GateOptions, args) == GateOptions("dynamic", bins=1, baseline="current")
+    head = FlowHeadOptions(time_scale=1.0, ema="smooth", ema_order="before_step")
+    assert options(FlowHeadOptions, args) == head

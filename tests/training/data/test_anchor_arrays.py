@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.training.data.anchor_arrays import (
     AnchorSizes,
+    EntryOptions,
     RowAnchors,
     anchor_arrays,
     entries_of_nearest,
@@ -71,7 +72,7 @@ def test_arrays_hold_position_target_and_weight_of_each_entry(fill: str, anchors
     entries = nearest_by_loops(anchors) if fill == "nearest" else [(row, anchors.ordinal[row]) for row in range(n)]
     sizes = AnchorSizes(n + spare, len(entries) + spare)
 
-    arrays = anchor_arrays(alone(anchors), fill, sizes)
+    arrays = anchor_arrays(alone(anchors), EntryOptions(fill), sizes)
 
     types = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     assert types.pop("anchor_weight") == ("float32", (sizes.entries,))
@@ -101,7 +102,7 @@ def check_weights(weights: np.ndarray, anchors: Anchors, entries: list[tuple[int
 def test_a_sample_without_anchors_is_all_padding():
     none = Anchors(*np.zeros((6, 0), np.int32))
     for fill in ("anchors_only", "nearest"):
-        arrays = anchor_arrays(alone(none), fill, AnchorSizes(2, 5))
+        arrays = anchor_arrays(alone(none), EntryOptions(fill), AnchorSizes(2, 5))
         assert not any(array.any() for array in arrays.values())
 
 
@@ -112,11 +113,11 @@ def test_a_packed_sequence_has_the_shifted_entries_of_its_conversations(fill: st
     starts, numbers = 100 * np.arange(len(parts)), 7 + np.arange(len(parts))
     sizes = AnchorSizes(n, 99 * HORIZONS * len(parts))
 
-    joined = anchor_arrays(join_anchors(parts, numbers, starts), fill, sizes)
+    joined = anchor_arrays(join_anchors(parts, numbers, starts), EntryOptions(fill), sizes)
 
     at = row = 0
     for part, start, number in zip(parts, starts, numbers, strict=True):
-        single = anchor_arrays(alone(part), fill, sizes)
+        single = anchor_arrays(alone(part), EntryOptions(fill), sizes)
         used = slice(at, at + np.count_nonzero(single["anchor_weight"]))
         expected = {name: array[: used.stop - at] for name, array in single.items()}
         expected["anchor_row"] = expected["anchor_row"] + row

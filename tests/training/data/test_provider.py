@@ -62,7 +62,7 @@ def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedD
     """An epoch of one folder."""
     config, data = dataset_config(arguments([str(folder)], **changes)), PreparedData.open(folder)
     dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, split, config)
-    dataset.pad_anchors(dataset.sizes(config.anchors.fill))
+    dataset.pad_anchors(dataset.sizes(config.anchors.entries))
     return dataset
 
 
@@ -159,5 +159,5 @@ def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
 
     batch = default_collate([train[i] for i in range(12)])
     assert batch["document"].shape == (12, SEQ_LENGTH)
-    rows = max(dataset.sizes(config.anchors.fill).rows for dataset in train.datasets)
+    rows = max(dataset.sizes(config.anchors.entries).rows for dataset in train.datasets)
     assert batch["target"].shape == (12, rows, 384)
