@@ -144,7 +144,13 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
             args.curr_iteration += 1
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            context = StepContext(args.curr_iteration, 2**20, num_microbatches=1, implementation=args.transformer_impl)
+            context = StepContext(
+                args.curr_iteration,
+                2**20,
+                num_microbatches=1,
+                implementation=args.transformer_impl,
+                checks_nan=False,  # upstream's check runs in its training loop only
+            )
             output, loss = forward(iter([batch]), model, context)
             total, tokens, _ = loss(output)
             (total / tokens).backward()
