@@ -89,7 +89,8 @@ def write_model(folder: Path, rows: list[dict]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the examples run: chats.jsonl and model/."""
     folder = tmp_path_factory.mktemp("api")
-    rows = list(World().validation(QUESTIONS[:1], "seen"))
+    records = World().validation(QUESTIONS[:2], "seen")
+    rows = list({(record["persona"], record["messages"][0]["content"]): record for record in records}.values())
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_model(folder / "model", rows)
     return folder

@@ -40,7 +40,6 @@ BESIDE_LOSSES: dict[str, tuple[str, ...]] = {
     "sed": ("--sed-top-k", "5", "--sed-threshold", "0.015", "--sed-weight", "50", *WHITEN_EMA),
     "dft": ("--sfr-loss", "cka", "--sfr-weight", "0.001", *LOCK_FORK, *AROUND_6_2093),
 }
-NOT_TRAINED = {"ce", "sed-10", "sed-128"}  # all other runs train cross-entropy; k matters only to the kernels
 
 
 def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
@@ -54,10 +53,12 @@ def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
     return tuple(flags)
 
 
+# The first setting of each loss, and further ones that are listed above. All other runs train cross-entropy.
 TOKEN_LOSSES = {
-    label: (*loss_flags(loss), *BESIDE_LOSSES.get(label, ()))
-    for label, loss in ALL_LOSSES.items()
-    if label not in NOT_TRAINED
+    label: (*loss_flags(ALL_LOSSES[label]), *BESIDE_LOSSES.get(label, ()))
+    for name, registered in LOSSES.items()
+    for i, label in enumerate(registered.examples)
+    if name != "ce" and (i == 0 or label in BESIDE_LOSSES)
 }
 # Every token loss and kind of auxiliary loss in a few combinations; each with the layouts below against one process.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -134,7 +134,7 @@ def prepare[M: PreparedFolder](
         >>> options = sfr.PrepareOptions(seq_length=256, horizons=((1, 16),), min_segment_length=4)
         >>> manifest = sfr.prepare(["chats.jsonl"], "prepared", "model", options, progress=False)
         >>> manifest.samples
-        9
+        18
     """
     output, say = Path(output), (print if progress else lambda line: None)
     source = options.source([Path(path) for path in inputs])

@@ -24,9 +24,11 @@ def evaluate(
     picture: str,
     hardware: Hardware,
     identity: Mapping[str, object] | None = None,
+    show: bool = True,
 ) -> Report:
-    """Samples and scores every model, of which the first is the baseline. Prints the table and writes the files.
+    """Samples and scores every model, of which the first is the baseline. Writes the files.
 
+    show: whether to print the table.
     identity: everything that determines the numbers, stored in evaluation.json, which is written last.
     """
     questions = scorer.questions()
@@ -50,5 +52,6 @@ def evaluate(
     sizes = {name: (output / name).stat().st_size for name in ("samples.jsonl", picture, *pages)}
     with whole(output / "evaluation.json") as file:
         file.write(as_json(report, {"identity": identity, "files": sizes} if identity else {}))
-    print(terminal(report), flush=True)
+    if show:
+        print(terminal(report), flush=True)
     return report

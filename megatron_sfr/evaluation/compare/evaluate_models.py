@@ -23,10 +23,11 @@ def evaluate(
     encoder: str = "minilm",
     hardware: Hardware | None = None,
     identity: Mapping[str, object] | None = None,
+    show: bool = True,
 ) -> Report:
     """Compares models over a sweep of temperatures: diversity against quality.
 
-    Every model answers the prompts of the conversations; their replies are the references. Prints the table and writes
+    Every model answers the prompts of the conversations; their replies are the references. Writes
     report.html, report.md, evaluation.json, samples.jsonl and frontier.png.
 
     Args:
@@ -38,6 +39,7 @@ def evaluate(
         encoder: a sentence-transformers model, or minilm.
         hardware: device, dtype and models that run at the same time. Default: a GPU if there is one.
         identity: what decides the numbers, kept in evaluation.json.
+        show: print the table.
 
     Returns:
         Scores, frontiers and intervals.
@@ -49,8 +51,7 @@ def evaluate(
         >>> import megatron_sfr as sfr
         >>> sampling = sfr.SamplingOptions(samples=2, max_new_tokens=4)
         >>> options = sfr.EvaluationOptions(sampling, temperatures=(0.5, 1.0), pairs=1)
-        >>> report = sfr.evaluate({"a": "model", "b": "exported"}, "chats.jsonl", "comparison", options)
-        model...
+        >>> report = sfr.evaluate({"a": "model", "b": "exported"}, "chats.jsonl", "comparison", options, show=False)
         >>> report.temperatures
         (0.5, 1.0)
     """
@@ -74,6 +75,7 @@ def evaluate(
         picture="frontier.png",
         hardware=hardware,
         identity=identity,
+        show=show,
     )
 
 
