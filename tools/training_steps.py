@@ -144,13 +144,8 @@ def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -
             args.curr_iteration += 1
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            context = StepContext(
-                args.curr_iteration,
-                2**20,
-                num_microbatches=1,
-                implementation=args.transformer_impl,
-                checks_nan=False,  # upstream's check runs in its training loop only
-            )
+            # Upstream's check for NaN runs in its own training loop only.
+            context = StepContext(args.curr_iteration, 2**20, 1, None, args.transformer_impl, checks_nan=False)
             output, loss = forward(iter([batch]), model, context)
             total, tokens, _ = loss(output)
             (total / tokens).backward()
