@@ -69,7 +69,7 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
             found = newest(Path(path))
             folder = Path(path, f"iter_{args.ckpt_step:07d}") if args.ckpt_step else found and found.folder
             stored = Checkpoint(find_checkpoint(folder or Path(path))).arguments()
-        except ValueError:  # of a format that upstream reads and we do not: upstream says so, or continues
+        except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
             continue
         arguments[path] = stored
         task = stored.get("training_task", "autoregressive")

@@ -53,7 +53,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _arguments(folder: Path, backend: Literal["cpu", "cuda"], ranks: int) -> argparse.Namespace:
-    """Those of the run that wrote a checkpoint, for so many ranks; what is no plain value, its default."""
+    """Arguments of the run that wrote a checkpoint, for this many ranks; values that are not plain have defaults."""
     stored = {name: value for name, value in Checkpoint(folder).arguments().items() if isinstance(value, PLAIN)}
     if stored.get("training_task") != "kl-flow":
         raise ValueError(f"{folder} holds no KL-flow model: train one with --training-task kl-flow")
@@ -73,7 +73,7 @@ def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel
     Each of torchrun's ranks gets a tensor-parallel shard; without torchrun this process is the only rank. The
     vocabulary is args.vocab_size, the columns of all shards args.padded_vocab_size, the smoothing b
     args.kl_flow_smoothing, the last time args.kl_flow_t_max.
-    Args: path: a --save folder, or one checkpoint in it. ValueError where it is no checkpoint of KL-flow.
+    Args: path: a --save folder, or one checkpoint in it. Raises ValueError if it is not a KL-flow checkpoint.
     """
     folder = find_checkpoint(path)
     join(backend)

@@ -1,7 +1,7 @@
 """Upstream's GPT as the denoiser of KL-flow (Logit-KL Flow Matching, arXiv 2411.16821): points of the simplex and
 their time in, logits of the clean tokens out; every position sees every other one.
 
-Letters: B samples, S positions of the text, V vocabulary columns of the shard, H hidden size, F numbers of a time.
+Shapes: B samples, S positions of the text, V vocabulary columns of the shard, H hidden size, F numbers of a time.
 """
 
 from dataclasses import dataclass

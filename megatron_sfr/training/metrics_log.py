@@ -57,7 +57,7 @@ class JsonLines:
             self._record = {}
 
     def keep(self) -> None:
-        """Saves the line of the current step, which may get more scalars, in a file of its own."""
+        """Saves the line of the current step, which may get more scalars, in a separate file."""
         if self._record:
             with replacing(self._pending) as file:
                 file.write(self._line())
