@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
             if action.dest.replace("_", "-") == name:
                 return action, None
         names = {option.removeprefix("--").replace("-", "_") for option in self._option_string_actions}
-        raise ValueError(f"unknown key {key!r}{nearest(key.replace('-', '_'), names)}")
+        raise ValueError(f"unknown key {shown(key)}{nearest(key.replace('-', '_'), names)}")
 
 
 def flag_parser() -> Parser:

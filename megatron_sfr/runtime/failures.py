@@ -4,6 +4,8 @@ import re
 import signal
 from pathlib import Path
 
+from megatron_sfr.storage.user_files import one_line
+
 _ENDS = {
     signal.SIGKILL: "out of memory is the usual reason (see the kernel's log: dmesg)",
     signal.SIGBUS: "a full /dev/shm is the usual reason",
@@ -21,7 +23,7 @@ def reason(error: BaseException) -> str:
         last = re.search(r"^(?:\w+\.)*(\w+)(?:: (.*))?", text.rpartition("\n  File ")[2], re.MULTILINE | re.DOTALL)
         name, text = (last[1], last[2] or "") if last else (type(error).__name__, text)
         text = text if name == "ValueError" else f"{name}: {text}"
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def failure(log: Path, mark: str, what: str = "training", returncode: int | None = None) -> str:

@@ -79,6 +79,13 @@ def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None
         read_gaps(path, tokenizer_of("byte_level"), 9)
 
 
+@pytest.mark.parametrize("field", ["prefix", "suffix"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_place(tmp_path: Path, field: str) -> None:
+    (tmp_path / "gaps.jsonl").write_text(f'{{"{field}": "a\\ud800", "length": 2}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"gaps.jsonl:1: the {field} has half of a surrogate pair"):
+        read_gaps(tmp_path / "gaps.jsonl", tokenizer_of("byte_level"), 9)
+
+
 def test_noise_is_keyed_by_request_and_sample() -> None:
     numbers = {
         int(canvas([Wanted(request, sample)], torch.device("cpu")).sample_B[0])
