@@ -1,10 +1,11 @@
 """Faults on purpose: damaged inputs, and kills, of every command: `python -m tools.faults fuzz | kill | train`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-WORK = Path("runs/faults")
+WORK, ROOT = Path("runs/faults"), Path(__file__).parents[2]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     from tools.faults import fork_server, materials
 
     fork_server.warm_up()

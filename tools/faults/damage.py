@@ -1,5 +1,6 @@
 """Kinds of damage to files: bytes, JSON values, records, recipes, safetensors, templates. Each draws from a seed."""
 
+import copy
 import json
 import math
 import random
@@ -46,6 +47,11 @@ ODD_VALUES: list[Any] = [
 ]
 
 
+def odd_value(rng: random.Random) -> Any:
+    """A copy, which may be changed."""
+    return copy.deepcopy(rng.choice(ODD_VALUES))
+
+
 def empty(data: bytes, rng: random.Random) -> bytes:
     return b""
 
@@ -81,7 +87,7 @@ def append(data: bytes, rng: random.Random) -> bytes:
 
 
 def replace_by_json(data: bytes, rng: random.Random) -> bytes:
-    return json.dumps(rng.choice(ODD_VALUES)).encode()
+    return json.dumps(odd_value(rng)).encode()
 
 
 def deep(data: bytes, rng: random.Random) -> bytes:
@@ -105,7 +111,7 @@ def change_value(content: Any, rng: random.Random) -> Any:
     """One change somewhere in a JSON value: another value, a key removed, renamed or added, two values exchanged."""
     found = places(content)
     if not found:
-        return rng.choice(ODD_VALUES)
+        return odd_value(rng)
     container, key = rng.choice(found if rng.random() < 0.5 else [place for place in found if place[0] is content])
     change = rng.randrange(8)
     if change == 0:
@@ -113,7 +119,7 @@ def change_value(content: Any, rng: random.Random) -> Any:
     elif change == 1 and isinstance(container, dict):
         container[rng.choice(["unknown", "", "x" * 300, key + " "])] = container.pop(key)
     elif change == 2 and isinstance(container, dict):
-        container["unknown"] = rng.choice(ODD_VALUES)
+        container["unknown"] = odd_value(rng)
     elif change == 3:
         other, name = rng.choice(found)
         container[key], other[name] = json.loads(json.dumps(other[name])), json.loads(json.dumps(container[key]))
@@ -122,7 +128,7 @@ def change_value(content: Any, rng: random.Random) -> Any:
     elif change == 5 and isinstance(container[key], int | float):
         container[key] = rng.choice([container[key] * 2, container[key] + 1, -container[key], str(container[key])])
     else:
-        container[key] = rng.choice(ODD_VALUES)
+        container[key] = odd_value(rng)
     return content
 
 
@@ -179,7 +185,11 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         name = rng.choice(sorted(header.keys() - {"__metadata__"}))
         field = rng.choice(["dtype", "shape", "data_offsets"])
-        odd = {"dtype": ["F16", "I64", "F8_E4M3", "X"], "shape": [[0], [1, 2, 3], [2**40]], "data_offsets": [[0, 4]]}
+        odd: dict[str, list[Any]] = {
+            "dtype": ["F16", "I64", "F8_E4M3", "X"],
+            "shape": [[0], [1, 2, 3], [2**40]],
+            "data_offsets": [[0, 4]],
+        }
         header[name][field] = rng.choice(odd[field])
     else:
         header = change_value(header, rng)

@@ -155,6 +155,7 @@ def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
     for part in parts:
         length = part["at_most"] if isinstance(part, dict) and part.keys() == {"at_most"} else part
         if isinstance(part, str):
+            check_text(part, "a text of the parts")
             made.append(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [])
         elif not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise RowError(

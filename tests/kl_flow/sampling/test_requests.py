@@ -70,6 +70,7 @@ def test_several_gaps_and_gaps_of_unknown_length(tmp_path: Path) -> None:
         (["a", {"at_most": True}], "a gap is its number of tokens"),
         (["a", {"length": 3}], "a gap is its number of tokens"),
         (["a", 99], "the model has 9 positions"),
+        (["a\ud800", 2], "a text of the parts has half of a surrogate pair"),
     ],
 )
 def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None:
