@@ -2,6 +2,9 @@
 
 import re
 import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_sfr.storage.user_files import one_line
@@ -45,6 +48,15 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
     if not raised and returncode is not None and returncode < 0:
         return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
     return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
+
+
+@contextmanager
+def killed_workers(hint: str) -> Iterator[None]:
+    """For a block that waits for a process pool: ValueError, ending in the hint, where a process of it was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ValueError(f"a process of this command was killed; {_ENDS[signal.SIGKILL]}: {hint}") from error
 
 
 def marked(log: Path, mark: str) -> list[str]:

@@ -123,7 +123,7 @@ def cases(seed: int, inputs: Path) -> Iterator[tuple[Case, bytes]]:
 
 def digest(folder: Path) -> dict[str, str]:
     """What a command wrote, as a SHA-256 of each file; of a checkpoint that of its tensors, and no times."""
-    outputs = [folder / "out", folder / "out.jsonl", folder / "run"]
+    outputs = [folder / "out", folder / "out.jsonl", folder / "out.html", folder / "run"]
     files = [path for output in outputs for path in ([output] if output.is_file() else output.rglob("*"))]
     found = {}
     for path in files:

@@ -6,6 +6,7 @@ what has its final name must have its final bytes.
 """
 
 import collections
+import json
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -50,7 +51,7 @@ KILLED = {
     "export, shards": COMMANDS["export"] + " --max-shard-gb 0.00002 --workers 2",
     "embed, workers": COMMANDS["embed"] + " --workers 2 --batch-size 8",
     "generate, long": COMMANDS["generate"].replace("--samples 1", "--samples 12 --batch-size 3"),
-    "page": "inspect --data prepared --seed 1 --html out/page.html",
+    "page": "inspect --data prepared --seed 1 --html out.html",
     "rank": f"rank {TRAIN.replace('--train-iters 1', '--train-iters 8')} --save-interval 2 --load out --num-workers 2",
 }
 WEIGHTS = {"rank": 4, "prepare": 2, "embed, workers": 2, "export, shards": 2, "generate, long": 3}
@@ -186,15 +187,20 @@ class Killer:
 
 
 def kill(inputs: Path, work: Path, kills: int, seed: int, commands: list[str]) -> list[Series]:
-    """Series of kills over all commands, until there were so many."""
+    """Series of kills over all commands, until there were so many; each becomes a line of WORK/kills.jsonl."""
     killer, made = Killer(inputs, work), list[Series]()
     rng = random.Random(seed)
     names = commands or list(KILLED)
-    with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar:
+    with (
+        tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar,
+        open(work / "kills.jsonl", "a", encoding="utf-8") as file,
+    ):
         while sum(series.kills for series in made) < kills:
             command = rng.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
             series = killer.series(command, f"{seed}/{len(made)}")
             made.append(series)
+            file.write(json.dumps(asdict(series)) + "\n")
+            file.flush()
             for what in series.wrong:
                 bar.write(f"{command} ({series.seed}): {what}")
             bar.update(series.kills)
