@@ -1,7 +1,6 @@
 """Starts torchrun on this machine and shows one progress bar. Megatron's own output goes to a log file."""
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -20,7 +19,7 @@ from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.storage.lock import hold
-from megatron_sfr.storage.user_files import shown
+from megatron_sfr.storage.user_files import has_type, parse_json, shown
 from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
@@ -235,8 +234,18 @@ def new_rows(metrics: Path) -> Iterator[list[dict[str, Any]]]:
                 text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         offset += len(whole)
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = [row for line in whole.splitlines() if (row := _metrics(line)) is not None]
         yield [row for row in rows if not replaced or row["time"] >= began]
+
+
+def _metrics(line: bytes) -> dict[str, Any] | None:
+    """The metrics of a step; None for a line that no run has written, which must not end the one that is running."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    known = isinstance(row, dict) and has_type(row.get("step"), int) and has_type(row.get("time"), float)
+    return row if known else None
 
 
 def show(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 0) -> str:

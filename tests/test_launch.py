@@ -38,6 +38,12 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
         ("- a\n", "not a YAML mapping"),
         (SIZES + "seq-length: 32\nsave: a", "seq_length and seq-length are one option, which is set in line 4"),
         (SIZES.replace("7", "[4]") + "save: a", r"recipe.yaml: train_iters is '\[4\]'; give a whole number"),
+        (
+            SIZES + "save: 2026-13-45",
+            r"recipe.yaml: a value cannot be read \(month must be in 1..12\); put text in quotes",
+        ),
+        (SIZES + "save: !!timestamp x", r"recipe.yaml: a value cannot be read \(AttributeError: "),
+        (SIZES + "save: !!int x", r"recipe.yaml: a value cannot be read \(invalid literal"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -169,4 +175,7 @@ def test_the_bar_copes_with_metrics_that_are_cut_back(tmp_path: Path) -> None:
     with metrics.open("a", encoding="utf-8") as file:
         file.write("".join(row(step, time.time() + 1) for step in range(6, 20)) + '{"step": 20')
     assert [row["step"] for row in next(rows)] == list(range(6, 20))
+    with metrics.open("a", encoding="utf-8") as file:  # what no run has written must not end the one that is running
+        file.write('\n[1]\n{"step": "x", "time": 1}\n\x00\n' + "[" * 10_000 + "\n" + row(21, time.time() + 1))
+    assert [row["step"] for row in next(rows)] == [21]
     assert next(rows) == []

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_sfr.storage.user_files import is_out_of_memory, reason
+from megatron_sfr.storage.user_files import is_out_of_memory, one_line, reason
 
 OUT_OF_MEMORY = (
     "no memory is left; lower the batch size, the number of processes or the length, or use a machine with more memory"
@@ -75,5 +75,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(command: str, why: str) -> int:
-    print(f"megatron-sfr {command}: error: {' '.join(why.split())}", file=sys.stderr)
+    print(f"megatron-sfr {command}: error: {one_line(why)}", file=sys.stderr)
     return 2

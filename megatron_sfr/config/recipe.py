@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sfr.storage.user_files import cut
+from megatron_sfr.storage.user_files import cut, loading
 
 
 def hyphenated(key: str) -> str:
@@ -34,7 +34,10 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
         if not isinstance(node, yaml.MappingNode):
             raise ValueError(f"{path}: not a YAML mapping; write a flag's name and its value on each line")
         _check_keys(path, node, option_of)
-        recipe = loader.construct_document(node)
+        with loading(
+            f"{path}: a value cannot be read", "put text in quotes where YAML takes it for a date or a number"
+        ):
+            recipe = loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {cut(str(error), 240)}") from error
     except RecursionError as error:

@@ -33,7 +33,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.registry import LOSSES, find_loss
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
-from megatron_sfr.storage.user_files import cut, shown
+from megatron_sfr.storage.user_files import cut, one_line, shown
 from megatron_sfr.training.data.epochs import train_iters_of
 from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
             if action.dest.replace("_", "-") == name:
                 return action, None
         names = {option.removeprefix("--").replace("-", "_") for option in self._option_string_actions}
-        raise ValueError(f"unknown key {key!r}{nearest(key.replace('-', '_'), names)}")
+        raise ValueError(f"unknown key {shown(key)}{nearest(key.replace('-', '_'), names)}")
 
 
 def flag_parser() -> Parser:
@@ -233,14 +233,19 @@ def read_settings(argv: Sequence[str]) -> Settings:
     for path in ours.recipe:
         recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)
     try:
-        args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
-        flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
-        args = parser.read(flags)
-        if (steps := train_iters_of(vars(args))) is not None:
-            flags += ["--train-iters", str(steps)]
+        return _settings(recipe, flags, parser)
     except ValueError as error:
         where = " + ".join(str(path) for path in ours.recipe)
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Settings:
+    """The settings of one merged recipe and the flags that take precedence over it."""
+    args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
+    flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
+    args = parser.read(flags)
+    if (steps := train_iters_of(vars(args))) is not None:
+        flags += ["--train-iters", str(steps)]
     if args.save and not args.load:  # a run that is started again resumes
         flags += ["--load", args.save]
     if args.save and not args.tensorboard_dir:
@@ -287,10 +292,11 @@ def parse(settings: Settings) -> argparse.Namespace:
     argv, sys.argv = sys.argv, [sys.argv[0], *settings.flags]  # upstream's parser reads it and accepts no list
     try:
         args = parse_and_validate_args(extra_args_provider=add_options)
-    except AssertionError as error:
+    except Exception as error:  # mostly an assertion; a zero or a huge number fails wherever upstream computes with it
         unset_num_microbatches_calculator()
-        assertion = traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split()) or assertion}") from error
+        said = one_line(str(error)) or traceback.extract_tb(error.__traceback__)[-1].line
+        kind = "" if isinstance(error, AssertionError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"Megatron refuses these flags: {kind}{said}") from error
     finally:
         sys.argv = argv
     # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.

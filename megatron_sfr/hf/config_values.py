@@ -6,6 +6,9 @@ from megatron_sfr.storage.user_files import shown
 
 LARGEST = 100_000_000
 """Upper bound of any size or number in config.json."""
+MOST = 10_000
+COUNTED = frozenset(["num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"])
+"""Sizes of which there are at most MOST: each layer and each expert has tensors of its own, which are listed."""
 Config = dict[str, Any]
 """An HF config.json as read."""
 
@@ -23,8 +26,9 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     if value is None:
         assert default is not None
         return default
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be a whole number from 1 to {LARGEST:,}")
+    most = MOST if key in COUNTED else LARGEST
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"config.json: {key} is {shown(value)}; it has to be a whole number from 1 to {most:,}")
     return value
 
 

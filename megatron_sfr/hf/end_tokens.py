@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.hf.hf_folder import CONFIG
-from megatron_sfr.storage.user_files import read_json_object
+from megatron_sfr.storage.user_files import read_json_object, shown
 
 GENERATION = "generation_config.json"
 CARRIED = ("bos_token_id", "pad_token_id")
@@ -21,7 +21,7 @@ CARRIED = ("bos_token_id", "pad_token_id")
 def end_tokens_of(folder: Path) -> tuple[int, ...]:
     """The end tokens of a folder: from generation_config.json, else from config.json, else none."""
     for name in (GENERATION, CONFIG):
-        if (folder / name).is_file() and (ids := _ids(read_json_object(folder / name))):
+        if (folder / name).is_file() and (ids := _ids(folder / name)):
             return ids
     return ()
 
@@ -47,13 +47,16 @@ def add_end_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
     else:
         generation = {name: config[name] for name in CARRIED if config.get(name) is not None}
     _write(folder / GENERATION, generation | {"eos_token_id": [*known, *added]})
-    _write(folder / CONFIG, config | {"eos_token_id": [*dict.fromkeys((*(_ids(config) or known), *added))]})
+    _write(folder / CONFIG, config | {"eos_token_id": [*dict.fromkeys((*(_ids(folder / CONFIG) or known), *added))]})
     return added
 
 
-def _ids(config: dict[str, Any]) -> tuple[int, ...]:
-    ids = config.get("eos_token_id")
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+def _ids(path: Path) -> tuple[int, ...]:
+    ids = read_json_object(path).get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(id) is int and id >= 0 for id in listed):
+        raise ValueError(f"{path}: eos_token_id is {shown(ids)}; give the id of a token, or a list of them")
+    return tuple(listed)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

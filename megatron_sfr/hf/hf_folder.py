@@ -115,6 +115,8 @@ def new_folder(
     replaced = output.with_name(f".{output.name}.replaced")
     try:
         with hold(output):
+            if replaced.exists() and not output.exists():
+                replaced.rename(output)  # an earlier call was killed between the two renames below
             _check_replaceable(output, mark, force)
             try:
                 for leftover in (partial, replaced):

@@ -51,16 +51,11 @@ def prepare(argv: Sequence[str]) -> None:
 
 def _backend_in(recipe: Path) -> str | None:
     try:
-        keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        UnicodeDecodeError,
-        yaml.YAMLError,
-        RecursionError,
-    ):  # config/settings.py reads it again and says what is wrong
-        return None
-    keys = keys if isinstance(keys, dict) else {}
-    return keys.get("sfr_backend", keys.get("sfr-backend"))
+        keys = yaml.load(recipe.read_text(encoding="utf-8"), yaml.BaseLoader)  # every value is text
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
+        return None  # config/settings.py reads it again and reports what is wrong
+    name = keys.get("sfr_backend", keys.get("sfr-backend")) if isinstance(keys, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def start(backend: Literal["cpu", "cuda"]) -> None:

@@ -2,7 +2,12 @@
 
 import re
 import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_sfr.storage.user_files import one_line
 
 _ENDS = {
     signal.SIGKILL: "out of memory is the usual reason (see the kernel's log: dmesg)",
@@ -21,7 +26,7 @@ def reason(error: BaseException) -> str:
         last = re.search(r"^(?:\w+\.)*(\w+)(?:: (.*))?", text.rpartition("\n  File ")[2], re.MULTILINE | re.DOTALL)
         name, text = (last[1], last[2] or "") if last else (type(error).__name__, text)
         text = text if name == "ValueError" else f"{name}: {text}"
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def failure(log: Path, mark: str, what: str = "training", returncode: int | None = None) -> str:
@@ -43,6 +48,15 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
     if not raised and returncode is not None and returncode < 0:
         return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
     return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
+
+
+@contextmanager
+def killed_workers(hint: str) -> Iterator[None]:
+    """For a block that waits for a process pool: ValueError, ending in the hint, where a process of it was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ValueError(f"a process of this command was killed; {_ENDS[signal.SIGKILL]}: {hint}") from error
 
 
 def marked(log: Path, mark: str) -> list[str]:

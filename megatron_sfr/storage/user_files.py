@@ -31,6 +31,12 @@ def cut(text: str, letters: int = SHOWN) -> str:
     return text if len(text) <= letters else f"{text[: letters - 3]}..."
 
 
+def one_line(text: str) -> str:
+    """The text in one line; of one over 1,000 letters the beginning and the end, which have the place and the hint."""
+    text = " ".join(text.split())
+    return text if len(text) <= 1000 else f"{text[:490]} ... {text[-490:]}"
+
+
 def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text in UTF-8. Raises ValueError if it is damaged or nested too deeply."""
     try:

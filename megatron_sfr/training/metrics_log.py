@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.user_files import parse_json
 
 
 def pair(total: Tensor | float, count: Tensor) -> Tensor:
@@ -144,6 +145,8 @@ def _stays(line: bytes, step: int) -> bool:
 def _step(line: bytes) -> int:
     """The step of a line; 0 if it is not ours."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = parse_json(line)
+    except ValueError:
         return 0
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else 0

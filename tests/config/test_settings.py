@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_sfr.config.settings import DEFAULTS, PRESETS, flag_parser, read_settings, to_flags
+from megatron_sfr.config.settings import DEFAULTS, PRESETS, flag_parser, parse, read_settings, to_flags
 from megatron_sfr.config.validation import contradiction
 
 BASE = {
@@ -185,6 +185,13 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, changes: dict, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_settings([*write(tmp_path, **changes), *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_upstream_fails_on_by_no_assertion_is_said_in_one_line(tmp_path: Path) -> None:
+    settings = read_settings(write(tmp_path, tensor_model_parallel_size=0))
+    with pytest.raises(ValueError, match="Megatron refuses these flags: ZeroDivisionError: ") as caught:
+        parse(settings)
     assert "\n" not in str(caught.value)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.cli import main
+from megatron_sfr.cli import build_parser, main
+from megatron_sfr.cli.evaluation.evaluate import _identity
 from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
 from megatron_sfr.evaluation.scores.metrics import METRICS
 
@@ -43,6 +44,14 @@ def test_generate_writes_every_reply_of_every_model(tiny_model: Path, data: Path
     assert {(*(row[k] for k in key), row["text"]) for row in again} == {
         (*(row[k] for k in key), row["text"]) for row in rows
     }
+
+
+def test_every_option_decides_whether_a_report_is_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("")
+    command = ["evaluate", "--model", "a=x", "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path)]
+    args = build_parser().parse_args(command)
+    others = {"command", "run", "model", "data", "output", "processes"}  # inputs, and what moves no number
+    assert set(_identity(args)["options"]) == vars(args).keys() - others  # type: ignore[call-overload]
 
 
 def test_generate_answers_one_prompt_on_the_terminal(tiny_model: Path, capsys: pytest.CaptureFixture) -> None:

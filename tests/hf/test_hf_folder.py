@@ -139,6 +139,14 @@ def test_existing_folder_is_replaced_only_by_force_and_only_at_the_end(tmp_path)
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path):
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced/mark").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", mark="mark", force=True):
+        raise RuntimeError
+    assert (tmp_path / "out/mark").read_text() == "old"
+
+
 def test_force_does_not_replace_what_no_conversion_wrote(tmp_path):
     (tmp_path / "thesis").mkdir()
     with (

@@ -121,6 +121,7 @@ JSON_VALUES: list[tuple[str, str, Any, str, str]] = [
     ("model/config.json", "architectures", [0], "convert recipe --hf model", "architectures is [0]"),
     ("model/config.json", "architectures", [{}], "convert recipe --hf model", "architectures is [{}]"),
     ("model/config.json", "hidden_size", 16.0, "convert recipe --hf model", "hidden_size is 16.0"),
+    ("model/config.json", "num_hidden_layers", 100_000, "convert recipe --hf model", "from 1 to 10,000"),
     ("model/config.json", "num_hidden_layers", 10**30, "convert recipe --hf model", "num_hidden_layers is 1000"),
     ("model/config.json", "attention_dropout", {}, "convert recipe --hf model", "attention_dropout is {}"),
     ("model/config.json", "rope_parameters", [[]], "convert recipe --hf model", "rope_parameters is [[]]"),

@@ -1,11 +1,14 @@
 """The reason of a failure in one line, from real exceptions and from what torchrun and upstream print."""
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_sfr.runtime.failures import failure, reason
+from megatron_sfr.runtime.failures import failure, killed_workers, reason
 
 MARK = "megatron-sfr train: error:"
 OUT_OF_MEMORY = "training failed: rank 3 was ended by SIGKILL: out of memory is the usual reason"
@@ -107,6 +110,15 @@ def test_the_reason_in_a_log(tmp_path: Path, log: str, said: str) -> None:
     assert line.startswith(said)
     assert "\n" not in line
     assert len(line) < 600
+
+
+def test_a_killed_process_of_a_pool_is_reported_in_one_line() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^a process of this command was killed; out of memory is .*: try less$"),
+        killed_workers("try less"),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        pool.submit(os._exit, 1).result()
 
 
 def test_a_killed_torchrun_is_said(tmp_path: Path) -> None:

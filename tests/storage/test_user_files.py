@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_sfr.storage.integrity import FileRecord
-from megatron_sfr.storage.user_files import SHOWN, check_fields, is_out_of_memory, loading, parse_json, shown
+from megatron_sfr.storage.user_files import SHOWN, check_fields, is_out_of_memory, loading, one_line, parse_json, shown
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ GOOD: dict[str, Any] = {
     "sizes": [[1, 2], []],
     "files": {"x": {"bytes": 1, "sha256": "0"}},
 }
+
+
+def test_a_long_line_keeps_its_beginning_and_its_end() -> None:
+    assert one_line(" a\n  b ") == "a b"
+    line = one_line(f"file.jsonl:3: {'x' * 5000}; write it again")
+    assert len(line) < 1000
+    assert line.startswith("file.jsonl:3: x")
+    assert line.endswith("x; write it again")
 
 
 def test_fields_of_the_right_types_pass() -> None:

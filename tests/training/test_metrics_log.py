@@ -101,6 +101,7 @@ def lines(*steps: int) -> bytes:
         (lines(1, 2, 3, 4) + b'{"st', lines(1, 2, 3)),
         (lines(1, 2, 3, 4, 5, 3, 4), lines(1, 2, 3, 3)),  # by a version that did not truncate
         (lines(1, 2) + b"not of ours\n" + lines(9), lines(1, 2) + b"not of ours\n"),
+        (lines(1) + b"[" * 100_000 + b"\n" + lines(9), lines(1) + b"[" * 100_000 + b"\n"),
     ],
 )
 def test_a_resumed_run_drops_later_steps(tmp_path: Path, before: bytes, after: bytes) -> None:

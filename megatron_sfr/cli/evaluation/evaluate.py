@@ -65,7 +65,7 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
 
     sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")
     template = ("persona_as", "template_kwargs", "template_date", "special_text")
-    scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded")
+    scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded", "bleu_tokenize")
     folders = model_folders(args.model)
     return {
         "models": {name: contents_of(folder) for name, folder in folders.items() if folder.is_dir()},

@@ -124,7 +124,7 @@ class ChatTemplate:
         ) as error:  # a template is a program: it divides by zero, adds None to text, asks for a terabyte
             raise TemplateRefusal(
                 f"the chat template refuses the conversation ({reason(error)}); change its turns, or correct the "
-                "template"
+                f"template in {self.tokenizer.name_or_path}"
             ) from error
 
 

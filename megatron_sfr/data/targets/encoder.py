@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.targets.store import EncoderIdentity
-from megatron_sfr.storage.user_files import loading
+from megatron_sfr.storage.user_files import loading, shown
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
 NORMALIZE = ("unit", "none")
@@ -84,8 +84,9 @@ class Encoder:
             vectors = np.divide(vectors, norms, where=usable[:, None], out=vectors)
         usable &= np.abs(vectors).max(axis=1) <= np.finfo(np.float16).max
         if not usable.all():
+            text = shown(texts[int(np.argmin(usable))])
             raise ValueError(
-                f"the encoder {self.identity.encoder} gives no usable vector for {texts[int(np.argmin(usable))]!r}; "
+                f"the encoder {self.identity.encoder} gives no usable vector for {text}; "
                 "use --dtype float32, --normalize unit or another encoder"
             )
         return vectors

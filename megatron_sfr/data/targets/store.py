@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets.vectors import VECTORS, Rows, row_sizes
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, check_size, check_sizes, hint
 from megatron_sfr.storage.manifest import NAME, read_manifest
+from megatron_sfr.storage.user_files import read_json
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
 DIGESTS = "segment_digests.bin"  # the same name as in prepared folders
@@ -165,7 +165,7 @@ def _open(folder: Path, prepared: HasSegments, partial: bool) -> TargetStore:
 def is_store(folder: Path) -> bool:
     """Whether a folder is a target store, of any version and in any state."""
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        manifest = read_json(folder / NAME)
     except (OSError, ValueError):
         return (folder / VECTORS).exists()
     return isinstance(manifest, dict) and manifest.get("kind") == TargetManifest.kind

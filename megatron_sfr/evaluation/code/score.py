@@ -18,7 +18,7 @@ from megatron_sfr.evaluation.code.tasks import Task, agrees
 from megatron_sfr.evaluation.compare.tables import escaped
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.storage.jsonl import read_rows
-from megatron_sfr.storage.user_files import parse_json, shown
+from megatron_sfr.storage.user_files import cut, parse_json, shown
 
 _REPLY = '{"task_id": "...", "completion": "..."}'
 Setting = tuple[str, float]  # model, temperature
@@ -114,7 +114,9 @@ def score(
     for model, temperature in dict.fromkeys(reply.setting for reply in replies):
         answered = {reply.task for reply in replies if reply.setting == (model, temperature)}
         if missing := by_name.keys() - answered:
-            raise ValueError(f"{model} at temperature {temperature:g} has no reply to {min(missing)}; sample all tasks")
+            raise ValueError(
+                f"{cut(model)} at temperature {temperature:g} has no reply to {cut(min(missing))}; sample all tasks"
+            )
     with ThreadPoolExecutor(processes) as pool, tqdm(total=len(replies), unit="reply", dynamic_ncols=True) as bar:
 
         def run(reply: Reply) -> str:

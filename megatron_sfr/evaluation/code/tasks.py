@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_sfr.evaluation.code.code_blocks import extract_code, parses
 from megatron_sfr.storage.jsonl import read_rows
-from megatron_sfr.storage.user_files import parse_json
+from megatron_sfr.storage.user_files import cut, parse_json, shown
 
 MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
@@ -107,7 +107,7 @@ def read_tasks(path: Path) -> list[Task]:
             where = f"{row.source}:{row.line}"
             raise ValueError(f"{where}: not a task of HumanEval, MBPP or LiveCodeBench: {reason}") from error
         if task.name in tasks:
-            raise ValueError(f"{row.source}:{row.line}: the task {task.name} occurs twice; keep one")
+            raise ValueError(f"{row.source}:{row.line}: the task {cut(task.name)} occurs twice; keep one")
         tasks[task.name] = task
     if not tasks:
         raise ValueError(f"{path} has no tasks")
@@ -145,7 +145,7 @@ def _parse(row: object) -> Task:
 def _human_eval(row: dict[str, Any]) -> Task:
     prompt, entry, test = (_text(row, field) for field in ("prompt", "entry_point", "test"))
     if not entry.isidentifier():
-        raise ValueError(f"entry_point {entry!r} is not the name of a function")
+        raise ValueError(f"entry_point {shown(entry)} is not the name of a function")
     tree = _tests("test", test)
     if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
         raise ValueError("test defines no function `check`")
@@ -174,7 +174,7 @@ def _live_code_bench(row: dict[str, Any]) -> Task:
     asked = _text(row, "question_content") + (f"\n\n{starter}" if starter else "")
     cases = list(_cases(row))
     if not cases:
-        raise ValueError(f"the task {name} has no test cases")
+        raise ValueError("the task has no test cases")
     if all(case["testtype"] == "stdin" for case in cases):
         return Task(name, asked, LIVE_CODE_BENCH, cases=tuple((case["input"], case["output"]) for case in cases))
     metadata = row["metadata"]
@@ -208,6 +208,8 @@ def _tests(field: str, code: str) -> ast.Module:
         tree = ast.parse(code)
     except SyntaxError as error:
         raise ValueError(f"{field} is not Python: {error.msg}, line {error.lineno}") from error
+    except (MemoryError, RecursionError) as error:  # what the parser raises for code that is nested too deeply
+        raise ValueError(f"{field} is not Python that can be parsed: it is nested too deeply") from error
     calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
     if not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)) and "assert" not in " ".join(calls):
         raise ValueError(f"{field} asserts nothing, so that every reply would pass")
@@ -224,5 +226,5 @@ def _cases(row: dict[str, Any]) -> Iterator[dict[str, str]]:
                 raise ValueError(f"{field} is not JSON (packed as a pickle?); write a list of cases") from error
         for case in cases:
             if case["testtype"] not in ("stdin", "functional"):
-                raise ValueError(f"testtype {case['testtype']!r} is neither stdin nor functional")
+                raise ValueError(f"testtype {shown(case['testtype'])} is neither stdin nor functional")
             yield {key: str(case[key]) for key in ("input", "output", "testtype")}

@@ -19,6 +19,7 @@ from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_e
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.transformers_engine import Sampled, SamplingOptions, load_model, sample
 from megatron_sfr.evaluation.scores.quality import negative_log_likelihood
+from megatron_sfr.runtime.failures import killed_workers
 from megatron_sfr.runtime.lifetime import end_with_parent
 
 
@@ -64,7 +65,8 @@ def answers(folders: Mapping[str, Path], questions: Questions, hardware: Hardwar
         return [_answer(*task) for task in tasks]
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, spawn, _begin, (threads, spawn.RLock())) as pool:
+    pool = ProcessPoolExecutor(processes, spawn, _begin, (threads, spawn.RLock()))
+    with killed_workers("run it again with fewer --processes"), pool:
         return list(pool.map(_answer, *zip(*tasks, strict=True)))
 
 

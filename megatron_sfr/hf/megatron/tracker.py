@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sfr.storage.user_files import read_json_object
+from megatron_sfr.storage.user_files import loading, read_json_object, shown
 
 TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 RELEASE = "release"
@@ -76,7 +76,9 @@ def incomplete(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"has no {name}: {_CUT_OFF}"
     try:
-        read_json_object(folder / CONFIG)
+        backend = read_json_object(folder / CONFIG).get("sharded_backend")
+        if not isinstance(backend, str):  # upstream's own loader ends there in a TypeError
+            return f"is damaged ({folder / CONFIG}: sharded_backend is {shown(backend)})"
         ends = _ends(folder)
     except ValueError as error:
         return f"is damaged ({error})"
@@ -113,10 +115,13 @@ def _is_foreign(folder: Path) -> bool:
 def _ends(folder: Path) -> dict[str, int]:
     """The minimum size in bytes of each tensor file, from `.metadata`."""
     from megatron_sfr.hf.megatron.safe_unpickle import (
+        HINT,
         read_metadata,  # imports torch, which the launcher of a new run does not need
     )
 
-    ends: dict[str, int] = {}
-    for info in read_metadata(folder / METADATA).storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    metadata, ends = read_metadata(folder / METADATA), dict[str, int]()
+    with loading(f"{folder / METADATA} is damaged", HINT):
+        for info in metadata.storage_data.values():
+            name = str(Path(info.relative_path))
+            ends[name] = max(ends.get(name, 0), info.offset + info.length)
     return ends

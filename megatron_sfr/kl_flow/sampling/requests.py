@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.kl_flow.sampling.samplers import Canvas
 from megatron_sfr.storage.jsonl import RowError, read_rows
 from megatron_sfr.storage.user_files import parse_json, shown
@@ -138,6 +139,8 @@ def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
         raise RowError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
     if not all(isinstance(side, str) for side in texts) or not any(texts):
         raise RowError("prefix and suffix must be strings, and at least one must not be empty")
+    for side, name in zip(texts, ("prefix", "suffix"), strict=True):
+        check_text(side, f"the {name}")
     prefix, suffix = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in texts)
     if (total := len(prefix) + length + len(suffix)) > positions:
         raise RowError(f"prefix, length and suffix have {total} tokens in all; the model has {positions} positions")
@@ -152,6 +155,7 @@ def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
     for part in parts:
         length = part["at_most"] if isinstance(part, dict) and part.keys() == {"at_most"} else part
         if isinstance(part, str):
+            check_text(part, "a text of the parts")
             made.append(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [])
         elif not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise RowError(

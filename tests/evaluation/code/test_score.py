@@ -181,6 +181,8 @@ def test_prompts_are_written_and_replies_scored(path: Path, tmp_path: Path, caps
         ({"task_id": 1}, "the field 'question_id' is missing"),
         ({**STDIN, "private_test_cases": "eJxrYJ0"}, "packed as a pickle?"),
         ({**STDIN, "public_test_cases": [], "private_test_cases": []}, "has no test cases"),
+        ({**HUMAN_EVAL, "test": "def check(f):\n    assert " + "-" * 100_000 + "1"}, "nested too deeply"),
+        ({**HUMAN_EVAL, "entry_point": "x" * 9000 + "!"}, "xx!' is not the name of a function"),
         ({key: value for key, value in HUMAN_EVAL.items() if key != "test"}, "the field 'test' is missing"),
         (HUMAN_EVAL | {"test": "def check(f):\n    pass\n"}, "test asserts nothing"),
         (HUMAN_EVAL | {"test": "assert True"}, "test defines no function `check`"),

@@ -1,10 +1,13 @@
 """The newest complete checkpoint is found, whatever a kill left in the tracker file and in the folders."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Chunk, find_checkpoint, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, TRACKER, incomplete, newest
@@ -77,6 +80,14 @@ def config_of_another_shape(folder):
     (folder / CONFIG).write_text("[]")
 
 
+def config_without_backend(folder):
+    (folder / CONFIG).write_text('{"sharded_backend": null}')
+
+
+def metadata_of_another_shape(folder):
+    (folder / METADATA).write_bytes(pickle.dumps(Metadata({}, storage_data={1: _StorageInfo("x", "0", 1)})))
+
+
 def empty_metadata(folder):
     (folder / METADATA).write_bytes(b"")
 
@@ -91,7 +102,18 @@ def no_tensors(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [no_metadata, no_config, empty_config, config_of_another_shape, empty_metadata, cut_tensors, no_tensors]
+    "damage",
+    [
+        no_metadata,
+        no_config,
+        empty_config,
+        config_of_another_shape,
+        config_without_backend,
+        metadata_of_another_shape,
+        empty_metadata,
+        cut_tensors,
+        no_tensors,
+    ],
 )
 @pytest.mark.parametrize("tracker", ["10", ""])
 def test_a_checkpoint_that_is_not_complete_is_passed_over(save, damage, tracker):

@@ -70,6 +70,7 @@ def test_several_gaps_and_gaps_of_unknown_length(tmp_path: Path) -> None:
         (["a", {"at_most": True}], "a gap is its number of tokens"),
         (["a", {"length": 3}], "a gap is its number of tokens"),
         (["a", 99], "the model has 9 positions"),
+        (["a\ud800", 2], "a text of the parts has half of a surrogate pair"),
     ],
 )
 def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None:
@@ -77,6 +78,13 @@ def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None
     path.write_text(json.dumps({"parts": parts}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"gaps.jsonl:1: .*{reason}"):
         read_gaps(path, tokenizer_of("byte_level"), 9)
+
+
+@pytest.mark.parametrize("field", ["prefix", "suffix"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_place(tmp_path: Path, field: str) -> None:
+    (tmp_path / "gaps.jsonl").write_text(f'{{"{field}": "a\\ud800", "length": 2}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"gaps.jsonl:1: the {field} has half of a surrogate pair"):
+        read_gaps(tmp_path / "gaps.jsonl", tokenizer_of("byte_level"), 9)
 
 
 def test_noise_is_keyed_by_request_and_sample() -> None:
