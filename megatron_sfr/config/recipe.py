@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,9 @@ def _check_keys(path: Path, mapping: yaml.MappingNode, option_of: Callable[[str]
             what = f"{key.value} is" if first == key.value else f"{first} and {key.value} are one option, which is"
             raise ValueError(f"{path}: {what} set in line {first_line} and again in line {line}: leave one out")
         seen[option] = key.value, line
+
+
+def nearest(wrong: str, names: Any) -> str:
+    """'; did you mean X?', or an empty string if no name is similar."""
+    close = difflib.get_close_matches(wrong, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

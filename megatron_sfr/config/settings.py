@@ -1,7 +1,6 @@
 """The options of a run from our defaults, YAML recipes and flags; later ones take precedence."""
 
 import argparse
-import difflib
 import enum
 import functools
 import os
@@ -20,7 +19,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron_sfr.config.flags.flag_table import refusal
 from megatron_sfr.config.objective import ObjectiveOptions, check_objective
 from megatron_sfr.config.option_flags import add_flags, options
-from megatron_sfr.config.recipe import hyphenated, read_recipe
+from megatron_sfr.config.recipe import hyphenated, nearest, read_recipe
 from megatron_sfr.config.validation import contradiction
 from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
@@ -160,12 +159,6 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for part in (*PARTS, *(registered.loss for registered in LOSSES.values())):
         add_flags(part, parser)
     return parser
-
-
-def nearest(wrong: str, names: Any) -> str:
-    """'; did you mean X?', or an empty string if no name is similar."""
-    close = difflib.get_close_matches(wrong, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
