@@ -8,7 +8,7 @@ LARGEST = 100_000_000
 """Upper bound of any size or number in config.json."""
 MOST = 10_000
 COUNTED = frozenset(["num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"])
-"""Sizes of which there are at most MOST: each layer and each expert has tensors of its own, which are listed."""
+"""Sizes of which there are at most MOST: each layer and each expert has separate tensors, which are listed."""
 Config = dict[str, Any]
 """An HF config.json as read."""
 

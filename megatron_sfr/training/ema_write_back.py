@@ -71,7 +71,7 @@ class Smoothing:
 def first_element(p: Tensor, weight: Tensor) -> int:
     """Index in the flattened weight of the first element of p: the weight itself, its copy, or a shard of either.
 
-    The shard of a copy has memory of its own. megatron-core 0.19.2 gives it a view of the weight's gradient, if that is
+    The shard of a copy has separate memory. megatron-core 0.19.2 gives it a view of the weight's gradient, if that is
     fp32, and the view tells where the shard starts. ValueError if it is not.
     """
     if p.numel() == weight.numel():

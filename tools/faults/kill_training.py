@@ -1,4 +1,4 @@
-"""Kills of one training through its real launcher, `megatron-sfr train --max-restarts`, until there were so many.
+"""Kills of one training through its real launcher, `megatron-sfr train --max-restarts`, up to a given number.
 
 A rank, one of its processes, torchrun or the launcher is killed, in a step or while it starts. torchrun starts ranks
 again by itself; after its own end or the launcher's the same command is given again, once nothing of it lives. In the

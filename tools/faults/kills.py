@@ -187,7 +187,7 @@ class Killer:
 
 
 def kill(inputs: Path, work: Path, kills: int, seed: int, commands: list[str]) -> list[Series]:
-    """Series of kills over all commands, until there were so many; each becomes a line of WORK/kills.jsonl."""
+    """Series of kills over all commands, up to a given number; each becomes a line of WORK/kills.jsonl."""
     killer, made = Killer(inputs, work), list[Series]()
     rng = random.Random(seed)
     names = commands or list(KILLED)

@@ -55,7 +55,7 @@ def check_anchor_rules(paths: Sequence[str | Path]) -> None:
     if len(rules) > 1:
         raise ValueError(
             f"{rules['reference']} was prepared with --preset reference and {rules['replies']} without: their anchors "
-            "read other positions; prepare the folders of one run alike"
+            "read other positions; prepare all folders of a run with the same options"
         )
 
 

@@ -103,7 +103,7 @@ def test_the_preset_is_kept_in_the_manifest_and_does_not_mix(tmp_path: Path, tok
         prepare_command.run(parser.parse_args([*typed, "--workers", "1"]))
     rules = [PreparedData.open(tmp_path / name).manifest.anchor_rule for name in ("theirs", "ours")]
     assert rules == ["reference", "replies"]
-    with pytest.raises(ValueError, match="prepare the folders of one run alike"):
+    with pytest.raises(ValueError, match="prepare all folders of a run with the same options"):
         horizons_of([tmp_path / "theirs", tmp_path / "ours"])
 
 
