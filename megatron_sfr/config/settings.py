@@ -213,10 +213,7 @@ class Settings:
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
-    """Merges defaults, a preset, each --recipe in turn and flags, and adapts them to the backend.
-
-    ValueError in one line for what is wrong.
-    """
+    """Merges defaults, a preset, each --recipe in turn and flags, and adapts them. ValueError names the recipes."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--recipe", type=Path, action="append", default=[])
     ours, flags = own.parse_known_args(list(argv))
@@ -247,8 +244,7 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
         flags += ["--eval-iters", "0"]
     backend = choose(args.sfr_backend)
     extra, changes = adapt_flags(backend, args)
-    flags += extra
-    args = parser.read(flags)
+    args = parser.read(flags := flags + extra)
     if found := refusal(args, vars(parser.read([]))):
         raise ValueError(found)
     check(args)
