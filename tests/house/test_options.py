@@ -10,8 +10,10 @@ from megatron_sfr.objectives.token.registry import LOSSES
 from megatron_sfr.option_names import option_names
 
 ROOT = Path(__file__).resolve().parents[2]
-# What no recipe should say: where a machine's peculiarities are named, a store other than the usual one, or a fault.
-NOT_IN_RECIPES = {"sfr_target_store", "sfr_target_dim", "sfr_fault_zero_targets", "sfr_fault_phase_a_lost"}
+# What no recipe should say: a store other than the usual one, a fault, or epochs where the recipe counts steps.
+NOT_IN_RECIPES = {"sfr_target_store", "sfr_target_dim", "train_epochs"} | {
+    *("sfr_fault_zero_targets", "sfr_fault_phase_a_lost"),
+}
 
 
 def options() -> set[str]:
