@@ -143,7 +143,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         (
             {"sfr": True, "sfr_ema": "smooth", "sfr_warmup_steps": 1, "optimizer_cpu_offload": True},
             [],
-            "neither use_precision_aware_optimizer nor optimizer_cpu_offload",
+            "leave out use_precision_aware_optimizer and optimizer_cpu_offload",
         ),
         ({"sfr": True, "sfr_layer": 2, "sfr_weight_control": "ratio"}, [], "leave sfr_layer out"),
         ({"sfr": True, "sfr_layer": 2, "recompute_granularity": "full"}, [], "full recomputation drops"),

@@ -30,6 +30,7 @@ SAME = {
         "system": "Be kind.",
         "history": [["the sea", "is blue"]],
     },
+    "completion": {"system": "Be kind.", "prompt": TURNS[:-1], "completion": "is grey"},
 }
 
 

@@ -201,7 +201,7 @@ def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
         work = pool.fill(writer, range(writer.blocks))
         done = [next(work)]
         os.kill(next(iter(pool._processes.values())).pid, signal.SIGKILL)
-        with pytest.raises(ValueError, match="ended with exit code -9; what is encoded is kept: the same command"):
+        with pytest.raises(ValueError, match="ended with exit code -9; what is encoded is kept: run the same command"):
             done.extend(work)
         pool.close()
         left = writer.store.rows.missing()
