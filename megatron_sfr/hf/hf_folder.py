@@ -59,7 +59,8 @@ class Weights:
                     self.files[name] = file
                     self._shapes[name], self._kinds[name] = tuple(header.get_shape()), header.get_dtype()
                     if index and index.get(name) != file:
-                        raise ValueError(f"{folder / INDEX}: {name} is in {file}, but not in the index: {_STALE}")
+                        said = index.get(name, "no file")
+                        raise ValueError(f"{folder / INDEX}: {name} is in {file}, the index names {said}: {_STALE}")
         for name, file in (index or {}).items():
             if name not in self.files:
                 raise ValueError(f"{folder / INDEX}: {name} is not in {file}: {_STALE}")

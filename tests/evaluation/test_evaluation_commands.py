@@ -67,7 +67,7 @@ def test_generate_answers_one_prompt_on_the_terminal(tiny_model: Path, capsys: p
     [
         (["--model", "a={}", "a={}", "--prompt", "x"], "is taken"),
         (["--model", "={}", "--prompt", "x"], "is taken or empty"),
-        (["--model", "{}/nowhere", "--prompt", "x"], "no Hugging Face model"),
+        (["--model", "{}/nowhere", "--prompt", "x"], "not a Hugging Face model"),
         (["--model", "{}", "--prompts", "x.jsonl"], "--prompts needs --output"),
         (["--model", "{}", "--prompts", "x.jsonl", "--persona", "poet"], "--persona goes with --prompt"),
         (["--model", "{}", "--prompt", "x", "--samples", "0"], "samples is 0"),

@@ -158,7 +158,7 @@ def test_ties_are_told(tiny_model: Path, data: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--model", "{model}/nowhere", "--data", "{data}"], "no Hugging Face model"),
+        (["--model", "{model}/nowhere", "--data", "{data}"], "not a Hugging Face model"),
         (["--model", "{model}", "--data", "{data}/nowhere"], "does not exist; run: megatron-sfr prepare"),
         (["--model", "{model}", "--data", "{data}", "--exempt", "0"], "exempt is 0.0"),
         (["--model", "{model}", "--data", "{data}", "--exempt", "1"], "exempt is 1.0"),

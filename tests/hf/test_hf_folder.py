@@ -44,11 +44,15 @@ def test_truncated_shard(folder):
 @pytest.mark.parametrize(
     ("name", "file", "match"),
     [
-        ("model.norm.weight", "model-00001-of-00004.safetensors", r"model\.norm\.weight is in model-.*does not say"),
+        (
+            "model.norm.weight",
+            "model-00001-of-00004.safetensors",
+            r"model\.norm\.weight is in model-.*, the index names model-00001-of-00004",
+        ),
         (
             "model.norm.weight",
             None,
-            r"model\.norm\.weight is in model-.*not in the index: the index belongs to other files",
+            r"model\.norm\.weight is in model-.*, the index names no file: the index belongs to other files",
         ),
         ("surprise", "model-00001-of-00004.safetensors", "surprise is not in model-00001-of-00004"),
     ],

@@ -48,13 +48,14 @@ def render_bounded(template: Any, render: Callable[[], Any]) -> Any:
                 monitoring.set_local_events(_TOOL, code, monitoring.events.JUMP)
             with _bounded_memory():
                 return render()
-        except MemoryError as error:
-            raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory") from error
+        except MemoryError:
+            pass  # told below, outside of this block: the machine has memory left
         finally:
             for code in _codes(template):
                 monitoring.set_local_events(_TOOL, code, 0)
             monitoring.register_callback(_TOOL, monitoring.events.JUMP, None)
             monitoring.free_tool_id(_TOOL)
+    raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import compiled, control_tokens, encode_text
-from megatron_sfr.storage.user_files import loading
+from megatron_sfr.storage.user_files import loading, shown
 
 _HINT = (
     "give a folder with tokenizer.json; it, tokenizer_config.json or config.json may be damaged, or written by another "
@@ -25,6 +25,8 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
             control_tokens(loaded)
             encode_text(loaded, "a")
             tokenizer_sha256(loaded)
+            if not isinstance(loaded.model_max_length, int | float):
+                raise TypeError(f"model_max_length is {shown(loaded.model_max_length)}; it has to be a number")
     if not loaded.is_fast:
         raise ValueError(f"the tokenizer at {tokenizer} has no fast version; add its tokenizer.json")
     if chat and not loaded.chat_template:

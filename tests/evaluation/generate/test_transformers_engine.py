@@ -146,7 +146,7 @@ def test_options_out_of_range_are_refused(wrong: dict) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no Hugging Face model"):
+    with pytest.raises(ValueError, match="not a Hugging Face model"):
         load_model("x", tmp_path)
 
 

@@ -188,7 +188,7 @@ def test_a_head_that_does_not_fit_is_refused(
     [
         (["--samples", "0"], "samples is 0"),
         (["--lock-entropy", "0.9"], "lower lock_entropy"),
-        (["--model", "{model}/nowhere"], "no Hugging Face model"),
+        (["--model", "{model}/nowhere"], "not a Hugging Face model"),
         (["--data", "{model}/nowhere"], "does not exist"),
     ],
 )

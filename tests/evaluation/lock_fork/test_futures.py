@@ -20,7 +20,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from tests.objectives.closed_forms import gaussian_mixture_velocity
 
-D, H = 6, 2
+D, H = 8, 2
 LOCK, FORK = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 FUTURES = torch.eye(D)[:3]  # after a lock always the first, after a fork the second or the third
 
