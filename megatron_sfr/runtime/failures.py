@@ -95,8 +95,14 @@ def _explained(line: str) -> str:
 
 
 def _killed(text: str) -> str | None:
-    """The rank that a signal ended, from torchrun's summary of root-cause failures."""
-    ends = re.findall(r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) ", text, flags=re.MULTILINE)
+    """The rank that a signal ended, from torchrun's summary.
+
+    torchrun itself ends the other ranks with SIGTERM, so that signal counts only for the rank that failed first.
+    """
+    pattern = r"^ *rank +: (\d+) .*\n *exitcode +: -(\d+) "
+    first = re.findall(pattern, text.rpartition("Root Cause (first observed failure):")[2], flags=re.MULTILINE)
+    others = re.findall(pattern, text, flags=re.MULTILINE)
+    ends = first + [(rank, number) for rank, number in others if int(number) != signal.SIGTERM]
     if not ends:
         return None
     rank, number = ends[0]

@@ -29,6 +29,12 @@ Root Cause (first observed failure):
   error_file: <N/A>
   traceback : Signal
 """
+STOPPED = """
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 4241)  (SIGTERM)
+"""
 FULL = """Traceback (most recent call last):
   File "torch/serialization.py", line 1, in __init__
 OSError: [Errno 28] No space left on device: '/run/iter_0000004/__0_0.distcp'
@@ -86,6 +92,12 @@ def test_any_other_exception_is_said_as_it_is() -> None:
             f"{MARK} Connection closed by peer\n" + SUMMARY.format(rank=3, code=-9),
             OUT_OF_MEMORY,
         ),
+        (  # torchrun ended rank 0 because rank 1 failed
+            f"{MARK} no such file\n" + STOPPED + SUMMARY.format(rank=1, code="2"),
+            "no such file",
+        ),
+        (STOPPED + SUMMARY.format(rank=3, code=-9), OUT_OF_MEMORY),
+        (SUMMARY.format(rank=2, code=-15), "training failed: rank 2 was ended by SIGTERM"),
         (SUMMARY.format(rank=0, code=-11), "training failed: rank 0 was ended by SIGSEGV; see"),
         ("[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n", "training failed: torch.OutOfMemoryError: CUDA out"),
         (f"{MARK} OSError: Connection closed by peer\n{NAN}", "training failed at step 3: nan on rank 1"),
