@@ -127,23 +127,21 @@ def cut_back(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
+    last, complete = 0, True
     with open(path, "rb") as file:
-        last = max((_step(line) for line in file if _stays(line, step)), default=0)
-    with open(path, "rb") as file:
-        if all(_stays(line, step) for line in file):
-            return last
-    with open(path, "rb") as file, replacing(path, "wb") as kept:
-        kept.writelines(line for line in file if _stays(line, step))
+        for line in file:
+            its_step = _step(line)
+            stays = line.endswith(b"\n") and its_step <= step
+            complete &= stays
+            last = max(last, its_step) if stays else last
+    if not complete:
+        with open(path, "rb") as file, replacing(path, "wb") as kept:
+            kept.writelines(line for line in file if line.endswith(b"\n") and _step(line) <= step)
     return last
 
 
-def _stays(line: bytes, step: int) -> bool:
-    """Whether a line is complete and not of a later step. Lines that are not ours stay."""
-    return line.endswith(b"\n") and _step(line) <= step
-
-
 def _step(line: bytes) -> int:
-    """The step of a line; 0 if it is not ours."""
+    """The step of a line; 0 if it is not ours, so that it stays."""
     try:
         row = parse_json(line)
     except ValueError:

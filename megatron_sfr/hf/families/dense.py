@@ -129,14 +129,19 @@ def _refuse(config: Config, partial_rotary: bool) -> None:
         )
 
 
-def rotary_share(config: Config) -> float:
-    """The share of each head that rotary embedding applies to."""
+def rotary_share(config: Config, default: float = 1.0) -> float:
+    """The share of each head that rotary embedding applies to; default: where config.json does not say."""
     part = {**config, **rope_parameters(config)}.get("partial_rotary_factor")
     if part is None:
-        return 1.0
+        return default
     if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
         raise ValueError(f"partial_rotary_factor: {shown(part)}: it has to be a number above 0, at most 1")
     return float(part)
+
+
+def has_qkv_bias(config: Config) -> bool:
+    """For families whose `attention_bias` adds a bias to q, k and v, and does so by default."""
+    return config.get("attention_bias") is None or is_true(config, "attention_bias")
 
 
 def refuse_attention_bias(config: Config) -> None:

@@ -4,7 +4,7 @@ By default rotary embedding applies to half of each head. Glm4ForCausalLM (0414)
 which megatron-core's GPTModel does not have.
 """
 
-from megatron_sfr.hf.config_values import Config, is_true
+from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families import dense, fused_weights
 from megatron_sfr.hf.mappings import Dimensions, Family, ParameterMapping
 
@@ -14,21 +14,16 @@ def dimensions(config: Config) -> Dimensions:
 
 
 def mappings(config: Config) -> tuple[ParameterMapping, ...]:
-    bias = (dense.QKV_BIAS,) if has_bias(config) else ()
+    bias = (dense.QKV_BIAS,) if dense.has_qkv_bias(config) else ()
     return dense.mappings(config, attention=bias, mlp=fused_weights.MLP)
-
-
-def has_bias(config: Config) -> bool:
-    return config.get("attention_bias") is None or is_true(config, "attention_bias")
 
 
 def flags(config: Config) -> dict[str, object]:
     dense.rope_type(config)
-    named = {**config, **dense.rope_parameters(config)}.get("partial_rotary_factor") is not None
     return dense.flags(config, dimensions(config), partial_rotary=True) | {
-        "rotary_percent": dense.rotary_share(config) if named else 0.5,
+        "rotary_percent": dense.rotary_share(config, default=0.5),
         "rotary_interleaved": True,
-        "add_qkv_bias": has_bias(config),
+        "add_qkv_bias": dense.has_qkv_bias(config),
     }
 
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (Phi3ForCausalLM): Llama's computation with fused weights; a part of each head may be turned.
+"""Phi-3 and Phi-4 (Phi3ForCausalLM): Llama with fused weights; rotary embedding may apply to a part of each head.
 
 Long-context variants scale their rotary frequencies by a table (`longrope`), which Megatron does not compute.
 """

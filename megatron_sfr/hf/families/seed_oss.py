@@ -10,11 +10,7 @@ dimensions = partial(dense.dimensions, head_dim=128)  # SeedOssConfig's default
 
 
 def mappings(config: Config) -> tuple[ParameterMapping, ...]:
-    return dense.mappings(config, attention=(dense.QKV_BIAS,) if has_bias(config) else ())
-
-
-def has_bias(config: Config) -> bool:
-    return config.get("attention_bias") is None or is_true(config, "attention_bias")
+    return dense.mappings(config, attention=(dense.QKV_BIAS,) if dense.has_qkv_bias(config) else ())
 
 
 def flags(config: Config) -> dict[str, object]:
@@ -23,7 +19,7 @@ def flags(config: Config) -> dict[str, object]:
             raise ValueError(f"{key}: true: Megatron has this bias only together with those of all other layers")
     dense.rope_type(config)
     return dense.flags(config, dimensions(config)) | {
-        "add_qkv_bias": has_bias(config),
+        "add_qkv_bias": dense.has_qkv_bias(config),
         "attention_dropout": float(number(config, "attention_dropout", 0.1)),
         "hidden_dropout": float(number(config, "residual_dropout", 0.1)),
     }

@@ -33,6 +33,11 @@ EXTRA_STATES = (
 )
 
 
+def count(config: Config) -> int:
+    """The number of experts, which transformers 5 renamed."""
+    return size(config, "num_experts" if config.get("num_experts") else "num_local_experts")
+
+
 def flags(config: Config, d: Dimensions, normalised: bool) -> dict[str, object]:
     """Megatron's flags for the experts.
 

@@ -21,10 +21,9 @@ SHARED = (
 
 
 def dimensions(config: Config) -> Dimensions:
-    name = "num_experts" if config.get("num_experts") else "num_local_experts"
     return replace(
         dense.dimensions(config),
-        experts=size(config, name),
+        experts=experts.count(config),
         expert_ffn=size(config, "moe_intermediate_size"),
         shared_ffn=size(config, "shared_expert_intermediate_size"),
     )

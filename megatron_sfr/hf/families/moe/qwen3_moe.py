@@ -11,9 +11,8 @@ from megatron_sfr.hf.mappings import Dimensions, Family
 
 
 def dimensions(config: Config) -> Dimensions:
-    name = "num_experts" if config.get("num_experts") else "num_local_experts"  # transformers 5 renamed it
     return replace(
-        qwen3.dimensions(config), experts=size(config, name), expert_ffn=size(config, "moe_intermediate_size")
+        qwen3.dimensions(config), experts=experts.count(config), expert_ffn=size(config, "moe_intermediate_size")
     )
 
 
