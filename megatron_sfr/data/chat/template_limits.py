@@ -49,7 +49,7 @@ def render_bounded(template: Any, render: Callable[[], Any]) -> Any:
             with _bounded_memory():
                 return render()
         except MemoryError:
-            pass  # told below, outside of this block: the machine has memory left
+            pass  # raised below, not as the cause: the machine itself has memory left
         finally:
             for code in _codes(template):
                 monitoring.set_local_events(_TOOL, code, 0)

@@ -125,7 +125,7 @@ def _refuse(config: Config, partial_rotary: bool) -> None:
     part = rotary_share(config)
     if part != 1.0 and not partial_rotary:
         raise ValueError(
-            f"partial_rotary_factor: {shown(part)}: this family turns whole heads; a part of them is not converted"
+            f"partial_rotary_factor: {shown(part)}: not converted for this family, whose heads rotate whole"
         )
 
 
