@@ -44,6 +44,7 @@ setup(
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML", "types-tqdm"),
             "emerging-optimizers",  # Muon, which a test trains with
+            *("datasets>=4", "pyarrow"),  # the tests read Parquet, Arrow, zstd and folders of datasets
         ],
     },
 )
