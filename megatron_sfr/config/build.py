@@ -47,8 +47,8 @@ def model_config(plan: RunPlan) -> SFRModelConfig | KLFlowModelConfig:
         config.transformer_layer_spec = local_block_spec
     if plan.data.sfr:
         config.head = head_plan(plan)
-    if plan.start.sfr_hf_load is not None and not checkpoint_exists(args.load):
-        config.pre_wrap_hooks.append(start_from(Path(plan.start.sfr_hf_load), args))
+    if plan.start.hf_load is not None and not checkpoint_exists(args.load):
+        config.pre_wrap_hooks.append(start_from(Path(plan.start.hf_load), args))
     return config
 
 
@@ -98,7 +98,7 @@ def forward_step(plan: RunPlan, data: DataProvider) -> ForwardStep | KLFlowStep:
     """The forward step of a run whose datasets `data` provides."""
     args = plan.megatron
     if plan.is_kl_flow:
-        everywhere = plan.kl_flow_model.kl_flow_time == "adaln"
+        everywhere = plan.kl_flow_model.time == "adaln"
         paths = prepared_folders(args)
         end = PreparedDocuments.open(paths[0]).manifest.eod if holds_documents(paths[0]) else None
         return KLFlowStep(args.vocab_size, args.seq_length, plan.kl_flow, everywhere, end)
@@ -118,7 +118,7 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
     """The head for the target stores of a run. Raises ValueError if they do not fit one head."""
     args, head, targets = plan.megatron, plan.term.head, plan.term.targets
     paths = [Path(x) for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends have weights
-    store, online = plan.data.sfr_target_store, plan.data.sfr_targets == "online"
+    store, online = plan.data.target_store, plan.data.targets == "online"
     stores = [TargetStore.open(path / store, open_prepared(path), partial=online) for path in paths]
     dims = {store.dim for store in stores}
     if len(dims) > 1 or head.target_dim not in (None, *dims):
@@ -136,7 +136,7 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
         clipped_apart=plan.schedule.weight_on == "hidden",
         weight=plan.schedule.weight,
         seed=args.seed,
-        fresh=bool(plan.load.sfr_fresh_head and starts_from_other),
+        fresh=bool(plan.load.fresh_head and starts_from_other),
         statistics=pooled_statistics(stores) if whiten else None,
     )
 

@@ -71,7 +71,7 @@ class RunPlan:
         """What the datasets are built from."""
         length = text_length(self.task, self.kl_flow_model, self.megatron.seq_length)
         raw_weights = self.term.sfr.mean == "microbatch"
-        return DataPlan(self.megatron, self.data, length, raw_weights, self.preset.sfr_preset == "reference")
+        return DataPlan(self.megatron, self.data, length, raw_weights, self.preset.preset == "reference")
 
 
 def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPlan:
@@ -113,4 +113,4 @@ def text_length(task: TaskOptions, model: KLFlowModelOptions, seq_length: int) -
     """Tokens of a sequence that KL-flow reads: the time's token takes a position. None for other tasks."""
     if task.training_task != "kl-flow":
         return None
-    return seq_length - (model.kl_flow_time == "token")
+    return seq_length - (model.time == "token")

@@ -31,6 +31,7 @@ from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.registry import LOSSES, find_loss
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import cut, one_line, shown
 from megatron_sfr.training.data.epochs import train_iters_of
@@ -39,20 +40,22 @@ from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class LoadOptions:
     """How a checkpoint without a flow head is loaded."""
 
-    sfr_fresh_head: bool = False
+    fresh_head: bool = False
     """Initialize the flow head if the pretrained checkpoint has none (with --finetune or --pretrained-checkpoint). Any
     other parameter that is missing in the checkpoint is an error."""
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class PresetOptions:
     """Settings that belong together."""
 
-    sfr_preset: Literal["reference"] | None = None
+    preset: Literal["reference"] | None = None
     """'reference': SFR's loss as in the authors' public code and YAML (arXiv 2605.27971), on data of `megatron-sfr
     prepare --preset reference` and `embed --preset reference`. Recipe and flags override single options. What their
     code does by mistake is only reproduced by the options sfr_fault_*. Default: our own settings, which

@@ -18,13 +18,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_sfr.hf.hf_model import Source, open_source
 from megatron_sfr.hf.mappings import Entry
 from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, disagreement
+from megatron_sfr.option_names import named
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class StartOptions:
     """Starting weights of a run that has no checkpoint."""
 
-    sfr_hf_load: str | None = None
+    hf_load: str | None = None
     """Folder of a Hugging Face model to start from without converting it first: each rank reads its own part. The flow
     head is newly initialized. A run whose --load holds a checkpoint resumes from that. Default: none."""
 

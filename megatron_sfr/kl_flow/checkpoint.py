@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.model import KLFlowModelBuilder, KLFlowModelConfig, KLFlowModelOptions
+from megatron_sfr.option_names import to_arguments
 from megatron_sfr.runtime.backend import UNFUSED, adapt_config, changes_for, device, join
 
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -49,7 +49,7 @@ def denoiser_config(args: argparse.Namespace) -> KLFlowModelConfig:
 def _defaults() -> dict[str, Any]:
     """Upstream's defaults and those of KL-flow's options, for arguments that a checkpoint does not hold."""
     upstream = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return vars(upstream.parse_args([])) | asdict(KLFlowModelOptions()) | asdict(KLFlowOptions())
+    return vars(upstream.parse_args([])) | to_arguments(KLFlowModelOptions()) | to_arguments(KLFlowOptions())
 
 
 def _arguments(folder: Path, backend: Literal["cpu", "cuda"], ranks: int) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab, sharded_softmax
 from megatron_sfr.kl_flow.simplex_path import Simplex, log_dirichlet
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime.noise import uniform
 
 SOURCE_STREAM, TIME_STREAM, CHOICE_STREAM = 6, 7, 8  # SFR and its diagnostics use lower streams
@@ -20,49 +21,50 @@ REPLY, INFILL, LENGTH, BEGIN, GAPS, PADDING = range(6)  # the random choices mad
 CHOICES, MOST_GAPS = 6, 64
 
 
+@named("kl_flow_")
 @dataclass(frozen=True)
 class KLFlowOptions:
     """Flow matching on the simplex of tokens (--training-task kl-flow)."""
 
-    kl_flow_smoothing: float = 0.01
+    smoothing: float = 0.01
     """b: probability mass of the target's one-hot that is spread evenly over all tokens. Default 0.01, as in the
     paper."""
-    kl_flow_t_max: float = 0.3
+    t_max: float = 0.3
     """Each text draws one t from U[0, t_max]. Default 0.3, as in the paper; at larger t the token is almost certain."""
-    kl_flow_noise_seed: int = 1234
+    noise_seed: int = 1234
     """Seed of the noise, which depends only on (seed, sample, position, token). Default 1234."""
-    kl_flow_infill: float = 0.0
+    infill: float = 0.0
     """Fraction of the texts that are trained on infilling: one or several spans (gaps) are free, with uniform length
     and position within what would have been free; the rest of the text is given. Default 0."""
-    kl_flow_infill_gaps: int = 1
+    infill_gaps: int = 1
     """Largest number of gaps of an infilled text, drawn uniformly from 1. Each lies in its own equal part of what would
     have been free. Default 1."""
-    kl_flow_infill_padding: int = 0
+    infill_padding: int = 0
     """Largest number of end tokens, drawn uniformly from 0, that fill up a gap after its text. A model trained this way
     fills gaps of unknown length (`at_most` in flow-generate). Default 0."""
-    kl_flow_loss: Literal["free", "all"] = "free"
+    loss: Literal["free", "all"] = "free"
     """Positions in the mean of the cross-entropy. 'free' (default): those that are not given. 'all': given ones too, as
     in the authors' code."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.kl_flow_smoothing < 1:
-            raise ValueError(f"kl_flow_smoothing = {self.kl_flow_smoothing}: choose above 0 and below 1")
-        if not 0 < self.kl_flow_t_max < 1:
-            raise ValueError(f"kl_flow_t_max = {self.kl_flow_t_max}: choose above 0 and below 1")
-        if not 0 <= self.kl_flow_infill <= 1:
-            raise ValueError(f"kl_flow_infill = {self.kl_flow_infill}: choose a fraction from 0 to 1")
-        if not 1 <= self.kl_flow_infill_gaps <= MOST_GAPS:
-            raise ValueError(f"kl_flow_infill_gaps = {self.kl_flow_infill_gaps}: choose 1 to {MOST_GAPS}")
-        if self.kl_flow_infill_padding < 0:
-            raise ValueError(f"kl_flow_infill_padding = {self.kl_flow_infill_padding}: must not be negative")
-        if self.kl_flow_infill == 0 and (self.kl_flow_infill_gaps > 1 or self.kl_flow_infill_padding):
-            raise ValueError("kl_flow_infill_gaps and kl_flow_infill_padding need kl_flow_infill above 0")
+        if not 0 < self.smoothing < 1:
+            raise ValueError(f"`smoothing` = {self.smoothing}: choose above 0 and below 1")
+        if not 0 < self.t_max < 1:
+            raise ValueError(f"`t_max` = {self.t_max}: choose above 0 and below 1")
+        if not 0 <= self.infill <= 1:
+            raise ValueError(f"`infill` = {self.infill}: choose a fraction from 0 to 1")
+        if not 1 <= self.infill_gaps <= MOST_GAPS:
+            raise ValueError(f"`infill_gaps` = {self.infill_gaps}: choose 1 to {MOST_GAPS}")
+        if self.infill_padding < 0:
+            raise ValueError(f"`infill_padding` = {self.infill_padding}: must not be negative")
+        if self.infill == 0 and (self.infill_gaps > 1 or self.infill_padding):
+            raise ValueError("`infill_gaps` and `infill_padding` need `infill` above 0")
 
 
 def draw_time(sample_B: Tensor, options: KLFlowOptions) -> Tensor:
     """t ~ U[0, t_max] of each sample, fp32 [B]."""
     zero = torch.zeros_like(sample_B)
-    return options.kl_flow_t_max * uniform(options.kl_flow_noise_seed, sample_B, zero, zero, stream=TIME_STREAM)
+    return options.t_max * uniform(options.noise_seed, sample_B, zero, zero, stream=TIME_STREAM)
 
 
 def free_text(
@@ -82,7 +84,7 @@ def free_text(
     tokens has no free positions.
 
     Args:
-        end_token: fills up gaps, for kl_flow_infill_padding. None: the reply's last token.
+        end_token: fills up gaps, for `infill_padding`. None: the reply's last token.
     """
     text_BN = torch.cat([tokens_BS[:, :1], labels_BS], dim=1)[:, :length]
     mask_BS = loss_mask_BS > 0  # of the labels; the first token has none
@@ -95,7 +97,7 @@ def free_text(
     after_BN = (position_N > last_B1) & (last_B1 >= 0)
     text_BN = torch.where(after_BN, text_BN.gather(-1, last_B1.clamp(min=0)), text_BN)
     free_BN = free_BN | after_BN
-    if options.kl_flow_infill == 0:
+    if options.infill == 0:
         return text_BN, free_BN
     end_B1 = text_BN.gather(-1, last_B1.clamp(min=0)) if end_token is None else torch.full_like(last_B1, end_token)
     return _infilled(text_BN, free_BN, end_B1, sample_B, options)
@@ -106,12 +108,12 @@ def _infilled(
 ) -> tuple[Tensor, Tensor]:
     """Text and free positions, which reach to the end of the text; or gaps in these, filled up by end tokens."""
     position_N = torch.arange(free_BN.shape[-1], device=free_BN.device)
-    infill_B1 = _number(INFILL, sample_B, options) < options.kl_flow_infill
+    infill_B1 = _number(INFILL, sample_B, options) < options.infill
     size_B1 = free_BN.sum(-1, keepdim=True)
     first_B1 = free_BN.shape[-1] - size_B1
-    count_B1 = 1 + _choice(GAPS, torch.full_like(size_B1, options.kl_flow_infill_gaps), sample_B, options)
+    count_B1 = 1 + _choice(GAPS, torch.full_like(size_B1, options.infill_gaps), sample_B, options)
     gaps_BN, padding_BN = torch.zeros_like(free_BN), torch.zeros_like(text_BN)
-    for g in range(options.kl_flow_infill_gaps):
+    for g in range(options.infill_gaps):
         start_B1, stop_B1 = (size_B1 * k // count_B1 for k in (g, g + 1))
         here_B1 = infill_B1 & (g < count_B1) & (start_B1 < stop_B1)
         length_B1 = 1 + _choice(LENGTH + CHOICES * g, stop_B1 - start_B1, sample_B, options)
@@ -119,10 +121,10 @@ def _infilled(
         begin_B1 = first_B1 + start_B1 + shift_B1
         last_B1 = torch.minimum(begin_B1 + length_B1, first_B1 + stop_B1) - 1
         gaps_BN |= here_B1 & (position_N >= begin_B1) & (position_N <= last_B1)
-        most_B1 = torch.full_like(size_B1, options.kl_flow_infill_padding + 1)
+        most_B1 = torch.full_like(size_B1, options.infill_padding + 1)
         padding_BN += _choice(PADDING + CHOICES * g, most_B1, sample_B, options) * (here_B1 & (position_N == last_B1))
     free_BN = free_BN & (gaps_BN | ~infill_B1)
-    if options.kl_flow_infill_padding == 0:
+    if options.infill_padding == 0:
         return text_BN, free_BN
     # Each token moves right by the padding before it; positions that no token moves to are padding, and free.
     to_BN = position_N + padding_BN.cumsum(-1) - padding_BN
@@ -137,7 +139,7 @@ def _infilled(
 
 def _number(what: int, sample_B: Tensor, options: KLFlowOptions) -> Tensor:
     choice_B = torch.full_like(sample_B, what)
-    number_B = uniform(options.kl_flow_noise_seed, sample_B, choice_B, torch.zeros_like(choice_B), stream=CHOICE_STREAM)
+    number_B = uniform(options.noise_seed, sample_B, choice_B, torch.zeros_like(choice_B), stream=CHOICE_STREAM)
     return number_B[:, None]
 
 
@@ -158,11 +160,11 @@ def noisy_point(
     Args: width: columns V of the shard, including padding.
     """
     position_N = torch.arange(text_BN.shape[1], device=text_BN.device)
-    key = options.kl_flow_noise_seed, sample_B[:, None], position_N, torch.zeros_like(position_N)
+    key = options.noise_seed, sample_B[:, None], position_N, torch.zeros_like(position_N)
     l_BNV = log_dirichlet(*key, width, start=vocab.start, stream=SOURCE_STREAM)
     real = vocab.real(l_BNV.flatten(0, 1)).shape[-1]
     column_BN = vocab.local(text_BN, real)
-    l_BNV = Simplex(vocab.size, options.kl_flow_smoothing).between(l_BNV, column_BN, t_B[:, None])
+    l_BNV = Simplex(vocab.size, options.smoothing).between(l_BNV, column_BN, t_B[:, None])
     l_BNV[..., real:] = -torch.inf
     x_BNV = sharded_softmax(l_BNV.flatten(0, 1), vocab).view_as(l_BNV)
     given_BN = ~free_BN

@@ -95,7 +95,7 @@ class KLFlowStep:
         rows = batch["tokens"], batch["labels"], batch["loss_mask"]
         tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options, self.end_token)
         counted_BN = free_BN
-        if self.options.kl_flow_loss == "all":  # a text without free positions has nothing to learn from
+        if self.options.loss == "all":  # a text without free positions has nothing to learn from
             counted_BN = free_BN.any(-1, keepdim=True).expand_as(free_BN)
         return Texts(tokens_BN, free_BN, draw_time(sample_B, self.options), sample_B, counted_BN)
 

@@ -28,25 +28,27 @@ from torch import Tensor, nn
 from megatron_sfr.model.gradient_fusion import fuse_layers
 from megatron_sfr.model.local_spec import local_block_spec, local_norm
 from megatron_sfr.model.velocity import sinusoids
+from megatron_sfr.option_names import named
 
 TIME_NUMBERS = 256
 Way = Literal["token", "adaln"]
 
 
+@named("kl_flow_")
 @dataclass(frozen=True)
 class KLFlowModelOptions:
     """How the denoiser of KL-flow knows the time."""
 
-    kl_flow_time: Way = "token"
+    time: Way = "token"
     """'token': an embedding of t stands before the text, as in the paper's code, and takes one of the seq_length
     positions; 'adaln': t scales and shifts what each layer's norms give, and the text has all positions."""
-    kl_flow_time_scale: float = 1000.0
+    time_scale: float = 1000.0
     """Factor on t before its sinusoidal embedding of base 10000. Default 1000. With 1, as in the authors' code, the
     embeddings of all times up to t_max = 0.3 are almost equal."""
 
     def __post_init__(self) -> None:
-        if self.kl_flow_time_scale <= 0:
-            raise ValueError(f"kl_flow_time_scale = {self.kl_flow_time_scale}: choose a factor above 0")
+        if self.time_scale <= 0:
+            raise ValueError(f"`time_scale` = {self.time_scale}: choose a factor above 0")
 
 
 @dataclass(kw_only=True)

@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_sfr.option_names import named
+
 Name = Literal["auto", "cpu", "cuda"]
 
 
+@named("sfr_")
 @dataclass(frozen=True)
 class BackendOptions:
     """Where the training runs."""
 
-    sfr_backend: Name = "auto"
+    backend: Name = "auto"
     """'cuda' (NCCL), 'cpu' (gloo; development, tests and the demo), or 'auto' (default): cuda if there is a GPU."""
 
 

@@ -14,27 +14,29 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import GRADIENT_NORM_GROUP
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 
 OPTIMIZER, TRAINING = "megatron.core.optimizer.optimizer", "megatron.training.training"
 
 
+@named("sfr_", lr_mult="sfr_head_lr_mult")
 @dataclass(frozen=True)
 class HeadOptimizerOptions:
     """How the optimizer treats the flow head."""
 
-    sfr_clip_grad: float | None = None
+    clip_grad: float | None = None
     """Gradient norm to which the head is clipped, separately from the backbone; 0 disables clipping. Default:
     clip_grad."""
-    sfr_head_lr_mult: float = 1.0
+    lr_mult: float = 1.0
     """Multiplies lr and min_lr for the head. Default 1."""
 
     def __post_init__(self) -> None:
-        if self.sfr_clip_grad is not None and self.sfr_clip_grad < 0:
-            raise ValueError(f"sfr_clip_grad is {self.sfr_clip_grad}; give a norm above 0, or 0 for no clipping")
-        if self.sfr_head_lr_mult <= 0:
-            raise ValueError(f"sfr_head_lr_mult is {self.sfr_head_lr_mult}; give a factor above 0")
+        if self.clip_grad is not None and self.clip_grad < 0:
+            raise ValueError(f"`clip_grad` is {self.clip_grad}; give a norm above 0, or 0 for no clipping")
+        if self.lr_mult <= 0:
+            raise ValueError(f"`lr_mult` is {self.lr_mult}; give a factor above 0")
 
 
 def clipping(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
@@ -49,7 +51,7 @@ def clipping(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
         Replacement(
             OPTIMIZER,
             "clip_grad_by_total_norm_fp32",
-            wrapper(lambda clip: _clip(clip, options.sfr_clip_grad)),
+            wrapper(lambda clip: _clip(clip, options.clip_grad)),
             "clips every gradient norm group to the same threshold",
             ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
         ),
@@ -63,7 +65,7 @@ def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
         Replacement(
             TRAINING,
             "get_standard_config_overrides",
-            wrapper(lambda make: _overrides(make, options.sfr_head_lr_mult)),
+            wrapper(lambda make: _overrides(make, options.lr_mult)),
             "takes learning rates of single parameters from here only",
             ("config",),
         ),

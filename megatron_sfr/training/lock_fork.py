@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_sfr.flow.solver import integrate
 from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, unit_targets
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime import noise
 from megatron_sfr.runtime.parallel import sum_over_tensor
 from megatron_sfr.training.auxiliary_loss import Anchors, StepSums
@@ -25,28 +26,29 @@ SEED, STREAM = 0, 5  # of the noise; the auxiliary loss uses streams 0 and 1
 SAMPLES, STEPS = 8, 8  # K, and Euler steps from noise to a future
 
 
+@named("sfr_", interval="sfr_lock_fork_interval")
 @dataclass(frozen=True)
 class LockForkOptions:
     """Which positions count as Locks and Forks, and how often they are measured."""
 
-    sfr_lock_fork_interval: int = 0
+    interval: int = 0
     """Steps between measurements of Lock and Fork positions, whose shares and entropies are written to TensorBoard.
     Default 0: never."""
-    sfr_lock_entropy: float = 0.1
+    lock_entropy: float = 0.1
     """Largest entropy of a Lock in nats. Default 0.1."""
-    sfr_lock_top: float = 0.9
+    lock_top: float = 0.9
     """Smallest probability of a Lock's most likely token. Default 0.9."""
-    sfr_fork_entropy: float = 1.0
+    fork_entropy: float = 1.0
     """Smallest entropy of a Fork in nats. Default 1."""
-    sfr_fork_dispersion: float = 0.3
+    fork_dispersion: float = 0.3
     """Smallest dispersion of a Fork's futures, the mean of 1 - cosine over pairs of the head's samples; not used
     without a flow head. Default 0.3."""
 
     def __post_init__(self) -> None:
-        if self.sfr_lock_fork_interval < 0:
-            raise ValueError(f"sfr_lock_fork_interval = {self.sfr_lock_fork_interval}: give at least 0")
-        if not 0 <= self.sfr_lock_entropy < self.sfr_fork_entropy:
-            raise ValueError("sfr_lock_entropy must be at least 0 and below sfr_fork_entropy")
+        if self.interval < 0:
+            raise ValueError(f"`interval` = {self.interval}: give at least 0")
+        if not 0 <= self.lock_entropy < self.fork_entropy:
+            raise ValueError("`lock_entropy` must be at least 0 and below `fork_entropy`")
 
 
 class LockFork:
@@ -56,7 +58,7 @@ class LockFork:
         self.options, self.targets, self.sums = options, targets, StepSums()
 
     def is_due(self, step: int) -> bool:
-        interval = self.options.sfr_lock_fork_interval
+        interval = self.options.interval
         return interval > 0 and step % interval == 0
 
     def add(self, step: int, microbatches: int, sums: Tensor, writer: Any) -> None:
@@ -89,7 +91,7 @@ class LockFork:
         counted_BA = (anchors.weight_BA > 0) & (anchors.horizon_BA == 0)
         entropy_BA, top_BA = (x.gather(1, anchors.position_BA) for x in (entropy_BS, top_BS))
         wide_BA = self._dispersion(head, h_BAH, anchors)
-        sums = self._sums(entropy_BA, top_BA, counted_BA, wide_BA, self.options.sfr_fork_dispersion)
+        sums = self._sums(entropy_BA, top_BA, counted_BA, wide_BA, self.options.fork_dispersion)
         return sum_over_tensor(sums) if split else sums
 
     def _dispersion(self, head: FlowHead, h_BAH: Tensor, anchors: Anchors) -> Tensor:
@@ -104,7 +106,7 @@ class LockFork:
 
     def _sums(self, entropy: Tensor, top: Tensor, counted: Tensor, dispersion: Tensor, wide: float) -> Tensor:
         o = self.options
-        lock = counted & (entropy <= o.sfr_lock_entropy) & (top >= o.sfr_lock_top)
-        fork = counted & (entropy >= o.sfr_fork_entropy) & (dispersion >= wide)
+        lock = counted & (entropy <= o.lock_entropy) & (top >= o.lock_top)
+        fork = counted & (entropy >= o.fork_entropy) & (dispersion >= wide)
         columns = [counted, lock, fork, counted * entropy, lock * entropy, fork * entropy, counted * dispersion]
         return torch.stack([column.double().sum() for column in columns])

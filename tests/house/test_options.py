@@ -33,3 +33,8 @@ def test_every_option_is_in_a_recipe() -> None:
     used = {key for path in recipes for key in yaml.safe_load(re.sub(r"\b[A-Z_]{4,}\b", "1", path.read_text()))}
     used |= {key.replace("-", "_") for preset in PRESETS.values() for key in preset}
     assert options() - used - NOT_IN_RECIPES == set()
+
+
+def test_prefixes_are_for_flags_and_recipes_only() -> None:
+    fields = [f"{part.__name__}.{field}" for part in PARTS for field in option_names(part)]
+    assert [name for name in fields if re.search(r"\.(sfr|kl_flow)_", name)] == []

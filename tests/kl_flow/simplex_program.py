@@ -17,7 +17,7 @@ SIZE, COLUMNS = 9, 16  # of 4 shards the third has 3 padding columns, the fourth
 
 def points(vocab: Vocab, width: int) -> torch.Tensor:
     """The shard [B, N, V] of 3 texts of 6 tokens, some of which are given."""
-    options, sample_B = KLFlowOptions(kl_flow_t_max=0.9), torch.tensor([3, 2**40, 7])
+    options, sample_B = KLFlowOptions(t_max=0.9), torch.tensor([3, 2**40, 7])
     text_BN = torch.arange(18).view(3, 6) % SIZE
     free_BN = torch.arange(18).view(3, 6) % 4 != 0
     return noisy_point(text_BN, free_BN, draw_time(sample_B, options), sample_B, vocab, width, options)

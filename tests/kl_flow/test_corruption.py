@@ -31,7 +31,7 @@ def test_free_positions_hold_points_of_the_path_and_given_positions_one_hots() -
     x_BNV = noisy_point(text_BN, free_BN, t_B, sample_B, Vocab(SIZE), 12, OPTIONS)
     assert (x_BNV[..., SIZE:] == 0).all()
     zero, place_N = torch.tensor(0), torch.arange(3)
-    key = OPTIONS.kl_flow_noise_seed, sample_B[:, None], place_N, zero
+    key = OPTIONS.noise_seed, sample_B[:, None], place_N, zero
     l_0 = log_dirichlet(*key, SIZE, stream=SOURCE_STREAM).double()
     one = torch.nn.functional.one_hot(text_BN, SIZE).double()
     t = t_B.double()[:, None, None]
@@ -113,7 +113,7 @@ def test_documents_are_free_and_a_sequence_without_supervision_is_not() -> None:
 @given(st.integers(0, 2**40), st.integers(1, 11), st.booleans())
 def test_an_infilled_text_has_one_free_span_of_what_was_free(sample: int, prompt: int, whole: bool) -> None:
     masks = (0,) * prompt + (1,) * (12 - prompt)
-    options = KLFlowOptions(kl_flow_infill=0.0 if whole else 1.0)
+    options = KLFlowOptions(infill=0.0 if whole else 1.0)
     text_BN, free_BN = free_text(*row(*masks), torch.tensor([sample]), 11, options)
     _, all_BN = free_text(*row(*masks), torch.tensor([sample]), 11, OPTIONS)
     assert text_BN[0].tolist() == list(range(1, 12))
@@ -127,7 +127,7 @@ def test_gaps_are_filled_up_by_end_tokens_and_push_the_rest_to_the_right(
     sample: int, prompt: int, gaps: int, padding: int
 ) -> None:
     n, end = 24, 99
-    options = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=gaps, kl_flow_infill_padding=padding)
+    options = KLFlowOptions(infill=1.0, infill_gaps=gaps, infill_padding=padding)
     words = torch.arange(1, n + 1)[None]
     mask = torch.tensor([[0.0] * prompt + [1.0] * (n - prompt)])
     text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], mask[:, 1:], torch.tensor([sample]), n, options, end)
@@ -153,14 +153,14 @@ def test_gaps_are_filled_up_by_end_tokens_and_push_the_rest_to_the_right(
 
 def test_numbers_of_gaps_and_of_end_tokens_are_uniform() -> None:
     n, end, samples = 64, 99, torch.arange(4000)
-    options = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=1, kl_flow_infill_padding=3)
+    options = KLFlowOptions(infill=1.0, infill_gaps=1, infill_padding=3)
     words = torch.arange(1, n + 1).expand(len(samples), -1)
     ones = torch.ones(len(samples), n - 1)
     text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], ones, samples, n, options, end)
     pads_B = (text_BN == end).sum(-1)
     shares = torch.bincount(pads_B, minlength=4).double() / len(samples)
     assert (shares - 0.25).abs().max() < 0.08  # padding beyond the end of the text is cut off
-    several = KLFlowOptions(kl_flow_infill=1.0, kl_flow_infill_gaps=4)
+    several = KLFlowOptions(infill=1.0, infill_gaps=4)
     text_BN, free_BN = free_text(words[:, :-1], words[:, 1:], ones, samples, n, several)
     assert torch.equal(text_BN, words)
     starts_B = (free_BN & ~torch.nn.functional.pad(free_BN, (1, 0))[:, :-1]).sum(-1)
@@ -171,7 +171,7 @@ def test_numbers_of_gaps_and_of_end_tokens_are_uniform() -> None:
 def test_infilled_spans_are_uniform_over_lengths_and_positions() -> None:
     B, N = 60_000, 4
     tokens_BS = torch.arange(6).expand(B, 6)
-    options = KLFlowOptions(kl_flow_infill=0.75)
+    options = KLFlowOptions(infill=0.75)
     _, free_BN = free_text(tokens_BS, tokens_BS + 1, torch.ones(B, 6), torch.arange(B), N, options)
     spans, counts = free_BN.int().unique(dim=0, return_counts=True)
     actual = {tuple(span.tolist()): count / B for span, count in zip(spans, counts.tolist(), strict=True)}
@@ -183,9 +183,7 @@ def test_infilled_spans_are_uniform_over_lengths_and_positions() -> None:
     assert actual == pytest.approx(expected, abs=0.006)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"kl_flow_smoothing": 0}, {"kl_flow_t_max": 0}, {"kl_flow_t_max": 1}, {"kl_flow_infill": 1.5}]
-)
+@pytest.mark.parametrize("wrong", [{"smoothing": 0}, {"t_max": 0}, {"t_max": 1}, {"infill": 1.5}])
 def test_options_outside_their_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         KLFlowOptions(**wrong)

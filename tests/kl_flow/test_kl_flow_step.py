@@ -105,7 +105,7 @@ def test_the_datasets_of_a_blend_have_separate_noise(folder: Path) -> None:
 
 
 def test_their_loss_counts_given_positions_too(folder: Path) -> None:
-    theirs = KLFlowStep(VOCAB_SIZE, LENGTH, KLFlowOptions(kl_flow_loss="all"), time_everywhere=False)
+    theirs = KLFlowStep(VOCAB_SIZE, LENGTH, KLFlowOptions(loss="all"), time_everywhere=False)
     batch = default_collate([rows(folder)[i] for i in range(3)])
     ours, all_of_them = (step.texts(batch, LENGTH - 1) for step in (STEP, theirs))
     assert torch.equal(ours.free_BN, all_of_them.free_BN)

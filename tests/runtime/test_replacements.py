@@ -13,7 +13,7 @@ from megatron_sfr.training import head_optimizer, metrics_log
 IN_A_RUN = (
     *durable.REPLACEMENTS,
     *resharding.REPLACEMENTS,
-    *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(sfr_clip_grad=0.5, sfr_head_lr_mult=2.0)),
+    *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
 )
 EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN)

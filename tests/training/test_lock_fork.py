@@ -45,7 +45,7 @@ def look(head: Any, **options: float) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("settled", "forks_count"), [(False, True), (True, False)])
 def test_anchors_of_the_first_horizon_are_counted(settled: bool, forks_count: bool) -> None:
-    limits = {"sfr_lock_entropy": 0.5, "sfr_lock_top": 0.4, "sfr_fork_entropy": 0.6, "sfr_fork_dispersion": 0.5}
+    limits = {"lock_entropy": 0.5, "lock_top": 0.4, "fork_entropy": 0.6, "fork_dispersion": 0.5}
     entropy, top, sums = look(KnownFlow(settled), **limits)
 
     at = [(0, 0), (0, 3), (0, 5), (0, 9), (1, 1), (1, 2), (1, 4), (1, 8)]
@@ -66,7 +66,7 @@ def test_without_a_head_all_supervised_positions_count() -> None:
     entropy, top = (torch.rand(B, S, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     mask = torch.zeros(B, S)
     mask[:, 4:9] = 1
-    sums = LockFork(LockForkOptions(sfr_lock_entropy=0.1, sfr_fork_entropy=0.5), TargetOptions()).at_positions(
+    sums = LockFork(LockForkOptions(lock_entropy=0.1, fork_entropy=0.5), TargetOptions()).at_positions(
         entropy, top, mask
     )
     chosen = entropy[:, 4:9]
@@ -77,7 +77,7 @@ def test_without_a_head_all_supervised_positions_count() -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"sfr_lock_fork_interval": -1}, "give at least 0"), ({"sfr_lock_entropy": 2.0}, "below sfr_fork_entropy")],
+    [({"interval": -1}, "give at least 0"), ({"lock_entropy": 2.0}, "below `fork_entropy`")],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -15,6 +15,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import anchor_rule_of, holds_documents, horizons_of
+from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import is_last_stage
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 Config = PreparedDatasetConfig | DocumentDatasetConfig
 
 
+@named("sfr_", sfr="sfr", train_epochs="train_epochs")
 @dataclass(frozen=True)
 class DataOptions:
     """Where the targets of the flow-matching loss are, and which positions have them."""
@@ -38,36 +40,36 @@ class DataOptions:
     train_epochs: float | None = None
     """Length of the run in epochs of the training data, instead of train_iters; needs global_batch_size. An epoch of
     several folders has as many sequences as all of them together. Default: train_iters decides."""
-    sfr_target_store: str = "targets"
+    target_store: str = "targets"
     """Folder of the target store inside each prepared folder, written by `megatron-sfr embed`. Default: targets."""
-    sfr_targets: Literal["stored", "online"] = "stored"
+    targets: Literal["stored", "online"] = "stored"
     """Where targets come from. 'stored' (default): `megatron-sfr embed` has encoded all of them. 'online': the encoder
     runs beside training and fills the store, which `megatron-sfr embed --later` has created. The numbers are equal."""
-    sfr_lookahead: int = 8
+    lookahead: int = 8
     """Steps that the encoder of online targets may be ahead of training. Default 8; 0 encodes only what a step
     needs."""
-    sfr_encoder_device: str | None = None
+    encoder_device: str | None = None
     """Device of the encoder of online targets: cpu, cuda:1, ... Default: that of the rank that needs the targets."""
-    sfr_encoder_threads: int = 1
+    encoder_threads: int = 1
     """CPU threads of the encoder of online targets, on the last pipeline stage of each replica. Default 1."""
-    sfr_packing: Literal["none", "first_fit_decreasing"] = "none"
+    packing: Literal["none", "first_fit_decreasing"] = "none"
     """Packing of conversations into sequences of seq_length tokens. 'none' (default): one conversation each, padded.
     'first_fit_decreasing': as many as fit; attention and positions restart with each conversation. micro_batch_size and
     global_batch_size count sequences."""
-    sfr_anchors: Literal["anchors_only", "nearest"] = "anchors_only"
+    anchors: Literal["anchors_only", "nearest"] = "anchors_only"
     """Which positions have a target. 'anchors_only' (default): the position before the target starts. 'nearest': every
     position of a reply has the target of the nearest anchor, as in the authors' code; the position may already have
     read some of its tokens."""
-    sfr_fault_zero_targets: bool = False
+    fault_zero_targets: bool = False
     """Reproduces a fault of the authors' code: supervised tokens without a target, such as those of a reply too short
     for any window, are trained towards an embedding of 0 with their full weight. Needs data of `prepare --preset
     reference`. Default: off, they have no SFR loss."""
 
     def __post_init__(self) -> None:
-        if self.sfr_lookahead < 0:
-            raise ValueError(f"sfr_lookahead = {self.sfr_lookahead}: give at least 0")
-        if self.sfr_encoder_threads < 1:
-            raise ValueError(f"sfr_encoder_threads = {self.sfr_encoder_threads}: give at least 1")
+        if self.lookahead < 0:
+            raise ValueError(f"`lookahead` = {self.lookahead}: give at least 0")
+        if self.encoder_threads < 1:
+            raise ValueError(f"`encoder_threads` = {self.encoder_threads}: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
     anchors = None
     if options.sfr:
         horizons_of(paths)  # all folders need the same horizons, for one head
-        folders = paths if options.sfr_targets == "online" else ()
+        folders = paths if options.targets == "online" else ()
         check_preset(plan, paths)
-        entries = EntryOptions(options.sfr_anchors, plan.raw_weights, options.sfr_fault_zero_targets)
-        anchors = AnchorPlan(options.sfr_target_store, entries, folders) if reads_targets else None
+        entries = EntryOptions(options.anchors, plan.raw_weights, options.fault_zero_targets)
+        anchors = AnchorPlan(options.target_store, entries, folders) if reads_targets else None
     common: dict[str, Any] = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -122,16 +124,16 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         if args.eod_mask_loss:
             raise ValueError("eod_mask_loss is for documents; conversations have masks of their own: leave it out")
-        return PreparedDatasetConfig(**common, packed=options.sfr_packing != "none")
+        return PreparedDatasetConfig(**common, packed=options.packing != "none")
     return _documents_config(plan, paths, common)
 
 
 def check_preset(plan: DataPlan, paths: list[Path]) -> None:
     """ValueError or a warning where the data were not prepared as the options of SFR's public code need it."""
     reference = anchor_rule_of(paths[0]) == "reference"
-    if plan.options.sfr_fault_zero_targets and not reference:
+    if plan.options.fault_zero_targets and not reference:
         raise ValueError(f"sfr_fault_zero_targets needs data of prepare --preset reference, which {paths[0]} is not")
-    if plan.options.sfr_fault_zero_targets and len(horizons_of(paths)) > 1:
+    if plan.options.fault_zero_targets and len(horizons_of(paths)) > 1:
         raise ValueError("sfr_fault_zero_targets is for a single horizon: prepare the data with one")
     if plan.reference and not reference:
         message = (
@@ -144,7 +146,7 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
     args = plan.megatron
     if chats := [path for path in paths if not holds_documents(path)]:
         raise ValueError(f"{chats[0]} holds conversations and other folders documents; train on them in two runs")
-    if plan.options.sfr_packing != "none":
+    if plan.options.packing != "none":
         raise ValueError("sfr_packing is for conversations: documents fill each sequence as it is; set it to none")
     prepared = [PreparedDocuments.open(path) for path in paths]
     ends = {data.manifest.eod for data in prepared}
@@ -219,9 +221,9 @@ class DataProvider:
             self.online = OnlineTargets(
                 anchors.folders,
                 anchors.store,
-                lookahead=options.sfr_lookahead * get_num_microbatches(),
-                encoder_device=options.sfr_encoder_device or str(device()),
-                threads=options.sfr_encoder_threads,
+                lookahead=options.lookahead * get_num_microbatches(),
+                encoder_device=options.encoder_device or str(device()),
+                threads=options.encoder_threads,
             )
             if built[0] is not None:
                 self.online.follow(built[0], sampler_of(self.plan.megatron, built[0]))

@@ -121,7 +121,7 @@ def make_head(args: argparse.Namespace) -> FlowHead:
 def make_batch(folder: Path, numbers: list[int], args: argparse.Namespace) -> dict[str, Tensor]:
     """The conversations as a microbatch of a run."""
     data = options(DataOptions, args)
-    entries = EntryOptions(data.sfr_anchors, args.sfr_mean == "microbatch", data.sfr_fault_zero_targets)
+    entries = EntryOptions(data.anchors, args.sfr_mean == "microbatch", data.fault_zero_targets)
     config = PreparedDatasetConfig(random_seed=1, sequence_length=SEQ_LENGTH, anchors=AnchorPlan("targets", entries))
     prepared = PreparedData.open(folder / "data")
     dataset = PreparedDataset(
@@ -187,8 +187,8 @@ def test_the_preset_sets_the_authors_options() -> None:
     args = preset()
     for part in PARTS:
         options(part, args)
-    assert options(DataOptions, args).sfr_anchors == "nearest"
-    assert not options(DataOptions, args).sfr_fault_zero_targets
+    assert options(DataOptions, args).anchors == "nearest"
+    assert not options(DataOptions, args).fault_zero_targets
     assert options(TargetOptions, args).scale == "l2"
     assert options(SFROptions, args) == SFROptions(time_per="sequence", draws=1, mean="microbatch")
     assert options(ScheduleOptions, args) == ScheduleOptions(weight_on="loss")

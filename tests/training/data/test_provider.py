@@ -1,7 +1,6 @@
 """A blend of prepared folders: samples of equal shape from all folders, and one set of horizons."""
 
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
+from megatron_sfr.option_names import option_names
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset
 from megatron_sfr.training.data.provider import DataOptions, DataPlan, build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
@@ -53,7 +53,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "training_task": "autoregressive",
         "kl_flow_time": "token",
     } | changes
-    ours = {field.name: read.pop(field.name) for field in fields(DataOptions) if field.name in read}
+    ours = {field: read.pop(name) for field, name in option_names(DataOptions).items() if name in read}
     task, time = TaskOptions(read.pop("training_task")), KLFlowModelOptions(read.pop("kl_flow_time"))
     return DataPlan(Namespace(**read), DataOptions(**ours), text_length(task, time, read["seq_length"]))
 
