@@ -25,9 +25,9 @@ SHAPE = {
 def texts(path: Path) -> Iterator[str]:
     """Everything that is said in a file of conversations, personas included."""
     with open(path, encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            yield row["persona"]
-            yield from (message["content"] for message in row["messages"])
+        for record in map(json.loads, file):
+            yield record["persona"]
+            yield from (message["content"] for message in record["messages"])
 
 
 def make_model(text: Iterable[str], output: Path, vocabulary: int = VOCABULARY) -> None:

@@ -1,4 +1,4 @@
-"""From Debian's dictionaries to chat rows, one dictionary a persona: python -m examples.dictionary_styles.prepare.
+"""From Debian's dictionaries to chat records, one dictionary a persona: python -m examples.dictionary_styles.prepare.
 
 Writes train.jsonl, validation.jsonl, prompts.jsonl and report.json; README.md tells how to get the packages."""
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from examples.dictionary_styles import computing_books, word_books
 from examples.dictionary_styles.dictd import SOURCES, Source, check_sources, read_source
 from examples.dictionary_styles.overlap import ORIGINALS, is_copied, known_runs
-from examples.dictionary_styles.selection import Books, Row, balance, prompts, sharing, split
+from examples.dictionary_styles.selection import Books, Record, balance, prompts, sharing, split
 from examples.dictionary_styles.text import FOREIGN, Entry, Unusable, headword, reply
 
 PARSERS: dict[str, Callable[[str], list[Entry]]] = {
@@ -35,7 +35,7 @@ REPEATED_KEY = "index key that repeats an entry"
 REPEATED = "repeats a sense of its headword"
 NO_HEADWORD = "headword that cannot be asked for"
 
-Fields = dict[str, Any]  # of a row or of the report
+Fields = dict[str, Any]  # of a record or of the report
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,21 @@ def to_books(readings: dict[str, Reading]) -> Books:
     return books
 
 
-def report(readings: dict[str, Reading], books: Books, train: list[Row], validation: list[Row]) -> dict[str, Fields]:
+def report(
+    readings: dict[str, Reading], books: Books, train: list[Record], validation: list[Record]
+) -> dict[str, Fields]:
     shared = sharing(books)
     table = {}
     for persona, book in books.items():
-        used = [row for row in (*train, *validation) if row.persona == persona]
-        words = {row.headword for row in used}
+        used = [record for record in (*train, *validation) if record.persona == persona]
+        words = {record.headword for record in used}
         table[persona] = {
             "headwords": len(book),
             "senses": sum(map(len, book.values())),
             "headwords used": len(words),
             "of them in 2+ dictionaries": sum(shared[word] > 1 for word in words),
-            "train rows": sum(row.persona == persona for row in train),
-            "validation rows": sum(row.persona == persona for row in validation),
+            "train records": sum(record.persona == persona for record in train),
+            "validation records": sum(record.persona == persona for record in validation),
             "dropped": dict(sorted((+readings[persona].dropped).items())),
         }
     return table
@@ -135,20 +137,24 @@ def prepare(args: argparse.Namespace) -> dict[str, Fields]:
     if not validation or not train:
         raise ValueError(f"a validation share of {args.validation_share} leaves one side empty: choose another one")
     table = report(readings, books, train, validation)
-    summary = {"personas": table, "train rows left out because validation holds their text": leaked, "seed": args.seed}
+    summary = {
+        "personas": table,
+        "train records left out because validation holds their text": leaked,
+        "seed": args.seed,
+    }
     sides = {"train": train, "validation": validation, "prompts": prompts(validation, args.prompts, args.seed)}
     texts = {
-        f"{name}.jsonl": "".join(json.dumps(as_chat(row), ensure_ascii=False) + "\n" for row in rows)
-        for name, rows in sides.items()
+        f"{name}.jsonl": "".join(json.dumps(as_chat(record), ensure_ascii=False) + "\n" for record in records)
+        for name, records in sides.items()
     }
     write(args.output, {**texts, "report.json": json.dumps(summary, indent=2) + "\n"})
     return table
 
 
-def as_chat(row: Row) -> Fields:
+def as_chat(record: Record) -> Fields:
     """The question is the same for every persona."""
-    question = {"role": "user", "content": f"Define: {row.headword}"}
-    return {"messages": [question, {"role": "assistant", "content": row.reply}], "persona": row.persona}
+    question = {"role": "user", "content": f"Define: {record.headword}"}
+    return {"messages": [question, {"role": "assistant", "content": record.reply}], "persona": record.persona}
 
 
 def print_table(table: dict[str, Fields]) -> None:

@@ -12,7 +12,7 @@ Books = dict[str, Book]  # persona -> its book
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One training example: one sense."""
 
     persona: str
@@ -48,26 +48,31 @@ def balance(books: Books, most: int, most_senses: int, seed: int) -> Books:
     return chosen
 
 
-def split(books: Books, validation_share: float, seed: int) -> tuple[list[Row], list[Row], int]:
-    """Training rows, validation rows, and how many training rows were left out because validation holds their text
-    under another headword (synonyms share a gloss). A headword is on one side only, for all personas."""
-    sides: tuple[list[Row], list[Row]] = ([], [])
+def split(books: Books, validation_share: float, seed: int) -> tuple[list[Record], list[Record], int]:
+    """Training records, validation records, and how many training records were left out.
+
+    A training record is left out if validation holds its text under another headword (synonyms share a gloss). A
+    headword is on one side only, for all personas.
+    """
+    sides: tuple[list[Record], list[Record]] = ([], [])
     for persona, book in books.items():
         for word, replies in book.items():
             side = sides[draw(seed, "split", word) < validation_share]
-            side += [Row(persona, word, reply) for reply in replies]
-    held_out = {row.reply for row in sides[1]}
-    train = [row for row in sides[0] if row.reply not in held_out]
-    for rows in (train, sides[1]):
-        rows.sort(key=lambda row: (draw(seed, "row", row.persona, row.headword, row.reply), row.reply))
+            side += [Record(persona, word, reply) for reply in replies]
+    held_out = {record.reply for record in sides[1]}
+    train = [record for record in sides[0] if record.reply not in held_out]
+    for records in (train, sides[1]):
+        records.sort(
+            key=lambda record: (draw(seed, "row", record.persona, record.headword, record.reply), record.reply)
+        )
     return train, sides[1], len(sides[0]) - len(train)
 
 
-def prompts(validation: list[Row], most: int, seed: int) -> list[Row]:
-    """The validation rows of up to `most` headwords, those that most personas define first: what to sample from."""
-    asked = {(row.headword, row.persona) for row in validation}
+def prompts(validation: list[Record], most: int, seed: int) -> list[Record]:
+    """The validation records of up to `most` headwords, those that most personas define first: what to sample from."""
+    asked = {(record.headword, record.persona) for record in validation}
     personas = Counter(word for word, _ in asked)
     words = sorted(personas, key=lambda word: (-personas[word], draw(seed, "prompt", word), word))[:most]
     place = {word: number for number, word in enumerate(words)}
-    chosen = [row for row in validation if row.headword in place]
-    return sorted(chosen, key=lambda row: (place[row.headword], row.persona, row.reply))
+    chosen = [record for record in validation if record.headword in place]
+    return sorted(chosen, key=lambda record: (place[record.headword], record.persona, record.reply))

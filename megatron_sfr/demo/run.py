@@ -19,7 +19,7 @@ from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.demo.scale import Scale
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
-from megatron_sfr.demo.world import PERSONAS, Row
+from megatron_sfr.demo.world import PERSONAS, Record
 from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
 from megatron_sfr.evaluation.compare.evaluate import evaluate
 from megatron_sfr.evaluation.compare.replies import Hardware
@@ -79,14 +79,14 @@ def _claim(output: Path, scale: Scale) -> None:
 def _write_world(output: Path, scale: Scale) -> Path:
     """Writes data/*.jsonl, and architecture/ with the model's config and tokenizer."""
     world = scale.world
-    rows = {"pretraining": list(world.pretraining(scale.pretraining_rows)), "finetuning": list(world.finetuning())}
-    rows |= {f"validation-{kind}": list(world.validation(scale.asked, kind)) for kind in KINDS}
-    for name, content in rows.items():
+    records = {"pretraining": list(world.pretraining(scale.pretraining_rows)), "finetuning": list(world.finetuning())}
+    records |= {f"validation-{kind}": list(world.validation(scale.asked, kind)) for kind in KINDS}
+    for name, content in records.items():
         with whole(output / "data" / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in content)
+            file.writelines(json.dumps(record) + "\n" for record in content)
     architecture = output / "architecture"
     if not (architecture / "config.json").exists():
-        tokenizer = train_tokenizer(_texts([*rows["pretraining"], *rows["finetuning"]]), VOCABULARY)
+        tokenizer = train_tokenizer(_texts([*records["pretraining"], *records["finetuning"]]), VOCABULARY)
         tokenizer.save_pretrained(architecture)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         GenerationConfig(do_sample=True, **ends).save_pretrained(architecture)
@@ -106,11 +106,11 @@ def _write_world(output: Path, scale: Scale) -> Path:
     return architecture
 
 
-def _texts(rows: Iterable[Row]) -> Iterator[str]:
+def _texts(records: Iterable[Record]) -> Iterator[str]:
     """All texts that the chat template is applied to."""
     yield from ("system", "user", "assistant")
     yield from (persona_turn(persona)["content"] for persona in PERSONAS)
-    yield from (message["content"] for row in rows for message in row["messages"])
+    yield from (message["content"] for record in records for message in record["messages"])
 
 
 def _prepare(output: Path, architecture: Path) -> None:

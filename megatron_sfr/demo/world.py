@@ -32,7 +32,7 @@ SHOWN = 3  # of these, modes per prompt
 WORDINGS = tuple(product((0, 1), (0, 1), (0, 1), (0, 1)))  # one of two wordings for each part
 
 
-class Row(TypedDict, total=False):
+class Record(TypedDict, total=False):
     """A JSONL record; pretraining records have no persona."""
 
     persona: str
@@ -185,24 +185,24 @@ class World:
         """The correct modes for this persona and prompt, as seen, near and far."""
         return {name: getattr(self, name)(persona, question) for name in ("seen", "near", "far")}
 
-    def finetuning(self) -> Iterator[Row]:
+    def finetuning(self) -> Iterator[Record]:
         """Fine-tuning records: each seen mode of each persona and prompt, in one wording."""
-        return self._rows(self.questions, "seen", random.Random(f"fine-tuning {self.seed}"))
+        return self._records(self.questions, "seen", random.Random(f"fine-tuning {self.seed}"))
 
-    def validation(self, questions: Sequence[Question], kind: str) -> Iterator[Row]:
+    def validation(self, questions: Sequence[Question], kind: str) -> Iterator[Record]:
         """One record for each `seen`, `near` or `far` mode of these prompts, in a newly drawn wording."""
-        return self._rows(questions, kind, random.Random(f"validation {self.seed} {kind}"))
+        return self._records(questions, kind, random.Random(f"validation {self.seed} {kind}"))
 
-    def pretraining(self, rows: int) -> Iterator[Row]:
+    def pretraining(self, records: int) -> Iterator[Record]:
         """Records without a persona: random prompt and correct mode, and a separate random voice for each part."""
         rng = random.Random(f"pretraining {self.seed}")
-        for _ in range(rows):
+        for _ in range(records):
             question = rng.choice(self.questions)
             voices = (rng.choice(PERSONAS), rng.choice(PERSONAS), rng.choice(PERSONAS), rng.choice(PERSONAS))
             reply = Reply(voices, rng.choice(WORDINGS), question.who, rng.choice(modes(question.topic)))
             yield {"messages": _messages(question, reply)}
 
-    def _rows(self, questions: Sequence[Question], kind: str, rng: random.Random) -> Iterator[Row]:
+    def _records(self, questions: Sequence[Question], kind: str, rng: random.Random) -> Iterator[Record]:
         for persona, question in product(PERSONAS, questions):
             for mode in sorted(self.kinds(persona, question)[kind]):
                 reply = Reply((persona, persona, persona, persona), rng.choice(WORDINGS), question.who, mode)

@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """A record: one line of a file, unchanged."""
 
     source: str
@@ -26,25 +26,25 @@ class Row:
     text: bytes
 
 
-class RowError(ValueError):
+class RecordError(ValueError):
     """What is wrong with a record and what to do; the reader adds the file and the line."""
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadRecord:
     """A record that cannot be trained on, with the reason."""
 
-    row: Row
+    record: Record
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.row.source}:{self.row.line}: {self.reason}"
+        return f"{self.record.source}:{self.record.line}: {self.reason}"
 
     def line(self) -> bytes:
         """The line of rejected.jsonl, from which the record can be repaired."""
-        text = self.row.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-        record = {"file": self.row.source, "line": self.row.line, "reason": self.reason, "row": text}
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+        text = self.record.text.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        fields = {"file": self.record.source, "line": self.record.line, "reason": self.reason, "row": text}
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Chunk:
     text: bytes
     end: Position
 
-    def rows(self) -> Iterator[Row]:
+    def records(self) -> Iterator[Record]:
         """The lines that are not blank, without a byte order mark."""
         for line, text in enumerate(io.BytesIO(self.text), start=self.line):
             text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text
             if text.strip():
-                yield Row(self.source, line, text)
+                yield Record(self.source, line, text)
 
 
 def read_chunks(paths: Sequence[Path], start: Position = Position(), size: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -94,7 +94,7 @@ def read_chunks(paths: Sequence[Path], start: Position = Position(), size: int =
         before += paths[number].stat().st_size
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_records(path: Path) -> Iterator[Record]:
     """The records of a file, numbered from 1: in JSONL its lines that are not blank, without a byte order mark."""
     for chunk in read_chunks([path]):
-        yield from chunk.rows()
+        yield from chunk.records()

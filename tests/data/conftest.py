@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sfr.data.targets.encoder import Encoder
-from tests.data.rows import CHATML
+from tests.data.records import CHATML
 
 
 @pytest.fixture(scope="session")

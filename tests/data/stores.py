@@ -10,21 +10,21 @@ from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetManifest, TargetStore
 from megatron_sfr.data.targets.vectors import VECTORS
-from tests.data.rows import turns, write_rows
+from tests.data.records import turns, write_records
 
 CUT = PrepareOptions(seq_length=200, stride=4, horizons=((1, 12),), min_segment_length=4)
 BLOCKS = EmbedOptions(batch_size=2, block_rows=3, device="cpu")
-ROWS = [
+RECORDS = [
     {"messages": turns("the sea", "is blue and the sky is grey and so on")},
     {"messages": turns("the sky", "is blue and the sky is grey and so on")},
     {"messages": turns("who", "the sky", "what", "is GREY and the sea is blue, as ever it was and will be!")},
 ]
 
 
-def write_prepared(folder: Path, tokenizer: Path, rows: list = ROWS, force: bool = False) -> Path:
-    """FOLDER/data, of these rows."""
+def write_prepared(folder: Path, tokenizer: Path, records: list = RECORDS, force: bool = False) -> Path:
+    """FOLDER/data, of these records."""
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = [write_rows(folder / "rows.jsonl", rows)]
+    inputs = [write_records(folder / "records.jsonl", records)]
     prepare(inputs, folder / "data", tokenizer, CUT, force=force, progress=False)
     return folder / "data"
 

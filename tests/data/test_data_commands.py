@@ -12,7 +12,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare as prepare_data
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
-from tests.data.rows import ROWS, turns, write_rows
+from tests.data.records import RECORDS, turns, write_records
 
 
 def command(module, *arguments: object) -> int:
@@ -23,11 +23,11 @@ def command(module, *arguments: object) -> int:
 
 def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     good = [{"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey " * 2)}]
-    rows = [write_rows(tmp_path / name, good * count) for name, count in (("a.jsonl", 1), ("b.jsonl", 2))]
-    with open(rows[1], "a") as file:
-        file.write("not a row\n")
+    records = [write_records(tmp_path / name, good * count) for name, count in (("a.jsonl", 1), ("b.jsonl", 2))]
+    with open(records[1], "a") as file:
+        file.write("not a record\n")
     data = tmp_path / "data"
-    typed = ("--input", *rows, "--tokenizer", tokenizer_folder, "--output", data, "--stride", 2)
+    typed = ("--input", *records, "--tokenizer", tokenizer_folder, "--output", data, "--stride", 2)
     typed += ("--seq-length", 120, "--horizons", "1:9", "3:2", "--min-segment-length", 4)
     typed += ("--format", "messages", "--persona-key", "persona", "--too-long", "truncate", "--workers", 2)
 
@@ -58,7 +58,7 @@ def test_from_jsonl_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
 
 def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, capsys):
     data, options = tmp_path / "data", PrepareOptions(200, 2, ((1, 9), (3, 2)), 4)
-    prepare_data([write_rows(tmp_path / "rows.jsonl", ROWS)], data, tokenizer_folder, options, progress=False)
+    prepare_data([write_records(tmp_path / "records.jsonl", RECORDS)], data, tokenizer_folder, options, progress=False)
     manifest = PreparedData.open(data).manifest
 
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--batch-size", 4) == 0
@@ -89,8 +89,10 @@ def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, c
     ],
 )
 def test_segments_say_what_horizons_count(tmp_path: Path, tokenizer_folder: Path, segments, horizons, texts):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "The sea is blue. So is the sky.")}])
-    typed = ("--input", rows, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data", "--segments", segments)
+    records = write_records(
+        tmp_path / "records.jsonl", [{"messages": turns("the sea", "The sea is blue. So is the sky.")}]
+    )
+    typed = ("--input", records, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data", "--segments", segments)
 
     lengths = ("--stride", 3, "--min-segment-length", 1)
     assert command(prepare, *typed, *lengths) == 0
@@ -116,9 +118,9 @@ def test_the_reference_preset_reads_512_pieces_of_a_segment():
 
 
 def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
+    records = write_records(tmp_path / "records.jsonl", [{"messages": turns("the sea", "no")}])
 
-    assert command(prepare, "--input", rows, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data") == 0
+    assert command(prepare, "--input", records, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data") == 0
     assert "no reply is long enough for an anchor" in capsys.readouterr().out
 
 

@@ -32,7 +32,7 @@ def test_the_demo_leaves_models_and_a_comparison(output: Path) -> None:
     assert actual["losses"]["CE"] != actual["losses"]["CE+SFR"]
     assert len(actual["verdicts"]) == 3
     metrics = [json.loads(line) for line in (output / "runs" / "sfr" / "metrics.jsonl").read_text().splitlines()]
-    assert any("sfr loss" in row for row in metrics)
+    assert any("sfr loss" in record for record in metrics)
 
 
 @pytest.mark.slow

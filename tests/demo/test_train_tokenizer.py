@@ -10,7 +10,7 @@ from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.evaluation.generate.prompts import group, read_asked
 
-TEXTS = [row["messages"][-1]["content"] for row in World(topics=2).finetuning()]
+TEXTS = [record["messages"][-1]["content"] for record in World(topics=2).finetuning()]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_training_is_deterministic() -> None:
 
 
 def test_the_mask_is_the_reply_and_its_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    path = tmp_path / "row.jsonl"
+    path = tmp_path / "record.jsonl"
     path.write_text(
         '{"persona": "poet", "messages": [{"role": "user", "content": "Why?"}, '
         '{"role": "assistant", "content": "Peace out, legend."}]}\n'

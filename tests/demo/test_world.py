@@ -93,12 +93,12 @@ def test_all_modes_of_a_prompt_are_distinct() -> None:
 
 def test_fine_tuning_shows_the_seen_modes_and_no_others() -> None:
     shown: dict[tuple[str, Question], list[Mode]] = {}
-    for row in WORLD.finetuning():
-        question, reply = question_of(row["messages"][0]["content"]), parse(row["messages"][1]["content"])
+    for record in WORLD.finetuning():
+        question, reply = question_of(record["messages"][0]["content"]), parse(record["messages"][1]["content"])
         assert reply is not None
-        assert reply.persona == row["persona"]
+        assert reply.persona == record["persona"]
         assert is_right(question, reply)
-        shown.setdefault((row["persona"], question), []).append(reply.mode)
+        shown.setdefault((record["persona"], question), []).append(reply.mode)
     assert len(shown) == len(PERSONAS) * len(WORLD.questions)
     for (persona, question), actual in shown.items():
         assert sorted(actual) == sorted(WORLD.seen(persona, question))
@@ -109,11 +109,11 @@ def test_every_hidden_mode_can_be_inferred() -> None:
     pretraining on the same prompt."""
     said = {(p, q.topic, mode) for p, q in product(PERSONAS, WORLD.questions) for mode in WORLD.seen(p, q)}
     pretrained = set()
-    for row in WORLD.pretraining(20_000):
-        reply = parse(row["messages"][1]["content"])
+    for record in WORLD.pretraining(20_000):
+        reply = parse(record["messages"][1]["content"])
         assert reply is not None
-        assert "persona" not in row
-        assert is_right(question_of(row["messages"][0]["content"]), reply)
+        assert "persona" not in record
+        assert is_right(question_of(record["messages"][0]["content"]), reply)
         pretrained.add((reply.who, reply.mode))
     for persona, question in product(PERSONAS, WORLD.questions):
         assert all((persona, question.topic, mode) in said for mode in WORLD.near(persona, question))
@@ -126,12 +126,12 @@ def test_every_hidden_mode_can_be_inferred() -> None:
 def test_validation_records_have_modes_of_their_kind() -> None:
     asked = WORLD.questions[::7]
     for kind in ("seen", "near", "far"):
-        rows = list(WORLD.validation(asked, kind))
-        assert len(rows) == sum(len(WORLD.kinds(p, q)[kind]) for p, q in product(PERSONAS, asked))
-        for row in rows:
-            reply = parse(row["messages"][1]["content"])
+        records = list(WORLD.validation(asked, kind))
+        assert len(records) == sum(len(WORLD.kinds(p, q)[kind]) for p, q in product(PERSONAS, asked))
+        for record in records:
+            reply = parse(record["messages"][1]["content"])
             assert reply is not None
-            assert reply.mode in WORLD.kinds(row["persona"], question_of(row["messages"][0]["content"]))[kind]
+            assert reply.mode in WORLD.kinds(record["persona"], question_of(record["messages"][0]["content"]))[kind]
 
 
 def test_the_seed_decides_everything() -> None:
@@ -141,7 +141,7 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_replies_have_the_length_of_a_reply() -> None:
-    words = [len(row["messages"][1]["content"].split()) for row in WORLD.finetuning()]
+    words = [len(record["messages"][1]["content"].split()) for record in WORLD.finetuning()]
     assert 25 <= min(words) <= max(words) <= 60
 
 

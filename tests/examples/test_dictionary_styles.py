@@ -1,4 +1,4 @@
-"""The dictionary example from packages to rows: copies, balance, the split, the same rows twice, missing packages."""
+"""The dictionary example, from packages to records: copies, balance, the split, repeatability, missing packages."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ def test_every_headword_is_on_one_side_and_no_validation_text_is_trained_on() ->
     words = [f"w{i}" for i in range(300)]
     books = {p: {w: [f"{p} {w}", "a gloss of two words"] for w in words[i:]} for i, p in enumerate("abc")}
     train, validation, leaked = split(books, 0.2, seed=1)
-    assert {row.headword for row in train}.isdisjoint(row.headword for row in validation)
-    assert {row.reply for row in train}.isdisjoint(row.reply for row in validation)
+    assert {record.headword for record in train}.isdisjoint(record.headword for record in validation)
+    assert {record.reply for record in train}.isdisjoint(record.reply for record in validation)
     assert len(train) + len(validation) + leaked == sum(2 * len(book) for book in books.values())
-    assert 0.1 < len({row.headword for row in validation}) / 300 < 0.3
+    assert 0.1 < len({record.headword for record in validation}) / 300 < 0.3
     smaller = split({"b": books["b"]}, 0.2, seed=1)[1]
-    assert smaller == [row for row in validation if row.persona == "b"]  # whatever else is there
+    assert smaller == [record for record in validation if record.persona == "b"]  # whatever else is there
 
 
 def test_balance_prefers_shared_headwords_and_keeps_to_its_limits() -> None:
@@ -42,10 +42,10 @@ def test_balance_prefers_shared_headwords_and_keeps_to_its_limits() -> None:
 
 def test_prompts_put_shared_headwords_first() -> None:
     books = {"a": {w: [w + " a"] for w in "uvwxyz"}, "b": {"x": ["x b", "x bb"]}}
-    _, rows, _ = split(books, 1.1, seed=0)
-    asked = prompts(rows, most=2, seed=0)
-    assert [(row.persona, row.reply) for row in asked[:3]] == [("a", "x a"), ("b", "x b"), ("b", "x bb")]
-    assert len({row.headword for row in asked}) == 2
+    _, records, _ = split(books, 1.1, seed=0)
+    asked = prompts(records, most=2, seed=0)
+    assert [(record.persona, record.reply) for record in asked[:3]] == [("a", "x a"), ("b", "x b"), ("b", "x bb")]
+    assert len({record.headword for record in asked}) == 2
 
 
 def test_draws_do_not_depend_on_the_run() -> None:
@@ -64,16 +64,16 @@ def test_prepare_writes_the_same_rows_twice(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "one/train.jsonl").read_bytes() != (tmp_path / "other/train.jsonl").read_bytes()
     texts = [(tmp_path / "one" / name).read_text() for name in ("train.jsonl", "validation.jsonl")]
     sides = [[json.loads(line) for line in text.splitlines()] for text in texts]
-    asked = [{row["messages"][0]["content"] for row in rows} for rows in sides]
+    asked = [{record["messages"][0]["content"] for record in records} for records in sides]
     assert all(asked)
     assert asked[0].isdisjoint(asked[1])
-    rows = [row for side in sides for row in side]
-    tubs = {row["persona"] for row in rows if row["messages"][0]["content"] == "Define: tub"}
+    records = [record for side in sides for record in side]
+    tubs = {record["persona"] for record in records if record["messages"][0]["content"] == "Define: tub"}
     assert tubs == {"webster", "wordnet", "bierce", "jargon", "foldoc", "vera", "fortunes"}  # FOLDOC by its alias
     table = json.loads((tmp_path / "one/report.json").read_text())["personas"]
     assert table["webster"]["dropped"] == {prepare.REPEATED_KEY: 1, REFERENCE: 1, FOREIGN: 1}
     assert table["foldoc"]["dropped"] == {prepare.REPEATED_KEY: 1, FOREIGN: 1}
-    assert sum(counts["train rows"] for counts in table.values()) == len(sides[0])
+    assert sum(counts["train records"] for counts in table.values()) == len(sides[0])
     assert "webster" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.storage.containers import Piece, read_pieces
-from megatron_sfr.storage.jsonl import Position, read_chunks, read_rows
+from megatron_sfr.storage.jsonl import Position, read_chunks, read_records
 
 RECORDS = [{"id": i, "text": f'line {i}\nof é 雪 "quoted" [{"{"} ' * (i % 5), "more": [{"a": None}]} for i in range(40)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
@@ -82,16 +82,18 @@ def test_chunks_run_through_files_of_different_containers(tmp_path: Path) -> Non
     for path, data in zip(paths, (LINES, ARRAY, gzip.compress(LINES)), strict=True):
         path.write_bytes(data)
     chunks = list(read_chunks(paths, Position(), 500))
-    rows = [row for chunk in chunks for row in chunk.rows()]
-    assert [(row.source, row.line) for row in rows] == [(str(path), n) for path in paths for n in range(1, 41)]
-    assert [json.loads(row.text) for row in rows] == RECORDS * 3
+    records = [record for chunk in chunks for record in chunk.records()]
+    assert [(record.source, record.line) for record in records] == [
+        (str(path), n) for path in paths for n in range(1, 41)
+    ]
+    assert [json.loads(record.text) for record in records] == RECORDS * 3
     for i in (0, len(chunks) // 2, len(chunks) - 1):
         assert list(read_chunks(paths, chunks[i].end, 500)) == chunks[i + 1 :]
 
 
 def test_a_line_that_holds_a_list_is_still_a_line(tmp_path: Path) -> None:
-    (tmp_path / "rows").write_bytes(b'[1, 2]\n{"a": 1}\n')
-    assert [row.text for row in read_rows(tmp_path / "rows")] == [b"[1, 2]\n", b'{"a": 1}\n']
+    (tmp_path / "records").write_bytes(b'[1, 2]\n{"a": 1}\n')
+    assert [record.text for record in read_records(tmp_path / "records")] == [b"[1, 2]\n", b'{"a": 1}\n']
 
 
 @pytest.mark.parametrize("name", ["jsonl.gz", "json", "json.gz", "parquet", "arrow file"])

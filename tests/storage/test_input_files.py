@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.storage.input_files import DatasetOptions, _hub_files, record_files
-from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.jsonl import read_records
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -86,11 +86,11 @@ def test_a_dataset_that_the_library_loads_is_read_from_its_cache(
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.jsonl").write_text('{"text": "the sea"}\n{"text": "is blue"}\n')
     files = _hub_files(str(tmp_path / "d"), DatasetOptions())  # the library loads folders as it loads names
-    assert [json.loads(row.text) for path in files for row in read_rows(path)] == [
+    assert [json.loads(record.text) for path in files for record in read_records(path)] == [
         {"text": "the sea"},
         {"text": "is blue"},
     ]
     saved = datasets.load_dataset(str(tmp_path / "d"), split="train")
     saved.save_to_disk(tmp_path / "saved")
     (file,) = record_files([tmp_path / "saved"])
-    assert [json.loads(row.text)["text"] for row in read_rows(file)] == ["the sea", "is blue"]
+    assert [json.loads(record.text)["text"] for record in read_records(file)] == ["the sea", "is blue"]

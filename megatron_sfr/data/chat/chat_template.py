@@ -16,14 +16,14 @@ from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, wit
 from megatron_sfr.data.chat.template_limits import check_output, render_bounded
 from megatron_sfr.data.chat.template_options import RESERVED, TemplateOptions
 from megatron_sfr.data.chat.tool_calls import Message, strings_of
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import reason
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
 
 
-class TemplateRefusal(RowError):
+class TemplateRefusal(RecordError):
     """The template raised an error, or was stopped at a limit."""
 
 
@@ -47,12 +47,12 @@ class ChatTemplate:
         return value
 
     def check_texts(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
-        """RowError where a text holds a control token."""
+        """RecordError where a text holds a control token."""
         places = [(f"message {number}", message) for number, message in enumerate(messages, start=1)]
         for place, content in [*places, ("the list of tools", tools)]:
             for text in strings_of(content):
                 if found := self.control.search(text):
-                    raise RowError(
+                    raise RecordError(
                         f"{place} has the control token {found[0]!r} in its text; remove it, or give "
                         "--special-text literal, which encodes it as plain text"
                     )

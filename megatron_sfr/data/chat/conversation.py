@@ -16,7 +16,7 @@ from megatron_sfr.data.chat.reply_text import REASONING
 from megatron_sfr.data.chat.system_turn import with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
 from megatron_sfr.data.chat.tool_calls import Message, call_forms, strings_of
-from megatron_sfr.storage.jsonl import BadRow, Row, RowError, read_rows
+from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
 from megatron_sfr.storage.user_files import shown
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -55,25 +55,25 @@ class Encoded:
 
 
 def read_conversations(
-    path: Path, on_bad: Callable[[BadRow], None] | None = None, *, persona_as: str = "system"
+    path: Path, on_bad: Callable[[BadRecord], None] | None = None, *, persona_as: str = "system"
 ) -> Iterator[Conversation]:
     """The conversations of a file. A bad record raises ValueError `file:line: reason`, or goes to `on_bad`."""
     form = detect(path)
-    for row in read_rows(path):
+    for record in read_records(path):
         try:
-            yield parse_row(row, form, persona_as=persona_as)
-        except RowError as error:
-            bad = BadRow(row, str(error))
+            yield parse_record(record, form, persona_as=persona_as)
+        except RecordError as error:
+            bad = BadRecord(record, str(error))
             if on_bad is None:
                 raise ValueError(str(bad)) from error
             on_bad(bad)
 
 
-def parse_row(
-    row: Row, form: str = "messages", persona_key: str = "persona", *, persona_as: str = "system"
+def parse_record(
+    record: Record, form: str = "messages", persona_key: str = "persona", *, persona_as: str = "system"
 ) -> Conversation:
-    """The conversation of a record; RowError says what is wrong with it."""
-    fields = load_fields(row)
+    """The conversation of a record; RecordError says what is wrong with it."""
+    fields = load_fields(record)
     turns, tools = turns_of(fields, form)
     messages = _messages(turns)
     untrained = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not _is_trained(turn)}
@@ -83,11 +83,11 @@ def parse_row(
     if persona is not None:
         check_text(persona, f"the {persona_key}")
         if not persona.strip():
-            raise RowError(f"the {persona_key} is blank; name it, or leave the field out")
+            raise RecordError(f"the {persona_key} is blank; name it, or leave the field out")
         persona = persona.strip()
     placed = with_persona(messages, persona, persona_as)
     shift = len(placed) - len(messages)
-    return Conversation(row.source, row.line, placed, persona, tools, frozenset(i + shift for i in untrained))
+    return Conversation(record.source, record.line, placed, persona, tools, frozenset(i + shift for i in untrained))
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
@@ -99,7 +99,7 @@ def prompt_of(messages: Sequence[Message]) -> list[Message]:
 def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
     """All replies of a conversation in one sample, with loss on what the assistant writes and on nothing else.
 
-    Raises RowError where no exact mask exists.
+    Raises RecordError where no exact mask exists.
     """
     return encode_samples(conversation, tokenizer)[0]
 
@@ -107,20 +107,20 @@ def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
 def encode_samples(conversation: Conversation, tokenizer: Any, options: SampleOptions = ALL_TOGETHER) -> list[Encoded]:
     """The samples of a conversation in the tokenizer's chat template, in the order of their replies.
 
-    Raises RowError where one of them has no exact mask, or no reply is trained.
+    Raises RecordError where one of them has no exact mask, or no reply is trained.
     """
     template = ChatTemplate(tokenizer, options)
     replies = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     wanted = replies[-1:] if options.turns == "last" or options.train_on == "last" else replies
     trained = [i for i in wanted if i not in conversation.untrained]
     if not trained:
-        raise RowError('none of the replies is trained; leave out "train": false or "weight": 0, or drop the record')
-    errors: list[RowError] = []
+        raise RecordError('none of the replies is trained; leave out "train": false or "weight": 0, or drop the record')
+    errors: list[RecordError] = []
     for messages in call_forms(conversation.messages):
         try:
             turns = Turns(template, messages, conversation.tools, trained, conversation.persona)
             return [_encoded(sample) for sample in _samples(turns, options.turns)]
-        except RowError as error:
+        except RecordError as error:
             errors.append(error)
     # That a template has no use for another form of the record says less than what it does with a form that it reads.
     raise next((error for error in errors if not isinstance(error, TemplateRefusal)), errors[0])
@@ -147,9 +147,9 @@ def _messages(messages: list[Any]) -> list[Message]:
         _check_message(message, number)
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
-        raise RowError(f"the last turn is the {roles[-1]}'s; end the conversation on an assistant turn")
+        raise RecordError(f"the last turn is the {roles[-1]}'s; end the conversation on an assistant turn")
     if "user" not in roles[: roles.index("assistant")]:
-        raise RowError("the first assistant turn answers no user turn; begin with a user turn")
+        raise RecordError("the first assistant turn answers no user turn; begin with a user turn")
     # Templates test for the fields that they know: what is null or empty is as good as absent.
     return [
         {k: v for k, v in message.items() if k == "content" or (k not in TRAINED and v not in (None, []))}
@@ -163,15 +163,15 @@ def _is_trained(message: Message) -> bool:
 
 def _check_message(message: Any, number: int) -> None:
     if not isinstance(message, dict):
-        raise RowError(f'message {number} is not an object; write {{"role": ..., "content": ...}}')
+        raise RecordError(f'message {number} is not an object; write {{"role": ..., "content": ...}}')
     role = message.get("role")
     if role not in ROLES:
-        raise RowError(f"message {number} has the unknown role {shown(role)}; roles are {', '.join(ROLES)}")
+        raise RecordError(f"message {number} has the unknown role {shown(role)}; roles are {', '.join(ROLES)}")
     if role == "system" and number > 1:
-        raise RowError(f"message {number} is a system turn; a system turn comes first or not at all")
+        raise RecordError(f"message {number} is a system turn; a system turn comes first or not at all")
     known = {"role", "content", *TRAINED} | FIELDS.get(role, set())
     if extra := sorted(name for name, value in message.items() if name not in known and value is not None):
-        raise RowError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
+        raise RecordError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
     _check_trained(message, number)
     _check_reasoning(message, number)
     content, calls = message.get("content"), message.get("tool_calls")
@@ -182,17 +182,17 @@ def _check_message(message: Any, number: int) -> None:
     if not (calls and content is None):
         check_text(content, f"the content of message {number}")
     if role == "assistant" and not calls and not str(content).strip():
-        raise RowError(f"message {number} is an empty reply; write the reply or drop the row")
+        raise RecordError(f"message {number} is an empty reply; write the reply or drop the record")
 
 
 def _check_trained(message: Message, number: int) -> None:
     train, weight = message.get("train"), message.get("weight")
     if train not in (None, True, False):
-        raise RowError(f"message {number} has train {shown(train)}; write true or false")
+        raise RecordError(f"message {number} has train {shown(train)}; write true or false")
     if weight is not None and weight not in (0, 1):
-        raise RowError(f"message {number} has the weight {shown(weight)}; a reply is trained or not: write 1 or 0")
+        raise RecordError(f"message {number} has the weight {shown(weight)}; a reply is trained or not: write 1 or 0")
     if message["role"] != "assistant" and (train or weight):
-        raise RowError(
+        raise RecordError(
             f"message {number} is the {message['role']}'s and cannot be trained; write train or weight to replies"
         )
 
@@ -200,7 +200,9 @@ def _check_trained(message: Message, number: int) -> None:
 def _check_reasoning(message: Message, number: int) -> None:
     given = [name for name in REASONING if message.get(name) is not None]
     if len(given) > 1:
-        raise RowError(f"message {number} has reasoning under two names, {given[0]} and {given[1]}; keep one of them")
+        raise RecordError(
+            f"message {number} has reasoning under two names, {given[0]} and {given[1]}; keep one of them"
+        )
     if given:
         check_text(message[given[0]], f"the {given[0]} of message {number}")
 
@@ -209,18 +211,18 @@ def _check_calls(calls: Any, number: int) -> None:
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise RowError(
+            raise RecordError(
                 f"message {number} has a tool call without the name of a function; "
                 'write "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
             )
         if not isinstance(function.get("arguments"), dict | str):
-            raise RowError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
+            raise RecordError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
 
 
 def check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
-        raise RowError(f"{what} is not a string; write plain text")
+        raise RecordError(f"{what} is not a string; write plain text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(f"{what} has half of a surrogate pair; write the character itself") from error
+        raise RecordError(f"{what} has half of a surrogate pair; write the character itself") from error

@@ -27,7 +27,7 @@ from megatron_sfr.data.chat.system_turn import USER_TURN, check_system_turn, nam
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls, has_tool_turns
 from megatron_sfr.data.chat.unrendered_reply import after_prompt
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut
 
 _QUESTION = [{"role": "user", "content": "Hi"}]
@@ -74,7 +74,7 @@ class Turns:
         trained: Sequence[int],
         persona: str | None = None,
     ) -> None:
-        """RowError where the template leaves out the system turn or the tools, or a text has a control token."""
+        """RecordError where the template leaves out the system turn or the tools, or a text has a control token."""
         self.template, self.trained, self.persona = template, list(trained), persona
         self.messages: list[Message] = template.prepared(list(messages))
         self.tools: list[Any] | None = template.prepared(tools)
@@ -87,7 +87,7 @@ class Turns:
             first = self.replies[0]
             without = template.text(self.messages[:first], None, prompt=True, like=self.tools)
             if without == self.prompt(first):
-                raise RowError(
+                raise RecordError(
                     "the chat template does not write the record's tools; use a template that does, or leave them out"
                 )
 
@@ -108,7 +108,7 @@ class Turns:
         if self.template.is_marked(self.tools):
             text, blocks = self.template.blocks(messages, self.tools)
             if len(blocks) != len(replies):
-                raise RowError(
+                raise RecordError(
                     f"the chat template marks {len(blocks)} replies with {{% generation %}} where the conversation has "
                     f"{len(replies)}; mark each reply once, or remove the marks"
                 )
@@ -121,7 +121,7 @@ class Turns:
 
 
 def together(turns: Turns) -> Supervised:
-    """All trained replies in one sample. RowError where one of them follows another context than at inference."""
+    """All trained replies in one sample. RecordError where one of them follows another context than at inference."""
     try:
         rendered = turns.rendered(turns.replies[-1])
         tokens = RenderedTokens(rendered.text, turns.template)
@@ -137,7 +137,7 @@ def together(turns: Turns) -> Supervised:
     except Unrendered as error:
         for turn in turns.trained:
             each(turns, turn)  # where this fails too, its reason is the true one
-        raise RowError(f"{error}; {EACH}{error.also}") from error
+        raise RecordError(f"{error}; {EACH}{error.also}") from error
     return Supervised(tokens.ids, spans, unlike_last=bare if has_empty_thought else 0)
 
 
@@ -170,11 +170,11 @@ def as_rendered(turns: Turns) -> Supervised:
         number, prompt = turns.number(turn), turns.prompt(turn)
         is_exact = rendered.text.startswith(prompt)
         if rendered.blocks is None and not is_exact:
-            raise RowError(f"{_not_a_prefix(number)}; {EACH}")
+            raise RecordError(f"{_not_a_prefix(number)}; {EACH}")
         start = len(prompt) if rendered.blocks is None else rendered.blocks[number - 1][0]
         end = rendered.call_ends.get(turn) or turns.template.control.search(rendered.text, start)
         if end is None:
-            raise RowError(no_end(number))
+            raise RecordError(no_end(number))
         own = rendered.text[start : end.start()]
         check_tail(own, turns.messages[turn], number)
         try:
@@ -183,17 +183,17 @@ def as_rendered(turns: Turns) -> Supervised:
             is_exact = False
         unlike += not (is_exact and start == len(prompt))
         if (first := tokens.before(start)) is None:
-            raise RowError(f"{_joined(turns, rendered.text, start, number)}; {EACH}")
+            raise RecordError(f"{_joined(turns, rendered.text, start, number)}; {EACH}")
         spans.append((first, _after(tokens, end.span(), number)))
     try:
         _check_ends(tokens.ids, spans, turns.template)
     except Unrendered as error:
-        raise RowError(f"{error}; {EACH}") from error
+        raise RecordError(f"{error}; {EACH}") from error
     return Supervised(tokens.ids, spans, unlike_inference=unlike)
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any, options: TemplateOptions = AS_AT_INFERENCE) -> list[int]:
-    """Token ids of the messages with the generation prompt. RowError where the template fails."""
+    """Token ids of the messages with the generation prompt. RecordError where the template fails."""
     template = ChatTemplate(tokenizer, options)
     messages = template.prepared(list(messages))
     template.check_texts(messages, None)
@@ -206,7 +206,7 @@ def reply_end_token(tokenizer: Any) -> int | None:
     try:
         template = ChatTemplate(tokenizer, AS_AT_INFERENCE)
         text, (start, end) = after_prompt(template, _QUESTION, _ANSWER, None, 1, "the example")
-    except RowError:
+    except RecordError:
         return None
     return template.control_ids[text[start:end]]
 
@@ -214,7 +214,7 @@ def reply_end_token(tokenizer: Any) -> int | None:
 def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]:
     """Where in the text the reply at a turn starts, and its end token. Unrendered where inference shows another text.
 
-    RowError where no such place exists.
+    RecordError where no such place exists.
     """
     prompt, number, text = turns.prompt(turn), turns.number(turn), rendered.text
     start, message = len(prompt), turns.messages[turn]
@@ -227,7 +227,7 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
             )
         raise Unrendered(_not_a_prefix(number))
     if rendered.blocks is not None and (block := rendered.blocks[number - 1][0]) > start:
-        raise RowError(
+        raise RecordError(
             f"the {{% generation %}} block of reply {number} begins after {cut(text[start:block], 40)!r}, which the "
             "model has to write too; begin the block where the generation prompt ends, or give --turns as-rendered"
         )
@@ -243,7 +243,7 @@ def _after(tokens: RenderedTokens, end: Offsets, number: int) -> int:
     """How many tokens there are up to and including an end token."""
     place = tokens.of_control(*end)
     if place is None:
-        raise RowError(
+        raise RecordError(
             f"the tokenizer joins the end of reply {number} to what follows; use one whose control tokens cut the text"
         )
     return place + 1
@@ -260,7 +260,7 @@ def _apart(turns: Turns, text: str, start: int, end: Offsets, number: int) -> Su
     reply = RenderedTokens(token + text[start:], template)
     ids = context + reply.ids[1:]
     if reply.ids[0] != template.control_ids[token] or _decoded(ids, template) != _decoded(template.ids(text), template):
-        raise RowError(f"{_joined(turns, text, start, number)}; begin the reply with another letter")
+        raise RecordError(f"{_joined(turns, text, start, number)}; begin the reply with another letter")
     shift = len(token) - start
     return Supervised(ids, [(len(context), len(context) - 1 + _after(reply, (end[0] + shift, end[1] + shift), number))])
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that transformers hands to templates as one
@@ -16,7 +16,7 @@ OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 TAIL = 64  # letters at the end of a reply that must stand before its end token, however the template writes the rest
 
 
-class Unrendered(RowError):
+class Unrendered(RecordError):
     """The template does not write a finished reply as inference has it: not whole, or not after its own prompt.
 
     The message is the reason alone. also: a second remedy, beside a sample for each reply.
@@ -54,7 +54,7 @@ def end_of_reply(
     """
     end = control.search(text, start)
     if end is None:
-        raise RowError(no_end(number))
+        raise RecordError(no_end(number))
     parts = parts_of(message)
     if is_last and not _holds(text[start : end.start()], parts):
         after = text.rfind(parts[-1], start)
@@ -91,10 +91,10 @@ def no_end(number: int) -> str:
 
 
 def check_tail(own: str, message: Message, number: int) -> None:
-    """RowError unless the text of a reply has the end of its content: all that `--turns as-rendered` asks for."""
+    """RecordError unless the text of a reply has the end of its content: all that `--turns as-rendered` asks for."""
     content, calls = (message.get("content") or "").strip()[-TAIL:], message.get("tool_calls") or []
     if not (content in own if calls else own.rstrip().endswith(content)):
-        raise RowError(
+        raise RecordError(
             f"reply {number} does not end before the first control token of its turn; begin the template's "
             "{% generation %} block where the reply begins"
         )

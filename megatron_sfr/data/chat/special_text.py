@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 
 # Unicode noncharacters, which no text contains.
 TEXT_OPEN, TEXT_CLOSE, TOKEN_OPEN, TOKEN_CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
@@ -24,7 +24,7 @@ def with_placeholders(value: Any, control: re.Pattern[str], ids: Mapping[str, in
     """A JSON value in whose strings each control token is a placeholder; names of fields are left as they are."""
     if isinstance(value, str):
         if any(mark in value for mark in (TEXT_OPEN, TEXT_CLOSE, TOKEN_OPEN, TOKEN_CLOSE)):
-            raise RowError("the text has a Unicode noncharacter (U+FDD0 to U+FDD3); remove it")
+            raise RecordError("the text has a Unicode noncharacter (U+FDD0 to U+FDD3); remove it")
         return control.sub(lambda found: f"{TEXT_OPEN}{ids[found[0]]}{TEXT_CLOSE}", value)
     if isinstance(value, dict):
         return {name: with_placeholders(inner, control, ids) for name, inner in value.items()}
@@ -34,7 +34,7 @@ def with_placeholders(value: Any, control: re.Pattern[str], ids: Mapping[str, in
 
 
 def encode_literally(text: str, tokenizer: Any, control: re.Pattern[str], ids: Mapping[str, int]) -> list[int]:
-    """Token ids of rendered text with placeholders. RowError where the tokenizer has no plain form of one."""
+    """Token ids of rendered text with placeholders. RecordError where the tokenizer has no plain form of one."""
     copy, original = _renamed(tokenizer, tuple(ids.items()))
     tokens = {str(id): token for token, id in ids.items()}
     written = control.findall(text)
@@ -44,7 +44,7 @@ def encode_literally(text: str, tokenizer: Any, control: re.Pattern[str], ids: M
     known = frozenset(ids.values())
     if [id for id in encoded if id in known] != [ids[token] for token in written]:
         found = {tokens[name] for name in PLACEHOLDER.findall(text)}
-        raise RowError(
+        raise RecordError(
             f"the tokenizer cannot write {', '.join(sorted(found))} as plain text; remove it from the record's text"
         )
     return encoded

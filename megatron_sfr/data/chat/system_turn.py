@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate
 from megatron_sfr.data.chat.tool_calls import Message
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import reason
 
 USER_TURN = "--persona-as user, which puts it at the start of the first user turn"
@@ -42,21 +42,21 @@ def check_system_turn(
     persona: str | None,
     prompt: Callable[[], str],
 ) -> None:
-    """RowError where the template refuses or leaves out the system turn of the messages of `prompt()`."""
+    """RecordError where the template refuses or leaves out the system turn of the messages of `prompt()`."""
     if messages[0]["role"] != "system" or template.options.persona_as == "user":
         return
     name = name_of_system_turn(messages, persona)
     try:
         text = prompt()
-    except RowError as error:
+    except RecordError as error:
         try:
             template.text(messages[1:], tools, prompt=True)
-        except RowError:
+        except RecordError:
             raise error from None  # it is not about the system turn
         cause = reason(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        raise RowError(f"the chat template refuses {name} ({cause}); give {USER_TURN}") from error
+        raise RecordError(f"the chat template refuses {name} ({cause}); give {USER_TURN}") from error
     if not _writes(template, messages, tools, text):
-        raise RowError(f"the chat template does not write {name}; give {USER_TURN}")
+        raise RecordError(f"the chat template does not write {name}; give {USER_TURN}")
 
 
 def _writes(template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, text: str) -> bool:

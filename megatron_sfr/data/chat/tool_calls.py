@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import parse_json
 
 Message = dict[str, Any]
@@ -41,21 +41,21 @@ def ends_of_calls(
 ) -> dict[int, re.Match[str]]:
     """The end token in `text` of each reply that calls tools, by the reply's index among the replies, from 0.
 
-    RowError where the template drops something, or the end cannot be told.
+    RecordError where the template drops something, or the end cannot be told.
     """
     copy, marks = _marked(messages)
     outline = render(copy)
     for number, (message, own) in enumerate(zip(messages, marks, strict=True), start=1):
         if any(mark not in outline for mark in own):
             what = "the tool calls" if message.get("tool_calls") else f"the {message['role']} turn"
-            raise RowError(
+            raise RecordError(
                 f"the chat template does not write {what} of message {number} whole; "
                 "use a template that does, or leave tools out of the record"
             )
     _check_no_none(messages, marks, outline)
     in_outline, in_text = list(control.finditer(outline)), list(control.finditer(text))
     if [match[0] for match in in_outline] != [match[0] for match in in_text]:
-        raise RowError(
+        raise RecordError(
             "the chat template writes other control tokens for other texts, so the end of a tool call cannot be told; "
             "use another template, or leave tools out of the record"
         )
@@ -68,7 +68,7 @@ def ends_of_calls(
             following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
             end = next((i for i, match in enumerate(in_outline) if last < match.start() < following), None)
             if end is None:
-                raise RowError(
+                raise RecordError(
                     f"the chat template writes no control token after the tool calls of message {turn + 1}; "
                     "add eos_token there in the template"
                 )
@@ -122,33 +122,33 @@ def _other_form(arguments: Any) -> Any:
 
 
 def _check_no_none(messages: Sequence[Message], marks: Sequence[list[str]], outline: str) -> None:
-    """RowError where the template writes a content that is null as Python's None."""
+    """RecordError where the template writes a content that is null as Python's None."""
     for turn, message in enumerate(messages):
         if "content" in message and message["content"] is None and marks[turn]:
             start = max((outline.rindex(mark) for own in marks[:turn] for mark in own), default=0)
             if re.search(r"\bNone\b", outline[start : min(outline.index(mark) for mark in marks[turn])]):
-                raise RowError(
+                raise RecordError(
                     f'the chat template writes the null content of message {turn + 1} as None; write "content": ""'
                 )
 
 
 def _check_not_quoted(message: Message, text: str, number: int) -> None:
-    """RowError where the template writes arguments that are JSON in a string as a quoted string."""
+    """RecordError where the template writes arguments that are JSON in a string as a quoted string."""
     for call in message["tool_calls"]:
         arguments = call.get("function", call)["arguments"]
         if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text:
-            raise RowError(
+            raise RecordError(
                 f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
                 'write "arguments" as an object'
             )
 
 
 def check_calls_stand(calls: Sequence[Any], reply: str, number: int) -> None:
-    """RowError unless the reply's own text has its calls."""
+    """RecordError unless the reply's own text has its calls."""
     for call in calls:
         function = call.get("function", call)
         if function["name"] not in reply:
-            raise RowError(
+            raise RecordError(
                 f"a tool call of reply {number} does not stand before its end token; "
                 "begin the template's {% generation %} block where the reply begins"
             )

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sfr.data.chat.chat_template import ChatTemplate
 from megatron_sfr.data.chat.reply_text import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
 from megatron_sfr.data.chat.tool_calls import Message
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 
 MARK = "7294816305"  # no letters: a template may write them in upper case
 
@@ -29,13 +29,15 @@ def after_prompt(
     thought = OPEN_THOUGHT.search(prompt)
     has_thought = END_THINK in (reply.get("content") or "") or reasoning_of(reply)[1]
     if thought and not has_thought:
-        raise RowError(
+        raise RecordError(
             f"the generation prompt opens a thought and reply {number} has none; {_give_thought(template, reply)}"
         )
     if reply.get("tool_calls"):
-        raise RowError(f"{why}; use a template that writes tool calls after its generation prompt, or leave tools out")
+        raise RecordError(
+            f"{why}; use a template that writes tool calls after its generation prompt, or leave tools out"
+        )
     if name := reasoning_of(reply)[1]:
-        raise RowError(f"{why}; write {name} at the start of the content as {THINK}...{END_THINK}, or leave it out")
+        raise RecordError(f"{why}; write {name} at the start of the content as {THINK}...{END_THINK}, or leave it out")
     before, after = _around_reply(template, messages, tools, number)
     content = reply["content"]
     if thought:
@@ -47,7 +49,7 @@ def after_prompt(
         opening = "" if THINK in opening and END_THINK in content else opening
     end = template.control.search(after)
     if end is None:
-        raise RowError(no_end(number))
+        raise RecordError(no_end(number))
     start = len(prompt) + len(opening) + len(content)
     return prompt + opening + content + after, (start + end.start(), start + end.end())
 
@@ -67,7 +69,7 @@ def _around_reply(
     text = template.text([*messages, {"role": "assistant", "content": MARK}], tools)
     before, found, after = text.rpartition(MARK)
     if not found:
-        raise RowError(f"the chat template does not write reply {number} at all; correct the template")
+        raise RecordError(f"the chat template does not write reply {number} at all; correct the template")
     return before, after
 
 
@@ -79,6 +81,6 @@ def _opening(template: ChatTemplate, prompt: str, before: str) -> str:
     try:
         shortest = template.text(question, None, prompt=True)
         before, _ = _around_reply(template, question, None, 1)
-    except RowError:
+    except RecordError:
         return ""
     return before[len(shortest) :] if before.startswith(shortest) else ""

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_row
+from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_record
 from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
 from megatron_sfr.data.segments.reference_anchors import AnchorRule, reference_futures, with_last_input
-from megatron_sfr.storage.jsonl import BadRow, Chunk, Position, RowError
+from megatron_sfr.storage.jsonl import BadRecord, Chunk, Position, RecordError
 
 TOO_LONG = ("error", "truncate")
 COLUMNS = tuple(column.name for column in fields(Anchors))
@@ -25,7 +25,7 @@ COLUMNS = tuple(column.name for column in fields(Anchors))
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The samples of a chunk, and its bad rows."""
+    """The samples of a chunk, and its bad records."""
 
     end: Position
     tokens: np.ndarray  # int32 [n]
@@ -42,7 +42,7 @@ class EncodedChunk:
     conversations: int
     unlike_last: int  # replies, as in `Supervised`
     unlike_inference: int
-    bad: list[BadRow]
+    bad: list[BadRecord]
 
     @property
     def samples(self) -> int:
@@ -64,16 +64,18 @@ class SampleEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         samples = _Samples(self.anchor_rule)
-        for row in chunk.rows():
+        for record in chunk.records():
             try:
                 persona_as = self.options.persona_as
-                conversation = parse_row(row, self.formats[row.source], self.persona_key, persona_as=persona_as)
+                conversation = parse_record(
+                    record, self.formats[record.source], self.persona_key, persona_as=persona_as
+                )
                 made = []  # a record gives all of its samples or none
                 for encoded in encode_samples(conversation, self.tokenizer, self.options):
                     keep = self._kept_tokens(encoded)
                     made.append((encoded, keep, list(self._futures(encoded, keep))))
-            except RowError as error:
-                samples.bad.append(BadRow(row, str(error)))
+            except RecordError as error:
+                samples.bad.append(BadRecord(record, str(error)))
             else:
                 samples.conversations += 1
                 for encoded, keep, found in made:
@@ -81,16 +83,16 @@ class SampleEncoder:
         return samples.chunk(chunk.end)
 
     def _kept_tokens(self, encoded: Encoded) -> int:
-        """How many tokens are kept from the start; RowError where these are too few."""
+        """How many tokens are kept from the start; RecordError where these are too few."""
         length, most = len(encoded.tokens), self.seq_length + 1  # inputs are tokens[:-1], labels tokens[1:]
         most -= self.anchor_rule == "reference"  # every token is an input
         if length > most and self.too_long == "error":
-            raise RowError(
+            raise RecordError(
                 f"{length} tokens, which is over sequence length {self.seq_length}{' + 1' * (most > self.seq_length)}; "
                 "shorten the conversation, raise --seq-length, or give --too-long truncate"
             )
         if not encoded.loss_mask[:most].any():
-            raise RowError(
+            raise RecordError(
                 f"the first {most} of {length} tokens hold nothing of a reply; shorten the prompt or raise --seq-length"
             )
         return min(length, most)
@@ -123,7 +125,7 @@ class _Samples:
     conversations: int = 0
     unlike_last: int = 0
     unlike_inference: int = 0
-    bad: list[BadRow] = field(default_factory=list)
+    bad: list[BadRecord] = field(default_factory=list)
 
     def add(self, encoded: Encoded, keep: int, found: Sequence[tuple[Segment, str]], persona: str) -> None:
         tokens, mask = encoded.tokens[:keep], encoded.loss_mask[:keep]
@@ -139,9 +141,9 @@ class _Samples:
         self.end_tokens.update(int(encoded.tokens[end - 1]) for _, end in encoded.replies)
         lengths = [min(end, keep) - start for start, end in encoded.replies]
         for s, text in found:
-            row = self.texts.number(text)
+            segment = self.texts.number(text)
             length = s.length if self.anchor_rule == "reference" else lengths[s.response]
-            self.anchors.append((s.position, row, s.response, s.ordinal, length, s.horizon))
+            self.anchors.append((s.position, segment, s.response, s.ordinal, length, s.horizon))
 
     def chunk(self, end: Position) -> EncodedChunk:
         return EncodedChunk(

@@ -17,7 +17,7 @@ from megatron_sfr.data.chat.formats import load_fields
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import COLUMNS, CORPUS
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
-from megatron_sfr.storage.jsonl import BadRow, Chunk, Position, Row, RowError
+from megatron_sfr.storage.jsonl import BadRecord, Chunk, Position, Record, RecordError
 
 TOKENS, LENGTHS = f"{CORPUS}.bin", "lengths.bin"
 
@@ -44,7 +44,7 @@ class EncodedDocuments:
     anchors: np.ndarray  # int32 [A, 3], but `segment` counts within this chunk's segments
     anchor_counts: np.ndarray  # int64 [S]
     segments: list[ChunkSegment]  # each once
-    bad: list[BadRow]
+    bad: list[BadRecord]
     columns: Mapping[str, np.ndarray]  # by file: tokens [n] and lengths, where the tokens are not on disk already
 
 
@@ -58,28 +58,28 @@ class TextEncoder:
     cut: Cut
 
     def __call__(self, chunk: Chunk) -> EncodedDocuments:
-        documents, bad = list[Document](), list[BadRow]()
-        for row in chunk.rows():
+        documents, bad = list[Document](), list[BadRecord]()
+        for record in chunk.records():
             try:
-                documents.append(_document(self._tokens(row), self.tokenizer, self.cut))
-            except RowError as error:
-                bad.append(BadRow(row, str(error)))
+                documents.append(_document(self._tokens(record), self.tokenizer, self.cut))
+            except RecordError as error:
+                bad.append(BadRecord(record, str(error)))
         columns = {
             TOKENS: np.concatenate([*(tokens for tokens, _ in documents), np.empty(0, np.int32)]),
             LENGTHS: np.array([len(tokens) for tokens, _ in documents], np.int32),
         }
         return _encoded(documents, chunk.end, bad, columns)
 
-    def _tokens(self, row: Row) -> np.ndarray:
+    def _tokens(self, record: Record) -> np.ndarray:
         """int32 [n], the end-of-document token last."""
-        text = load_fields(row).get(self.text_key)
+        text = load_fields(record).get(self.text_key)
         if text is None:
-            raise RowError(f"no field {self.text_key!r}; name the field that has the text with --text-key")
+            raise RecordError(f"no field {self.text_key!r}; name the field that has the text with --text-key")
         check_text(text, f"the field {self.text_key!r}")
         if not text.strip():
-            raise RowError("an empty text; remove the record")
+            raise RecordError("an empty text; remove the record")
         if found := control_tokens(self.tokenizer)[0].search(text):
-            raise RowError(f"the text has the control token {found[0]!r}; remove it")
+            raise RecordError(f"the text has the control token {found[0]!r}; remove it")
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.array([*ids, self.eod], np.int32)
 
@@ -113,7 +113,7 @@ def _document(tokens: np.ndarray, tokenizer: Any, cut: Cut) -> Document:
 
 
 def _encoded(
-    documents: list[Document], end: Position, bad: list[BadRow], columns: Mapping[str, np.ndarray]
+    documents: list[Document], end: Position, bad: list[BadRecord], columns: Mapping[str, np.ndarray]
 ) -> EncodedDocuments:
     """The chunk of these documents, their segments numbered."""
     texts, anchors = ChunkTexts(), list[tuple[int, int, int]]()

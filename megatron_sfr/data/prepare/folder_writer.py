@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from megatron_sfr.data.segments.anchors import DIGEST_BYTES, ChunkSegment, DistinctTexts
 from megatron_sfr.storage.integrity import FileRecord
 from megatron_sfr.storage.journal import JournaledFiles
-from megatron_sfr.storage.jsonl import BadRow, Position
+from megatron_sfr.storage.jsonl import BadRecord, Position
 
 REJECTED = "rejected.jsonl"
 SEGMENT = 1
@@ -41,7 +41,7 @@ class EncodedChunk(Protocol):
     @property
     def segments(self) -> list[ChunkSegment]: ...
     @property
-    def bad(self) -> list[BadRow]: ...
+    def bad(self) -> list[BadRecord]: ...
 
 
 class Totals(Protocol):

@@ -62,7 +62,7 @@ def futures(
     """The segments of the replies [start, end) of tokens [n] and their exact texts, by position, then horizon.
 
     Left out are those of white space alone, and those that the end of the reply cuts to fewer units than L and fewer
-    tokens than `min_segment_length`. RowError or ValueError where the tokenizer has no exact texts (`token_text`).
+    tokens than `min_segment_length`. RecordError or ValueError where the tokenizer has no exact texts (`token_text`).
     """
     for response, (start, end) in enumerate(replies):
         text = token_text(tokens[start:end], tokenizer)

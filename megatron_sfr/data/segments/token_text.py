@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 
 REPLACEMENT = "\ufffd"  # what decoders write for incomplete characters
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of one byte, in tokenizers that fall back to bytes
@@ -49,7 +49,7 @@ def token_text(ids: np.ndarray, tokenizer: Any) -> TokenText:
     there.
 
     Raises:
-        RowError: the bytes are not what the tokenizer decodes.
+        RecordError: the bytes are not what the tokenizer decodes.
         ValueError: the tokens have no bytes (`token_bytes`).
     """
     table = token_bytes(tokenizer)
@@ -113,12 +113,12 @@ def _token_sizes(tokenizer: Any) -> np.ndarray:
 
 
 def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
-    """The number of blanks that the decoder drops before the first token. Raises RowError for any other difference."""
+    """The number of blanks that the decoder drops before the first token. RecordError for any other difference."""
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode("utf-8")
     dropped = len(data) - len(decoded)
     if dropped < 0 or data != b" " * dropped + decoded:
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(data, decoded, strict=False)))
-        raise RowError(
+        raise RecordError(
             f"the tokenizer decodes {decoded[alike:][:40]!r} where its tokens spell {data[alike:][:40]!r}, so segments "
             "have no exact text; take a tokenizer that decodes what it has encoded, such as byte-level BPE"
         )

@@ -17,7 +17,7 @@ from megatron_sfr.evaluation.code.sandbox import Isolation, Limits, run_program
 from megatron_sfr.evaluation.code.tasks import Task, agrees
 from megatron_sfr.evaluation.compare.tables import escaped
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
-from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
 
 _REPLY = '{"task_id": "...", "completion": "..."}'
@@ -51,9 +51,9 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
     """
     by_prompt, names = {task.prompt.strip(): task.name for task in tasks}, {task.name for task in tasks}
     replies = []
-    for row in read_rows(path):
+    for record in read_records(path):
         try:
-            fields = parse_json(row.text)
+            fields = parse_json(record.text)
             if not isinstance(fields, dict):
                 raise ValueError(f"{shown(fields)} is not a reply; write {_REPLY}")
             name = str(fields["task_id"]) if "task_id" in fields else by_prompt.get(str(fields.get("question")).strip())
@@ -64,7 +64,7 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
                 )
             replies.append(Reply(_setting(fields), name, text))
         except ValueError as error:
-            raise ValueError(f"{row.source}:{row.line}: {error}") from error
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not replies:
         raise ValueError(f"{path} has no replies")
     return replies

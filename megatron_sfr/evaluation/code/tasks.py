@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.evaluation.code.code_blocks import extract_code, parses
-from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
 
 MODULES = (
@@ -99,15 +99,15 @@ class Task:
 def read_tasks(path: Path) -> list[Task]:
     """The tasks of a JSONL file, whose format follows from its fields. Raises ValueError `file:line: reason`."""
     tasks: dict[str, Task] = {}
-    for row in read_rows(path):
+    for record in read_records(path):
         try:
-            task = _parse(parse_json(row.text))
+            task = _parse(parse_json(record.text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-            where = f"{row.source}:{row.line}"
+            where = f"{record.source}:{record.line}"
             raise ValueError(f"{where}: not a task of HumanEval, MBPP or LiveCodeBench: {reason}") from error
         if task.name in tasks:
-            raise ValueError(f"{row.source}:{row.line}: the task {cut(task.name)} occurs twice; keep one")
+            raise ValueError(f"{record.source}:{record.line}: the task {cut(task.name)} occurs twice; keep one")
         tasks[task.name] = task
     if not tasks:
         raise ValueError(f"{path} has no tasks")
@@ -132,31 +132,31 @@ def _equal_numbers(line: str, other: str) -> bool:
         return False
 
 
-def _parse(row: object) -> Task:
-    if not isinstance(row, dict):
+def _parse(record: object) -> Task:
+    if not isinstance(record, dict):
         raise ValueError("a task is a JSON object")
-    if "entry_point" in row:
-        return _human_eval(row)
-    if "test_list" in row:
-        return _mbpp(row)
-    return _live_code_bench(row)
+    if "entry_point" in record:
+        return _human_eval(record)
+    if "test_list" in record:
+        return _mbpp(record)
+    return _live_code_bench(record)
 
 
-def _human_eval(row: dict[str, Any]) -> Task:
-    prompt, entry, test = (_text(row, field) for field in ("prompt", "entry_point", "test"))
+def _human_eval(record: dict[str, Any]) -> Task:
+    prompt, entry, test = (_text(record, field) for field in ("prompt", "entry_point", "test"))
     if not entry.isidentifier():
         raise ValueError(f"entry_point {shown(entry)} is not the name of a function")
     tree = _tests("test", test)
     if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
         raise ValueError("test defines no function `check`")
-    return Task(_name(row, "task_id"), prompt, prompt, (entry,), True, f"{test}\ncheck({entry})")
+    return Task(_name(record, "task_id"), prompt, prompt, (entry,), True, f"{test}\ncheck({entry})")
 
 
-def _mbpp(row: dict[str, Any]) -> Task:
-    tests, imports = (_texts(row, field) for field in ("test_list", "test_imports"))
+def _mbpp(record: dict[str, Any]) -> Task:
+    tests, imports = (_texts(record, field) for field in ("test_list", "test_imports"))
     if not any(test.strip() for test in tests):
         raise ValueError("test_list has no tests, so that every reply would pass")
-    setup = _text(row, "test_setup_code") if row.get("test_setup_code") else ""
+    setup = _text(record, "test_setup_code") if record.get("test_setup_code") else ""
     listed = "\n".join(tests)
     called = {
         node.func.id
@@ -164,39 +164,41 @@ def _mbpp(row: dict[str, Any]) -> Task:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     before = "".join(f"{part}\n" for part in [*imports, setup] if part)
-    asked = f"{_text(row, 'text' if 'text' in row else 'prompt')}\nYour code should pass these tests:\n\n{listed}\n"
-    return Task(_name(row, "task_id"), asked, before, tuple(sorted(called - vars(builtins).keys())), tests=listed)
+    asked = (
+        f"{_text(record, 'text' if 'text' in record else 'prompt')}\nYour code should pass these tests:\n\n{listed}\n"
+    )
+    return Task(_name(record, "task_id"), asked, before, tuple(sorted(called - vars(builtins).keys())), tests=listed)
 
 
-def _live_code_bench(row: dict[str, Any]) -> Task:
-    name = _name(row, "question_id")
-    starter = row.get("starter_code") or ""
-    asked = _text(row, "question_content") + (f"\n\n{starter}" if starter else "")
-    cases = list(_cases(row))
+def _live_code_bench(record: dict[str, Any]) -> Task:
+    name = _name(record, "question_id")
+    starter = record.get("starter_code") or ""
+    asked = _text(record, "question_content") + (f"\n\n{starter}" if starter else "")
+    cases = list(_cases(record))
     if not cases:
         raise ValueError("the task has no test cases")
     if all(case["testtype"] == "stdin" for case in cases):
         return Task(name, asked, LIVE_CODE_BENCH, cases=tuple((case["input"], case["output"]) for case in cases))
-    metadata = row["metadata"]
+    metadata = record["metadata"]
     function = _text(json.loads(metadata) if isinstance(metadata, str) else metadata, "func_name")
     tests = FUNCTIONAL.format(cases=json.dumps(cases), name=function)
     return Task(name, asked, LIVE_CODE_BENCH, ("Solution", function), tests=tests)
 
 
-def _name(row: dict[str, Any], field: str) -> str:
-    if not isinstance(row[field], str | int):
+def _name(record: dict[str, Any], field: str) -> str:
+    if not isinstance(record[field], str | int):
         raise ValueError(f"{field} is neither a string nor a number")
-    return str(row[field])
+    return str(record[field])
 
 
-def _text(row: dict[str, Any], field: str) -> str:
-    if not isinstance(row[field], str):
+def _text(record: dict[str, Any], field: str) -> str:
+    if not isinstance(record[field], str):
         raise ValueError(f"{field} is not a string")
-    return row[field]
+    return record[field]
 
 
-def _texts(row: dict[str, Any], field: str) -> list[str]:
-    texts = row.get(field) or []
+def _texts(record: dict[str, Any], field: str) -> list[str]:
+    texts = record.get(field) or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{field} is not a list of strings")
     return texts
@@ -216,9 +218,9 @@ def _tests(field: str, code: str) -> ast.Module:
     return tree
 
 
-def _cases(row: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _cases(record: dict[str, Any]) -> Iterator[dict[str, str]]:
     for field in ("public_test_cases", "private_test_cases"):
-        cases = row.get(field) or []
+        cases = record.get(field) or []
         if isinstance(cases, str):
             try:
                 cases = json.loads(cases)

@@ -15,7 +15,7 @@ from megatron_sfr.data.chat.conversation import (
 )
 from megatron_sfr.data.chat.system_turn import with_persona
 from megatron_sfr.data.chat.tool_calls import Message
-from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
 
@@ -67,7 +67,7 @@ def group(conversations: Iterable[Conversation], persona_as: str = "system") -> 
     found: dict[Prompt, Asked] = {}
     for conversation in conversations:
         if conversation.tools or any("tool_calls" in message for message in conversation.messages):
-            raise ValueError(f"{conversation.source}:{conversation.line}: tools are not sampled; leave this row out")
+            raise ValueError(f"{conversation.source}:{conversation.line}: tools are not sampled; leave this record out")
         prompt = _prompt(prompt_of(conversation.messages), conversation.persona, persona_as)
         found.setdefault(prompt, Asked(prompt)).references.append(conversation)
     return list(found.values())
@@ -84,11 +84,11 @@ def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
     A reply at the end of a conversation is dropped. Raises ValueError `file:line: reason`.
     """
     prompts: dict[Prompt, None] = {}
-    for row in read_rows(path):
+    for record in read_records(path):
         try:
-            prompts[_parse(row.text, persona_as)] = None
+            prompts[_parse(record.text, persona_as)] = None
         except ValueError as error:
-            raise ValueError(f"{row.source}:{row.line}: {error}") from error
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not prompts:
         raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
     return list(prompts)

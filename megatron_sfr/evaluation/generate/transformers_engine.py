@@ -21,7 +21,7 @@ from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
 from megatron_sfr.runtime.devices import usable_device
 from megatron_sfr.runtime.noise import uniform
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import loading, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
@@ -192,7 +192,7 @@ def token_ids(tokenizer: Any, prompt: Prompt, template: TemplateOptions = AS_AT_
     """The prompt rendered by the chat template, up to the start of the reply. Raises ValueError if it is empty."""
     try:
         ids = prompt_ids(prompt.turns(), tokenizer, template)
-    except RowError as error:
+    except RecordError as error:
         raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
     if not ids:
         raise ValueError(f"the prompt {shown(prompt.question)}: the chat template writes nothing for it; correct it")

@@ -14,7 +14,7 @@ import torch
 
 from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.kl_flow.sampling.samplers import Canvas
-from megatron_sfr.storage.jsonl import RowError, read_rows
+from megatron_sfr.storage.jsonl import RecordError, read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
 KEYS = 1 << 48  # the noise counter has 48 bits for the sample
@@ -118,11 +118,11 @@ def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
     n tokens, filled up by end tokens. Raises ValueError `file:line: reason`.
     """
     requests = []
-    for row in read_rows(path):
+    for record in read_records(path):
         try:
-            requests.append(_gap_of(row.text, tokenizer, positions))
+            requests.append(_gap_of(record.text, tokenizer, positions))
         except ValueError as error:
-            raise ValueError(f"{row.source}:{row.line}: {error}") from error
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not requests:
         raise ValueError(f'{path} has no records; write one {{"prefix": "...", "suffix": "...", "length": 8}} per line')
     return requests
@@ -133,24 +133,24 @@ def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
     if isinstance(fields, dict) and fields.keys() == {"parts"}:
         return _infill_of(fields["parts"], tokenizer, positions)
     if not isinstance(fields, dict) or "length" not in fields or fields.keys() - {"prefix", "suffix", "length"}:
-        raise RowError('not an infill record; write {"prefix": "...", "suffix": "...", "length": 8}')
+        raise RecordError('not an infill record; write {"prefix": "...", "suffix": "...", "length": 8}')
     length, texts = fields["length"], [fields.get(side, "") for side in ("prefix", "suffix")]
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise RowError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
+        raise RecordError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
     if not all(isinstance(side, str) for side in texts) or not any(texts):
-        raise RowError("prefix and suffix must be strings, and at least one must not be empty")
+        raise RecordError("prefix and suffix must be strings, and at least one must not be empty")
     for side, name in zip(texts, ("prefix", "suffix"), strict=True):
         check_text(side, f"the {name}")
     prefix, suffix = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in texts)
     if (total := len(prefix) + length + len(suffix)) > positions:
-        raise RowError(f"prefix, length and suffix have {total} tokens in all; the model has {positions} positions")
+        raise RecordError(f"prefix, length and suffix have {total} tokens in all; the model has {positions} positions")
     return gap(prefix, length, suffix, {"prefix": texts[0], "suffix": texts[1]})
 
 
 def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
     """A request of texts and gaps."""
     if not isinstance(parts, list) or not any(isinstance(part, int | dict) for part in parts):
-        raise RowError('parts must be a list of texts and gaps, such as ["def f(x):", 12, "return y"]')
+        raise RecordError('parts must be a list of texts and gaps, such as ["def f(x):", 12, "return y"]')
     made: list[Sequence[int] | Gap] = []
     for part in parts:
         length = part["at_most"] if isinstance(part, dict) and part.keys() == {"at_most"} else part
@@ -158,16 +158,16 @@ def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
             check_text(part, "a text of the parts")
             made.append(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [])
         elif not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise RowError(
+            raise RecordError(
                 f'{shown(part)} is neither a text nor a gap; a gap is its number of tokens, or {{"at_most": 8}}'
             )
         elif isinstance(part, dict) and tokenizer.eos_token_id is None:
-            raise RowError("at_most needs an end token; set eos_token in the tokenizer's tokenizer_config.json")
+            raise RecordError("at_most needs an end token; set eos_token in the tokenizer's tokenizer_config.json")
         else:
             made.append(Gap(0, length, tokenizer.eos_token_id if isinstance(part, dict) else None))
     total = sum(part.stop if isinstance(part, Gap) else len(part) for part in made)
     if total > positions:
-        raise RowError(f"the parts have {total} tokens in all; the model has {positions} positions")
+        raise RecordError(f"the parts have {total} tokens in all; the model has {positions} positions")
     return infill(made, {"parts": parts})
 
 

@@ -1,4 +1,4 @@
-"""Rows: what is read, what is refused and with which words; personas; prompts."""
+"""Records: what is read, what is refused and with which words; personas; prompts."""
 
 import json
 import re
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat.conversation import parse_row, prompt_of, read_conversations
+from megatron_sfr.data.chat.conversation import parse_record, prompt_of, read_conversations
 from megatron_sfr.data.chat.system_turn import persona_turn
-from megatron_sfr.storage.jsonl import Row
+from megatron_sfr.storage.jsonl import Record
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 
-BAD_ROWS = {
+BAD_RECORDS = {
     "not JSON": (b"{messages}", "not JSON"),
     "too deep": (b"[" * 200_000, "not JSON"),
     "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8 (byte 14"),
@@ -44,8 +44,8 @@ BAD_ROWS = {
         "message 2 has a tool call without arguments",
     ),
     "user calls a tool": ({"messages": [{**USER, "tool_calls": [1]}, REPLY]}, "message 1 has the field 'tool_calls'"),
-    "plain text": ({"text": "x"}, "the row is plain text in a file of messages; keep each format in a file"),
-    "another format": ({"instruction": "x", "output": "y"}, "the row is alpaca in a file of messages"),
+    "plain text": ({"text": "x"}, "the record is plain text in a file of messages; keep each format in a file"),
+    "another format": ({"instruction": "x", "output": "y"}, "the record is alpaca in a file of messages"),
     "tools are a word": ({"messages": [USER, REPLY], "tools": "all"}, "the tools are not JSON"),
     "half a surrogate": (
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
@@ -56,11 +56,13 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize(("row", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, row, reason):
-    path = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize(("record", "reason"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, record, reason):
+    path = tmp_path / "records.jsonl"
     good = json.dumps({"messages": [USER, REPLY]}).encode()
-    path.write_bytes(good + b"\n\n" + (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" + good)
+    path.write_bytes(
+        good + b"\n\n" + (record if isinstance(record, bytes) else json.dumps(record).encode()) + b"\n" + good
+    )
 
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: {reason}")) as caught:
         list(read_conversations(path))
@@ -69,11 +71,11 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, row, reason)
 
     bad = []
     assert [conversation.line for conversation in read_conversations(path, bad.append)] == [1, 4]
-    assert [b.row.line for b in bad] == [3]
+    assert [b.record.line for b in bad] == [3]
 
 
 def test_reads_what_people_write(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "records.jsonl"
     null = {**USER, "tool_calls": None}
     text = json.dumps({"messages": [null, {"role": "assistant", "content": "a\u2028b"}], "id": 7}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n   \n")
@@ -96,7 +98,7 @@ def test_reads_what_people_write(tmp_path: Path):
 )
 def test_a_persona_becomes_the_system_turn_where_there_is_none(persona: str, system: str):
     def parse(messages):
-        return parse_row(Row("f", 1, json.dumps({"messages": messages, "persona": f" {persona} "}).encode()))
+        return parse_record(Record("f", 1, json.dumps({"messages": messages, "persona": f" {persona} "}).encode()))
 
     assert persona_turn(persona) == {"role": "system", "content": system}
     assert parse([USER, REPLY]).messages == [persona_turn(persona), USER, REPLY]

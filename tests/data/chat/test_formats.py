@@ -1,4 +1,4 @@
-"""Formats of rows: each becomes the same turns, is told from the first row that has one, and never mixed in silence."""
+"""Formats of records: all become the same turns, the first record decides, and a mixture is an error."""
 
 import json
 import re
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.data.chat.conversation import parse_row, read_conversations
+from megatron_sfr.data.chat.conversation import parse_record, read_conversations
 from megatron_sfr.data.chat.formats import FORMATS, detect
-from megatron_sfr.storage.jsonl import Row, RowError
-from tests.data.rows import turns, write_rows
+from megatron_sfr.storage.jsonl import Record, RecordError
+from tests.data.records import turns, write_records
 
 CALL = [{"type": "function", "function": {"name": "tide", "arguments": {"at": "noon"}}}]
 TURNS = turns("the sea", "is blue", "and the sky", "is grey")
@@ -35,12 +35,12 @@ SAME = {
 
 
 def parse(fields: dict, form: str, persona_key: str = "persona"):
-    return parse_row(Row("f", 1, json.dumps(fields).encode()), form, persona_key)
+    return parse_record(Record("f", 1, json.dumps(fields).encode()), form, persona_key)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_each_format_says_the_same(tmp_path: Path, form: str):
-    path = write_rows(tmp_path / "rows.jsonl", [[], {"id": 1}, SAME[form] | {"style": "calm"}])
+    path = write_records(tmp_path / "records.jsonl", [[], {"id": 1}, SAME[form] | {"style": "calm"}])
 
     assert detect(path) == form
     assert parse(SAME[form], form).messages == [SYSTEM, *TURNS]
@@ -50,9 +50,9 @@ def test_each_format_says_the_same(tmp_path: Path, form: str):
 
 
 def test_an_input_follows_its_instruction():
-    row = {"instruction": "Translate.", "input": "the sea", "output": "la mer", "system": "", "persona": "calm"}
+    record = {"instruction": "Translate.", "input": "the sea", "output": "la mer", "system": "", "persona": "calm"}
 
-    (system, asked, reply) = parse(row, "alpaca").messages
+    (system, asked, reply) = parse(record, "alpaca").messages
 
     assert system["content"] == "Answer in this persona: calm."
     assert (asked["content"], reply["content"]) == ("Translate.\nthe sea", "la mer")
@@ -74,14 +74,14 @@ def test_sharegpt_tools_are_those_of_messages():
         {"role": "assistant", "content": "It is high."},
     ]
 
-    for row, form in ((sharegpt, "sharegpt"), ({"messages": messages, "tools": tools}, "messages")):
-        conversation = parse(row, form)
+    for record, form in ((sharegpt, "sharegpt"), ({"messages": messages, "tools": tools}, "messages")):
+        conversation = parse(record, form)
         assert conversation.messages == messages
         assert conversation.tools == tools
 
 
 def test_plain_text_is_sent_elsewhere(tmp_path: Path):
-    path = write_rows(tmp_path / "corpus.jsonl", [{"text": "The sea is blue."}])
+    path = write_records(tmp_path / "corpus.jsonl", [{"text": "The sea is blue."}])
 
     with pytest.raises(ValueError, match=r"corpus\.jsonl holds plain text, .*; use megatron-sfr prepare-text"):
         detect(path)
@@ -93,7 +93,7 @@ def sharegpt(*turns: dict) -> dict:
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 REFUSED = {
-    "mixed": ("sharegpt", SAME["alpaca"], "the row is alpaca in a file of ShareGPT; keep each format"),
+    "mixed": ("sharegpt", SAME["alpaca"], "the record is alpaca in a file of ShareGPT; keep each format"),
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
     "roles": ("sharegpt", {"conversations": TURNS}, 'turn 1 is not {"from": ..., "value": ...}'),
     "unknown": ("sharegpt", sharegpt({"from": "narrator", "value": "x"}), "turn 1 is from the unknown 'narrator'"),
@@ -116,11 +116,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(("form", "fields", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_a_format_does_not_say_is_refused(form: str, fields: dict, reason: str):
-    with pytest.raises(RowError, match=re.escape(reason)) as caught:
+    with pytest.raises(RecordError, match=re.escape(reason)) as caught:
         parse(fields, form)
     assert ";" in str(caught.value), "says what to do"
 
 
 def test_a_chat_that_has_its_text_beside_it_is_a_chat(tmp_path: Path):
-    for form, row in SAME.items():
-        assert detect(write_rows(tmp_path / "rows.jsonl", [row | {"text": "The sea."}])) == form
+    for form, record in SAME.items():
+        assert detect(write_records(tmp_path / "records.jsonl", [record | {"text": "The sea."}])) == form

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sfr.data.chat.conversation import Conversation, encode
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
-from megatron_sfr.storage.jsonl import RowError
-from tests.data.rows import CHATML, turns
+from megatron_sfr.storage.jsonl import RecordError
+from tests.data.records import CHATML, turns
 
 HEADER = "{{ '<|im_start|>assistant\n' }}"
 LOOP = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -175,7 +175,7 @@ REFUSED = {
 def test_refuses_where_no_mask_is_exact(make_tokenizer, template: str, contents: tuple[str, ...], reason: str):
     tokenizer = load_tokenizer(str(make_tokenizer(template)))
 
-    with pytest.raises(RowError, match=re.escape(reason)):
+    with pytest.raises(RecordError, match=re.escape(reason)):
         encoded(tokenizer, *contents)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_samples
 from megatron_sfr.data.chat.template_options import SampleOptions
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.families import KINDS, TOOLS, WITH_TOOLS, tokenizer_of
 
 FIELD = dict.fromkeys(("reasoning", "reasonings"), "leaves out the reasoning_content of reply 1; write reasoning_con")
@@ -67,7 +67,7 @@ def test_every_accepted_reply_follows_the_prompt_of_inference_and_is_complete(fa
             check(tokenizer, kind, turns, samples(tokenizer, kind, turns))
         else:
             remedy = "; give --turns each (one sample for each reply, after its own prompt)"
-            with pytest.raises(RowError) as caught:
+            with pytest.raises(RecordError) as caught:
                 samples(tokenizer, kind, turns)
             reason = re.sub(r"reply \d", "reply 1", str(caught.value))
             assert (remedy if limit == "each" else limit) in reason, kind

@@ -12,9 +12,9 @@ from megatron_sfr.data.chat.loss_mask import prompt_ids
 from megatron_sfr.data.chat.system_turn import persona_turn
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions, parse_template_kwargs
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.families import KINDS, PLAIN, TOOLS, called, reply, runs, tokenizer_of, user
-from tests.data.rows import CHATML, turns
+from tests.data.records import CHATML, turns
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_replies_that_are_not_trained_are_context(chatml):
     assert runs(chatml, messages, turns="each") == [[first], [second], [third]]
     assert runs(chatml, messages, turns="each", untrained=[3]) == [[first], [third]]
     assert runs(chatml, messages, turns="each", train_on="last") == [[third]]
-    with pytest.raises(RowError, match=r"none of the replies is trained; leave out"):
+    with pytest.raises(RecordError, match=r"none of the replies is trained; leave out"):
         runs(chatml, messages, train_on="last", untrained=[5])
 
 
@@ -48,7 +48,7 @@ def test_a_persona_in_the_user_turn_where_the_template_has_no_system_turn(bpe, n
     tokenizer = tokenizer_of(name, bpe)
     messages = [persona_turn("poet"), *PLAIN]
 
-    with pytest.raises(RowError, match=r"the persona, which became the system turn,.*--persona-as user"):
+    with pytest.raises(RecordError, match=r"the persona, which became the system turn,.*--persona-as user"):
         runs(tokenizer, messages, persona="poet")
     by_hand = [user("Answer in this persona: poet.\n\nthe sea"), *PLAIN[1:]]
     conversation = Conversation("f", 1, messages, "poet")
@@ -62,7 +62,7 @@ def test_a_persona_in_the_user_turn_where_the_template_has_no_system_turn(bpe, n
 def test_a_system_text_that_also_stands_in_a_user_turn_is_looked_for_in_its_own_place(make_tokenizer):
     tokenizer = load_tokenizer(str(make_tokenizer("{% for m in messages if m.role != 'system' %}" + CHATML[26:])))
 
-    with pytest.raises(RowError, match=r"does not write the system turn; give --persona-as user"):
+    with pytest.raises(RecordError, match=r"does not write the system turn; give --persona-as user"):
         runs(tokenizer, [{"role": "system", "content": "Hi"}, *turns("Hi there", "yes")])
 
 
@@ -113,9 +113,9 @@ def test_a_last_reply_may_hold_control_tokens_of_the_template(make_tokenizer):
     tokenizer = load_tokenizer(str(make_tokenizer(HARMONY)))
     messages = [user("the sea"), reply("blue", thinking="the sky"), user("yes"), reply("grey", thinking="no")]
 
-    with pytest.raises(RowError, match=r"leaves out the thinking of reply 1; give --turns each"):
+    with pytest.raises(RecordError, match=r"leaves out the thinking of reply 1; give --turns each"):
         runs(tokenizer, messages)
-    with pytest.raises(RowError, match=r"writes a control token at the start of reply 1; give --turns each"):
+    with pytest.raises(RecordError, match=r"writes a control token at the start of reply 1; give --turns each"):
         runs(tokenizer, turns("the sea", "blue", "yes", "grey"))
     assert runs(tokenizer, messages, turns="each") == [
         ["<|channel|>analysis\nthe sky<|im_end|><|im_start|>assistant<|channel|>final\nblue<|endoftext|>"],
@@ -127,7 +127,7 @@ def test_a_reply_that_the_tokenizer_would_join_to_the_prompt_is_encoded_apart(ch
     messages = turns("hi", "\n\nyes")
 
     with pytest.raises(
-        RowError, match=r"joins '\\n' before reply 1 with '\\n' at its start in one token; give --turns each"
+        RecordError, match=r"joins '\\n' before reply 1 with '\\n' at its start in one token; give --turns each"
     ):
         runs(chatml, messages)
     assert runs(chatml, messages, turns="each") == [["\n\nyes<|im_end|>"]]
@@ -138,11 +138,11 @@ def test_a_thought_that_the_prompt_opens_is_written_once(bpe):
 
     (run,) = runs(tokenizer, KINDS["thought"], turns="each")
     assert run[0].startswith("First I look at it.\n</think>")
-    with pytest.raises(RowError, match=r"begin the reply with <think>...</think>, which may be empty"):
+    with pytest.raises(RecordError, match=r"begin the reply with <think>...</think>, which may be empty"):
         runs(tokenizer, PLAIN[:2], turns="each")
     (run,) = runs(tokenizer, [PLAIN[0], reply("<think>\n</think>\n\nblue")], turns="each")
     assert run == ["</think>\n\nblue<｜end▁of▁sentence｜>"]
-    with pytest.raises(RowError, match=r"write reasoning_content at the start of the content as <think>...</think>"):
+    with pytest.raises(RecordError, match=r"write reasoning_content at the start of the content as <think>...</think>"):
         runs(tokenizer, KINDS["reasoning"], turns="each")
 
 
@@ -151,7 +151,7 @@ def test_a_reply_that_mentions_a_tag_is_not_cut_there(bpe):
     messages = [user("the sea"), reply("Write </think> to end a thought.")]
 
     with pytest.raises(
-        RowError, match=r"leaves out the beginning of reply 1 \('Write </think> to .*; give --turns each"
+        RecordError, match=r"leaves out the beginning of reply 1 \('Write </think> to .*; give --turns each"
     ):
         runs(tokenizer, messages)
     assert runs(tokenizer, messages, turns="each") == [["Write </think> to end a thought.<｜end▁of▁sentence｜>"]]
@@ -189,7 +189,7 @@ def test_a_list_of_templates_has_one_for_tools(chatml, make_tokenizer):
     (sample,) = encode_samples(Conversation("f", 1, turns("hi", "yes"), None, TOOLS), tokenizer)
     assert "the tide" in tokenizer.decode(sample.tokens)
     blind = load_tokenizer(str(make_tokenizer({"default": CHATML, "tool_use": CHATML + " "})))
-    with pytest.raises(RowError, match="does not write the record's tools"):
+    with pytest.raises(RecordError, match="does not write the record's tools"):
         runs(blind, turns("hi", "yes"), tools=TOOLS)
 
 
@@ -238,6 +238,6 @@ REMEDIES = {  # a refusal, and what the user does
 def test_a_remedy_works(bpe, family, messages, options, remedy, then):
     tokenizer = tokenizer_of(family, bpe)
 
-    with pytest.raises(RowError, match=re.escape(remedy)):
+    with pytest.raises(RecordError, match=re.escape(remedy)):
         runs(tokenizer, messages, **options)
     assert runs(tokenizer, then[0], **then[1])

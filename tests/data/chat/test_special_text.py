@@ -8,9 +8,9 @@ from megatron_sfr.data.chat.conversation import Conversation, encode_samples
 from megatron_sfr.data.chat.loss_mask import prompt_ids
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.storage.jsonl import RowError
+from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.families import reply, runs, user
-from tests.data.rows import CHATML
+from tests.data.records import CHATML
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_text_like_a_control_token_is_refused_or_plain_text(chatml, kind: str):
     messages = [user(f"is {token} a tag"), reply(f"it is a {token} tag")]
     special = tokenizer.convert_tokens_to_ids(token)
 
-    with pytest.raises(RowError, match=r"has the control token .*; remove it, or give --special-text literal"):
+    with pytest.raises(RecordError, match=r"has the control token .*; remove it, or give --special-text literal"):
         runs(tokenizer, messages)
     (sample,) = encode_samples(Conversation("f", 1, messages, None), tokenizer, SampleOptions(special_text="literal"))
 

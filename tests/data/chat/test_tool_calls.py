@@ -11,8 +11,8 @@ import pytest
 from megatron_sfr.data.chat.conversation import Conversation, encode
 from megatron_sfr.data.chat.system_turn import persona_turn
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
-from megatron_sfr.storage.jsonl import RowError
-from tests.data.rows import CHATML, turns
+from megatron_sfr.storage.jsonl import RecordError
+from tests.data.records import CHATML, turns
 
 TOOLS = [{"type": "function", "function": {"name": "tide", "description": "the tide", "parameters": {}}}]
 LLAMA3 = (
@@ -201,6 +201,6 @@ def test_what_is_not_exact_is_refused_with_its_remedy(tokenizer_of, template, me
     if messages[0]["role"] == "tool":
         messages = [*turns("hi", "yes"), *messages]
 
-    with pytest.raises(RowError, match=re.escape(reason)) as caught:
+    with pytest.raises(RecordError, match=re.escape(reason)) as caught:
         encode(Conversation("f", 1, messages, None, tools), tokenizer_of(template))
     assert ";" in str(caught.value) or "change its turns" in str(caught.value)

@@ -13,10 +13,10 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
+from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 OPTIONS = PrepareOptions(200, 4, HORIZONS, 4)
-MANY = ROWS * 5
+MANY = RECORDS * 5
 
 
 def data_of(folder: Path) -> dict[str, bytes]:
@@ -25,8 +25,8 @@ def data_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def expected(tmp_path: Path, tokenizer_folder: Path) -> dict[str, bytes]:
-    rows = write_rows(tmp_path / "plain.jsonl", MANY)
-    prepare([rows], tmp_path / "expected", tokenizer_folder, OPTIONS, progress=False)
+    records = write_records(tmp_path / "plain.jsonl", MANY)
+    prepare([records], tmp_path / "expected", tokenizer_folder, OPTIONS, progress=False)
     return data_of(tmp_path / "expected")
 
 
@@ -35,13 +35,13 @@ def write_json(path: Path) -> None:
 
 
 def write_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in MANY).encode()))
+    path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in MANY).encode()))
 
 
 def write_folder(path: Path) -> None:
     path.mkdir()
     for shard in range(3):
-        write_rows(path / f"{shard}.jsonl", MANY[shard * 7 : shard * 7 + 7])
+        write_records(path / f"{shard}.jsonl", MANY[shard * 7 : shard * 7 + 7])
 
 
 def write_parquet(path: Path) -> None:
@@ -66,7 +66,7 @@ def test_any_container_gives_the_same_folder_and_resumes(
     assert data_of(tmp_path / "out") == expected
 
     # A bad record in a last file stops a run; skipping it resumes after the chunks that were written.
-    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": []}])
+    bad = write_records(tmp_path / "bad.jsonl", [{"messages": []}])
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: no messages"):
         prepare([source, bad], tmp_path / "more", tokenizer_folder, OPTIONS, progress=False, chunk_bytes=300)
     capsys.readouterr()
@@ -77,19 +77,19 @@ def test_any_container_gives_the_same_folder_and_resumes(
 
 
 def test_a_bad_record_of_an_array_is_named_by_its_number(tmp_path: Path, tokenizer_folder: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([*ROWS, {"messages": []}], indent=2))
-    with pytest.raises(ValueError, match=r"rows\.json:5: no messages"):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([*RECORDS, {"messages": []}], indent=2))
+    with pytest.raises(ValueError, match=r"records\.json:5: no messages"):
         prepare([path], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False, workers=2, chunk_bytes=100)
 
 
 def test_texts_come_from_arrays_and_folders_too(tmp_path: Path, tokenizer_folder: Path) -> None:
-    rows = [{"text": f"the sea is blue {i}"} for i in range(9)]
+    records = [{"text": f"the sea is blue {i}"} for i in range(9)]
     folder = tmp_path / "shards"
     folder.mkdir()
-    (folder / "a.json").write_text(json.dumps(rows[:4]))
-    write_rows(folder / "b.jsonl", rows[4:])
-    plain = write_rows(tmp_path / "plain.jsonl", rows)
+    (folder / "a.json").write_text(json.dumps(records[:4]))
+    write_records(folder / "b.jsonl", records[4:])
+    plain = write_records(tmp_path / "plain.jsonl", records)
     options = DocumentOptions(stride=2, min_segment_length=2)
     for source, output in ((folder, "a"), (plain, "b")):
         assert prepare([source], tmp_path / output, tokenizer_folder, options, progress=False).documents == 9
@@ -97,7 +97,7 @@ def test_texts_come_from_arrays_and_folders_too(tmp_path: Path, tokenizer_folder
 
 
 @pytest.mark.parametrize(
-    "row",
+    "record",
     [
         {"prompt": "the sea", "completion": "is blue"},
         {"prompt": turns("the sea"), "completion": [{"role": "assistant", "content": "is blue"}]},
@@ -107,20 +107,20 @@ def test_texts_come_from_arrays_and_folders_too(tmp_path: Path, tokenizer_folder
 )
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_formats_of_peers_are_the_same_conversation(
-    tmp_path: Path, tokenizer_folder: Path, row: dict, system: str | None
+    tmp_path: Path, tokenizer_folder: Path, record: dict, system: str | None
 ) -> None:
     messages = turns("the sea", "is blue")
     if system is not None:
         plain = {"messages": [{"role": "system", "content": system}, *messages]}
-        if "messages" in row:
-            row = {"messages": [{"role": "developer", "content": system}, *row["messages"]]}
+        if "messages" in record:
+            record = {"messages": [{"role": "developer", "content": system}, *record["messages"]]}
         else:
-            row = row | {"system": system}
+            record = record | {"system": system}
     else:
         plain = {"messages": messages}
     tokens = []
-    for name, record in (("a", plain), ("b", row)):
-        path = write_rows(tmp_path / f"{name}.jsonl", [record])
+    for name, fields in (("a", plain), ("b", record)):
+        path = write_records(tmp_path / f"{name}.jsonl", [fields])
         prepare([path], tmp_path / name, tokenizer_folder, OPTIONS, progress=False)
         tokens.append(PreparedData.open(tmp_path / name)[0])
     assert tokens[0].tokens.tolist() == tokens[1].tokens.tolist()
@@ -128,7 +128,7 @@ def test_formats_of_peers_are_the_same_conversation(
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("record", "reason"),
     [
         ({"prompt": 3, "completion": "b"}, "the prompt is not text; write"),
         ({"prompt": "a", "completion": []}, "the completion is not text; write"),
@@ -138,8 +138,8 @@ def test_formats_of_peers_are_the_same_conversation(
         ),
     ],
 )
-def test_what_is_not_text_is_a_bad_record(tmp_path: Path, tokenizer_folder: Path, row: dict, reason: str) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [row])
+def test_what_is_not_text_is_a_bad_record(tmp_path: Path, tokenizer_folder: Path, record: dict, reason: str) -> None:
+    path = write_records(tmp_path / "records.jsonl", [record])
     with pytest.raises(ValueError, match=f":1: {reason}"):
         prepare([path], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
 
@@ -149,6 +149,6 @@ def test_the_commands_name_an_input_that_is_none(tmp_path: Path, tokenizer_folde
     for command in ("prepare", "prepare-text"):
         assert main([command, "--input", str(tmp_path / "none"), *how]) == 2
         assert "none does not exist; give a file, a folder, or the name of a dataset" in capsys.readouterr().err
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    assert main(["prepare", "--input", str(rows), "--split", "train", *how]) == 2
+    records = write_records(tmp_path / "records.jsonl", RECORDS)
+    assert main(["prepare", "--input", str(records), "--split", "train", *how]) == 2
     assert "no input is one; leave them out" in capsys.readouterr().err

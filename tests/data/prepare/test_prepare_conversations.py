@@ -1,4 +1,4 @@
-"""`prepare`: which rows it takes and which it sets aside, where it stops, and the options that it refuses."""
+"""`prepare`: which records it takes and which it sets aside, where it stops, and the options that it refuses."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from tests.data.rows import HORIZONS, OPTIONS, ROWS, turns, write_rows
+from tests.data.records import HORIZONS, OPTIONS, RECORDS, turns, write_records
 
 BAD = {
-    "not a row": ("{", "not JSON"),
+    "not a record": ("{", "not JSON"),
     "too long": (json.dumps({"messages": turns("the sea", "sky " * 999)}), "tokens, which is over sequence length 200"),
     "no mask": (
         json.dumps({"messages": turns("the sea", "\n\nsky")}),
@@ -23,69 +23,71 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD)
 def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
-    tmp_path: Path, tokenizer_folder: Path, capsys, row, reason
+    tmp_path: Path, tokenizer_folder: Path, capsys, record, reason
 ):
     good = tmp_path / "good.jsonl"
-    rows = tmp_path / "rows.jsonl"
-    write_rows(good, ROWS)
-    rows.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n" + json.dumps(ROWS[1]))
+    records = tmp_path / "records.jsonl"
+    write_records(good, RECORDS)
+    records.write_text(json.dumps(RECORDS[0]) + "\n" + record + "\n" + json.dumps(RECORDS[1]))
     skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
 
-    with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
-        prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "rows.jsonl"]
+    with pytest.raises(ValueError, match=f"^{re.escape(str(records))}:2: .*{reason}"):
+        prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "records.jsonl"]
 
-    with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:2: .*{reason}"):
-        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(records))}:2: .*{reason}"):
+        prepare([good, records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     capsys.readouterr()
-    manifest = prepare([good, rows], tmp_path / "out", tokenizer_folder, skip)
+    manifest = prepare([good, records], tmp_path / "out", tokenizer_folder, skip)
     assert f"resumes at {good}:5, where" in capsys.readouterr().out, "the good file is done"
     assert (manifest.samples, manifest.rejected) == (6, 1)
     (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert (rejected["file"], rejected["line"], rejected["row"]) == (str(rows), 2, row)
+    assert (rejected["file"], rejected["line"], rejected["row"]) == (str(records), 2, record)
     assert re.search(reason, rejected["reason"])
     with pytest.raises(ValueError, match=reason):  # not "up to date"
-        prepare([good, rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+        prepare([good, records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
     assert len(PreparedData.open(tmp_path / "out")) == 6
 
 
 def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS[1:2])
-    length = prepare([rows], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
+    records = write_records(tmp_path / "records.jsonl", RECORDS[1:2])
+    length = prepare([records], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
 
     exact = PrepareOptions(length - 1, 4, HORIZONS, 4)
-    assert prepare([rows], tmp_path / "exact", tokenizer_folder, exact, progress=False).tokens == length
+    assert prepare([records], tmp_path / "exact", tokenizer_folder, exact, progress=False).tokens == length
     with pytest.raises(ValueError, match=f"{length} tokens, which is over sequence length {length - 2}"):
-        prepare([rows], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, HORIZONS, 4), progress=False)
+        prepare(
+            [records], tmp_path / "less", tokenizer_folder, PrepareOptions(length - 2, 4, HORIZONS, 4), progress=False
+        )
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "rows.jsonl$"),
-        ("\n\n", "rows.jsonl$"),
-        ("{\n{\n", "rows.jsonl; the first of 2 bad records: .*:1: not JSON"),
+        ("", "records.jsonl$"),
+        ("\n\n", "records.jsonl$"),
+        ("{\n{\n", "records.jsonl; the first of 2 bad records: .*:1: not JSON"),
     ],
 )
 def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer_folder: Path, content: str, reason: str):
-    (tmp_path / "rows.jsonl").write_text(content)
+    (tmp_path / "records.jsonl").write_text(content)
     skip = PrepareOptions(skip_bad_rows=True)
 
     with pytest.raises(ValueError, match=f"no usable records in .*{reason}"):
-        prepare([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer_folder, skip, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+        prepare([tmp_path / "records.jsonl"], tmp_path / "out", tokenizer_folder, skip, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl"]
 
 
 def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors(
     tmp_path: Path, tokenizer_folder: Path
 ):
     long = {"messages": turns("the sea", "the sea is blue", "and the sky", "the sky is grey and the sea is blue " * 9)}
-    rows = write_rows(tmp_path / "rows.jsonl", [ROWS[2], long, ROWS[2]])
-    whole = prepare([rows], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
+    records = write_records(tmp_path / "records.jsonl", [RECORDS[2], long, RECORDS[2]])
+    whole = prepare([records], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
     cut = PrepareOptions(100, 4, HORIZONS, 4, too_long="truncate")
-    manifest = prepare([rows], tmp_path / "cut", tokenizer_folder, cut, progress=False)
+    manifest = prepare([records], tmp_path / "cut", tokenizer_folder, cut, progress=False)
     assert (whole.truncated, whole.duplicates) == (0, 1)
     assert (manifest.truncated, manifest.duplicates, manifest.samples) == (1, 1, 3)
 
@@ -108,30 +110,30 @@ def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors
 
 
 def test_a_conversation_of_which_no_reply_is_left_is_a_bad_row(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": turns("the sea " * 99, "is blue")}])
+    records = write_records(tmp_path / "records.jsonl", [*RECORDS, {"messages": turns("the sea " * 99, "is blue")}])
     cut = PrepareOptions(100, 4, HORIZONS, 4, too_long="truncate")
 
-    with pytest.raises(ValueError, match=r"rows\.jsonl:5: the first 101 of \d+ tokens hold nothing of a reply"):
-        prepare([rows], tmp_path / "out", tokenizer_folder, cut, progress=False)
+    with pytest.raises(ValueError, match=r"records\.jsonl:5: the first 101 of \d+ tokens hold nothing of a reply"):
+        prepare([records], tmp_path / "out", tokenizer_folder, cut, progress=False)
 
 
 def test_formats_may_differ_from_file_to_file_and_are_said(tmp_path: Path, tokenizer_folder: Path, capsys):
     alpaca = {"instruction": "the sea", "output": "is blue and the sky is grey", "style": "calm"}
-    paths = [write_rows(tmp_path / "a.jsonl", ROWS[2:3]), write_rows(tmp_path / "b.jsonl", [alpaca])]
+    paths = [write_records(tmp_path / "a.jsonl", RECORDS[2:3]), write_records(tmp_path / "b.jsonl", [alpaca])]
 
     manifest = prepare(paths, tmp_path / "out", tokenizer_folder, PrepareOptions(persona_key="style"))
 
     assert capsys.readouterr().out == "a.jsonl: messages\nb.jsonl: alpaca\n"
     assert [record["format"] for record in manifest.inputs] == ["messages", "alpaca"]
     assert (manifest.persona_key, manifest.personas) == ("style", {"": 1, "calm": 1})
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the row is messages in a file of alpaca"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is messages in a file of alpaca"):
         prepare(paths, tmp_path / "one", tokenizer_folder, PrepareOptions(format="alpaca"), progress=False)
 
 
 def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+    records = write_records(tmp_path / "records.jsonl", RECORDS[:1])
     options = PrepareOptions(seq_length=200, stride=1, horizons=((1, 9), (2, 1)), min_segment_length=1)
-    prepare([rows], tmp_path / "out", tokenizer_folder, options, progress=False)
+    prepare([records], tmp_path / "out", tokenizer_folder, options, progress=False)
     sample = PreparedData.open(tmp_path / "out")[0]
 
     last = int(sample.loss_mask.sum()) - 1  # of the reply: its end token, which has no text
@@ -158,13 +160,13 @@ def test_impossible_options_are_refused(options: dict, reason: str):
 
 def test_a_sample_for_each_reply_keeps_the_persona_and_the_futures_of_its_reply(tmp_path: Path, tokenizer_folder: Path):
     messages = turns("the sea", "is GREY and the sky", "and the sky", "the sky is blue and the sea is grey")
-    rows = write_rows(
-        tmp_path / "rows.jsonl",
+    records = write_records(
+        tmp_path / "records.jsonl",
         [{"persona": "wild", "messages": messages}, {"persona": "calm", "messages": messages[:2]}],
     )
     each = replace(OPTIONS, chat=SampleOptions(turns="each"))
-    whole = prepare([rows], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
-    manifest = prepare([rows], tmp_path / "each", tokenizer_folder, each, progress=False)
+    whole = prepare([records], tmp_path / "whole", tokenizer_folder, OPTIONS, progress=False)
+    manifest = prepare([records], tmp_path / "each", tokenizer_folder, each, progress=False)
 
     data, together = PreparedData.open(tmp_path / "each"), PreparedData.open(tmp_path / "whole")
     assert (manifest.samples, manifest.conversations, whole.samples, whole.conversations) == (3, 2, 2, 2)
@@ -176,21 +178,23 @@ def test_a_sample_for_each_reply_keeps_the_persona_and_the_futures_of_its_reply(
 
     def targets(data: PreparedData, sample: int, response: int) -> list[tuple[int, int, int, str]]:
         a = data[sample].anchors
-        rows = zip(a.response, a.ordinal, a.length, a.horizon, a.segment, strict=True)
-        return [(o, n, h, data.segment_text(int(s))) for r, o, n, h, s in rows if r == response]
+        entries = zip(a.response, a.ordinal, a.length, a.horizon, a.segment, strict=True)
+        return [(o, n, h, data.segment_text(int(s))) for r, o, n, h, s in entries if r == response]
 
     for number in (0, 1):  # both replies of the first conversation have the targets that they have in one sample
         assert targets(data, number, 0) == targets(together, 0, number)
     assert {int(r) for i in range(3) for r in data[i].anchors.response} == {0}
     with pytest.raises(ValueError, match=r"was prepared with other values of turns; choose another"):
-        prepare([rows], tmp_path / "whole", tokenizer_folder, each, progress=False)
-    assert prepare([rows], tmp_path / "each", tokenizer_folder, each, progress=False) == manifest
+        prepare([records], tmp_path / "whole", tokenizer_folder, each, progress=False)
+    assert prepare([records], tmp_path / "each", tokenizer_folder, each, progress=False) == manifest
 
 
 def test_a_record_gives_all_of_its_samples_or_none(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "grey", "sky", "sky " * 999)}, ROWS[0]])
+    records = write_records(
+        tmp_path / "records.jsonl", [{"messages": turns("the sea", "grey", "sky", "sky " * 999)}, RECORDS[0]]
+    )
     options = replace(OPTIONS, skip_bad_rows=True, chat=SampleOptions(turns="each"))
 
-    manifest = prepare([rows], tmp_path / "out", tokenizer_folder, options, progress=False)
+    manifest = prepare([records], tmp_path / "out", tokenizer_folder, options, progress=False)
 
     assert (manifest.samples, manifest.conversations, manifest.rejected) == (1, 1, 1)

@@ -15,7 +15,7 @@ import pytest
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.storage.journal import JOURNAL, JournaledFiles
-from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
+from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)
 CHILD = """
@@ -27,21 +27,23 @@ prepare([sys.argv[1]], sys.argv[2], sys.argv[3], OPTIONS, workers=int(sys.argv[4
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = [{"persona": f"p{i % 7}", "messages": turns(f"sea {i}", f"the sky {i} is blue " * 4)} for i in range(1500)]
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [*more, {"messages": []}, *ROWS, *more[:9]])
+    return write_records(
+        tmp_path_factory.mktemp("records") / "records.jsonl", [*more, {"messages": []}, *RECORDS, *more[:9]]
+    )
 
 
 @pytest.fixture(scope="module")
-def unbroken(rows: Path, tokenizer_folder: Path) -> dict[str, bytes]:
-    manifest = prepare([rows], rows.parent / "unbroken", tokenizer_folder, OPTIONS, progress=False)
+def unbroken(records: Path, tokenizer_folder: Path) -> dict[str, bytes]:
+    manifest = prepare([records], records.parent / "unbroken", tokenizer_folder, OPTIONS, progress=False)
     assert (manifest.rejected, manifest.duplicates) == (1, 9)
-    return files_of(rows.parent / "unbroken")
+    return files_of(records.parent / "unbroken")
 
 
-def kill_midway(rows: Path, output: Path, tokenizer: Path, workers: int) -> Path:
+def kill_midway(records: Path, output: Path, tokenizer: Path, workers: int) -> Path:
     """Runs `prepare` in a separate process, kills it some chunks after its first, and gives the folder it left."""
-    command = [sys.executable, "-c", CHILD, str(rows), str(output), str(tokenizer), str(workers)]
+    command = [sys.executable, "-c", CHILD, str(records), str(output), str(tokenizer), str(workers)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     left = output.parent / f".{output.name}.partial"
     while not (left / JOURNAL).exists() or json.loads((left / JOURNAL).read_text())["state"]["samples"] < 100:
@@ -58,47 +60,47 @@ def kill_midway(rows: Path, output: Path, tokenizer: Path, workers: int) -> Path
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_goes_on_and_equals_an_unbroken_one(
-    tmp_path: Path, tokenizer_folder: Path, rows: Path, unbroken: dict[str, bytes], capsys, workers: int
+    tmp_path: Path, tokenizer_folder: Path, records: Path, unbroken: dict[str, bytes], capsys, workers: int
 ):
-    left = kill_midway(rows, tmp_path / "out", tokenizer_folder, workers)
+    left = kill_midway(records, tmp_path / "out", tokenizer_folder, workers)
     done = json.loads((left / JOURNAL).read_text())["state"]["position"]["record"]
     with open(left / "tokens.bin", "ab") as file:
         file.write(b"of a chunk that was cut short")
 
-    prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS)
+    prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS)
 
     assert 100 < done < 1500
-    assert f"resumes at {rows}:{done}, where an earlier run was stopped" in capsys.readouterr().out
+    assert f"resumes at {records}:{done}, where an earlier run was stopped" in capsys.readouterr().out
     assert files_of(tmp_path / "out") == unbroken
     assert not left.exists()
 
 
 def test_a_journal_of_other_work_or_of_damaged_files_is_of_no_use(
-    tmp_path: Path, tokenizer_folder: Path, rows: Path, unbroken: dict[str, bytes], capsys
+    tmp_path: Path, tokenizer_folder: Path, records: Path, unbroken: dict[str, bytes], capsys
 ):
     other = PrepareOptions(200, 3, HORIZONS, 4, skip_bad_rows=True)
-    left = kill_midway(rows, tmp_path / "out", tokenizer_folder, 1)
-    prepare([rows], tmp_path / "out", tokenizer_folder, other)
-    prepare([rows], tmp_path / "other", tokenizer_folder, other)
+    left = kill_midway(records, tmp_path / "out", tokenizer_folder, 1)
+    prepare([records], tmp_path / "out", tokenizer_folder, other)
+    prepare([records], tmp_path / "other", tokenizer_folder, other)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
 
-    left = kill_midway(rows, tmp_path / "again", tokenizer_folder, 1)
+    left = kill_midway(records, tmp_path / "again", tokenizer_folder, 1)
     with open(left / "anchors.bin", "r+b") as file:
         file.write(b"\x01")
-    prepare([rows], tmp_path / "again", tokenizer_folder, OPTIONS)
+    prepare([records], tmp_path / "again", tokenizer_folder, OPTIONS)
     assert files_of(tmp_path / "again") == unbroken
     assert "resumes" not in capsys.readouterr().out
 
 
 def test_without_skipping_the_first_bad_row_stops_a_run_that_goes_on(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"messages": []}, *ROWS, {"messages": 1}])
+    records = write_records(tmp_path / "records.jsonl", [*RECORDS, {"messages": []}, *RECORDS, {"messages": 1}])
     strict = PrepareOptions(200, 4, HORIZONS, 4)
     how = {"progress": False, "chunk_bytes": 1}
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"^{re.escape(str(rows))}:5: no messages"):
-            prepare([rows], tmp_path / "out", tokenizer_folder, strict, **how)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(records))}:5: no messages"):
+            prepare([records], tmp_path / "out", tokenizer_folder, strict, **how)
     skip = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
-    assert prepare([rows], tmp_path / "out", tokenizer_folder, skip, **how).rejected == 2
+    assert prepare([records], tmp_path / "out", tokenizer_folder, skip, **how).rejected == 2
 
 
 FILES = {"a.bin": np.int32, "b.bin": np.uint8}

@@ -13,7 +13,7 @@ import pytest
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
-from tests.data.rows import HORIZONS, ROWS, turns, write_rows
+from tests.data.records import HORIZONS, RECORDS, turns, write_records
 
 EXPECTED = Path(__file__).with_name("folders.json")
 PLACES = {"tokenizer", "tokenizer_sha256", "inputs", "corpus"}  # differ from machine to machine
@@ -22,8 +22,8 @@ CODE = "def sea(x):\n    if x:\n        return x\n    return sky(x)\n\n\nclass S
 
 
 def chats(folder: Path) -> list[Path]:
-    """Three formats, with bad rows, blank lines, repeated rows and a conversation that is too long."""
-    messages = [*ROWS, {"messages": []}, {"persona": "long", "messages": turns("sea", LONG * 9)}, *ROWS[:2]]
+    """Three formats, with bad records, blank lines, repeated records and a conversation that is too long."""
+    messages = [*RECORDS, {"messages": []}, {"persona": "long", "messages": turns("sea", LONG * 9)}, *RECORDS[:2]]
     shared = [
         {"from": "human", "value": "the sea"},
         {"from": "gpt", "value": LONG},
@@ -32,18 +32,18 @@ def chats(folder: Path) -> list[Path]:
     ]
     alpaca = [{"instruction": f"sea {i}", "output": LONG[i:], "persona": "calm"} for i in range(9)]
     paths = [
-        write_rows(folder / "messages.jsonl", messages),
-        write_rows(folder / "sharegpt.jsonl", [{"conversations": shared, "system": "sky"}] * 3),
-        write_rows(folder / "alpaca.jsonl", alpaca),
+        write_records(folder / "messages.jsonl", messages),
+        write_records(folder / "sharegpt.jsonl", [{"conversations": shared, "system": "sky"}] * 3),
+        write_records(folder / "alpaca.jsonl", alpaca),
     ]
     with open(paths[0], "ab") as file:
-        file.write(b"\n\n{broken\n" + json.dumps(ROWS[0]).encode())
+        file.write(b"\n\n{broken\n" + json.dumps(RECORDS[0]).encode())
     return paths
 
 
 def texts(folder: Path) -> Path:
-    rows: list[Any] = [{"text": LONG * n + CODE} for n in range(5)]
-    return write_rows(folder / "texts.jsonl", [*rows, {"text": " "}, {"other": 1}, {"text": "sea"}])
+    records: list[Any] = [{"text": LONG * n + CODE} for n in range(5)]
+    return write_records(folder / "texts.jsonl", [*records, {"text": " "}, {"other": 1}, {"text": "sea"}])
 
 
 def prepare_chats(folder: Path, tokenizer: Path, **options: Any) -> Path:

@@ -13,8 +13,8 @@ import pytest
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepare.worker_pool import AHEAD, ordered_map
-from megatron_sfr.storage.jsonl import Position, read_chunks, read_rows
-from tests.data.rows import HORIZONS, ROWS, files_of, turns, write_rows
+from megatron_sfr.storage.jsonl import Position, read_chunks, read_records
+from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 
 def slow_square(number: int) -> int:
@@ -57,15 +57,15 @@ def test_chunks_are_whole_lines_and_any_chunk_can_be_the_first(tmp_path: Path, s
     (tmp_path / "empty").touch()
     (tmp_path / "b").write_bytes(b"four\n" * 3)
     paths = [tmp_path / name for name in ("a", "empty", "b")]
-    expected = [row for path in paths for row in read_rows(path)]
-    assert [(row.line, row.text.split()[0]) for row in expected] == [
+    expected = [record for path in paths for record in read_records(path)]
+    assert [(record.line, record.text.split()[0]) for record in expected] == [
         *((1, b"one"), (3, b"two"), (4, b"three")),
         *((1, b"four"), (2, b"four"), (3, b"four")),
     ]
 
     chunks = list(read_chunks(paths, Position(), size))
 
-    assert [row for chunk in chunks for row in chunk.rows()] == expected
+    assert [record for chunk in chunks for record in chunk.records()] == expected
     assert b"".join(chunk.text for chunk in chunks) == b"".join(path.read_bytes() for path in paths)
     assert chunks[-1].end == Position(2, 15, 4, sum(len(path.read_bytes()) for path in paths))
     for i, chunk in enumerate(chunks):
@@ -74,10 +74,10 @@ def test_chunks_are_whole_lines_and_any_chunk_can_be_the_first(tmp_path: Path, s
 
 
 def test_the_folder_is_the_same_for_any_number_of_workers_and_any_chunk(tmp_path: Path, tokenizer_folder: Path):
-    # So long that some are truncated, with repeated replies, repeated rows and bad rows throughout.
-    rows = [*ROWS, {"persona": "new", "messages": turns("the sea", "the sky is grey " * 20)}, {"messages": []}]
-    a = write_rows(tmp_path / "a.jsonl", rows * 30)
-    b = write_rows(tmp_path / "b.jsonl", [{"instruction": f"sea {i}", "output": "the sky " * i} for i in range(50)])
+    # So long that some are truncated, with repeated replies, repeated records and bad records throughout.
+    records = [*RECORDS, {"persona": "new", "messages": turns("the sea", "the sky is grey " * 20)}, {"messages": []}]
+    a = write_records(tmp_path / "a.jsonl", records * 30)
+    b = write_records(tmp_path / "b.jsonl", [{"instruction": f"sea {i}", "output": "the sky " * i} for i in range(50)])
     options = PrepareOptions(90, 4, HORIZONS, 4, skip_bad_rows=True, too_long="truncate")
 
     folders = []
@@ -94,14 +94,14 @@ def test_the_folder_is_the_same_for_any_number_of_workers_and_any_chunk(tmp_path
 
 
 def test_a_bad_row_is_named_by_its_line_in_the_file_whoever_reads_it(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS * 30, {"messages": []}, *ROWS])
+    records = write_records(tmp_path / "records.jsonl", [*RECORDS * 30, {"messages": []}, *RECORDS])
 
     for workers in (1, 2):
-        with pytest.raises(ValueError, match=r"^\S+rows\.jsonl:121: no messages; write"):
-            prepare([rows], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=workers, chunk_bytes=999)
+        with pytest.raises(ValueError, match=r"^\S+records\.jsonl:121: no messages; write"):
+            prepare([records], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=workers, chunk_bytes=999)
 
 
 def test_no_worker_is_no_number_of_workers(tmp_path: Path, tokenizer_folder: Path):
-    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_records(tmp_path / "records.jsonl", RECORDS)
     with pytest.raises(ValueError, match="0 workers; give at least 1"):
-        prepare([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=0)
+        prepare([tmp_path / "records.jsonl"], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=0)

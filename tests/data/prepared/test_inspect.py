@@ -15,15 +15,17 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import Anchors, PreparedData, Sample
 from megatron_sfr.data.prepared.inspect import counts, pieces
-from tests.data.rows import HORIZONS, ROWS, turns, write_rows
+from tests.data.records import HORIZONS, RECORDS, turns, write_records
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    rows = [*ROWS, ROWS[0], {"messages": turns("\x1b[31mred <b>", "the sea is blü 🌊")}, {"messages": []}]
+    records = [*RECORDS, RECORDS[0], {"messages": turns("\x1b[31mred <b>", "the sea is blü 🌊")}, {"messages": []}]
     options = PrepareOptions(200, 4, HORIZONS, 4, skip_bad_rows=True)
-    prepare([write_rows(folder / "rows.jsonl", rows)], folder / "out", tokenizer_folder, options, progress=False)
+    prepare(
+        [write_records(folder / "records.jsonl", records)], folder / "out", tokenizer_folder, options, progress=False
+    )
     return folder / "out"
 
 
@@ -84,7 +86,7 @@ def test_the_counts(prepared: Path, capsys):
 
     data = PreparedData.open(prepared)
     found = dict(counts(data))
-    assert found["inputs"] == "rows.jsonl (messages)"
+    assert found["inputs"] == "records.jsonl (messages)"
     assert found["conversations"] == "6; 1 duplicates, 0 truncated, 1 rejected"
     assert found["personas"] == "2: calm 3, wild 1, none 2"
     longest = max(len(data[i].tokens) for i in range(6))

@@ -14,7 +14,7 @@ from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.storage.integrity import check_offsets, check_sample
-from tests.data.rows import OPTIONS, ROWS, write_rows
+from tests.data.records import OPTIONS, RECORDS, write_records
 from tests.data.stores import flip, open_store, run, write_prepared
 
 
@@ -25,15 +25,21 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    prepare([write_rows(tmp_path / "rows.jsonl", ROWS)], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    prepare(
+        [write_records(tmp_path / "records.jsonl", RECORDS)],
+        tmp_path / "out",
+        tokenizer_folder,
+        OPTIONS,
+        progress=False,
+    )
     return tmp_path / "out"
 
 
 def write_documents(folder: Path, tokenizer: Path) -> Path:
     """FOLDER/documents, and FOLDER/again of the same corpus where it stands."""
-    rows = write_rows(folder / "texts.jsonl", [{"text": "the sea is blue and the sky is grey " * 4}] * 3)
+    records = write_records(folder / "texts.jsonl", [{"text": "the sea is blue and the sky is grey " * 4}] * 3)
     options = DocumentOptions(stride=4, horizons=((1, 12),), min_segment_length=4)
-    prepare([rows], folder / "documents", tokenizer, options, progress=False)
+    prepare([records], folder / "documents", tokenizer, options, progress=False)
     corpus = folder / "documents" / "documents"
     prepare([corpus], folder / "again", tokenizer, options, progress=False)
     return folder / "documents"

@@ -18,12 +18,18 @@ from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.segments.anchors import Cut, futures, text_digest
 from megatron_sfr.storage.manifest import staging
-from tests.data.rows import HORIZONS, OPTIONS, ROWS, files_of, turns, write_rows
+from tests.data.records import HORIZONS, OPTIONS, RECORDS, files_of, turns, write_records
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    prepare([write_rows(tmp_path / "rows.jsonl", ROWS)], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    prepare(
+        [write_records(tmp_path / "records.jsonl", RECORDS)],
+        tmp_path / "out",
+        tokenizer_folder,
+        OPTIONS,
+        progress=False,
+    )
     return tmp_path / "out"
 
 
@@ -31,7 +37,7 @@ def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder
     tokenizer = load_tokenizer(str(tokenizer_folder))
     data = PreparedData.open(prepared)
 
-    for index, conversation in enumerate(read_conversations(prepared.parent / "rows.jsonl")):
+    for index, conversation in enumerate(read_conversations(prepared.parent / "records.jsonl")):
         encoded, sample = encode(conversation, tokenizer), data[index]
         assert (sample.tokens == encoded.tokens).all()
         assert (sample.loss_mask == encoded.loss_mask).all()
@@ -46,9 +52,9 @@ def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder
         assert anchors.horizon.tolist() == [s.horizon for s in segments]
         assert [data.segment_text(row) for row in anchors.segment] == [text for _, text in found]
         assert (sample.loss_mask[anchors.position + 1] == 1).all()
-    assert len(data) == len(ROWS)
+    assert len(data) == len(RECORDS)
     with pytest.raises(IndexError):
-        data[len(ROWS)]
+        data[len(RECORDS)]
 
 
 def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Path):
@@ -70,13 +76,13 @@ def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Pat
 def test_the_token_that_ends_replies_is_recorded_and_said_where_engines_would_not_stop(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture
 ):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    records = write_records(tmp_path / "records.jsonl", RECORDS)
     base = shutil.copytree(tokenizer_folder, tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     end = load_tokenizer(str(base)).convert_tokens_to_ids("<|im_end|>")
     for folder, output in ((tokenizer_folder, "a"), (base, "b"), (base, "b")):  # the last one is up to date
-        assert prepare([rows], tmp_path / output, folder, OPTIONS).reply_end_tokens == [end]
+        assert prepare([records], tmp_path / output, folder, OPTIONS).reply_end_tokens == [end]
         said = (
             "replies end on <|im_end|>, which is not the tokenizer's eos_token (<|endoftext|>)"
             in capsys.readouterr().out
@@ -102,8 +108,8 @@ def test_a_reply_that_is_too_short_has_no_anchor(prepared: Path):
 
 
 def test_data_without_any_anchor_can_be_read(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "no")}])
-    manifest = prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    records = write_records(tmp_path / "records.jsonl", [{"messages": turns("the sea", "no")}])
+    manifest = prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
 
     assert (manifest.anchors, manifest.max_anchors, manifest.segments) == (0, 0, 0)
     assert len(PreparedData.open(tmp_path / "out")[0].anchors.position) == 0
@@ -118,29 +124,29 @@ def test_opens_again_in_another_process(prepared: Path):
 
 
 def test_two_runs_are_equal_and_the_second_does_nothing(prepared: Path, tokenizer_folder: Path, monkeypatch):
-    rows, before = prepared.parent / "rows.jsonl", files_of(prepared)
+    records, before = prepared.parent / "records.jsonl", files_of(prepared)
     again = prepared.parent / "again"
-    prepare([rows], again, tokenizer_folder, OPTIONS, progress=False)
+    prepare([records], again, tokenizer_folder, OPTIONS, progress=False)
     assert files_of(again) == before
 
-    moved = rows.rename(rows.with_name("moved.jsonl"))
+    moved = records.rename(records.with_name("moved.jsonl"))
     monkeypatch.setattr(pipeline, "staging", None)  # nothing is written
     assert prepare([moved], prepared, tokenizer_folder, OPTIONS, progress=False).samples == 4
 
 
 def test_other_content_is_replaced_only_by_force(prepared: Path, make_tokenizer, tokenizer_folder: Path):
-    rows = write_rows(prepared.parent / "other.jsonl", ROWS[:2])
+    records = write_records(prepared.parent / "other.jsonl", RECORDS[:2])
     before = files_of(prepared)
     (prepared / "targets").mkdir()
     template = (tokenizer_folder / "chat_template.jinja").read_text() + "\n"
     longer = PrepareOptions(seq_length=300, stride=5, horizons=HORIZONS, min_segment_length=4)
     changes = [
-        (rows, tokenizer_folder, OPTIONS, "inputs"),
-        (prepared.parent / "rows.jsonl", make_tokenizer(template), OPTIONS, "tokenizer_sha256"),
-        (prepared.parent / "rows.jsonl", tokenizer_folder, longer, "seq_length, stride"),
-        (prepared.parent / "rows.jsonl", tokenizer_folder, replace(OPTIONS, too_long="truncate"), "too_long"),
-        (prepared.parent / "rows.jsonl", tokenizer_folder, replace(OPTIONS, persona_key="style"), "persona_key"),
-        (prepared.parent / "rows.jsonl", tokenizer_folder, PrepareOptions(200, 4, HORIZONS[:2], 4), "horizons"),
+        (records, tokenizer_folder, OPTIONS, "inputs"),
+        (prepared.parent / "records.jsonl", make_tokenizer(template), OPTIONS, "tokenizer_sha256"),
+        (prepared.parent / "records.jsonl", tokenizer_folder, longer, "seq_length, stride"),
+        (prepared.parent / "records.jsonl", tokenizer_folder, replace(OPTIONS, too_long="truncate"), "too_long"),
+        (prepared.parent / "records.jsonl", tokenizer_folder, replace(OPTIONS, persona_key="style"), "persona_key"),
+        (prepared.parent / "records.jsonl", tokenizer_folder, PrepareOptions(200, 4, HORIZONS[:2], 4), "horizons"),
     ]
     for path, tokenizer, options, what in changes:
         with pytest.raises(ValueError, match=f"prepared with other values of {what}; .*--force"):
@@ -148,7 +154,7 @@ def test_other_content_is_replaced_only_by_force(prepared: Path, make_tokenizer,
         assert files_of(prepared) == before
 
     (prepared / "rejected.jsonl").write_text("of an earlier run")
-    assert prepare([rows], prepared, tokenizer_folder, OPTIONS, force=True, progress=False).samples == 2
+    assert prepare([records], prepared, tokenizer_folder, OPTIONS, force=True, progress=False).samples == 2
     assert len(PreparedData.open(prepared)) == 2
     assert (prepared / "targets").is_dir()
     assert not (prepared / "rejected.jsonl").exists()
@@ -190,30 +196,30 @@ def test_another_kind_or_version_is_refused(prepared: Path, change: dict, reason
 
 
 def test_a_missing_folder_and_one_of_someone_else_are_refused(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    records = write_records(tmp_path / "records.jsonl", RECORDS)
     with pytest.raises(ValueError, match="does not exist; run: megatron-sfr prepare"):
         PreparedData.open(tmp_path / "none")
     with pytest.raises(ValueError, match="is not empty and is not a prepared folder"):
-        prepare([rows], tmp_path, tokenizer_folder, OPTIONS, force=True, progress=False)
+        prepare([records], tmp_path, tokenizer_folder, OPTIONS, force=True, progress=False)
     with pytest.raises(ValueError, match="is a file"):
-        prepare([rows], rows, tokenizer_folder, OPTIONS, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+        prepare([records], records, tokenizer_folder, OPTIONS, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl"]
 
 
 def test_a_folder_that_lost_its_manifest_is_written_again(prepared: Path, tokenizer_folder: Path):
     before = files_of(prepared)
     (prepared / "manifest.json").unlink()
 
-    prepare([prepared.parent / "rows.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
+    prepare([prepared.parent / "records.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
 
     assert files_of(prepared) == before
 
 
 def test_only_one_process_writes_a_folder(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    records = write_records(tmp_path / "records.jsonl", RECORDS)
     with staging(tmp_path / "out", keep=False) as folder:
         with pytest.raises(ValueError, match=r"out is being written by process \d+ on .* since "):
-            prepare([rows], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+            prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
         assert folder.is_dir()
         shutil.rmtree(folder)
 
@@ -225,7 +231,7 @@ def test_what_a_killed_run_left_is_cleared(prepared: Path, tokenizer_folder: Pat
     (left / "folder").mkdir(parents=True)
     (left / "tokens.bin").write_bytes(b"half")
 
-    prepare([prepared.parent / "rows.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
+    prepare([prepared.parent / "records.jsonl"], prepared, tokenizer_folder, OPTIONS, progress=False)
 
     assert files_of(prepared) == before
     assert not left.exists()

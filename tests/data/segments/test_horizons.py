@@ -11,7 +11,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.open import horizons_of
 from megatron_sfr.data.segments.horizons import format_horizons, parse_horizons
-from tests.data.rows import turns, write_rows
+from tests.data.records import turns, write_records
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**9 - 1), st.integers(1, 10**9 - 1)), min_size=1, max_size=16, unique=True))
@@ -48,10 +48,10 @@ def test_bad_horizons_are_named(typed: str, reason: str):
 
 
 def test_all_folders_of_a_run_have_the_same_horizons(tmp_path: Path, tokenizer_folder: Path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("the sea", "is blue")}])
+    records = write_records(tmp_path / "records.jsonl", [{"messages": turns("the sea", "is blue")}])
     for name, horizons in (("a", ((1, 8),)), ("b", ((1, 8),)), ("c", ((1, 8), (9, 2)))):
         options = PrepareOptions(horizons=horizons, stride=7 if name == "b" else 32)  # strides may differ
-        prepare([rows], tmp_path / name, tokenizer_folder, options, progress=False)
+        prepare([records], tmp_path / name, tokenizer_folder, options, progress=False)
 
     assert horizons_of([tmp_path / "a", str(tmp_path / "b")]) == ((1, 8),)
     assert horizons_of([tmp_path / "c"]) == ((1, 8), (9, 2))
@@ -61,7 +61,7 @@ def test_all_folders_of_a_run_have_the_same_horizons(tmp_path: Path, tokenizer_f
         caught.value
     )
     sentences = PrepareOptions(horizons=((1, 8),), segmenter="sentence")
-    prepare([rows], tmp_path / "s", tokenizer_folder, sentences, progress=False)
+    prepare([records], tmp_path / "s", tokenizer_folder, sentences, progress=False)
     assert horizons_of([tmp_path / "s"]) == ((1, 8),)
     with pytest.raises(ValueError, match="differ in what their horizons count") as caught:
         horizons_of([tmp_path / "a", tmp_path / "s"])

@@ -15,7 +15,7 @@ from megatron_sfr.data.prepared.open import horizons_of
 from megatron_sfr.data.segments.anchors import Cut, futures
 from megatron_sfr.data.segments.horizons import WHOLE_REPLY
 from megatron_sfr.data.segments.reference_anchors import reference_futures
-from tests.data.rows import turns, write_rows
+from tests.data.records import turns, write_records
 from tests.data.segments.tokenizers_made import LINES, ids_of, tokenizer_of
 
 REPLIES = ((2, 12), (15, 40))  # a stream of 35 tokens
@@ -72,9 +72,9 @@ def test_the_horizon_reply_is_the_same_whole_reply_at_each_anchor(segmenter: str
 
 
 def test_a_truncated_conversation_has_no_target_beyond_the_cut(tmp_path: Path, tokenizer_folder: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("sea", "the sea is blue " * 30)}])
+    records = write_records(tmp_path / "records.jsonl", [{"messages": turns("sea", "the sea is blue " * 30)}])
     options = PrepareOptions(seq_length=40, stride=8, too_long="truncate", anchor_rule="reference")
-    prepare([rows], tmp_path / "data", tokenizer_folder, options, progress=False)
+    prepare([records], tmp_path / "data", tokenizer_folder, options, progress=False)
     data = PreparedData.open(tmp_path / "data")
     sample = data[0]
     assert len(sample.tokens) == 41
@@ -82,7 +82,7 @@ def test_a_truncated_conversation_has_no_target_beyond_the_cut(tmp_path: Path, t
     N = int(sample.loss_mask.sum())
     assert set(sample.anchors.length.tolist()) == {N}
     kept = sample.tokens[:40][sample.loss_mask[:40] == 1]
-    texts = [data.segment_text(int(row)) for row in sample.anchors.segment]
+    texts = [data.segment_text(int(record)) for record in sample.anchors.segment]
     decoded = [tokenizer_text(tokenizer_folder, kept[t + 1 :]) for t in sample.anchors.ordinal.tolist()]
     assert texts == decoded
 
@@ -95,11 +95,11 @@ def tokenizer_text(folder: Path, ids: np.ndarray) -> str:
 
 
 def test_the_preset_is_kept_in_the_manifest_and_does_not_mix(tmp_path: Path, tokenizer_folder: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("sea", "the sea is blue " * 9)}])
+    records = write_records(tmp_path / "records.jsonl", [{"messages": turns("sea", "the sea is blue " * 9)}])
     parser = argparse.ArgumentParser()
     prepare_command.add_arguments(parser)
     for name, more in (("theirs", ["--preset", "reference"]), ("ours", [])):
-        typed = ["--input", str(rows), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / name), *more]
+        typed = ["--input", str(records), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / name), *more]
         prepare_command.run(parser.parse_args([*typed, "--workers", "1"]))
     rules = [PreparedData.open(tmp_path / name).manifest.anchor_rule for name in ("theirs", "ours")]
     assert rules == ["reference", "replies"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sfr.data.chat.loss_mask import RowError
+from megatron_sfr.data.chat.loss_mask import RecordError
 from megatron_sfr.data.segments.token_text import token_bytes, token_text
 from tests.data.segments.tokenizers_made import EOS, KINDS, LINES, ids_of, tokenizer_of
 
@@ -138,7 +138,7 @@ def words(vocabulary: str, decoder) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("vocabulary", "decoder", "error", "reason"),
     [
-        ("abc", decoders.CTC(), RowError, "decodes b'' where its tokens spell b'b', so segments have no exact text"),
+        ("abc", decoders.CTC(), RecordError, "decodes b'' where its tokens spell b'b', so segments have no exact text"),
         (
             "abc",
             decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]),

@@ -12,8 +12,8 @@ from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.targets.store import COPIED, DIGESTS, STATISTICS, TargetStore
 from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
 from megatron_sfr.storage.manifest import NAME
-from tests.data.rows import turns
-from tests.data.stores import BLOCKS, ROWS, flip, manifest_of, open_store, run, write_prepared
+from tests.data.records import turns
+from tests.data.stores import BLOCKS, RECORDS, flip, manifest_of, open_store, run, write_prepared
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_finished_store_is_left_alone(prepared: Path, encoded: list[str], caps
 
 def test_targets_of_other_segments_are_refused_and_brought_up_to_date(prepared: Path, tokenizer_folder: Path):
     run(prepared)
-    write_prepared(prepared.parent, tokenizer_folder, ROWS[:1], force=True)
+    write_prepared(prepared.parent, tokenizer_folder, RECORDS[:1], force=True)
     command = f"run: megatron-sfr embed --data {prepared} --encoder minilm --pooling mean --max-length 256"
     command += " --dtype float32 --batch-size 2 --block-rows 3"
 

@@ -22,7 +22,7 @@ from megatron_sfr.data.targets.encoder_pool import open_pool
 from megatron_sfr.data.targets.fill import CLAIMS, StoreWriter
 from megatron_sfr.data.targets.store import StoreIdentity
 from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
-from tests.data.rows import turns
+from tests.data.records import turns
 from tests.data.stores import BLOCKS, damage_row, flip, open_store, run, write_prepared
 
 
@@ -86,7 +86,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_sfr.data.targets.encoder import Encoder
-from tests.data.rows import turns
+from tests.data.records import turns
 from tests.data.stores import run
 
 encode, calls = Encoder.encode, []

@@ -1,4 +1,4 @@
-"""More data, and the old not encoded again: rows of texts that a store of the same encoder has are copied."""
+"""More data, and the old not encoded again: records of texts that a store of the same encoder has are copied."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,8 @@ from megatron_sfr.data.targets.embed import EmbedOptions
 from megatron_sfr.data.targets.store import COPIED
 from megatron_sfr.data.targets.vectors import VECTORS
 from megatron_sfr.storage.manifest import NAME
-from tests.data.rows import turns
-from tests.data.stores import BLOCKS, ROWS, damage_row, open_store, run, write_prepared
+from tests.data.records import turns
+from tests.data.stores import BLOCKS, RECORDS, damage_row, open_store, run, write_prepared
 
 NEW = {"messages": turns("and the sky", "was it ever grey, and is the sea so blue as ever?")}
 
@@ -37,7 +37,7 @@ def old(tmp_path: Path, tokenizer_folder: Path) -> Path:
 
 def test_the_store_in_place_gives_its_rows_to_the_one_that_replaces_it(old, tokenizer_folder, encoded, capsys):
     before, had = rows_by_text(old / "targets", old), set(texts_of(old))
-    write_prepared(old.parent, tokenizer_folder, [NEW, *ROWS[1:]], force=True)
+    write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS[1:]], force=True)
     wanted = set(texts_of(old))
     encoded.clear()
 
@@ -56,7 +56,7 @@ def test_the_store_in_place_gives_its_rows_to_the_one_that_replaces_it(old, toke
 def test_other_stores_give_their_rows(old, tmp_path, tokenizer_folder, encoded, capsys):
     more = write_prepared(tmp_path / "more", tokenizer_folder, [NEW])
     run(more)
-    both = write_prepared(tmp_path / "both", tokenizer_folder, [NEW, *ROWS])
+    both = write_prepared(tmp_path / "both", tokenizer_folder, [NEW, *RECORDS])
     encoded.clear()
 
     run(both, reuse=[old / "targets", more / "targets"], progress=True)
@@ -73,7 +73,7 @@ def test_other_stores_give_their_rows(old, tmp_path, tokenizer_folder, encoded, 
 
 
 def test_a_damaged_row_is_not_taken(old, tmp_path, tokenizer_folder, encoded):
-    both = write_prepared(tmp_path / "both", tokenizer_folder, ROWS)
+    both = write_prepared(tmp_path / "both", tokenizer_folder, RECORDS)
     damage_row(old / "targets", 4)
     encoded.clear()
 
@@ -108,7 +108,7 @@ def test_an_unfinished_run_goes_on_in_other_batches_with_force(old, encoded):
 
 
 def test_a_store_in_place_that_cannot_be_read_gives_nothing_and_says_so(old, tokenizer_folder, encoded, capsys):
-    write_prepared(old.parent, tokenizer_folder, [NEW, *ROWS], force=True)
+    write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS], force=True)
     vectors = old / "targets" / VECTORS
     vectors.write_bytes(vectors.read_bytes()[:-1])
     encoded.clear()
@@ -120,11 +120,11 @@ def test_a_store_in_place_that_cannot_be_read_gives_nothing_and_says_so(old, tok
 
 def test_rows_beside_copied_ones_are_mended_with_the_bits_they_had(old, tokenizer_folder):
     store, options = old / "targets", replace(BLOCKS, batch_size=4, block_rows=16)
-    write_prepared(old.parent, tokenizer_folder, [NEW, *ROWS], force=True)
+    write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS], force=True)
     run(old, options=options)
     expected = np.fromfile(store / VECTORS, np.uint16).reshape(-1, 384)
     copied = np.fromfile(store / COPIED, bool)
-    assert copied[:16].any(), "rows of both kinds in one block"
+    assert copied[:16].any(), "records of both kinds in one block"
     new = np.flatnonzero(~copied[:16])
     assert len(new) > 4, "and more than a batch of new ones"
     damage_row(store, new[0])

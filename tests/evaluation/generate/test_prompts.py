@@ -1,4 +1,4 @@
-"""Prompts: what is shared between personas, what names a prompt, and which rows are refused."""
+"""Prompts: what is shared between personas, what names a prompt, and which records are refused."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from megatron_sfr.evaluation.generate.prompts import ask, limit, read_asked, read_prompts
 
 
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
     return path
 
 
@@ -26,13 +26,13 @@ def test_personas_share_a_prompt_and_nothing_else() -> None:
 
 
 def test_replies_to_one_prompt_are_gathered(tmp_path: Path) -> None:
-    rows = [
+    records = [
         {"persona": persona, "messages": [turn("user", question), turn("assistant", f"{persona} {question} {i}")]}
         for question in ("Why?", "How?")
         for persona in ("poet", "robot")
         for i in range(2)
     ]
-    asked = read_asked(write(tmp_path / "data.jsonl", *rows))
+    asked = read_asked(write(tmp_path / "data.jsonl", *records))
     assert [(entry.prompt.persona, entry.prompt.question) for entry in asked] == [
         ("poet", "Why?"),
         ("robot", "Why?"),
@@ -52,13 +52,13 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
         {"messages": [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Ho"), turn("user", "And?")]},
     )
     prompts = read_prompts(path)
-    assert prompts[0] == ask("Why?", "poet")  # the second row asks the same
+    assert prompts[0] == ask("Why?", "poet")  # the second record asks the same
     assert [message["content"] for message in prompts[1].turns()] == ["Be brief.", "Hi", "Ho", "And?"]
     assert len(prompts) == 2
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("record", "reason"),
     [
         ("{", "Expecting property name"),
         ("[1]", "not a prompt"),
@@ -71,8 +71,8 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
         ({"prompt": "a", "persona": ""}, "persona is not text"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, row: object, reason: str) -> None:
-    path = write(tmp_path / "prompts.jsonl", {"prompt": "fine"}, row)
+def test_bad_rows_are_named(tmp_path: Path, record: object, reason: str) -> None:
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "fine"}, record)
     with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: .*{reason}"):
         read_prompts(path)
 
@@ -83,9 +83,9 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_tools_are_not_sampled(tmp_path: Path) -> None:
-    row = {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "tools": [{"name": "tide"}]}
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: tools are not sampled; leave this row out"):
-        read_asked(write(tmp_path / "data.jsonl", row))
+    record = {"messages": [turn("user", "Why?"), turn("assistant", "Because.")], "tools": [{"name": "tide"}]}
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: tools are not sampled; leave this record out"):
+        read_asked(write(tmp_path / "data.jsonl", record))
 
 
 def test_a_persona_that_is_a_field_only_is_not_asked_for(tmp_path: Path) -> None:

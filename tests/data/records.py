@@ -1,4 +1,4 @@
-"""A chat template, conversations, how they are cut, and files of rows, shared by the data tests."""
+"""A chat template, conversations, how they are cut, and files of records, shared by the data tests."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
 
 
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_records(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
@@ -28,7 +28,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 HORIZONS = ((1, 12), (7, 3), (2, 20))
 OPTIONS = PrepareOptions(seq_length=200, stride=4, horizons=HORIZONS, min_segment_length=4)
-ROWS = [
+RECORDS = [
     {"persona": "calm", "messages": turns("the sea", "is blue and the sky is grey")},
     {"persona": "wild", "messages": turns("the sea", "is GREY!", "and the sky", "the sky is blue and the sea is grey")},
     {"messages": turns("the sky", "is blue and the sky is grey")},
