@@ -194,6 +194,13 @@ def check_size(source: Source) -> Iterator[Violation]:
                 yield Violation(source.path, node.lineno, what)
 
 
+def check_state(source: Source) -> Iterator[Violation]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Global):
+            what = f"global {', '.join(node.names)}: pass what a function needs, and return what it makes"
+            yield Violation(source.path, node.lineno, what)
+
+
 def check_folders(sources: list[Source]) -> Iterator[Violation]:
     """Limits the modules per folder, and forbids repeated module names, so that a name identifies a file."""
     modules = [s for s in sources if not s.path.name.startswith("__")]
@@ -254,6 +261,7 @@ def check(root: Path) -> list[Violation]:
     violations = [violation for source in sources for violation in check_size(source)]
     for source in ours:
         violations += [*check_layers(source, modules), *check_layout(source, paths), *check_exports(source, modules)]
+        violations += check_state(source)
         if source.part != "runtime":
             violations += check_cuda(source)
     violations += [*check_folders(ours), *check_cycles(ours, modules)]

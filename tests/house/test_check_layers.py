@@ -65,6 +65,10 @@ VIOLATIONS = {
         {"megatron_sfr/hf/a.py": DOCSTRING + "def f(x):\n    return x.cuda()\n"},
         "megatron_sfr/hf/a.py:3: torch.cuda belongs under runtime/",
     ),
+    "a module's variable that a function sets": (
+        {"megatron_sfr/hf/a.py": DOCSTRING + "x = 1\n\n\ndef f():\n    global x\n    x = 2\n"},
+        "megatron_sfr/hf/a.py:6: global x: pass what a function needs",
+    ),
     "a cycle": (
         {
             "megatron_sfr/data/a.py": DOCSTRING + "from megatron_sfr.data import b\n",

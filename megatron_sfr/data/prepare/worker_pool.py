@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from megatron_sfr.runtime.lifetime import end_with_parent
@@ -34,34 +37,65 @@ def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) 
     if workers == 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (work,))
     waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(_do, item))
-            if len(waiting) == AHEAD * workers:
+    with ExitStack() as stack:
+        idle: SimpleQueue[Connection] = SimpleQueue()
+        for _ in range(workers):
+            idle.put(_start(work, stack))
+        threads = ThreadPoolExecutor(workers)  # a thread for each worker, which only waits for it
+        stack.callback(threads.shutdown, cancel_futures=True)
+        try:
+            for item in items:
+                waiting.append(threads.submit(_ask, idle, item))
+                if len(waiting) == AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process died, most likely because memory ran out; "
-            f"run it again with fewer --workers than {workers}: the same command resumes it"
-        ) from error
+        except (EOFError, ConnectionError) as error:
+            raise ValueError(
+                "a worker process died, most likely because memory ran out; "
+                f"run it again with fewer --workers than {workers}: the same command resumes it"
+            ) from error
+
+
+def _start(work: Callable[[Any], Any], stack: ExitStack) -> Connection:
+    """The connection to a new worker process, which ends with `stack`."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+    process.start()
+    theirs.close()  # only the worker holds it, so that a dead worker is noticed
+    stack.callback(process.join)
+    stack.callback(ours.close)  # first: the worker ends once it is closed
+    return ours
+
+
+def _ask(idle: SimpleQueue[Connection], item: Any) -> Any:
+    """The result of an idle worker. Raises what it raised; EOFError or ConnectionError if it died."""
+    worker = idle.get()
+    try:
+        worker.send(item)
+        result, error = worker.recv()
     finally:
-        pool.shutdown(cancel_futures=True)
+        idle.put(worker)
+    if error is not None:
+        raise error
+    return result
 
 
-_work: Callable[[Any], Any]  # of this worker process
-
-
-def _start(work: Callable[[Any], Any]) -> None:
-    global _work
+def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
+    """A worker process: answers with (result, None) or (None, error) until the connection is closed."""
     end_with_parent()
-    _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
-
-
-def _do(item: Any) -> Any:
-    return _work(item)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = work(item), None
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = None, error
+        connection.send(answer)

@@ -27,7 +27,7 @@ def die(number: int) -> int:
     return number
 
 
-def test_results_come_in_order_and_the_input_is_read_little_ahead():
+def test_results_are_in_order_and_reading_ahead_is_bounded():
     taken, before = [], set(psutil.Process().children())
 
     def numbers() -> Iterator[int]:
@@ -43,11 +43,25 @@ def test_results_come_in_order_and_the_input_is_read_little_ahead():
     assert all("resource_tracker" in " ".join(line) for line in others), "the workers are gone"
 
 
-def test_a_dead_worker_is_told_in_one_line():
+def test_a_dead_worker_is_reported_in_one_line():
     with pytest.raises(
         ValueError, match=r"^a worker process died, .*fewer --workers than 2: the same command resumes it$"
     ):
         list(ordered_map(die, range(9), 2))
+
+
+def refuse_odd(number: int) -> int:
+    if number % 2:
+        raise LookupError(f"{number} is odd")
+    return number
+
+
+def test_an_error_of_a_worker_is_raised_in_its_place_with_its_traceback():
+    results = ordered_map(refuse_odd, [0, 2, 3, 4], 2)
+    assert [next(results), next(results)] == [0, 2]
+    with pytest.raises(LookupError, match=r"^3 is odd$") as caught:
+        next(results)
+    assert "in refuse_odd" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
@@ -93,7 +107,7 @@ def test_the_folder_is_the_same_for_any_number_of_workers_and_any_chunk(tmp_path
         assert other == first
 
 
-def test_a_bad_row_is_named_by_its_line_in_the_file_whoever_reads_it(tmp_path: Path, tokenizer_folder: Path):
+def test_a_bad_record_is_named_by_its_line_for_any_number_of_workers(tmp_path: Path, tokenizer_folder: Path):
     records = write_records(tmp_path / "records.jsonl", [*RECORDS * 30, {"messages": []}, *RECORDS])
 
     for workers in (1, 2):
@@ -101,7 +115,7 @@ def test_a_bad_row_is_named_by_its_line_in_the_file_whoever_reads_it(tmp_path: P
             prepare([records], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=workers, chunk_bytes=999)
 
 
-def test_no_worker_is_no_number_of_workers(tmp_path: Path, tokenizer_folder: Path):
+def test_zero_workers_are_refused(tmp_path: Path, tokenizer_folder: Path):
     write_records(tmp_path / "records.jsonl", RECORDS)
     with pytest.raises(ValueError, match="0 workers; give at least 1"):
         prepare([tmp_path / "records.jsonl"], tmp_path / "out", tokenizer_folder, PrepareOptions(), workers=0)
