@@ -20,7 +20,7 @@ from megatron_sfr.data.targets.store import (
     differences,
     embed_hint,
 )
-from megatron_sfr.data.targets.vectors import CHUNK_ROWS, VECTORS, Rows, RowWriter
+from megatron_sfr.data.targets.vectors import CHUNK_ROWS, VECTORS, Embeddings, EmbeddingWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, hint, sha256_of
 from megatron_sfr.storage.manifest import NAME, publish, read_manifest, staging, write_manifest
@@ -98,7 +98,7 @@ def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sou
         shutil.copyfile(prepared.folder / DIGESTS, new / DIGESTS)
         wanted = map_flat(new / DIGESTS, np.uint64).reshape(-1, 2)
         copied = np.zeros(segments, bool)
-        with RowWriter(new, segments, identity.dim) as writer:
+        with EmbeddingWriter(new, segments, identity.dim) as writer:
             for source in sources:
                 try:
                     taken = _take(source, identity, wanted, copied, writer)
@@ -119,7 +119,9 @@ def _write_new(folder: Path, prepared: HasSegments, identity: StoreIdentity, sou
         publish(new, folder)
 
 
-def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.ndarray, writer: RowWriter) -> int:
+def _take(
+    source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.ndarray, writer: EmbeddingWriter
+) -> int:
     """Copies embeddings of `wanted` (digests [n, 2]) that are not `copied` [n] yet. Marks and counts them."""
     with hint("leave it out of --reuse"):
         manifest = read_manifest(source, TargetManifest)
@@ -127,7 +129,7 @@ def _take(source: Path, identity: StoreIdentity, wanted: np.ndarray, copied: np.
             raise StoredFileError(f"{source} was made with other values of {', '.join(sorted(changed))}")
         check_files(source, manifest)
     old = _indices(wanted, map_flat(source / DIGESTS, np.uint64).reshape(-1, 2))
-    rows, found = Rows(source, manifest.dim), np.flatnonzero((old >= 0) & ~copied)
+    rows, found = Embeddings(source, manifest.dim), np.flatnonzero((old >= 0) & ~copied)
     for first in range(0, len(found), CHUNK_ROWS):
         chunk = found[first : first + CHUNK_ROWS]
         vectors, good = rows.read(old[chunk])
@@ -162,8 +164,8 @@ def reopen_if_damaged(folder: Path, prepared: HasSegments) -> int:
     """
     with embed_hint(folder, prepared):
         manifest = read_manifest(folder, TargetManifest)
-    with RowWriter(folder, manifest.segments, manifest.dim):  # restores the size of a truncated file
-        missing = len(Rows(folder, manifest.dim).missing())
+    with EmbeddingWriter(folder, manifest.segments, manifest.dim):  # restores the size of a truncated file
+        missing = len(Embeddings(folder, manifest.dim).missing())
     files = dict(manifest.files)
     damaged = {name for name, record in files.items() if not _is_whole(folder / name, record)}
     if DIGESTS in damaged:

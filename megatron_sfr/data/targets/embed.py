@@ -98,7 +98,7 @@ def _fill(writer: StoreWriter, pool: EncoderPool, progress: bool) -> None:
     """Encodes every embedding that is missing or damaged."""
     from tqdm import tqdm
 
-    rows = {block: writer.rows_of(block) for block in writer.blocks_of(writer.store.rows.missing())}
+    rows = {block: writer.rows_of(block) for block in writer.blocks_of(writer.store.embeddings.missing())}
     total, left = len(writer.store), sum(r.stop - r.start for r in rows.values())
     with tqdm(total=total, initial=total - left, desc="embed", unit="segment", disable=not progress) as bar:
         for block in pool.fill(writer, list(rows)):

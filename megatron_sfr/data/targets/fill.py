@@ -33,7 +33,7 @@ from megatron_sfr.data.targets.store import (
     TargetStore,
     embed_hint,
 )
-from megatron_sfr.data.targets.vectors import RowWriter
+from megatron_sfr.data.targets.vectors import EmbeddingWriter
 from megatron_sfr.storage.arrays import FlatWriter, map_flat
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, hint
 from megatron_sfr.storage.manifest import read_manifest, write_manifest
@@ -66,7 +66,7 @@ class StoreWriter:
         self._copied = np.fromfile(folder / COPIED, np.uint8).astype(bool)
         self._digests = map_flat(folder / DIGESTS, np.uint8).reshape(-1, DIGEST_BYTES)
         with ExitStack() as stack:
-            self._writer = stack.enter_context(RowWriter(folder, manifest.segments, manifest.dim))
+            self._writer = stack.enter_context(EmbeddingWriter(folder, manifest.segments, manifest.dim))
             self._claims = os.open(folder / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, self._claims)
             self._open = stack.pop_all()
@@ -93,7 +93,7 @@ class StoreWriter:
             return False
         try:
             rows = np.arange(*self.rows_of(block).indices(len(self.store)))
-            missing = ~self.store.rows.read(rows)[1]
+            missing = ~self.store.embeddings.read(rows)[1]
             for copied in (False, True):
                 group = self._copied[rows] == copied
                 if (needed := missing & group).any():
@@ -129,7 +129,7 @@ class StoreWriter:
     def all_begun(self) -> bool:
         """Whether every embedding has a checksum, right or wrong. Cheap: finished blocks are not read again."""
         while self._first_unfinished < self.blocks:
-            if not self.store.rows.begun(self.rows_of(self._first_unfinished)).all():
+            if not self.store.embeddings.begun(self.rows_of(self._first_unfinished)).all():
                 return False
             self._first_unfinished += 1
         return True
@@ -146,7 +146,7 @@ class StoreWriter:
         try:
             if self._on_disk().complete:
                 return np.empty(0, np.int64)
-            missing = self.store.rows.missing()
+            missing = self.store.embeddings.missing()
             if not len(missing):
                 self._writer.sync()
                 files = self.store.manifest.files | {STATISTICS: _write_statistics(self.store)}
@@ -170,7 +170,7 @@ class StoreWriter:
 
 def _write_statistics(store: TargetStore) -> FileRecord:
     """Writes mean and standard deviation of the embeddings as they are stored, in fp16."""
-    statistics = statistics_of(store.rows.vectors)
+    statistics = statistics_of(store.embeddings.vectors)
     temporary = store.folder / f".{STATISTICS}.partial"
     with FlatWriter(temporary, np.float32) as file:
         file.append(statistics.mean)

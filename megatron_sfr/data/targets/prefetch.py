@@ -87,7 +87,7 @@ class Prefetcher:
         Raises:
             RuntimeError: in one line, if the background process has failed or ended. What it wrote is kept.
         """
-        vectors, there = self._stores[store].rows.read(rows)
+        vectors, there = self._stores[store].embeddings.read(rows)
         if there.all() and self._failure is None:
             return vectors
         started = time.perf_counter()
@@ -129,7 +129,7 @@ class Prefetcher:
                 tasks = [
                     Task(store, block, AHEAD)
                     for store, rows in needs
-                    for block in self._blocks(store, rows[~self._stores[store].rows.begun(rows)])
+                    for block in self._blocks(store, rows[~self._stores[store].embeddings.begun(rows)])
                 ]
                 with self._changed:
                     self._ask(tasks)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_sfr.data.prepared.segment_texts import HasSegments
-from megatron_sfr.data.targets.vectors import VECTORS, Rows, row_sizes
+from megatron_sfr.data.targets.vectors import VECTORS, Embeddings, row_sizes
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, check_size, check_sizes, hint
 from megatron_sfr.storage.manifest import NAME, read_manifest
 from megatron_sfr.storage.user_files import read_json
@@ -79,7 +79,7 @@ class TargetStore:
         self.prepared = prepared
         self.manifest = manifest
         self.dim = manifest.dim
-        self.rows = Rows(folder, manifest.dim)
+        self.embeddings = Embeddings(folder, manifest.dim)
         self._repair = embed_hint(folder, prepared, manifest, "--verify")
         self._statistics = None
         if manifest.complete:
@@ -110,7 +110,7 @@ class TargetStore:
             check_files(folder, manifest)
         store = cls(folder, prepared, manifest)
         if not (manifest.complete or partial):
-            begun = np.count_nonzero(store.rows.begun(slice(None)))
+            begun = np.count_nonzero(store.embeddings.begun(slice(None)))
             with embed_hint(folder, prepared, manifest):
                 raise StoredFileError(f"{folder} is not complete: it has {begun:,} of {len(store):,} targets")
         return store
@@ -135,15 +135,15 @@ class TargetStore:
         """Reads all bytes. Raises ValueError if one is not what was written; missing embeddings are not an error."""
         with self._repair:
             check_contents(self.folder, self.manifest.files)
-            bad = self.rows.missing()
-            self._refuse(bad if self.manifest.complete else bad[self.rows.begun(bad)])
+            bad = self.embeddings.missing()
+            self._refuse(bad if self.manifest.complete else bad[self.embeddings.begun(bad)])
 
     def __len__(self) -> int:
         return self.manifest.segments
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of rows, fp16 [len(rows), dim], a copy. Raises ValueError if one is missing or damaged."""
-        vectors, good = self.rows.read(rows)
+        vectors, good = self.embeddings.read(rows)
         with self._repair:
             self._refuse(rows[~good])
         return vectors

@@ -32,7 +32,7 @@ def row_sizes(rows: int, dim: int) -> dict[str, int]:
     return {VECTORS: rows * dim * np.dtype(np.float16).itemsize, CHECKSUMS: rows * np.dtype(np.uint32).itemsize}
 
 
-class Rows:
+class Embeddings:
     """The rows of a folder, memory-mapped: what other processes write is visible at once. The files have full size."""
 
     def __init__(self, folder: Path, dim: int) -> None:
@@ -58,7 +58,7 @@ class Rows:
         return np.concatenate([np.empty(0, np.int64), *bad])
 
 
-class RowWriter:
+class EmbeddingWriter:
     """Writes rows into the files of a folder, created at full size. Raises ValueError if the disk is too small."""
 
     def __init__(self, folder: Path, rows: int, dim: int) -> None:

@@ -35,9 +35,9 @@ class EntryOptions:
 
 @dataclass(frozen=True)
 class AnchorSizes:
-    """R (rows) and P (entries): upper bounds over all sequences of the run."""
+    """R (targets) and P (entries): upper bounds over all sequences of the run."""
 
-    rows: int
+    targets: int
     entries: int
 
 
@@ -64,13 +64,13 @@ class Stream:
     first: np.ndarray
     """Index of each conversation's first token, and T; int64 [C + 1]."""
     sample: np.ndarray
-    """Of each conversation, as in RowAnchors; int64 [C]."""
+    """Of each conversation, as in SequenceAnchors; int64 [C]."""
     start: np.ndarray
-    """Of each conversation, as in RowAnchors; int64 [C]."""
+    """Of each conversation, as in SequenceAnchors; int64 [C]."""
 
 
 @dataclass(frozen=True)
-class RowAnchors:
+class SequenceAnchors:
     """The anchors of one sequence. Positions and responses are counted over the sequence."""
 
     anchors: Anchors
@@ -84,7 +84,7 @@ class RowAnchors:
     """For anchors of the rule 'reference', whose responses are the conversations."""
 
 
-def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> RowAnchors:
+def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarray) -> SequenceAnchors:
     """Joins the anchors of the conversations `samples` [n], which start at positions `starts` [n] of one sequence."""
     counts = [len(part.position) for part in parts]
     responses = np.cumsum([0, *(int(part.response.max(initial=-1)) + 1 for part in parts)])[:-1]
@@ -95,12 +95,12 @@ def join_anchors(parts: Sequence[Anchors], samples: np.ndarray, starts: np.ndarr
     start = np.repeat(starts, counts)
     columns["position"] += start
     columns["response"] += np.repeat(responses, counts)
-    return RowAnchors(Anchors(**columns), np.repeat(samples, counts), start)
+    return SequenceAnchors(Anchors(**columns), np.repeat(samples, counts), start)
 
 
 def join_streams(
     parts: Sequence[Anchors], masks: Sequence[np.ndarray], samples: np.ndarray, starts: np.ndarray
-) -> RowAnchors:
+) -> SequenceAnchors:
     """`join_anchors` for anchors of the rule 'reference'; masks: the loss mask of each conversation's tokens."""
     counts = [len(part.position) for part in parts]
     columns = {
@@ -116,7 +116,7 @@ def join_streams(
         sample=np.asarray(samples),
         start=np.asarray(starts),
     )
-    return RowAnchors(Anchors(**columns), np.repeat(samples, counts), np.repeat(starts, counts), stream=stream)
+    return SequenceAnchors(Anchors(**columns), np.repeat(samples, counts), np.repeat(starts, counts), stream=stream)
 
 
 class TargetReader:
@@ -127,40 +127,50 @@ class TargetReader:
         self.number = plan.folders.index(prepared.folder) if plan.folders else None
         self.store = None if plan.folders else TargetStore.open(prepared.folder / plan.store, prepared)
 
-    def arrays(self, row: RowAnchors, sizes: AnchorSizes) -> dict[str, Any]:
+    def arrays(self, sequence: SequenceAnchors, sizes: AnchorSizes) -> dict[str, Any]:
         """`anchor_arrays` and the targets: fp16 `target` [R, D].
 
         For online targets, where to find them instead: `target_row` [R] (-1: padding) of `target_store`.
         """
-        segment = row.anchors.segment
-        arrays = anchor_arrays(row, self.plan.entries, sizes)
+        segment = sequence.anchors.segment
+        arrays = anchor_arrays(sequence, self.plan.entries, sizes)
         if self.store is None:
-            return arrays | {"target_row": padded(segment + 1, sizes.rows, np.int64) - 1, "target_store": self.number}
-        return arrays | {"target": padded(self.store[segment], sizes.rows, np.float16)}
+            return arrays | {
+                "target_row": padded(segment + 1, sizes.targets, np.int64) - 1,
+                "target_store": self.number,
+            }
+        return arrays | {"target": padded(self.store[segment], sizes.targets, np.float16)}
 
 
-def anchor_arrays(row: RowAnchors, options: EntryOptions, sizes: AnchorSizes) -> dict[str, np.ndarray]:
+def anchor_arrays(sequence: SequenceAnchors, options: EntryOptions, sizes: AnchorSizes) -> dict[str, np.ndarray]:
     """Arrays [P] with one value per entry.
 
     int64: `anchor_position` in the sequence, `anchor_row` of its target, `anchor_horizon`, and `anchor_sample` and
     `anchor_place`, which key the noise. fp32: `anchor_weight`. Padding is 0; weight 0 removes it from the loss.
     """
-    anchors, stream = row.anchors, row.stream
+    anchors, stream = sequence.anchors, sequence.stream
     of, ordinal = entries_at_anchors(anchors) if options.fill == "anchors_only" else entries_of_nearest(anchors)
-    response, horizon, sample, start = anchors.response[of], anchors.horizon[of], row.sample[of], row.start[of]
+    response, horizon, sample, start = (
+        anchors.response[of],
+        anchors.horizon[of],
+        sequence.sample[of],
+        sequence.start[of],
+    )
     length, target = anchors.length[of], of
     if options.zero_targets:
         assert stream is not None
         missing = tokens_without_entry(stream, response, ordinal)
         response, ordinal = (np.concatenate(pair) for pair in zip((response, ordinal), missing, strict=True))
-        target = np.concatenate([of, np.full(len(missing[0]), sizes.rows - 1)])  # the last embedding is padding, so 0
+        target = np.concatenate(
+            [of, np.full(len(missing[0]), sizes.targets - 1)]
+        )  # the last embedding is padding, so 0
         length, horizon = np.diff(stream.first)[response], np.zeros_like(response)
         sample, start = stream.sample[response], stream.start[response]
     if stream is not None:
         position = stream.position[stream.first[response] + ordinal]
     else:
         position = (anchors.position - anchors.ordinal)[of] + ordinal
-    place = ordinal if row.falling else np.zeros_like(ordinal)
+    place = ordinal if sequence.falling else np.zeros_like(ordinal)
     weight = position_weights(place, length) if options.raw_weights else anchor_weights(place, length, response)
     columns = {"position": position, "row": target, "horizon": horizon, "sample": sample, "place": position - start}
     arrays = {f"anchor_{name}": padded(values, sizes.entries, np.int64) for name, values in columns.items()}
@@ -177,12 +187,12 @@ def tokens_without_entry(stream: Stream, response: np.ndarray, ordinal: np.ndarr
 
 
 def entries_at_anchors(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
-    """Target row and ordinal of each entry, int64 [n]: one entry per anchor."""
+    """Target index and ordinal of each entry, int64 [n]: one entry per anchor."""
     return np.arange(len(anchors.ordinal)), anchors.ordinal.astype(np.int64)
 
 
 def entries_of_nearest(anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
-    """Target row and ordinal of each entry, int64 [n]: every ordinal of a reply takes its nearest anchor per horizon.
+    """Target index and ordinal of each entry, int64 [n]: every ordinal of a reply takes its nearest anchor per horizon.
 
     Ties go to the earlier anchor. A reply without anchors at a horizon has no entries there. As in the paper's code.
     Note that the target of an earlier anchor starts before the position, with tokens that the model has already read.

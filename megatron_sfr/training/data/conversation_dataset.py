@@ -21,12 +21,12 @@ from megatron_sfr.training.data.anchor_arrays import (
     AnchorPlan,
     AnchorSizes,
     EntryOptions,
-    RowAnchors,
+    SequenceAnchors,
     TargetReader,
     join_anchors,
     join_streams,
 )
-from megatron_sfr.training.data.packing import Rows, deal, first_fit_decreasing, most_in_a_row
+from megatron_sfr.training.data.packing import PackedSequences, first_fit_decreasing, most_in_a_sequence, shuffle
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,11 @@ class PreparedDataset(MegatronDataset):
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
         self.lengths = dataset.positions[indices] if config.packed else np.ones(len(indices), np.int64)
-        self.rows = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
+        self.packed = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         if config.packed and len(indices):
-            full = self.lengths.sum() / (len(self.rows) * config.sequence_length)
-            packed = f"{len(indices):,} conversations in {len(self.rows):,} packed sequences, {full:.1%} full"
+            full = self.lengths.sum() / (len(self.packed) * config.sequence_length)
+            packed = f"{len(indices):,} conversations in {len(self.packed):,} packed sequences, {full:.1%} full"
             log_single_rank(logger, logging.INFO, f"> {dataset_path} ({index_split.name}): {packed}")
 
     @staticmethod
@@ -86,18 +86,18 @@ class PreparedDataset(MegatronDataset):
             )
         return prepared
 
-    def _epoch(self, epoch: int) -> Rows:
+    def _epoch(self, epoch: int) -> PackedSequences:
         """The epoch's sequences, each a list of positions in `indices`."""
         if self.index_split is not Split.train:
-            return self.rows
-        return deal(self.rows, self.lengths, np.random.default_rng([self.config.random_seed, epoch]))
+            return self.packed
+        return shuffle(self.packed, self.lengths, np.random.default_rng([self.config.random_seed, epoch]))
 
     def __len__(self) -> int:
-        return max(self.num_samples or 0, len(self.rows))
+        return max(self.num_samples or 0, len(self.packed))
 
     def conversations(self, idx: int) -> tuple[int, np.ndarray]:
         """Epoch and conversations (indices into the prepared folder) of sequence `idx` of the run."""
-        epoch, place = divmod(int(idx), len(self.rows))
+        epoch, place = divmod(int(idx), len(self.packed))
         return epoch, self.indices[self.epoch(epoch)[place]]
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class PreparedDataset(MegatronDataset):
         """
         epoch, conversations = self.conversations(idx)
         samples = [self.dataset[int(i)] for i in conversations]
-        item: dict[str, Any] = dict(row_arrays(samples, self.config.sequence_length))
+        item: dict[str, Any] = dict(sequence_arrays(samples, self.config.sequence_length))
         if not self.config.packed:
             del item["document"]
         if self.config.text_length is not None:
@@ -122,50 +122,50 @@ class PreparedDataset(MegatronDataset):
         """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
         self.anchor_sizes = sizes
 
-    def _joined(self, samples: Sequence[Sample], keys: np.ndarray) -> RowAnchors:
+    def _joined(self, samples: Sequence[Sample], keys: np.ndarray) -> SequenceAnchors:
         """The anchors of a sequence's samples, by the rule of the folder."""
-        parts, starts = [sample.anchors for sample in samples], row_starts(samples)[:-1]
+        parts, starts = [sample.anchors for sample in samples], sequence_starts(samples)[:-1]
         if self.dataset.manifest.anchor_rule == "reference":
             return join_streams(parts, [sample.loss_mask for sample in samples], keys, starts)
         return join_anchors(parts, keys, starts)
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
-        """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""
+        """Number of the prepared folder, and the targets that sequence `idx` reads from it."""
         assert self.targets is not None
         assert self.targets.number is not None
         _, conversations = self.conversations(idx)
-        rows = [self.dataset[int(i)].anchors.segment for i in conversations]
-        return self.targets.number, np.concatenate(rows).astype(np.int64)
+        segments = [self.dataset[int(i)].anchors.segment for i in conversations]
+        return self.targets.number, np.concatenate(segments).astype(np.int64)
 
     def sizes(self, options: EntryOptions) -> AnchorSizes:
         """Bounds on the anchors of any sequence."""
         manifest, length = self.dataset.manifest, self.config.sequence_length
         if self.config.packed:
-            rows, tokens = most_in_a_row(self.dataset.anchor_counts, self.dataset.positions, length), length
+            targets, tokens = most_in_a_sequence(self.dataset.anchor_counts, self.dataset.positions, length), length
         else:
-            rows, tokens = manifest.max_anchors, manifest.max_response_tokens
+            targets, tokens = manifest.max_anchors, manifest.max_response_tokens
         anchors_only = options.fill == "anchors_only" and not options.zero_targets
-        entries = rows if anchors_only else tokens * len(manifest.horizons)
-        return AnchorSizes(rows + options.zero_targets, entries)
+        entries = targets if anchors_only else tokens * len(manifest.horizons)
+        return AnchorSizes(targets + options.zero_targets, entries)
 
 
-def row_starts(samples: Sequence[Sample]) -> np.ndarray:
+def sequence_starts(samples: Sequence[Sample]) -> np.ndarray:
     """Start of each sample in their sequence, and the end of the last one: int64 [n + 1]."""
     return np.cumsum([0, *(len(sample.tokens) - 1 for sample in samples)])
 
 
-def row_arrays(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
+def sequence_arrays(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
     """Joins samples into upstream's arrays [S] and `document` [S], which numbers them from 0. They must fit.
 
     Labels are the next tokens. Padding is a separate document and masked out of the loss.
     """
-    starts = row_starts(samples)
-    row = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "document")}
+    starts = sequence_starts(samples)
+    arrays = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "document")}
     loss_mask = np.zeros(length, np.float32)
     for number, (sample, start, end) in enumerate(zip(samples, starts[:-1], starts[1:], strict=True)):
-        row["tokens"][start:end], row["labels"][start:end] = sample.tokens[:-1], sample.tokens[1:]
+        arrays["tokens"][start:end], arrays["labels"][start:end] = sample.tokens[:-1], sample.tokens[1:]
         loss_mask[start:end] = sample.loss_mask[1:]
-        row["document"][start:end], row["position_ids"][start:end] = number, np.arange(end - start)
+        arrays["document"][start:end], arrays["position_ids"][start:end] = number, np.arange(end - start)
     rest = length - starts[-1]
-    row["document"][starts[-1] :], row["position_ids"][starts[-1] :] = len(samples), np.arange(rest)
-    return row | {"loss_mask": loss_mask}
+    arrays["document"][starts[-1] :], arrays["position_ids"][starts[-1] :] = len(samples), np.arange(rest)
+    return arrays | {"loss_mask": loss_mask}

@@ -16,7 +16,13 @@ from megatron.core.datasets.utils import Split
 
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions, RowAnchors, TargetReader
+from megatron_sfr.training.data.anchor_arrays import (
+    AnchorPlan,
+    AnchorSizes,
+    EntryOptions,
+    SequenceAnchors,
+    TargetReader,
+)
 
 
 @dataclass
@@ -103,7 +109,7 @@ class DocumentDataset(GPTDataset):
         """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
         self.anchor_sizes = sizes
 
-    def _anchors(self, pieces: Pieces, idx: int) -> RowAnchors:
+    def _anchors(self, pieces: Pieces, idx: int) -> SequenceAnchors:
         """Treats each piece as a response of constant weight. Its last token has no next token to predict."""
         columns = []
         for number, (document, begin, end, start) in enumerate(
@@ -114,7 +120,7 @@ class DocumentDataset(GPTDataset):
             columns.append((start + ordinal, segment, number * same, ordinal, (end - begin - 1) * same, horizon))
         anchors = Anchors(*(np.concatenate(column) for column in zip(*columns, strict=True)))
         zero = np.zeros_like(anchors.position)
-        return RowAnchors(anchors, zero + idx, zero, falling=False)
+        return SequenceAnchors(anchors, zero + idx, zero, falling=False)
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
         """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""

@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedSequences:
     """Packed sequences: number i holds items[starts[i] : starts[i + 1]]. int64 [n] and [sequences + 1]."""
 
     items: np.ndarray
@@ -21,11 +21,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.items[self.starts[row] : self.starts[row + 1]]
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        return self.items[self.starts[sequence] : self.starts[sequence + 1]]
 
 
-def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
+def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedSequences:
     """Packs items 0 ... n - 1 into sequences whose lengths sum to at most `capacity`.
 
     Each item, the longest first, goes to the first sequence that has room for it. All items of one length are placed
@@ -36,10 +36,10 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
         ValueError: an item is longer than `capacity`, or empty.
     """
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths of {lengths.min()} to {lengths.max()} do not all fit rows of 1 to {capacity}")
+        raise ValueError(f"lengths of {lengths.min()} to {lengths.max()} do not all fit sequences of 1 to {capacity}")
     by_length = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(lengths, return_counts=True)
-    row_of, room = [], np.empty(0, np.int64)
+    sequence_of, room = [], np.empty(0, np.int64)
     for length, count in zip(distinct[::-1], counts[::-1], strict=True):
         fit = room // length
         taken = np.clip(count - (np.cumsum(fit) - fit), 0, fit)
@@ -49,25 +49,25 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Rows:
         new[-1:] -= -left % each
         taken = np.concatenate([taken, new])
         room = np.concatenate([room, np.full(len(new), capacity)]) - taken * length
-        row_of.append(np.repeat(np.arange(len(taken)), taken))
-    row = np.concatenate([np.empty(0, np.int64), *row_of])
-    by_row = np.argsort(row, kind="stable")
-    return Rows(by_length[by_row], np.searchsorted(row[by_row], np.arange(len(room) + 1)))
+        sequence_of.append(np.repeat(np.arange(len(taken)), taken))
+    sequence = np.concatenate([np.empty(0, np.int64), *sequence_of])
+    by_sequence = np.argsort(sequence, kind="stable")
+    return PackedSequences(by_length[by_sequence], np.searchsorted(sequence[by_sequence], np.arange(len(room) + 1)))
 
 
-def deal(rows: Rows, lengths: np.ndarray, rng: np.random.Generator) -> Rows:
+def shuffle(packed: PackedSequences, lengths: np.ndarray, rng: np.random.Generator) -> PackedSequences:
     """Shuffles the order of the sequences, and the items of each length among their positions, uniformly."""
-    anyone = rng.permutation(len(rows.items))
-    items = np.empty_like(rows.items)
-    items[np.argsort(lengths[rows.items], kind="stable")] = anyone[np.argsort(lengths[anyone], kind="stable")]
-    order = rng.permutation(len(rows))
-    sizes = np.diff(rows.starts)[order]
+    anyone = rng.permutation(len(packed.items))
+    items = np.empty_like(packed.items)
+    items[np.argsort(lengths[packed.items], kind="stable")] = anyone[np.argsort(lengths[anyone], kind="stable")]
+    order = rng.permutation(len(packed))
+    sizes = np.diff(packed.starts)[order]
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.repeat(rows.starts[:-1][order] - starts[:-1], sizes) + np.arange(len(items))
-    return Rows(items[places], starts)
+    places = np.repeat(packed.starts[:-1][order] - starts[:-1], sizes) + np.arange(len(items))
+    return PackedSequences(items[places], starts)
 
 
-def most_in_a_row(counts: np.ndarray, lengths: np.ndarray, capacity: int) -> int:
+def most_in_a_sequence(counts: np.ndarray, lengths: np.ndarray, capacity: int) -> int:
     """An upper bound on the sum of counts [n] in a sequence, for any packing of items of these lengths [n].
 
     It is the bound of the fractional knapsack (Dantzig, 1957): the densest items first, the last one cut.

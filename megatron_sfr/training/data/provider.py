@@ -174,7 +174,7 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
         parts = list(_parts(built))
         sizes = [dataset.sizes(plan.entries) for dataset in parts]
         for dataset in parts:
-            dataset.pad_anchors(AnchorSizes(max(size.rows for size in sizes), max(size.entries for size in sizes)))
+            dataset.pad_anchors(AnchorSizes(max(size.targets for size in sizes), max(size.entries for size in sizes)))
     return built
 
 

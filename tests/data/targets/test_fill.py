@@ -204,7 +204,7 @@ def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
         with pytest.raises(ValueError, match="ended with exit code -9; what is encoded is kept: run the same command"):
             done.extend(work)
         pool.close()
-        left = writer.store.rows.missing()
+        left = writer.store.embeddings.missing()
         assert not set(done) & set(left.tolist())
     run(prepared, output=tmp_path / "store", options=options)
     assert len(encoded) == len(left) > 0

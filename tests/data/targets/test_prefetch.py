@@ -105,7 +105,7 @@ def test_never_further_ahead_than_allowed_and_no_waiting_for_what_was_foreseen(s
         prefetcher.follow(steps())
         for at in range(len(BLOCK_BY_BLOCK)):
             reach = min((at + 2) * BLOCK, ROWS)
-            assert until(lambda reach=reach: len(store.rows.missing()) == ROWS - reach)
+            assert until(lambda reach=reach: len(store.embeddings.missing()) == ROWS - reach)
             time.sleep(0.3)  # long enough for another block
             assert len(walked) == reach / BLOCK
             assert encoded_in(log) == reach
@@ -121,7 +121,7 @@ def test_rows_that_nobody_foresaw_come_before_those_that_somebody_did(store, log
         started = time.perf_counter()
         prefetcher.fetch(0, np.array([ROWS - 1]))
         took = time.perf_counter() - started
-        assert len(store.rows.missing()) >= BLOCK, "others are still to come"
+        assert len(store.embeddings.missing()) >= BLOCK, "others are still to come"
         assert 0.4 < prefetcher.waited <= took
 
 
@@ -244,7 +244,7 @@ def test_the_encoder_ends_with_the_trainer(store, log, tmp_path: Path, end: str,
 
     assert (done.returncode, done.stderr) == (code, "")
     assert until(lambda: not is_running(int(done.stdout)), 10)
-    assert len(store.rows.missing()) == ROWS - BLOCK
+    assert len(store.embeddings.missing()) == ROWS - BLOCK
 
 
 def is_running(pid: int | None) -> bool:

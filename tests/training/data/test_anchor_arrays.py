@@ -9,7 +9,7 @@ from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.training.data.anchor_arrays import (
     AnchorSizes,
     EntryOptions,
-    RowAnchors,
+    SequenceAnchors,
     anchor_arrays,
     entries_of_nearest,
     join_anchors,
@@ -18,7 +18,7 @@ from megatron_sfr.training.data.anchor_arrays import (
 HORIZONS, SAMPLE = 3, 41
 
 
-def alone(anchors: Anchors) -> RowAnchors:
+def alone(anchors: Anchors) -> SequenceAnchors:
     """A sequence of one conversation."""
     return join_anchors([anchors], np.array([SAMPLE]), np.array([0]))
 

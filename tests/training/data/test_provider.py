@@ -159,5 +159,5 @@ def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
 
     batch = default_collate([train[i] for i in range(12)])
     assert batch["document"].shape == (12, SEQ_LENGTH)
-    rows = max(dataset.sizes(config.anchors.entries).rows for dataset in train.datasets)
+    rows = max(dataset.sizes(config.anchors.entries).targets for dataset in train.datasets)
     assert batch["target"].shape == (12, rows, 384)
