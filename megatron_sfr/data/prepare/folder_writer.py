@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megatron_sfr.data.segments.anchors import DIGEST_BYTES, ChunkSegment, DistinctTexts
+from megatron_sfr.storage.arrays import JournaledFiles
 from megatron_sfr.storage.integrity import FileRecord
-from megatron_sfr.storage.journal import JournaledFiles
 from megatron_sfr.storage.jsonl import BadRecord, Position
 
 REJECTED = "rejected.jsonl"

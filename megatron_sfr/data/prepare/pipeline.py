@@ -17,8 +17,8 @@ import numpy as np
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepare.folder_writer import REJECTED, EncodedChunk, FolderWriter, Totals
 from megatron_sfr.data.prepare.worker_pool import ordered_map
+from megatron_sfr.storage.arrays import discard_without_journal
 from megatron_sfr.storage.integrity import FileRecord
-from megatron_sfr.storage.journal import discard_without_journal
 from megatron_sfr.storage.jsonl import CHUNK_BYTES, Position
 from megatron_sfr.storage.manifest import NAME, InputRecord, Manifest, publish, staging, write_manifest
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
-from megatron_sfr.storage.journal import JOURNAL, JournaledFiles
+from megatron_sfr.storage.arrays import JOURNAL, JournaledFiles
 from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 OPTIONS = PrepareOptions(200, 2, HORIZONS, 4, skip_bad_rows=True)
