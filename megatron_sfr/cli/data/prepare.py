@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
-    from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.data.segments.segmenters import DEFAULTS, parse_horizons
 
     options = PrepareOptions(
         seq_length=args.seq_length,

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.document_source import DocumentOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
-    from megatron_sfr.data.segments.horizons import DEFAULTS, parse_horizons
+    from megatron_sfr.data.segments.segmenters import DEFAULTS, parse_horizons
     from megatron_sfr.training.data.epochs import sequences_of
 
     options = DocumentOptions(

@@ -21,9 +21,8 @@ from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
 from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, EncodedChunk, SampleEncoder
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments.anchors import Cut
-from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter
 from megatron_sfr.data.segments.reference_anchors import AnchorRule
-from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks

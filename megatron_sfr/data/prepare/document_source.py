@@ -23,8 +23,7 @@ from megatron_sfr.data.prepared.corpus_files import open_corpus, token_dtype, wr
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS, DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
-from megatron_sfr.data.segments.horizons import Horizon, check_horizons, check_segmenter, is_whole_reply
-from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter, is_whole_reply
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks

@@ -15,7 +15,7 @@ from megatron_sfr.data.chat.template_options import ALL_TOGETHER
 from megatron_sfr.data.chat.tokenizer import load_tokenizer, tokenizer_sha256
 from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest, Sample
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.segments.horizons import format_horizons
+from megatron_sfr.data.segments.segmenters import format_horizons
 
 PERCENTILES = (10, 50, 90, 99)
 MOST_PERSONAS = 12

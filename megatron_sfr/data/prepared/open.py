@@ -7,9 +7,8 @@ from pathlib import Path
 
 from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManifest
 from megatron_sfr.data.prepared.documents import DocumentsManifest, PreparedDocuments
-from megatron_sfr.data.segments.horizons import Horizon, format_horizons
 from megatron_sfr.data.segments.reference_anchors import AnchorRule
-from megatron_sfr.data.segments.segmenters import Segmenter
+from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, format_horizons
 from megatron_sfr.storage.manifest import NAME
 from megatron_sfr.storage.user_files import read_json
 

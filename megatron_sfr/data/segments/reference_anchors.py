@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_sfr.data.segments.anchors import Cut, Segment
-from megatron_sfr.data.segments.horizons import is_whole_reply
+from megatron_sfr.data.segments.segmenters import is_whole_reply
 
 AnchorRule = Literal["replies", "reference"]
 """'replies': ours, `anchors.py`. 'reference': this module."""

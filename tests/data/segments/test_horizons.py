@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.open import horizons_of
-from megatron_sfr.data.segments.horizons import format_horizons, parse_horizons
+from megatron_sfr.data.segments.segmenters import format_horizons, parse_horizons
 from tests.data.records import turns, write_records
 
 

@@ -13,8 +13,8 @@ from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.open import horizons_of
 from megatron_sfr.data.segments.anchors import Cut, futures
-from megatron_sfr.data.segments.horizons import WHOLE_REPLY
 from megatron_sfr.data.segments.reference_anchors import reference_futures
+from megatron_sfr.data.segments.segmenters import WHOLE_REPLY
 from tests.data.records import turns, write_records
 from tests.data.segments.tokenizers_made import LINES, ids_of, tokenizer_of
 
