@@ -23,8 +23,7 @@ from megatron_sfr.objectives.token.loss_base import IGNORED
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.auxiliary_loss import DATASET_BITS, Batch
-from megatron_sfr.training.forward_step import check_finite, next_batch, to_device
-from megatron_sfr.training.metrics_log import pair
+from megatron_sfr.training.forward_step import check_finite, next_batch, pair, to_device
 from megatron_sfr.training.step_context import StepContext
 
 

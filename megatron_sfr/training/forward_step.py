@@ -33,7 +33,6 @@ from megatron_sfr.training.attention_mask import document_attention
 from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers, token_power
 from megatron_sfr.training.lock_fork import LockFork
-from megatron_sfr.training.metrics_log import pair
 from megatron_sfr.training.step_context import StepContext
 
 if TYPE_CHECKING:
@@ -255,6 +254,12 @@ class ForwardStep:
         if options.gate.kind != "none":
             report["sfr gate"] = pair(start.gate * tokens, tokens)
         return report
+
+
+def pair(total: Tensor | float, count: Tensor) -> Tensor:
+    """[sum, count] of one microbatch. Upstream sums both over the global batch and logs their ratio."""
+    total = torch.as_tensor(total, dtype=torch.float32, device=count.device)
+    return torch.stack([total.detach().view(()), count.float()])
 
 
 def check_finite(total: Tensor) -> None:

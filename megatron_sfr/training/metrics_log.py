@@ -7,18 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.user_files import parse_json
-
-
-def pair(total: Tensor | float, count: Tensor) -> Tensor:
-    """[sum, count] of one microbatch. Upstream sums both over the global batch and logs their ratio."""
-    total = torch.as_tensor(total, dtype=torch.float32, device=count.device)
-    return torch.stack([total.detach().view(()), count.float()])
 
 
 class JsonLines:

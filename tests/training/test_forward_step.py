@@ -4,7 +4,7 @@ import torch
 
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.token.sed import SED
-from megatron_sfr.training.forward_step import ForwardStep, Microbatch, next_batch
+from megatron_sfr.training.forward_step import ForwardStep, Microbatch, next_batch, pair
 from megatron_sfr.training.step_context import StepContext
 
 
@@ -28,3 +28,9 @@ def test_the_log_has_what_the_token_loss_names_averaged_over_supervised_tokens()
     assert tokens == 3
     assert report["sed squared term"].tolist() == [0.25, 3]
     assert report["sed exempt"].tolist() == [2, 3]
+
+
+def test_pair_is_a_detached_sum_and_its_count() -> None:
+    total = torch.tensor(2.0, requires_grad=True) * 3
+    assert pair(total, torch.tensor(4)).tolist() == [6.0, 4.0]
+    assert not pair(total, torch.tensor(4)).requires_grad

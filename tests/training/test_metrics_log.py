@@ -9,7 +9,7 @@ from megatron.training import training
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sfr.runtime.replacements import replaced
-from megatron_sfr.training.metrics_log import JsonLines, cut_back, pair, replacements
+from megatron_sfr.training.metrics_log import JsonLines, cut_back, replacements
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -81,12 +81,6 @@ def test_a_save_of_upstream_keeps_the_line_first(tmp_path: Path, monkeypatch: py
     with replaced(replacements(log)):
         training.save_checkpoint_and_time()
     assert seen == [[{"step": 1, "lm loss": 3.0}]]
-
-
-def test_pair_is_a_detached_sum_and_its_count() -> None:
-    total = torch.tensor(2.0, requires_grad=True) * 3
-    assert pair(total, torch.tensor(4)).tolist() == [6.0, 4.0]
-    assert not pair(total, torch.tensor(4)).requires_grad
 
 
 def lines(*steps: int) -> bytes:
