@@ -61,7 +61,7 @@ def test_a_refused_flag_is_refused_by_its_own_name() -> None:
         ("--reset-position-ids", "set dataloader_inter_document_masking, which knows where documents begin"),
         ("--dataloader-type external", "use single or cyclic"),
         ("--position-embedding-type mrope", "use rope, yarn, learned_absolute or none"),
-        ("--cross-entropy-loss-fusion", "the objectives have kernels of their own"),
+        ("--cross-entropy-loss-fusion", "the objectives have separate kernels"),
         ("--iterations-to-skip 3 --tensor-model-parallel-size 2", "on the first tensor-parallel rank alone"),
         ("--heterogeneous-layers-config-path f", "train with Transformer Engine on CUDA"),
         ("--yaml-cfg f", "it replaces all arguments"),

@@ -135,7 +135,7 @@ STEP = (
     ),
     Refused(
         "cross_entropy_loss_fusion cross_entropy_fusion_impl fp16_lm_cross_entropy",
-        "the objectives have kernels of their own; the flag reaches the loss of multi-token prediction alone",
+        "the objectives have separate kernels; the flag only affects the loss of multi-token prediction",
         OUT,
         _without_mtp,
         "without mtp_num_layers",

@@ -1,14 +1,14 @@
 """Megatron's flags that this package reads as well, gives another default, or restricts, each with what that means."""
 
-SEPARATE = "where attention is kept apart inside a row"
+SEPARATE = "where attention is kept within the texts of a sequence"
 USED = {
     "train_data_path valid_data_path test_data_path data_path": "prepared folders, with weights before them in a blend",
     "split": "of `data_path`, over conversations or documents",
-    "seed": "also shuffles conversations over rows and keys the noise",
-    "seq_length": "tokens of a row; not less than what the data were prepared for",
+    "seed": "also shuffles conversations over sequences, and keys the noise",
+    "seq_length": "tokens of a sequence; at least what the data were prepared for",
     "vocab_size": "required; a folder with a token id that is not below it is refused",
     "micro_batch_size eval_micro_batch_size": f"1 with Transformer Engine {SEPARATE}",
-    "global_batch_size": "rows of a step",
+    "global_batch_size": "sequences of a step",
     "eval_iters": "0 where there are no validation data",
     "full_validation num_dataset_builder_threads mid_level_dataset_surplus": "handed to Megatron's dataset builder",
     "data_cache_path mmap_bin_files": "of documents",

@@ -79,7 +79,7 @@ def turns_of(fields: dict[str, Any], form: str) -> tuple[list[Any], list[Any] | 
     found = format_of(fields)
     if fields.get(KEYS[form]) is None and found is not None:
         raise RecordError(
-            f"the record is {TITLES[found]} in a file of {TITLES[form]}; keep each format in a file of its own"
+            f"the record is {TITLES[found]} in a file of {TITLES[form]}; keep each format in a separate file"
         )
     if form == "alpaca":
         return _alpaca(fields), None
@@ -137,7 +137,7 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
     history = fields.get("history")
     for pair in [] if history is None else history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RecordError('the history is no list of pairs; write "history": [["asked", "answered"], ...]')
+            raise RecordError('the history is not a list of pairs; write "history": [["asked", "answered"], ...]')
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = f"{instruction}\n{more}" if more and more.strip() else instruction
     return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]

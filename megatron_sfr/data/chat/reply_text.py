@@ -35,7 +35,7 @@ def reasoning_of(message: Message) -> tuple[str, str]:
 def parts_of(message: Message) -> list[str]:
     """The texts of a reply that its rendering must hold, in order: reasoning and content, without white space around.
 
-    Templates write a thought at the start of the content with white space of their own, so it is a part by itself.
+    Templates put their own white space around a thought at the start of the content, so it is a separate part.
     """
     content = (message.get("content") or "").strip()
     thought = reasoning_of(message)[0]

@@ -111,7 +111,7 @@ def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _other_form(arguments: Any) -> Any:
-    """An object as JSON, or the object of a JSON string; text that is no object stays as it is."""
+    """An object as JSON, or the object of a JSON string. Other text is returned unchanged."""
     if not isinstance(arguments, str):
         return json.dumps(arguments, ensure_ascii=False)
     try:

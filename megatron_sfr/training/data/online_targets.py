@@ -104,7 +104,7 @@ def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptio
         if changed := differences(_encoder_of(store), first):
             raise ValueError(
                 f"{store.folder} and {stores[0].folder} differ in {', '.join(changed)}: online targets have one "
-                "encoder; embed all data alike"
+                "encoder; embed all data with the same options"
             )
     return EncoderOptions(
         pooling=first.pooling,

@@ -123,7 +123,7 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
         if args.dataloader_inter_document_masking:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         if args.eod_mask_loss:
-            raise ValueError("eod_mask_loss is for documents; conversations have masks of their own: leave it out")
+            raise ValueError("eod_mask_loss is for documents; conversations have a loss mask: leave it out")
         return PreparedDatasetConfig(**common, packed=options.packing != "none")
     return _documents_config(plan, paths, common)
 

@@ -158,7 +158,7 @@ def test_a_reply_that_mentions_a_tag_is_not_cut_there(bpe):
 
 
 STRINGS = (  # arguments are joined to text, and content that is not null is written before the calls, as in DeepSeek's
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% if m['content'] is none %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% if m['content'] == none %}"
     "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}{% else %}"
     "{{ m['content'] + '!' }}{% endif %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -166,7 +166,7 @@ STRINGS = (  # arguments are joined to text, and content that is not null is wri
 QUOTED = STRINGS.replace(
     "' ' + m.tool_calls[0].function.arguments", "' ' + m.tool_calls[0].function.arguments | tojson"
 )
-NONE = STRINGS.replace("m['content'] is none", "true").replace("{{ m.tool_calls", "{{ m.content }}{{ m.tool_calls")
+NONE = STRINGS.replace("m['content'] == none", "true").replace("{{ m.tool_calls", "{{ m.content }}{{ m.tool_calls")
 
 
 @pytest.mark.parametrize("arguments", [{"at": "noon"}, '{"at": "noon"}'], ids=["object", "string"])
