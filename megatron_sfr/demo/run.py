@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import GenerationConfig, Qwen3Config
 
-from megatron_sfr.data.chat.system_turn import persona_turn
+from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.targets.embed import EmbedOptions, embed

@@ -83,9 +83,7 @@ def files() -> Iterator[tuple[Path, str]]:
 
 
 def test_the_listed_words_are_not_used() -> None:
-    found = [
-        line for path, name in files() if not name.startswith(NOT_PROSE) for line in findings(path, name)
-    ]
+    found = [line for path, name in files() if not name.startswith(NOT_PROSE) for line in findings(path, name)]
     assert found == [], "\n".join(found)
 
 

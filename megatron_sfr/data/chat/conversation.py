@@ -12,8 +12,7 @@ import numpy as np
 from megatron_sfr.data.chat.chat_template import ChatTemplate, TemplateRefusal
 from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
 from megatron_sfr.data.chat.loss_mask import Supervised, Turns, as_rendered, each, together
-from megatron_sfr.data.chat.reply_text import REASONING
-from megatron_sfr.data.chat.system_turn import with_persona
+from megatron_sfr.data.chat.rendered_turns import REASONING, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
 from megatron_sfr.data.chat.tool_calls import Message, call_forms, strings_of
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records

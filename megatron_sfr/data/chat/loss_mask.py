@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate, RenderedTokens
-from megatron_sfr.data.chat.reply_text import (
+from megatron_sfr.data.chat.rendered_turns import (
     EMPTY_THOUGHT,
     END_THINK,
     THINK,
+    USER_TURN,
     Unrendered,
     check_complete,
+    check_system_turn,
     check_tail,
     end_of_reply,
+    name_of_system_turn,
     no_end,
 )
-from megatron_sfr.data.chat.system_turn import USER_TURN, check_system_turn, name_of_system_turn
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls, has_tool_turns
 from megatron_sfr.data.chat.unrendered_reply import after_prompt

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate
-from megatron_sfr.data.chat.reply_text import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
+from megatron_sfr.data.chat.rendered_turns import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sfr.data.chat.reply_text import EMPTY_THOUGHT
+from megatron_sfr.data.chat.rendered_turns import EMPTY_THOUGHT
 from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, Units, is_whole_reply
 from megatron_sfr.data.segments.token_text import TokenText, token_text
 

@@ -13,7 +13,7 @@ from megatron_sfr.data.chat.conversation import (
     prompt_of,
     read_conversations,
 )
-from megatron_sfr.data.chat.system_turn import with_persona
+from megatron_sfr.data.chat.rendered_turns import with_persona
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import parse_json, shown

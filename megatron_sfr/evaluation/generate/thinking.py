@@ -2,7 +2,7 @@
 
 import re
 
-from megatron_sfr.data.chat.reply_text import EMPTY_THOUGHT
+from megatron_sfr.data.chat.rendered_turns import EMPTY_THOUGHT
 
 CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
 

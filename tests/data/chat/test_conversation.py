@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.data.chat.conversation import parse_record, prompt_of, read_conversations
-from megatron_sfr.data.chat.system_turn import persona_turn
+from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.storage.jsonl import Record
 
 USER = {"role": "user", "content": "Hi"}

@@ -108,7 +108,11 @@ REFUSED = {
     "nothing": ("alpaca", {"id": 1}, "no instruction; write"),
     "no output": ("alpaca", {"instruction": "x"}, "the output is not a string"),
     "input": ("alpaca", {"instruction": "x", "input": 3, "output": "y"}, "the input is not a string"),
-    "history": ("alpaca", {"instruction": "x", "output": "y", "history": [["z"]]}, "the history is not a list of pairs"),
+    "history": (
+        "alpaca",
+        {"instruction": "x", "output": "y", "history": [["z"]]},
+        "the history is not a list of",
+    ),
     "tools": ("messages", {"messages": TURNS, "tools": [1]}, "the tools are not a list of objects"),
     "surrogate": ("messages", {"messages": TURNS, "tools": [{"a": "\ud800"}]}, "a text of the tools has half of a"),
 }

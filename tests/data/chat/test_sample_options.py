@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sfr.data.chat.conversation import Conversation, encode_samples
 from megatron_sfr.data.chat.loss_mask import prompt_ids
-from megatron_sfr.data.chat.system_turn import persona_turn
+from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions, parse_template_kwargs
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RecordError

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from megatron_sfr.data.chat.conversation import Conversation, encode
-from megatron_sfr.data.chat.system_turn import persona_turn
+from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RecordError
 from tests.data.records import CHATML, turns
