@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate
 from megatron_sfr.data.chat.formats import FORMATS, TITLES, detect
 from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
-from megatron_sfr.data.prepare.encode_conversations import TOO_LONG, EncodedChunk, SampleEncoder
+from megatron_sfr.data.prepare.encode_conversations import SAMPLE_DIGESTS, TOO_LONG, ChatTotals, SampleEncoder
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.reference_anchors import AnchorRule
@@ -30,8 +29,6 @@ from megatron_sfr.storage.manifest import InputRecord
 
 MOST_NAMED = 8
 """Files whose formats are printed one by one."""
-SAMPLE_DIGESTS = "sample_digests.bin"
-"""By which duplicates are counted; not published."""
 
 
 @dataclass(frozen=True)
@@ -161,53 +158,6 @@ class ChatRecords:
                 f"replies end on {names}, which is not the tokenizer's eos_token ({tokenizer.eos_token}): "
                 "`megatron-sfr convert export` adds it to the end tokens of generation_config.json"
             )
-
-
-@dataclass
-class ChatTotals:
-    """What the files hold up to `position`; the names are the manifest's."""
-
-    position: Position = field(default_factory=Position)
-    samples: int = 0
-    conversations: int = 0
-    unlike_last: int = 0
-    unlike_inference: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    max_response_tokens: int = 0
-    anchors: int = 0
-    max_anchors: int = 0
-    truncated: int = 0
-    rejected: int = 0
-    max_token_id: int = -1
-    reply_end_tokens: list[int] = field(default_factory=list)
-    personas: dict[str, int] = field(default_factory=dict)
-    first_bad: str = ""
-
-    def columns(self, chunk: EncodedChunk) -> Mapping[str, ArrayLike]:
-        rows = {persona: row for row, persona in enumerate(self.personas)}
-        return {
-            "tokens.bin": chunk.tokens,
-            "mask.bin": chunk.loss_mask,
-            "offsets.bin": self.tokens + np.cumsum(chunk.lengths),
-            "personas.bin": [rows.setdefault(persona, len(rows)) for persona in chunk.personas],
-            SAMPLE_DIGESTS: chunk.digests,
-        }
-
-    def add(self, chunk: EncodedChunk) -> None:
-        for persona in chunk.personas:
-            self.personas[persona] = self.personas.get(persona, 0) + 1
-        self.samples += chunk.samples
-        self.tokens += len(chunk.tokens)
-        self.supervised_tokens += int(chunk.supervised.sum())
-        self.max_response_tokens = max(self.max_response_tokens, int(chunk.supervised.max(initial=0)))
-        self.max_anchors = max(self.max_anchors, int(chunk.anchor_counts.max(initial=0)))
-        self.max_token_id = max(self.max_token_id, int(chunk.tokens.max(initial=-1)))
-        self.reply_end_tokens = sorted(chunk.end_tokens.union(self.reply_end_tokens))
-        self.truncated += chunk.truncated
-        self.conversations += chunk.conversations
-        self.unlike_last += chunk.unlike_last
-        self.unlike_inference += chunk.unlike_inference
 
 
 def _say_formats(records: Sequence[InputRecord], say: Callable[[str], None]) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
 from megatron_sfr.data.prepare.encode_documents import (
     LENGTHS,
     TOKENS,
     CorpusEncoder,
-    EncodedDocuments,
+    DocumentTotals,
     Span,
     TextEncoder,
 )
@@ -179,31 +178,6 @@ class IndexedCorpus:
 
     def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
         pass
-
-
-@dataclass
-class DocumentTotals:
-    """What the files hold up to `position`; the names are the manifest's."""
-
-    position: Position = field(default_factory=Position)
-    documents: int = 0
-    tokens: int = 0
-    anchors: int = 0
-    max_token_id: int = -1
-    rejected: int = 0
-    first_bad: str = ""
-
-    @property
-    def samples(self) -> int:
-        return self.documents
-
-    def columns(self, chunk: EncodedDocuments) -> Mapping[str, ArrayLike]:
-        return chunk.columns
-
-    def add(self, chunk: EncodedDocuments) -> None:
-        self.documents += len(chunk.lengths)
-        self.tokens += int(chunk.lengths.sum(dtype=np.int64))
-        self.max_token_id = max(self.max_token_id, chunk.max_token_id)
 
 
 def _origin(

@@ -1,16 +1,17 @@
-"""Chunks of chats to samples: what a worker process does with the lines that it is handed.
+"""Chunks of records to samples, which a worker process encodes, and what each chunk adds to the prepared folder.
 
-n tokens of S samples stand one after another, with A anchors (each once a horizon).
+A chunk has the n tokens of S samples, one after another, and A anchors (each counted once for each horizon).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_record
 from megatron_sfr.data.chat.template_options import SampleOptions
@@ -20,6 +21,8 @@ from megatron_sfr.data.segments.reference_anchors import AnchorRule, reference_f
 from megatron_sfr.storage.jsonl import BadRecord, Chunk, Position, RecordError
 
 TOO_LONG = ("error", "truncate")
+SAMPLE_DIGESTS = "sample_digests.bin"
+"""The file by which duplicates are counted; not published."""
 COLUMNS = tuple(column.name for column in fields(Anchors))
 
 
@@ -169,3 +172,50 @@ class _Samples:
 def _token_digest(tokens: np.ndarray) -> int:
     """64 bits: enough to count equal conversations by (two unlike ones in 10^8 agree with probability 3e-4)."""
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
+
+
+@dataclass
+class ChatTotals:
+    """What the files of a folder hold up to `position`. The names are the manifest's."""
+
+    position: Position = field(default_factory=Position)
+    samples: int = 0
+    conversations: int = 0
+    unlike_last: int = 0
+    unlike_inference: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    max_response_tokens: int = 0
+    anchors: int = 0
+    max_anchors: int = 0
+    truncated: int = 0
+    rejected: int = 0
+    max_token_id: int = -1
+    reply_end_tokens: list[int] = field(default_factory=list)
+    personas: dict[str, int] = field(default_factory=dict)
+    first_bad: str = ""
+
+    def columns(self, chunk: EncodedChunk) -> Mapping[str, ArrayLike]:
+        rows = {persona: row for row, persona in enumerate(self.personas)}
+        return {
+            "tokens.bin": chunk.tokens,
+            "mask.bin": chunk.loss_mask,
+            "offsets.bin": self.tokens + np.cumsum(chunk.lengths),
+            "personas.bin": [rows.setdefault(persona, len(rows)) for persona in chunk.personas],
+            SAMPLE_DIGESTS: chunk.digests,
+        }
+
+    def add(self, chunk: EncodedChunk) -> None:
+        for persona in chunk.personas:
+            self.personas[persona] = self.personas.get(persona, 0) + 1
+        self.samples += chunk.samples
+        self.tokens += len(chunk.tokens)
+        self.supervised_tokens += int(chunk.supervised.sum())
+        self.max_response_tokens = max(self.max_response_tokens, int(chunk.supervised.max(initial=0)))
+        self.max_anchors = max(self.max_anchors, int(chunk.anchor_counts.max(initial=0)))
+        self.max_token_id = max(self.max_token_id, int(chunk.tokens.max(initial=-1)))
+        self.reply_end_tokens = sorted(chunk.end_tokens.union(self.reply_end_tokens))
+        self.truncated += chunk.truncated
+        self.conversations += chunk.conversations
+        self.unlike_last += chunk.unlike_last
+        self.unlike_inference += chunk.unlike_inference

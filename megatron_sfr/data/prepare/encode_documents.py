@@ -6,10 +6,11 @@ Shapes: n tokens of S documents, one after another, with A anchors (each counted
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron_sfr.data.chat.chat_template import control_tokens
 from megatron_sfr.data.chat.conversation import check_text
@@ -130,3 +131,28 @@ def _encoded(
         bad=bad,
         columns=columns,
     )
+
+
+@dataclass
+class DocumentTotals:
+    """What the files of a folder hold up to `position`. The names are the manifest's."""
+
+    position: Position = field(default_factory=Position)
+    documents: int = 0
+    tokens: int = 0
+    anchors: int = 0
+    max_token_id: int = -1
+    rejected: int = 0
+    first_bad: str = ""
+
+    @property
+    def samples(self) -> int:
+        return self.documents
+
+    def columns(self, chunk: EncodedDocuments) -> Mapping[str, ArrayLike]:
+        return chunk.columns
+
+    def add(self, chunk: EncodedDocuments) -> None:
+        self.documents += len(chunk.lengths)
+        self.tokens += int(chunk.lengths.sum(dtype=np.int64))
+        self.max_token_id = max(self.max_token_id, chunk.max_token_id)
