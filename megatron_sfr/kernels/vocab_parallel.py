@@ -1,9 +1,11 @@
-"""The vocabulary axis, complete or sharded over tensor-parallel ranks, and the statistics of the logits over it.
+"""The vocabulary axis, complete or sharded over tensor-parallel ranks, and the statistics that the kernels compute over it.
 
 Shapes: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits.
 """
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -95,6 +97,11 @@ def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
         x_y=z_y_T - m_T,
         top=top_TK - m_T[:, None],
     )
+
+
+def choose(x: Tensor) -> ModuleType:
+    """The module to use on a tensor's device: `fused` on CUDA, else `plain`. Both compute the same numbers."""
+    return importlib.import_module(f"megatron_sfr.kernels.{'fused' if x.is_cuda else 'plain'}")
 
 
 def sharded_softmax(l_TV: Tensor, vocab: Vocab) -> Tensor:
