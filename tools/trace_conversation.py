@@ -2,9 +2,9 @@
 
     python -m tools.trace_conversation [--sfr] [--complete]
 
-A file counts if one of its functions runs once more for each further conversation. The tool takes one conversation, and
+A file counts if one of its lines runs once more for each further conversation. The tool takes one conversation, and
 then two, through `prepare`, the training sequence and a forward step (one chunk, sequence and microbatch each), in one
-process, and compares how often each function ran. So what runs once for a folder or a run does not count: options,
+process, and compares how often each line ran. So what runs once for a folder or a run does not count: options,
 tokenizer, locks, manifests. --complete counts that too, from the call of `prepare` on. --sfr adds `embed` and the
 auxiliary loss to cross-entropy. runtime/cpu.py, which stands in for CUDA here, is not in the path on a GPU.
 """
@@ -24,33 +24,32 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megatron_sfr"
 TOOL = sys.monitoring.COVERAGE_ID
 NOT_CALLS = {"<module>", "__post_init__"}
 STAND_INS = {"runtime/cpu.py"}
-TEXTS = ("It is blue. ", "It is grey. ")
+TEXTS = ("It is blue. " * 9, "It is grey. " * 9)
 SEQ_LENGTH, VOCABULARY = 128, 400
 DIM = 384
 
 
-Counts = Counter[tuple[str, str]]
-"""How often each function (file, name) ran."""
+Counts = Counter[tuple[str, str, int]]
+"""How often each line (file, function, number) ran."""
 
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts the package's functions that run meanwhile. A generator counts each time it continues."""
+    """Counts the lines of the package's functions that run meanwhile."""
     found: Counts = Counter()
 
-    def ran(code: CodeType, _: int) -> Any:
+    def ran(code: CodeType, line: int) -> Any:
         path = Path(code.co_filename)
         if not path.is_relative_to(PACKAGE) or code.co_name in NOT_CALLS:
             return sys.monitoring.DISABLE
-        found[path.relative_to(PACKAGE).as_posix(), code.co_qualname] += 1
+        found[path.relative_to(PACKAGE).as_posix(), code.co_qualname, line] += 1
         return None
 
-    events = sys.monitoring.events.PY_START, sys.monitoring.events.PY_RESUME
+    event = sys.monitoring.events.LINE
     sys.monitoring.use_tool_id(TOOL, "trace_conversation")
+    sys.monitoring.register_callback(TOOL, event, ran)
+    sys.monitoring.set_events(TOOL, event)
     try:
-        for event in events:
-            sys.monitoring.register_callback(TOOL, event, ran)
-        sys.monitoring.set_events(TOOL, events[0] | events[1])
         yield found
     finally:
         sys.monitoring.set_events(TOOL, 0)
@@ -60,9 +59,9 @@ def counted() -> Iterator[Counts]:
 def files_of(counts: Counts) -> dict[str, list[str]]:
     """{file: its functions that ran}."""
     found: dict[str, list[str]] = {}
-    for file, function in counts:
-        if file not in STAND_INS:
-            found.setdefault(file, []).append(function)
+    for file, function, _ in counts:
+        if file not in STAND_INS and function not in found.setdefault(file, []):
+            found[file].append(function)
     return found
 
 
@@ -72,8 +71,10 @@ def write_inputs(folder: Path, conversations: int) -> tuple[Path, Path]:
 
     folder.mkdir()
     records = folder / "chats.jsonl"
-    question = {"role": "user", "content": "How is the sea?"}
-    lines = [json.dumps({"messages": [question, {"role": "assistant", "content": text * 9}]}) + "\n" for text in TEXTS]
+    record, question = {"persona": "sailor"}, {"role": "user", "content": "How is the sea?"}
+    lines = [
+        json.dumps(record | {"messages": [question, {"role": "assistant", "content": text}]}) + "\n" for text in TEXTS
+    ]
     records.write_text("".join(lines[:conversations]), encoding="utf-8")
     save_tokenizer(train_tokenizer(lines, 400), folder / "tokenizer")
     return records, folder / "tokenizer"

@@ -1,4 +1,4 @@
-"""The vocabulary axis, complete or sharded over tensor-parallel ranks, and the statistics that the kernels compute over it.
+"""The vocabulary axis, complete or sharded over tensor-parallel ranks, and the kernels' statistics over it.
 
 Shapes: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits.
 """
