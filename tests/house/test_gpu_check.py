@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.gpu_check.data import ROWS, prepare_conversations
 from tools.gpu_check.plan import TE, Machine, plan
 from tools.gpu_check.steps import Comparison, Step, compare, markdown, run, run_all
 
@@ -118,3 +119,9 @@ def test_each_comparison_is_of_trainings_of_the_plan(tmp_path: Path) -> None:
             trained |= {part.name} if part.metrics is not None else set()
         else:
             assert {part.actual, part.expected} <= trained
+
+
+def test_the_conversations_fit_and_packing_puts_several_in_a_row(tmp_path: Path) -> None:
+    data, rows = prepare_conversations(tmp_path / "data")
+    assert len(data) == ROWS
+    assert rows <= ROWS / 2

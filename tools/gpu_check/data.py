@@ -22,7 +22,12 @@ from megatron_sfr.demo.world import World
 from megatron_sfr.launch import command
 from megatron_sfr.training.data.packing import first_fit_decreasing
 
-ROWS, SEQ_LENGTH, VOCABULARY, BATCH = 48, 128, 512, 8
+ROWS, SEQ_LENGTH, VOCABULARY, BATCH = (
+    48,
+    512,
+    512,
+    8,
+)  # conversations have up to 171 tokens: packing puts three in a row
 BLOCKS = EmbedOptions(batch_size=16, block_rows=16)
 RECIPE = {
     "num_layers": 4,
@@ -54,6 +59,20 @@ RECIPE = {
 
 def make(folder: Path) -> int:
     """Writes FOLDER/prepared, recipe.yaml and start/; returns the number of rows that packing makes of the data."""
+    data, rows = prepare_conversations(folder)
+    prepared = data.folder
+    embed(prepared, "minilm", BLOCKS, progress=False)
+    embed(prepared, "minilm", BLOCKS, output=prepared / "online", later=True, progress=False)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"train_data_path": [str(prepared)]}), encoding="utf-8")
+    start = ["--save", str(folder / "start"), "--train-iters", "1", "--lr", "0", "--sfr-backend", "cpu"]
+    subprocess.run(command(recipe, 1, start), check=True)
+    (folder / "rows.json").write_text(json.dumps({"{apart}": len(data), "{packed}": rows}), encoding="utf-8")
+    return rows
+
+
+def prepare_conversations(folder: Path) -> tuple[PreparedData, int]:
+    """Writes FOLDER/corpus.jsonl, tokenizer/ and prepared/; also returns the number of rows that packing makes."""
     folder.mkdir(parents=True)
     texts = [json.dumps(row) for row in itertools.islice(World(topics=1).finetuning(), ROWS)]
     corpus = folder / "corpus.jsonl"
@@ -62,16 +81,8 @@ def make(folder: Path) -> int:
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=16, horizons=((1, 24),), min_segment_length=8)
     prepared = folder / "prepared"
     prepare([corpus], prepared, folder / "tokenizer", options, progress=False)
-    embed(prepared, "minilm", BLOCKS, progress=False)
-    embed(prepared, "minilm", BLOCKS, output=prepared / "online", later=True, progress=False)
     data = PreparedData.open(prepared)
-    rows = len(first_fit_decreasing(np.asarray(data.positions[np.arange(len(data))]), SEQ_LENGTH))
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE | {"train_data_path": [str(prepared)]}), encoding="utf-8")
-    start = ["--save", str(folder / "start"), "--train-iters", "1", "--lr", "0", "--sfr-backend", "cpu"]
-    subprocess.run(command(recipe, 1, start), check=True)
-    (folder / "rows.json").write_text(json.dumps({"{apart}": len(data), "{packed}": rows}), encoding="utf-8")
-    return rows
+    return data, len(first_fit_decreasing(np.asarray(data.positions[np.arange(len(data))]), SEQ_LENGTH))
 
 
 if __name__ == "__main__":
