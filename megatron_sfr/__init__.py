@@ -36,6 +36,7 @@ __all__ = [
     "attach_head",
     "embed",
     "evaluate",
+    "evaluate_replies",
     "export_hf",
     "flow_matching_loss",
     "forward_step",
@@ -56,8 +57,9 @@ _MODULES = {
     "data.targets.embed": ["EmbedOptions", "embed"],
     "evaluation.compare.curves": ["EvaluationOptions"],
     "evaluation.compare.evaluate_models": ["evaluate"],
+    "evaluation.compare.evaluate_replies": ["evaluate_replies"],
     "evaluation.generate.generate_replies": ["generate"],
-    "evaluation.generate.transformers_engine": ["SamplingOptions"],
+    "evaluation.generate.sampling": ["SamplingOptions"],
     "hf.export_hf": ["export_hf"],
     "hf.head_files": ["load_head"],
     "hf.import_hf": ["import_hf"],
@@ -89,8 +91,9 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.data.targets.embed import EmbedOptions, embed
     from megatron_sfr.evaluation.compare.curves import EvaluationOptions
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate
+    from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
     from megatron_sfr.evaluation.generate.generate_replies import generate
-    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+    from megatron_sfr.evaluation.generate.sampling import SamplingOptions
     from megatron_sfr.hf.export_hf import export_hf
     from megatron_sfr.hf.head_files import load_head
     from megatron_sfr.hf.import_hf import import_hf

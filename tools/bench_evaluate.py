@@ -14,7 +14,7 @@ from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare import curves
 from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
 from megatron_sfr.evaluation.generate.prompts import Asked, ask
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 
 PERSONAS = tuple(f"persona {letter}" for letter in "abcdefgh")

@@ -2,20 +2,22 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megatron_sfr.cli.template_args import add_template_arguments, template_options
 
+MODEL: dict[str, Any] = {
+    "nargs": "+",
+    "action": "extend",  # a second --model adds to the first
+    "metavar": "NAME=DIR",
+    "help": "Hugging Face folders (NAME defaults to the folder's name)",
+}
+SAMPLING = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "dtype")
+TEMPLATE = ("persona_as", "template_kwargs", "template_date", "special_text")
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of sampling, which `generate` and `evaluate` share."""
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        action="extend",  # a second --model adds to the first
-        required=True,
-        metavar="NAME=DIR",
-        help="Hugging Face folders (NAME defaults to the folder's name)",
-    )
     parser.add_argument("--samples", type=int, default=8, help="replies per prompt (%(default)s)")
     parser.add_argument(
         "--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: all (%(default)s)"
@@ -49,7 +51,7 @@ def model_folders(given: list[str]) -> dict[str, Path]:
 
 def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import
     from megatron_sfr.data.chat.template_options import TemplateOptions
-    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+    from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
     return SamplingOptions(
         samples=args.samples,

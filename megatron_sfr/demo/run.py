@@ -21,11 +21,11 @@ from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
 from megatron_sfr.demo.world import PERSONAS, Record
 from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
-from megatron_sfr.evaluation.compare.evaluate import evaluate
+from megatron_sfr.evaluation.compare.evaluate_models import sample_and_write
 from megatron_sfr.evaluation.compare.replies import Hardware
 from megatron_sfr.evaluation.compare.report import Axes
 from megatron_sfr.evaluation.generate.prompts import Asked, ask, read_asked
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
@@ -155,7 +155,7 @@ def _compare(output: Path, scale: Scale) -> None:
     asked = [Asked(ask(question.text, persona)) for question in scale.asked for persona in PERSONAS]
     sets = {kind: read_asked(output / "data" / f"validation-{kind}.jsonl") for kind in KINDS}
     scorer = Scorer(asked, sets, options, Encoder(ENCODER, EncoderOptions()), WorldTruth(scale.world))
-    evaluate(
+    sample_and_write(
         {label: output / "models" / name for label, name in MODELS.items()},
         scorer,
         AXES,

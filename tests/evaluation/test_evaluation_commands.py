@@ -50,7 +50,7 @@ def test_every_option_decides_whether_a_report_is_up_to_date(tmp_path: Path) -> 
     (tmp_path / "data.jsonl").write_text("")
     command = ["evaluate", "--model", "a=x", "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path)]
     args = build_parser().parse_args(command)
-    others = {"command", "run", "model", "data", "output", "processes"}  # inputs, and what moves no number
+    others = {"command", "run", "model", "replies", "data", "output", "processes"}  # inputs, and what moves no number
     assert set(_identity(args)["options"]) == vars(args).keys() - others  # type: ignore[call-overload]
 
 
@@ -113,11 +113,25 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert page.count("<tr>") > 2 * 3 * 2  # samples alone: two prompts, three personas, two temperatures
     assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert capsys.readouterr().out == f"{tmp_path} is up to date\n"
+    assert_its_replies_have_the_same_scores(tmp_path, data)
     assert main(["evaluate", *models, *fixed, *sweep, "--seed", "1"]) == 2
     assert "made with other values of options.seed; choose another --output" in capsys.readouterr().err
     (tmp_path / "samples.jsonl").write_text("")
     assert main(["evaluate", *models, *fixed, *sweep]) == 2
     assert "samples.jsonl has 0 bytes instead of" in capsys.readouterr().err
+
+
+def assert_its_replies_have_the_same_scores(report: Path, data: Path) -> None:
+    """evaluate --replies reads what evaluate --model wrote: the same scores, frontiers and verdicts, without losses."""
+    output = report.with_name(report.name + "-replies")
+    fixed = ["--data", str(data), "--limit", "2", "--embedded", "2", "--pairs", "4", "--output", str(output)]
+    assert main(["evaluate", "--replies", str(report / "samples.jsonl"), *fixed]) == 0
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (report, output))
+    for key in ("prompts", "temperatures", "scores", "real", "gaps", "verdicts"):
+        assert ours[key] == theirs[key], key
+    assert set(theirs["losses"]["a"]) == set()
+    assert not (output / "samples.jsonl").exists()
+    assert "216 replies of 2 models, read from files" in (output / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("temperatures", "reason"), [(["1", "1"], "each once"), (["1"], "--one-temperature")])

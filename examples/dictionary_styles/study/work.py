@@ -19,7 +19,7 @@ from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import Curve, EvaluationOptions, Loss, Scorer
 from megatron_sfr.evaluation.compare.replies import Answers, Hardware, answers
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions, record
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 from megatron_sfr.storage.atomic import whole
 
@@ -125,7 +125,7 @@ def finish(task: tuple[Run, str, Plan, Place]) -> str:
         judge = scorer(side, plan.sweep(run.arm, judging=side == JUDGING), plan, place)
         (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware(place.device))
         write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
-        save(judge.curve(answered), path)
+        save(judge.curve(answered.answered()), path)
     return run.name
 
 

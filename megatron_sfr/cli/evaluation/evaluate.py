@@ -1,19 +1,45 @@
 """Compare models over a sweep of temperatures: diversity against quality.
 
-Every model answers the prompts of a file of conversations, whose replies are the references. The first model is the
-baseline. Writes report.html, which is self-contained, report.md, evaluation.json, samples.jsonl and frontier.png.
+Every model answers the prompts of a file of conversations, whose replies are the references. Or replies that exist
+already are read from files (--replies); then no model is loaded, and the conversations are optional. The first model is
+the baseline. Writes report.html, which is self-contained, report.md, evaluation.json, frontier.png and, for models that
+were sampled, samples.jsonl.
 """
 
 import argparse
 from pathlib import Path
 
-from megatron_sfr.cli.model_args import add_model_arguments, model_folders, sampling_options
+from megatron_sfr.cli.model_args import (
+    MODEL,
+    SAMPLING,
+    TEMPLATE,
+    add_sampling_arguments,
+    model_folders,
+    sampling_options,
+)
+
+SCORING = ("limit", "encoder", "pairs", "embedded", "bleu_tokenize", "device")
+SWEEP = ("temperatures", "one_temperature", "processes")
+MOST_PROMPTS = 64  # sampling takes time; replies that exist are all scored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", **MODEL)
+    what.add_argument(
+        "--replies",
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]FILE",
+        help="JSONL of replies by any program (NAME defaults to the record's model, else to the file's name)",
+    )
+    add_sampling_arguments(parser)
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="JSONL of conversations held out of training"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of conversations held out of training; optional with --replies, which are then scored without "
+        "references",
     )
     parser.add_argument(
         "--temperatures",
@@ -26,8 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-temperature", action="store_true", help="accept a single temperature, which says little about diversity"
     )
-    parser.add_argument("--limit", type=int, default=64, help="at most this many different prompts (%(default)s)")
-    parser.add_argument("--encoder", default="minilm", metavar="NAME_OR_DIR", help="sentence encoder (%(default)s)")
+    parser.add_argument(
+        "--limit", type=int, help=f"at most this many different prompts ({MOST_PROMPTS}; with --replies: all)"
+    )
+    parser.add_argument(
+        "--encoder",
+        default="minilm",
+        metavar="NAME_OR_DIR",
+        help="sentence encoder; none: scores by words only, with --replies (%(default)s)",
+    )
     parser.add_argument("--pairs", type=int, default=16, help="BLEU comparisons per prompt and persona (%(default)s)")
     parser.add_argument(
         "--bleu-tokenize",
@@ -45,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.storage.lock import hold
     from megatron_sfr.storage.provenance import is_up_to_date
 
-    if args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
+    _check(args)
     last, identity = args.output / "evaluation.json", _identity(args)
     with hint("choose another --output, or remove the file"):
         done = is_up_to_date(last, last, identity)
@@ -54,8 +86,40 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.output} is up to date")
         return 0
     with hold(args.output, inside=True):
-        _evaluate(args, identity)
+        (_evaluate_replies if args.replies else _evaluate_models)(args, identity)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that are missing, or that have no effect beside the others."""
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
+    if not args.replies:
+        if args.data is None:
+            raise ValueError("--model needs --data FILE, whose prompts it answers")
+        if args.encoder == "none":
+            raise ValueError("--encoder none goes with --replies; models are compared with real replies by embeddings")
+        return
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name in (*SAMPLING, *SWEEP, *(name for name in TEMPLATE if name != "persona_as")):
+        if getattr(args, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is about sampling and has no effect on --replies, which exist: leave it out")
+
+
+def _reply_files(args: argparse.Namespace) -> dict[Path, str | None]:
+    """{file: name of its model, or None} of --replies."""
+    files: dict[Path, str | None] = {}
+    for text in args.replies:
+        name, equals, path = text.partition("=")
+        if equals and not name:
+            raise ValueError(f"--replies {text}: the name is empty; write NAME=FILE or FILE")
+        file = Path(path) if equals else Path(text)
+        if file in files:
+            raise ValueError(f"--replies: {file} is given twice")
+        files[file] = name if equals else None
+    return files
 
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
@@ -63,20 +127,27 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
     from megatron_sfr.storage.integrity import sha256_of
     from megatron_sfr.storage.provenance import contents_of
 
-    sampling = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "device", "dtype")
-    template = ("persona_as", "template_kwargs", "template_date", "special_text")
-    scoring = ("temperatures", "one_temperature", "limit", "encoder", "pairs", "embedded", "bleu_tokenize")
+    identity: dict[str, object] = {
+        "data": sha256_of(args.data) if args.data else None,
+        "encoder": contents_of(Path(args.encoder)) if Path(args.encoder).is_dir() else None,
+    }
+    if args.replies:
+        files = _reply_files(args)
+        replies = [(str(path), name, sha256_of(path)) for path, name in files.items()]
+        return identity | {
+            "replies": replies,
+            "options": {name: getattr(args, name) for name in (*SCORING, "persona_as")},
+        }
     folders = model_folders(args.model)
-    return {
+    options = (*SAMPLING, *TEMPLATE, "temperatures", "one_temperature", *SCORING)
+    return identity | {
         "models": {name: contents_of(folder) for name, folder in folders.items() if folder.is_dir()},
         "baseline": next(iter(folders)),
-        "data": sha256_of(args.data),
-        "encoder": contents_of(Path(args.encoder)) if Path(args.encoder).is_dir() else None,
-        "options": {name: getattr(args, name) for name in (*sampling, *template, *scoring)},
+        "options": {name: getattr(args, name) for name in options},
     }
 
 
-def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
+def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> None:
     from megatron_sfr.evaluation.compare.curves import EvaluationOptions
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate
     from megatron_sfr.evaluation.compare.replies import Hardware
@@ -94,8 +165,27 @@ def _evaluate(args: argparse.Namespace, identity: dict[str, object]) -> None:
         args.data,
         args.output,
         options,
-        max_prompts=args.limit,
+        max_prompts=args.limit or MOST_PROMPTS,
         encoder=args.encoder,
         hardware=Hardware(args.device, args.dtype, args.processes),
+        identity=identity,
+    )
+
+
+def _evaluate_replies(args: argparse.Namespace, identity: dict[str, object]) -> None:
+    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
+    from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
+    from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+
+    scoring = {"pairs": args.pairs, "embedded": args.embedded, "bleu_tokenize": args.bleu_tokenize}
+    evaluate_replies(
+        _reply_files(args),
+        args.output,
+        args.data,
+        EvaluationOptions(SamplingOptions(), **scoring),
+        max_prompts=args.limit,
+        encoder=None if args.encoder == "none" else args.encoder,
+        device=args.device,
+        persona_as=args.persona_as,
         identity=identity,
     )

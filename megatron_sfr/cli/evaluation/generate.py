@@ -8,15 +8,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sfr.cli.model_args import add_model_arguments, model_folders, sampling_options
+from megatron_sfr.cli.model_args import MODEL, add_sampling_arguments, model_folders, sampling_options
 
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.generate.prompts import Prompt
-    from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+    from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    parser.add_argument("--model", required=True, **MODEL)
+    add_sampling_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one user turn; the replies are printed")
     what.add_argument(
@@ -55,7 +56,8 @@ def _write(
 
     from tqdm import tqdm
 
-    from megatron_sfr.evaluation.generate.transformers_engine import check_folder, record
+    from megatron_sfr.evaluation.generate.sampling import record
+    from megatron_sfr.evaluation.generate.transformers_engine import check_folder
     from megatron_sfr.storage.provenance import contents_of
     from megatron_sfr.storage.resumable import is_finished, resumable
 

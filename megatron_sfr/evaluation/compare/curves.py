@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_sfr.data.targets.encoder import Encoder
-from megatron_sfr.evaluation.compare.replies import Answers, Questions
+from megatron_sfr.evaluation.compare.questions import Answered, Questions
 from megatron_sfr.evaluation.generate.prompts import Asked
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.evaluation.scores.diversity import (
     cross_style_bleu,
     distinct_n,
@@ -24,6 +24,9 @@ from megatron_sfr.evaluation.scores.quality import Truth, context_relevance, rel
 from megatron_sfr.evaluation.scores.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.scores.style import StyleJudge
 from megatron_sfr.evaluation.scores.tokenizers import CHOICES, Choice, bleu_metric, resolved
+
+if TYPE_CHECKING:
+    from megatron_sfr.data.targets.encoder import Encoder
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
 AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can only be compared with other real replies
@@ -78,7 +81,7 @@ class Curve:
     """A model's scores over temperatures, [T, P] each, and its losses on real replies, by named set and by persona."""
 
     model: str
-    temperatures: tuple[float, ...]
+    temperatures: tuple[float | None, ...]
     scores: Scores
     losses: dict[str, Loss]
     personas: dict[str, Loss]
@@ -92,11 +95,14 @@ class Scorer:
         asked: Sequence[Asked],
         sets: Mapping[str, Sequence[Asked]],
         options: EvaluationOptions,
-        encoder: Encoder,
+        encoder: "Encoder | None",
         truth: Truth | None = None,
         judge: StyleJudge | None = None,
     ) -> None:
-        """asked: the prompts, with the replies that relevance and style refer to; sets: replies for the loss."""
+        """asked: the prompts, with the replies that relevance and style refer to; sets: replies for the loss.
+
+        encoder: None leaves the scores by embeddings without a value.
+        """
         self.asked, self.options = asked, options
         self._sets, self._encoder, self._truth, self._judge = sets, encoder, truth, judge
         self._cells: dict[str, list[int]] = defaultdict(list)
@@ -111,6 +117,11 @@ class Scorer:
         self._references = self._embed([entry.texts for entry in asked])
         self._questions = self._embed([[entry.prompt.question] for entry in asked])
 
+    @property
+    def embeds(self) -> bool:
+        """Whether scores by embeddings have a value."""
+        return self._encoder is not None
+
     def questions(self) -> Questions:
         """The questions for every model."""
         options = self.options
@@ -120,27 +131,37 @@ class Scorer:
             sets={name: [c for entry in asked for c in entry.references] for name, asked in self._sets.items()},
         )
 
-    def notes(self) -> list[str]:
-        """Lines about the data behind the numbers, and how much of it the capped scores use."""
+    def notes(self, drawn: str = "") -> list[str]:
+        """Lines about the data behind the numbers, and how much of it the capped scores use.
+
+        drawn: how many replies there are and where they come from.
+        """
         options = self.options
         return [
-            f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona, {options.sampling.samples} "
-            "replies to each pair at each temperature; models share random numbers.",
+            f"{len(self.prompts)} prompts, {len(self.asked)} pairs of prompt and persona"
+            + (f", {drawn}." if drawn else "."),
             f"BLEU is quadratic in the replies and capped: at most {options.pairs} comparisons, drawn by seed, a pair "
             "(self-BLEU-4, pairwise) or a prompt (CS-SB). self-BLEU-4 all (Zhu et al. 2018) reads every reply.",
             f"BLEU's tokens: sacrebleu's {self.tokenizer} "
             f"({'by the text' if options.bleu_tokenize == 'auto' else 'as asked'}); distinct-2 counts "
             + ("words between spaces." if self.tokenizer in ("13a", "intl") else "the same tokens."),
-            f"Embedded (for relevance, style, context, modes, spread, Vendi): {options.embedded} replies per pair on "
-            f"{len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. Modes "
-            f"are clusters of real replies at cosine {options.mode_threshold:g}. A loop has {LOOP} words or more.",
+            self._embedding_note() + f" A loop has {LOOP} words or more.",
             "real: the data's own replies, judged as a model's; against other real replies where a score needs them. "
             "Their number differs from the models', and with it what grows with numbers.",
         ]
 
+    def _embedding_note(self) -> str:
+        if self._encoder is None:
+            return "Nothing is embedded: relevance, style, context, modes, spread and Vendi have no value."
+        return (
+            f"Embedded (for relevance, style, context, modes, spread, Vendi): {self.options.embedded} replies per pair "
+            f"on {len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. "
+            f"Modes are clusters of real replies at cosine {self.options.mode_threshold:g}."
+        )
+
     def scores(self, replies: Sequence[Sequence[str]]) -> Scores:
-        """Every score of one model at one temperature; `replies[entry of asked][sample]`."""
-        vectors = self._embed([texts[: self.options.embedded] for texts in replies])
+        """Every score of one model at one temperature; `replies[entry of asked][sample]`, read prompt by prompt."""
+        vectors = self._embed(replies, self.options.embedded)
         return self._score(replies, vectors, self._references)
 
     def real(self) -> Scores:
@@ -153,16 +174,16 @@ class Scorer:
         halves = self._score([row[1::2] for row in texts], held, rest)
         return self._score(texts, vectors, vectors) | {name: halves[name] for name in AGAINST_REFERENCES}
 
-    def curve(self, answers: Answers) -> Curve:
+    def curve(self, answers: Answered) -> Curve:
         """Every score of a model at every temperature, and its losses."""
-        scores = [self.scores([[reply.text for reply in row] for row in rows]) for rows in answers.replies]
+        scores = [self.scores(rows) for rows in answers.replies]
         stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
         losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
         nothing = Loss(*np.zeros((2, len(self.prompts))))
         whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
         personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
         spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
-        return Curve(answers.model, self.options.temperatures, stacked, whole, spoken)
+        return Curve(answers.model, answers.temperatures, stacked, whole, spoken)
 
     def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
         """Losses of a set's replies for each persona, grouped by shared prompt."""
@@ -191,9 +212,10 @@ class Scorer:
     ) -> dict[str, float]:
         """Scores of one shared prompt: means over its personas, and the comparison between them."""
         real = {self.asked[i].prompt.persona or "": references[i] for i in cells}
-        by_cell = [self._score_cell(i, replies[i], vectors[i], real) for i in cells]
+        texts = {i: replies[i] for i in cells}
+        by_cell = [self._score_cell(i, texts[i], vectors[i], real) for i in cells]
         means = {name: _mean([row[name] for row in by_cell]) for name in by_cell[0]}
-        by_persona = {self.asked[i].prompt.persona or "": replies[i] for i in cells}
+        by_persona = {self.asked[i].prompt.persona or "": texts[i] for i in cells}
         seed = self.asked[cells[0]].prompt.key
         for n in CROSS_STYLE_ORDERS:
             means[f"CS-SB-{n}"] = cross_style_bleu(
@@ -223,14 +245,14 @@ class Scorer:
             "Vendi": vendi_score(vectors),
         }
 
-    def _embed(self, rows: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Unit vectors [texts, dim] for the texts of each entry of asked; empty if its prompt is not embedded.
+    def _embed(self, rows: Sequence[Sequence[str]], most: int | None = None) -> list[np.ndarray]:
+        """Unit vectors [texts, dim] for (the first `most`) texts of each entry; empty if its prompt is not embedded.
 
         Each distinct text is encoded once, in batches of similar length.
         """
-        texts = [
-            row if entry.prompt.shared in self._embedded else [] for entry, row in zip(self.asked, rows, strict=True)
-        ]
+        if self._encoder is None:
+            return [np.zeros((0, 1), np.float32) for _ in self.asked]
+        texts = [rows[i][:most] if entry.prompt.shared in self._embedded else [] for i, entry in enumerate(self.asked)]
         distinct = sorted({text for row in texts for text in row}, key=len)
         vector: dict[str, np.ndarray] = {}
         for start in range(0, len(distinct), 64):

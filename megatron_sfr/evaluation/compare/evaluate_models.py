@@ -1,16 +1,17 @@
-"""`evaluate`: compares Hugging Face models on held-out conversations, as one function."""
+"""`evaluate`: samples Hugging Face models on held-out conversations and compares them, as one function."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
-from megatron_sfr.evaluation.compare.evaluate import evaluate as evaluate_and_write
-from megatron_sfr.evaluation.compare.replies import Hardware
+from megatron_sfr.evaluation.compare.replies import Hardware, answers
 from megatron_sfr.evaluation.compare.report import Axes, Report
-from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
-from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
+from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report
+from megatron_sfr.evaluation.generate.prompts import limit, read_asked
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
+from megatron_sfr.storage.atomic import whole
 
 
 def evaluate(
@@ -64,12 +65,10 @@ def evaluate(
     judge = style_judge(asked)
     loaded = Encoder(encoder, EncoderOptions(device=hardware.device))
     scorer = Scorer(asked, {"held-out replies": asked}, options, loaded, judge=judge)
-    axes = [Axes("relevance", "self-BLEU-4"), Axes("relevance", "modes")]
-    axes += [Axes("style fidelity", "CS-SB-1")] if judge else []
-    return evaluate_and_write(
+    return sample_and_write(
         {name: Path(folder) for name, folder in models.items()},
         scorer,
-        axes,
+        axes_of(judge),
         Path(output),
         title=f"{data.name}: diversity against quality",
         picture="frontier.png",
@@ -79,9 +78,36 @@ def evaluate(
     )
 
 
-def style_judge(asked: Sequence[Asked]) -> StyleJudge | None:
-    """A judge trained on the replies of the data; None if they have only one persona or one prompt."""
-    rows = [Styled(entry.prompt.shared, entry.prompt.persona or "", text) for entry in asked for text in entry.texts]
-    if len({row.persona for row in rows}) < 2 or len({row.shared for row in rows}) < 2:
-        return None
-    return StyleJudge(rows)
+def sample_and_write(
+    folders: Mapping[str, Path],
+    scorer: Scorer,
+    axes: Sequence[Axes],
+    output: Path,
+    *,
+    title: str,
+    picture: str,
+    hardware: Hardware,
+    identity: Mapping[str, object] | None = None,
+    show: bool = True,
+) -> Report:
+    """Samples every model, writes the replies to samples.jsonl, then scores them as `write_report` says."""
+    questions = scorer.questions()
+    answered = answers(folders, questions, hardware)
+    with whole(output / "samples.jsonl") as file:
+        for model in answered:
+            for options, rows in zip(questions.sweep, model.replies, strict=True):
+                for prompt, row in zip(questions.prompts, rows, strict=True):
+                    lines = (record(model.model, prompt, options, reply) for reply in row)
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return write_report(
+        [model.answered() for model in answered],
+        scorer,
+        axes,
+        output,
+        title=title,
+        picture=picture,
+        drawn=f"{scorer.options.sampling.samples} replies to each pair at each temperature; random numbers are shared",
+        samples="samples.jsonl",
+        identity=identity,
+        show=show,
+    )

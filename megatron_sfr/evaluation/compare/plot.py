@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from megatron_sfr.evaluation.compare.questions import shown_temperature
 from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 
@@ -38,8 +39,12 @@ def draw(report: Report, path: Path, title: str) -> None:
 
 def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # type: ignore[no-untyped-def]
     """One model's polyline through its temperatures, which are written beside the points if there is room."""
-    quality = report.scores[model][axes.quality]
-    diversity = [_turn(estimate, axes) for estimate in report.scores[model][axes.diversity]]
+    scores = report.scores[model]
+    points = list(zip(report.temperatures, scores[axes.quality], scores[axes.diversity], strict=True))
+    points = [point for point in points if point[1].n and point[2].n]
+    temperatures = [temperature for temperature, _, _ in points]
+    quality = [estimate for _, estimate, _ in points]
+    diversity = [_turn(estimate, axes) for _, _, estimate in points]
     x, y = [e.mean for e in quality], [e.mean for e in diversity]
     colour = COLOURS[i % len(COLOURS)]
     panel.errorbar(
@@ -49,9 +54,9 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
     if i > 0 and len(report.scores) > MOST_LABELLED:
         return
     side = -1 if i % 2 == 0 else 1  # labels of neighbouring models are on different sides
-    for temperature, at_x, at_y in zip(report.temperatures, x, y, strict=True):
+    for temperature, at_x, at_y in zip(temperatures, x, y, strict=True):
         panel.annotate(
-            f"T {temperature:g}",
+            f"T {shown_temperature(temperature)}",
             (at_x, at_y),
             textcoords="offset points",
             xytext=(7 * side, 8 * side),

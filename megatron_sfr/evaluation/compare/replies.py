@@ -6,7 +6,7 @@ Several models can run in parallel, each in a separate process, which is faster 
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,34 +14,28 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sfr.data.chat.conversation import Conversation
+from megatron_sfr.evaluation.compare.questions import Answered, Questions
 from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
-from megatron_sfr.evaluation.generate.prompts import Prompt
-from megatron_sfr.evaluation.generate.transformers_engine import Sampled, SamplingOptions, load_model, sample
-from megatron_sfr.evaluation.scores.quality import negative_log_likelihood
+from megatron_sfr.evaluation.generate.sampling import Sampled
+from megatron_sfr.evaluation.generate.transformers_engine import load_model, sample
+from megatron_sfr.evaluation.scores.likelihood import negative_log_likelihood
 from megatron_sfr.runtime.failures import killed_workers
 from megatron_sfr.runtime.lifetime import end_with_parent
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Prompts, sampling options for each temperature, and named sets of real replies; the same for every model."""
-
-    prompts: Sequence[Prompt]
-    sweep: Sequence[SamplingOptions]
-    sets: Mapping[str, Sequence[Conversation]]
-
-
-@dataclass(frozen=True)
 class Answers:
-    """One model's replies, indexed by temperature, prompt and sample, and its losses.
-
-    losses: for each set -ln p of each conversation, and its number of supervised tokens.
-    """
+    """One model's replies, indexed by temperature, prompt and sample, and its losses as in `Answered`."""
 
     model: str
+    temperatures: tuple[float, ...]
     replies: list[list[list[Sampled]]]
     losses: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def answered(self) -> Answered:
+        """What the scores read."""
+        texts = [[[reply.text for reply in row] for row in rows] for rows in self.replies]
+        return Answered(self.model, self.temperatures, texts, self.losses)
 
 
 @dataclass(frozen=True)
@@ -94,4 +88,4 @@ def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, p
             replies.append(rows)
     template = questions.sweep[0].template
     losses = {label: negative_log_likelihood(model, sets, template) for label, sets in questions.sets.items()}
-    return Answers(name, replies, losses)
+    return Answers(name, tuple(options.temperature for options in questions.sweep), replies, losses)

@@ -35,13 +35,14 @@ class Axes:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything reported. scores: by model and score, one per temperature; losses: by model and set, nats per token.
+    """Everything reported. scores: by model and score, one per temperature, without a value at temperatures that only
+    other models have; losses: by model and set, nats per token.
 
     real: scores of the real replies. perplexities: by model and persona, exp of the nats per token of the real replies.
     """
 
     prompts: int  # number of shared prompts, which are resampled
-    temperatures: tuple[float, ...]
+    temperatures: tuple[float | None, ...]  # of all models; None where unknown
     axes: tuple[Axes, ...]
     scores: dict[str, dict[str, list[Estimate]]]
     real: dict[str, Estimate]
@@ -55,12 +56,13 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
     """Every model's estimates, and its gap to the first model on all axes. real: scores of the real replies."""
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
+    temperatures = sorted({t for curve in curves for t in curve.temperatures}, key=lambda t: -1.0 if t is None else t)
     return Report(
         prompts=prompts,
-        temperatures=first.temperatures,
+        temperatures=tuple(temperatures),
         axes=tuple(axes),
         scores={
-            curve.model: {name: [estimate(row) for row in rows] for name, rows in curve.scores.items()}
+            curve.model: {name: _placed(curve, rows, temperatures) for name, rows in curve.scores.items()}
             for curve in curves
         },
         real={name: estimate(row) for name, row in real.items()},
@@ -81,6 +83,13 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
         ],
         notes=tuple(notes),
     )
+
+
+def _placed(curve: Curve, rows: np.ndarray, temperatures: Sequence[float | None]) -> list[Estimate]:
+    """An estimate for each temperature of the report, of which the curve may have only some."""
+    at = dict(zip(curve.temperatures, rows, strict=True))
+    nothing = np.full(rows.shape[1], np.nan)
+    return [estimate(at.get(temperature, nothing)) for temperature in temperatures]
 
 
 def _nats(loss: Loss) -> Estimate:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_sfr.evaluation.compare.questions import shown_temperature
 from megatron_sfr.evaluation.compare.report import Report, verdict
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.evaluation.scores.metrics import METRICS, metric
@@ -30,9 +31,10 @@ def terminal(report: Report) -> str:
 
 
 def markdown(report: Report, title: str, picture: str) -> str:
-    """The same as Markdown, with full intervals."""
+    """The same as Markdown, with full intervals. picture: a file beside it, if the report has axes."""
     names = columns(report)
-    lines = [f"# {escaped(title)}", "", f"![frontiers]({picture})", ""]
+    lines = [f"# {escaped(title)}", ""]
+    lines += [f"![frontiers]({picture})", ""] if report.axes else []
     lines += [*(f"- {escaped(verdict(gap))}" for gap in report.gaps), ""]
     lines += markdown_table([["model", "temperature", *heads(report, names)], *score_rows(report, names, str)])
     lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{escaped(note)}" for note in report.notes)]
@@ -63,17 +65,21 @@ def heads(report: Report, names: Sequence[str]) -> list[str]:
 
 
 def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list[str]]:
-    """Lines of model, temperature and scores; the line of the real replies first, if there is one."""
+    """Lines of model, temperature and scores; the line of the real replies first, if there is one.
+
+    A temperature without replies of a model has no line.
+    """
     if any(report.real[name].n for name in names if name in report.real):
         yield ["real", "-", *(show(report.real[name]) for name in names)]
     for model, scores in report.scores.items():
         for t, temperature in enumerate(report.temperatures):
-            yield [model, f"{temperature:g}", *(show(scores[name][t]) for name in names)]
+            if any(estimates[t].n for estimates in scores.values()):
+                yield [model, shown_temperature(temperature), *(show(scores[name][t]) for name in names)]
 
 
 def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]]]]:
     """(title, table) of the losses by set of replies, and of the perplexities by persona."""
-    for title, found in (
+    for title, found in (  # no losses if only replies were given
         ("Loss on real replies (nats per token, temperature 1)", report.losses),
         ("Perplexity of each persona's real replies", report.perplexities),
     ):

@@ -6,7 +6,8 @@ from pathlib import Path
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions, load_model, sample
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+from megatron_sfr.evaluation.generate.transformers_engine import load_model, sample
 
 
 def generate(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_sfr.data.chat.conversation import (
     ROLES,
@@ -43,6 +44,17 @@ class Prompt:
 
     def turns(self) -> list[Message]:
         return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class NamedPrompt(Prompt):
+    """A prompt of which a record of `generate` gives the last user turn and the name that personas share."""
+
+    name: str = ""
+
+    @property
+    def shared(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,11 @@ def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
 
 
 def _parse(text: bytes, persona_as: str) -> Prompt:
-    fields = parse_json(text)
+    return prompt_from(parse_json(text), persona_as)
+
+
+def prompt_from(fields: Any, persona_as: str) -> Prompt:
+    """The prompt of a record, which has either prompt or messages. Raises ValueError with the reason."""
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
     turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])

@@ -13,15 +13,8 @@ from typing import Any
 
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.prompts import Prompt
-from megatron_sfr.evaluation.generate.transformers_engine import (
-    Sampled,
-    SamplingOptions,
-    check_folder,
-    decoded,
-    end_tokens,
-    in_order,
-    token_ids,
-)
+from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, in_order
+from megatron_sfr.evaluation.generate.transformers_engine import check_folder, decoded, end_tokens, token_ids
 from megatron_sfr.storage.user_files import loading
 
 

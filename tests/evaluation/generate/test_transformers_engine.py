@@ -12,16 +12,8 @@ from megatron_sfr.cli.command_line import build_parser
 from megatron_sfr.cli.model_args import sampling_options
 from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
-from megatron_sfr.evaluation.generate.transformers_engine import (
-    Model,
-    Sampled,
-    SamplingOptions,
-    choose,
-    decoded,
-    load_model,
-    sample,
-    token_ids,
-)
+from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions
+from megatron_sfr.evaluation.generate.transformers_engine import Model, choose, decoded, load_model, sample, token_ids
 
 PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birthday present?"), ask("Why?", "robot")]
 OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)

@@ -9,7 +9,7 @@ import torch
 from megatron_sfr import cli
 from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
 from megatron_sfr.evaluation.generate.prompts import ask
-from megatron_sfr.evaluation.generate.transformers_engine import SamplingOptions
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 PROMPTS = [ask("Where to?", "poet"), ask("Why?", "robot")]

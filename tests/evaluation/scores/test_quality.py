@@ -11,10 +11,10 @@ import torch
 from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
 from megatron_sfr.evaluation.generate.transformers_engine import load_model
+from megatron_sfr.evaluation.scores.likelihood import negative_log_likelihood
 from megatron_sfr.evaluation.scores.quality import (
     Judgement,
     context_relevance,
-    negative_log_likelihood,
     relevance,
     style_match,
     true_scores,

@@ -1,0 +1,191 @@
+"""Replies that exist already, from any trainer's models: records of `generate`, of vLLM, of an API.
+
+The texts go to a temporary file as they are read. In memory remains where each reply lies, some hundred bytes; a
+prompt's replies are read back when it is scored.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from megatron_sfr.data.chat.conversation import check_text
+from megatron_sfr.evaluation.compare.questions import Answered
+from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
+from megatron_sfr.evaluation.generate.thinking import without_empty_thought
+from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.user_files import parse_json, shown
+
+TEXT = ("text", "reply", "response", "completion")
+FORM = 'write {"prompt": "...", "text": "..."}, and optionally persona, model, temperature and sample'
+Cell = tuple[str, str | None]  # name of the shared prompt, persona
+Place = tuple[int, int]  # offset and length in the temporary file
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one record says. texts: one, or several samples of one request."""
+
+    prompt: Prompt
+    texts: Sequence[str]
+    model: str | None
+    temperature: float | None
+    sample: int | None
+
+
+class ReplyFiles:
+    """The replies of several models, found by model, temperature, prompt and persona."""
+
+    def __init__(self, texts: IO[bytes]) -> None:
+        """texts: an empty file, open to be read and written."""
+        self._texts = texts
+        self._end = 0
+        self._prompts: dict[Cell, Prompt] = {}
+        self._places: dict[str, dict[float | None, dict[Cell, list[Place]]]] = {}
+        self._samples: dict[tuple[str, float | None, Cell], set[int]] = defaultdict(set)
+        self.replies = 0
+
+    def read(self, name: str | None, path: Path, persona_as: str = "system") -> None:
+        """Adds a file. name: its model; None takes each record's, or the file's name where a record has none.
+
+        Raises:
+            ValueError: `file:line: reason`, for a record without prompt or text, or a sample that was read before.
+        """
+        before = self.replies
+        with tqdm(desc=path.name, unit=" replies", dynamic_ncols=True, leave=False) as bar:
+            for row in read_rows(path):
+                try:
+                    bar.update(self._add(reply_from(parse_json(row.text), persona_as), name, path))
+                except ValueError as error:
+                    raise ValueError(f"{row.source}:{row.line}: {error}") from error
+        if self.replies == before:
+            raise ValueError(f"{path} has no replies; {FORM}")
+
+    def _add(self, reply: Reply, name: str | None, path: Path) -> int:
+        model = name or reply.model or path.name.partition(".")[0]
+        cell = (reply.prompt.shared, reply.prompt.persona)
+        known = self._prompts.setdefault(cell, reply.prompt)
+        if known.question != reply.prompt.question:
+            raise ValueError(f"the prompt {shown(cell[0])} has two questions; give each question a separate prompt")
+        drawn = self._samples[model, reply.temperature, cell]
+        if reply.sample in drawn:
+            raise ValueError(
+                f"sample {reply.sample} of this prompt by {shown(model)} was read before; give each file once"
+            )
+        if reply.sample is not None:
+            drawn.add(reply.sample)
+        places = self._places.setdefault(model, {}).setdefault(reply.temperature, {}).setdefault(cell, [])
+        for text in reply.texts:
+            content = without_empty_thought(text).encode()
+            self._texts.write(content)
+            places.append((self._end, len(content)))
+            self._end += len(content)
+        self.replies += len(reply.texts)
+        return len(reply.texts)
+
+    def asked(self, references: Sequence[Asked] = ()) -> list[Asked]:
+        """The prompts with replies: in their order of appearance, or those of the references, in their order.
+
+        Raises:
+            ValueError: none of the references has a reply.
+        """
+        if not references:
+            return [Asked(prompt) for prompt in self._prompts.values()]
+        found = [entry for entry in references if (entry.prompt.shared, entry.prompt.persona) in self._prompts]
+        if not found:
+            example = shown(next(iter(self._prompts.values())).question)
+            raise ValueError(
+                f"no prompt of --data has a reply, for example {example}; give the file of these prompts, with the "
+                "same personas"
+            )
+        return found
+
+    def outside(self, asked: Sequence[Asked]) -> int:
+        """Pairs of prompt and persona with replies that are not among these."""
+        return len(self._prompts.keys() - {(entry.prompt.shared, entry.prompt.persona) for entry in asked})
+
+    def answered(self, asked: Sequence[Asked]) -> list[Answered]:
+        """Every model's replies to these prompts, in order of appearance."""
+        self._texts.flush()
+        cells = [(entry.prompt.shared, entry.prompt.persona) for entry in asked]
+        models = []
+        for name, sweep in self._places.items():
+            temperatures = sorted(sweep, key=lambda t: -1.0 if t is None else t)
+            replies = [_Texts(self._texts, [sweep[t].get(cell, []) for cell in cells]) for t in temperatures]
+            models.append(Answered(name, tuple(temperatures), replies))
+        return models
+
+
+class _Texts(Sequence[Sequence[str]]):
+    """The replies of each entry of `asked`, read from the temporary file when they are asked for."""
+
+    def __init__(self, file: IO[bytes], places: Sequence[Sequence[Place]]) -> None:
+        self._file, self._places = file, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self._read(*place) for place in self._places[i]]
+
+    def _read(self, offset: int, length: int) -> str:
+        self._file.seek(offset)
+        return self._file.read(length).decode()
+
+
+@contextmanager
+def reply_files(files: Mapping[Path, str | None], persona_as: str = "system") -> Iterator[ReplyFiles]:
+    """Reads files of replies, each with the name of its model or None (see `ReplyFiles.read`)."""
+    with tempfile.TemporaryFile() as texts:
+        found = ReplyFiles(texts)
+        for path, name in files.items():
+            found.read(name, path, persona_as)
+        yield found
+
+
+def reply_from(fields: Any, persona_as: str = "system") -> Reply:
+    """The reply of a record.
+
+    The text is in `text`, `reply`, `response` or `completion` (one, or a list), or in the last turn of `messages`. The
+    prompt is in `prompt` or `messages`; with `question` beside it, `prompt` is only a name, as `generate` writes it.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a reply; {FORM}")
+    names = [name for name in TEXT if name in fields]
+    if len(names) > 1:
+        raise ValueError(f"two texts ({names[0]} and {names[1]}); keep one of them")
+    texts = fields[names[0]] if names else _last_turn(fields)
+    texts = texts if isinstance(texts, list) else [texts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"no text of a reply; {FORM}")
+    for text in texts:
+        check_text(text, "the reply")
+    model, temperature, sample = (fields.get(name) for name in ("model", "temperature", "sample"))
+    if model is not None and (not isinstance(model, str) or not model):
+        raise ValueError(f"the model is {shown(model)}; give its name")
+    if temperature is not None and (type(temperature) not in (int, float) or not 0 <= temperature < float("inf")):
+        raise ValueError(f"the temperature is {shown(temperature)}; give a number of at least 0, or leave it out")
+    if sample is not None and type(sample) is not int:
+        raise ValueError(f"the sample is {shown(sample)}; give a whole number, or leave it out")
+    return Reply(_prompt(fields, persona_as), texts, model, temperature, sample)
+
+
+def _prompt(fields: Mapping[str, Any], persona_as: str) -> Prompt:
+    if "question" not in fields:
+        return prompt_from(fields, persona_as)
+    question, name, persona = (fields.get(key) for key in ("question", "prompt", "persona"))
+    if not isinstance(question, str) or not isinstance(name, str) or not isinstance(persona, str | None):
+        raise ValueError("question, prompt (a name of it) and persona have to be text")
+    return NamedPrompt((("user", question),), persona, name)
+
+
+def _last_turn(fields: Mapping[str, Any]) -> Any:
+    """The text of an assistant's turn at the end of messages."""
+    turns = fields.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else None

@@ -1,0 +1,71 @@
+"""How replies are sampled, and a sampled reply as a value and as a record. No torch: it is read without a model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_sfr.data.chat.template_options import TemplateOptions
+from megatron_sfr.evaluation.generate.prompts import Prompt
+
+MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling options. Temperature 0 is greedy decoding; top_k 0 and top_p 1 do not truncate.
+
+    template: how prompts are written; it has to be that of training.
+    """
+
+    samples: int = 8
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 64
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(
+                f"samples is {self.samples}; at most {MAX_SAMPLES} replies per prompt have separate random numbers"
+            )
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One reply. logprob: sum of ln p over its tokens, end token included, at temperature 1 without truncation."""
+
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    finished: bool  # False: cut off at max_new_tokens
+
+
+def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]]:
+    """(index of the prompt, sample) of every reply, short prompts first."""
+    return [(p, s) for p in sorted(range(len(ids)), key=lambda p: len(ids[p])) for s in range(samples)]
+
+
+def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
+    """A reply as a JSONL record."""
+    return {
+        "model": name,
+        "prompt": prompt.shared,
+        "question": prompt.question,
+        "persona": prompt.persona,
+        "sample": reply.sample,
+        "seed": options.seed,
+        "temperature": options.temperature,
+        "text": reply.text,
+        "tokens": len(reply.tokens),
+        "logprob": round(reply.logprob, 4),
+        "finished": reply.finished,
+    }
