@@ -93,6 +93,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
             item = connection.recv()
         except EOFError:
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = work(item), None
         except Exception as error:

@@ -18,7 +18,7 @@ from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.evaluation.compare.questions import Answered
 from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
-from megatron_sfr.storage.jsonl import read_rows
+from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
 TEXT = ("text", "reply", "response", "completion")
@@ -58,11 +58,11 @@ class ReplyFiles:
         """
         before = self.replies
         with tqdm(desc=path.name, unit=" replies", dynamic_ncols=True, leave=False) as bar:
-            for row in read_rows(path):
+            for record in read_records(path):
                 try:
-                    bar.update(self._add(reply_from(parse_json(row.text), persona_as), name, path))
+                    bar.update(self._add(reply_from(parse_json(record.text), persona_as), name, path))
                 except ValueError as error:
-                    raise ValueError(f"{row.source}:{row.line}: {error}") from error
+                    raise ValueError(f"{record.source}:{record.line}: {error}") from error
         if self.replies == before:
             raise ValueError(f"{path} has no replies; {FORM}")
 

@@ -123,7 +123,7 @@ class DocumentDataset(GPTDataset):
         return SequenceAnchors(anchors, zero + idx, zero, falling=False)
 
     def segments(self, idx: int) -> tuple[int, np.ndarray]:
-        """Number of the prepared folder, and the target rows that sequence `idx` reads from it."""
+        """Number of the prepared folder, and the segments whose embeddings sequence `idx` reads from it."""
         assert self.targets is not None
         assert self.targets.number is not None
         return self.targets.number, self._anchors(self.pieces(idx), idx).anchors.segment
