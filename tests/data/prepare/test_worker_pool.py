@@ -59,7 +59,7 @@ def refuse_odd(number: int) -> int:
 def test_an_error_of_a_worker_is_raised_in_its_place_with_its_traceback():
     results = ordered_map(refuse_odd, [0, 2, 3, 4], 2)
     assert [next(results), next(results)] == [0, 2]
-    with pytest.raises(LookupError, match=r"^3 is odd$") as caught:
+    with pytest.raises(LookupError, match=r"^3 is odd") as caught:
         next(results)
     assert "in refuse_odd" in caught.value.__notes__[0]
 
