@@ -213,10 +213,9 @@ def _encode(
     start, before = totals.position.done, totals.samples + totals.rejected
     options: dict[str, Any] = {"desc": "prepare", "unit": source.unit, "unit_scale": True, "disable": not progress}
     workers = min(workers, -(-(source.total - start) // chunk_bytes) or 1)
-    with (
-        tqdm(total=source.total, initial=start, **options) as bar,
-        closing(ordered_map(encoder, source.chunks(totals.position, chunk_bytes), workers)) as encoded,
-    ):
+    chunks = source.chunks(totals.position, chunk_bytes)
+    encoded = ordered_map(encoder, chunks, workers) if workers > 1 else (encoder(chunk) for chunk in chunks)
+    with tqdm(total=source.total, initial=start, **options) as bar, closing(encoded):
         for chunk in encoded:
             if chunk.bad and not skip_bad_rows:
                 raise ValueError(str(chunk.bad[0]))

@@ -26,7 +26,7 @@ def default_workers() -> int:
 
 
 def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
-    """Yields work(item) for each item, in order: in this process for one worker, otherwise in spawned processes.
+    """Yields work(item) for each item, in order, computed in spawned processes.
 
     `work` is pickled once for each worker. At most AHEAD * workers items and results are held, however slowly they are
     taken. Close the iterator (contextlib.closing) to end the workers early.
@@ -34,9 +34,6 @@ def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) 
     Raises:
         ValueError: a worker died.
     """
-    if workers == 1:
-        yield from map(work, items)
-        return
     waiting: deque[Future[R]] = deque()
     with ExitStack() as stack:
         idle: SimpleQueue[Connection] = SimpleQueue()
@@ -95,8 +92,8 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
             return
         answer: tuple[Any, Exception | None]
         try:
-            answer = work(item), None
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            answer = None, error
-        connection.send(answer)
+            result, error = work(item), None
+        except Exception as failure:
+            failure.add_note(traceback.format_exc())
+            result, error = None, failure
+        connection.send((result, error))
