@@ -13,7 +13,8 @@ def loss(args, batch, logits, sum_of_sample_mean):
     from slime.backends.megatron_utils.loss import get_responses
 
     fields = {name: batch[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
-    fields["max_seq_lens"] = batch.get("max_seq_lens")
+    if batch.get("max_seq_lens") is not None:  # of the layout bshd, which slime no longer has
+        fields["max_seq_lens"] = batch["max_seq_lens"]
     # By default get_responses divides the logits by the rollout's temperature, which would change beta.
     responses = get_responses(logits, args=args, **fields, apply_temperature=False)
     z_TV, y_T = (torch.cat(parts) for parts in zip(*responses, strict=True))

@@ -1,6 +1,7 @@
 """The loss for slime, on two tensor-parallel ranks with gloo, equals one process in value and gradient.
 
-slime is not installed here. `get_responses` below has its signature and its division by the rollout's temperature.
+slime is not installed here, since it is not on PyPI. `get_responses` below has the signature that it has in slime at
+00c2d6d, and its division by the rollout's temperature.
 Shapes: T tokens of the batch, V columns, R response tokens.
 """
 
@@ -33,7 +34,6 @@ def get_responses(
     unconcat_tokens: list[Tensor],
     total_lengths: list[int],
     response_lengths: list[int],
-    max_seq_lens: list[int] | None = None,
     apply_temperature: bool = True,
 ) -> Any:
     logits = logits.squeeze(0) / (args.rollout_temperature if apply_temperature else 1.0)
