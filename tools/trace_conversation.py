@@ -22,6 +22,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_sfr"
 TOOL = sys.monitoring.COVERAGE_ID
+EVENTS = sys.monitoring.events.LINE, sys.monitoring.events.PY_RESUME  # a generator may resume within a line
 NOT_CALLS = {"<module>", "__post_init__"}
 STAND_INS = {"runtime/cpu.py"}
 TEXTS = ("It is blue. " * 9, "It is grey. " * 9)
@@ -38,17 +39,17 @@ def counted() -> Iterator[Counts]:
     """Counts the lines of the package's functions that run meanwhile."""
     found: Counts = Counter()
 
-    def ran(code: CodeType, line: int) -> Any:
+    def ran(code: CodeType, line: int, *_: Any) -> Any:
         path = Path(code.co_filename)
         if not path.is_relative_to(PACKAGE) or code.co_name in NOT_CALLS:
             return sys.monitoring.DISABLE
         found[path.relative_to(PACKAGE).as_posix(), code.co_qualname, line] += 1
         return None
 
-    event = sys.monitoring.events.LINE
     sys.monitoring.use_tool_id(TOOL, "trace_conversation")
-    sys.monitoring.register_callback(TOOL, event, ran)
-    sys.monitoring.set_events(TOOL, event)
+    for event in EVENTS:
+        sys.monitoring.register_callback(TOOL, event, ran)
+    sys.monitoring.set_events(TOOL, EVENTS[0] | EVENTS[1])
     try:
         yield found
     finally:
