@@ -8,8 +8,10 @@ class Voice:
     """A persona's sentences for the four parts of a reply, two wordings each."""
 
     opening: tuple[str, str]
-    plan: tuple[str, str]  # with {who} and {plan}
-    reason: tuple[str, str]  # with {reason}
+    plan: tuple[str, str]
+    """With {who} and {plan}."""
+    reason: tuple[str, str]
+    """With {reason}."""
     closing: tuple[str, str]
 
 
@@ -17,7 +19,8 @@ class Voice:
 class Topic:
     """A question about a person and the plans that answer it, each with the keys of its valid reasons."""
 
-    question: str  # with {who}
+    question: str
+    """With {who}."""
     plans: dict[str, tuple[str, str, str]]
 
 

@@ -14,10 +14,13 @@ class Scale:
     pretraining_rows: int
     pretraining_steps: int
     finetuning_steps: int
-    warmup: int  # length in steps of SFR's phase A, and of its ramp
-    measure: int  # steps between measurements of the gradient ratio
+    warmup: int
+    """Length in steps of SFR's phase A, and of its ramp."""
+    measure: int
+    """Steps between measurements of the gradient ratio."""
     width: int
-    every: int  # the evaluation uses every `every`-th prompt
+    every: int
+    """The evaluation uses every `every`-th prompt."""
     samples: int
     temperatures: tuple[float, ...]
 

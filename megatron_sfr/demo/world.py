@@ -43,13 +43,15 @@ class Mode(NamedTuple):
     """The content of a reply, which coverage counts."""
 
     plan: str
-    reason: str  # key of REASONS
+    reason: str
+    """Key of REASONS."""
 
 
 class Question(NamedTuple):
     """A prompt, the same for all personas."""
 
-    topic: str  # key of TOPICS
+    topic: str
+    """Key of TOPICS."""
     who: str
 
     @property

@@ -45,7 +45,13 @@ class Vocab:
 
 @dataclass(frozen=True)
 class StatisticsSpec:
-    """Which statistics one pass over the logits z of a token computes. `LogitStatistics` has their formulas."""
+    """Which statistics one pass over the logits z of a token computes. `LogitStatistics` has their formulas.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.GEM(beta=0.5).statistics
+        StatisticsSpec(beta=0.5, moments=True, c=0.0, top_k=0)
+    """
 
     beta: float = 1.0
     """Temperature of s, a and a_x."""
@@ -60,7 +66,12 @@ class StatisticsSpec:
 class LogitStatistics(NamedTuple):
     """Statistics of each token's logits over the whole vocabulary, with x_i = z_i - m.
 
-    Without moments s = a = u and a_x = 0.
+    Without moments s = a = u and a_x = 0. A loss gets them in `ClosedFormLoss.finalize`.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.LogitStatistics._fields[:2]  # the largest logit, and the sum of exp(x_i)
+        ('m', 'u')
     """
 
     m: Tensor

@@ -26,7 +26,13 @@ GRADIENT_NORM_GROUP = "sfr_head"
 @named("sfr_", architecture="sfr_head", width="sfr_head_width", depth="sfr_head_depth")
 @dataclass(frozen=True)
 class FlowHeadOptions:
-    """The flow head."""
+    """The flow head.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.FlowHeadOptions(architecture="adaln", depth=3).width
+        1024
+    """
 
     architecture: Literal["mlp", "adaln"] = "mlp"
     """Architecture of the head. 'mlp' (default): x_t, t and h concatenated, as in the authors' code. 'adaln': t and h
@@ -79,11 +85,18 @@ class FlowHeadOptions:
 
 @dataclass(frozen=True)
 class FlowHeadPlan:
-    """Everything needed to build a head."""
+    """Everything needed to build a head.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.FlowHeadPlan(sfr.FlowHeadOptions(), dim=384).horizons
+        1
+    """
 
     options: FlowHeadOptions
+    """Architecture and EMA."""
     dim: int
-    """D."""
+    """Dimension D of the target embeddings."""
     horizons: int = 1
     """Number of futures per anchor. If there are several, the head learns an embedding of each horizon."""
     has_network: bool = True

@@ -41,19 +41,32 @@ DATASET_BITS = 36  # sample numbers of one dataset are below 2^36, those of the 
 
 @dataclass(frozen=True)
 class TermOptions:
-    """Options of the auxiliary loss, except its weight."""
+    """Options of the auxiliary loss, except its weight.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> options = sfr.TermOptions(sfr=sfr.SFROptions(draws=4), head=sfr.FlowHeadOptions(width=512))
+        >>> options.gate.kind
+        'none'
+    """
 
     sfr: SFROptions = field(default_factory=SFROptions)
+    """The error that is minimized, and its noise."""
     targets: TargetOptions = field(default_factory=TargetOptions)
+    """The scale of the target embeddings."""
     gate: GateOptions = field(default_factory=GateOptions)
+    """When a step has no gradient at the backbone."""
     head: FlowHeadOptions = field(default_factory=FlowHeadOptions)
+    """The velocity network."""
 
 
 class Anchors(NamedTuple):
     """The anchors that this rank processes; padding has weight 0."""
 
-    position_BA: Tensor  # in the sequence
-    sample_BA: Tensor  # sample and place key the noise
+    position_BA: Tensor
+    """Position in the sequence."""
+    sample_BA: Tensor
+    """Number of the sample. It keys the noise, with `place_BA`."""
     place_BA: Tensor
     horizon_BA: Tensor
     weight_BA: Tensor

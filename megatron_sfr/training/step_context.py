@@ -13,7 +13,14 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 @dataclass(frozen=True)
 class StepContext:
-    """The state of the training loop during one microbatch."""
+    """The state of the training loop during one microbatch.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> context = sfr.StepContext(iteration=0, train_iters=1000, num_microbatches=8, implementation="local")
+        >>> context.checks_nan
+        True
+    """
 
     iteration: int
     """Number of the step, from 0."""

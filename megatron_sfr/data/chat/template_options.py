@@ -25,18 +25,23 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class TemplateOptions:
     """How the chat template is used. Training and inference must agree on these.
 
-    persona_as       system: the persona is the system turn where the record has none; user: it, or the record's own
-                     system turn, is written at the start of the first user turn, with a blank line after it; field: it
-                     stays a field of the sample and is not written
-    special_text     refuse or literal: what happens to text that looks like a control token of the tokenizer
-    template_kwargs  variables of the template, such as enable_thinking
-    template_date    the day that `strftime_now` has in the template, as YYYY-MM-DD
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.TemplateOptions(template_kwargs={"enable_thinking": False}).persona_as
+        'system'
     """
 
     persona_as: str = "system"
+    """Where a persona is written. 'system': it is the system turn of a record that has none. 'user': it, or the
+    record's own system turn, is put at the start of the first user turn, followed by a blank line. 'field': nowhere;
+    the sample keeps it."""
     special_text: str = "refuse"
+    """What to do with text that looks like a control token of the tokenizer: 'refuse' the record, or encode it as plain
+    letters ('literal')."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the template, such as enable_thinking."""
     template_date: str = DATE
+    """The day that `strftime_now` returns in the template, as YYYY-MM-DD."""
 
     def __post_init__(self) -> None:
         _check_choice("persona_as", self.persona_as, PERSONA_AS)
@@ -53,14 +58,19 @@ class TemplateOptions:
 class SampleOptions(TemplateOptions):
     """Which samples a conversation makes.
 
-    turns     together: one sample with all replies; where one of them would follow another context than at inference,
-              or lose a part, the record is refused. each: one sample for each reply, as inference shows it. last: one
-              sample, with the last reply. as-rendered: one sample, as the template writes the finished conversation
-    train_on  all replies or the last one; a turn's own `train` and `weight` leave out further ones
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> options = sfr.PrepareOptions(chat=sfr.SampleOptions(turns="each"))
+        >>> options.chat.train_on
+        'all'
     """
 
     turns: str = "together"
+    """'together': one sample with all replies. A record is refused if a reply would follow another context than at
+    inference, or lose a part. 'each': one sample for each reply, as inference shows it. 'last': one sample, with the
+    last reply. 'as-rendered': one sample, as the template writes the finished conversation."""
     train_on: str = "all"
+    """Which replies are trained: 'all' or the 'last' one. `train` and `weight` of a turn exclude further ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,20 +33,38 @@ MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How conversations are read and cut into segments. Lengths count tokens, horizons units of the segmenter."""
+    """How conversations are read and cut into segments. Lengths count tokens, horizons units of the segmenter.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.PrepareOptions(seq_length=4096, horizons=((1, 32), (33, 96))).stride
+        32
+    """
 
     seq_length: int = 2048
+    """Length of a training sequence. A conversation has at most one token more, which is only predicted."""
     stride: int = 32
+    """Distance of the anchors in a reply."""
     horizons: tuple[Horizon, ...] = ((1, 256),)
+    """(offset, length) of each target of an anchor. Offset 1 starts at the token to predict."""
     min_segment_length: int = 16
+    """Targets that the end of the reply cuts to fewer tokens are dropped."""
     segmenter: Segmenter = "window"
+    """What horizons count: tokens (window), sentences or statements."""
     skip_bad_rows: bool = False
-    format: str | None = None  # None: recognized by each file's first record
+    """Whether to write bad records to rejected.jsonl and continue, instead of stopping at the first one."""
+    format: str | None = None
+    """Format of all records. None: the first record of each file decides."""
     persona_key: str = "persona"
-    too_long: str = "error"  # or truncate: the first seq_length + 1 tokens are kept
+    """The field that holds the persona."""
+    too_long: str = "error"
+    """What to do with a longer conversation. 'error': it is a bad record. 'truncate': keep its first tokens."""
     chat: SampleOptions = field(default_factory=SampleOptions)
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)  # which part of inputs that are datasets
-    anchor_rule: AnchorRule = "replies"  # or reference: as in SFR's public code, see data/segments/reference_anchors.py
+    """Which samples a conversation makes, and how the chat template is used."""
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    """Which part to read of inputs that are datasets."""
+    anchor_rule: AnchorRule = "replies"
+    """'replies': anchors in each reply. 'reference': as in SFR's public code (data/segments/reference_anchors.py)."""
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "stride", "min_segment_length"):

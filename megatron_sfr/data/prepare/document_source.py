@@ -39,13 +39,21 @@ class DocumentOptions:
     """How documents are read and cut into segments. Lengths count tokens, horizons units of the segmenter."""
 
     stride: int = 32
+    """Distance of the anchors in a document."""
     horizons: tuple[Horizon, ...] = ((1, 256),)
+    """(offset, length) of each target of an anchor. Offset 1 starts at the token to predict."""
     min_segment_length: int = 16
+    """Targets that the end of the document cuts to fewer tokens are dropped."""
     segmenter: Segmenter = "window"
+    """What horizons count: tokens (window), sentences or statements."""
     text_key: str = "text"
-    eod_token: str | None = None  # None: the tokenizer's eos_token
+    """The field that holds the text."""
+    eod_token: str | None = None
+    """The token that ends each document. None: the tokenizer's eos_token."""
     skip_bad_rows: bool = False
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)  # which part of inputs that are datasets
+    """Whether to write bad records to rejected.jsonl and continue, instead of stopping at the first one."""
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    """Which part to read of inputs that are datasets."""
 
     def __post_init__(self) -> None:
         for name in ("stride", "min_segment_length"):

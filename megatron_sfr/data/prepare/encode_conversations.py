@@ -31,19 +31,30 @@ class EncodedChunk:
     """The samples of a chunk, and its bad records."""
 
     end: Position
-    tokens: np.ndarray  # int32 [n]
-    loss_mask: np.ndarray  # uint8 [n]
-    lengths: np.ndarray  # int64 [S], in tokens
-    supervised: np.ndarray  # int64 [S], of these tokens
-    digests: np.ndarray  # uint64 [S], of the token ids
-    personas: list[str]  # [S], "" for none
-    anchors: np.ndarray  # int32 [A, 6], the columns of Anchors, but `segment` counts within this chunk's segments
-    anchor_counts: np.ndarray  # int64 [S]
-    segments: list[ChunkSegment]  # each once
-    end_tokens: frozenset[int]  # ids that end the replies
+    tokens: np.ndarray
+    """int32 [n]."""
+    loss_mask: np.ndarray
+    """uint8 [n]."""
+    lengths: np.ndarray
+    """int64 [S]: tokens of each sample."""
+    supervised: np.ndarray
+    """int64 [S]: supervised tokens of each sample."""
+    digests: np.ndarray
+    """uint64 [S], of the token ids."""
+    personas: list[str]
+    """[S], "" for none."""
+    anchors: np.ndarray
+    """int32 [A, 6], the columns of Anchors, but `segment` counts within this chunk's segments."""
+    anchor_counts: np.ndarray
+    """int64 [S]."""
+    segments: list[ChunkSegment]
+    """The distinct texts of the chunk."""
+    end_tokens: frozenset[int]
+    """Ids that end the replies."""
     truncated: int
     conversations: int
-    unlike_last: int  # replies, as in `Supervised`
+    unlike_last: int
+    """Counts of replies, as in `Supervised`."""
     unlike_inference: int
     bad: list[BadRecord]
 
@@ -57,7 +68,8 @@ class SampleEncoder:
     """Makes the samples of a chunk; it is pickled, with its tokenizer, once a worker."""
 
     tokenizer: Any
-    formats: dict[str, str]  # by file
+    formats: dict[str, str]
+    """The format of each file."""
     persona_key: str
     seq_length: int
     too_long: str
@@ -121,7 +133,8 @@ class _Samples:
     masks: list[np.ndarray] = field(default_factory=list)
     personas: list[str] = field(default_factory=list)
     anchors: list[tuple[int, ...]] = field(default_factory=list)
-    first_anchors: list[int] = field(default_factory=list)  # [S]
+    first_anchors: list[int] = field(default_factory=list)
+    """[S]."""
     texts: ChunkTexts = field(default_factory=ChunkTexts)
     end_tokens: set[int] = field(default_factory=set)
     truncated: int = 0

@@ -40,13 +40,19 @@ class EncodedDocuments:
     """The documents of a chunk, and its bad records."""
 
     end: Position
-    lengths: np.ndarray  # int32 [S], in tokens
-    max_token_id: int  # -1 for none
-    anchors: np.ndarray  # int32 [A, 3], but `segment` counts within this chunk's segments
-    anchor_counts: np.ndarray  # int64 [S]
-    segments: list[ChunkSegment]  # each once
+    lengths: np.ndarray
+    """int32 [S], in tokens."""
+    max_token_id: int
+    """-1 if there are no tokens."""
+    anchors: np.ndarray
+    """int32 [A, 3], but `segment` counts within this chunk's segments."""
+    anchor_counts: np.ndarray
+    """int64 [S]."""
+    segments: list[ChunkSegment]
+    """The distinct texts of the chunk."""
     bad: list[BadRecord]
-    columns: Mapping[str, np.ndarray]  # by file: tokens [n] and lengths, where the tokens are not on disk already
+    columns: Mapping[str, np.ndarray]
+    """By file: tokens [n] and lengths, unless the tokens are on disk already."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,6 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
             item = connection.recv()
         except EOFError:
             return
-        answer: tuple[Any, Exception | None]
         try:
             result, error = work(item), None
         except Exception as failure:

@@ -55,34 +55,50 @@ class PreparedManifest:
     samples: int
     tokens: int
     supervised_tokens: int
-    max_response_tokens: int  # supervised tokens of one sample, at most
-    anchors: int  # each counted once for each horizon at which it has a target
-    max_anchors: int  # in one sample
-    segments: int  # distinct
+    max_response_tokens: int
+    """The largest number of supervised tokens of a sample."""
+    anchors: int
+    """Number of anchors, each counted once for each horizon at which it has a target."""
+    max_anchors: int
+    """The largest number of anchors of a sample."""
+    segments: int
+    """Number of distinct segments."""
     rejected: int
-    truncated: int  # samples cut at seq_length + 1 tokens
-    duplicates: int  # samples with the token ids of an earlier one, which are kept
-    personas: dict[str, int]  # samples by persona; "" for none
+    truncated: int
+    """Samples cut at seq_length + 1 tokens."""
+    duplicates: int
+    """Samples with the token ids of an earlier one, which are kept."""
+    personas: dict[str, int]
+    """Samples by persona; "" for none."""
     persona_key: str
     seq_length: int
     too_long: str
     stride: int
-    horizons: list[list[int]]  # [offset, length] each, in units of the segmenter
+    horizons: list[list[int]]
+    """[offset, length] each, in units of the segmenter."""
     min_segment_length: int
     segmenter: Segmenter
-    vocab_size: int  # len(tokenizer)
+    vocab_size: int
+    """Number of tokens of the tokenizer, added ones included."""
     tokenizer: str
     tokenizer_sha256: str
     segments_sha256: str
     inputs: list[InputRecord]
     files: dict[str, FileRecord]
-    max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
-    reply_end_tokens: list[int] | None = None  # ids that end the replies; None in folders of earlier releases
-    chat: dict[str, Any] | None = None  # `SampleOptions`; None in folders of earlier releases
-    conversations: int | None = None  # records, one or more samples each; None in folders of earlier releases
-    unlike_last: int = 0  # replies without the empty thought that the last reply of their sample has
-    unlike_inference: int = 0  # replies of --turns as-rendered that inference would not show so
-    anchor_rule: AnchorRule = "replies"  # reference: as in SFR's public code, with one response for all replies
+    max_token_id: int | None = None
+    """The largest token id; None in folders of earlier releases."""
+    reply_end_tokens: list[int] | None = None
+    """Ids that end the replies; None in folders of earlier releases."""
+    chat: dict[str, Any] | None = None
+    """`SampleOptions`; None in folders of earlier releases."""
+    conversations: int | None = None
+    """Records, one or more samples each; None in folders of earlier releases."""
+    unlike_last: int = 0
+    """Replies without the empty thought that the last reply of their sample has."""
+    unlike_inference: int = 0
+    """Replies of --turns as-rendered that differ from what the model would write at inference."""
+    anchor_rule: AnchorRule = "replies"
+    """'reference': as in SFR's public code, with one response for all replies."""
 
 
 @dataclass(frozen=True)

@@ -46,24 +46,31 @@ class DocumentsManifest:
 
     documents: int
     tokens: int
-    anchors: int  # each counted once for each horizon at which it has a target
-    segments: int  # distinct
+    anchors: int
+    """Number of anchors, each counted once for each horizon at which it has a target."""
+    segments: int
+    """Number of distinct segments."""
     rejected: int
     stride: int
     horizons: list[list[int]]
     min_segment_length: int
     segmenter: Segmenter
-    eod: int  # the token that ends a document
+    eod: int
+    """The token that ends a document."""
     vocab_size: int
     tokenizer: str
     tokenizer_sha256: str
     segments_sha256: str
-    corpus: str  # prefix of the .bin and .idx, inside the folder or an absolute path
+    corpus: str
+    """Prefix of the .bin and .idx, inside the folder or an absolute path."""
     text_key: str
-    inputs: list[InputRecord]  # files of records, or the .idx of an existing corpus
+    inputs: list[InputRecord]
+    """Files of records, or the .idx of an existing corpus."""
     files: dict[str, FileRecord]
-    max_token_id: int | None = None  # of all tokens; None in folders of earlier releases
-    corpus_files: dict[str, FileRecord] | None = None  # .bin and .idx of an existing corpus
+    max_token_id: int | None = None
+    """The largest token id; None in folders of earlier releases."""
+    corpus_files: dict[str, FileRecord] | None = None
+    """Sizes and checksums of the .bin and .idx of an existing corpus."""
 
 
 class PreparedDocuments:

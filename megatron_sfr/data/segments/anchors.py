@@ -38,7 +38,8 @@ class Segment:
     end: int
     response: int
     ordinal: int
-    length: int  # of the reply
+    length: int
+    """Length of the reply in tokens."""
     horizon: int
 
 

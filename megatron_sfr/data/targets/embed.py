@@ -19,12 +19,22 @@ MOST = 1_000_000  # of anything that EmbedOptions counts
 
 @dataclass(frozen=True)
 class EmbedOptions(EncoderOptions):
-    """How segments are encoded, in which batches, and by how many processes."""
+    """How segments are encoded, in which batches, and by how many processes.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.EmbedOptions(dtype="bfloat16", devices=("cuda:0", "cuda:1")).block_rows
+        256
+    """
 
     batch_size: int = 64
-    block_rows: int = 256  # segments that a process takes at a time, and that a kill can lose
-    workers: int = 1  # processes on each device, each with its own encoder
-    devices: tuple[str, ...] = ()  # several of them, instead of `device`
+    """Segments in a batch of the encoder."""
+    block_rows: int = 256
+    """Segments that a process encodes at a time, and that a kill can lose."""
+    workers: int = 1
+    """Processes on each device. Each loads the encoder."""
+    devices: tuple[str, ...] = ()
+    """Several devices, instead of `device`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

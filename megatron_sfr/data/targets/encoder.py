@@ -22,17 +22,26 @@ BUNDLED = "minilm"
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How a text becomes a vector. Pooling `own` keeps the encoder's."""
+    """How a text becomes a vector."""
 
     pooling: str = "mean"
-    normalize: str = "unit"  # to length 1; none: as the encoder returns it
-    prompt: str | None = None  # before each text; None: the encoder's default, mostly none
-    prompt_name: str | None = None  # one of the encoder's own prompts, instead
-    max_length: int | None = None  # None: the encoder's own
+    """How the vectors of tokens become one: 'mean', 'cls' or 'last'. 'own' keeps the encoder's pooling."""
+    normalize: str = "unit"
+    """'unit': scale embeddings to length 1. 'none': keep them as the encoder returns them."""
+    prompt: str | None = None
+    """Text put before each segment. None: the encoder's default, which is mostly empty."""
+    prompt_name: str | None = None
+    """Name of one of the encoder's own prompts, instead of `prompt`."""
+    max_length: int | None = None
+    """Largest number of tokens of a text. None: the encoder's limit."""
     dtype: str = "float32"
-    device: str | None = None  # None: the encoder's library chooses
-    revision: str | None = None  # of a name on the hub: branch, tag or commit
-    trust_remote_code: bool = False  # run code that comes with the encoder
+    """Data type of the encoder's computation."""
+    device: str | None = None
+    """Device of the encoder. None: the encoder's library selects it."""
+    revision: str | None = None
+    """Branch, tag or commit, for an encoder on the hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the encoder may run."""
 
     def __post_init__(self) -> None:
         if self.pooling not in (*POOLINGS, "own"):

@@ -37,7 +37,8 @@ class Open:
     number: int
     store: Path
     prepared: Path
-    completes: bool  # whether to complete the store after its last embedding
+    completes: bool
+    """Whether to complete the store after its last embedding."""
     priority: ClassVar[int] = OPEN
 
 

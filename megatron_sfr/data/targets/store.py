@@ -33,14 +33,20 @@ STATISTICS = "statistics.bin"
 class EncoderIdentity:
     """What determines the embedding of a text, up to rounding."""
 
-    encoder: str  # as it was named
-    revision: str | None  # name and revision are for people: `encoder_sha256` identifies the encoder
-    encoder_sha256: str  # of its weights and its tokenizer
+    encoder: str
+    """The encoder's name in the command."""
+    revision: str | None
+    """Name and revision are for information; `encoder_sha256` identifies the encoder."""
+    encoder_sha256: str
+    """SHA-256 of the encoder's weights and tokenizer."""
     pooling: str
     normalize: str
-    prompt: str  # put before each text
-    max_length: int  # in tokens of the encoder; the rest of a segment is not read
-    dtype: str  # in which the encoder computes
+    prompt: str
+    """Put before each text."""
+    max_length: int
+    """In tokens of the encoder; the rest of a segment is not read."""
+    dtype: str
+    """Data type of the encoder's computation."""
     dim: int
 
 
@@ -60,9 +66,11 @@ class TargetManifest(StoreIdentity):
     version: ClassVar[int] = 3
 
     segments: int
-    segments_sha256: str  # of segments.jsonl in the prepared folder
+    segments_sha256: str
+    """SHA-256 of segments.jsonl in the prepared folder."""
     complete: bool
-    files: dict[str, FileRecord]  # files that do not change while the store is filled
+    files: dict[str, FileRecord]
+    """Files that do not change while the store is filled."""
 
 
 def differences(old: EncoderIdentity, new: EncoderIdentity) -> list[str]:

@@ -37,9 +37,12 @@ class Limits:
 
     wall: float = 10.0
     cpu: int = 10
-    memory: int = 1024 * MIB  # of address space
-    file_size: int = 16 * MIB  # also of standard output
-    disk: int = 64 * MIB  # all files together; under `audit` only each file is limited
+    memory: int = 1024 * MIB
+    """Of address space."""
+    file_size: int = 16 * MIB
+    """Also of standard output."""
+    disk: int = 64 * MIB
+    """All files together; under `audit` only each file is limited."""
     threads: int = 32
 
     def __post_init__(self) -> None:

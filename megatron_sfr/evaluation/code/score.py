@@ -41,7 +41,8 @@ class Passes:
     temperature: float
     pass_at: list[Estimate]
     outcomes: dict[str, int]
-    tasks: dict[str, tuple[int, int]]  # task: replies, passed
+    tasks: dict[str, tuple[int, int]]
+    """Task: replies, passed."""
 
 
 def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:

@@ -34,16 +34,30 @@ AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can only be
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to sample, and how much of it the quadratic and the slow metrics use."""
+    """What to sample, and how much of it the quadratic and the slow metrics use.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.EvaluationOptions(sfr.SamplingOptions(samples=4), temperatures=(0.5, 1.0)).pairs
+        16
+    """
 
     sampling: SamplingOptions
+    """How replies are sampled, except the temperature."""
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 1.3)
-    pairs: int = 16  # BLEU comparisons: for each prompt and persona (self-BLEU), for each prompt (cross-style BLEU)
-    embedded: int = 4  # replies embedded for each prompt and persona
-    embedded_prompts: int = 32  # shared prompts whose replies are embedded
+    """Each model is sampled at all of them."""
+    pairs: int = 16
+    """BLEU comparisons: for each prompt and persona (self-BLEU), for each prompt (cross-style BLEU)."""
+    embedded: int = 4
+    """Replies to embed for each prompt and persona."""
+    embedded_prompts: int = 32
+    """Number of shared prompts whose replies are embedded."""
     mode_threshold: float = THRESHOLD
-    bleu_tokenize: Choice = "auto"  # auto: by the script of prompts and real replies
-    one_temperature: bool = False  # diversity at one temperature says little, so it must be requested
+    """Smallest cosine of two real replies of one mode, and of a reply that hits it."""
+    bleu_tokenize: Choice = "auto"
+    """Tokenizer of BLEU. 'auto': by the script of prompts and real replies."""
+    one_temperature: bool = False
+    """Whether a single temperature is accepted. Diversity at one temperature alone says little."""
 
     def __post_init__(self) -> None:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):

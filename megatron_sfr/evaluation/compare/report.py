@@ -41,8 +41,10 @@ class Report:
     real: scores of the real replies. perplexities: by model and persona, exp of the nats per token of the real replies.
     """
 
-    prompts: int  # number of shared prompts, which are resampled
-    temperatures: tuple[float | None, ...]  # of all models; None where unknown
+    prompts: int
+    """Number of shared prompts, which are resampled."""
+    temperatures: tuple[float | None, ...]
+    """Of all models; None where unknown."""
     axes: tuple[Axes, ...]
     scores: dict[str, dict[str, list[Estimate]]]
     real: dict[str, Estimate]

@@ -24,7 +24,8 @@ from megatron_sfr.storage.user_files import parse_json, shown
 class Prompt:
     """A prompt for one persona: the turns before the reply, including the persona's system turn."""
 
-    messages: tuple[tuple[str, str], ...]  # (role, content)
+    messages: tuple[tuple[str, str], ...]
+    """(role, content)."""
     persona: str | None = None
 
     @property

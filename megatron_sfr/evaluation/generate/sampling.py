@@ -12,19 +12,30 @@ MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling options. Temperature 0 is greedy decoding; top_k 0 and top_p 1 do not truncate.
+    """How replies are sampled.
 
-    template: how prompts are written; it has to be that of training.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.SamplingOptions(samples=4, temperature=0.8).max_new_tokens
+        256
     """
 
     samples: int = 8
+    """Replies for each prompt."""
     temperature: float = 1.0
+    """Divides the logits. 0 is greedy decoding."""
     top_k: int = 0
+    """Number of most likely tokens to draw from; 0: all."""
     top_p: float = 1.0
+    """Probability mass of the most likely tokens to draw from; 1: all."""
     max_new_tokens: int = 256
+    """Largest number of tokens of a reply."""
     seed: int = 0
+    """Seed of the draws."""
     batch_size: int = 64
+    """Replies that are generated at a time."""
     template: TemplateOptions = field(default_factory=TemplateOptions)
+    """How prompts are written. It must be that of training."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
@@ -46,7 +57,8 @@ class Sampled:
     text: str
     tokens: tuple[int, ...]
     logprob: float
-    finished: bool  # False: cut off at max_new_tokens
+    finished: bool
+    """Whether the reply ended by itself, not at max_new_tokens."""
 
 
 def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]]:

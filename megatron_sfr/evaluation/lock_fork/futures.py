@@ -33,9 +33,12 @@ class FutureOptions:
     method: Method = "heun"
     seed: int = 0
     horizon: int = 0
-    near: float = 0.8  # smallest cosine of two futures in one cluster
-    nodes: int = 16  # of the quadrature over time
-    end: float = 0.95  # upper limit of the integral, below 1: see flow/information.py
+    near: float = 0.8
+    """Smallest cosine of two futures in one cluster."""
+    nodes: int = 16
+    """Of the quadrature over time."""
+    end: float = 0.95
+    """Upper limit of the integral, below 1: see flow/information.py."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.steps, self.nodes) < 1 or self.horizon < 0 or not 0 < self.end < 1:

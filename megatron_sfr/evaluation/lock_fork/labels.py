@@ -15,10 +15,14 @@ LABELS = ("lock", "neutral", "fork")
 class LabelOptions:
     """Thresholds of the labels. Quantiles are taken over the labelled positions."""
 
-    lock_entropy: float = 0.25  # quantile: entropy at most this
-    lock_top: float = 0.9  # probability: the top token has at least this
-    fork_entropy: float = 0.75  # quantile: entropy at least this
-    fork_dispersion: float = 0.75  # quantile: dispersion of the futures at least this
+    lock_entropy: float = 0.25
+    """Quantile: entropy at most this."""
+    lock_top: float = 0.9
+    """Probability: the top token has at least this."""
+    fork_entropy: float = 0.75
+    """Quantile: entropy at least this."""
+    fork_dispersion: float = 0.75
+    """Quantile: dispersion of the futures at least this."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

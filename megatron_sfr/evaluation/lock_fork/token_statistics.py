@@ -19,10 +19,14 @@ class Positions:
     """Input positions that predict a supervised token, in some samples of a prepared folder; arrays [N]."""
 
     sample: np.ndarray
-    place: np.ndarray  # position i, whose hidden state predicts token i + 1
-    token: np.ndarray  # token i + 1
-    relative: np.ndarray  # its relative position among the sample's supervised tokens, in [0, 1)
-    persona: np.ndarray  # names
+    place: np.ndarray
+    """Position i, whose hidden state predicts token i + 1."""
+    token: np.ndarray
+    """Token i + 1."""
+    relative: np.ndarray
+    """Its relative position among the sample's supervised tokens, in [0, 1)."""
+    persona: np.ndarray
+    """Names."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Literal
 class Metric:
     kind: Literal["quality", "diversity"]
     meaning: str
-    lower: bool = False  # whether a lower value is better or more diverse
-    detail: bool = False  # reported in the files only
+    lower: bool = False
+    """Whether a lower value is better or more diverse."""
+    detail: bool = False
+    """Reported in the files only."""
 
 
 METRICS = {

@@ -10,7 +10,13 @@ from megatron_sfr.option_names import named
 @named("sfr_")
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """When and how strongly the flow-matching loss reaches the backbone."""
+    """When and how strongly the flow-matching loss reaches the backbone.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100, weight_control="ratio").grad_ratio
+        0.1
+    """
 
     weight: float = 1.0
     """Weight lambda of SFR. Default 1. With 0 the backbone trains exactly as with plain cross-entropy."""

@@ -24,7 +24,13 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 @named("sfr_")
 @dataclass(frozen=True)
 class SFROptions:
-    """SFR's auxiliary loss."""
+    """SFR's auxiliary loss.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.SFROptions(time="logit_normal", draws=4).loss
+        'flow'
+    """
 
     loss: Literal["flow", "mse", "cosine", "cka"] = "flow"
     """'flow' (default): flow matching, the method. The others are the paper's deterministic ablations. 'mse': squared

@@ -20,6 +20,16 @@ class TokenLoss(ABC):
     Subclasses are frozen dataclasses whose fields are the options; `register` gives them a name. Only `loss` is
     needed: the gradient then comes from autograd. Over a sharded vocabulary the logits are gathered, in blocks of
     tokens, and every rank computes the loss of the whole vocabulary.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> class Brier(sfr.TokenLoss):
+        ...     def loss(self, z_TV, y_T):
+        ...         one_TV = torch.nn.functional.one_hot(y_T, z_TV.shape[-1])
+        ...         return (z_TV.softmax(-1) - one_TV).square().sum(-1)
+        >>> loss, _ = sfr.token_loss(torch.zeros(1, 4), torch.tensor([2]), Brier())
+        >>> loss
+        tensor([0.7500])
     """
 
     @abstractmethod
@@ -52,6 +62,12 @@ class LossAndCoefficients(NamedTuple):
     """The loss of each token and the coefficients of its gradient with respect to the logits.
 
     dL/dz_i = softmax_coef w_i exp(x_i / beta) - label_coef [i = y], with x_i, w_i and beta as in `StatisticsSpec`.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> u = torch.tensor([4.0])  # sum of exp(x_i), of which the label has 1
+        >>> sfr.LossAndCoefficients(loss=u.log(), softmax_coef=1 / u, label_coef=torch.ones(1)).softmax_coef
+        tensor([0.2500])
     """
 
     loss: Tensor
@@ -67,6 +83,21 @@ class ClosedFormLoss(TokenLoss):
 
     Loss and gradient come from a few sums over the logits. Two passes of fused kernels compute them; the logits are
     never gathered or copied. `loss` defines what they compute, and the tests compare both.
+
+    Example:
+        >>> import torch, megatron_sfr as sfr
+        >>> class Halved(sfr.ClosedFormLoss):  # half of cross-entropy
+        ...     def loss(self, z_TV, y_T):
+        ...         return 0.5 * torch.nn.functional.cross_entropy(z_TV, y_T, reduction="none")
+        ...     @property
+        ...     def statistics(self):
+        ...         return sfr.StatisticsSpec()
+        ...     def finalize(self, stats):
+        ...         half = torch.full_like(stats.u, 0.5)
+        ...         return sfr.LossAndCoefficients(half * (stats.u.log() - stats.x_y), half / stats.u, half)
+        >>> loss, cross_entropy = sfr.token_loss(torch.zeros(1, 4), torch.tensor([2]), Halved())
+        >>> (loss / cross_entropy).item()
+        0.5
     """
 
     @property
