@@ -10,6 +10,14 @@ import numpy as np
 from megatron_sfr.evaluation.compare.questions import Answered, Questions
 from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+from megatron_sfr.evaluation.scores.collisions import (
+    collision_rate,
+    distinct_k,
+    novelty_classes,
+    semantic_entropy,
+    squared_mmd,
+    utility_k,
+)
 from megatron_sfr.evaluation.scores.diversity import (
     cross_style_bleu,
     distinct_n,
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
     from megatron_sfr.data.targets.encoder import Encoder
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
-AGAINST_REFERENCES = ("relevance", "style", "modes")  # real replies can only be compared with other real replies
+AGAINST_REFERENCES = ("relevance", "style", "modes", "MMD")  # real replies can only be compared with other real replies
 
 
 @dataclass(frozen=True)
@@ -166,17 +174,31 @@ class Scorer:
 
     def _embedding_note(self) -> str:
         if self._encoder is None:
-            return "Nothing is embedded: relevance, style, context, modes, spread and Vendi have no value."
+            return "Nothing is embedded: scores by embeddings have no value."
         return (
-            f"Embedded (for relevance, style, context, modes, spread, Vendi): {self.options.embedded} replies per pair "
-            f"on {len(self._embedded)} prompts, by {self._encoder.identity.encoder}; incoherent text is spread too. "
-            f"Modes are clusters of real replies at cosine {self.options.mode_threshold:g}."
+            f"Embedded (for relevance, style, context, modes, MMD, collisions, distinct_k, semantic entropy, spread, "
+            f"Vendi): {self.options.embedded} replies per pair on {len(self._embedded)} prompts, by "
+            f"{self._encoder.identity.encoder}; incoherent text is spread too. Replies have the same meaning, and real "
+            f"replies the same mode, at cosine {self.options.mode_threshold:g}."
         )
 
-    def scores(self, replies: Sequence[Sequence[str]]) -> Scores:
-        """Every score of one model at one temperature; `replies[entry of asked][sample]`, read prompt by prompt."""
+    def scores(self, replies: Sequence[Sequence[str]], utilities: Sequence[Sequence[float]] | None = None) -> Scores:
+        """Every score of one model at one temperature; `[entry of asked][sample]`, read prompt by prompt."""
         vectors = self._embed(replies, self.options.embedded)
-        return self._score(replies, vectors, self._references)
+        found = self._score(replies, vectors, self._references)
+        if utilities is not None:
+            found["utility_k"] = self._utility(vectors, utilities)
+        return found
+
+    def _utility(self, vectors: Sequence[np.ndarray], utilities: Sequence[Sequence[float]]) -> np.ndarray:
+        """NoveltyBench's utility_k of the embedded replies by shared prompt, the mean over its personas."""
+        classes = [novelty_classes(rows, self.options.mode_threshold) for rows in vectors]
+        return np.array(
+            [
+                _mean([utility_k(classes[i], list(utilities[i][: len(classes[i])])) for i in cells])
+                for cells in self._cells.values()
+            ]
+        )
 
     def real(self) -> Scores:
         """Every score of the real replies, computed as for a model.
@@ -190,7 +212,8 @@ class Scorer:
 
     def curve(self, answers: Answered) -> Curve:
         """Every score of a model at every temperature, and its losses."""
-        scores = [self.scores(rows) for rows in answers.replies]
+        utilities = answers.utilities
+        scores = [self.scores(rows, utilities[t] if utilities else None) for t, rows in enumerate(answers.replies)]
         stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
         losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
         nothing = Loss(*np.zeros((2, len(self.prompts))))
@@ -251,6 +274,10 @@ class Scorer:
             "context": context_relevance(vectors, self._questions[i]),
             "loops": loop_share(texts),
             "modes": mode_coverage(vectors, references[persona], self.options.mode_threshold),
+            "MMD": squared_mmd(vectors, references[persona]),
+            "collisions": collision_rate(vectors, self.options.mode_threshold),
+            "distinct_k": distinct_k(vectors, self.options.mode_threshold),
+            "semantic entropy": semantic_entropy(vectors, self.options.mode_threshold),
             "distinct-2": distinct_n(texts, 2, self.tokenizer),
             "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key, tokenizer=self.tokenizer),
             "self-BLEU-4 all": self_bleu_all(texts, 4, self.tokenizer),

@@ -24,6 +24,7 @@ class Answered:
     """The text of a model's replies, and its losses.
 
     replies: by temperature, entry of `asked` and sample; may be read from a file when accessed.
+    utilities: how good each reply is, by a scorer of the user's; None if some reply has none.
     temperatures: None where it is unknown.
     losses: for each set of real replies -ln p of each conversation, and its number of supervised tokens.
     """
@@ -32,6 +33,7 @@ class Answered:
     temperatures: tuple[float | None, ...]
     replies: Sequence[Sequence[Sequence[str]]]
     losses: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    utilities: Sequence[Sequence[Sequence[float]]] | None = None
 
 
 def shown_temperature(temperature: float | None) -> str:

@@ -8,7 +8,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from megatron_sfr.storage.user_files import parse_json, shown
 TEXT = ("text", "reply", "response", "completion")
 FORM = 'write {"prompt": "...", "text": "..."}, and optionally persona, model, temperature and sample'
 Cell = tuple[str, str | None]  # name of the shared prompt, persona
-Place = tuple[int, int]  # offset and length in the temporary file
+Place = tuple[int, int, float | None]  # offset and length in the temporary file, utility
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Reply:
     model: str | None
     temperature: float | None
     sample: int | None
+    utilities: Sequence[float | None]  # of each text
 
 
 class ReplyFiles:
@@ -80,10 +82,10 @@ class ReplyFiles:
         if reply.sample is not None:
             drawn.add(reply.sample)
         places = self._places.setdefault(model, {}).setdefault(reply.temperature, {}).setdefault(cell, [])
-        for text in reply.texts:
+        for text, utility in zip(reply.texts, reply.utilities, strict=True):
             content = without_empty_thought(text).encode()
             self._texts.write(content)
-            places.append((self._end, len(content)))
+            places.append((self._end, len(content), utility))
             self._end += len(content)
         self.replies += len(reply.texts)
         return len(reply.texts)
@@ -110,15 +112,25 @@ class ReplyFiles:
         return len(self._prompts.keys() - {(entry.prompt.shared, entry.prompt.persona) for entry in asked})
 
     def answered(self, asked: Sequence[Asked]) -> list[Answered]:
-        """Every model's replies to these prompts, in order of appearance."""
+        """Every model's replies to these prompts, in order of appearance; utilities if all replies have one."""
         self._texts.flush()
         cells = [(entry.prompt.shared, entry.prompt.persona) for entry in asked]
         models = []
         for name, sweep in self._places.items():
             temperatures = sorted(sweep, key=lambda t: -1.0 if t is None else t)
-            replies = [_Texts(self._texts, [sweep[t].get(cell, []) for cell in cells]) for t in temperatures]
-            models.append(Answered(name, tuple(temperatures), replies))
+            places = [[sweep[t].get(cell, []) for cell in cells] for t in temperatures]
+            replies = [_Texts(self._texts, rows) for rows in places]
+            models.append(Answered(name, tuple(temperatures), replies, utilities=_utilities(places)))
+        if any(model.utilities is None for model in models):
+            models = [replace(model, utilities=None) for model in models]
         return models
+
+
+def _utilities(places: Sequence[Sequence[Sequence[Place]]]) -> list[list[list[float]]] | None:
+    """By temperature, entry and sample; None if some reply has no utility."""
+    found = [[[utility for _, _, utility in row if utility is not None] for row in rows] for rows in places]
+    kept, read = (sum(len(row) for rows in every for row in rows) for every in (found, places))
+    return found if kept == read else None
 
 
 class _Texts(Sequence[Sequence[str]]):
@@ -131,7 +143,7 @@ class _Texts(Sequence[Sequence[str]]):
         return len(self._places)
 
     def __getitem__(self, i: Any) -> Any:
-        return [self._read(*place) for place in self._places[i]]
+        return [self._read(offset, length) for offset, length, _ in self._places[i]]
 
     def _read(self, offset: int, length: int) -> str:
         self._file.seek(offset)
@@ -172,7 +184,17 @@ def reply_from(fields: Any, persona_as: str = "system") -> Reply:
         raise ValueError(f"the temperature is {shown(temperature)}; give a number of at least 0, or leave it out")
     if sample is not None and type(sample) is not int:
         raise ValueError(f"the sample is {shown(sample)}; give a whole number, or leave it out")
-    return Reply(_prompt(fields, persona_as), texts, model, temperature, sample)
+    return Reply(_prompt(fields, persona_as), texts, model, temperature, sample, _utility(fields, len(texts)))
+
+
+def _utility(fields: Mapping[str, Any], texts: int) -> list[float | None]:
+    """The utility of each text: a number, or a list of them."""
+    given = fields.get("utility")
+    listed = given if isinstance(given, list) else [given] * texts
+    numbers = all(utility is None or (type(utility) in (int, float) and isfinite(utility)) for utility in listed)
+    if not numbers or len(listed) != texts:
+        raise ValueError(f"the utility is {shown(given)}; give a number for each text, or leave it out")
+    return listed
 
 
 def _prompt(fields: Mapping[str, Any], persona_as: str) -> Prompt:

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scores
 from megatron_sfr.evaluation.compare.frontier import Gap, bootstrap_gap
-from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
+from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate, ratio
 from megatron_sfr.evaluation.scores.metrics import metric
 
 
@@ -63,11 +63,8 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
         prompts=prompts,
         temperatures=tuple(temperatures),
         axes=tuple(axes),
-        scores={
-            curve.model: {name: _placed(curve, rows, temperatures) for name, rows in curve.scores.items()}
-            for curve in curves
-        },
-        real={name: estimate(row) for name, row in real.items()},
+        scores={curve.model: _scores(curve, real, temperatures) for curve in curves},
+        real={name: estimate(row) for name, row in real.items()} | _ratio(real.get("collisions"), real),
         losses={curve.model: {name: _nats(loss) for name, loss in curve.losses.items()} for curve in curves},
         perplexities={
             curve.model: {name: _exp(_nats(loss)) for name, loss in curve.personas.items()} for curve in curves
@@ -87,11 +84,23 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
     )
 
 
-def _placed(curve: Curve, rows: np.ndarray, temperatures: Sequence[float | None]) -> list[Estimate]:
-    """An estimate for each temperature of the report, of which the curve may have only some."""
-    at = dict(zip(curve.temperatures, rows, strict=True))
-    nothing = np.full(rows.shape[1], np.nan)
-    return [estimate(at.get(temperature, nothing)) for temperature in temperatures]
+def _scores(curve: Curve, real: Scores, temperatures: Sequence[float | None]) -> dict[str, list[Estimate]]:
+    """Estimates of each score at each temperature of the report, of which the curve may have only some."""
+    found: dict[str, list[Estimate]] = {}
+    nothing = np.full(len(next(iter(curve.scores.values()))[0]), np.nan)
+    for temperature in temperatures:
+        known = temperature in curve.temperatures
+        at = curve.temperatures.index(temperature) if known else None
+        scores = {name: nothing if at is None else rows[at] for name, rows in curve.scores.items()}
+        estimates = {name: estimate(row) for name, row in scores.items()} | _ratio(scores.get("collisions"), real)
+        for name, value in estimates.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _ratio(collisions: np.ndarray | None, real: Scores) -> dict[str, Estimate]:
+    """The collision ratio: a ratio of means, because many prompts have no two real replies of the same meaning."""
+    return {} if collisions is None else {"collision ratio": ratio(collisions, real["collisions"])}
 
 
 def _nats(loss: Loss) -> Estimate:

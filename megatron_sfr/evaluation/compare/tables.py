@@ -89,7 +89,9 @@ def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]
 
 
 def direction(name: str) -> str:
-    """A note for scores of which less is better."""
+    """A note for scores of which less is better, or one value is right."""
+    if (right := metric(name).right) is not None:
+        return f" ({right:g}: as diverse as the real replies; more: collapsed; less: over-dispersed)"
     if not metric(name).lower:
         return ""
     return " (lower is more diverse)" if metric(name).kind == "diversity" else " (lower is better)"

@@ -41,6 +41,22 @@ def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     return Estimate(float(np.average(value, weights=weight)), *interval(drawn), n)
 
 
+def ratio(values: np.ndarray, base: np.ndarray) -> Estimate:
+    """Mean of `values` over the mean of `base`, one value per prompt each [prompts]. Prompts with NaN are skipped.
+
+    No value if the mean of `base` is 0.
+    """
+    used = ~np.isnan(values) & ~np.isnan(base)
+    n = int(used.sum())
+    if not n or not base[used].sum():
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    value, below = values[used], base[used]
+    rows = resamples(n)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw whose base is 0 has no value
+        drawn = value[rows].sum(axis=1) / below[rows].sum(axis=1)
+    return Estimate(float(value.sum() / below.sum()), *interval(drawn[np.isfinite(drawn)]), n)
+
+
 def interval(drawn: np.ndarray) -> tuple[float, float]:
     """The central 95 % of bootstrap draws; draws without a value are skipped."""
     drawn = drawn[~np.isnan(drawn)]

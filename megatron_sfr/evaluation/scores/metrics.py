@@ -10,6 +10,8 @@ class Metric:
     meaning: str
     lower: bool = False
     """Whether a lower value is better or more diverse."""
+    right: float | None = None
+    """The value of real replies, for a score that is neither better high nor low."""
     detail: bool = False
     """Reported in the files only."""
 
@@ -23,6 +25,12 @@ METRICS = {
     "style": Metric("quality", "share of replies whose nearest real reply is their own persona's", detail=True),
     "context": Metric("quality", "cosine of a reply to the question"),
     "loops": Metric("quality", "share of replies that repeat themselves, a sign of a broken model", lower=True),
+    "MMD": Metric("quality", "squared distance to the distribution of the real replies", lower=True, detail=True),
+    "collision ratio": Metric("diversity", "collisions over those of the real replies", right=1.0),
+    "collisions": Metric("diversity", "share of pairs of replies with the same meaning", lower=True, detail=True),
+    "distinct_k": Metric("diversity", "different meanings among the replies embedded", detail=True),
+    "utility_k": Metric("diversity", "utility of replies that say something new, for a user who reads them in order"),
+    "semantic entropy": Metric("diversity", "entropy of the meanings, in nats", detail=True),
     "modes": Metric("diversity", "share of the clusters of real replies that are hit"),
     "distinct-2": Metric("diversity", "distinct bigrams over all bigrams", detail=True),
     "self-BLEU-4": Metric("diversity", "BLEU-4 of a reply against one other of the persona (pairwise)", lower=True),

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_sfr.cli import main
+from megatron_sfr.evaluation.compare.curves import EvaluationOptions
 from megatron_sfr.evaluation.compare.evaluate_replies import ONE_TEMPERATURE, evaluate_replies
 from megatron_sfr.evaluation.compare.reply_files import reply_files, reply_from
 from megatron_sfr.evaluation.generate.prompts import Asked, ask
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
 PERSONAS = ("poet", "cook")
 WORDS = "salt moon river bread stone light rain smoke"
@@ -89,6 +91,22 @@ def test_references_are_found_by_prompt_and_persona(tmp_path: Path) -> None:
             found.asked([Asked(ask("Who?"))])
 
 
+def test_utilities_are_scored_with_what_is_new(tmp_path: Path) -> None:
+    """minilm embeds: two equal replies and one other, with utilities of 4, 9 and 2."""
+    texts = ["The sky is blue because of scattering.", "The sky is blue because of scattering.", "Bake it for an hour."]
+    record = {"prompt": "Why?", "text": texts, "utility": [4, 9, 2], "model": "a"}
+    options = EvaluationOptions(SamplingOptions())
+    path = write(tmp_path / "a.jsonl", [record])
+    report = evaluate_replies({path: None}, tmp_path / "out", options=options, show=False)
+    (found,) = report.scores["a"]["utility_k"]
+    assert found.mean == pytest.approx((1 - 0.8) / (1 - 0.8**3) * (4 + 2 * 0.8**2))
+    assert report.scores["a"]["distinct_k"][0].mean == 2
+    assert report.scores["a"]["collisions"][0].mean == pytest.approx(1 / 3)
+    other = write(tmp_path / "b.jsonl", [record | {"model": "b", "utility": [4, None, 2]}])  # one reply without
+    both = evaluate_replies({path: None, other: None}, tmp_path / "both", encoder=None, show=False)
+    assert all("utility_k" not in scores for scores in both.scores.values())
+
+
 def test_one_temperature_is_named_in_the_notes(tmp_path: Path) -> None:
     files = {write(tmp_path / "a.jsonl", records("a", distinct=True, temperatures=(1.0,))): None}
     report = evaluate_replies(files, tmp_path / "out", encoder=None, show=False)
@@ -123,6 +141,8 @@ def test_forms_of_a_record(record: dict[str, Any], texts: list[str]) -> None:
         ({"prompt": "Why?", "text": "a", "temperature": float("nan")}, "the temperature is nan"),
         ({"prompt": "Why?", "text": "a", "sample": True}, "the sample is True"),
         ({"prompt": "Why?", "text": "a", "model": 1}, "the model is 1"),
+        ({"prompt": "Why?", "text": ["a", "b"], "utility": [1]}, "a number for each text"),
+        ({"prompt": "Why?", "text": "a", "utility": "good"}, "the utility is 'good'"),
         ({"prompt": 7, "question": "Why?", "text": "a"}, "have to be text"),
         ({"prompt": "Why?", "text": "\ud800"}, "half of a surrogate pair"),
     ],

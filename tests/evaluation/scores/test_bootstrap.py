@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sfr.evaluation.scores.bootstrap import estimate
+from megatron_sfr.evaluation.scores.bootstrap import estimate, ratio
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
@@ -31,3 +31,17 @@ def test_prompts_without_a_value_are_left_out_and_not_counted() -> None:
 def test_weights_make_it_a_ratio_of_sums() -> None:
     nll, tokens = np.array([2.0, 30.0]), np.array([1.0, 10.0])
     assert estimate(nll / tokens, tokens).mean == pytest.approx(32 / 11)
+
+
+def test_a_ratio_is_of_means_and_resamples_both_together() -> None:
+    base = np.array([0.0, 0.2, 0.4, np.nan])
+    found = ratio(2 * base, base)
+    assert (found.mean, found.n) == (pytest.approx(2.0), 3)
+    assert (found.low, found.high) == (
+        pytest.approx(2.0),
+        pytest.approx(2.0),
+    )
+    assert ratio(np.array([1.0, 2.0]), np.zeros(2)).n == 0
+    mixed = ratio(np.array([0.0, 0.3, 0.6]), np.array([0.3, 0.3, 0.3]))
+    assert mixed.mean == pytest.approx(1.0)
+    assert mixed.low < 1 < mixed.high
