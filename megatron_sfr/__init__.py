@@ -55,7 +55,7 @@ _MODULES = {
     "data.prepare.pipeline": ["prepare"],
     "data.prepared.open": ["open_prepared"],
     "data.targets.embed": ["EmbedOptions", "embed"],
-    "evaluation.compare.curves": ["EvaluationOptions"],
+    "evaluation.compare.questions": ["EvaluationOptions"],
     "evaluation.compare.evaluate_models": ["evaluate"],
     "evaluation.compare.evaluate_replies": ["evaluate_replies"],
     "evaluation.generate.generate_replies": ["generate"],
@@ -89,9 +89,9 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepared.open import open_prepared
     from megatron_sfr.data.targets.embed import EmbedOptions, embed
-    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate
     from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
+    from megatron_sfr.evaluation.compare.questions import EvaluationOptions
     from megatron_sfr.evaluation.generate.generate_replies import generate
     from megatron_sfr.evaluation.generate.sampling import SamplingOptions
     from megatron_sfr.hf.export_hf import export_hf

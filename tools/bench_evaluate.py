@@ -12,7 +12,8 @@ from typing import Any
 from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare import curves
-from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.compare.curves import Scorer
+from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.generate.prompts import Asked, ask
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge

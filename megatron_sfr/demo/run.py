@@ -20,8 +20,9 @@ from megatron_sfr.demo.scale import Scale
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.truth import WorldTruth
 from megatron_sfr.demo.world import PERSONAS, Record
-from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.compare.curves import Scorer
 from megatron_sfr.evaluation.compare.evaluate_models import sample_and_write
+from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.replies import Hardware
 from megatron_sfr.evaluation.compare.report import Axes
 from megatron_sfr.evaluation.generate.prompts import Asked, ask, read_asked

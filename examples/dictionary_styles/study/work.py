@@ -16,7 +16,8 @@ import numpy as np
 from examples.dictionary_styles.selection import draw
 from examples.dictionary_styles.study.plan import Plan, Run
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-from megatron_sfr.evaluation.compare.curves import Curve, EvaluationOptions, Loss, Scorer
+from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer
+from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.replies import Answers, Hardware, answers
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record

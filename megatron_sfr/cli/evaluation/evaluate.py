@@ -148,8 +148,8 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> None:
-    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate
+    from megatron_sfr.evaluation.compare.questions import EvaluationOptions
     from megatron_sfr.evaluation.compare.replies import Hardware
 
     options = EvaluationOptions(
@@ -173,8 +173,8 @@ def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> N
 
 
 def _evaluate_replies(args: argparse.Namespace, identity: dict[str, object]) -> None:
-    from megatron_sfr.evaluation.compare.curves import EvaluationOptions
     from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
+    from megatron_sfr.evaluation.compare.questions import EvaluationOptions
     from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
     scoring = {"pairs": args.pairs, "embedded": args.embedded, "bleu_tokenize": args.bleu_tokenize}

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_sfr.evaluation.compare.questions import Answered, Questions
+from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions, Questions
 from megatron_sfr.evaluation.generate.prompts import Asked
-from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.evaluation.scores.collisions import (
     collision_rate,
     distinct_k,
@@ -27,59 +26,17 @@ from megatron_sfr.evaluation.scores.diversity import (
     vendi_score,
 )
 from megatron_sfr.evaluation.scores.metrics import CROSS_STYLE_ORDERS
-from megatron_sfr.evaluation.scores.modes import THRESHOLD, mode_coverage
+from megatron_sfr.evaluation.scores.modes import mode_coverage
 from megatron_sfr.evaluation.scores.quality import Truth, context_relevance, relevance, style_match, true_scores
 from megatron_sfr.evaluation.scores.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.scores.style import StyleJudge
-from megatron_sfr.evaluation.scores.tokenizers import CHOICES, Choice, bleu_metric, resolved
+from megatron_sfr.evaluation.scores.tokenizers import bleu_metric, resolved
 
 if TYPE_CHECKING:
     from megatron_sfr.data.targets.encoder import Encoder
 
 Scores = dict[str, np.ndarray]  # name: one value for each shared prompt [P]
 AGAINST_REFERENCES = ("relevance", "style", "modes", "MMD")  # real replies can only be compared with other real replies
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What to sample, and how much of it the quadratic and the slow metrics use.
-
-    Example:
-        >>> import megatron_sfr as sfr
-        >>> sfr.EvaluationOptions(sfr.SamplingOptions(samples=4), temperatures=(0.5, 1.0)).pairs
-        16
-    """
-
-    sampling: SamplingOptions
-    """How replies are sampled, except the temperature."""
-    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0, 1.3)
-    """Each model is sampled at all of them."""
-    pairs: int = 16
-    """BLEU comparisons: for each prompt and persona (self-BLEU), for each prompt (cross-style BLEU)."""
-    embedded: int = 4
-    """Replies to embed for each prompt and persona."""
-    embedded_prompts: int = 32
-    """Number of shared prompts whose replies are embedded."""
-    mode_threshold: float = THRESHOLD
-    """Smallest cosine of two real replies of one mode, and of a reply that hits it."""
-    bleu_tokenize: Choice = "auto"
-    """Tokenizer of BLEU. 'auto': by the script of prompts and real replies."""
-    one_temperature: bool = False
-    """Whether a single temperature is accepted. Diversity at one temperature alone says little."""
-
-    def __post_init__(self) -> None:
-        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError("temperatures: give at least one, each once")
-        if len(self.temperatures) < 2 and not self.one_temperature:
-            raise ValueError(
-                "one temperature cannot distinguish diversity from a higher temperature: give two or more, "
-                "or use --one-temperature"
-            )
-        if self.bleu_tokenize not in CHOICES:
-            raise ValueError(f"bleu_tokenize is {self.bleu_tokenize!r}; choose one of {', '.join(CHOICES)}")
-        for name in ("pairs", "embedded", "embedded_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
 
 
 @dataclass(frozen=True)

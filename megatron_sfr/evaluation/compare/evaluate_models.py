@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
-from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
+from megatron_sfr.evaluation.compare.curves import Scorer
+from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.replies import Hardware, answers
 from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report

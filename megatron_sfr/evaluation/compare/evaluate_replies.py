@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_sfr.evaluation.compare.curves import EvaluationOptions, Scorer
-from megatron_sfr.evaluation.compare.questions import Answered
+from megatron_sfr.evaluation.compare.curves import Scorer
+from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions
 from megatron_sfr.evaluation.compare.reply_files import reply_files
 from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report

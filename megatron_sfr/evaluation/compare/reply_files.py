@@ -30,14 +30,16 @@ Place = tuple[int, int, float | None]  # offset and length in the temporary file
 
 @dataclass(frozen=True)
 class Reply:
-    """What one record says. texts: one, or several samples of one request."""
+    """What one record says."""
 
     prompt: Prompt
     texts: Sequence[str]
+    """One, or several samples of one request."""
     model: str | None
     temperature: float | None
     sample: int | None
-    utilities: Sequence[float | None]  # of each text
+    utilities: Sequence[float | None]
+    """Of each text."""
 
 
 class ReplyFiles:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_sfr.cli import main
-from megatron_sfr.evaluation.compare.curves import EvaluationOptions
 from megatron_sfr.evaluation.compare.evaluate_replies import ONE_TEMPERATURE, evaluate_replies
+from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.reply_files import reply_files, reply_from
 from megatron_sfr.evaluation.generate.prompts import Asked, ask
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
