@@ -241,10 +241,15 @@ HIDDEN_PACKAGES = {
 }
 
 
-def hide_cuda_packages() -> None:
-    """Makes each import of HIDDEN_PACKAGES an ImportError. Call it before anything imports one of them."""
+def before_megatron() -> None:
+    """Prepares the import of Megatron: hides HIDDEN_PACKAGES, and leaves functions uncompiled.
+
+    Upstream decorates functions with torch.compile. No compiler is assumed on the CPU, and without the variable each
+    process would import Inductor for it, several seconds.
+    """
     for name in HIDDEN_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @functools.cache  # once a process
@@ -260,8 +265,7 @@ def repair_torch_adam() -> None:
 @functools.cache  # once a process
 def install() -> None:
     """Applies all tables and enters the function mode, for the rest of the process."""
-    hide_cuda_packages()
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
+    before_megatron()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses one replacement under two names: import it before replacing.
     importlib.import_module("torch._dynamo")
