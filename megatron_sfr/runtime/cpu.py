@@ -41,10 +41,18 @@ class NullStream:
         raise AttributeError(name)
 
 
+NAMING_A_DEVICE = frozenset(
+    {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.record_stream, torch.Tensor.type, torch.Tensor.to}
+)
+"""Functions that name a device, or the type of a device's tensors, without a keyword."""
+
+
 class CudaMeansCpu(TorchFunctionMode):
     """Replaces CUDA by CPU wherever a torch function names a device."""
 
     def __torch_function__(self, func: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not kwargs and func not in NAMING_A_DEVICE:  # nearly all calls, tens of thousands in a step
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
