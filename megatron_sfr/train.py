@@ -148,10 +148,10 @@ def json_lines(args: Any) -> "JsonLines | None":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
-    from megatron_sfr.runtime import durable, resharding
+    from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
 
-    table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS]
+    table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS, *synchronous_save.REPLACEMENTS]
     if plan.data.sfr:
         table += head_optimizer.replacements(plan.head_optimizer)
     if lines is not None:

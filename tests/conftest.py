@@ -17,10 +17,10 @@ hypothesis.settings.load_profile("house")
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs and their packages: the tests are of the CPU backend, but for those that `-m gpu` selects."""
     if config.getoption("markexpr") != "gpu":
-        from megatron_sfr.runtime.cpu import hide_cuda_packages
+        from megatron_sfr.runtime.cpu import before_megatron
 
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        hide_cuda_packages()
+        before_megatron()
 
 
 def pytest_unconfigure() -> None:

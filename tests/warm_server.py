@@ -87,7 +87,6 @@ def run(command: list[str], folder: str, environment: dict[str, str], files: lis
     os.environ.update(environment)
     if "RANK" in environment:
         tie_rank("__main__")  # what it starts ends with it
-        fork_checkpoint_manager()
     code: Any = 1
     try:
         if command[0] == "-m":
@@ -108,13 +107,6 @@ def run(command: list[str], folder: str, environment: dict[str, str], files: lis
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def fork_checkpoint_manager() -> None:
-    """Makes upstream's queue of written files now: a process that it starts later imports torch again, 5 s of CPU."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
-    get_write_results_queue("fork")
 
 
 def import_megatron() -> None:

@@ -34,7 +34,7 @@ def choose(name: Name) -> Literal["cpu", "cuda"]:
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Hides the CUDA packages that upstream would import, on the CPU backend. Call before Megatron is imported.
+    """On the CPU backend, hides what upstream would import for CUDA only. Call before Megatron is imported.
 
     argv: the run's flags. Only the backend is read from them and from their recipes; config/settings.py checks the
     rest.
@@ -49,7 +49,7 @@ def prepare(argv: Sequence[str]) -> None:
     if name == "cpu" or (name in (None, "auto") and not torch.cuda.is_available()):
         from megatron_sfr.runtime import cpu
 
-        cpu.hide_cuda_packages()
+        cpu.before_megatron()
 
 
 def _backend_in(recipe: Path) -> str | None:

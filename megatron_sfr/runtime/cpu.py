@@ -41,10 +41,18 @@ class NullStream:
         raise AttributeError(name)
 
 
+NAMING_A_DEVICE = frozenset(
+    {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.record_stream, torch.Tensor.type, torch.Tensor.to}
+)
+"""Functions that name a device, or the type of a device's tensors, without a keyword."""
+
+
 class CudaMeansCpu(TorchFunctionMode):
     """Replaces CUDA by CPU wherever a torch function names a device."""
 
     def __torch_function__(self, func: Any, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not kwargs and func not in NAMING_A_DEVICE:  # nearly all calls, tens of thousands in a step
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
@@ -241,10 +249,15 @@ HIDDEN_PACKAGES = {
 }
 
 
-def hide_cuda_packages() -> None:
-    """Makes each import of HIDDEN_PACKAGES an ImportError. Call it before anything imports one of them."""
+def before_megatron() -> None:
+    """Prepares the import of Megatron: hides HIDDEN_PACKAGES, and leaves functions uncompiled.
+
+    Upstream decorates functions with torch.compile. No compiler is assumed on the CPU, and without the variable each
+    process would import Inductor for it, several seconds.
+    """
     for name in HIDDEN_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @functools.cache  # once a process
@@ -260,8 +273,7 @@ def repair_torch_adam() -> None:
 @functools.cache  # once a process
 def install() -> None:
     """Applies all tables and enters the function mode, for the rest of the process."""
-    hide_cuda_packages()
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # upstream decorates with torch.compile; no compiler is assumed
+    before_megatron()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asserted for tensor parallelism on Hopper
     # Dynamo, which upstream's decorators import, refuses one replacement under two names: import it before replacing.
     importlib.import_module("torch._dynamo")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PROMPT = 60
+PROMPT = 80
 
 
 @torch.no_grad()

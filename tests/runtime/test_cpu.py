@@ -1,17 +1,26 @@
 """What the CPU backend replaces behaves as upstream's own, and the arguments that it changes exist."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sfr.runtime import cpu
 from megatron_sfr.runtime.backend import CPU_CHANGES, CPU_REFUSALS, adapt_flags, choose
+from tests import warm
 
 
 @pytest.mark.parametrize("package", cpu.VERSIONS)
 def test_the_tables_are_written_for_the_installed_version(package: str) -> None:
     assert importlib.metadata.version(package).split("+")[0] == cpu.VERSIONS[package]
+
+
+def test_a_rank_imports_no_compiler_and_no_cuda_package(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    names = ("megatron.training", "torch._inductor.compile_fx", *cpu.HIDDEN_PACKAGES)
+    program.write_text(f"import sys; print([name for name in {names} if sys.modules.get(name)])", encoding="utf-8")
+    assert warm.run(str(program), check=True).stdout.strip() == "['megatron.training']"
 
 
 def test_cuda_is_read_as_cpu_inside_the_mode_only() -> None:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.runtime import cpu, durable, resharding
+from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
 from megatron_sfr.training import head_optimizer, metrics_log
 
 IN_A_RUN = (
     *durable.REPLACEMENTS,
     *resharding.REPLACEMENTS,
+    *synchronous_save.REPLACEMENTS,
     *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
 )
-EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN)
+EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN, synchronous_save.QUEUE)
 NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS")
 
 

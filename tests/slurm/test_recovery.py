@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
 ]
-STEPS, INTERVAL = 60, 2
+STEPS, INTERVAL = 40, 2
 
 
 def survive_three_kills(job: Job) -> None:

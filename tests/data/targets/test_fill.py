@@ -75,6 +75,7 @@ def test_blocks_in_any_order(prepared: Path, whole: Path, encoder: Encoder, tmp_
     assert content(tmp_path / "store") == content(whole)
 
 
+@pytest.mark.usefixtures("forked")
 def test_three_processes(prepared: Path, whole: Path, tmp_path: Path, encoded: list[str]):
     store = run(prepared, output=tmp_path / "store", options=replace(BLOCKS, workers=3))
 
@@ -192,6 +193,7 @@ def test_a_block_that_another_process_encodes_is_left_to_it(prepared: Path, enco
         assert writer.fill(1, encoder)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
     prepared: Path, encoder: Encoder, tmp_path: Path, encoded: list[str]
 ):
@@ -210,6 +212,7 @@ def test_a_process_that_dies_is_an_error_at_once_and_loses_nothing(
     assert len(encoded) == len(left) > 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_encoder_that_fails_in_a_process_is_one_line(prepared: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"cannot load the encoder .*none") as caught:
         run(prepared, encoder=str(tmp_path / "none"), options=replace(BLOCKS, workers=2))

@@ -51,7 +51,7 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(prepared: Path, identity: EncoderIdentity, tmp_path: Path) -> TargetStore:
+def store(prepared: Path, identity: EncoderIdentity, tmp_path: Path, forked: None) -> TargetStore:
     """A store that is begun and has no row yet."""
     both = StoreIdentity(**vars(identity), batch_size=BLOCKS.batch_size, block_rows=BLOCKS.block_rows)
     create_store(tmp_path / "store", PreparedData.open(prepared), both)

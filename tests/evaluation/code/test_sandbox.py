@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -24,8 +25,8 @@ def cage(request: pytest.FixtureRequest) -> Isolation:
     return request.param
 
 
-def attempt(source: str, cage: Isolation, **settings: object) -> Outcome:
-    return run_program(source, limits=LIMITS, isolation=cage, **settings)
+def attempt(source: str, cage: Isolation, limits: Limits = LIMITS, **settings: object) -> Outcome:
+    return run_program(source, limits=limits, isolation=cage, **settings)
 
 
 def test_a_right_program_ends_and_its_output_is_kept(cage: Isolation) -> None:
@@ -53,7 +54,8 @@ def test_a_right_program_ends_and_its_output_is_kept(cage: Isolation) -> None:
     ],
 )
 def test_what_does_not_reach_its_end_is_a_failure(source: str, ending: str, cage: Isolation) -> None:
-    assert attempt(source, cage).ending == ending
+    limits = replace(LIMITS, wall=2) if ending == "timeout" else LIMITS
+    assert attempt(source, cage, limits).ending == ending
 
 
 def test_no_socket_reaches_a_server_of_this_machine(cage: Isolation) -> None:
