@@ -1,4 +1,4 @@
-"""A run that is stopped or killed loses at most the step or the save it was in, and says how to resume."""
+"""A run that is stopped or killed loses at most its current step or save, and prints how to resume."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is exported is the model and nothing else: every tensor is mapped, declared the head's, or refused by name."""
+"""An export holds the model and nothing else: every tensor is mapped, declared the head's, or refused by name."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""HF folders that are not whole are refused by name, and a new folder appears whole or not at all."""
+"""Incomplete HF folders are refused by name, and a new folder appears complete or not at all."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is imported gives back the very bits; what config and weights do not agree on is refused by name."""
+"""An import exports to the same bits; disagreements between config and weights are refused by name."""
 
 import json
 import shutil

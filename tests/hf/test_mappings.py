@@ -1,4 +1,4 @@
-"""Rows are invertible, agree with transformers' own names and shapes, and cut where tensor parallelism cuts."""
+"""Parameter mappings are invertible, have transformers' names and shapes, and split where tensor parallelism does."""
 
 from dataclasses import replace
 

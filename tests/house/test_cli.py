@@ -1,4 +1,4 @@
-"""What `megatron-sfr` does with errors that are no file's fault: no memory, a reader that ended, our own mistakes."""
+"""`megatron-sfr` on errors that no file causes: no memory, a reader that ended, mistakes in the program."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Records: what is read, what is refused and with which words; personas; prompts."""
+"""Records: what is read, what is refused and with which message; personas; prompts."""
 
 import json
 import re

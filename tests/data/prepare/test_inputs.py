@@ -1,4 +1,4 @@
-"""`prepare` on what people have: containers, folders, saved datasets and formats give the bytes of plain JSONL."""
+"""`prepare` on other inputs: containers, folders, saved datasets and formats give the same bytes as plain JSONL."""
 
 import gzip
 import json

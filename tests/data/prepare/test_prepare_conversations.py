@@ -1,4 +1,4 @@
-"""`prepare`: which records it takes and which it sets aside, where it stops, and the options that it refuses."""
+"""`prepare`: which records it accepts and rejects, where it stops, and which options it refuses."""
 
 import json
 import re

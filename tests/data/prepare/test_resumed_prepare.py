@@ -1,4 +1,4 @@
-"""A preparation that is killed for real resumes where it was, and ends on the bytes of one that was not."""
+"""A `prepare` that is killed resumes at its last chunk, and its folder equals that of an uninterrupted one."""
 
 import json
 import re

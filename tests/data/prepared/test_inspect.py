@@ -1,4 +1,4 @@
-"""`megatron-sfr inspect`: what is supervised stands out, letters stay whole, counts and futures are the folder's."""
+"""`megatron-sfr inspect`: supervised text is marked, letters are not cut, counts and futures are the folder's."""
 
 import argparse
 import pty

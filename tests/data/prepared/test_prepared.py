@@ -1,4 +1,4 @@
-"""The prepared folder: it gives back what was put in, and refuses what is not whole or not the same."""
+"""Prepared folders: samples are read back as written; incomplete and changed folders are refused."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Anchors and segments: where they stand, and that a target is a function of its own reply's future only (P8)."""
+"""Anchors and segments: their positions, and that a target depends only on the future of its own reply (P8)."""
 
 from dataclasses import replace
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The target store: each distinct segment once into its row, tied to its data and its encoder, or else refused."""
+"""The target store: each distinct segment is encoded once; a store of other data or another encoder is refused."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Encoders: the bundled MiniLM and small ones made on the spot, their pooling, their identity, what is refused."""
+"""Encoders, the bundled MiniLM and small ones: pooling, identity, and which options are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A row's bits are a function of the store's identity: not of the process, the order, or a kill and resume.
+"""An embedding's bits depend on the store's identity only, not on the process, the order, or a kill and resume.
 
 Every comparison is of whole files, bit for bit, and a control shows that other batches do give other bits.
 """

@@ -1,4 +1,4 @@
-"""Targets encoded in the background: the bits of `embed`, never further ahead than allowed, no failure unseen.
+"""Targets encoded in the background: equal to `embed` bit for bit, never too far ahead, every failure reported.
 
 With real processes. What this does not exercise: a GPU, several machines.
 """

@@ -1,4 +1,4 @@
-"""More data, and the old not encoded again: records of texts that a store of the same encoder has are copied."""
+"""With more data, known texts are not encoded again: their embeddings are copied from a store of the same encoder."""
 
 from dataclasses import replace
 from pathlib import Path

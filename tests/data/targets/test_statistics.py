@@ -1,4 +1,4 @@
-"""Statistics of rows that are read in blocks, and of several stores as if they were one, against numpy on all rows."""
+"""Statistics of embeddings read in blocks, and of several stores as if they were one, against numpy."""
 
 from types import SimpleNamespace
 

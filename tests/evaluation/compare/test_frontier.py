@@ -1,4 +1,4 @@
-"""Frontiers: what is read off a broken line, and gaps whose value is known."""
+"""Frontiers: values on a polyline, and gaps whose value is known."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The report: it says no more than its intervals allow, and its files are whole or absent."""
+"""The report: its claims follow from the intervals, and its files are complete or absent."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Sampling: what is drawn follows the distribution, belongs to its reply, and is what the model itself would say."""
+"""Sampling: draws follow the distribution, belong to their reply, and equal transformers' own generation."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""vLLM's engine: refused in one line where it is missing; where it is, it says what transformers says."""
+"""vLLM's engine: refused in one line if it is not installed; otherwise its replies equal those of transformers."""
 
 import importlib.util
 from pathlib import Path

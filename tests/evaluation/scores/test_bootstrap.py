@@ -1,4 +1,4 @@
-"""Intervals: right where the answer is known, and honest about what is missing."""
+"""Bootstrap intervals: correct for known distributions, and without a value if data are missing."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkpoints are read box by box as torch reads them whole; unfinished, damaged and hostile ones are refused."""
+"""Checkpoints that are read chunk by chunk equal torch's reading; unfinished, damaged and hostile ones are refused."""
 
 import argparse
 import json
