@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ],
     ids=["finished", "user-error", "killed", "stopped"],
 )
-def test_the_exit_code_says_how_the_run_ended(program: str, code: int, tmp_path: Path) -> None:
+def test_the_exit_code_tells_how_the_run_ended(program: str, code: int, tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(program, encoding="utf-8")
     command = [sys.executable, "-m", "megatron_sfr.agent", "--standalone", "--nproc-per-node", "1", str(script)]

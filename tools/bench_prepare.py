@@ -1,4 +1,4 @@
-"""Speed of `prepare` beside the tokenizer's own plain encoding of the same text (`python -m tools.bench_prepare`).
+"""Measures the speed of `prepare` against the tokenizer alone on the same text (`python -m tools.bench_prepare`).
 
 The bound is one call of the tokenizer for each conversation, on the text that its tokens spell, in one process without
 threads: it parses no JSON, renders no template, computes no mask, cuts no segments and writes nothing. Rates are per

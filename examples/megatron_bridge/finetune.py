@@ -34,10 +34,15 @@ class Conversations(DatasetProvider):
 
 def finetune_with_sfr(config: ConfigContainer, folder: Path, vocab_size: int, options: sfr.TermOptions) -> None:
     """Fine-tunes the model of a configuration, such as a recipe's, on a prepared folder."""
-    config.dataset = Conversations(folder=str(folder), seq_length=config.model.seq_length)
-    config.model.calculate_per_token_loss = True
+    model = config.model
+    config.dataset = Conversations(folder=str(folder), seq_length=model.seq_length)
+    getattr(model, "transformer", model).calculate_per_token_loss = True
     dim = TargetStore.open(folder / "targets", sfr.open_prepared(folder)).dim
-    config.model.register_pre_wrap_hook(sfr.attach_head(sfr.FlowHeadPlan(options.head, dim=dim)))
+    hook = sfr.attach_head(sfr.FlowHeadPlan(options.head, dim=dim))
+    if hasattr(model, "register_pre_wrap_hook"):  # a provider
+        model.register_pre_wrap_hook(hook)
+    else:  # a model config, as newer recipes have
+        model.pre_wrap_hooks.append(hook)
     schedule = sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100)
     with replaced(clipping(HeadOptimizerOptions())):  # the head has its own gradient norm
         pretrain(config, sfr.forward_step(vocab_size, sfr=options, schedule=schedule))

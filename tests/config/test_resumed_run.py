@@ -57,7 +57,7 @@ def test_a_damaged_tracker_is_repaired_and_said_once(save: Path) -> None:
     assert repair_trackers(recipe) == []
 
 
-def test_a_half_written_newest_checkpoint_stays_but_is_not_used(save: Path) -> None:
+def test_an_incomplete_newest_checkpoint_is_kept_but_not_used(save: Path) -> None:
     (save / "iter_0000004" / CONFIG).unlink()
     (line,) = repair_trackers({"load": str(save)})
     assert "iter_0000004, which has no metadata.json" in line
@@ -80,7 +80,7 @@ def test_the_step_that_a_run_continues_from(save: Path, changes: dict[str, Any],
     assert resumed_step(argparse.Namespace(**args)) == step
 
 
-def test_an_unchanged_schedule_says_nothing() -> None:
+def test_an_unchanged_schedule_prints_nothing() -> None:
     args = run()
     assert check_schedule(args, STORED) is None
     assert not args.override_opt_param_scheduler
@@ -108,7 +108,7 @@ def test_a_changed_schedule_is_refused_with_the_key_both_values_and_the_remedy(
 
 
 @pytest.mark.parametrize("key", ["lr", "min_lr"])
-def test_a_changed_rate_is_refused_whatever_the_scheduler(key: str) -> None:
+def test_a_changed_rate_is_refused_for_every_scheduler(key: str) -> None:
     said = rf"{key} is 0.0005, but the run in run has {STORED[key]}.*pretrained_checkpoint: run"
     with pytest.raises(ValueError, match=said):
         check_schedule(run(**{key: 5e-4}, override_opt_param_scheduler=True), STORED)

@@ -239,7 +239,7 @@ def test_a_recipe_nested_without_end_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "just words"])
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"recipe\.yaml"):

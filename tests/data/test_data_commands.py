@@ -88,7 +88,7 @@ def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, c
         ("window", [[1, 256]], {"The sea is blue. So is the sky."}),
     ],
 )
-def test_segments_say_what_horizons_count(tmp_path: Path, tokenizer_folder: Path, segments, horizons, texts):
+def test_the_segmenter_decides_what_horizons_count(tmp_path: Path, tokenizer_folder: Path, segments, horizons, texts):
     records = write_records(
         tmp_path / "records.jsonl", [{"messages": turns("the sea", "The sea is blue. So is the sky.")}]
     )
@@ -117,7 +117,7 @@ def test_the_reference_preset_reads_512_pieces_of_a_segment():
             embed.run(parser.parse_args([*typed, *other]))
 
 
-def test_says_that_there_is_nothing_for_sfr_to_learn(tmp_path: Path, tokenizer_folder: Path, capsys):
+def test_data_without_anchors_are_reported(tmp_path: Path, tokenizer_folder: Path, capsys):
     records = write_records(tmp_path / "records.jsonl", [{"messages": turns("the sea", "no")}])
 
     assert command(prepare, "--input", records, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data") == 0

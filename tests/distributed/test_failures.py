@@ -1,4 +1,4 @@
-"""Whatever fails or dies, its run ends at once with everything that it started; with Megatron's default DataLoaders.
+"""If any process fails or dies, its run ends at once with all its processes; with Megatron's default DataLoaders.
 
 The processes of a run are found by a mark in their environment, so none that has lost its parent is missed. Limits of
 time count from the event, and leave out the time in which any process of this machine waited for a CPU: a run that

@@ -1,4 +1,4 @@
-"""A run that is stopped or killed loses at most the step or the save it was in, and says how to resume."""
+"""A run that is stopped or killed loses at most its current step or save, and prints how to resume."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def steps(save: Path) -> int:
 
 
 @pytest.mark.parametrize(("number", "saves"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--async-save",))])
-def test_ctrl_c_and_sigterm_leave_a_whole_checkpoint(
+def test_ctrl_c_and_sigterm_leave_a_complete_checkpoint(
     recipe: Path, tmp_path: Path, number: signal.Signals, saves: tuple[str, ...]
 ) -> None:
     with started(recipe, tmp_path / "run", "--save-interval", "2", *saves) as process:
@@ -126,7 +126,7 @@ def test_a_restart_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> N
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])] == []
 
 
-def test_a_failure_is_one_line_that_says_what_to_do(recipe: Path, tmp_path: Path) -> None:
+def test_a_failure_is_one_line_with_a_remedy(recipe: Path, tmp_path: Path) -> None:
     with started(recipe, tmp_path / "run", "--train-data-path", str(tmp_path / "absent")) as process:
         output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 2

@@ -73,7 +73,7 @@ def test_generate_answers_one_prompt_on_the_terminal(tiny_model: Path, capsys: p
         (["--model", "{}", "--prompt", "x", "--samples", "0"], "samples is 0"),
     ],
 )
-def test_generate_says_what_is_wrong(
+def test_generate_names_what_is_wrong(
     tiny_model: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["generate", *(flag.format(tiny_model) for flag in flags)]) == 2
@@ -136,7 +136,7 @@ def assert_its_replies_have_the_same_scores(report: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize(("temperatures", "reason"), [(["1", "1"], "each once"), (["1"], "--one-temperature")])
-def test_evaluate_refuses_what_is_no_sweep(
+def test_evaluate_refuses_a_single_temperature(
     tiny_model: Path, data: Path, tmp_path: Path, temperatures: list[str], reason: str, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ["--data", str(data), "--output", str(tmp_path / "out"), "--temperatures", *temperatures]
@@ -145,7 +145,7 @@ def test_evaluate_refuses_what_is_no_sweep(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_temperature_is_taken_where_it_is_insisted_on(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_one_temperature_is_accepted_on_request(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     small = ["--samples", "1", "--max-new-tokens", "4", "--limit", "1", "--output", str(tmp_path)]
     flags = ["--data", str(data), "--temperatures", "1", "--one-temperature", *small]
     assert main(["evaluate", "--model", str(tiny_model), *flags]) == 0

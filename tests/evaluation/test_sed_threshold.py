@@ -94,7 +94,7 @@ def test_s6_with_ties_no_threshold_comes_nearer(p: list[float], exempt: float) -
     assert found.tied in {p.count(value) for value in p}
 
 
-def test_s6_two_neighbours_in_fp32_are_told_apart() -> None:
+def test_s6_two_neighbours_in_fp32_are_distinguished() -> None:
     lower = np.float32(0.7311)
     p_n = torch.tensor(np.array([lower, np.nextafter(lower, np.float32(1))]))
     found = threshold(p_n, 0.5)
@@ -106,7 +106,7 @@ def test_the_threshold_is_short_and_away_from_both_values() -> None:
 
 
 @pytest.mark.parametrize("tokens", ["supervised", "all"])
-def test_masses_are_those_of_the_whole_conversations(
+def test_masses_are_those_of_the_complete_conversations(
     model: Model, data: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many conversations and positions are read at a time."""

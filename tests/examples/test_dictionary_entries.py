@@ -126,7 +126,7 @@ def test_jargon_foldoc_vera_and_elements() -> None:
         ("A tub " + "and a tub " * 40, TOO_LONG),
     ],
 )
-def test_a_sense_that_is_no_reply_is_refused(raw: str, reason: str) -> None:
+def test_a_sense_that_is_not_a_reply_is_refused(raw: str, reason: str) -> None:
     with pytest.raises(Unusable, match=f"^{reason}$"):
         reply(raw, 300)
 

@@ -13,7 +13,7 @@ from examples.dictionary_styles.text import FOREIGN, REFERENCE
 from tests.examples.made_up_dictionaries import write_all
 
 
-def test_copies_are_known_by_their_words_and_not_by_their_subject() -> None:
+def test_copies_are_recognized_by_their_words_not_by_their_subject() -> None:
     known = known_runs(["To frob a machine with great force until it yields or breaks for good."])
     assert is_copied("To FROB a machine, with great force, until it yields.", known)
     assert not is_copied("To hit a machine with a tub until somebody comes to repair it.", known)

@@ -31,7 +31,7 @@ def test_too_little_source_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert "too little source for 4.0 MB; give more --megabytes" in capsys.readouterr().err
 
 
-def test_the_second_run_goes_on_from_the_first() -> None:
+def test_the_second_run_resumes_from_the_first() -> None:
     base = read_settings(["--recipe", str(FOLDER / "base.yaml")]).recipe
     more = read_settings(["--recipe", str(FOLDER / "base.yaml"), "--recipe", str(FOLDER / "sfr.yaml")]).recipe
     assert more["pretrained_checkpoint"] == base["save"] != more["save"]

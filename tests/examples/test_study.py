@@ -62,11 +62,11 @@ def test_equal_arms_do_not_differ() -> None:
     assert "no difference beyond noise" in found.sentence
 
 
-def test_one_seed_that_disagrees_is_no_effect() -> None:
+def test_an_effect_needs_the_same_sign_in_every_seed() -> None:
     assert not verdict((0.2, 0.2, -0.02)).moved
 
 
-def test_an_effect_within_the_spread_of_the_baselines_seeds_is_none() -> None:
+def test_an_effect_within_the_spread_of_the_baselines_seeds_does_not_count() -> None:
     found = verdict((0.09, 0.05, 0.13), baseline=(0.0, 0.04, 0.12))
     assert found.noise == pytest.approx(0.12, abs=0.02)
     assert found.estimate.low < found.estimate.mean < found.noise
@@ -143,7 +143,7 @@ def test_a_study_is_made_from_one_thing(tmp_path: Path) -> None:
     materials.claim(Place(tmp_path, start=tmp_path / "other", recipe=tmp_path / "more.yaml"))
 
 
-def test_targets_that_are_not_complete_are_gone_on_with(tmp_path: Path) -> None:
+def test_incomplete_targets_are_resumed(tmp_path: Path) -> None:
     place = Place(tmp_path)
     (place.data("train") / "targets").mkdir(parents=True)
     signs = {name: sign.exists() for name, sign, _ in materials.tokens(place)}
@@ -201,7 +201,7 @@ def test_another_way_to_ask_is_another_file() -> None:
     assert len({Place().curve(run, CHOOSING, each) for each in asked}) == len(asked)
 
 
-def test_a_win_that_is_not_there_again_is_told_among_what_did_not_move() -> None:
+def test_a_win_that_is_not_repeated_is_listed_under_no_effect() -> None:
     won, lost = verdict((0.05, 0.05, 0.05)), verdict((0.0, 0.0, 0.0))
     curves = {BASELINE: [curve(1)], "SFR": [curve(2)]}
     found = page.Found(Plan(), {}, {}, curves, [won], [lost], {})

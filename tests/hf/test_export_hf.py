@@ -1,4 +1,4 @@
-"""What is exported is the model and nothing else: every tensor is mapped, declared the head's, or refused by name."""
+"""An export holds the model and nothing else: every tensor is mapped, declared the head's, or refused by name."""
 
 import argparse
 import json
@@ -87,12 +87,12 @@ def test_shards_are_filled_up_to_their_size_and_indexed(imported, untied, tmp_pa
     )
 
 
-def test_weights_can_be_read_by_whoever_reads_the_config(imported, untied, tmp_path):
+def test_weights_and_config_have_the_same_permissions(imported, untied, tmp_path):
     exported(imported, tmp_path / "out", untied)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / CONFIG).stat().st_mode
 
 
-def test_head_and_training_state_stay_behind(release, untied, tmp_path):
+def test_head_and_training_state_are_not_exported(release, untied, tmp_path):
     head = {"flow_head.net.output.weight": torch.ones(3, 2), "flow_head.state.ratio": torch.ones(1)}
     head |= {"flow_head.ema.output.weight": torch.ones(3, 2), "mtp.layers.0.eh_proj.weight": torch.ones(2, 4)}
     bucket = "gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param"
@@ -233,7 +233,7 @@ def test_a_bias_is_in_the_names(tmp_path):
         refused(tmp_path / like / "megatron", wrong, tmp_path, match)
 
 
-def test_dtype_is_the_checkpoints_unless_asked_for(imported, untied, tmp_path):
+def test_the_dtype_is_the_checkpoints_by_default(imported, untied, tmp_path):
     like = change_config(untied, tmp_path / "like", dtype="bfloat16")
     exported(imported, tmp_path / "kept", like)
     assert Weights(tmp_path / "kept").dtype("lm_head.weight") == torch.float32

@@ -1,4 +1,4 @@
-"""The head that leaves beside the model is the trained one: it answers the same velocities, bit for bit."""
+"""The head that is exported beside the model is the trained one: its velocities are equal bit for bit."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""HF folders that are not whole are refused by name, and a new folder appears whole or not at all."""
+"""Incomplete HF folders are refused by name, and a new folder appears complete or not at all."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def test_new_folder_appears_at_the_end(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_second_writer_is_refused_and_takes_nothing_away(tmp_path):
+def test_a_second_writer_is_refused_and_removes_nothing(tmp_path):
     output = tmp_path / "out"
     with new_folder(output, mark="mark", force=False) as folder:
         (folder / "mark").write_text("first")

@@ -1,4 +1,4 @@
-"""What is imported gives back the very bits; what config and weights do not agree on is refused by name."""
+"""An import exports to the same bits; disagreements between config and weights are refused by name."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def with_rotary_buffers(folder, dtype, base):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_stored_rotary_frequencies_are_left_out(folder, tmp_path, dtype):
+def test_stored_rotary_frequencies_are_dropped(folder, tmp_path, dtype):
     weights = load_file(folder / SINGLE)
     with_rotary_buffers(folder, dtype, 50000.0)
     import_hf(folder, tmp_path / "megatron", check=True, progress=False)

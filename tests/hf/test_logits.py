@@ -1,4 +1,4 @@
-"""Upstream's model, loaded from what was imported, computes what transformers computes, and says the same tokens."""
+"""Upstream's model, loaded from an import, has the logits of transformers and the same greedy tokens."""
 
 import json
 from pathlib import Path

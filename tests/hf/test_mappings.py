@@ -1,4 +1,4 @@
-"""Rows are invertible, agree with transformers' own names and shapes, and cut where tensor parallelism cuts."""
+"""Parameter mappings are invertible, have transformers' names and shapes, and split where tensor parallelism does."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ def test_every_family_has_a_tiny_model():
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_are_what_transformers_writes(tmp_path, architecture, tied):
+def test_mappings_are_what_transformers_writes(tmp_path, architecture, tied):
     weights = Weights(save_model(tmp_path, architecture, tie_word_embeddings=tied))
     config = read_config(tmp_path)
     family = family_of(config)

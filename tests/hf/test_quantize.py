@@ -1,4 +1,4 @@
-"""Quantised models restore to the same logits, near the original's; without Model Optimizer a line says what to do.
+"""Quantised models restore to the same logits, near the original's. Without Model Optimizer the error is one line.
 
 The tests that quantise run where nvidia-modelopt is installed (the extra `quant`); on CPU its formats are simulated.
 """

@@ -35,7 +35,7 @@ def test_a_causal_mask_halves_the_scores_alone() -> None:
     assert shape.flops(causal=False) - shape.flops() == scores // 2
 
 
-def test_real_shapes_are_taken_and_cut() -> None:
+def test_real_shapes_are_used_and_reduced() -> None:
     sizes = read_sizes(
         ["--like", "qwen3-8b", "--layers", "4", "--fp8", "tensorwise", "--transformer-impl", "transformer_engine"]
     )

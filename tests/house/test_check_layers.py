@@ -126,7 +126,7 @@ VIOLATIONS = {
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
-def test_a_violation_is_found_where_it_stands(name: str, tmp_path: Path) -> None:
+def test_a_violation_is_reported_with_its_location(name: str, tmp_path: Path) -> None:
     files, expected = VIOLATIONS[name]
     violations = [str(v) for v in check(write_tree(tmp_path, files))]
     assert len(violations) == 1, violations

@@ -1,4 +1,4 @@
-"""What `megatron-sfr` does with errors that are no file's fault: no memory, a reader that ended, our own mistakes."""
+"""`megatron-sfr` on errors that no file causes: no memory, a reader that ended, mistakes in the program."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         main(["inspect", "--data", "x"])
 
 
-def test_a_reader_that_ends_early_is_no_traceback() -> None:
+def test_a_reader_that_ends_early_causes_no_traceback() -> None:
     program = (
         "import sys; from megatron_sfr import cli; from megatron_sfr.cli.data import inspect;"
         "inspect.run = lambda args: [print('x' * 99999) for _ in range(99)];"

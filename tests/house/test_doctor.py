@@ -32,7 +32,7 @@ def test_training_works_on_the_machine_that_runs_the_tests(capsys: pytest.Captur
     assert f"ok       megatron-core {VERSIONS['megatron-core']}" in lines
 
 
-def test_a_problem_is_told_with_its_remedy_and_fails(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_a_problem_is_reported_with_its_remedy_and_fails(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     findings = [doctor.python_finding(), doctor.disk_finding(tmp_path / "absent"), doctor.disk_finding(tmp_path)]
     assert doctor.report(findings, "on CPU (gloo)") == 2
     _, problem, _, last = capsys.readouterr().out.splitlines()
@@ -57,7 +57,7 @@ def test_the_apex_of_pypi_is_named_as_the_wrong_package(tmp_path: Path, monkeypa
     assert "pip uninstall apex" in finding.text
 
 
-def test_apex_without_its_extensions_is_not_taken_for_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_without_its_extensions_does_not_count_as_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake(tmp_path, "apex", "0.1", "PyTorch Extensions written by NVIDIA")
     (tmp_path / "amp_C.py").touch()
     monkeypatch.delitem(sys.modules, "amp_C", raising=False)  # hidden from the other tests
@@ -97,7 +97,7 @@ def test_each_way_of_installing_is_recognised(tmp_path: Path, monkeypatch: pytes
     assert "container 26.05" in doctor.installation_finding([H100]).text
 
 
-def test_a_gpu_without_transformer_engine_is_told_what_happens_then(
+def test_a_gpu_without_transformer_engine_is_reported_with_the_effect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])

@@ -54,7 +54,7 @@ def test_an_environment_of_an_older_python_is_not_touched(tmp_path: Path) -> Non
     assert done.stderr.startswith(".venv has no working Python 3.12: remove it (make clean)")
 
 
-def test_pyenv_s_python_is_taken_first_and_pip_s_failure_is_told(tmp_path: Path) -> None:
+def test_pyenvs_python_is_preferred_and_pips_failure_is_reported(tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path)
     made = 'mkdir -p .venv/bin; cat >.venv/bin/python <<EOF\n#!/bin/bash\necho "ERROR: no network"; exit 1\nEOF\n'
     python = tmp_path / "pyenv/versions/3.12.1/bin/python"

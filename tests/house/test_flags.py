@@ -40,7 +40,7 @@ def test_defaults_are_not_refused() -> None:
     assert refusal(flag_parser().read(to_flags(DEFAULTS, flag_parser())), defaults) is None
 
 
-def test_a_refused_flag_is_refused_by_its_own_name() -> None:
+def test_a_refused_flag_is_named_in_the_error() -> None:
     defaults = vars(flag_parser().read([]))
     for entry in REFUSED:
         for name in entry.names.split() if entry.when is None else ():
@@ -90,7 +90,7 @@ def test_what_works_is_accepted(tmp_path: Path, flags: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope_deprecated"])
-def test_a_captured_iteration_is_refused_however_it_is_asked_for(name: str) -> None:
+def test_a_captured_iteration_is_refused_by_every_flag(name: str) -> None:
     defaults = vars(flag_parser().read([]))
     found = refusal(argparse.Namespace(**defaults | {name: "full_iteration"}), defaults)
     assert found is not None

@@ -43,7 +43,7 @@ def imported_distributions() -> dict[str, str]:
     return found
 
 
-def test_every_import_is_asked_for_and_nothing_else_is() -> None:
+def test_imports_are_exactly_those_requested() -> None:
     asked = {canonicalize_name(r.name) for r in requirements()}
     imported = imported_distributions()
     missing = {name: where for name, where in imported.items() if name not in asked and name not in OPTIONAL}

@@ -1,4 +1,4 @@
-"""The language stays plain: documents, docstrings, comments and messages avoid the words listed here.
+"""The language stays plain: documents, docstrings, comments, messages and names of tests avoid these words.
 
 Each entry has the words to use instead. Add a word when the repository is free of it.
 """
@@ -57,6 +57,8 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
         for token in tokenize.tokenize(file.readline):
             if token.type in (tokenize.STRING, tokenize.FSTRING_MIDDLE):
                 yield token.start[0], token.string
+            elif token.type == tokenize.NAME and token.string.startswith("test_"):
+                yield token.start[0], token.string.replace("_", " ")
             elif token.type == tokenize.COMMENT:
                 comments.append((token.start[0], token.string))
     yield from comments
@@ -93,6 +95,7 @@ def test_the_listed_words_are_not_used() -> None:
         ('"""A vector.\n\nA second call goes on."""\n', 3, "goes on"),
         ("x = 1  # a list of its own\n", 1, "of its own"),
         ('def f():\n    raise ValueError(f"{x} is no folder")\n', 2, "is no folder"),
+        ("def test_a_killed_run_goes_on():\n    pass\n", 1, "goes on"),
     ],
 )
 def test_a_listed_word_is_found_with_its_line(tmp_path: Path, text: str, line: int, word: str) -> None:

@@ -27,7 +27,7 @@ def errors() -> dict[str, dict[str, dict[str, float]]]:
     return json.loads(done.stdout)
 
 
-def test_the_program_compares_what_is_listed_here(errors: dict) -> None:
+def test_the_program_compares_the_listed_settings(errors: dict) -> None:
     assert sorted(errors) == sorted(GROUPS)
 
 

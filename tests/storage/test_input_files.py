@@ -24,7 +24,7 @@ def save_state(folder: Path, *names: str) -> list[Path]:
     return paths
 
 
-def test_files_and_folders_of_shards_are_taken_in_order(tmp_path: Path) -> None:
+def test_files_and_folders_of_shards_are_read_in_order(tmp_path: Path) -> None:
     first = touch(tmp_path, "first.txt")
     shards = touch(tmp_path / "shards", "00.jsonl", "01.jsonl.gz", "02.parquet", "deep/a.json.zst", "deep/b.arrow")
     touch(tmp_path / "shards", "README.md", ".hidden.jsonl", ".cache/x.jsonl", "_temporary/y.jsonl", "image.gz")
@@ -55,7 +55,7 @@ def test_a_damaged_state_is_one_line(tmp_path: Path, state: str) -> None:
         record_files([tmp_path])
 
 
-def test_what_is_no_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "empty/README.md", "a.jsonl")
     with pytest.raises(ValueError, match="empty has no file whose name ends in"):

@@ -38,7 +38,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_the_second_is_refused_and_the_holder_is_named(tmp_path: Path, holder: subprocess.Popen) -> None:
     said = rf"out is being written by process {holder.pid} on \S+ since \d+-\d+-\d+ .*; wait for it, or stop it"
     with pytest.raises(ValueError, match=said), hold(tmp_path / "out"):
         raise AssertionError("not reached")
@@ -60,7 +60,7 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_a_folder_that_stays_empty_is_not_left(tmp_path: Path) -> None:
+def test_an_empty_folder_is_removed(tmp_path: Path) -> None:
     with hold(tmp_path / "out", inside=True):
         assert (tmp_path / "out").is_dir()
     assert list(tmp_path.iterdir()) == []

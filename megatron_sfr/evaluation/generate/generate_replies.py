@@ -46,7 +46,7 @@ def generate(
         template: how prompts are written; it has to be as in training.
 
     Returns:
-        The replies to each prompt, [prompts][samples].
+        The replies: a list for each prompt, with one text per sample.
 
     Raises:
         ValueError: the folder is not a model, its files are damaged, or an option is out of its range.

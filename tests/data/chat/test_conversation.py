@@ -1,4 +1,4 @@
-"""Records: what is read, what is refused and with which words; personas; prompts."""
+"""Records: what is read, what is refused and with which message; personas; prompts."""
 
 import json
 import re
@@ -57,7 +57,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize(("record", "reason"), BAD_RECORDS.values(), ids=BAD_RECORDS)
-def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, record, reason):
+def test_a_bad_record_is_named_by_file_line_and_reason(tmp_path: Path, record, reason):
     path = tmp_path / "records.jsonl"
     good = json.dumps({"messages": [USER, REPLY]}).encode()
     path.write_bytes(
@@ -74,7 +74,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, record, reas
     assert [b.record.line for b in bad] == [3]
 
 
-def test_reads_what_people_write(tmp_path: Path):
+def test_common_variants_of_records_are_read(tmp_path: Path):
     path = tmp_path / "records.jsonl"
     null = {**USER, "tool_calls": None}
     text = json.dumps({"messages": [null, {"role": "assistant", "content": "a\u2028b"}], "id": 7}, ensure_ascii=False)

@@ -39,7 +39,7 @@ def parse(fields: dict, form: str, persona_key: str = "persona"):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_each_format_says_the_same(tmp_path: Path, form: str):
+def test_all_formats_have_the_same_numbers(tmp_path: Path, form: str):
     path = write_records(tmp_path / "records.jsonl", [[], {"id": 1}, SAME[form] | {"style": "calm"}])
 
     assert detect(path) == form

@@ -172,7 +172,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("template", "contents", "reason"), REFUSED.values(), ids=REFUSED)
-def test_refuses_where_no_mask_is_exact(make_tokenizer, template: str, contents: tuple[str, ...], reason: str):
+def test_records_without_an_exact_mask_are_refused(
+    make_tokenizer, template: str, contents: tuple[str, ...], reason: str
+):
     tokenizer = load_tokenizer(str(make_tokenizer(template)))
 
     with pytest.raises(RecordError, match=re.escape(reason)):

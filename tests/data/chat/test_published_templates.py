@@ -87,7 +87,7 @@ def test_an_earlier_reply_without_the_last_ones_empty_thought_is_counted(bpe):
     assert samples(tokenizer, "reasoning", "together")[0].unlike_last == 0
 
 
-def test_as_rendered_trains_what_the_template_leaves_and_counts_it(bpe):
+def test_as_rendered_trains_what_the_template_writes_and_counts_it(bpe):
     for name, kind, unlike in (("qwen3", "thoughts", 1), ("deepseek-r1", "thought", 1), ("qwen2.5", "thoughts", 0)):
         (sample,) = samples(tokenizer_of(name, bpe), kind, "as-rendered")
         assert sample.unlike_inference == unlike, name

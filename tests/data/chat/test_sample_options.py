@@ -123,7 +123,7 @@ def test_a_last_reply_may_hold_control_tokens_of_the_template(make_tokenizer):
     ]
 
 
-def test_a_reply_that_the_tokenizer_would_join_to_the_prompt_is_encoded_apart(chatml):
+def test_a_reply_that_the_tokenizer_would_join_to_the_prompt_is_encoded_separately(chatml):
     messages = turns("hi", "\n\nyes")
 
     with pytest.raises(
@@ -172,7 +172,7 @@ NONE = STRINGS.replace("m['content'] == none", "true").replace("{{ m.tool_calls"
 @pytest.mark.parametrize("arguments", [{"at": "noon"}, '{"at": "noon"}'], ids=["object", "string"])
 @pytest.mark.parametrize("content", [None, ""], ids=["null", "empty"])
 @pytest.mark.parametrize("template", [STRINGS, QUOTED, NONE], ids=["joined", "as JSON", "null is written"])
-def test_calls_are_taken_in_the_form_that_the_template_reads(make_tokenizer, template: str, content, arguments):
+def test_calls_are_converted_to_the_form_that_the_template_reads(make_tokenizer, template: str, content, arguments):
     tokenizer = load_tokenizer(str(make_tokenizer(template)))
     messages = [user("the tide"), reply(content, tool_calls=called(arguments)), {"role": "tool", "content": "high"}]
 

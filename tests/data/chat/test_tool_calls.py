@@ -109,7 +109,7 @@ ANSWERED |= dict.fromkeys(("qwen 3", "qwen 3, marked"), "<think>\n\n</think>\n\n
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_calls_are_supervised_whole_and_answers_of_tools_never(tokenizer_of, name: str):
+def test_calls_are_supervised_completely_and_answers_of_tools_never(tokenizer_of, name: str):
     tools = None if name == "mistral" else TOOLS
 
     runs = supervised(tokenizer_of(TEMPLATES[name]), with_tools(call("tide", {"at": "noon"})), tools)

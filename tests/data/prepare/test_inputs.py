@@ -1,4 +1,4 @@
-"""`prepare` on what people have: containers, folders, saved datasets and formats give the bytes of plain JSONL."""
+"""`prepare` on other inputs: containers, folders, saved datasets and formats give the same bytes as plain JSONL."""
 
 import gzip
 import json
@@ -144,7 +144,7 @@ def test_what_is_not_text_is_a_bad_record(tmp_path: Path, tokenizer_folder: Path
         prepare([path], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
 
 
-def test_the_commands_name_an_input_that_is_none(tmp_path: Path, tokenizer_folder: Path, capsys) -> None:
+def test_the_commands_name_an_invalid_input(tmp_path: Path, tokenizer_folder: Path, capsys) -> None:
     how = ["--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "out")]
     for command in ("prepare", "prepare-text"):
         assert main([command, "--input", str(tmp_path / "none"), *how]) == 2

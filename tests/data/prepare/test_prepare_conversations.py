@@ -1,4 +1,4 @@
-"""`prepare`: which records it takes and which it sets aside, where it stops, and the options that it refuses."""
+"""`prepare`: which records it accepts and rejects, where it stops, and which options it refuses."""
 
 import json
 import re
@@ -24,7 +24,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
+def test_a_bad_record_stops_without_output_or_is_rejected(
     tmp_path: Path, tokenizer_folder: Path, capsys, record, reason
 ):
     good = tmp_path / "good.jsonl"
@@ -51,7 +51,7 @@ def test_a_bad_row_stops_and_leaves_nothing_or_is_set_aside(
     assert len(PreparedData.open(tmp_path / "out")) == 6
 
 
-def test_the_longest_conversation_that_fits_is_taken(tmp_path: Path, tokenizer_folder: Path):
+def test_the_longest_conversation_that_fits_is_selected(tmp_path: Path, tokenizer_folder: Path):
     records = write_records(tmp_path / "records.jsonl", RECORDS[1:2])
     length = prepare([records], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
 
@@ -109,7 +109,7 @@ def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors
     assert (sample.anchors.ordinal < sample.anchors.length).all()
 
 
-def test_a_conversation_of_which_no_reply_is_left_is_a_bad_row(tmp_path: Path, tokenizer_folder: Path):
+def test_a_conversation_without_a_remaining_reply_is_a_bad_record(tmp_path: Path, tokenizer_folder: Path):
     records = write_records(tmp_path / "records.jsonl", [*RECORDS, {"messages": turns("the sea " * 99, "is blue")}])
     cut = PrepareOptions(100, 4, HORIZONS, 4, too_long="truncate")
 

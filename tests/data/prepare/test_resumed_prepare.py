@@ -1,4 +1,4 @@
-"""A preparation that is killed for real resumes where it was, and ends on the bytes of one that was not."""
+"""A `prepare` that is killed resumes at its last chunk, and its folder equals that of an uninterrupted one."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def kill_midway(records: Path, output: Path, tokenizer: Path, workers: int) -> P
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on_and_equals_an_unbroken_one(
+def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(
     tmp_path: Path, tokenizer_folder: Path, records: Path, unbroken: dict[str, bytes], capsys, workers: int
 ):
     left = kill_midway(records, tmp_path / "out", tokenizer_folder, workers)
@@ -92,7 +92,7 @@ def test_a_journal_of_other_work_or_of_damaged_files_is_of_no_use(
     assert "resumes" not in capsys.readouterr().out
 
 
-def test_without_skipping_the_first_bad_row_stops_a_run_that_goes_on(tmp_path: Path, tokenizer_folder: Path):
+def test_without_skipping_the_first_bad_record_stops_a_resumed_run(tmp_path: Path, tokenizer_folder: Path):
     records = write_records(tmp_path / "records.jsonl", [*RECORDS, {"messages": []}, *RECORDS, {"messages": 1}])
     strict = PrepareOptions(200, 4, HORIZONS, 4)
     how = {"progress": False, "chunk_bytes": 1}
@@ -131,7 +131,7 @@ def test_only_what_was_committed_is_kept(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["about", "journal", "missing", "shorter"])
-def test_what_does_not_match_is_begun_anew(tmp_path: Path, damage: str):
+def test_a_journal_that_does_not_match_is_discarded(tmp_path: Path, damage: str):
     write(tmp_path, {"of": 1}, commits=3)
     if damage == "journal":
         (tmp_path / JOURNAL).write_text('{"about"')

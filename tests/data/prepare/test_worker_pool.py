@@ -66,7 +66,7 @@ def test_an_error_of_a_worker_is_raised_in_its_place_with_its_traceback():
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_chunks_are_whole_lines_and_any_chunk_can_be_the_first(tmp_path: Path, size: int, end: bytes):
+def test_chunks_are_complete_lines_and_any_chunk_can_be_the_first(tmp_path: Path, size: int, end: bytes):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone\n\n" + b"two " * 9 + b"\r\nthree" + end)
     (tmp_path / "empty").touch()
     (tmp_path / "b").write_bytes(b"four\n" * 3)

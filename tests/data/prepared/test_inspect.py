@@ -1,4 +1,4 @@
-"""`megatron-sfr inspect`: what is supervised stands out, letters stay whole, counts and futures are the folder's."""
+"""`megatron-sfr inspect`: supervised text is marked, letters are not cut, counts and futures are the folder's."""
 
 import argparse
 import pty
@@ -66,7 +66,7 @@ def test_colours_and_what_the_data_must_not_do_to_a_terminal(prepared: Path, cap
         assert "\\x1b[31mred" in out
 
 
-def test_a_terminal_has_colours_unless_it_wants_none(monkeypatch):
+def test_a_terminal_has_colours_unless_they_are_disabled(monkeypatch):
     ours, terminals = pty.openpty()
     with open(ours, "rb"), open(terminals, "w") as terminal, redirect_stdout(terminal):
         monkeypatch.setenv("TERM", "xterm")
@@ -107,7 +107,7 @@ def test_a_seed_chooses_the_same_sample_again(prepared: Path, capsys):
     assert len(set(shown)) > 1
 
 
-def test_letters_of_several_tokens_stay_whole(tokenizer_folder: Path):
+def test_letters_of_several_tokens_are_not_cut(tokenizer_folder: Path):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     tokens = np.array(tokenizer("a🌊b", add_special_tokens=False)["input_ids"], np.int32)
     assert len(tokens) == 6, "the wave is four of them"

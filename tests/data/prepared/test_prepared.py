@@ -1,4 +1,4 @@
-"""The prepared folder: it gives back what was put in, and refuses what is not whole or not the same."""
+"""Prepared folders: samples are read back as written; incomplete and changed folders are refused."""
 
 import json
 import pickle
@@ -73,7 +73,7 @@ def test_the_manifest_counts_what_is_there(prepared: Path, tokenizer_folder: Pat
     assert (manifest.samples, manifest.rejected) == (4, 0)
 
 
-def test_the_token_that_ends_replies_is_recorded_and_said_where_engines_would_not_stop(
+def test_the_token_that_ends_replies_is_recorded_and_printed_if_engines_would_not_stop(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture
 ):
     records = write_records(tmp_path / "records.jsonl", RECORDS)
@@ -237,7 +237,7 @@ def test_what_a_killed_run_left_is_cleared(prepared: Path, tokenizer_folder: Pat
     assert not left.exists()
 
 
-def test_arrays_can_be_written_to_and_leave_the_files_alone(prepared: Path):
+def test_arrays_can_be_written_to_without_changing_the_files(prepared: Path):
     data = PreparedData.open(prepared)
     before = data[0].tokens.copy()
     data[0].tokens[:] = 0

@@ -1,4 +1,4 @@
-"""Anchors and segments: where they stand, and that a target is a function of its own reply's future only (P8)."""
+"""Anchors and segments: their positions, and that a target depends only on the future of its own reply (P8)."""
 
 from dataclasses import replace
 from typing import get_args
@@ -66,7 +66,7 @@ def test_a_window_is_what_its_tokens_decode_to_where_that_is_exact(line, cut):
         assert text == decoded or "\ufffd" in decoded
 
 
-def test_a_target_of_blanks_is_none():
+def test_a_target_of_blanks_is_dropped():
     tokens = np.array([tokenizer_of("byte_level").get_vocab()[letter] for letter in "aĠĠĊa"], np.int32)
 
     assert [s.ordinal for s in segments_of(tokens, Cut(1, [(1, 1)], 1), [(0, 5)])] == [0, 4]

@@ -59,7 +59,7 @@ def test_its_text_is_the_decoded_slice_with_torn_characters() -> None:
 
 
 @pytest.mark.parametrize("segmenter", ["window", "sentence"])
-def test_the_horizon_reply_is_the_same_whole_reply_at_each_anchor(segmenter: str) -> None:
+def test_the_horizon_reply_is_the_complete_reply_at_each_anchor(segmenter: str) -> None:
     tokens, text = letters(42)
     cut = Cut(4, [WHOLE_REPLY], 99, segmenter)
     found = list(futures(tokens, REPLIES, tokenizer_of("byte_level"), cut))

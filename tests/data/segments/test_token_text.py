@@ -70,7 +70,7 @@ def test_a_character_belongs_to_the_token_of_its_first_byte(kind: str):
     assert 0 in begun or kind != "byte_level", "é lies in two tokens: nothing was split"
 
 
-def test_a_token_that_is_named_as_a_byte_is_one_only_where_the_decoder_says_so():
+def test_a_token_named_like_a_byte_is_a_byte_only_for_the_byte_fallback_decoder():
     spelled = PreTrainedTokenizerFast(tokenizer_object=KINDS["byte_level"]())
     spelled.add_tokens(["<0x41>"])
     for tokenizer, expected in ((tokenizer_of("byte_fallback"), b"A"), (spelled, b"<0x41>")):

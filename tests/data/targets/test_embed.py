@@ -1,4 +1,4 @@
-"""The target store: each distinct segment once into its row, tied to its data and its encoder, or else refused."""
+"""The target store: each distinct segment is encoded once; a store of other data or another encoder is refused."""
 
 import pickle
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_statistics_are_of_all_rows_and_come_with_the_last(prepared: Path):
     assert not store.std.flags.writeable
 
 
-def test_a_finished_store_is_left_alone(prepared: Path, encoded: list[str], capsys):
+def test_a_finished_store_is_not_changed(prepared: Path, encoded: list[str], capsys):
     store = run(prepared)
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
     encoded.clear()
@@ -90,7 +90,7 @@ def test_another_encoder_needs_another_folder_or_force(prepared: Path):
 
 
 @pytest.mark.parametrize("name", [VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED, NAME])
-def test_a_store_that_is_cut_is_refused_and_mended(prepared: Path, name: str):
+def test_a_truncated_store_is_refused_and_repaired(prepared: Path, name: str):
     store = run(prepared)
     expected = {path.name: path.read_bytes() for path in store.iterdir()}
     (store / name).write_bytes(expected[name][:-3])
@@ -105,7 +105,7 @@ def test_a_store_that_is_cut_is_refused_and_mended(prepared: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED])
-def test_one_flipped_bit_is_found_and_mended(prepared: Path, name: str):
+def test_one_flipped_bit_is_found_and_repaired(prepared: Path, name: str):
     store = run(prepared)
     expected = {path.name: path.read_bytes() for path in store.iterdir()}
     flip(store / name, 1)
@@ -132,7 +132,7 @@ def test_opens_again_in_another_process(prepared: Path):
     assert (pickle.loads(dumped)[np.array([1, 0])] == store[np.array([1, 0])]).all()
 
 
-def test_nothing_to_embed_and_a_folder_of_someone_else_are_refused(tmp_path: Path, tokenizer_folder: Path, prepared):
+def test_nothing_to_embed_and_a_foreign_folder_are_refused(tmp_path: Path, tokenizer_folder: Path, prepared):
     short = write_prepared(tmp_path / "short", tokenizer_folder, [{"messages": turns("the sea", "no")}])
 
     with pytest.raises(ValueError, match=r"has no segments to embed; .*--min-segment-length"):
@@ -145,7 +145,7 @@ def test_nothing_to_embed_and_a_folder_of_someone_else_are_refused(tmp_path: Pat
         TargetStore.open(prepared / "targets", PreparedData.open(prepared))
 
 
-def test_the_identity_says_how_a_row_was_made(prepared: Path):
+def test_the_identity_records_how_an_embedding_was_made(prepared: Path):
     options = EmbedOptions(
         normalize="none", prompt="query: ", max_length=64, dtype="bfloat16", batch_size=5, block_rows=7, device="cpu"
     )

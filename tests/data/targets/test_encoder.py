@@ -1,4 +1,4 @@
-"""Encoders: the bundled MiniLM and small ones made on the spot, their pooling, their identity, what is refused."""
+"""Encoders, the bundled MiniLM and small ones: pooling, identity, and which options are refused."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_the_identity_follows_the_weights_and_the_tokenizer_and_not_the_folder(b
     assert len({same, identity("weight"), identity("token")}) == 3
 
 
-def test_computes_in_the_dtype_asked_for_and_gives_fp32(bert: Path):
+def test_computes_in_the_requested_dtype_and_returns_fp32(bert: Path):
     exact = Encoder(str(bert), EncoderOptions()).encode(TEXTS)
     rough = Encoder(str(bert), EncoderOptions(dtype="bfloat16")).encode(TEXTS)
 
@@ -164,7 +164,7 @@ def test_a_prompt_that_the_encoder_does_not_have_is_refused(prompted: Path):
         EncoderOptions(prompt="a", prompt_name="b")
 
 
-def test_code_that_comes_with_an_encoder_runs_only_where_that_is_said(bert: Path, tmp_path: Path):
+def test_code_that_comes_with_an_encoder_runs_only_on_request(bert: Path, tmp_path: Path):
     folder = tmp_path / "coded"
     shutil.copytree(bert, folder)
     module = "class Shifted(Pooling):\n    def forward(self, features, **kwargs):\n        features = super().forward"

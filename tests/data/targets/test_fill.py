@@ -1,4 +1,4 @@
-"""A row's bits are a function of the store's identity: not of the process, the order, or a kill and resume.
+"""An embedding's bits depend on the store's identity only, not on the process, the order, or a kill and resume.
 
 Every comparison is of whole files, bit for bit, and a control shows that other batches do give other bits.
 """
@@ -102,7 +102,7 @@ run(Path(sys.argv[1]), output=Path(sys.argv[2]))
 """
 
 
-def test_a_killed_run_leaves_no_whole_store_and_is_gone_on_with(
+def test_a_killed_run_leaves_an_incomplete_store_and_resumes(
     prepared: Path, whole: Path, tmp_path: Path, encoded: list[str]
 ):
     store = tmp_path / "store"
@@ -180,7 +180,7 @@ sys.stdin.read()
 """
 
 
-def test_a_block_that_another_process_encodes_is_left_to_it(prepared: Path, encoder: Encoder, tmp_path: Path):
+def test_a_block_that_another_process_encodes_is_skipped(prepared: Path, encoder: Encoder, tmp_path: Path):
     with begin(tmp_path / "store", prepared, encoder) as writer:
         command = [sys.executable, "-c", HOLDER, tmp_path / "store" / CLAIMS]
         holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Targets encoded in the background: the bits of `embed`, never further ahead than allowed, no failure unseen.
+"""Targets encoded in the background: equal to `embed` bit for bit, never too far ahead, every failure reported.
 
 With real processes. What this does not exercise: a GPU, several machines.
 """
@@ -93,7 +93,7 @@ def test_training_reads_what_embed_would_have_written(store, whole, log, prepare
     assert encoded_in(log) == ROWS
 
 
-def test_never_further_ahead_than_allowed_and_no_waiting_for_what_was_foreseen(store, log):
+def test_never_further_ahead_than_allowed_and_no_waiting_for_predicted_blocks(store, log):
     walked: list[int] = []
 
     def steps() -> Iterator[Needs]:
@@ -132,7 +132,7 @@ def test_a_row_torn_by_an_earlier_run_is_encoded_again(store, whole, log, prepar
         assert (prefetcher.fetch(0, np.arange(BLOCK)) == open_store(whole, prepared)[np.arange(BLOCK)]).all()
 
 
-def test_a_killed_encoder_is_an_error_at_once_and_the_next_one_goes_on(store, whole, log):
+def test_a_killed_encoder_is_an_error_at_once_and_the_next_one_resumes(store, whole, log):
     with Prefetcher([store], partial(Logged, log), lookahead=0) as prefetcher:
         prefetcher.fetch(0, np.arange(2 * BLOCK))
         os.kill(prefetcher._process.pid, signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_an_encoder_that_fails_is_one_line_that_names_the_store(store, log):
         assert "\n" not in str(caught.value)
 
 
-def test_another_encoder_and_needs_that_cannot_be_told_are_errors(store, log):
+def test_another_encoder_and_unknown_needs_are_errors(store, log):
     options = replace(BLOCKS, pooling="cls")
     with (
         Prefetcher([store], partial(Logged, log, 0.0, options), lookahead=0) as prefetcher,

@@ -1,4 +1,4 @@
-"""More data, and the old not encoded again: records of texts that a store of the same encoder has are copied."""
+"""With more data, known texts are not encoded again: their embeddings are copied from a store of the same encoder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def old(tmp_path: Path, tokenizer_folder: Path) -> Path:
     return prepared
 
 
-def test_the_store_in_place_gives_its_rows_to_the_one_that_replaces_it(old, tokenizer_folder, encoded, capsys):
+def test_a_replaced_store_gives_its_embeddings_to_the_new_one(old, tokenizer_folder, encoded, capsys):
     before, had = rows_by_text(old / "targets", old), set(texts_of(old))
     write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS[1:]], force=True)
     wanted = set(texts_of(old))
@@ -72,7 +72,7 @@ def test_other_stores_give_their_rows(old, tmp_path, tokenizer_folder, encoded, 
     }
 
 
-def test_a_damaged_row_is_not_taken(old, tmp_path, tokenizer_folder, encoded):
+def test_a_damaged_embedding_is_not_copied(old, tmp_path, tokenizer_folder, encoded):
     both = write_prepared(tmp_path / "both", tokenizer_folder, RECORDS)
     damage_row(old / "targets", 4)
     encoded.clear()
@@ -92,7 +92,7 @@ def test_rows_of_another_encoder_are_refused(old, tmp_path, tokenizer_folder):
         run(both, reuse=[tmp_path / "none"])
 
 
-def test_an_unfinished_run_goes_on_in_other_batches_with_force(old, encoded):
+def test_an_unfinished_run_resumes_in_other_batches_with_force(old, encoded):
     store, texts = old / "targets", texts_of(old)
     manifest = store / NAME
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
@@ -107,7 +107,7 @@ def test_an_unfinished_run_goes_on_in_other_batches_with_force(old, encoded):
     assert open_store(store, old).manifest.batch_size == 1
 
 
-def test_a_store_in_place_that_cannot_be_read_gives_nothing_and_says_so(old, tokenizer_folder, encoded, capsys):
+def test_an_unreadable_store_gives_nothing_and_is_reported(old, tokenizer_folder, encoded, capsys):
     write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS], force=True)
     vectors = old / "targets" / VECTORS
     vectors.write_bytes(vectors.read_bytes()[:-1])
@@ -118,7 +118,7 @@ def test_a_store_in_place_that_cannot_be_read_gives_nothing_and_says_so(old, tok
     assert sorted(encoded) == sorted(texts_of(old))
 
 
-def test_rows_beside_copied_ones_are_mended_with_the_bits_they_had(old, tokenizer_folder):
+def test_embeddings_beside_copied_ones_are_repaired_bit_for_bit(old, tokenizer_folder):
     store, options = old / "targets", replace(BLOCKS, batch_size=4, block_rows=16)
     write_prepared(old.parent, tokenizer_folder, [NEW, *RECORDS], force=True)
     run(old, options=options)

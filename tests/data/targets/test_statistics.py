@@ -1,4 +1,4 @@
-"""Statistics of rows that are read in blocks, and of several stores as if they were one, against numpy on all rows."""
+"""Statistics of embeddings read in blocks, and of several stores as if they were one, against numpy."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ ROWS = st.builds(rows_of, st.integers(0, 99), st.integers(1, 60), st.sampled_fro
 
 
 @given(ROWS, st.integers(1, 70))
-def test_blocks_give_what_numpy_gives_on_all_rows(vectors: np.ndarray, block_rows: int):
+def test_blocks_equal_numpy_on_all_embeddings(vectors: np.ndarray, block_rows: int):
     found, exact = statistics_of(vectors, block_rows), vectors.astype(np.float64)
 
     assert found.rows == len(vectors)
@@ -61,7 +61,7 @@ def test_one_store_keeps_its_statistics_bit_for_bit():
     assert (std == store.std).all()
 
 
-def test_stores_of_unlike_dimensions_are_refused():
+def test_stores_of_different_dimensions_are_refused():
     stores = [Store(rows=2, mean=np.zeros(d, np.float32), std=np.ones(d, np.float32)) for d in (4, 3)]
 
     with pytest.raises(ValueError, match=r"dimensions \[3, 4\] cannot be combined"):

@@ -1,4 +1,4 @@
-"""Rows with checksums: what is whole is read back, whatever is not is known by its row."""
+"""Embeddings with checksums: intact ones are read back, missing and damaged ones are found by their index."""
 
 from pathlib import Path
 

@@ -218,7 +218,7 @@ def named(name: str) -> list[str]:
 
 
 @pytest.mark.skipif("namespaces" not in CAGES, reason="this kernel gives us no namespaces")
-def test_in_namespaces_nothing_of_this_machine_is_seen(tmp_path: Path) -> None:
+def test_in_namespaces_this_machine_is_invisible(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     source = f"""
 import os
@@ -232,7 +232,7 @@ except PermissionError:
     assert os.environ["PATH"] not in attempt("import os; print(os.environ)", "namespaces").output
 
 
-def test_limits_that_are_none_are_refused() -> None:
+def test_invalid_limits_are_refused() -> None:
     with pytest.raises(ValueError, match="wall is 0"):
         Limits(wall=0)
 

@@ -199,7 +199,7 @@ def test_prompts_are_written_and_replies_scored(path: Path, tmp_path: Path, caps
         ([1], "a task is a JSON object"),
     ],
 )
-def test_what_is_no_task_is_refused_by_line(row: dict, reason: str, tmp_path: Path) -> None:
+def test_a_record_that_is_not_a_task_is_refused_by_line(row: dict, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps(MBPP) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"tasks.jsonl:2: .*") as error:

@@ -1,4 +1,4 @@
-"""Frontiers: what is read off a broken line, and gaps whose value is known."""
+"""Frontiers: values on a polyline, and gaps whose value is known."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_best_is_the_most_diversity_at_no_less_quality() -> None:
     )
 
 
-def test_a_temperature_that_is_worse_on_both_axes_takes_nothing_away() -> None:
+def test_a_temperature_that_is_worse_on_both_axes_does_not_change_the_frontier() -> None:
     quality, diversity = np.append(QUALITY, 0.3), np.append(DIVERSITY, 0.1)
     assert best(quality, diversity, np.array([0.35]))[0] == pytest.approx(0.7)
 
@@ -33,7 +33,7 @@ def test_a_curve_lifted_by_c_has_gap_c(seed: int, c: float) -> None:
     assert gap((quality, diversity + c), (quality, diversity)) == pytest.approx(-c)
 
 
-def test_sampling_the_same_line_at_other_temperatures_is_no_difference() -> None:
+def test_sampling_the_same_line_at_other_temperatures_makes_no_difference() -> None:
     """A model that is only colder or warmer lies on the same frontier."""
     line = np.linspace(0.9, 0.3, 13)
     warmer, colder = line[[4, 8, 12]], line[[0, 4, 8]]

@@ -1,4 +1,4 @@
-"""The report: it says no more than its intervals allow, and its files are whole or absent."""
+"""The report: its claims follow from the intervals, and its files are complete or absent."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_the_table_shows_what_has_a_value_with_its_interval(report: Report) -> N
     assert f"| CE | {math.exp(1.5):.3f} [{math.exp(1.5):.3f}, {math.exp(1.5):.3f}] |" in page  # the poet's perplexity
 
 
-def test_text_from_data_is_no_markup_in_the_markdown() -> None:
+def test_text_from_data_is_escaped_in_the_markdown() -> None:
     """Names of personas and models come from files: GitHub renders HTML, links and images of a page."""
     hostile = "<script>alert(1)</script> [a](javascript:b) ![c](d) **e** `f` | g\n# h &lt;"
     (row,) = markdown_table([["name"], [hostile]])[2:]
@@ -86,7 +86,7 @@ def test_quality_comes_before_diversity(report: Report) -> None:
     assert columns(replace(report, scores={"CE": mixed})) == ["context", "loops", "coverage, far", "distinct-2"]
 
 
-def test_the_page_tells_what_moved_from_what_did_not(report: Report) -> None:
+def test_the_page_distinguishes_what_moved_from_what_did_not(report: Report) -> None:
     moved, still = GAP, replace(GAP, estimate=Estimate(0.02, -0.01, 0.03, 20))
     text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", [["question", "CE"], ["why?", "<b>& so on"]])
     first, second = text.index("What moved beyond noise"), text.index("What did not")
@@ -112,7 +112,7 @@ def test_the_picture_has_a_panel_for_each_pair_of_axes(report: Report, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
 
 
-def test_a_file_is_whole_or_what_it_was(tmp_path: Path) -> None:
+def test_a_file_is_complete_or_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     with whole(path) as file:
         file.write("first")

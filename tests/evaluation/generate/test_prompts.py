@@ -71,7 +71,7 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
         ({"prompt": "a", "persona": ""}, "persona is not text"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, record: object, reason: str) -> None:
+def test_bad_records_are_named(tmp_path: Path, record: object, reason: str) -> None:
     path = write(tmp_path / "prompts.jsonl", {"prompt": "fine"}, record)
     with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: .*{reason}"):
         read_prompts(path)
@@ -88,7 +88,7 @@ def test_tools_are_not_sampled(tmp_path: Path) -> None:
         read_asked(write(tmp_path / "data.jsonl", record))
 
 
-def test_a_persona_that_is_a_field_only_is_not_asked_for(tmp_path: Path) -> None:
+def test_a_persona_that_is_only_a_field_is_not_in_the_prompt(tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.jsonl", {"prompt": "Why?", "persona": "poet"})
 
     (prompt,) = read_prompts(path, "field")

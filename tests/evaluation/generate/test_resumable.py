@@ -98,7 +98,7 @@ def test_two_at_once_end_with_the_file_of_one(tiny_model: Path, prompts: Path, t
     assert len(rows) == len({(row["model"], row["prompt"], row["sample"]) for row in rows}) == 168
 
 
-def test_a_finished_file_is_up_to_date_or_says_what_differs(
+def test_a_finished_file_is_up_to_date_or_the_differences_are_named(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     output = tmp_path / "replies.jsonl"

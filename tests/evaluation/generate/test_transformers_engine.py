@@ -1,4 +1,4 @@
-"""Sampling: what is drawn follows the distribution, belongs to its reply, and is what the model itself would say."""
+"""Sampling: draws follow the distribution, belong to their reply, and equal transformers' own generation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_temperature_0_is_what_transformers_generates_greedily(model: Model) -> 
         assert list(reply.tokens) == greedy.tolist()
 
 
-def test_an_empty_thought_is_no_part_of_a_reply(model: Model) -> None:
+def test_an_empty_thought_is_removed_from_a_reply(model: Model) -> None:
     for text in ("<think>\n\n</think>\n\nHello", "Hello"):
         assert decoded(model.tokenizer, model.tokenizer(text)["input_ids"]) == "Hello"
 
@@ -108,7 +108,7 @@ def test_draws_follow_the_tempered_distribution(seed: int, temperature: float) -
     torch.testing.assert_close(logp, logits.log_softmax(-1)[tokens])
 
 
-def test_top_k_and_top_p_keep_the_likeliest_tokens() -> None:
+def test_top_k_and_top_p_keep_the_most_likely_tokens() -> None:
     p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
     u = torch.arange(0.005, 1, 0.01)
 

@@ -1,4 +1,4 @@
-"""vLLM's engine: refused in one line where it is missing; where it is, it says what transformers says."""
+"""vLLM's engine: refused in one line if it is not installed; otherwise its replies equal those of transformers."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_without_vllm_one_line_says_what_to_do(tiny_model: Path, capsys: pytest.
     assert "vLLM is not installed" in lines[0]
 
 
-def test_a_reply_has_a_seed_of_its_own_that_depends_on_nothing_else() -> None:
+def test_a_reply_has_a_separate_seed_that_depends_on_nothing_else() -> None:
     seeds = {vllm_engine.seed_of(s, prompt, i) for s in (0, 1) for prompt in PROMPTS for i in range(50)}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**31 for seed in seeds)

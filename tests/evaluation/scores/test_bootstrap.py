@@ -1,4 +1,4 @@
-"""Intervals: right where the answer is known, and honest about what is missing."""
+"""Bootstrap intervals: correct for known distributions, and without a value if data are missing."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     assert (found.low, found.high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
 
 
-def test_intervals_cover_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     rng = np.random.default_rng(4)
     found = [estimate(rng.exponential(size=60)) for _ in range(200)]
     assert 0.88 < np.mean([e.low <= 1 <= e.high for e in found]) < 0.98  # 95 % less what a skew costs at n = 60

@@ -88,7 +88,7 @@ def test_self_bleu_of_zhu_counts_an_empty_reply_as_equal_to_another_only() -> No
         ("วันนี้อากาศดีมาก", "char"),
     ],
 )
-def test_the_tokenizer_is_told_from_the_script(text: str, tokenizer: str) -> None:
+def test_the_tokenizer_is_selected_by_the_script(text: str, tokenizer: str) -> None:
     assert choose_tokenizer([text]) == tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The canary: loops counted by hand and found by search."""
+"""Repetition: loops counted by hand and found by search."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The style classifier: it knows a manner, not an answer, and its ceiling is honest."""
+"""The style classifier: it learns a style and not the answers, and its ceiling is cross-fitted."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Checkpoints are read box by box as torch reads them whole; unfinished, damaged and hostile ones are refused."""
+"""Checkpoints that are read chunk by chunk equal torch's reading; unfinished, damaged and hostile ones are refused."""
 
 import argparse
 import json
@@ -74,7 +74,7 @@ def test_arguments_are_read_without_building_what_they_name(folder):
     assert not isinstance(arguments["path"], os.PathLike)
 
 
-def test_newest_is_what_the_tracker_says(copy):
+def test_newest_is_the_checkpoint_that_the_tracker_names(copy):
     assert find_checkpoint(copy.parent) == copy
     assert find_checkpoint(copy) == copy
 

@@ -149,7 +149,7 @@ def test_nothing_complete_is_an_error_that_names_the_file(save):
     assert newest(save / "absent") is None
 
 
-def test_formats_that_do_not_tell_are_trusted_if_the_tracker_names_them(save):
+def test_formats_without_a_marker_are_trusted_if_the_tracker_names_them(save):
     shutil.rmtree(save / "iter_0000010")
     (save / "iter_0000010" / "mp_rank_00").mkdir(parents=True)
     assert newest(save).note is None

@@ -80,7 +80,7 @@ def test_baselines_start_with_the_first_loss_and_decay_where_a_bin_was_drawn() -
     assert torch.equal(same, baseline)
 
 
-def test_bins_without_a_baseline_are_left_out() -> None:
+def test_bins_without_a_baseline_are_excluded() -> None:
     # Bin 0 fell far below its baseline. Bin 1 is new and high: it must not keep the gate open.
     options, baseline = dynamic(), torch.tensor([1.0, 0.0])
     assert decide(sums([0.1, 100.0], [1.0, 1.0]), baseline, options)[0].item() == 0

@@ -146,7 +146,7 @@ def distance(name: str, arm: Arm, h: Tensor, y: Tensor) -> float:
     return float((prediction(name, arm, h) - truth).abs().sum(-1).mean() / 2)
 
 
-def test_P7_zero_source_and_the_mse_ablation_train_bit_for_bit_alike(run: tuple) -> None:
+def test_P7_zero_source_equals_the_mse_ablation_bit_for_bit(run: tuple) -> None:
     arms, _, _ = run
     for a, b in zip(arms["zero source"].head.parameters(), arms["mse"].head.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -52,7 +52,7 @@ def test_a_constant_dimension_stays_finite_when_whitened() -> None:
     assert white[0, 3].item() == pytest.approx(0.01 / (SMALLEST / D**0.5), rel=1e-4)
 
 
-def test_before_the_first_batch_whitening_by_a_running_average_is_sqrt_d() -> None:
+def test_before_the_first_batch_whitening_by_an_ema_is_sqrt_d() -> None:
     x = embeddings(4)
     start = torch.zeros(D), torch.full((D,), D**-0.5)  # as the head's state starts
     white, root = (scale_targets(x, *start, TargetOptions(scale=scale)) for scale in ("whiten", "sqrt_d"))

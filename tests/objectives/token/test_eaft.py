@@ -25,7 +25,7 @@ def test_the_gradient_is_cross_entropys_times_the_entropy(alpha: float, top_k: i
     torch.testing.assert_close(g_TV, expected_TV, **EXACT)
 
 
-def test_a_confident_model_is_left_alone_and_an_undecided_one_learns_by_cross_entropy() -> None:
+def test_a_confident_model_is_unchanged_and_an_undecided_one_learns_by_cross_entropy() -> None:
     z_TV = torch.tensor([[50.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     loss_T, cross_entropy_T, _ = differentiated(z_TV, torch.tensor([2, 2]), EAFT(top_k=4))
     assert loss_T[0] < 1e-15 * cross_entropy_T[0] * 1e5
