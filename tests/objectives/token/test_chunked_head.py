@@ -66,7 +66,7 @@ def chunked(
 
 
 def masked(name: str) -> Tensor:
-    """Labels, of which so many are not ignored."""
+    """Labels, of which that number is not ignored."""
     y_T, order_T = labels(T, SIZE), torch.randperm(T, generator=torch.Generator().manual_seed(4))
     y_T[order_T[SUPERVISED[name] :]] = IGNORED
     return y_T
