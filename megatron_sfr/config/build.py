@@ -111,6 +111,7 @@ def forward_step(plan: RunPlan, data: DataProvider) -> ForwardStep | KLFlowStep:
         resets_attention=plan.separator is not None,
         data=data,
         lock_fork=LockFork(plan.lock_fork, plan.term.targets),
+        chunk_tokens=plan.loss_chunk_tokens,
     )
 
 

@@ -9,6 +9,7 @@ from megatron_sfr.config.option_flags import options
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES, Registered, find_loss
 from megatron_sfr.option_names import from_arguments, option_names, required
+from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
 
 def _objective(value: str) -> str:
@@ -28,6 +29,14 @@ class ObjectiveOptions:
     (arXiv 2508.05629), tofu (arXiv 2605.00195), eaft (arXiv 2601.02151), or the dotted path of your own, such as
     my_package.my_module.MyLoss. --sfr adds the flow-matching loss to it. The log's `lm loss` is always
     cross-entropy."""
+    loss_chunk_tokens: int = CHUNK_TOKENS
+    """Largest number of tokens whose logits exist at a time. LM head and loss are computed in chunks of supervised
+    tokens; gradients are those of the logits as a whole, up to rounding. Default 4096. 0 computes the logits of all
+    tokens at once, supervised or not."""
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk_tokens < 0:
+            raise ValueError(f"`loss_chunk_tokens` = {self.loss_chunk_tokens}: give at least 0 (0: no chunks)")
 
 
 def selected_loss(args: argparse.Namespace) -> tuple[str, TokenLoss]:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sfr.config.objective import selected_loss
+from megatron_sfr.config.objective import ObjectiveOptions, selected_loss
 from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.settings import LoadOptions, PresetOptions
 from megatron_sfr.config.validation import separator
@@ -42,6 +42,8 @@ class RunPlan:
     """Name of the token loss."""
     token_loss: TokenLoss
     """The token loss, with its options."""
+    loss_chunk_tokens: int
+    """Tokens whose logits exist at a time; 0: all."""
     term: TermOptions
     """The auxiliary loss; not used without data.sfr."""
     schedule: ScheduleOptions
@@ -97,6 +99,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         kl_flow_model=options(KLFlowModelOptions, args),
         objective=name,
         token_loss=token_loss,
+        loss_chunk_tokens=options(ObjectiveOptions, args).loss_chunk_tokens,
         term=term,
         schedule=options(ScheduleOptions, args),
         head_optimizer=options(HeadOptimizerOptions, args),

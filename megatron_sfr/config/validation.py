@@ -4,12 +4,14 @@ import argparse
 import math
 from typing import Any
 
+from megatron_sfr.training.lm_head import CHUNK_TOKENS
+
 Rows = list[tuple[Any, str]]
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first incompatible combination among parsed arguments, in one line; None if there is none."""
-    rows = _of_the_run(args) + _of_the_start(args) + _of_separation(args)
+    rows = _of_the_run(args) + _of_chunks(args) + _of_the_start(args) + _of_separation(args)
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)
@@ -44,6 +46,23 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
             "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
         ),
+    ]
+
+
+def _of_chunks(args: argparse.Namespace) -> Rows:
+    """Options with which the chunked LM head cannot find the output layer's weight, or where its gradient goes."""
+    if not args.loss_chunk_tokens or args.training_task == "kl-flow":
+        return []
+    reasons = {
+        "defer_embedding_wgrad_compute": "keeps the gradients of all logits, which chunks do not have",
+        "reuse_grad_buf_for_mxfp8_param_ag": "keeps weights where the LM head's gradient is accumulated",
+        "fp8_output_proj": "replaces the output layer by Transformer Engine's, whose gradient chunks do not compute",
+        "use_megatron_fsdp": "shards the output layer's weight between its forward and backward pass",
+        "use_torch_fsdp2": "shards the output layer's weight between its forward and backward pass",
+    }
+    return [
+        (getattr(args, name), f"{name} {reason}: set loss_chunk_tokens to 0, which computes all logits at once")
+        for name, reason in reasons.items()
     ]
 
 
@@ -175,6 +194,7 @@ def _of_kl_flow(args: argparse.Namespace) -> Rows:
     autoregressive = {
         "sfr": (args.sfr, "leave --sfr out"),
         "objective": (args.objective != "ce", "set objective to ce"),
+        "loss_chunk_tokens": (args.loss_chunk_tokens != CHUNK_TOKENS, "leave it out"),
         "sfr_lock_fork_interval": (args.sfr_lock_fork_interval > 0, "leave it out"),
         "mtp_num_layers": (args.mtp_num_layers, "leave it out"),
         "sfr_hf_load": (args.sfr_hf_load is not None, "no Hugging Face model starts it; leave it out"),

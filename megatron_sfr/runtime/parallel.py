@@ -5,7 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import reduce_scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 
@@ -87,6 +91,17 @@ def spread_rows(x: Tensor) -> Tensor:
     return reduce_scatter_to_sequence_parallel_region(
         x.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
     )
+
+
+def all_positions(h_SBH: Tensor, *, sharded: bool) -> Tensor:
+    """The hidden states of all positions on every tensor-parallel rank; backward sums the ranks' gradients.
+
+    sharded: whether h holds only this rank's positions.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if sharded:
+        return gather_from_sequence_parallel_region(h_SBH, group=group)
+    return copy_to_tensor_model_parallel_region(h_SBH, group=group)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -11,6 +11,7 @@ from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
 from megatron_sfr.training.forward_step import ForwardStep
+from megatron_sfr.training.lm_head import CHUNK_TOKENS
 from megatron_sfr.training.step_context import StepContext, bridge_context
 
 
@@ -21,6 +22,7 @@ def forward_step(
     sfr: TermOptions | None = None,
     schedule: ScheduleOptions | None = None,
     resets_attention: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Callable[[Any, Iterator[Any], GPTModel], tuple[Any, Any]]:
     """Returns a forward step: one microbatch through the model, with token loss and auxiliary loss.
 
@@ -35,6 +37,8 @@ def forward_step(
             targets and anchors of our datasets. None trains on the token loss alone.
         schedule: the weight of the auxiliary loss.
         resets_attention: whether attention stays within the documents that `document` [B, S] of a batch numbers.
+        chunk_tokens: largest number of positions whose logits exist at a time. LM head and loss are computed in chunks
+            of supervised positions. 0 computes all logits at once.
     Returns:
         A function (state, data_iterator, model) -> (output, loss_func). Batches are dictionaries of tokens, labels,
         position_ids (int64) and loss_mask (fp32), [B, S] each. loss_func(output) returns the summed loss, the number
@@ -49,7 +53,9 @@ def forward_step(
     """
     loss, term = loss or CrossEntropy(), FlowTerm(sfr) if sfr is not None else None
     name = next((name for name, known in LOSSES.items() if known.loss is type(loss)), type(loss).__name__)
-    forward = ForwardStep(vocab_size, name, loss, term, schedule or ScheduleOptions(), resets_attention)
+    forward = ForwardStep(
+        vocab_size, name, loss, term, schedule or ScheduleOptions(), resets_attention, chunk_tokens=chunk_tokens
+    )
 
     def step(state: Any, data_iterator: Iterator[Any], model: GPTModel) -> tuple[Any, Any]:
         context = state if isinstance(state, StepContext) else bridge_context(state)

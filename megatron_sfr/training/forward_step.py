@@ -15,32 +15,25 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
-from megatron_sfr.objectives.token.loss_base import IGNORED, TokenLoss
-from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, vocab_parallel_loss
-from megatron_sfr.runtime.parallel import (
-    is_first_stage,
-    is_last_stage,
-    print_on_last_rank,
-    tensor_group,
-    tensor_rank,
-)
+from megatron_sfr.objectives.token.loss_base import TokenLoss
+from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, print_on_last_rank
 from megatron_sfr.training.attention_mask import document_attention
 from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
-from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers, token_power
+from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers
+from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.step_context import StepContext
 
 if TYPE_CHECKING:
     from megatron_sfr.training.data.online_targets import HasOnlineTargets
 
-# The last stage's output for one microbatch: objective and cross-entropy [B, S], and the sums of the auxiliary loss.
-# Under bf16, upstream's wrapper converts it to plain tuples.
-Losses = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
+# The last stage's output for one microbatch: the objective's sum, to be differentiated; objective and cross-entropy
+# [B, S], for the log; and the sums of the auxiliary loss. Under bf16, upstream's wrapper converts it to plain tuples.
+Losses = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,7 @@ class ForwardStep:
         resets_attention: bool,
         data: "HasOnlineTargets | None" = None,
         lock_fork: LockFork | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         """
         Args:
@@ -88,8 +82,9 @@ class ForwardStep:
             term: the auxiliary loss; None trains on the objective alone.
             resets_attention: whether attention stays within the documents that a batch numbers.
             data: where online targets come from; None if every batch contains its targets.
+            chunk_tokens: number of positions whose logits exist at a time; 0: all.
         """
-        self.vocab_size, self.name, self.objective = vocab_size, name, objective
+        self.name, self.objective = name, TokenObjective(vocab_size, objective, chunk_tokens)
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork = data, lock_fork
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
@@ -107,6 +102,8 @@ class ForwardStep:
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
             batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
+        if last and (index_N := self.objective.positions(batch, self._measures_lock_fork(context))) is not None:
+            batch["logit_position"] = index_N.pin_memory() if device.type == "cuda" and not index_N.is_cuda else index_N
         batch = to_device(batch, device)
         flow = self._begin(model, context) if last and self.term is not None else None
         microbatch = Microbatch(batch, context, flow)
@@ -141,27 +138,23 @@ class ForwardStep:
         **_: Any,
     ) -> Losses:
         """Upstream's output_processor: objective and cross-entropy of each token, and the auxiliary loss's sums."""
-        microbatch, sharded = context, config.sequence_parallel
-        logits_SBV, _bias = output_layer(
-            hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
+        microbatch, flow, sharded = context, context.flow, config.sequence_parallel
+        stage = LastStage(hidden_states, output_layer, output_weight, runtime_gather_output, scale_logits, config)
+        measured = Measured(
+            power=flow is not None and flow.head.training and self._is_measured(microbatch.context.iteration),
+            entropy=self._measures_lock_fork(microbatch.context),
         )
-        z_TV = scale_logits(logits_SBV).flatten(0, 1)
-        y_T = torch.where(microbatch.batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
-        vocab = Vocab(self.vocab_size, tensor_rank() * z_TV.shape[-1], tensor_group())
-        step = microbatch.context.iteration
-        if self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(step):
-            self._measure_lock_fork(microbatch, hidden_states, z_TV, vocab, sharded)
+        counts = self.term is None or self._phase(microbatch.context).cross_entropy != 0
+        result = self.objective(stage, labels, microbatch.batch, measured, counts=counts)
+        if measured.entropy:
+            self._measure_lock_fork(microbatch, hidden_states, result, sharded)
         term = None
-        if (flow := microbatch.flow) is not None:
+        if flow is not None:
             h_SBH = flow.states(hidden_states)
-            if flow.head.training and self._is_measured(step):
-                weight_VH = output_layer.weight if output_weight is None else output_weight
-                power = token_power(z_TV, y_T, self.objective, vocab, weight_VH)
-                self._measure(microbatch, flow, h_SBH, power, sharded)
+            if result.power is not None:
+                self._measure(microbatch, flow, h_SBH, result.power, sharded)
             term = self._flow(microbatch, flow, h_SBH, sharded)
-        objective_T, cross_entropy_T = vocab_parallel_loss(z_TV, y_T, self.objective, vocab, overwrite=True)
-        shape = labels.shape[::-1]
-        return objective_T.view(shape).t(), cross_entropy_T.view(shape).t(), term
+        return result.total, result.objective_BS, result.cross_entropy_BS, term
 
     def _flow(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
@@ -190,13 +183,16 @@ class ForwardStep:
             self.reported_bound = True
             print_on_last_rank(at_bound(step, float(state.weight), self.schedule.grad_ratio))
 
-    def _measure_lock_fork(
-        self, microbatch: Microbatch, last_SBH: Tensor, z_TV: Tensor, vocab: Vocab, sharded: bool
-    ) -> None:
+    def _measures_lock_fork(self, context: StepContext) -> bool:
+        return self.lock_fork is not None and torch.is_grad_enabled() and self.lock_fork.is_due(context.iteration)
+
+    def _measure_lock_fork(self, microbatch: Microbatch, last_SBH: Tensor, result: TokenResult, sharded: bool) -> None:
         """Adds this microbatch to the measurement of Lock and Fork positions."""
         assert self.lock_fork is not None
         batch, context, flow = microbatch.batch, microbatch.context, microbatch.flow
-        entropy_BS, top_BS = (x.view(-1, len(batch["labels"])).t() for x in entropy_and_max_prob(z_TV, vocab))
+        entropy_BS, top_BS = result.entropy_BS, result.max_prob_BS
+        assert entropy_BS is not None
+        assert top_BS is not None
         if flow is None or flow.head.net is None:
             sums = self.lock_fork.at_positions(entropy_BS, top_BS, batch["loss_mask"])
         else:
@@ -213,13 +209,13 @@ class ForwardStep:
 
     def loss(self, microbatch: Microbatch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
-        objective_BS, cross_entropy_BS, sums = losses
+        total, objective_BS, cross_entropy_BS, sums = losses
         batch, context = microbatch.batch, microbatch.context
-        tokens, total = batch["loss_mask"].sum(), objective_BS.sum()
+        tokens = batch["loss_mask"].sum()
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
         if self.name != "ce":
             report[f"{self.name} loss"] = pair(total, tokens)
-            for name, values_BS in self.objective.logged(objective_BS, cross_entropy_BS).items():
+            for name, values_BS in self.objective.loss.logged(objective_BS, cross_entropy_BS).items():
                 report[name] = pair((values_BS * batch["loss_mask"]).sum(), tokens)
         if sums is not None:
             assert microbatch.flow is not None

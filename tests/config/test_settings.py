@@ -83,6 +83,20 @@ def test_kl_flow_with_transformer_engine_has_its_time_as_a_token() -> None:
     assert "fp8_format does not go with" in str(contradiction(args))
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["defer_embedding_wgrad_compute", "reuse_grad_buf_for_mxfp8_param_ag", "fp8_output_proj", "use_megatron_fsdp"],
+)
+def test_chunks_of_the_lm_head_are_refused_where_its_weight_is_not_a_plain_parameter(option: str) -> None:
+    words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss"]
+    args = flag_parser().read(words)
+    setattr(args, option, True)
+    assert f"{option} " in str(contradiction(args))
+    assert "set loss_chunk_tokens to 0" in str(contradiction(args))
+    args.loss_chunk_tokens = 0
+    assert contradiction(args) is None
+
+
 def test_cpu_changes_are_said(tmp_path: Path) -> None:
     settings = read_settings(write(tmp_path, transformer_impl="transformer_engine"))
     assert settings.backend == "cpu"
@@ -110,6 +124,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({"context_parallel_size": 2}, [], "context_parallel_size = 2: the batches are not divided"),
         ({"context_parallel_size": 2, "sfr": True}, [], "context_parallel_size = 2: the batches are not divided"),
         ({**KL_FLOW, "context_parallel_size": 2}, [], "context_parallel_size = 2: the batches are not divided"),
+        ({"loss_chunk_tokens": -1}, [], "loss_chunk_tokens = -1: give at least 0"),
         ({"sfr": True, "sfr_draws": 0}, [], "sfr_draws = 0"),
         ({"sfr_hf_load": "a", "pretrained_checkpoint": "b"}, [], "both say where to start"),
         ({"sfr_hf_load": "a", "exit_on_missing_checkpoint": True}, [], "leave one out"),
@@ -163,6 +178,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         ({**KL_FLOW, "objective": "gem"}, [], "set objective to ce"),
         ({**KL_FLOW, "sfr_lock_fork_interval": 5}, [], "sfr_lock_fork_interval is for autoregressive training"),
         ({**KL_FLOW, "mtp_num_layers": 1}, [], "mtp_num_layers is for autoregressive training"),
+        ({**KL_FLOW, "loss_chunk_tokens": 7}, [], "loss_chunk_tokens is for autoregressive training"),
         ({**KL_FLOW, "sfr_hf_load": "model"}, [], "no Hugging Face model starts it"),
         ({**KL_FLOW, **PACKED}, [], "sfr_packing does not go with --training-task kl-flow yet"),
         ({**KL_FLOW, "dataloader_inter_document_masking": True}, [], "does not go with --training-task kl-flow yet"),

@@ -94,6 +94,7 @@ def recipe(prepared: Path, **changes: Any) -> dict[str, Any]:
         "adam_eps": 1e-5,  # at 1e-8 Adam turns rounding in near-zero gradients into whole steps
         "lr_decay_style": "constant",
         "num_workers": 0,
+        "loss_chunk_tokens": 16,  # several chunks in a microbatch
         "train_data_path": [str(prepared)],
         "sfr": True,
         "sfr_head_width": 24,

@@ -91,9 +91,11 @@ def benchmarks(machine: Machine) -> list[Step]:
     loss = "--tokens 256 --repetitions 2" if machine.dry_run else "--like qwen3-8b"
     engine = () if machine.dry_run else ("--transformer-impl", "transformer_engine", "--bf16")
     overhead, no_engine = (*PYTHON, "tools.bench_overhead", *sizes), machine.why_not_engine
+    head = "--tokens 64 --vocabulary 512 --hidden 16 --chunk 16 --repetitions 2" if machine.dry_run else ""
     json = machine.folder / "json"
     return [
         Step("bench_loss", (*PYTHON, "tools.bench_loss", *loss.split(), "--json", f"{json}-loss.json"), 300, lines=20),
+        Step("bench_head", (*PYTHON, "tools.bench_head", *head.split(), "--json", f"{json}-head.json"), 300, lines=30),
         Step("bench_te", (*overhead, *engine, "--json", f"{json}-te.json"), 300, lines=6, why_not=no_engine),
         Step(
             "bench_fp8",

@@ -144,10 +144,24 @@ def entropy_and_max_prob(z_TV: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
 def logit_gradient(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab) -> Tensor:
     """Gradient of the summed loss with respect to the logits: [T, V], in their dtype. The logits do not change."""
     g_TV = z_TV.clone()
-    if not isinstance(loss, ClosedFormLoss):
-        write_blocks(g_TV, y_T, torch.ones_like(y_T, dtype=sum_dtype(z_TV)), loss, vocab)
-        return g_TV
-    first = first_pass(z_TV, y_T, loss, vocab)
-    result = first.result
-    write_gradient(g_TV, y_T, first.stats.m, first.z_y_T, result.softmax_coef, result.label_coef, loss, vocab)
+    loss_and_gradient(g_TV, y_T, loss, vocab)
     return g_TV
+
+
+@torch.no_grad()
+def loss_and_gradient(
+    z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, factor: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The loss and the cross-entropy of each token, [T] each; overwrites the logits with the gradient.
+
+    Args:
+        factor: the gradient is that of the summed loss times this number (a tensor without dimensions, or a float).
+    """
+    if not isinstance(loss, ClosedFormLoss):
+        values = evaluate_blocks(z_TV, y_T, loss, vocab)
+        write_blocks(z_TV, y_T, torch.ones_like(values[0]) * factor, loss, vocab)
+        return values
+    first = first_pass(z_TV, y_T, loss, vocab)
+    softmax_coef_T, label_coef_T = first.result.softmax_coef * factor, first.result.label_coef * factor
+    write_gradient(z_TV, y_T, first.stats.m, first.z_y_T, softmax_coef_T, label_coef_T, loss, vocab)
+    return first.result.loss, first.cross_entropy_T
