@@ -45,6 +45,7 @@ setup(
             *("ruff", "mypy", "types-PyYAML", "types-tqdm"),
             "emerging-optimizers",  # Muon, which a test trains with
             *("datasets>=4", "pyarrow"),  # the tests read Parquet, Arrow, zstd and folders of datasets
+            "peft",  # which has to load the adapters that we export
         ],
     },
 )

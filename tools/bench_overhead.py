@@ -49,9 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_sizes(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, with sizes from --like or from the small default."""
-    parser = build_parser()
+def read_sizes(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The arguments, with sizes from --like or from the small default. parser: build_parser's, with further flags."""
+    parser = parser or build_parser()
     sizes = parser.parse_args(argv)
     defaults = asdict(SHAPES[sizes.like] if sizes.like else SMALL) | (LIKE_HEAD if sizes.like else HEAD)
     for name, value in (defaults | {"batch": 1 if sizes.like else 4}).items():

@@ -30,6 +30,33 @@ class Shape:
         layer = projections + 3 * self.hidden * self.ffn + scores
         return 3 * 2 * (self.layers * layer + self.hidden * self.vocab)
 
+    def lora_flops(self, rank: int, *, causal: bool = True) -> int:
+        """The same with LoRA on every linear layer of the decoder: no gradient of a frozen weight is computed.
+
+        The first layer's queries, keys and values need no gradient of their input either, since nothing before them is
+        trained.
+        """
+        attention, kv = self.heads * self.kv_channels, self.groups * self.kv_channels
+        qkv = self.hidden * (attention + 2 * kv)
+        frozen = self.layers * (qkv + attention * self.hidden + 3 * self.hidden * self.ffn) + self.hidden * self.vocab
+        scores = self.layers * 2 * self.seq * attention // (2 if causal else 1)
+        first = qkv + 3 * rank * self.hidden
+        return 2 * 2 * frozen + 3 * 2 * (scores + self.lora_parameters(rank)) - 2 * first
+
+    def lora_parameters(self, rank: int) -> int:
+        """Parameters of the adapters: A and B of queries, keys, values, projection, gate, up and down."""
+        attention, kv = self.heads * self.kv_channels, self.groups * self.kv_channels
+        inputs = 3 * self.hidden + attention + 2 * self.hidden + self.ffn
+        outputs = attention + 2 * kv + self.hidden + 2 * self.ffn + self.hidden
+        return self.layers * rank * (inputs + outputs)
+
+    @property
+    def parameters(self) -> int:
+        """All weights, with separate embedding and output layer."""
+        attention, kv = self.heads * self.kv_channels, self.groups * self.kv_channels
+        matrices = self.hidden * (2 * attention + 2 * kv) + 3 * self.hidden * self.ffn
+        return self.layers * (matrices + 2 * self.hidden) + self.hidden + 2 * self.hidden * self.vocab
+
 
 # Layers are cut: two models with their optimizers have to fit beside each other. Sequence: what fine-tuning uses.
 SHAPES = {

@@ -4,7 +4,7 @@ Imports Megatron: choose the backend first (`runtime.backend.prepare`). B sample
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,51 +111,84 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if backend.device().type == "cuda" else 0
 
 
-def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -> list[Arm]:
-    """A step of cross-entropy, of SFR, and of SFR with its gradients measured; the last two share a model."""
+@dataclass(frozen=True)
+class Built:
+    """A model with its optimizer, and the bytes that they took on the GPU."""
+
+    model: Any
+    optimizer: Any
+    bytes: int
+
+
+Hook = Callable[[list[Any]], list[Any]]
+
+
+def begin(sizes: argparse.Namespace) -> argparse.Namespace:
+    """Megatron's arguments for these sizes, with Megatron started."""
     settings = read_settings(flags(sizes))
     args = parse(settings)
     if args.transformer_impl != sizes.transformer_impl:
         raise SystemExit(f"--transformer-impl {sizes.transformer_impl} cannot be timed here: {settings.changes[0]}")
     training.initialize_megatron()
     args.curr_iteration = 0
+    return args
+
+
+def build(
+    args: argparse.Namespace,
+    backend_name: Literal["cpu", "cuda"],
+    head: FlowHeadPlan | None,
+    hooks: Sequence[Hook] = (),
+) -> Built:
+    """Builds a model and its optimizer, with a flow head and upstream's pre-wrap hooks if they are given."""
+    before = allocated()
+    config = model_config(plan_run(args, backend_name))
+    config.head = head
+    config.pre_wrap_hooks.extend(hooks)
+    (model,), optimizer, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        checkpointing_context={},
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return Built(model, optimizer, allocated() - before)
+
+
+def make_arm(
+    name: str,
+    built: Built,
+    args: argparse.Namespace,
+    batch: dict[str, torch.Tensor],
+    term: FlowTerm | None = None,
+    measure_interval: int = 0,
+) -> Arm:
+    """A step of cross-entropy, and of SFR if there is a term."""
+    schedule = ScheduleOptions(measure_interval=measure_interval)
+    forward = ForwardStep(args.vocab_size, "ce", CrossEntropy(), term, schedule, False)
+
+    def take() -> None:
+        args.curr_iteration += 1
+        built.model.zero_grad_buffer()
+        built.optimizer.zero_grad()
+        # Upstream's check for NaN runs in its own training loop only.
+        context = StepContext(args.curr_iteration, 2**20, 1, None, args.transformer_impl, checks_nan=False)
+        output, loss = forward(iter([batch]), built.model, context)
+        total, tokens, _ = loss(output)
+        (total / tokens).backward()
+        built.optimizer.step()
+
+    return Arm(name, take, built.bytes)
+
+
+def make_arms(sizes: argparse.Namespace, backend_name: Literal["cpu", "cuda"]) -> list[Arm]:
+    """A step of cross-entropy, of SFR, and of SFR with its gradients measured; the last two share a model."""
+    args = begin(sizes)
     head = FlowHeadOptions(architecture=sizes.head, width=sizes.width, depth=sizes.depth)
     term = FlowTerm(TermOptions(SFROptions(draws=sizes.draws), TargetOptions(), GateOptions(), head))
     batch = make_batch(sizes, backend.device())
-
-    def build(plan: FlowHeadPlan | None) -> tuple[Any, Any, int]:
-        before = allocated()
-        config = model_config(plan_run(args, backend_name))
-        config.head = plan
-        (model,), optimizer, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            checkpointing_context={},
-            cfg_container=pretrain_cfg_container_from_args(args, config),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        return model, optimizer, allocated() - before
-
-    def make(name: str, built: tuple[Any, Any, int], term: FlowTerm | None, measure_interval: int) -> Arm:
-        model, optimizer, size = built
-        schedule = ScheduleOptions(measure_interval=measure_interval)
-        forward = ForwardStep(sizes.vocab, "ce", CrossEntropy(), term, schedule, False)
-
-        def take() -> None:
-            args.curr_iteration += 1
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-            # Upstream's check for NaN runs in its own training loop only.
-            context = StepContext(args.curr_iteration, 2**20, 1, None, args.transformer_impl, checks_nan=False)
-            output, loss = forward(iter([batch]), model, context)
-            total, tokens, _ = loss(output)
-            (total / tokens).backward()
-            optimizer.step()
-
-        return Arm(name, take, size)
-
-    plain, with_head = build(None), build(FlowHeadPlan(head, sizes.dim))
+    plain, with_head = (build(args, backend_name, plan) for plan in (None, FlowHeadPlan(head, sizes.dim)))
     return [
-        make("ce", plain, None, 0),
-        make("sfr", with_head, term, 0),
-        make("sfr, gradients measured", with_head, term, 1),
+        make_arm("ce", plain, args, batch),
+        make_arm("sfr", with_head, args, batch, term),
+        make_arm("sfr, gradients measured", with_head, args, batch, term, 1),
     ]

@@ -8,13 +8,14 @@ from typing import Any
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 
+from megatron_sfr.config.lora_checks import base_fingerprint, check_adapters
 from megatron_sfr.config.run_plan import RunPlan
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_prepared
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.hf.end_tokens import end_tokens_of
-from megatron_sfr.hf.load_at_start import start_from
+from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
@@ -23,6 +24,7 @@ from megatron_sfr.kl_flow.model import KLFlowModelConfig
 from megatron_sfr.model.builder import SFRModelConfig
 from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec
+from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.auxiliary_loss import FlowTerm
 from megatron_sfr.training.data.prepared_check import prepared_folders
@@ -47,30 +49,38 @@ def model_config(plan: RunPlan) -> SFRModelConfig | KLFlowModelConfig:
         config.transformer_layer_spec = local_block_spec
     if plan.data.sfr:
         config.head = head_plan(plan)
-    if plan.start.hf_load is not None and not checkpoint_exists(args.load):
+    lora = plan.lora if plan.lora.rank is not None else None
+    if plan.start.hf_load is not None and (lora or not checkpoint_exists(args.load)):
         config.pre_wrap_hooks.append(start_from(Path(plan.start.hf_load), args))
+    if lora is not None:  # a checkpoint to load has no base weights: they are read first, at every start
+        if lora.base is not None:
+            config.pre_wrap_hooks.append(base_from(Path(lora.base), args))
+        config.pre_wrap_hooks.append(attach_adapters(lora, args.seed))
     return config
 
 
 def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Checks that the checkpoints that a run loads were written by the same task.
+    """Checks that the checkpoints that a run loads were written by the same task, with adapters if it has adapters.
 
     Upstream would load whatever fits of another task's model.
 
     Returns:
         The arguments of the run that wrote the checkpoint in --load; empty if there is none.
     Raises:
-        ValueError: a checkpoint was written by another task.
+        ValueError: a checkpoint was written by another task, or has other adapters.
     """
     arguments: dict[str, Mapping[str, Any]] = {}
+    args.lora_base_fingerprint = base_fingerprint(args)
     paths = [path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)]
     for path in paths if args.ckpt_format == "torch_dist" else []:
         try:
             found = newest(Path(path))
             folder = Path(path, f"iter_{args.ckpt_step:07d}") if args.ckpt_step else found and found.folder
-            stored = Checkpoint(find_checkpoint(folder or Path(path))).arguments()
+            checkpoint = Checkpoint(find_checkpoint(folder or Path(path)))
+            stored = checkpoint.arguments()
         except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
             continue
+        check_adapters(args, path, checkpoint)
         arguments[path] = stored
         task = stored.get("training_task", "autoregressive")
         if task != args.training_task:
@@ -83,7 +93,7 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
 
 def unknown_end(args: argparse.Namespace) -> str | None:
     """A warning if replies of the data end with tokens that the starting model does not stop at; None otherwise."""
-    start = args.sfr_hf_load or args.pretrained_checkpoint or args.load
+    start = args.sfr_hf_load or args.lora_base or args.pretrained_checkpoint or args.load
     known = end_tokens_of(Path(start)) if start else ()
     if not known or not (unknown := [id for id in args.reply_end_tokens if id not in known]):
         return None

@@ -13,6 +13,7 @@ from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
+from megatron_sfr.model.lora.options import LoRAOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -60,6 +61,8 @@ class RunPlan:
     """How a checkpoint without a head is loaded."""
     start: StartOptions
     """The Hugging Face model to start from."""
+    lora: LoRAOptions
+    """Low-rank adapters, if it has a rank."""
     separator: str | None
     """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
 
@@ -108,6 +111,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         preset=options(PresetOptions, args),
         load=options(LoadOptions, args),
         start=options(StartOptions, args),
+        lora=options(LoRAOptions, args),
         separator=separator(args),
     )
 

@@ -26,6 +26,7 @@ from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
+from megatron_sfr.model.lora.options import LoRAOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -76,7 +77,7 @@ PARTS = (
         FlowHeadOptions,
         HeadOptimizerOptions,
     ),
-    *(LockForkOptions, LoadOptions, StartOptions, BackendOptions),
+    *(LockForkOptions, LoadOptions, StartOptions, LoRAOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import Any
 
+from megatron_sfr.config.lora_checks import lora_contradictions
 from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
 Rows = list[tuple[Any, str]]
@@ -12,6 +13,7 @@ Rows = list[tuple[Any, str]]
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first incompatible combination among parsed arguments, in one line; None if there is none."""
     rows = _of_the_run(args) + _of_chunks(args) + _of_the_start(args) + _of_separation(args)
+    rows += lora_contradictions(args)
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)
@@ -72,11 +74,11 @@ def _of_the_start(args: argparse.Namespace) -> Rows:
     sharded = args.use_megatron_fsdp or args.use_torch_fsdp2
     return [
         (
-            args.pretrained_checkpoint is not None,
+            args.pretrained_checkpoint is not None and args.lora_rank is None,  # with LoRA it holds adapters
             "--sfr-hf-load and --pretrained-checkpoint both say where to start: leave one out",
         ),
         (
-            args.exit_on_missing_checkpoint,
+            args.exit_on_missing_checkpoint and args.lora_rank is None,
             "--sfr-hf-load starts a run that has no checkpoint, --exit-on-missing-checkpoint ends it: leave one out",
         ),
         (

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_sfr.hf.adapter.merge import MergedModel
+from megatron_sfr.hf.adapter.stored_adapter import has_adapters
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import add_end_tokens
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
@@ -36,6 +38,7 @@ COMPANIONS = (
 )
 """Files copied with the config: tokenizer, chat template, generation config, licence."""
 SHARD_BYTES = 5 * 10**9
+Model = StoredModel | MergedModel
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     head: bool = False,
+    merge: bool = False,
+    base: str | Path | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> ExportReport:
@@ -81,6 +86,8 @@ def export_hf(
         shard_bytes: largest size of a file of weights.
         workers: processes that write files; the files are the same for any number.
         head: write the flow head too; `load_head` reads it.
+        merge: merge the adapters of a run with LoRA into its frozen weights.
+        base: for merge: the frozen weights, an HF folder or a Megatron checkpoint. Default: where the run read them.
         force: replace an output of another export.
         progress: show a progress bar.
     Returns:
@@ -97,7 +104,7 @@ def export_hf(
     if workers < 1 or shard_bytes < 1:
         raise ValueError(f"{workers} workers writing files of {shard_bytes} bytes: both have to be positive")
     config = read_config(like)
-    model = StoredModel(Checkpoint(find_checkpoint(checkpoint)), config)
+    model = _open(Checkpoint(find_checkpoint(checkpoint)), config, merge=merge, base=base)
     headers = _headers(model, dtype)
     shards = plan_shards(headers, shard_bytes)
     size, dtypes = sum(x.bytes for x in headers.values()), tuple(dict.fromkeys(x.dtype for x in headers.values()))
@@ -126,13 +133,28 @@ def export_hf(
     )
 
 
-def _identity(model: StoredModel, like: Path, options: dict[str, object]) -> dict[str, object]:
+def _open(checkpoint: Checkpoint, config: Config, *, merge: bool, base: str | Path | None) -> Model:
+    """The model in a checkpoint, or that of its adapters merged into their base."""
+    if base is not None and not merge:
+        raise ValueError("--base names the weights that --merge merges adapters into: add --merge")
+    if merge:
+        return MergedModel(checkpoint, config, Path(base) if base is not None else None)
+    if has_adapters(checkpoint):
+        raise ValueError(
+            f"{checkpoint.folder} holds adapters only: add --merge for a complete model, or --adapter for PEFT's folder"
+        )
+    return StoredModel(checkpoint, config)
+
+
+def _identity(model: Model, like: Path, options: dict[str, object]) -> dict[str, object]:
     """Everything that determines an export, by which a later call recognizes its output."""
     inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
+    if isinstance(model, MergedModel):
+        inputs["base"] = contents_of(model.base, ("*", "*/*"))
     return {"command": "convert export", **inputs, "options": options}
 
 
-def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
+def _write_head_and_index(model: Model, shards: Sequence[Shard], size: int, folder: Path, head: bool) -> None:
     if head:
         from megatron_sfr.hf.head_files import keep_head  # imports Megatron, unlike the rest of this module
 
@@ -141,7 +163,7 @@ def _write_head_and_index(model: StoredModel, shards: Sequence[Shard], size: int
         _write_index(shards, size, folder / INDEX)
 
 
-def _headers(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Header]:
+def _headers(model: Model, dtype: torch.dtype | None) -> dict[str, Header]:
     """Shape and dtype of each HF tensor, in the order of the model."""
     return {
         name: Header(shape, dtype or model.dtype(entry))
@@ -151,7 +173,7 @@ def _headers(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Header]
 
 
 def _write_shards(
-    model: StoredModel, shards: Sequence[Shard], folder: Path, written: Callable[[int], object] | None = None
+    model: Model, shards: Sequence[Shard], folder: Path, written: Callable[[int], object] | None = None
 ) -> None:
     """Writes each shard. `written` is called with the number of bytes of each tensor."""
     for shard in shards:
@@ -166,7 +188,7 @@ def _write_shards(
                             written(shard.tensors[name].bytes)
 
 
-def _write_weights(model: StoredModel, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int) -> None:
+def _write_weights(model: Model, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int) -> None:
     """Writes the shards, distributed over processes if there are several; the bar then follows the file sizes."""
     workers = min(workers, len(shards))
     if workers == 1:

@@ -1,4 +1,5 @@
-"""Training directly from a Hugging Face folder: each rank reads only the chunks of its own parameters.
+"""Training directly from a Hugging Face folder, or on the frozen weights of a checkpoint: each rank reads only the
+chunks of its own parameters.
 
 The extension point is upstream's: `pre_wrap_hooks` of its model config run on the bare model, before the optimizer
 copies fp32 weights from it. `sharded_state_dict` gives the tensor and the chunk of each parameter, as for a checkpoint,
@@ -17,7 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_sfr.hf.hf_model import Source, open_source
 from megatron_sfr.hf.mappings import Entry
-from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, disagreement
+from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, COMPARED, disagreement
 from megatron_sfr.option_names import named
 
 
@@ -28,7 +30,8 @@ class StartOptions:
 
     hf_load: str | None = None
     """Folder of a Hugging Face model to start from without converting it first: each rank reads its own part. The flow
-    head is newly initialized. A run whose --load holds a checkpoint resumes from that. Default: none."""
+    head is newly initialized. A run whose --load holds a checkpoint resumes from that; with --lora-rank the folder is
+    read at every start. Default: none."""
 
 
 def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
@@ -92,6 +95,49 @@ def _fill(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
         tensor.data.narrow(axis, 0, stop - start).copy_(source.read(entry, start, stop))
 
 
+def base_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
+    """A pre-wrap hook that loads a Megatron checkpoint into the model, without its flow head. Raises ValueError if the
+    arguments describe another model."""
+    checkpoint = Checkpoint(find_checkpoint(folder))
+    stored = checkpoint.arguments()
+    for name in COMPARED.values():
+        if name in stored and stored[name] != getattr(args, name):
+            raise ValueError(f"the run has {name} {getattr(args, name)}, but {checkpoint.folder} has {stored[name]}")
+    return lambda chunks: fill_from_checkpoint(chunks, checkpoint)
+
+
+@torch.no_grad()
+def fill_from_checkpoint(chunks: list[MegatronModule], checkpoint: Checkpoint) -> list[MegatronModule]:
+    """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
+
+    Only the flow head keeps its initialization. Vocabulary padding becomes zero.
+    """
+    for chunk in chunks:
+        state = chunk.sharded_state_dict()
+        apply_factories(state)
+        filled: dict[int, int] = {}
+        for tensor in nested_values(state):
+            if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(AUXILIARY):
+                continue
+            if (stored := checkpoint.tensors.get(tensor.key)) is None:
+                raise ValueError(f"{checkpoint.folder} has no {tensor.key}, which these flags ask for")
+            if tuple(stored.size) != tensor.global_shape and not tensor.allow_shape_mismatch:
+                raise ValueError(
+                    f"{checkpoint.folder}: {tensor.key} is {list(stored.size)}, these flags build "
+                    f"{list(tensor.global_shape)}"
+                )
+            size = [1] * tensor.prepend_axis_num + list(tensor.local_shape)
+            kept = [max(0, min(n, w - o)) for n, w, o in zip(size, stored.size, tensor.global_offset, strict=True)]
+            tensor.data.zero_()
+            if all(kept):
+                part = checkpoint.read(tensor.key, tensor.global_offset, kept)[(0,) * tensor.prepend_axis_num]
+                tensor.data[tuple(slice(n) for n in part.shape)] = part.to(tensor.data)
+            storage = tensor.data.untyped_storage().data_ptr()
+            filled[storage] = filled.get(storage, 0) + tensor.data.numel()
+        _check_filled(chunk, filled)
+    return chunks
+
+
 def _check_filled(chunk: MegatronModule, filled: dict[int, int]) -> None:
     """Raises ValueError unless each parameter was loaded completely and once."""
     wrong = [
@@ -100,4 +146,4 @@ def _check_filled(chunk: MegatronModule, filled: dict[int, int]) -> None:
         if not name.startswith(AUXILIARY) and filled.get(parameter.untyped_storage().data_ptr()) != parameter.numel()
     ]
     if wrong:
-        raise ValueError(f"these parameters would not start from the Hugging Face folder: {', '.join(wrong)}")
+        raise ValueError(f"these parameters would not start from the given weights: {', '.join(wrong)}")

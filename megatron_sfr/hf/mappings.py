@@ -147,12 +147,12 @@ class QKV:
         return tuple(((first * rows, last * rows),) for rows in self.group(d))
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
-        columns = d.shape(self.columns)
+        columns = parts[0].shape[1:]  # those of a weight, none of a bias, the rank of an adapter
         groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self.group(d), strict=True)]
         return torch.cat(groups, dim=1).reshape(-1, *columns)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
-        columns = d.shape(self.columns)
+        columns = tensor.shape[1:]
         parts = tensor.reshape(d.groups, -1, *columns).split(self.group(d), dim=1)
         return tuple(x.reshape(-1, *columns) for x in parts)
 

@@ -29,6 +29,15 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(tmp_path: Path) ->
     assert (plain["mfu"], plain["peak_gib"]) == (None, None)  # a CPU has no peak here
 
 
+def test_lora_computes_no_gradient_of_a_frozen_weight(tmp_path: Path) -> None:
+    """Counted by torch: no product beside those of the forward pass, of inputs' gradients and of the adapters."""
+    file = tmp_path / "numbers.json"
+    warm.run("-m", "tools.bench_lora", *TINY, "--rank", "3", "--json", str(file), check=True)
+    for r in json.loads(file.read_text())["rows"]:
+        for name in ("trained", "gradient_bytes", "optimizer_bytes", "flops"):
+            assert r[name if name != "flops" else "counted_flops"] == r[f"calculated_{name}"], (r["step"], name)
+
+
 def test_a_causal_mask_halves_the_scores_alone() -> None:
     shape = SHAPES["qwen3-8b"]
     scores = 3 * 2 * shape.layers * 2 * shape.seq * shape.heads * shape.kv_channels

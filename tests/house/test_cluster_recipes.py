@@ -15,6 +15,7 @@ from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3, CODER = "examples/qwen3_32b_personas/recipe.yaml", "examples/qwen2.5_coder_7b/recipe.yaml"
+LLAMA3 = "examples/llama3_8b_lora_sfr/recipe.yaml"
 SHARED = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -51,6 +52,21 @@ CODER_CONFIG = SHARED | {  # Qwen/Qwen2.5-Coder-7B-Instruct, config.json
 }
 
 
+LLAMA3_CONFIG = SHARED | {  # meta-llama/Meta-Llama-3-8B-Instruct, config.json
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+
+
 def validate(processes: int, recipe: str, *flags: str) -> subprocess.CompletedProcess:
     return warm.run("-m", "tests.house.validate_recipe", str(processes), str(ROOT / recipe), *flags)
 
@@ -72,6 +88,14 @@ def test_upstream_accepts_the_recipe(processes: int, recipe: str, data_parallel:
     }
 
 
+def test_upstream_accepts_the_recipe_with_lora() -> None:
+    done = validate(8, LLAMA3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["data_parallel"], found["layers"], found["fp8"][0]) == (8, [32], None)
+    assert found["implementation"] == "transformer_engine"
+
+
 def test_upstream_refuses_a_layout_that_does_not_fit() -> None:
     done = validate(64, QWEN3, "--tensor-model-parallel-size", "3")
     assert done.returncode == 1
@@ -82,7 +106,7 @@ def read(recipe: str) -> dict[str, object]:
     return yaml.safe_load((ROOT / recipe).read_text())
 
 
-@pytest.mark.parametrize(("recipe", "config"), [(QWEN3, QWEN3_CONFIG), (CODER, CODER_CONFIG)])
+@pytest.mark.parametrize(("recipe", "config"), [(QWEN3, QWEN3_CONFIG), (CODER, CODER_CONFIG), (LLAMA3, LLAMA3_CONFIG)])
 def test_the_recipe_has_the_shape_that_convert_recipe_prints(recipe: str, config: dict[str, object]) -> None:
     printed = megatron_flags(config)
     assert {key: read(recipe).get(key) for key in printed} == printed
@@ -98,7 +122,7 @@ def test_fp8_shapes_are_multiples_of_16(recipe: str) -> None:
     assert r["hidden_size"] % 16 == 0
 
 
-@pytest.mark.parametrize("recipe", [QWEN3, CODER])
+@pytest.mark.parametrize("recipe", [QWEN3, CODER, LLAMA3])
 def test_the_readme_says_that_it_has_not_run(recipe: str) -> None:
     text = (ROOT / recipe).with_name("README.md").read_text()
     assert "has not been run" in text

@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb = verbs.add_parser("import", help="Hugging Face folder -> checkpoint that --load reads in any TP/PP layout")
     verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, for --load")
+    verb.add_argument(
+        "--adapter", type=Path, metavar="PEFT_DIR", help="convert this adapter of the model, not the model"
+    )
     verb.add_argument("--check", action="store_true", help="read everything back and compare it bit for bit")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
@@ -19,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="--save folder (newest) or iter_N")
     verb.add_argument("--like", type=Path, required=True, metavar="HF_DIR", help="folder with the config and tokenizer")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    kind = verb.add_mutually_exclusive_group()
+    kind.add_argument("--adapter", action="store_true", help="of a run with LoRA: write a PEFT folder of its adapters")
+    kind.add_argument("--merge", action="store_true", help="of a run with LoRA: merge its adapters into the base model")
+    verb.add_argument(
+        "--base", type=Path, metavar="DIR", help="base model of --merge, HF or Megatron (default: the run's)"
+    )
     verb.add_argument("--check", type=Path, metavar="HF_DIR", help="compare logits with this model's")
     verb.add_argument(
         "--tolerance", type=float, help="tolerance of --check, relative to the largest logit (default 1e-5)"
@@ -50,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
+    if args.adapter is not None:
+        _import_adapter(args)
+        return
     from megatron_sfr.hf.import_hf import import_hf
 
     report = import_hf(args.hf, args.output, check=args.check, force=args.force)
@@ -60,7 +72,40 @@ def _import(args: argparse.Namespace) -> None:
     print(f"train from it with: load: {report.output}, finetune: true, and what `convert recipe --hf {args.hf}` prints")
 
 
+def _import_adapter(args: argparse.Namespace) -> None:
+    from megatron_sfr.hf.adapter.import_adapter import import_adapter
+
+    if args.check:
+        raise ValueError("--check compares a model; leave it out for --adapter")
+    report = import_adapter(args.adapter, args.output, hf=args.hf, force=args.force)
+    if report.up_to_date:
+        print(f"{report.output} is up to date")
+    print(f"{report.output}: {report.tensors} matrices of rank {report.rank}, {_size(report.bytes)}")
+    print(
+        f"train it further with: pretrained_checkpoint: {report.output}, sfr_hf_load: {args.hf}, "
+        f"lora_rank: {report.rank}, lora_alpha: {report.alpha:g}, lora_targets: {report.targets}"
+    )
+
+
+def _export_adapter(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_sfr.hf.adapter.export_adapter import export_adapter
+
+    if args.base or args.check or args.keep_head or args.workers != 1:
+        raise ValueError("--base, --check, --keep-head and --workers are for a complete model: leave --adapter out")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    report = export_adapter(args.checkpoint, args.output, like=args.like, dtype=dtype, force=args.force)
+    if report.up_to_date:
+        print(f"{report.output} is up to date")
+    print(f"{report.output}: {report.tensors} matrices of rank {report.rank}, {_size(report.bytes)}")
+    print(f"from {report.checkpoint}; peft.PeftModel.from_pretrained(base, {str(report.output)!r}) loads it")
+
+
 def _export(args: argparse.Namespace) -> None:
+    if args.adapter:
+        _export_adapter(args)
+        return
     import torch
 
     from megatron_sfr.hf.compare_logits import TOLERANCE, check_logits
@@ -78,6 +123,8 @@ def _export(args: argparse.Namespace) -> None:
         shard_bytes=int(args.max_shard_gb * 1e9),
         workers=args.workers,
         head=args.keep_head,
+        merge=args.merge,
+        base=args.base,
         force=args.force,
     )
     if report.up_to_date:

@@ -103,7 +103,7 @@ class Checkpoint:
         return out
 
     def arguments(self) -> Mapping[str, Any]:
-        """The arguments of the run that wrote it; empty if it has none, as after an import from Hugging Face."""
+        """The arguments of the run that wrote it, or LoRA's options of an imported adapter; empty if it has none."""
         info = self._metadata.storage_data.get(MetadataIndex(COMMON))
         if info is None:
             return {}
@@ -113,7 +113,7 @@ class Checkpoint:
         path = self.folder / info.relative_path
         with loading(f"{path}: the run's arguments cannot be read", HINT):
             common = read_common_state(stored)
-            return vars(common["args"]) if "args" in common else {}
+            return vars(common["args"]) if "args" in common else dict(common.get("lora", {}))
 
 
 def _file_ends(metadata: Metadata) -> dict[str, int]:
