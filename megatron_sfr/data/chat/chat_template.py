@@ -37,6 +37,8 @@ class ChatTemplate:
         """ValueError for a variable in `template_kwargs` that the template does not read."""
         self.tokenizer, self.options = tokenizer, options
         self.control, self.control_ids = control_tokens(tokenizer)
+        self._known = tokenizer.special_tokens_map | options.template_kwargs
+        self._day = date.fromisoformat(options.template_date)
         for name in options.template_kwargs:
             _check_variable(name, tokenizer)
 
@@ -67,11 +69,11 @@ class ChatTemplate:
 
         like: tools that choose the template of a tokenizer that has several, where it is not `tools`.
         """
-        return self._render(messages, tools, tools or like, add_generation_prompt=prompt)[0]
+        return self._render(messages, tools, tools or like, prompt=prompt)[0]
 
     def blocks(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
         """The text, and [start, end) of each {% generation %} block in it."""
-        return self._render(messages, tools, tools, return_assistant_tokens_mask=True)
+        return self._render(messages, tools, tools, marked=True)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text: the template writes the special tokens itself."""
@@ -92,33 +94,41 @@ class ChatTemplate:
         return variables_of(self.tokenizer)
 
     def _render(
-        self, messages: Sequence[Message], tools: list[Any] | None, like: Any, **options: bool
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        like: Any,
+        *,
+        prompt: bool = False,
+        marked: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        """What transformers' `render_jinja_template` returns, which would copy all data for each rendering.
 
-        template = self.tokenizer.get_chat_template(tools=like)
+        The copy replaces objects other than JSON values, which records do not have.
+        """
+        from transformers.utils.chat_template_utils import _alias_reasoning_fields, _render_with_assistant_indices
+
+        source = self.tokenizer.get_chat_template(tools=like)
         if self.options.persona_as == "user":
             messages = system_in_user_turn(messages)
+        # transformers hands no functions over as variables, so the date is set where its templates find their own.
+        template = compiled(source)
+        shared = template.environment.globals
+        known = {"tools": tools, "documents": None, "add_generation_prompt": prompt, **self._known}
 
-        def render() -> tuple[list[str], list[list[tuple[int, int]]]]:
-            # transformers hands no functions over as variables, so the date is set where its templates find their own.
-            shared = compiled(template).environment.globals
-            clock, shared["strftime_now"] = shared["strftime_now"], day.strftime
+        def render() -> tuple[str, list[tuple[int, int]]]:
+            clock, shared["strftime_now"] = shared["strftime_now"], self._day.strftime
             try:
-                return render_jinja_template(
-                    conversations=[list(messages)],
-                    tools=tools,
-                    chat_template=template,
-                    **options,
-                    **(self.tokenizer.special_tokens_map | self.options.template_kwargs),
-                )
+                said = _alias_reasoning_fields(list(messages))
+                if marked:
+                    return _render_with_assistant_indices(template, said, **known)
+                return template.render(messages=said, **known), []
             finally:
                 shared["strftime_now"] = clock
 
-        day = date.fromisoformat(self.options.template_date)
         try:
-            texts, blocks = render_bounded(compiled(template), render)
-            return check_output(texts[0]), blocks[0] if blocks else []
+            text, blocks = render_bounded(template, render)
+            return check_output(text), blocks
         except (
             Exception
         ) as error:  # a template is a program: it divides by zero, adds None to text, asks for a terabyte

@@ -7,11 +7,13 @@ template can double a list or a string in many ways, and each of them allocates.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -20,6 +22,7 @@ MOST_LETTERS = 100_000_000
 MOST_BYTES = 1 << 30  # that one rendering may add to the memory of the process
 _TOOL = 4  # of sys.monitoring's six numbers, one that debuggers, coverage and profilers do not claim
 _turn = threading.Lock()  # the number is the interpreter's: one rendering at a time
+SIZE_RENDERINGS = 100  # reading the size of the process takes longer than a rendering
 
 
 class TemplateLimitError(Exception):
@@ -39,31 +42,66 @@ def render_bounded(template: Any, render: Callable[[], Any]) -> Any:
         if left < 0:
             raise TemplateLimitError(f"it ran {MOST_LOOPS:,} loop iterations and had not ended")
 
-    monitoring = sys.monitoring
+    monitoring, codes = sys.monitoring, _codes(template)
     with _turn:
         monitoring.use_tool_id(_TOOL, "chat template")
         try:
             monitoring.register_callback(_TOOL, monitoring.events.JUMP, count)
-            for code in _codes(template):
+            for code in codes:
                 monitoring.set_local_events(_TOOL, code, monitoring.events.JUMP)
-            with _bounded_memory():
-                return render()
+            return _render_in_memory(render)
         except MemoryError:
             pass  # raised below, not as the cause: the machine itself has memory left
         finally:
-            for code in _codes(template):
+            for code in codes:
                 monitoring.set_local_events(_TOOL, code, 0)
             monitoring.register_callback(_TOOL, monitoring.events.JUMP, None)
             monitoring.free_tool_id(_TOOL)
     raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory")
 
 
+def _render_in_memory(render: Callable[[], Any]) -> Any:
+    """render() with bounded memory. A process may have grown since its size was read: if so, it is read again."""
+    try:
+        with _bounded_memory(_size.known()):
+            return render()
+    except MemoryError:
+        if not _size.is_old():
+            raise
+    with _bounded_memory(_size.read()):
+        return render()
+
+
+class _Size:
+    """The address space of this process in bytes, read from the system once in SIZE_RENDERINGS renderings."""
+
+    def __init__(self) -> None:
+        self.bytes, self.process, self.renderings = 0, 0, SIZE_RENDERINGS
+
+    def known(self) -> int:
+        if self.renderings >= SIZE_RENDERINGS or self.process != os.getpid():
+            return self.read()
+        self.renderings += 1
+        return self.bytes
+
+    def read(self) -> int:
+        with open("/proc/self/statm") as file:
+            self.bytes = int(file.read().split()[0]) * resource.getpagesize()
+        self.process, self.renderings = os.getpid(), 0
+        return self.bytes
+
+    def is_old(self) -> bool:
+        return self.renderings > 0
+
+
+_size = _Size()
+
+
 @contextmanager
-def _bounded_memory() -> Iterator[None]:
-    """Limits the address space of the process to what it has and MOST_BYTES; a larger allocation is a MemoryError."""
+def _bounded_memory(size: int) -> Iterator[None]:
+    """Limits the address space of the process to `size` and MOST_BYTES; a larger allocation is a MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + MOST_BYTES
+    limit = size + MOST_BYTES
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -81,9 +119,12 @@ def check_output(text: str) -> str:
     return text
 
 
-def _codes(template: Any) -> Iterator[CodeType]:
+@lru_cache(maxsize=16)
+def _codes(template: Any) -> tuple[CodeType, ...]:
     """The code of a compiled template: its body, its blocks, and the macros and loops inside them."""
     found = [function.__code__ for function in (template.root_render_func, *template.blocks.values())]
+    codes = []
     while found:
-        yield (code := found.pop())
+        codes.append(code := found.pop())
         found += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return tuple(codes)

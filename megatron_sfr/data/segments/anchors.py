@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.rendered_turns import EMPTY_THOUGHT
-from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, Units, is_whole_reply
+from megatron_sfr.data.segments.segmenters import SEGMENTERS, Segmenter, TokenUnits, Units, is_whole_reply
 from megatron_sfr.data.segments.token_text import TokenText, token_text
 
 DIGEST_BYTES = 16
@@ -90,7 +90,7 @@ def _empty_thought(text: TokenText) -> int:
     return min(int(text.tokens_at([found.end()])[0]), len(text.begins) - 2) if found else 0
 
 
-def spans(units: Units, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
+def spans(units: Units | TokenUnits, cut: Cut) -> Iterator[tuple[int, int, int, int]]:
     """(ordinal j, horizon, start, end) of each target of a reply, in its tokens from 0; by ordinal, then horizon."""
     anchors = np.arange(0, units.N, cut.stride)
     found = []

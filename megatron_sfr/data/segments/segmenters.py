@@ -50,6 +50,19 @@ class Units:
         return starts[first], ends[last], last < len(self.starts)
 
 
+@dataclass(frozen=True)
+class TokenUnits:
+    """Units that are the N tokens themselves."""
+
+    N: int
+
+    def ahead(self, anchors: np.ndarray, offset: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Units.ahead`."""
+        start = np.minimum(anchors + (offset - 1), self.N)
+        end = start + length
+        return start, np.minimum(end, self.N), end <= self.N
+
+
 def _steps(follows: np.ndarray, steps: int) -> np.ndarray:
     """The unit reached from each one [U + 1] after `steps` steps, by doubling: O(U log steps)."""
     reached = np.arange(len(follows))
@@ -61,9 +74,8 @@ def _steps(follows: np.ndarray, steps: int) -> np.ndarray:
     return reached
 
 
-def tokens_as_units(text: TokenText) -> Units:
-    N = len(text.begins) - 1
-    return Units(np.arange(N), np.arange(1, N + 1), N)
+def tokens_as_units(text: TokenText) -> TokenUnits:
+    return TokenUnits(len(text.begins) - 1)
 
 
 def sentences_as_units(text: TokenText) -> Units:
@@ -77,7 +89,7 @@ def statements_as_units(text: TokenText) -> Units:
     return _in_tokens(text, *statements(text.text))
 
 
-SEGMENTERS: dict[Segmenter, Callable[[TokenText], Units]] = {
+SEGMENTERS: dict[Segmenter, Callable[[TokenText], Units | TokenUnits]] = {
     "window": tokens_as_units,
     "sentence": sentences_as_units,
     "statement": statements_as_units,

@@ -17,6 +17,7 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+from tokenizers.decoders import ByteLevel
 
 from megatron_sfr.storage.jsonl import RecordError
 
@@ -114,6 +115,8 @@ def _token_sizes(tokenizer: Any) -> np.ndarray:
 
 def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
     """The number of blanks that the decoder drops before the first token. RecordError for any other difference."""
+    if _decodes_bytes(tokenizer):
+        return 0
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode("utf-8")
     dropped = len(data) - len(decoded)
     if dropped < 0 or data != b" " * dropped + decoded:
@@ -123,6 +126,12 @@ def _dropped_at_start(data: bytes, ids: np.ndarray, tokenizer: Any) -> int:
             "have no exact text; take a tokenizer that decodes what it has encoded, such as byte-level BPE"
         )
     return dropped
+
+
+@lru_cache(maxsize=8)
+def _decodes_bytes(tokenizer: Any) -> bool:
+    """Whether the decoder only concatenates the bytes of tokens, as that of byte-level BPE does."""
+    return isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
 
 
 def _whole_characters(data: bytes) -> tuple[str, np.ndarray]:

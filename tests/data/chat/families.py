@@ -11,8 +11,16 @@ from megatron_sfr.data.chat.conversation import Conversation, encode_samples
 from megatron_sfr.data.chat.template_options import SampleOptions
 
 TEMPLATES = Path(__file__).parent / "templates"
-CONTROL = re.compile(r"<\|[a-z_]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
-ENDS = {"qwen": "<|im_end|>", "phi-3": "<|endoftext|>", "deepseek": "<｜end▁of▁sentence｜>", "mistral": "</s>"}
+CONTROL = re.compile(r"<\|[a-z_]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>")
+ENDS = {
+    "qwen": "<|im_end|>",
+    "smollm2": "<|im_end|>",
+    "phi-3": "<|endoftext|>",
+    "phi-4": "<|im_end|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "mistral": "</s>",
+    "glm": "<|endoftext|>",
+}
 TOOLS = [
     {
         "type": "function",

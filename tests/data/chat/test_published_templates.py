@@ -1,32 +1,17 @@
 """The chat templates of published models: what each accepts, and that prompts and replies are those of inference."""
 
 import re
+from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_sfr.data.chat.chat_template import ChatTemplate
 from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_samples
-from megatron_sfr.data.chat.template_options import SampleOptions
+from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions
 from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.families import KINDS, TOOLS, WITH_TOOLS, tokenizer_of
-
-FIELD = dict.fromkeys(("reasoning", "reasonings"), "leaves out the reasoning_content of reply 1; write reasoning_con")
-NO_TOOLS = dict.fromkeys(WITH_TOOLS, "does not write the record's tools; use a template that does, or leave them out")
-NO_THOUGHT = dict.fromkeys(("one", "several", "system"), "the generation prompt opens a thought and reply 1 has none")
-AFTER_PROMPT = dict.fromkeys(("reasoning", "reasonings"), "write reasoning_content at the start of the content as <th")
-# What a family does not take in one sample: only by --turns each, or not at all (the reason). The docs have this table.
-LIMITS: dict[str, dict[str, str]] = {
-    "qwen2.5": FIELD,
-    "qwen3": {"reasonings": "each", "thoughts": "each"},
-    "qwen3-marked": {},
-    "qwen3-thinking-2507": {kind: "each" for kind in KINDS if kind not in ("reasoning", "thought")},
-    "phi-3": FIELD | NO_TOOLS,
-    "deepseek-r1": {"thought": "each", "thoughts": "each"} | FIELD | NO_TOOLS,
-    "deepseek-v3-thinking": {"thought": "each", "thoughts": "each"} | NO_THOUGHT | AFTER_PROMPT | NO_TOOLS,
-    "mistral-v0.1": {"system": "refuses the system turn (Conversation roles must alternate"} | FIELD | NO_TOOLS,
-    "mistral-large-2407": {"system": "each", "late tools": "each"} | FIELD,
-    "mistral-nemo": {"system": "each", "late tools": "each"} | FIELD,
-    "mistral-nemo-marked": {"system": "each", "late tools": "each"} | FIELD,
-}
+from tests.data.chat.family_table import LIMITS, table
 
 
 @pytest.fixture(scope="module", params=LIMITS)
@@ -73,6 +58,25 @@ def test_every_accepted_reply_follows_the_prompt_of_inference_and_is_complete(fa
             assert (remedy if limit == "each" else limit) in reason, kind
 
 
+def test_renderings_are_those_of_transformers(family):
+    """Finished conversations, prompts, and the blocks of marked templates; a date and variables too."""
+    _, tokenizer = family
+    template = ChatTemplate(tokenizer, TemplateOptions())
+    for kind, messages in KINDS.items():
+        tools = TOOLS if kind in WITH_TOOLS else None
+        how = {"tools": tools, "chat_template": tokenizer.get_chat_template(tools=tools)} | tokenizer.special_tokens_map
+        try:
+            texts, blocks = render_jinja_template([messages], return_assistant_tokens_mask=True, **how)
+            prompts, _ = render_jinja_template([messages[:1]], add_generation_prompt=True, **how)
+        except Exception:
+            with pytest.raises(RecordError, match="refuses the conversation"):
+                template.blocks(messages, tools)
+            continue
+        assert template.blocks(messages, tools) == (texts[0], blocks[0])
+        assert template.text(messages, tools) == texts[0]
+        assert template.text(messages[:1], tools, prompt=True) == prompts[0]
+
+
 def test_an_earlier_reply_without_the_last_ones_empty_thought_is_counted(bpe):
     tokenizer = tokenizer_of("qwen3", bpe)
 
@@ -93,3 +97,16 @@ def test_as_rendered_trains_what_the_template_writes_and_counts_it(bpe):
         assert sample.unlike_inference == unlike, name
     (sample,) = samples(tokenizer_of("mistral-nemo-marked", bpe), "late tools", "as-rendered")
     assert sample.unlike_inference == 1  # the first reply: inference had shown it the tools
+
+
+def test_a_persona_can_be_written_in_the_user_turn_of_every_template_that_ends_its_replies(family):
+    name, tokenizer = family
+    if LIMITS[name].get("one") is None:
+        conversation = Conversation("f", 1, KINDS["system"], None)
+        (sample,) = encode_samples(conversation, tokenizer, SampleOptions(persona_as="user"))
+        assert "Be terse.\n\nthe sea" in tokenizer.decode(sample.tokens)
+
+
+def test_the_documentation_has_the_table_of_these_limits():
+    page = Path(__file__).parents[3] / "docs" / "data.md"
+    assert table() in page.read_text(encoding="utf-8"), "run: python -m tests.data.chat.family_table"

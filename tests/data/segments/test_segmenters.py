@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_sfr.data.segments.segmenters import sentences_as_units, statements_as_units
+from megatron_sfr.data.segments.segmenters import TokenUnits, Units, sentences_as_units, statements_as_units
 from megatron_sfr.data.segments.sentences import sentence_starts
 from megatron_sfr.data.segments.statements import statements
 from megatron_sfr.data.segments.token_text import TokenText
@@ -50,3 +50,11 @@ def test_a_token_is_in_the_statements_where_it_begins(text: TokenText):
     units = statements_as_units(text)
     assert dict(zip(units.starts.tolist(), units.ends.tolist(), strict=True)) == expected
     assert units.starts.tolist() == sorted(expected)
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
+def test_tokens_are_units_of_one_token(N: int, stride: int, offset: int, length: int):
+    anchors = np.arange(0, N, stride)
+    expected = Units(np.arange(N), np.arange(1, N + 1), N).ahead(anchors, offset, length)
+    for x, y in zip(TokenUnits(N).ahead(anchors, offset, length), expected, strict=True):
+        assert x.tolist() == y.tolist()
