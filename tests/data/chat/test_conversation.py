@@ -44,7 +44,10 @@ BAD_RECORDS = {
         "message 2 has a tool call without arguments",
     ),
     "user calls a tool": ({"messages": [{**USER, "tool_calls": [1]}, REPLY]}, "message 1 has the field 'tool_calls'"),
-    "plain text": ({"text": "x"}, "the record is plain text in a file of messages; keep each format in a separate file"),
+    "plain text": (
+        {"text": "x"},
+        "the record is plain text in a file of messages; keep each format in a separate file",
+    ),
     "another format": ({"instruction": "x", "output": "y"}, "the record is alpaca in a file of messages"),
     "tools are a word": ({"messages": [USER, REPLY], "tools": "all"}, "the tools are not JSON"),
     "half a surrogate": (
