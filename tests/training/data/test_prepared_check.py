@@ -95,10 +95,10 @@ def test_the_token_that_ends_replies_is_known(conversations: Path, documents: Pa
 def test_a_run_warns_of_a_start_that_does_not_stop_where_replies_end(tmp_path: Path) -> None:
     def warning(eos: object, **start: str) -> str | None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-        paths = {"sfr_hf_load": None, "pretrained_checkpoint": None, "load": None} | start
+        paths = {"sfr_hf_load": None, "lora_base": None, "pretrained_checkpoint": None, "load": None} | start
         return unknown_end(Namespace(reply_end_tokens=[310], **paths))
 
-    for name in ("sfr_hf_load", "pretrained_checkpoint", "load"):
+    for name in ("sfr_hf_load", "lora_base", "pretrained_checkpoint", "load"):
         assert warning([2, 310], **{name: str(tmp_path)}) is None
         found = warning(2, **{name: str(tmp_path)})
         assert found is not None
