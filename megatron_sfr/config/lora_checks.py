@@ -76,9 +76,10 @@ def check_adapters(args: argparse.Namespace, path: str, checkpoint: Checkpoint) 
         )
     stored = checkpoint.arguments()
     for name in STORED:
-        if getattr(args, name) != stored.get(name, getattr(args, name)):
+        now = getattr(args, name)
+        if _comparable(name, now) != _comparable(name, stored.get(name, now)):
             raise ValueError(
-                f"{path} holds adapters with {name} {stored[name]}, this run has {getattr(args, name)}: set it to the "
+                f"{path} holds adapters with {name} {stored[name]}, this run has {now}: set it to the "
                 "same, or merge them into their base (`megatron-sfr convert export --merge`)"
             )
     base = stored.get("lora_base_fingerprint")
@@ -88,6 +89,11 @@ def check_adapters(args: argparse.Namespace, path: str, checkpoint: Checkpoint) 
             "trained its adapters on: name those, or start another run (another save and pretrained_checkpoint: "
             f"{path})"
         )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """'all' and the names of all layers are the same targets."""
+    return frozenset(LoRAOptions(targets=value).patterns) if name == "lora_targets" else value
 
 
 def base_fingerprint(args: argparse.Namespace) -> str | None:

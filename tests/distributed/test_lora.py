@@ -43,12 +43,12 @@ def base(runs: Runs, model: str) -> Path:
     return runs.once(f"lora base {model}", lambda folder: save_model(folder, MODELS[model]))
 
 
-def recipe(runs: Runs, model: str) -> Path:
+def recipe(runs: Runs, model: str, name: str = "", **changes: object) -> Path:
+    """The recipe of a model, or another of that name with changes."""
     folder = base(runs, model)
-    flags = (
-        {"qk_layernorm": False} | megatron_flags(read_config(folder)) | {"seq_length": 80, "sfr_hf_load": str(folder)}
-    )
-    return runs.once(f"lora {model}.yaml", lambda path: write_recipe(path, runs.prepared, **(flags | LORA)))
+    flags = {"qk_layernorm": False, **megatron_flags(read_config(folder)), "seq_length": 80, **LORA}
+    flags |= {"sfr_hf_load": str(folder)} | changes
+    return runs.once(f"lora {model}{name}.yaml", lambda path: write_recipe(path, runs.prepared, **flags))
 
 
 def trained(runs: Runs, name: str, model: str = "dense") -> Path:

@@ -16,13 +16,15 @@ from megatron_sfr.hf.adapter.peft_folder import WEIGHTS
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
+from megatron_sfr.hf.import_hf import import_hf
 from tests import warm
 from tests.hf.megatron_logits import PROMPT
 from tests.hf.test_logits import RUN, of_transformers
 
-from .launch import read_checkpoint
+from .launch import read_checkpoint, read_metrics
 from .runs import Runs
-from .test_lora import LORA, base, trained
+from .settings import TP2
+from .test_lora import LORA, base, recipe, trained
 
 pytestmark = pytest.mark.distributed
 TOKENS = torch.randint(503, (3, 90), generator=torch.Generator().manual_seed(1))
@@ -80,3 +82,29 @@ def test_adapters_come_back_from_peft_bit_for_bit(runs: Runs, tmp_path: Path) ->
     found, wanted = read_checkpoint(tmp_path / "back" / "release"), read_checkpoint(run / "iter_0000003")
     assert len(found) == 8
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
+
+
+def test_run_starts_from_a_megatron_base_and_adapters(runs: Runs, tmp_path: Path) -> None:
+    """TP2 beside the base's Megatron checkpoint, from PEFT's adapters: a step of learning rate 0 moves no bit of them,
+    and the merge finds the base by itself."""
+    hf, run = base(runs, "dense"), trained(runs, "pp2")
+    export_adapter(run, tmp_path / "peft", like=hf)
+
+    def start(folder: Path) -> None:
+        import_hf(hf, folder / "base", progress=False)
+        import_adapter(tmp_path / "peft", folder / "adapters", hf=hf)
+
+    folder = runs.once("lora start", start)
+    beside = recipe(runs, "dense", " beside", sfr_hf_load=None, lora_base=str(folder / "base"), lr=0.0, train_iters=1)
+    flags = ("--pretrained-checkpoint", str(folder / "adapters"), "--sfr-fresh-head")
+    continued = runs.train("lora continued", 2, *flags, *TP2, recipe=beside)
+    found, wanted = read_checkpoint(continued / "iter_0000001"), read_checkpoint(run / "iter_0000003")
+    adapters = [key for key in found if key.startswith("decoder.")]
+    assert len(adapters) == 8
+    assert all(torch.equal(found[key], wanted[key]) for key in adapters)
+    export_hf(run, tmp_path / "merged", like=hf, merge=True, progress=False)
+    export_hf(continued, tmp_path / "again", like=hf, merge=True, progress=False)
+    merged, again = (load_file(tmp_path / x / "model.safetensors") for x in ("merged", "again"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+    # The same first batch, before any step of the adapters and after three: the adapters are in effect.
+    assert read_metrics(continued)[0]["lm loss"] < read_metrics(run)[0]["lm loss"] - 0.1
