@@ -1,17 +1,27 @@
 """Self-contained HTML pages: styles and images are embedded, so that one file can be shared and opened offline."""
 
 import base64
+import csv
+import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #2b303b; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+:root { color-scheme: light dark; --text: #2b303b; --page: #fff; --line: #e1e4ea; --quiet: #667 }
+@media (prefers-color-scheme: dark) { :root { --text: #d9dce3; --page: #16181d; --line: #363b46; --quiet: #9aa3b2 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 76rem }
+body { margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto } th, td { padding: .25rem .6rem; border-bottom: 1px solid #e1e4ea; text-align: left }
-th { white-space: nowrap; vertical-align: bottom } td { vertical-align: top }
-img { max-width: 100% } .note { color: #667; font-size: 13px } pre { white-space: pre-wrap; margin: 0 }
+.wide { overflow-x: auto } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left }
+th { white-space: nowrap; vertical-align: bottom } td { vertical-align: top } .n { text-align: right }
+td.n { white-space: nowrap } summary { cursor: pointer; padding: .2rem 0 }
+img { max-width: 100%; background: #fff; border-radius: 3px } pre { white-space: pre-wrap; margin: 0 }
+.note { color: var(--quiet); font-size: 13px } input { font: inherit; width: min(28rem, 100%) }
+@media print { body { max-width: none; margin: 0 } input { display: none } tr { break-inside: avoid } }
 """
+NUMBER = re.compile(r"[-+−]?[\d.]")
 
 
 def document(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -25,11 +35,37 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; the first row is the header, cells are plain text."""
-    head, *body = [[escape(cell) for cell in row] for row in rows]
-    lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
-    lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in body]
+    """An HTML table; the first row is the header, cells are plain text. Columns of numbers are aligned to the right."""
+    head, *body = rows
+    numeric = [_is_numeric([row[i] for row in body]) for i in range(len(head))]
+    lines = [_row("th", head, numeric), *(_row("td", row, numeric) for row in body)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    marks = [' class="n"' if is_number else "" for is_number in numeric]
+    found = (f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in zip(cells, marks, strict=True))
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    """Whether all cells that have a value begin with a number."""
+    known = [cell for cell in cells if cell not in ("", "-")]
+    return bool(known) and all(NUMBER.match(cell) for cell in known)
+
+
+def folded(summary: str, content: str) -> str:
+    """A section that opens on a click; `content` is HTML."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def download(name: str, rows: Sequence[Sequence[str]]) -> str:
+    """A link to the rows as a CSV file, which is embedded."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    content = base64.b64encode(text.getvalue().encode()).decode()
+    link = f'<a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{content}">{escape(name)}</a>'
+    return f'<p class="note">{link}</p>'
 
 
 def bullets(texts: Sequence[str]) -> str:

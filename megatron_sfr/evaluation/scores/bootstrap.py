@@ -19,6 +19,8 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
+        if not self.n:
+            return "-"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

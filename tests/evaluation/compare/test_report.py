@@ -1,5 +1,8 @@
 """The report: its claims follow from the intervals, and its files are complete or absent."""
 
+import base64
+import csv
+import io
 import json
 import math
 import re
@@ -14,11 +17,13 @@ from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from megatron_sfr.evaluation.compare.frontier import Gap
 from megatron_sfr.evaluation.compare.plot import draw
 from megatron_sfr.evaluation.compare.report import Axes, Report, summarise, verdict
-from megatron_sfr.evaluation.compare.report_html import page
+from megatron_sfr.evaluation.compare.report_html import Samples, page
 from megatron_sfr.evaluation.compare.tables import as_json, columns, escaped, markdown, markdown_table, terminal
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
+from megatron_sfr.html import table
 from megatron_sfr.storage.atomic import whole
 
+VOID = r"<meta[^>]*>|<!doctype html>|<img[^>]*>|<input[^>]*>|<script>.*?</script>"
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
 
 
@@ -88,12 +93,14 @@ def test_quality_comes_before_diversity(report: Report) -> None:
 
 def test_the_page_distinguishes_what_moved_from_what_did_not(report: Report) -> None:
     moved, still = GAP, replace(GAP, estimate=Estimate(0.02, -0.01, 0.03, 20))
-    text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", [["question", "CE"], ["why?", "<b>& so on"]])
+    samples = [Samples("why <i>?", [["persona", "CE"], ["poet", "<b>& so on"]])]
+    text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", samples)
     first, second = text.index("What moved beyond noise"), text.index("What did not")
     assert first < text.index("SFR lies higher") < second < text.index("no difference beyond noise")
     assert "A &lt;title&gt;" in text
     assert "&lt;b&gt;&amp; so on" in text
-    html = ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>|<img[^>]*>", "", text))  # every tag is closed
+    assert "<summary>why &lt;i&gt;?</summary>" in text
+    html = ElementTree.fromstring(re.sub(VOID, "", text, flags=re.DOTALL))  # every tag is closed
     rows = [["".join(cell.itertext()) for cell in row] for row in html.iter("tr")]
     assert ["real", "-", "1.000 [1.000, 1.000]", "0.250 [0.250, 0.250]"] in rows
 
@@ -120,3 +127,19 @@ def test_a_file_is_complete_or_unchanged(tmp_path: Path) -> None:
         file.writelines(["half of the sec", None])
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_scores_can_be_downloaded_as_csv(report: Report) -> None:
+    text = page(report, "Title", None, [])
+    (content,) = re.findall(r'download="scores.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', text)
+    head, real, *rows = csv.reader(io.StringIO(base64.b64decode(content).decode()))
+    assert head == ["model", "temperature", "precision (n=6)", "CS-SB-1 (n=6)"]
+    assert real[0] == "real"
+    assert [row[:2] for row in rows] == [["CE", "0.5"], ["CE", "1"], ["SFR", "0.5"], ["SFR", "1"]]
+    assert "Frontiers" not in text
+
+
+def test_numbers_are_aligned_to_the_right_and_words_are_not() -> None:
+    text = table([["model", "score", "text"], ["a", "0.5 [0.4, 0.6]", "1 of"], ["b", "-", "words"]])
+    assert '<th>model</th><th class="n">score</th><th>text</th>' in text
+    assert '<td class="n">-</td><td>words</td>' in text
