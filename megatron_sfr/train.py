@@ -81,9 +81,10 @@ def _train(settings: "Settings", first: bool) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider(plan.datasets)
+    step = forward_step(plan, data, lines)
     try:
         with replaced(replacements(plan, lines)):
-            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(forward_step(plan, data)))
+            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(step), **hooks(step))
     except CheckpointException as error:
         raise _missing(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
@@ -94,6 +95,13 @@ def _train(settings: "Settings", first: bool) -> None:
         data.close()
         if lines is not None:
             lines.flush()
+
+
+def hooks(step: Any) -> dict[str, Callable[..., Any]]:
+    """Upstream's hooks after each validation set; none for a step without metrics by persona."""
+    if (personas := getattr(step, "personas", None)) is None:
+        return {}
+    return {"non_loss_data_func": personas.collect, "process_non_loss_data_func": personas.write}
 
 
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:

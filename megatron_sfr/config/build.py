@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.global_vars import get_wandb_writer
 
 from megatron_sfr.config.lora_checks import base_fingerprint, check_adapters
 from megatron_sfr.config.run_plan import RunPlan
@@ -31,6 +32,8 @@ from megatron_sfr.training.data.prepared_check import prepared_folders
 from megatron_sfr.training.data.provider import DataProvider
 from megatron_sfr.training.forward_step import ForwardStep
 from megatron_sfr.training.lock_fork import LockFork
+from megatron_sfr.training.metrics_log import JsonLines
+from megatron_sfr.training.persona_metrics import PersonaMetrics
 
 
 def model_config(plan: RunPlan) -> SFRModelConfig | KLFlowModelConfig:
@@ -104,8 +107,8 @@ def unknown_end(args: argparse.Namespace) -> str | None:
     )
 
 
-def forward_step(plan: RunPlan, data: DataProvider) -> ForwardStep | KLFlowStep:
-    """The forward step of a run whose datasets `data` provides."""
+def forward_step(plan: RunPlan, data: DataProvider, lines: JsonLines | None = None) -> ForwardStep | KLFlowStep:
+    """The forward step of a run whose datasets `data` provides. lines: where it writes the metrics by persona."""
     args = plan.megatron
     if plan.is_kl_flow:
         everywhere = plan.kl_flow_model.time == "adaln"
@@ -122,6 +125,7 @@ def forward_step(plan: RunPlan, data: DataProvider) -> ForwardStep | KLFlowStep:
         data=data,
         lock_fork=LockFork(plan.lock_fork, plan.term.targets),
         chunk_tokens=plan.loss_chunk_tokens,
+        personas=PersonaMetrics(lambda: data.groups, lines, get_wandb_writer),
     )
 
 

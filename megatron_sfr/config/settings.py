@@ -292,6 +292,8 @@ def parse(settings: Settings) -> argparse.Namespace:
         raise ValueError(f"Megatron refuses these flags: {kind}{said}") from error
     finally:
         sys.argv = argv
+    if args.full_validation:  # upstream's sampler gives each data-parallel rank one sequence at a time
+        args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
     # A weight that is 0 throughout leaves nothing to learn: no head is built, and the run is plain SFT bit for bit.
     args.sfr = args.sfr and args.sfr_weight > 0
     return args

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from megatron_sfr.config.lora_checks import lora_contradictions
+from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
 Rows = list[tuple[Any, str]]
@@ -12,8 +13,8 @@ Rows = list[tuple[Any, str]]
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first incompatible combination among parsed arguments, in one line; None if there is none."""
-    rows = _of_the_run(args) + _of_chunks(args) + _of_the_start(args) + _of_separation(args)
-    rows += lora_contradictions(args)
+    rows = _of_the_run(args) + _of_chunks(args) + _of_the_start(args) + _of_validation_sets(args)
+    rows += _of_separation(args) + lora_contradictions(args)
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)
@@ -85,6 +86,43 @@ def _of_the_start(args: argparse.Namespace) -> Rows:
             sharded or args.fp8_param_gather or args.fp4_param_gather or args.init_model_with_meta_device,
             "--sfr-hf-load fills plain parameters, not what FSDP shards nor what is kept in FP8 or FP4: `megatron-sfr "
             "convert import`, then --pretrained-checkpoint",
+        ),
+    ]
+
+
+def _of_validation_sets(args: argparse.Namespace) -> Rows:
+    paths, names = args.valid_data_path or [], args.validation_set_names or []
+    complete, several = args.full_validation, args.multiple_validation_sets
+    return [
+        (
+            several and not complete,
+            "multiple_validation_sets: Megatron evaluates several sets only completely; set full_validation too",
+        ),
+        (
+            complete and not paths,
+            "full_validation needs validation data by path: set valid_data_path",
+        ),
+        (
+            complete and args.test_data_path,
+            "full_validation: Megatron would read as many test batches as the validation data have; name the test data "
+            "in valid_data_path, and the sets in validation_set_names",
+        ),
+        (
+            complete and split_blend(paths)[1] is not None,
+            "full_validation reads each validation folder once: leave the weights in valid_data_path out",
+        ),
+        (
+            complete and {args.eval_micro_batch_size, args.eval_global_batch_size} != {None},
+            "full_validation evaluates one sequence at a time on each data-parallel rank: leave eval_micro_batch_size "
+            "and eval_global_batch_size out",
+        ),
+        (
+            names and not several,
+            "validation_set_names are for several sets: set multiple_validation_sets and full_validation too",
+        ),
+        (
+            names and (len(names) != len(paths) or len(set(names)) < len(names)),
+            f"validation_set_names: give one name to each of the {len(paths)} folders in valid_data_path, all distinct",
         ),
     ]
 

@@ -22,15 +22,19 @@ NUM_WARPS = 4  # of 32 threads: 2 lanes per thread, and enough rows per multipro
 
 @triton.jit
 def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
-    """Adds a tile's columns to the lanes' (m, u, s, a, a_x); k = log2(e) / beta, c in units of log2(e).
+    """Adds a tile's columns to the lanes' (m, u, u_x, s, a, a_x); k = log2(e) / beta, c in units of log2(e).
 
-    When the maximum grows from m to m', with d = m - m', the moment a_x about m becomes (a_x + d a) exp(d / beta).
+    When the maximum grows from m to m', with d = m - m', the moment a_x about m becomes (a_x + d a) exp(d / beta), and
+    u_x likewise.
     """
-    m, u, s, a, a_x = sums
+    m, u, u_x, s, a, a_x = sums
     top_L = tl.maximum(m, tl.max(z_LC, 1))
     d = m - top_L
     x_LC = z_LC - top_L[:, None]
-    u = u * tl.exp2(d * LOG2E) + tl.sum(tl.exp2(x_LC * LOG2E), 1)
+    p_LC, q = tl.exp2(x_LC * LOG2E), tl.exp2(d * LOG2E)
+    finite_LC = tl.maximum(x_LC, EMPTY)  # also for z = -inf, where p and e are 0
+    u_x = (u_x + d * u) * q + tl.sum(p_LC * finite_LC, 1)
+    u = u * q + tl.sum(p_LC, 1)
     if MOMENTS:
         r = tl.exp2(d * k)
         e_LC = tl.exp2(x_LC * k)
@@ -41,8 +45,8 @@ def _add(sums, z_LC, z_y, k, c, MOMENTS: tl.constexpr, HAS_C: tl.constexpr):
             a = a * r + tl.sum(e_LC, 1)
         else:
             a_x = (a_x + d * s_before) * r
-        a_x += tl.sum(e_LC * tl.maximum(x_LC, EMPTY), 1)  # finite also for z = -inf, where e is 0
-    return top_L, u, s, a, a_x
+        a_x += tl.sum(e_LC * finite_LC, 1)
+    return top_L, u, u_x, s, a, a_x
 
 
 @triton.jit
@@ -67,13 +71,13 @@ def _row_statistics(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # T V can exceed 2^31
     z_ptr += row * stride
-    stats_ptr += row * (6 + TOP_K)
+    stats_ptr += row * (7 + TOP_K)
     z_y = 0.0
     if HAS_C:
         z_y = tl.load(z_y_ptr + row)
     column_LC = tl.arange(0, L)[:, None] * C + tl.arange(0, C)[None, :]
     nothing_L = tl.zeros((L,), tl.float32)
-    sums = (nothing_L + EMPTY, nothing_L, nothing_L, nothing_L, nothing_L)
+    sums = (nothing_L + EMPTY, nothing_L, nothing_L, nothing_L, nothing_L, nothing_L)
     top_K = tl.where(tl.arange(0, K) < TOP_K, EMPTY, float("inf"))
     tiled = V // (L * C) * (L * C)
     for start in range(0, tiled, L * C):  # unmasked: a mask would split the loads of an odd V into single columns
@@ -82,10 +86,11 @@ def _row_statistics(
         if TOP_K:
             top_K = _keep_largest(top_K, z_LC, K)
     z_LC = tl.load(z_ptr + (tiled + column_LC), mask=tiled + column_LC < V, other=float("-inf")).to(tl.float32)
-    m_L, u, s, a, a_x = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
+    m_L, u, u_x, s, a, a_x = _add(sums, z_LC, z_y, k, c, MOMENTS, HAS_C)
     m = tl.max(m_L, 0)
     d = m_L - m
-    sum_u = tl.sum(u * tl.exp2(d * LOG2E), 0)
+    q = tl.exp2(d * LOG2E)
+    sum_u = tl.sum(u * q, 0)
     sum_s, sum_a, sum_a_x = sum_u, sum_u, 0.0
     if MOMENTS:
         if not HAS_C:
@@ -100,10 +105,11 @@ def _row_statistics(
     tl.store(stats_ptr + 4, sum_a_x)
     own = tl.load(z_ptr + y, mask=y >= 0, other=0.0).to(tl.float32)
     tl.store(stats_ptr + 5, tl.where(y >= 0, own, EMPTY))
+    tl.store(stats_ptr + 6, tl.sum((u_x + d * u) * q, 0))
     if TOP_K:
         top_K = _keep_largest(top_K, z_LC, K)
         top_K = tl.sort(tl.where(tl.arange(0, K) < TOP_K, top_K, float("-inf")), descending=True)
-        tl.store(stats_ptr + 6 + tl.arange(0, K), top_K, mask=tl.arange(0, K) < TOP_K)
+        tl.store(stats_ptr + 7 + tl.arange(0, K), top_K, mask=tl.arange(0, K) < TOP_K)
 
 
 @triton.jit
@@ -148,7 +154,7 @@ def row_statistics(
     T, V = z_TV.shape
     if z_TV.dtype == torch.float64 or V == 0:
         return plain.row_statistics(z_TV, y_T, z_y_T, beta=beta, moments=moments, c=c, top_k=top_k)
-    stats_TN = torch.empty(T, 6 + top_k, dtype=torch.float32, device=z_TV.device)
+    stats_TN = torch.empty(T, 7 + top_k, dtype=torch.float32, device=z_TV.device)
     if T:
         _row_statistics[(T,)](
             *(z_TV, y_T.contiguous(), z_y_T.contiguous(), stats_TN, _row_stride(z_TV), V),

@@ -16,12 +16,12 @@ EMPTY = -1e30
 def row_statistics(
     z_TV: Tensor, y_T: Tensor, z_y_T: Tensor, *, beta: float, moments: bool, c: float, top_k: int
 ) -> Tensor:
-    """[m, u, s, a, a_x, z_y, top_1 ... top_K] of each row of this shard: [T, 6 + K], fp32 (float64 for float64 logits).
+    """[m, u, s, a, a_x, z_y, u_x, top_1 ... top_K] of each row: [T, 7 + K], fp32 (float64 for float64 logits).
 
-    m = max z_i;  u = sum exp(x_i), x_i = z_i - m;  s = sum exp(x_i / beta);  a = sum w_i exp(x_i / beta);
-    a_x = sum w_i exp(x_i / beta) x_i;  w_i = sigmoid(c (z_i - z_y)), or 1 where c = 0. Without moments s = a = u and
-    a_x = 0. z_y is -1e30 if the label is not in this shard (y = -1). In a shard without columns m and the top values
-    are -1e30.
+    m = max z_i;  u = sum exp(x_i), x_i = z_i - m;  u_x = sum exp(x_i) x_i;  s = sum exp(x_i / beta);
+    a = sum w_i exp(x_i / beta);  a_x = sum w_i exp(x_i / beta) x_i;  w_i = sigmoid(c (z_i - z_y)), or 1 where c = 0.
+    All are over this shard. Without moments s = a = u and a_x = 0. z_y is -1e30 if the label is not in this shard
+    (y = -1). In a shard without columns m and the top values are -1e30.
 
     Args:
         z_TV: logits; the row stride may exceed V.
@@ -29,14 +29,15 @@ def row_statistics(
         z_y_T: the label's logit from whichever shard holds it; read only if c > 0.
     """
     dtype = torch.float64 if z_TV.dtype == torch.float64 else torch.float32
-    stats_TN = torch.zeros(len(z_TV), 6 + top_k, dtype=dtype, device=z_TV.device)
-    stats_TN[:, 5:] = EMPTY
+    stats_TN = torch.zeros(len(z_TV), 7 + top_k, dtype=dtype, device=z_TV.device)
+    stats_TN[:, 5] = EMPTY
+    stats_TN[:, 7:] = EMPTY
     if z_TV.shape[1] == 0:
         stats_TN[:, 0] = EMPTY
         return stats_TN
     own_T = z_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0].to(dtype)
     stats_TN[:, 5] = torch.where(y_T >= 0, own_T, EMPTY)
-    for rows, scratch_NBV in _blocks(z_TV, dtype, 1 + moments + (c > 0)):
+    for rows, scratch_NBV in _blocks(z_TV, dtype, 2 + (c > 0)):
         _block_statistics(scratch_NBV, z_TV[rows], z_y_T[rows], stats_TN[rows], beta, moments, c, top_k)
     return stats_TN
 
@@ -48,20 +49,21 @@ def _block_statistics(
     x_BV = scratch_NBV[0].copy_(z_BV)
     if top_k:
         top = x_BV.topk(min(top_k, x_BV.shape[1])).values
-        stats_BN[:, 6 : 6 + top.shape[1]] = top
+        stats_BN[:, 7 : 7 + top.shape[1]] = top
     m_B = x_BV.amax(1).clamp_(min=EMPTY)  # a shard whose logits are all -inf counts as one without columns
     x_BV -= m_B[:, None]
     stats_BN[:, 0] = m_B
+    e_BV = torch.exp(x_BV, out=scratch_NBV[1])
+    stats_BN[:, 1:4] = e_BV.sum(1)[:, None]
+    stats_BN[:, 6] = e_BV.mul_(x_BV).nansum(1)  # skips 0 * -inf of masked logits; NaN logits show in u
     if not moments:
-        stats_BN[:, 1:4] = x_BV.exp_().sum(1)[:, None]
         return
-    stats_BN[:, 1] = torch.exp(x_BV, out=scratch_NBV[1]).sum(1)
     e_BV = torch.div(x_BV, beta, out=scratch_NBV[1]).exp_()
     stats_BN[:, 2:4] = e_BV.sum(1)[:, None]
     if c:
         e_BV *= torch.add(x_BV, (m_B - z_y_B)[:, None], out=scratch_NBV[2]).mul_(c).sigmoid_()
         stats_BN[:, 3] = e_BV.sum(1)
-    stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)  # skips 0 * -inf of masked logits; NaN logits show in s
+    stats_BN[:, 4] = e_BV.mul_(x_BV).nansum(1)
 
 
 def write_gradient(

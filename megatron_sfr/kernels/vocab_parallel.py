@@ -56,7 +56,7 @@ class StatisticsSpec:
     beta: float = 1.0
     """Temperature of s, a and a_x."""
     moments: bool = False
-    """Whether to compute s, a and a_x, or only u."""
+    """Whether to compute s, a and a_x, or only u and u_x."""
     c: float = 0.0
     """Slope of the weights w_i = sigmoid(c (z_i - z_y)); 0: all weights are 1."""
     top_k: int = 0
@@ -86,18 +86,25 @@ class LogitStatistics(NamedTuple):
     """sum_i w_i exp(x_i / beta) x_i: [T]."""
     x_y: Tensor
     """The label's logit minus m; undefined if the label is ignored: [T]."""
+    u_x: Tensor
+    """sum_i exp(x_i) x_i: [T]."""
     top: Tensor
     """The K largest logits minus m, in descending order: [T, K]."""
 
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy in nats of the softmax, H = ln u - u_x / u: [T]."""
+        return self.u.log() - self.u_x / self.u
+
 
 def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
-    """Combines each shard's [m, u, s, a, a_x, z_y, top ...], whose sums are relative to the shard's own m."""
-    m_RT, u, s, a, a_x, z_y = stats_RTN[..., :6].unbind(-1)
+    """Combines each shard's [m, u, s, a, a_x, z_y, u_x, top ...], whose sums are relative to the shard's own m."""
+    m_RT, u, s, a, a_x, z_y, u_x = stats_RTN[..., :7].unbind(-1)
     m_T = m_RT.amax(0)
     d_RT = m_RT - m_T
     plain, tempered = d_RT.exp(), (d_RT / beta).exp()
     z_y_T = z_y.amax(0)
-    top_RTK = stats_RTN[..., 6:]
+    top_RTK = stats_RTN[..., 7:]
     top_TK = top_RTK.transpose(0, 1).flatten(1).topk(top_RTK.shape[-1], dim=-1).values
     return LogitStatistics(
         m=m_T,
@@ -106,6 +113,7 @@ def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
         a=(a * tempered).sum(0),
         a_x=((a_x + d_RT * a) * tempered).sum(0),
         x_y=z_y_T - m_T,
+        u_x=((u_x + d_RT * u) * plain).sum(0),
         top=top_TK - m_T[:, None],
     )
 

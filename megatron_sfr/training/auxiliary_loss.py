@@ -93,10 +93,15 @@ class StepSums:
 
     def add(self, step: int, microbatches: int, x: Tensor) -> Tensor | None:
         """Adds one microbatch's x, equal on all tensor-parallel ranks. Returns the sum after the last microbatch."""
+        total = self.add_local(step, microbatches, x)
+        return None if total is None else sum_over_data(total)
+
+    def add_local(self, step: int, microbatches: int, x: Tensor) -> Tensor | None:
+        """Adds one microbatch's x. Returns this data-parallel rank's sum after the last microbatch."""
         if step != self.step or self.total is None:
             self.step, self.seen, self.total = step, 0, torch.zeros_like(x)
         self.total, self.seen = self.total + x, self.seen + 1
-        return sum_over_data(self.total) if self.seen == microbatches else None
+        return self.total if self.seen == microbatches else None
 
 
 class FlowTerm:

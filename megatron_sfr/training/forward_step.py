@@ -26,14 +26,16 @@ from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers
 from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
+from megatron_sfr.training.persona_metrics import NAMES, PersonaMetrics
 from megatron_sfr.training.step_context import StepContext
 
 if TYPE_CHECKING:
     from megatron_sfr.training.data.online_targets import HasOnlineTargets
 
 # The last stage's output for one microbatch: the objective's sum, to be differentiated; objective and cross-entropy
-# [B, S], for the log; and the sums of the auxiliary loss. Under bf16, upstream's wrapper converts it to plain tuples.
-Losses = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
+# [B, S] and the sums [2] of entropy and accuracy, for the log; and the sums of the auxiliary loss. Under bf16,
+# upstream's wrapper converts it to plain tuples.
+Losses = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class ForwardStep:
         data: "HasOnlineTargets | None" = None,
         lock_fork: LockFork | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
+        personas: PersonaMetrics | None = None,
     ) -> None:
         """
         Args:
@@ -83,10 +86,11 @@ class ForwardStep:
             resets_attention: whether attention stays within the documents that a batch numbers.
             data: where online targets come from; None if every batch contains its targets.
             chunk_tokens: number of positions whose logits exist at a time; 0: all.
+            personas: metrics by persona; None: not measured.
         """
         self.name, self.objective = name, TokenObjective(vocab_size, objective, chunk_tokens)
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
-        self.data, self.lock_fork = data, lock_fork
+        self.data, self.lock_fork, self.personas = data, lock_fork, personas
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
         self.reported_bound = False
 
@@ -154,7 +158,11 @@ class ForwardStep:
             if result.power is not None:
                 self._measure(microbatch, flow, h_SBH, result.power, sharded)
             term = self._flow(microbatch, flow, h_SBH, sharded)
-        return result.total, result.objective_BS, result.cross_entropy_BS, term
+        values = result.values
+        measured_3BS = torch.stack(values[1:])
+        if self.personas is not None:
+            self.personas.add(microbatch.batch, measured_3BS, microbatch.context, training=torch.is_grad_enabled())
+        return result.total, values.loss, values.cross_entropy, measured_3BS[1:].sum((1, 2)), term
 
     def _flow(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
@@ -209,10 +217,11 @@ class ForwardStep:
 
     def loss(self, microbatch: Microbatch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
-        total, objective_BS, cross_entropy_BS, sums = losses
+        total, objective_BS, cross_entropy_BS, measured, sums = losses
         batch, context = microbatch.batch, microbatch.context
         tokens = batch["loss_mask"].sum()
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
+        report |= {name: pair(x, tokens) for name, x in zip(NAMES[1:], measured, strict=True)}
         if self.name != "ce":
             report[f"{self.name} loss"] = pair(total, tokens)
             for name, values_BS in self.objective.loss.logged(objective_BS, cross_entropy_BS).items():

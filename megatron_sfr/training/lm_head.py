@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.token.chunked_head import ChunkPlan, LMHead, chunked_loss
+from megatron_sfr.objectives.token.closed_form import TokenValues
 from megatron_sfr.objectives.token.loss_base import IGNORED, TokenLoss
-from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, vocab_parallel_loss
+from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, token_values
 from megatron_sfr.runtime.parallel import all_positions, sum_over_tensor, tensor_group, tensor_rank
 from megatron_sfr.training.gradient_ratio import token_power
 
@@ -67,8 +68,8 @@ class TokenResult:
 
     total: Tensor
     """The sum to differentiate."""
-    objective_BS: Tensor
-    cross_entropy_BS: Tensor
+    values: TokenValues
+    """Of each position, [B, S] each; detached, and 0 at positions that are not supervised."""
     power: Tensor | None = None
     entropy_BS: Tensor | None = None
     """In nats; with chunks 0 at positions that get no logits."""
@@ -117,9 +118,9 @@ class TokenObjective:
         power = token_power(z_TV, y_T, self.loss, vocab, stage.weight_VH) if measured.power else None
         if power is not None:  # it is of the scaled logits, so far
             power = stage.scale(stage.scale(power))
-        objective_T, cross_entropy_T = vocab_parallel_loss(z_TV, y_T, self.loss, vocab, overwrite=True)
-        values = objective_T.detach().view(shape).t(), cross_entropy_T.view(shape).t()
-        return TokenResult(objective_T.sum(), *values, power, *seen)
+        values = token_values(z_TV, y_T, self.loss, vocab, overwrite=True)
+        values_BS = TokenValues(*(x_T.detach().view(shape).t() for x_T in values))
+        return TokenResult(values.loss.sum(), values_BS, power, *seen)
 
     def _chunked(
         self, stage: LastStage, labels: Tensor, y_T: Tensor, index_N: Tensor, measured: Measured, counts: bool
@@ -144,7 +145,7 @@ class TokenObjective:
             watch.see_gradient if measured.power else None,
         )
         h_TH = all_positions(stage.hidden_SBH, sharded=stage.config.sequence_parallel).flatten(0, 1)
-        total, objective_N, cross_entropy_N = chunked_loss(h_TH, index_N, y_T[index_N], self.loss, head, plan)
+        total, values = chunked_loss(h_TH, index_N, y_T[index_N], self.loss, head, plan)
 
         def place(x_N: Tensor) -> Tensor:
             x_T = x_N.new_zeros(len(y_T)).index_copy(0, index_N, x_N)
@@ -152,7 +153,7 @@ class TokenObjective:
 
         power = watch.power / factor**2 if measured.power else None
         seen = [place(torch.cat(x)) for x in zip(*watch.seen, strict=True)] if measured.entropy else [None, None]
-        return TokenResult(total, place(objective_N), place(cross_entropy_N), power, *seen)
+        return TokenResult(total, TokenValues(*map(place, values)), power, *seen)
 
     def _vocab(self, width: int) -> Vocab:
         return Vocab(self.vocab_size, tensor_rank() * width, tensor_group())

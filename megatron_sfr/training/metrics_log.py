@@ -27,18 +27,25 @@ class JsonLines:
                 other run can be writing to the folder.
         """
         self._path, self._pending, self._resumed = path, path.with_name("metrics.pending.json"), resumed
-        self._step, self._record, self._fresh = 0, dict[str, float](), True
+        self._step, self._record, self._fresh = 0, dict[str, Any](), True
 
     def add(self, tag: str, value: Any, step: int) -> None:
         """Adds a scalar. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
-        if tag.endswith(" vs samples"):
-            return
+        if not tag.endswith(" vs samples"):
+            self._of(step)[tag] = float(value)
+
+    def add_table(self, tag: str, table: dict[str, dict[str, float]], step: int) -> None:
+        """Adds an object of objects of numbers, such as the metrics by persona."""
+        self._of(step)[tag] = table
+
+    def _of(self, step: int) -> dict[str, Any]:
+        """The record of a step; appends the record before it."""
         if self._fresh:
             self._resume()
         if step != self._step:
             self.flush()
             self._step = step
-        self._record[tag] = float(value)
+        return self._record
 
     def flush(self) -> None:
         """Appends the line of the current step, which is over."""

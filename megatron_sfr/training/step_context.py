@@ -34,6 +34,8 @@ class StepContext:
     """Implementation of the layers. Attention within the documents of a packed sequence needs to know it."""
     checks_nan: bool = True
     """Whether a loss of NaN ends the run."""
+    reports_personas: bool = False
+    """Whether the metrics by persona since the last report are written after this step."""
 
 
 class Step(Protocol):
@@ -48,14 +50,16 @@ def megatron_context() -> StepContext:
     from megatron.training import get_args, get_tensorboard_writer
 
     args = get_args()
+    # --skip-train evaluates before the loop has set curr_iteration.
+    iteration = args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration
     return StepContext(
-        # --skip-train evaluates before the loop has set curr_iteration.
-        iteration=args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration,
+        iteration=iteration,
         train_iters=args.train_iters,
         num_microbatches=get_num_microbatches(),
         writer=get_tensorboard_writer(),
         implementation=args.transformer_impl,
         checks_nan=args.check_for_nan_in_loss_and_grad,
+        reports_personas=bool(args.eval_interval) and (iteration + 1) % args.eval_interval == 0,
     )
 
 

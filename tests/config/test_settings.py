@@ -73,6 +73,27 @@ def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
     assert "context_parallel_size = 2: the batches are not divided" in str(contradiction(args))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--multiple-validation-sets --valid-data-path a b", "set full_validation too"),
+        ("--full-validation", "set valid_data_path"),
+        ("--full-validation --valid-data-path a --test-data-path b", "name the test data in valid_data_path"),
+        ("--full-validation --valid-data-path 0.5 a 0.5 b", "leave the weights in valid_data_path out"),
+        ("--full-validation --valid-data-path a --eval-micro-batch-size 2", "leave eval_micro_batch_size and"),
+        ("--valid-data-path a b --validation-set-names x y", "set multiple_validation_sets and full_validation too"),
+        ("SEVERAL --valid-data-path a b --validation-set-names x", "one name to each of the 2 folders"),
+        ("SEVERAL --valid-data-path a b --validation-set-names x x", "all distinct"),
+        ("SEVERAL --valid-data-path a b --validation-set-names x y", None),
+    ],
+)
+def test_validation_sets_that_megatron_cannot_evaluate_are_refused(flags: str, message: str | None) -> None:
+    words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss"]
+    given = flags.replace("SEVERAL", "--full-validation --multiple-validation-sets").split()
+    found = contradiction(flag_parser().read([*words, *given]))
+    assert found is None if message is None else message in str(found)
+
+
 def test_kl_flow_with_transformer_engine_has_its_time_as_a_token() -> None:
     words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss"]
     args = flag_parser().read([*words, *to_flags(KL_FLOW | ADALN, flag_parser())])

@@ -45,11 +45,17 @@ def write_prepared(
 
     later: the targets are left to online encoding.
     """
+    prepared = write_conversations(folder, rows, horizons)
+    embed(prepared, "minilm", BLOCKS, later=later, progress=False)
+    return prepared
+
+
+def write_conversations(folder: Path, rows: int, horizons: tuple[tuple[int, int], ...] = ((1, 8),)) -> Path:
+    """Prepared data without targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
     corpus = write_corpus(folder, rows)
     save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
-    embed(folder / "prepared", "minilm", BLOCKS, later=later, progress=False)
     return folder / "prepared"
 
 

@@ -37,6 +37,7 @@ def exponentials(MOMENTS: bool, HAS_C: bool, **_: int) -> int:
 
 
 REGISTERS = 72  # per thread, so that at least 7 blocks of 128 threads fit a multiprocessor's 65,536
+WITH_TOP_K = 80  # 6 blocks: the largest logits stay in registers beside the sums
 BACKWARD = {"plain": {"HAS_C": False}, "logsigmoid": {"HAS_C": True}}
 ROUND = {"bf16": "F2FP.BF16.F32.PACK_AB", "fp16": "F2FP.F16.F32.PACK_AB"}  # to nearest even; .RZ would truncate
 
@@ -57,7 +58,7 @@ def test_a_row_of_odd_length_is_read_once_in_16_byte_loads(tmp_path: Path, name:
     # An odd number of columns in rows whose stride is a multiple of 16: a view of a padded shard.
     code = compiled(tmp_path, fused._row_statistics, "bf16", "stride", **FIRST_PASS[name])
     assert code.spilled == code.count("LDL", "STL") == 0
-    assert code.registers <= REGISTERS
+    assert code.registers <= (WITH_TOP_K if FIRST_PASS[name]["TOP_K"] else REGISTERS)
     assert code.count("LDG.E.128") == 2  # each thread's part of a tile
     assert code.count("LDG.E.U16") == 17  # the tail, column by column, and the label's logit
     assert code.count("MUFU.EX2", "MUFU.RCP") <= exponentials(**FIRST_PASS[name])
@@ -69,7 +70,7 @@ def test_a_row_of_odd_length_is_read_once_in_16_byte_loads(tmp_path: Path, name:
 def test_a_row_of_even_length_is_read_in_16_byte_loads_alone(tmp_path: Path, name: str, dtype: str) -> None:
     code = compiled(tmp_path, fused._row_statistics, dtype, "stride", "V", **FIRST_PASS[name])
     assert code.spilled == code.count("LDL", "STL") == 0
-    assert code.registers <= REGISTERS
+    assert code.registers <= (WITH_TOP_K if FIRST_PASS[name]["TOP_K"] else REGISTERS)
     assert code.count("LDG.E.128") == 4  # a tile's and the tail's
     assert code.count("LDG.E.U16", "LDG.E") - code.count("LDG.E.128", "LDG.E.64") <= 2  # the label's logit, twice
 

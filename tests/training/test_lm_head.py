@@ -79,7 +79,7 @@ def run(
     stage = LastStage(h_SBH, layer, given, None, lambda x: x * multiplier, config)
     result = objective(stage, batch["labels"], batch, measured, counts=True)
     (backward * result.total).backward()
-    found = {name: getattr(result, name) for name in ("objective_BS", "cross_entropy_BS", "power")}
+    found = result.values._asdict() | {"power": result.power}
     if result.entropy_BS is not None:
         known_BS = batch["loss_mask"] > 0
         known_BS[[0, 0, 1, 1], [3, 5, 3, 8]] = True  # the anchors

@@ -136,7 +136,7 @@ PASSED = {
         num_distributed_optimizer_instances torch_fsdp2_reshard_after_forward cp_comm_type fake_process_group
     """,
     "validation": """
-        eval_interval start_eval_at_iter eval_global_batch_size skip_train test_mode
+        start_eval_at_iter skip_train test_mode
     """,
     "data and dataloader": """
         encoder_seq_length num_workers

@@ -88,11 +88,6 @@ DATA = (
         "set dataloader_inter_document_masking, which knows where documents begin",
     ),
     Refused(
-        "multiple_validation_sets validation_set_names",
-        "the validation folders of a run are one blend",
-        "validate each in a run with skip_train",
-    ),
-    Refused(
         "dataloader_type",
         "the datasets are Megatron's own kind, which its samplers read",
         "use single or cyclic",

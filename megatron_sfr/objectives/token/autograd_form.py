@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.closed_form import sum_dtype
+from megatron_sfr.objectives.token.closed_form import TokenValues, sum_dtype
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 
 BLOCK_BYTES = 64 << 20
 """Size of a block's gathered logits. Autograd keeps several tensors of this size."""
 
 
-def evaluate_blocks(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab) -> tuple[Tensor, Tensor]:
-    """Loss and cross-entropy of each token: [T] each, fp32 (or float64); 0 for ignored tokens."""
-    loss_T, cross_entropy_T = torch.zeros(2, len(y_T), dtype=sum_dtype(z_TV), device=z_TV.device)
+def evaluate_blocks(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab) -> TokenValues:
+    """The loss and the reported values of each token."""
+    values_4T = torch.zeros(4, len(y_T), dtype=sum_dtype(z_TV), device=z_TV.device)
     with torch.no_grad():
         for block in _blocks(z_TV, vocab):
             z_BN, y_B = _gather(z_TV[block], vocab), y_T[block]
             kept_B, y_B = y_B >= 0, y_B.clamp(min=0)
-            loss_T[block] = torch.where(kept_B, _losses(loss, z_BN, y_B), 0)
-            log_sum_B = z_BN.logsumexp(-1)
-            cross_entropy_T[block] = torch.where(kept_B, log_sum_B - z_BN.gather(1, y_B[:, None])[:, 0], 0)
-    return loss_T, cross_entropy_T
+            loss_B, z_y_B = _losses(loss, z_BN, y_B), z_BN.gather(1, y_B[:, None])[:, 0]
+            correct_B, log_p_BN = z_y_B >= z_BN.amax(-1), z_BN.log_softmax(-1)
+            entropy_B = -(log_p_BN.exp() * log_p_BN).nansum(-1)  # skips 0 * -inf of masked logits
+            measured = (loss_B, z_BN.logsumexp(-1) - z_y_B, entropy_B, correct_B.to(z_BN.dtype))
+            values_4T[:, block] = torch.where(kept_B, torch.stack(measured), 0)
+    return TokenValues(*values_4T)
 
 
 def write_blocks(g_TV: Tensor, y_T: Tensor, weight_T: Tensor, loss: TokenLoss, vocab: Vocab) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.closed_form import sum_dtype
+from megatron_sfr.objectives.token.closed_form import TokenValues, sum_dtype
 from megatron_sfr.objectives.token.loss_base import TokenLoss
-from megatron_sfr.objectives.token.token_loss import loss_and_gradient, vocab_parallel_loss
+from megatron_sfr.objectives.token.token_loss import loss_and_gradient, token_values
 
 UNEXPECTED = (
     "the loss did not receive the gradient for which the chunked LM head has accumulated that of its weight: "
@@ -81,12 +81,12 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: TokenLoss,
         head: LMHead,
         plan: ChunkPlan,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (objective_N, cross_entropy_N), gradients = _pass(h_TH, index_N, y_N, loss, head, plan)
+    ) -> tuple[Tensor, ...]:
+        values, gradients = _pass(h_TH, index_N, y_N, loss, head, plan)
         ctx.zeros = h_TH.new_zeros(()).expand_as(h_TH), weight_VH.new_zeros(()).expand_as(weight_VH)
         ctx.gradients, ctx.plan, ctx.accumulates = gradients, plan, head.accumulator_VH is not None
-        ctx.mark_non_differentiable(objective_N, cross_entropy_N)
-        return objective_N.sum(), objective_N, cross_entropy_N
+        ctx.mark_non_differentiable(*values)
+        return values.loss.sum(), *values
 
     @staticmethod
     @once_differentiable
@@ -114,8 +114,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def chunked_loss(
     h_TH: Tensor, index_N: Tensor, y_N: Tensor, loss: TokenLoss, head: LMHead, plan: ChunkPlan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss of some positions, and loss and cross-entropy of each, which are not differentiable.
+) -> tuple[Tensor, TokenValues]:
+    """The summed loss of some positions, and the values of each, which are not differentiable.
 
     The number of positions is a shape, so that nothing waits for the device. Chunks are of nearly equal size; without
     positions there is one, of size 0, so that the head is always called.
@@ -126,14 +126,15 @@ def chunked_loss(
         index_N: the positions that get logits, int64, without repetition. Gradients of other positions are 0.
         y_N: their labels, int64; negative ones are ignored.
     Returns:
-        (sum, loss, cross_entropy): [], [N], [N], in fp32 (float64 for float64 logits).
+        (sum, values): [] and [N] each, in fp32 (float64 for float64 logits).
     """
-    return _ChunkedLoss.apply(h_TH, head.weight_VH, index_N, y_N, loss, head, plan)
+    total, *values = _ChunkedLoss.apply(h_TH, head.weight_VH, index_N, y_N, loss, head, plan)
+    return total, TokenValues(*values)
 
 
 def _pass(
     h_TH: Tensor, index_N: Tensor, y_N: Tensor, loss: TokenLoss, head: LMHead, plan: ChunkPlan
-) -> tuple[tuple[Tensor, ...], _Gradients]:
+) -> tuple[TokenValues, _Gradients]:
     weight = head.weight_VH
     dh_TH, dw_VH = torch.zeros_like(h_TH) if plan.gradient else None, None
     trains = plan.gradient and plan.counts and weight.requires_grad
@@ -148,7 +149,7 @@ def _pass(
         if plan.on_logits is not None:
             plan.on_logits(z_CV)
         if dh_TH is None:
-            found.append(vocab_parallel_loss(z_CV, y_C, loss, head.vocab))
+            found.append(token_values(z_CV, y_C, loss, head.vocab))
             continue
         found.append(loss_and_gradient(z_CV, y_C, loss, head.vocab, plan.factor))
         dh_CH = head.scale(z_CV @ weight)
@@ -158,7 +159,7 @@ def _pass(
         if total_VH is not None:
             _add_product(total_VH, z_CV, head.scale(h_CH))
         del z_CV
-    return tuple(torch.cat(values) for values in zip(*found, strict=True)), _Gradients(dh_TH, dw_VH)
+    return TokenValues(*map(torch.cat, zip(*found, strict=True))), _Gradients(dh_TH, dw_VH)
 
 
 def _add_product(total_VH: Tensor, g_CV: Tensor, h_CH: Tensor) -> None:

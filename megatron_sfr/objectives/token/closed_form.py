@@ -6,6 +6,7 @@ Shapes: T tokens, V columns of the local shard, N statistics per token.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +21,32 @@ def sum_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
+class TokenValues(NamedTuple):
+    """What training reports about each token, all [T] in fp32 (or float64); 0 for ignored tokens."""
+
+    loss: Tensor
+    """The objective; differentiable."""
+    cross_entropy: Tensor
+    """-ln p_y."""
+    entropy: Tensor
+    """Of the model's distribution, in nats."""
+    correct: Tensor
+    """1 if no logit is larger than the label's, else 0."""
+
+
 @dataclass(frozen=True)
 class FirstPass:
-    """The results of the first pass; ignored tokens have loss, coefficients and cross-entropy 0."""
+    """The results of the first pass; ignored tokens have values and coefficients 0."""
 
     stats: LogitStatistics
     z_y_T: Tensor
     """The label's logit; only computed if the loss weights tokens by it."""
     result: LossAndCoefficients
-    cross_entropy_T: Tensor
+    values: TokenValues
 
 
 def first_pass(z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, vocab: Vocab) -> FirstPass:
-    """Loss, gradient coefficients and cross-entropy of each token from a shard's logits."""
+    """Loss, gradient coefficients and reported values of each token from a shard's logits."""
     z_TV = vocab.real(z_TV)
     spec, width = loss.statistics, z_TV.shape[-1]
     y_local_T = vocab.local(y_T, width)
@@ -45,10 +59,11 @@ def first_pass(z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, vocab: Vocab) ->
         z_TV, y_local_T, z_y_T, beta=spec.beta, moments=spec.moments, c=spec.c, top_k=spec.top_k
     )
     stats = combine(vocab.gather(stats_TN), spec.beta)
-    cross_entropy_T = stats.u.log() - stats.x_y
     kept_T = y_T >= 0
     result = LossAndCoefficients(*(torch.where(kept_T, x, 0) for x in loss.finalize(stats)))
-    return FirstPass(stats, z_y_T, result, torch.where(kept_T, cross_entropy_T, 0))
+    measured = (stats.u.log() - stats.x_y, stats.entropy, (stats.x_y >= 0).to(stats.u.dtype))
+    values = TokenValues(result.loss, *(torch.where(kept_T, x, 0) for x in measured))
+    return FirstPass(stats, z_y_T, result, values)
 
 
 def write_gradient(

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sfr.kernels import choose
 from megatron_sfr.kernels.vocab_parallel import Vocab, combine
 from megatron_sfr.objectives.token.autograd_form import evaluate_blocks, write_blocks
-from megatron_sfr.objectives.token.closed_form import first_pass, sum_dtype, write_gradient
+from megatron_sfr.objectives.token.closed_form import TokenValues, first_pass, sum_dtype, write_gradient
 from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, TokenLoss
 
 
@@ -20,16 +20,16 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, vocab: Vocab, overwrite: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         first = first_pass(z_TV, y_T, loss, vocab)
         result = first.result
         ctx.save_for_backward(z_TV, y_T, first.stats.m, first.z_y_T, result.softmax_coef, result.label_coef)
         ctx.loss, ctx.vocab, ctx.overwrite = loss, vocab, overwrite
-        ctx.mark_non_differentiable(first.cross_entropy_T)
-        return result.loss, first.cross_entropy_T
+        ctx.mark_non_differentiable(*first.values[1:])
+        return tuple(first.values)
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_T: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         z_TV, y_T, m_T, z_y_T, softmax_coef_T, label_coef_T = ctx.saved_tensors
         g_TV = z_TV if ctx.overwrite else z_TV.clone()
         write_gradient(g_TV, y_T, m_T, z_y_T, softmax_coef_T * grad_T, label_coef_T * grad_T, ctx.loss, ctx.vocab)
@@ -40,25 +40,23 @@ class _AutogradForm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, overwrite: bool
-    ) -> tuple[Tensor, Tensor]:
-        loss_T, cross_entropy_T = evaluate_blocks(z_TV, y_T, loss, vocab)
+    ) -> tuple[Tensor, ...]:
+        values = evaluate_blocks(z_TV, y_T, loss, vocab)
         ctx.save_for_backward(z_TV, y_T)
         ctx.loss, ctx.vocab, ctx.overwrite = loss, vocab, overwrite
-        ctx.mark_non_differentiable(cross_entropy_T)
-        return loss_T, cross_entropy_T
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_T: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         z_TV, y_T = ctx.saved_tensors
         g_TV = z_TV if ctx.overwrite else z_TV.clone()
         write_blocks(g_TV, y_T, grad_T, ctx.loss, ctx.vocab)
         return g_TV, None, None, None, None
 
 
-def vocab_parallel_loss(
-    z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, *, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The loss and the cross-entropy (not differentiable) of each token: [T] each, fp32 (or float64).
+def token_values(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, *, overwrite: bool = False) -> TokenValues:
+    """The loss of each token, with what else the same pass over the logits knows about it (not differentiable).
 
     Args:
         z_TV: logits of this shard, any floating dtype.
@@ -66,7 +64,15 @@ def vocab_parallel_loss(
         overwrite: whether the backward pass writes the gradient over the logits; nothing else may then read them.
     """
     form: Any = _ClosedForm if isinstance(loss, ClosedFormLoss) else _AutogradForm
-    return form.apply(z_TV, y_T, loss, vocab, overwrite)
+    return TokenValues(*form.apply(z_TV, y_T, loss, vocab, overwrite))
+
+
+def vocab_parallel_loss(
+    z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss and the cross-entropy (not differentiable) of `token_values`."""
+    values = token_values(z_TV, y_T, loss, vocab, overwrite=overwrite)
+    return values.loss, values.cross_entropy
 
 
 def token_loss(
@@ -130,14 +136,14 @@ def token_loss(
 def entropy_and_max_prob(z_TV: Tensor, vocab: Vocab) -> tuple[Tensor, Tensor]:
     """Entropy in nats and largest probability of each token's distribution: fp32 (or float64) [T] each.
 
-    With x_i = z_i - m and u = sum_i exp(x_i): H = ln u - sum_i exp(x_i) x_i / u, and the largest probability is 1 / u.
+    With x_i = z_i - m and u = sum_i exp(x_i) the largest probability is 1 / u.
     """
     real_TV = vocab.real(z_TV)
     none_T = torch.full((len(z_TV),), -1, dtype=torch.int64, device=z_TV.device)
     zero_T = z_TV.new_zeros(len(z_TV), dtype=sum_dtype(z_TV))
-    stats_TN = choose(z_TV).row_statistics(real_TV, none_T, zero_T, beta=1.0, moments=True, c=0.0, top_k=0)
+    stats_TN = choose(z_TV).row_statistics(real_TV, none_T, zero_T, beta=1.0, moments=False, c=0.0, top_k=0)
     stats = combine(vocab.gather(stats_TN), 1.0)
-    return stats.u.log() - stats.a_x / stats.u, 1 / stats.u
+    return stats.entropy, 1 / stats.u
 
 
 @torch.no_grad()
@@ -151,17 +157,17 @@ def logit_gradient(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab) -> 
 @torch.no_grad()
 def loss_and_gradient(
     z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, factor: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The loss and the cross-entropy of each token, [T] each; overwrites the logits with the gradient.
+) -> TokenValues:
+    """The values of each token; overwrites the logits with the gradient.
 
     Args:
         factor: the gradient is that of the summed loss times this number (a tensor without dimensions, or a float).
     """
     if not isinstance(loss, ClosedFormLoss):
         values = evaluate_blocks(z_TV, y_T, loss, vocab)
-        write_blocks(z_TV, y_T, torch.ones_like(values[0]) * factor, loss, vocab)
+        write_blocks(z_TV, y_T, torch.ones_like(values.loss) * factor, loss, vocab)
         return values
     first = first_pass(z_TV, y_T, loss, vocab)
     softmax_coef_T, label_coef_T = first.result.softmax_coef * factor, first.result.label_coef * factor
     write_gradient(z_TV, y_T, first.stats.m, first.z_y_T, softmax_coef_T, label_coef_T, loss, vocab)
-    return first.result.loss, first.cross_entropy_T
+    return first.values

@@ -27,6 +27,7 @@ from megatron_sfr.training.data.anchor_arrays import (
     join_streams,
 )
 from megatron_sfr.training.data.packing import PackedSequences, first_fit_decreasing, most_in_a_sequence, shuffle
+from megatron_sfr.training.data.persona_groups import group_array
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class PreparedDataset(MegatronDataset):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
+        self.groups: dict[str, int] = {}
+        """Numbers of the personas' groups; empty: items have no `group`."""
         self.lengths = dataset.positions[indices] if config.packed else np.ones(len(indices), np.int64)
         self.packed = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
@@ -110,6 +113,8 @@ class PreparedDataset(MegatronDataset):
         item: dict[str, Any] = dict(sequence_arrays(samples, self.config.sequence_length))
         if not self.config.packed:
             del item["document"]
+        if self.groups:
+            item["group"] = group_array(samples, sequence_starts(samples), self.groups, self.config.sequence_length)
         if self.config.text_length is not None:
             item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:

@@ -70,6 +70,8 @@ class DocumentDataset(GPTDataset):
         self.prepared = PreparedDocuments.open(Path(dataset_path))
         self.targets = TargetReader(self.prepared, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
+        self.groups: dict[str, int] = {}
+        """The number of the documents' group, under ""; empty: items have no `group`."""
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
@@ -94,6 +96,8 @@ class DocumentDataset(GPTDataset):
         item: dict[str, Any] = super().__getitem__(idx)
         if self.config.text_length is not None:
             item["sample"] = 0 if idx is None else int(idx)
+        if self.groups:
+            item["group"] = np.full(self.config.sequence_length, self.groups[""], np.int32)
         if self.config.separate or self.targets is not None:
             pieces = self.pieces(0 if idx is None else int(idx))
             if self.config.separate:

@@ -1,12 +1,10 @@
 """Builds upstream's datasets: the data that a run reads, conversations or documents, and their anchors."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
@@ -17,12 +15,14 @@ from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import anchor_rule_of, holds_documents, horizons_of
 from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import device
-from megatron_sfr.runtime.parallel import is_last_stage
+from megatron_sfr.runtime.parallel import data_size, is_last_stage
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
 from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, contents_of
 from megatron_sfr.training.data.epochs import sequences_of
+from megatron_sfr.training.data.full_validation import EvenlyDivided
 from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
+from megatron_sfr.training.data.persona_groups import Group, number_groups, parts_of
 from megatron_sfr.training.data.prepared_check import prepared_folders
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
         "split": args.split,
         "path_to_cache": args.data_cache_path,
         "full_validation": args.full_validation,
+        "multiple_validation_sets": args.multiple_validation_sets,
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
         "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
         "anchors": anchors,
@@ -171,7 +172,7 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     config.blend_per_split = _repeated(config, num_samples[0])
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     if (plan := config.anchors) is not None:
-        parts = list(_parts(built))
+        parts = list(parts_of(built))
         sizes = [dataset.sizes(plan.entries) for dataset in parts]
         for dataset in parts:
             dataset.pad_anchors(AnchorSizes(max(size.targets for size in sizes), max(size.entries for size in sizes)))
@@ -192,17 +193,6 @@ def _repeated(config: Config, samples: int | None) -> list[Any] | None:
     return [(blends[0][0], sizes), *blends[1:]] if samples > sum(sizes) else blends
 
 
-def _parts(datasets: list[Any]) -> Iterator[Any]:
-    """The datasets of single folders."""
-    for dataset in datasets:
-        if isinstance(dataset, list):
-            yield from _parts(dataset)
-        elif isinstance(dataset, BlendedDataset):
-            yield from dataset.datasets
-        elif dataset is not None:
-            yield dataset
-
-
 class DataProvider:
     """Upstream's train_valid_test_datasets_provider, for every rank. Only the last pipeline stage reads targets."""
 
@@ -212,11 +202,19 @@ class DataProvider:
         self.plan = plan
         self.online: OnlineTargets | None = None
         """Where the last stage's ranks get online targets; set once the datasets are built."""
+        self.groups: list[Group] = []
+        """The groups that the batches' `group` numbers; set once the datasets are built."""
 
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
-        options = self.plan.options
+        options, args = self.plan.options, self.plan.megatron
         config = dataset_config(self.plan, reads_targets=is_last_stage(vp_stage))
         built = build(config, list(num_samples))
+        if self.plan.text_length is None:
+            multiple, names = args.multiple_validation_sets, args.validation_set_names
+            self.groups = number_groups(built, multiple=multiple, names=names)
+        if args.full_validation:
+            sets = built[1] if isinstance(built[1], list) else [built[1]]
+            built[1] = [EvenlyDivided(dataset, data_size()) for dataset in sets]
         if (anchors := config.anchors) is not None and anchors.folders:
             self.online = OnlineTargets(
                 anchors.folders,
@@ -226,7 +224,7 @@ class DataProvider:
                 threads=options.encoder_threads,
             )
             if built[0] is not None:
-                self.online.follow(built[0], sampler_of(self.plan.megatron, built[0]))
+                self.online.follow(built[0], sampler_of(args, built[0]))
         return built
 
     def close(self) -> None:

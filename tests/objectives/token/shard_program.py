@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
+from megatron_sfr.objectives.token.token_loss import token_values
 from tests.objectives.token.token_cases import ALL_LOSSES, labels, logits
 
 TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one padding column, the fourth only padding
@@ -45,10 +45,10 @@ def run(name: str, grid: bool, vocab: Vocab, columns: slice) -> dict[str, Any]:
     z_TV = all_logits(grid)[:, columns].clone().requires_grad_()
     weight_T = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
     with Collectives() as forward:
-        loss_T, cross_entropy_T = vocab_parallel_loss(z_TV, labels(TOKENS, SIZE, ignored=0.2), ALL_LOSSES[name], vocab)
+        values = token_values(z_TV, labels(TOKENS, SIZE, ignored=0.2), ALL_LOSSES[name], vocab)
     with Collectives() as backward:
-        (loss_T * weight_T).sum().backward()
-    actual = {"loss": loss_T.detach(), "cross_entropy": cross_entropy_T, "gradient": z_TV.grad}
+        (values.loss * weight_T).sum().backward()
+    actual = {name: value.detach() for name, value in values._asdict().items()} | {"gradient": z_TV.grad}
     return actual | {"forward": forward.names, "backward": backward.names}
 
 

@@ -13,7 +13,7 @@ from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.token.chunked_head import ChunkPlan, LMHead, chunked_loss
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.loss_base import IGNORED, TokenLoss
-from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
+from megatron_sfr.objectives.token.token_loss import token_values, vocab_parallel_loss
 from tests.objectives.token.token_cases import ALL_LOSSES, labels
 from tools.traffic import Traffic
 
@@ -40,10 +40,10 @@ def make_head(weight_VH: Tensor, multiplier: float = 1.0, accumulator_VH: Tensor
 def whole(y_T: Tensor, loss: TokenLoss, multiplier: float = 1.0, factor: float = 1.0) -> dict[str, Tensor]:
     """All logits at once."""
     h_TH, weight_VH = states()
-    loss_T, cross_entropy_T = vocab_parallel_loss(h_TH @ weight_VH.t() * multiplier, y_T, loss, Vocab(SIZE))
-    (factor * loss_T.sum()).backward()
-    values = {"total": loss_T.sum(), "loss": loss_T, "cross-entropy": cross_entropy_T}
-    return {name: x.detach() for name, x in values.items()} | {"h": h_TH.grad, "weight": weight_VH.grad}
+    values = token_values(h_TH @ weight_VH.t() * multiplier, y_T, loss, Vocab(SIZE))
+    (factor * values.loss.sum()).backward()
+    found = {"total": values.loss.sum(), **values._asdict()}
+    return {name: x.detach() for name, x in found.items()} | {"h": h_TH.grad, "weight": weight_VH.grad}
 
 
 def chunked(
@@ -58,11 +58,10 @@ def chunked(
     h_TH, weight_VH = states()
     head, index_N = make_head(weight_VH, multiplier, accumulator_VH), (y_T >= 0).nonzero()[:, 0]
     plan = plan or ChunkPlan(chunk)
-    total, loss_N, cross_entropy_N = chunked_loss(h_TH, index_N, y_T[index_N], loss, head, plan)
+    total, values = chunked_loss(h_TH, index_N, y_T[index_N], loss, head, plan)
     (factor * total).backward()
-    values_T = [torch.zeros(T).index_copy(0, index_N, x) for x in (loss_N, cross_entropy_N)]
-    found = dict(zip(("loss", "cross-entropy"), values_T, strict=True)) | {"total": total.detach()}
-    return found | {"h": h_TH.grad, "weight": weight_VH.grad}
+    found = {name: torch.zeros(T).index_copy(0, index_N, x_N) for name, x_N in values._asdict().items()}
+    return found | {"total": total.detach(), "h": h_TH.grad, "weight": weight_VH.grad}
 
 
 def masked(name: str) -> Tensor:
@@ -163,8 +162,7 @@ def test_values_are_equal_for_all_chunk_sizes_bit_for_bit() -> None:
     for chunk in (5, 8, 23):
         h_TH, weight_VH = states(torch.float64)
         args = h_TH, torch.arange(T), masked("all"), CrossEntropy(), make_head(weight_VH), ChunkPlan(chunk)
-        _, loss_T, cross_entropy_T = chunked_loss(*args)
-        found.append([loss_T, cross_entropy_T])
+        found.append(chunked_loss(*args)[1])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch.distributions import Categorical
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.loss_base import IGNORED
-from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, vocab_parallel_loss
+from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, token_values, vocab_parallel_loss
 from tests.objectives.token.token_cases import ALL_LOSSES, differentiated, labels, logits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -45,6 +46,22 @@ def test_gradcheck_of_losses_without_stop_gradients(name: str) -> None:
     y_T = labels(5, 6, ignored=0.2)
     z_TV = logits(5, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: vocab_parallel_loss(z, y_T, ALL_LOSSES[name], Vocab(6))[0], (z_TV,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_every_loss_reports_entropy_and_accuracy_of_the_softmax(name: str, dtype: torch.dtype) -> None:
+    """Padding columns are not read. On a grid many labels share the largest logit, and are correct."""
+    z_TV, y_T = logits(40, 9, grid=True).to(dtype), labels(40, 7, ignored=0.2)
+    z_TV[:, 7:] = torch.nan
+    values = token_values(z_TV, y_T, ALL_LOSSES[name], Vocab(7))
+    kept_T, real_TV = y_T >= 0, z_TV[:, :7].double()
+    entropy_T = Categorical(logits=real_TV).entropy() * kept_T
+    correct_T = (real_TV.gather(1, y_T.clamp(min=0)[:, None])[:, 0] == real_TV.amax(-1)) & kept_T
+    exact = {"atol": 1e-12, "rtol": 0} if dtype == torch.float64 else {"atol": 1e-6, "rtol": 1e-5}  # sums in fp32
+    torch.testing.assert_close(values.entropy.double(), entropy_T, **exact)
+    assert values.correct.tolist() == correct_T.tolist()
+    assert 0 < correct_T.sum() < kept_T.sum()
 
 
 @pytest.mark.parametrize("size", [1, 7, 9])

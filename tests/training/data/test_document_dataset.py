@@ -21,6 +21,7 @@ from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.training.data.persona_groups import Group, number_groups
 from megatron_sfr.training.data.provider import DataPlan, build, dataset_config
 from tests.distributed.tiny import write_prepared
 from tests.training.data.test_provider import arguments
@@ -65,6 +66,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 def document_arguments(folder: Path, **changes: Any) -> DataPlan:
     more = {"seq_length": LENGTH, "vocab_size": 400, "eod_mask_loss": False, "mmap_bin_files": True}
     return arguments([str(folder)], **more | changes)
+
+
+def test_several_validation_sets_of_documents(folder: Path) -> None:
+    several = {"full_validation": True, "multiple_validation_sets": True, "sfr": False}
+    plan = document_arguments(folder, **several, valid_data_path=[str(folder), str(folder)])
+    built = build(dataset_config(plan), [4, None, 0])
+    assert number_groups(built, multiple=True) == [Group(part, "") for part in ("", "validation-0", "validation-1")]
+    for number, dataset in enumerate(built[1], start=1):
+        assert (dataset[0]["group"] == number).all()
+        assert dataset[0]["group"].shape == dataset[0]["tokens"].shape
 
 
 def test_upstream_reads_the_documents_back(folder: Path, tokenizer: Path) -> None:

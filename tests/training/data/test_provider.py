@@ -16,6 +16,8 @@ from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.option_names import option_names
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset
+from megatron_sfr.training.data.full_validation import EvenlyDivided
+from megatron_sfr.training.data.persona_groups import Group, number_groups
 from megatron_sfr.training.data.provider import DataOptions, DataPlan, build, dataset_config
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
 
@@ -45,6 +47,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "seed": 1,
         "seq_length": SEQ_LENGTH,
         "full_validation": False,
+        "multiple_validation_sets": False,
         "num_dataset_builder_threads": 1,
         "mid_level_dataset_surplus": 0.005,
         "eod_mask_loss": False,
@@ -161,3 +164,37 @@ def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
     assert batch["document"].shape == (12, SEQ_LENGTH)
     rows = max(dataset.sizes(config.anchors.entries).targets for dataset in train.datasets)
     assert batch["target"].shape == (12, rows, 384)
+
+
+def test_positions_know_the_group_of_their_conversation(folders: list[Path]):
+    """In a blend, in packed sequences, and in each of two validation sets; personas are ordered by their number."""
+    blend = ["0.5", str(folders[0]), "0.5", str(folders[1])]
+    packing = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH, "sfr": False}
+    several = {"full_validation": True, "multiple_validation_sets": True}
+    config = dataset_config(arguments(blend, [str(folder) for folder in folders], **packing, **several))
+    built = build(config, [12, None, 0])
+
+    groups = number_groups(built, multiple=True, names=["few", "many"])
+    voices = [f"voice {i}" for i in range(3)]
+    parts = ("", "validation-few", "validation-many")
+    assert groups == [Group(part, voice) for part in parts for voice in voices]
+    for part, dataset, folder in zip(parts[1:], built[1], folders, strict=True):
+        data = PreparedData.open(folder)
+        for i in range(len(dataset)):
+            item, (_, conversations) = dataset[i], dataset.conversations(i)
+            for number, index in enumerate(conversations):
+                own = item["group"][item["document"] == number]
+                assert {groups[group] for group in own} == {Group(part, data[int(index)].persona)}
+    assert set(default_collate([built[0][i] for i in range(12)])["group"].unique().tolist()) <= {0, 1, 2}
+
+
+def test_a_complete_validation_set_is_divided_evenly_without_counting_anything_twice(folders: list[Path]):
+    dataset = whole(folders[0], Split.valid)
+    even = EvenlyDivided(dataset, 4)
+
+    assert (len(dataset), len(even), even.split) == (3, 4, Split.valid)
+    assert (even[2]["tokens"] == dataset[2]["tokens"]).all()
+    assert even[3].keys() == dataset[0].keys()
+    assert not even[3]["loss_mask"].any()
+    assert not even[3]["anchor_weight"].any()
+    assert dataset[0]["loss_mask"].any()
