@@ -106,6 +106,19 @@ def check_fields(content: dict[str, Any], cls: type) -> None:
             raise ValueError(f"{name} is {shown(content[name])}")
 
 
+def strings_of(value: Any) -> Iterator[str]:
+    """Every string inside a JSON value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from strings_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings_of(inner)
+
+
 @contextmanager
 def loading(what: str, hint: str) -> Iterator[None]:
     """Turns exceptions of a library that parses a user's files into ValueError `what (reason); hint`.

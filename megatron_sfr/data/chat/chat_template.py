@@ -15,9 +15,9 @@ from typing import Any
 from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, with_placeholders
 from megatron_sfr.data.chat.template_limits import check_output, render_bounded
 from megatron_sfr.data.chat.template_options import RESERVED, TemplateOptions
-from megatron_sfr.data.chat.tool_calls import Message, strings_of
+from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
-from megatron_sfr.storage.user_files import reason
+from megatron_sfr.storage.user_files import reason, strings_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns

@@ -12,11 +12,11 @@ import numpy as np
 from megatron_sfr.data.chat.chat_template import ChatTemplate, TemplateRefusal
 from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
 from megatron_sfr.data.chat.loss_mask import Supervised, Turns, as_rendered, each, together
-from megatron_sfr.data.chat.rendered_turns import REASONING, with_persona
+from megatron_sfr.data.chat.rendered_turns import REASONING, has_tool_turns, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
-from megatron_sfr.data.chat.tool_calls import Message, call_forms, strings_of
+from megatron_sfr.data.chat.tool_calls import Message, call_forms
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
-from megatron_sfr.storage.user_files import shown
+from megatron_sfr.storage.user_files import shown, strings_of
 
 ROLES = ("system", "user", "assistant", "tool")
 TRAINED = ("train", "weight")  # fields of a turn that say whether it is trained
@@ -115,7 +115,8 @@ def encode_samples(conversation: Conversation, tokenizer: Any, options: SampleOp
     if not trained:
         raise RecordError('none of the replies is trained; leave out "train": false or "weight": 0, or drop the record')
     errors: list[RecordError] = []
-    for messages in call_forms(conversation.messages):
+    given = conversation.messages
+    for messages in call_forms(given) if has_tool_turns(given) else [given]:
         try:
             turns = Turns(template, messages, conversation.tools, trained, conversation.persona)
             return [_encoded(sample) for sample in _samples(turns, options.turns)]

@@ -23,11 +23,12 @@ from megatron_sfr.data.chat.rendered_turns import (
     check_system_turn,
     check_tail,
     end_of_reply,
+    has_tool_turns,
     name_of_system_turn,
     no_end,
 )
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
-from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls, has_tool_turns
+from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls
 from megatron_sfr.data.chat.unrendered_reply import after_prompt
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut

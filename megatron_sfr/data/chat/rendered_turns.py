@@ -84,6 +84,11 @@ def _writes_system(template: ChatTemplate, messages: Sequence[Message], tools: l
     return mark in template.text([messages[0] | {"content": mark}, *messages[1:]], tools, prompt=True)
 
 
+def has_tool_turns(messages: Sequence[Message]) -> bool:
+    """Whether a turn calls tools or holds the answer of one."""
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
 def reasoning_of(message: Message) -> tuple[str, str]:
     """The reasoning that stands beside the content, and the name of its field; two empty strings for none."""
     return next(((str(message[name]), name) for name in REASONING if message.get(name)), ("", ""))
@@ -137,7 +142,8 @@ def check_complete(own: str, message: Message, number: int) -> None:
         else:
             what = f"rewrites reply {number}"
         raise Unrendered(f"the chat template {what}")
-    check_calls_stand(calls, own, number)
+    if calls:
+        check_calls_stand(calls, own, number)
 
 
 def no_end(number: int) -> str:
@@ -155,7 +161,8 @@ def check_tail(own: str, message: Message, number: int) -> None:
             f"reply {number} does not end before the first control token of its turn; begin the template's "
             "{% generation %} block where the reply begins"
         )
-    check_calls_stand(calls, own, number)
+    if calls:
+        check_calls_stand(calls, own, number)
 
 
 def _holds(own: str, parts: Sequence[str], *, ends_on_last: bool = True) -> bool:

@@ -19,23 +19,6 @@ from megatron_sfr.storage.user_files import parse_json
 Message = dict[str, Any]
 
 
-def strings_of(value: Any) -> Iterator[str]:
-    """Every string inside a JSON value, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield name
-            yield from strings_of(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from strings_of(inner)
-
-
-def has_tool_turns(messages: Sequence[Message]) -> bool:
-    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-
-
 def ends_of_calls(
     messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str], control: re.Pattern[str]
 ) -> dict[int, re.Match[str]]:

@@ -23,6 +23,7 @@ from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import (
     SAMPLE_BYTES,
     FileRecord,
+    StoredFileError,
     check_contents,
     check_counts,
     check_offsets,
@@ -190,8 +191,11 @@ class PreparedData:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        with self._repair:
+        try:
             return self._sample(index)
+        except StoredFileError:
+            with self._repair:  # adds how to repair the folder
+                raise
 
     def _sample(self, index: int) -> Sample:
         start, end = self._bounds("offsets.bin", self._offsets, index, len(self._tokens))
