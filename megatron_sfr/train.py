@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 -m megatron_sfr.train --recipe FILE.yaml [any of Megatron's flags]
 """
 
+import gc
 import math
 import os
 import sys
@@ -35,8 +36,11 @@ def main(argv: Sequence[str]) -> None:
     from megatron_sfr.runtime import backend
 
     backend.prepare(argv)
+    gc.disable()  # importing Megatron makes many objects and no garbage, and collecting takes a seventh of its time
     from megatron_sfr.config.settings import read_settings
 
+    gc.freeze()
+    gc.enable()
     settings = read_settings(argv)
     save = settings.recipe.get("save")
     first = int(os.environ.get("RANK", "0")) == 0

@@ -65,13 +65,9 @@ def steps(save: Path) -> int:
     return len(read_metrics(save)) if (save / "metrics.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize(("number", "saves"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--async-save",))])
-def test_ctrl_c_and_sigterm_leave_a_complete_checkpoint(
-    recipe: Path, tmp_path: Path, number: signal.Signals, saves: tuple[str, ...]
-) -> None:
-    with started(recipe, tmp_path / "run", "--save-interval", "2", *saves) as process:
-        # torchrun signals all processes of a rank: the manager of asynchronous saves, which the first one starts, must
-        # not end.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_complete_checkpoint(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with started(recipe, tmp_path / "run", "--save-interval", "2") as process:
         wait_for(lambda: steps(tmp_path / "run") >= 3, process)
         process.send_signal(number)
         output = process.communicate(timeout=PATIENCE_S)[0]

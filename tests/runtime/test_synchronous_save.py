@@ -1,4 +1,7 @@
-"""A synchronous save starts no process. tests/distributed/test_resume.py saves asynchronously."""
+"""A synchronous save starts no process.
+
+Not exercised: an asynchronous one, whose writer upstream places on a GPU.
+"""
 
 from pathlib import Path
 
