@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import Any
 
+from megatron_sfr.config.long_sequence_checks import chunk_contradictions, context_contradictions
 from megatron_sfr.config.lora_checks import lora_contradictions
 from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.lm_head import CHUNK_TOKENS
@@ -13,8 +14,9 @@ Rows = list[tuple[Any, str]]
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first incompatible combination among parsed arguments, in one line; None if there is none."""
-    rows = _of_the_run(args) + _of_chunks(args) + _of_the_start(args) + _of_validation_sets(args)
-    rows += _of_separation(args) + lora_contradictions(args)
+    rows = _of_the_run(args) + _of_the_start(args) + _of_validation_sets(args)
+    rows += _of_separation(args) + lora_contradictions(args) + chunk_contradictions(args)
+    rows += context_contradictions(args, separator(args))
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)
@@ -30,11 +32,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
             "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
         ),
-        (
-            args.context_parallel_size > 1,
-            f"context_parallel_size = {args.context_parallel_size}: the batches are not divided along the sequence "
-            "yet, so every rank would train on all of it; set it to 1",
-        ),
         (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
         (
             not (args.train_data_path or args.data_path),
@@ -49,23 +46,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
             "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
         ),
-    ]
-
-
-def _of_chunks(args: argparse.Namespace) -> Rows:
-    """Options with which the chunked LM head cannot find the output layer's weight, or where its gradient goes."""
-    if not args.loss_chunk_tokens or args.training_task == "kl-flow":
-        return []
-    reasons = {
-        "defer_embedding_wgrad_compute": "keeps the gradients of all logits, which chunks do not have",
-        "reuse_grad_buf_for_mxfp8_param_ag": "keeps weights where the LM head's gradient is accumulated",
-        "fp8_output_proj": "replaces the output layer by Transformer Engine's, whose gradient chunks do not compute",
-        "use_megatron_fsdp": "shards the output layer's weight between its forward and backward pass",
-        "use_torch_fsdp2": "shards the output layer's weight between its forward and backward pass",
-    }
-    return [
-        (getattr(args, name), f"{name} {reason}: set loss_chunk_tokens to 0, which computes all logits at once")
-        for name, reason in reasons.items()
     ]
 
 

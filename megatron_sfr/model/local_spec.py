@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.models.gpt import GPTModelConfig
 from torch import nn
 
+from megatron_sfr.model.gathered_attention import GatheredAttention
+
 
 def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
     """torch's RMSNorm or LayerNorm, by config.normalization. Upstream calls it with this signature."""
@@ -33,6 +35,8 @@ def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Tra
     ):  # 0.19.2 saves it as a dense layer's; Transformer Engine's spec does not
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
+    if transformer.context_parallel_size > 1:
+        layer.self_attention.submodules.core_attention = GatheredAttention
     if transformer.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = local_norm
     layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)

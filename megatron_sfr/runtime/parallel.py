@@ -39,6 +39,21 @@ def tensor_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
+def context_size() -> int:
+    """Ranks of the context-parallel group, which share a sequence."""
+    return parallel_state.get_context_parallel_world_size()
+
+
+def sequence_positions(count: int) -> tuple[Tensor, Tensor]:
+    """Positions in the sequence, in upstream's zigzag order: of this context-parallel rank, and of all ranks in turn.
+
+    count: positions of one rank.
+    """
+    ranks, part = context_size(), torch.arange(count * context_size()).chunk(2 * context_size())
+    each = [torch.cat([part[rank], part[-1 - rank]]) for rank in range(ranks)] if ranks > 1 else [torch.arange(count)]
+    return each[parallel_state.get_context_parallel_rank()], torch.cat(each)
+
+
 def data_rank() -> int:
     """This process's rank among the replicas of its part of the model."""
     return parallel_state.get_data_parallel_rank()
@@ -102,6 +117,25 @@ def all_positions(h_SBH: Tensor, *, sharded: bool) -> Tensor:
     if sharded:
         return gather_from_sequence_parallel_region(h_SBH, group=group)
     return copy_to_tensor_model_parallel_region(h_SBH, group=group)
+
+
+class _GatherOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(context_size())]
+        dist.all_gather(parts, x.contiguous(), group=parallel_state.get_context_parallel_group())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
+        return grad.chunk(context_size())[parallel_state.get_context_parallel_rank()]
+
+
+def gather_over_context(x: Tensor) -> Tensor:
+    """[S, ...] of all context-parallel ranks in turn, [R S, ...]; backward sums the ranks' gradients."""
+    return _GatherOverContext.apply(x)
 
 
 class _ScaleGradient(torch.autograd.Function):

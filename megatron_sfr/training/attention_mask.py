@@ -9,6 +9,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_sfr.runtime.parallel import context_size, sequence_positions
+
 
 def block_mask(document_BS: Tensor) -> Tensor:
     """The masked positions, bool [B, 1, S, S]: later ones, and those of another document.
@@ -39,7 +41,11 @@ def document_attention(document_BS: Tensor, implementation: str, device: torch.d
     Transformer Engine takes one sequence at a time: config/validation.py requires micro_batch_size 1.
     """
     if implementation == "local":
-        return {"attention_mask": block_mask(document_BS.to(device, non_blocking=True))}
+        mask = block_mask(document_BS.to(device, non_blocking=True))
+        if context_size() > 1:  # of this rank's queries, and of all keys in the order in which they are gathered
+            own, every = (x.to(device) for x in sequence_positions(document_BS.shape[1] // context_size()))
+            mask = mask[:, :, own][..., every]
+        return {"attention_mask": mask}
     params = packed_sequence(document_BS[0])
     params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device, non_blocking=True)
     return {"attention_mask": None, "packed_seq_params": params}

@@ -20,9 +20,10 @@ from megatron_sfr.model.flow_head import FlowHead
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.loss_base import TokenLoss
-from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, print_on_last_rank
+from megatron_sfr.runtime.parallel import context_size, is_first_stage, is_last_stage, print_on_last_rank
 from megatron_sfr.training.attention_mask import document_attention
 from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
+from megatron_sfr.training.data.sequence_shard import on_this_rank
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers
 from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
@@ -106,6 +107,8 @@ class ForwardStep:
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
             batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
+        if batch and context_size() > 1:
+            batch = on_this_rank(batch)
         if last and (index_N := self.objective.positions(batch, self._measures_lock_fork(context))) is not None:
             batch["logit_position"] = index_N.pin_memory() if device.type == "cuda" and not index_N.is_cuda else index_N
         batch = to_device(batch, device)

@@ -33,6 +33,7 @@ class LastStage:
     """What upstream's GPTModel passes to an output processor, as far as the token objective reads it."""
 
     hidden_SBH: Tensor
+    """After the final norm; this rank's positions under sequence parallelism."""
     layer: Any
     """The output layer."""
     tied_VH: Tensor | None
@@ -42,6 +43,7 @@ class LastStage:
     scale: Callable[[Tensor], Tensor]
     """MuP's scaling of the logits."""
     config: Any
+    """The model's TransformerConfig."""
 
     @property
     def weight_VH(self) -> Tensor:
@@ -104,7 +106,8 @@ class TokenObjective:
     def __call__(
         self, stage: LastStage, labels: Tensor, batch: dict[str, Tensor], measured: Measured, *, counts: bool
     ) -> TokenResult:
-        """
+        """The objective of one microbatch.
+
         Args:
             batch: with `logit_position`, from `positions`, where there are chunks.
             counts: whether the objective has a weight above 0 in this step.

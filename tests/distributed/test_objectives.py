@@ -1,7 +1,7 @@
 """Every token objective and every kind of term gives the same numbers however the batch and the model are split (P9,
 G5, S5): Adam's first moments after three steps hold the gradients of all three, the weights what came of them.
 
-Not exercised: context parallelism, which SFR refuses, and MTP with sequence parallelism, which we refuse.
+Not exercised: context parallelism (test_contexts.py), and MTP with sequence parallelism, which we refuse.
 """
 
 from pathlib import Path

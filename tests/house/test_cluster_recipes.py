@@ -15,6 +15,7 @@ from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3, CODER = "examples/qwen3_32b_personas/recipe.yaml", "examples/qwen2.5_coder_7b/recipe.yaml"
+LONG = "examples/long_context/recipe.yaml"
 LLAMA3 = "examples/llama3_8b_lora_sfr/recipe.yaml"
 SHARED = {
     "hidden_act": "silu",
@@ -37,6 +38,12 @@ QWEN3_CONFIG = SHARED | {  # Qwen/Qwen3-32B, config.json
     "num_hidden_layers": 64,
     "num_key_value_heads": 8,
     "vocab_size": 151936,
+}
+QWEN3_8B_CONFIG = QWEN3_CONFIG | {  # Qwen/Qwen3-8B, config.json
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
 }
 CODER_CONFIG = SHARED | {  # Qwen/Qwen2.5-Coder-7B-Instruct, config.json
     "model_type": "qwen2",
@@ -73,7 +80,7 @@ def validate(processes: int, recipe: str, *flags: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize(
     ("processes", "recipe", "data_parallel", "layers"),
-    [(64, QWEN3, 4, [17, 16, 16, 15]), (8, CODER, 2, [15, 13])],
+    [(64, QWEN3, 4, [17, 16, 16, 15]), (8, CODER, 2, [15, 13]), (8, LONG, 1, [36])],
 )
 def test_upstream_accepts_the_recipe(processes: int, recipe: str, data_parallel: int, layers: list[int]) -> None:
     done = validate(processes, recipe)
@@ -106,13 +113,16 @@ def read(recipe: str) -> dict[str, object]:
     return yaml.safe_load((ROOT / recipe).read_text())
 
 
-@pytest.mark.parametrize(("recipe", "config"), [(QWEN3, QWEN3_CONFIG), (CODER, CODER_CONFIG), (LLAMA3, LLAMA3_CONFIG)])
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [(QWEN3, QWEN3_CONFIG), (CODER, CODER_CONFIG), (LONG, QWEN3_8B_CONFIG), (LLAMA3, LLAMA3_CONFIG)],
+)
 def test_the_recipe_has_the_shape_that_convert_recipe_prints(recipe: str, config: dict[str, object]) -> None:
     printed = megatron_flags(config)
     assert {key: read(recipe).get(key) for key in printed} == printed
 
 
-@pytest.mark.parametrize("recipe", [QWEN3, CODER])
+@pytest.mark.parametrize("recipe", [QWEN3, CODER, LONG])
 def test_fp8_shapes_are_multiples_of_16(recipe: str) -> None:
     r = read(recipe)
     tp = r["tensor_model_parallel_size"]

@@ -54,7 +54,7 @@ def test_a_refused_flag_is_named_in_the_error() -> None:
         ("--sft", "sft = True: conversations and their loss masks come from `megatron-sfr prepare`"),
         ("--mock-data", "mock_data = True: training reads prepared folders; name one in train_data_path"),
         ("--logits-load-dir d", "logits_load_dir = d: distillation"),
-        ("--hybrid-context-parallel", "context parallelism is not supported"),
+        ("--hybrid-context-parallel", "sequences are divided into equal parts"),
         ("--overlap-moe-expert-parallel-comm", "schedule plan, which ours does not have"),
         ("--tokenizer-type HuggingFaceTokenizer", "leave it out and set vocab_size"),
         ("--tokenizer-model m", "name the tokenizer in `megatron-sfr prepare`"),

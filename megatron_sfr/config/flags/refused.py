@@ -106,7 +106,7 @@ DATA = (
 STEP = (
     Refused(
         "hybrid_context_parallel hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank",
-        "context parallelism is not supported yet",
+        "sequences are divided into equal parts over one context-parallel group",
     ),
     Refused(
         "overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release",

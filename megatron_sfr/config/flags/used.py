@@ -19,7 +19,7 @@ USED = {
     "dataloader_inter_document_masking eod_mask_loss": "of documents; conversations have `sfr_packing` and loss masks",
     "create_attention_mask_in_dataloader": "no mask is made there; the forward step makes one where it is needed",
     "phase_transition_iterations": "refused with `sfr_targets: online`",
-    "context_parallel_size": "1; larger is refused until batches are divided along the sequence",
+    "context_parallel_size": "packing beside it needs local attention; some options refuse it",
     "calculate_per_token_loss": "always on: every term is a sum over the global batch",
     "check_for_nan_in_loss_and_grad": "our loss function makes the same check as Megatron's",
     "transformer_impl": "`local` on a CPU",

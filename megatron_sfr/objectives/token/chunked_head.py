@@ -25,6 +25,7 @@ UNEXPECTED = (
     "set loss_chunk_tokens to 0"
 )
 BLOCK_ROWS = 4096
+"""Positions whose gradient is scaled at a time."""
 BLOCK_BYTES = 32 << 20
 """Size of a block of the weight's gradient that is rounded to the dtype of the logits before it is added in fp32."""
 

@@ -1,0 +1,58 @@
+"""Options that do not go with chunks of the LM head, or with context parallelism, each with a remedy."""
+
+import argparse
+from typing import Any
+
+Rows = list[tuple[Any, str]]
+
+
+def chunk_contradictions(args: argparse.Namespace) -> Rows:
+    """Options with which the chunked LM head cannot find the output layer's weight, or where its gradient goes."""
+    if not args.loss_chunk_tokens or args.training_task == "kl-flow":
+        return []
+    reasons = {
+        "defer_embedding_wgrad_compute": "keeps the gradients of all logits, which chunks do not have",
+        "reuse_grad_buf_for_mxfp8_param_ag": "keeps weights where the LM head's gradient is accumulated",
+        "fp8_output_proj": "replaces the output layer by Transformer Engine's, whose gradient chunks do not compute",
+        "use_megatron_fsdp": "shards the output layer's weight between its forward and backward pass",
+        "use_torch_fsdp2": "shards the output layer's weight between its forward and backward pass",
+    }
+    return [
+        (getattr(args, name), f"{name} {reason}: set loss_chunk_tokens to 0, which computes all logits at once")
+        for name, reason in reasons.items()
+    ]
+
+
+def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows:
+    """What does not work, or has not been tried, where ranks share a sequence.
+
+    option: the option by which sequences hold several texts; None if they do not.
+    """
+    if args.context_parallel_size == 1:
+        return []
+    local, what = args.transformer_impl == "local", "context_parallel_size above 1"
+    return [
+        (args.training_task == "kl-flow", f"{what} does not go with --training-task kl-flow yet: set it to 1"),
+        (args.mtp_num_layers, f"{what} does not go with mtp_num_layers yet: leave that out"),
+        (
+            option is not None and not local,
+            f"{what} with {option} and Transformer Engine needs conversations that are padded to equal parts, which "
+            "are not made yet: set context_parallel_size to 1",
+        ),
+        (
+            local and args.window_size is not None,
+            f"{what} with window_size needs Transformer Engine: leave window_size out",
+        ),
+        (
+            args.sfr and args.sfr_loss == "cka",
+            f"sfr_loss = cka compares all anchors of a sample, and {what} divides them: choose another sfr_loss",
+        ),
+        (
+            args.sfr and args.sfr_mean == "microbatch",
+            f"sfr_mean = microbatch needs all anchors of a microbatch, and {what} divides them: set sfr_mean to tokens",
+        ),
+        (
+            args.sfr and args.sfr_targets == "online",
+            f"sfr_targets = online does not go with {what} yet: embed the data",
+        ),
+    ]
