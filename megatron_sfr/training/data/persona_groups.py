@@ -1,4 +1,4 @@
-"""Groups of the data with separate metrics: each persona of the training data and of each validation set.
+"""Groups of the data that have separate metrics: each persona of the training data and of each validation set.
 
 The datasets number the groups, so that a batch says for each position which group it belongs to.
 """
@@ -43,7 +43,8 @@ def number_groups(built: Sequence[Any], *, multiple: bool = False, names: Sequen
 
     Args:
         built: the datasets for training, validation and test, as upstream builds them.
-        multiple: whether each validation folder is a separate set; names: of these sets, their numbers by default.
+        multiple: whether each validation folder is a separate set.
+        names: names of these sets. Default: their numbers.
     """
     train, valid, test = built
     sets = valid if isinstance(valid, list) else [valid]
