@@ -38,6 +38,7 @@ def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
         "fp8_param_gather": args.fp8_param_gather,
         "fp4_param_gather": args.fp4_param_gather,
         "spec": args.spec is not None,
+        f"optimizer {args.optimizer}": args.optimizer not in ("adam", "sgd"),
     }
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     return [
