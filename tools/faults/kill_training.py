@@ -1,8 +1,9 @@
-"""Kills of one training through its real launcher, `megatron-sfr train --max-restarts`, up to a given number.
+"""Kills of trainings through their real launcher, `megatron-sfr train --max-restarts`, up to a given number.
 
-A rank, one of its processes, torchrun or the launcher is killed, in a step or while it starts. torchrun starts ranks
-again by itself; after its own end or the launcher's the same command is given again, once nothing of it lives. In the
-end tensors and logged losses must be those of an undisturbed run.
+A rank, one of its processes, torchrun or the launcher is killed: while it starts, in a step, or while a checkpoint is
+written. torchrun restarts ranks by itself; after its own end or the launcher's the same command is given again, once no
+process of the run lives. Each training is killed several times before it may end. Then its tensors and its logged
+losses must be those of an undisturbed training. One training in three has two ranks.
 """
 
 import collections
@@ -13,51 +14,61 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 from tqdm import tqdm
 
-from tools.faults.fork_server import LEFT_ALIVE_S, run
+from megatron_sfr.hf.megatron.tracker import incomplete
+from tools.faults.fork_server import LEFT_ALIVE_S
 from tools.faults.fuzz import digest
-from tools.faults.materials import Program
 
 MARK = "MEGATRON_SFR_KILLED_RUN"
 VICTIMS = {"rank": 9, "process of a rank": 6, "torchrun": 2, "launcher": 3}
-STEPS = "--num-workers 2 --save-interval 4 --train-iters {steps}"
-PATIENCE_S = 600
+MOMENTS = {"step": 5, "save": 4, "start": 2}
+OPTIONS = "--save out --max-restarts 1000 --num-workers 2 --save-interval 4"
+KILLS = 6  # of one training, before it may end
+PATIENCE_S = 900
 
 
 @dataclass
 class Training:
-    """What became of the run."""
+    """What was done to one training, and what was wrong with it."""
 
+    seed: str
+    nproc: int
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
+    """How often which kind of process was killed."""
     starts: int = 0
+    """How often the command was given."""
     wrong: list[str] = field(default_factory=list)
 
 
-class Killed:
-    """The run, and who of it lives."""
+class Running:
+    """A training's command, and the processes that it started."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps, self.starts = folder, steps, 0
-        self.log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115
+    def __init__(self, folder: Path, nproc: int, steps: int) -> None:
+        self.folder, self.nproc, self.steps, self.starts = folder, nproc, steps, 0
         self.start()
 
     def start(self) -> None:
-        flags = f"--save out --max-restarts 1000 {STEPS.format(steps=self.steps)}".split()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_sfr.cli", "train", "recipe.yaml", *flags],
-            cwd=self.folder,
-            env=os.environ | {MARK: str(self.folder)},
-            stdout=self.log,
-            stderr=self.log,
-        )
+        flags = f"--nproc {self.nproc} --train-iters {self.steps} {OPTIONS}".split()
+        with self.folder.with_suffix(".log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_sfr.cli", "train", "recipe.yaml", *flags],
+                cwd=self.folder,
+                env=os.environ | {MARK: str(self.folder)},
+                stdout=log,
+                stderr=log,
+            )
         self.starts += 1
 
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
     def processes(self) -> list[psutil.Process]:
+        """All living processes of the training, also those without a parent."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -77,15 +88,15 @@ class Killed:
             return agents
         return ranks if kind == "rank" else [child for rank in ranks for child in rank.children(recursive=True)]
 
-    def ended_within(self, seconds: float) -> list[str]:
-        """Who lives after so long."""
+    def living_after(self, seconds: float) -> list[str]:
+        """The command lines of the processes that live after so long."""
         end = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < end:
             self.process.poll()
             time.sleep(0.1)
         return [" ".join(process.cmdline())[-120:] for process in left]
 
-    def step_since(self, moment: float) -> bool:
+    def has_stepped_since(self, moment: float) -> bool:
         path = self.folder / "out/metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         try:
@@ -93,69 +104,126 @@ class Killed:
         except ValueError:  # a line that is being written
             return False
 
-
-def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -> Training:
-    """Trains once undisturbed in a fork, then through the launcher under kills, and compares."""
-    undisturbed, folder = work / "undisturbed", work / "training"
-    for copy in (undisturbed, folder):
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(inputs, copy)
-    ended = run(Program(f"rank --recipe recipe.yaml --save out {STEPS.format(steps=steps)}"), undisturbed)
-    assert ended.code == 0, ended.error
-    rng, result, running = random.Random(seed), Training(), Killed(folder, steps)
-    try:
-        with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar:
-            while result.kills.total() < kills and _kill_one(running, rng, result):
-                bar.update()
-        if running.process.wait(PATIENCE_S) != 0:
-            result.wrong.append(f"exit {running.process.returncode} at the end")
-        if left := running.ended_within(LEFT_ALIVE_S):
-            result.wrong.append(f"left alive at the end: {left}")
-    finally:
-        for process in running.processes():
-            process.kill()
-        running.process.wait()
-    result.starts = running.starts
-    found, expected = (_result(folder, steps) for folder in (folder, undisturbed))
-    result.wrong += [f"differs: {name}" for name in expected if found.get(name) != expected[name]]
-    return result
-
-
-def _result(folder: Path, steps: int) -> dict[str, str]:
-    """The digests of the last checkpoint's tensors and of the log of losses."""
-    names = (f"out/iter_{steps:07d}/.metadata", "out/metrics.jsonl")
-    return {name: sha for name, sha in digest(folder).items() if name in names}
-
-
-def _kill_one(running: Killed, rng: random.Random, result: Training) -> bool:
-    """Kills a process of the run; False once the run has ended by itself."""
-    kind = rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-    began, in_start = time.time(), rng.random() < 0.2
-    delay = rng.random() * (10 if in_start else 1.5)
-    while not (in_start or running.step_since(began)):
-        if running.process.poll() is not None or time.time() - began > PATIENCE_S:
+    def is_saving_since(self, moment: float) -> bool:
+        """Whether a checkpoint that was begun since then is being written."""
+        try:
+            newest = max((self.folder / "out").glob("iter_*"), key=lambda path: path.name, default=None)
+            return newest is not None and newest.stat().st_ctime > moment and bool(incomplete(newest))
+        except FileNotFoundError:
             return False
-        time.sleep(0.05)
+
+    def end(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+
+class Killer:
+    """Trains on copies of the inputs, and kills."""
+
+    def __init__(self, inputs: Path, work: Path, steps: int) -> None:
+        self.inputs, self.work, self.steps = inputs, work, steps
+
+    def training(self, seed: str, nproc: int) -> Training:
+        """Kills one training KILLS times, lets it end and compares."""
+        expected = self._undisturbed(nproc)
+        rng, found = random.Random(seed), Training(seed, nproc)
+        running = Running(self._copy("training"), nproc, self.steps)
+        try:
+            while found.kills.total() < KILLS and _kill_one(running, rng, found):
+                pass
+            if running.process.wait(PATIENCE_S) != 0:
+                found.wrong.append(f"exit {running.process.returncode} at the end")
+            if left := running.living_after(LEFT_ALIVE_S):
+                found.wrong.append(f"left alive at the end: {left}")
+        finally:
+            running.end()
+        found.starts = running.starts
+        output = self._result(running.folder)
+        found.wrong += [f"differs: {name}" for name in expected if output.get(name) != expected[name]]
+        return found
+
+    def _undisturbed(self, nproc: int) -> dict[str, str]:
+        path = self.work / f"undisturbed-{nproc}-{self.steps}.json"
+        if not path.exists():
+            running = Running(self._copy(path.stem), nproc, self.steps)
+            try:
+                code = running.process.wait(PATIENCE_S)
+            finally:
+                running.end()
+            output = self._result(running.folder)
+            if code != 0 or len(output) != 2:
+                raise RuntimeError(f"{running.folder}: exit {code}, {output}")
+            path.write_text(json.dumps(output), encoding="utf-8")
+        expected: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return expected
+
+    def _result(self, folder: Path) -> dict[str, str]:
+        """The digests of the last checkpoint's tensors and of the log of losses."""
+        names = (f"out/iter_{self.steps:07d}/.metadata", "out/metrics.jsonl")
+        return {name: sha for name, sha in digest(folder).items() if name in names}
+
+    def _copy(self, name: str) -> Path:
+        folder = self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.inputs, folder)
+        return folder
+
+
+def _kill_one(running: Running, rng: random.Random, found: Training) -> bool:
+    """Kills a process of the training; False once it has ended by itself."""
+    kind, moment = _drawn(VICTIMS, rng), _drawn(MOMENTS, rng)
+    began = time.time()
+    reached = {"start": lambda _: True, "step": running.has_stepped_since, "save": running.is_saving_since}[moment]
+    delay = rng.random() * {"start": 10, "step": 1.5, "save": 0.1}[moment]
+    while not reached(began):
+        if running.has_ended() or time.time() - began > PATIENCE_S:
+            return False
+        time.sleep(0.002 if moment == "save" else 0.05)
     time.sleep(delay)
     try:
-        victims = running.of_kind(kind)
-        if not victims:
-            return running.process.poll() is None
+        if not (victims := running.of_kind(kind)):
+            return not running.has_ended()
         rng.choice(victims).kill()
     except psutil.NoSuchProcess:
-        return running.process.poll() is None
-    result.kills[kind] += 1
+        return not running.has_ended()
+    found.kills[kind] += 1
     if kind in ("torchrun", "launcher"):
-        if left := running.ended_within(LEFT_ALIVE_S):
-            result.wrong.append(f"left alive after the {kind} was killed: {left}")
+        if left := running.living_after(LEFT_ALIVE_S):
+            found.wrong.append(f"left alive after the {kind} was killed: {left}")
         running.process.wait(PATIENCE_S)
         running.start()
     return True
 
 
-def table(result: Training) -> str:
+def _drawn(weights: dict[str, int], rng: random.Random) -> str:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -> list[Training]:
+    """Trainings, up to a given number of kills. Each becomes a line of WORK/trainings-SEED.jsonl; those in it count."""
+    path = work / f"trainings-{seed}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    made = [Training(**record | {"kills": collections.Counter(record["kills"])}) for record in map(json.loads, lines)]
+    killer = Killer(inputs, work, steps)
+    with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar, path.open("a", encoding="utf-8") as file:
+        bar.update(sum(training.kills.total() for training in made))
+        while sum(training.kills.total() for training in made) < kills:
+            number = len(made)
+            made.append(killer.training(f"{seed}/{number}", 2 if number % 3 == 2 else 1))
+            file.write(json.dumps(asdict(made[-1])) + "\n")
+            file.flush()
+            for what in made[-1].wrong:
+                bar.write(f"{made[-1].seed}: {what}")
+            bar.update(made[-1].kills.total())
+    return made
+
+
+def table(made: list[Training]) -> str:
     """How many kills hit what."""
-    rows = [f"{kind:<18}  {result.kills[kind]:>5}" for kind in VICTIMS]
+    kills = sum((training.kills for training in made), collections.Counter[str]())
+    starts, wrong = sum(training.starts for training in made), [what for training in made for what in training.wrong]
+    rows = [f"{kind:<18}  {kills[kind]:>5}" for kind in VICTIMS]
     return "\n".join(
-        [*rows, f"{'all':<18}  {result.kills.total():>5}  kills, {result.starts} starts by hand", *result.wrong]
+        [*rows, f"{'all':<18}  {kills.total():>5}  kills of {len(made)} trainings, {starts} starts", *wrong]
     )
