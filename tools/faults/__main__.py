@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     kill.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     train = verbs.add_parser("train", help="kills of trainings through their launcher")
     train.add_argument("--kills", type=int, default=60, help="(%(default)s)")
-    train.add_argument("--steps", type=int, default=200, help="of each training (%(default)s)")
+    train.add_argument("--steps", type=int, default=24, help="of each training (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return parser
 

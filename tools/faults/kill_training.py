@@ -3,7 +3,7 @@
 A rank, one of its processes, torchrun or the launcher is killed: while it starts, in a step, or while a checkpoint is
 written. torchrun restarts ranks by itself; after its own end or the launcher's the same command is given again, once no
 process of the run lives. Each training is killed several times before it may end. Then its tensors and its logged
-losses must be those of an undisturbed training. One training in three has two ranks.
+losses must be those of an undisturbed training. One training in six has two ranks.
 """
 
 import collections
@@ -27,9 +27,9 @@ from tools.faults.fuzz import digest
 MARK = "MEGATRON_SFR_KILLED_RUN"
 VICTIMS = {"rank": 9, "process of a rank": 6, "torchrun": 2, "launcher": 3}
 MOMENTS = {"step": 5, "save": 4, "start": 2}
-OPTIONS = "--save out --max-restarts 1000 --num-workers 2 --save-interval 4"
-KILLS = 6  # of one training, before it may end
-PATIENCE_S = 900
+OPTIONS = "--save out --max-restarts 1000 --num-workers 2 --save-interval 3"
+KILLS = 10  # of one training, before it may end
+PATIENCE_S = 3600
 
 
 @dataclass
@@ -210,7 +210,7 @@ def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -
         bar.update(sum(training.kills.total() for training in made))
         while sum(training.kills.total() for training in made) < kills:
             number = len(made)
-            made.append(killer.training(f"{seed}/{number}", 2 if number % 3 == 2 else 1))
+            made.append(killer.training(f"{seed}/{number}", 2 if number % 6 == 1 else 1))
             file.write(json.dumps(asdict(made[-1])) + "\n")
             file.flush()
             for what in made[-1].wrong:
