@@ -3,16 +3,14 @@
 A rank, one of its processes, torchrun or the launcher is killed: while it starts, in a step, or while a checkpoint is
 written. torchrun restarts ranks by itself; after its own end or the launcher's the same command is given again, once no
 process of the run lives. Each training is killed several times before it may end. Then its tensors and its logged
-losses must be those of an undisturbed training. One training in six has two ranks.
+losses must be those of an undisturbed training. One training in six has two ranks. The launcher, torchrun and ranks are
+forks (forked_commands.py) that keep who starts whom.
 """
 
 import collections
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +18,12 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
+from megatron_sfr.cli import main
 from megatron_sfr.hf.megatron.tracker import incomplete
-from tools.faults.fork_server import LEFT_ALIVE_S
+from tools.faults.fork_server import Forked, Limits
+from tools.faults.forked_commands import fork_commands
 from tools.faults.fuzz import digest
 
-MARK = "MEGATRON_SFR_KILLED_RUN"
 VICTIMS = {"rank": 9, "process of a rank": 6, "torchrun": 2, "launcher": 3}
 MOMENTS = {"step": 5, "save": 4, "start": 2}
 OPTIONS = "--save out --max-restarts 1000 --num-workers 2 --save-interval 3"
@@ -45,6 +44,17 @@ class Training:
     wrong: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """The launcher's program. What it starts are forks."""
+
+    line: str
+
+    def __call__(self) -> int:
+        fork_commands()
+        return main(self.line.split())
+
+
 class Running:
     """A training's command, and the processes that it started."""
 
@@ -53,48 +63,19 @@ class Running:
         self.start()
 
     def start(self) -> None:
-        flags = f"--nproc {self.nproc} --train-iters {self.steps} {OPTIONS}".split()
-        with self.folder.with_suffix(".log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_sfr.cli", "train", "recipe.yaml", *flags],
-                cwd=self.folder,
-                env=os.environ | {MARK: str(self.folder)},
-                stdout=log,
-                stderr=log,
-            )
+        line = f"train recipe.yaml --nproc {self.nproc} --train-iters {self.steps} {OPTIONS}"
+        self.command = Forked(Launched(line), self.folder, Limits(cpu_s=PATIENCE_S, wall_s=PATIENCE_S))
         self.starts += 1
-
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def processes(self) -> list[psutil.Process]:
-        """All living processes of the training, also those without a parent."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
 
     def of_kind(self, kind: str) -> list[psutil.Process]:
         """The living processes of one of the kinds of VICTIMS."""
         if kind == "launcher":
-            return [psutil.Process(self.process.pid)]
-        agents = psutil.Process(self.process.pid).children()
+            return [psutil.Process(self.command.pid)]
+        agents = psutil.Process(self.command.pid).children()
         ranks = [child for agent in agents for child in agent.children()]
         if kind == "torchrun":
             return agents
         return ranks if kind == "rank" else [child for rank in ranks for child in rank.children(recursive=True)]
-
-    def living_after(self, seconds: float) -> list[str]:
-        """The command lines of the processes that live after so long."""
-        end = time.monotonic() + seconds
-        while (left := self.processes()) and time.monotonic() < end:
-            self.process.poll()
-            time.sleep(0.1)
-        return [" ".join(process.cmdline())[-120:] for process in left]
 
     def has_stepped_since(self, moment: float) -> bool:
         path = self.folder / "out/metrics.jsonl"
@@ -112,11 +93,6 @@ class Running:
         except FileNotFoundError:
             return False
 
-    def end(self) -> None:
-        for process in self.processes():
-            process.kill()
-        self.process.wait()
-
 
 class Killer:
     """Trains on copies of the inputs, and kills."""
@@ -129,15 +105,13 @@ class Killer:
         expected = self._undisturbed(nproc)
         rng, found = random.Random(seed), Training(seed, nproc)
         running = Running(self._copy("training"), nproc, self.steps)
-        try:
-            while found.kills.total() < KILLS and _kill_one(running, rng, found):
-                pass
-            if running.process.wait(PATIENCE_S) != 0:
-                found.wrong.append(f"exit {running.process.returncode} at the end")
-            if left := running.living_after(LEFT_ALIVE_S):
-                found.wrong.append(f"left alive at the end: {left}")
-        finally:
-            running.end()
+        while found.kills.total() < KILLS and _kill_one(running, rng, found):
+            pass
+        ended = running.command.wait()
+        if ended.code != 0:
+            found.wrong.append(f"exit {ended.code} at the end: {ended.error[-500:]}")
+        if ended.left:
+            found.wrong.append(f"left alive at the end: {ended.left}")
         found.starts = running.starts
         output = self._result(running.folder)
         found.wrong += [f"differs: {name}" for name in expected if output.get(name) != expected[name]]
@@ -147,13 +121,9 @@ class Killer:
         path = self.work / f"undisturbed-{nproc}-{self.steps}.json"
         if not path.exists():
             running = Running(self._copy(path.stem), nproc, self.steps)
-            try:
-                code = running.process.wait(PATIENCE_S)
-            finally:
-                running.end()
-            output = self._result(running.folder)
-            if code != 0 or len(output) != 2:
-                raise RuntimeError(f"{running.folder}: exit {code}, {output}")
+            ended, output = running.command.wait(), self._result(running.folder)
+            if ended.code != 0 or len(output) != 2:
+                raise RuntimeError(f"{running.folder}: exit {ended.code}, {output}: {ended.error}")
             path.write_text(json.dumps(output), encoding="utf-8")
         expected: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return expected
@@ -177,21 +147,20 @@ def _kill_one(running: Running, rng: random.Random, found: Training) -> bool:
     reached = {"start": lambda _: True, "step": running.has_stepped_since, "save": running.is_saving_since}[moment]
     delay = rng.random() * {"start": 10, "step": 1.5, "save": 0.1}[moment]
     while not reached(began):
-        if running.has_ended() or time.time() - began > PATIENCE_S:
+        if running.command.has_ended() or time.time() - began > PATIENCE_S:
             return False
         time.sleep(0.002 if moment == "save" else 0.05)
     time.sleep(delay)
     try:
         if not (victims := running.of_kind(kind)):
-            return not running.has_ended()
+            return not running.command.has_ended()
         rng.choice(victims).kill()
     except psutil.NoSuchProcess:
-        return not running.has_ended()
+        return not running.command.has_ended()
     found.kills[kind] += 1
     if kind in ("torchrun", "launcher"):
-        if left := running.living_after(LEFT_ALIVE_S):
+        if left := running.command.wait().left:
             found.wrong.append(f"left alive after the {kind} was killed: {left}")
-        running.process.wait(PATIENCE_S)
         running.start()
     return True
 
