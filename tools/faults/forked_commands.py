@@ -17,8 +17,8 @@ def fork_commands() -> None:
     """Lets this process and those that it starts fork commands of this Python."""
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as handler
 
-    subprocess.Popen = handler.Popen = ForkedPopen  # type: ignore[misc]
-    os.execvp = lambda _, argv: _run(argv)  # type: ignore[assignment, misc]
+    subprocess.Popen = handler.Popen = ForkedPopen  # type: ignore[attr-defined, misc]
+    os.execvp = lambda _, argv: _run(list(map(os.fsdecode, argv)))  # type: ignore[assignment]
 
 
 class ForkedPopen(subprocess.Popen):

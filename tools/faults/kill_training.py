@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -97,16 +98,16 @@ class Running:
 class Killer:
     """Trains on copies of the inputs, and kills."""
 
-    def __init__(self, inputs: Path, work: Path, steps: int) -> None:
-        self.inputs, self.work, self.steps = inputs, work, steps
+    def __init__(self, inputs: Path, work: Path, steps: int, killed: Callable[[int], object]) -> None:
+        self.inputs, self.work, self.steps, self.killed = inputs, work, steps, killed
 
     def training(self, seed: str, nproc: int) -> Training:
         """Kills one training KILLS times, lets it end and compares."""
         expected = self._undisturbed(nproc)
         rng, found = random.Random(seed), Training(seed, nproc)
         running = Running(self._copy("training"), nproc, self.steps)
-        while found.kills.total() < KILLS and _kill_one(running, rng, found):
-            pass
+        while (before := found.kills.total()) < KILLS and _kill_one(running, rng, found):
+            self.killed(found.kills.total() - before)
         ended = running.command.wait()
         if ended.code != 0:
             found.wrong.append(f"exit {ended.code} at the end: {ended.error[-500:]}")
@@ -174,9 +175,9 @@ def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -
     path = work / f"trainings-{seed}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     made = [Training(**record | {"kills": collections.Counter(record["kills"])}) for record in map(json.loads, lines)]
-    killer = Killer(inputs, work, steps)
     with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar, path.open("a", encoding="utf-8") as file:
         bar.update(sum(training.kills.total() for training in made))
+        killer = Killer(inputs, work, steps, killed=bar.update)
         while sum(training.kills.total() for training in made) < kills:
             number = len(made)
             made.append(killer.training(f"{seed}/{number}", 2 if number % 6 == 1 else 1))
@@ -184,7 +185,6 @@ def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -
             file.flush()
             for what in made[-1].wrong:
                 bar.write(f"{made[-1].seed}: {what}")
-            bar.update(made[-1].kills.total())
     return made
 
 
