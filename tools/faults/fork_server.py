@@ -70,6 +70,10 @@ def warm_up() -> None:
         "transformers.models.bert.modeling_bert",
         "sklearn.linear_model",
         "torch._dynamo",
+        "torch.distributed.run",
+        "torch.utils.tensorboard",
+        "megatron.core.models.mimo.optimizer",
+        "megatron.core.tokenizers.text.models",
     ):
         importlib.import_module(name)
     gc.collect()

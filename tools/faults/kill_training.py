@@ -7,7 +7,6 @@ losses must be those of an undisturbed training. One training in six has two ran
 forks (forked_commands.py) that keep who starts whom.
 """
 
-import collections
 import json
 import random
 import shutil
@@ -38,7 +37,7 @@ class Training:
 
     seed: str
     nproc: int
-    kills: collections.Counter[str] = field(default_factory=collections.Counter)
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VICTIMS, 0))
     """How often which kind of process was killed."""
     starts: int = 0
     """How often the command was given."""
@@ -106,8 +105,8 @@ class Killer:
         expected = self._undisturbed(nproc)
         rng, found = random.Random(seed), Training(seed, nproc)
         running = Running(self._copy("training"), nproc, self.steps)
-        while (before := found.kills.total()) < KILLS and _kill_one(running, rng, found):
-            self.killed(found.kills.total() - before)
+        while (before := sum(found.kills.values())) < KILLS and _kill_one(running, rng, found):
+            self.killed(sum(found.kills.values()) - before)
         ended = running.command.wait()
         if ended.code != 0:
             found.wrong.append(f"exit {ended.code} at the end: {ended.error[-500:]}")
@@ -116,6 +115,8 @@ class Killer:
         found.starts = running.starts
         output = self._result(running.folder)
         found.wrong += [f"differs: {name}" for name in expected if output.get(name) != expected[name]]
+        if found.wrong:
+            shutil.copytree(running.folder, self.work / f"wrong-{seed.replace('/', '-')}", dirs_exist_ok=True)
         return found
 
     def _undisturbed(self, nproc: int) -> dict[str, str]:
@@ -174,11 +175,11 @@ def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -
     """Trainings, up to a given number of kills. Each becomes a line of WORK/trainings-SEED.jsonl; those in it count."""
     path = work / f"trainings-{seed}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    made = [Training(**record | {"kills": collections.Counter(record["kills"])}) for record in map(json.loads, lines)]
+    made = [Training(**json.loads(line)) for line in lines]
     with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar, path.open("a", encoding="utf-8") as file:
-        bar.update(sum(training.kills.total() for training in made))
+        bar.update(sum(sum(training.kills.values()) for training in made))
         killer = Killer(inputs, work, steps, killed=bar.update)
-        while sum(training.kills.total() for training in made) < kills:
+        while sum(sum(training.kills.values()) for training in made) < kills:
             number = len(made)
             made.append(killer.training(f"{seed}/{number}", 2 if number % 6 == 1 else 1))
             file.write(json.dumps(asdict(made[-1])) + "\n")
@@ -190,9 +191,9 @@ def kill_training(inputs: Path, work: Path, kills: int, seed: int, steps: int) -
 
 def table(made: list[Training]) -> str:
     """How many kills hit what."""
-    kills = sum((training.kills for training in made), collections.Counter[str]())
+    kills = {kind: sum(training.kills[kind] for training in made) for kind in VICTIMS}
     starts, wrong = sum(training.starts for training in made), [what for training in made for what in training.wrong]
     rows = [f"{kind:<18}  {kills[kind]:>5}" for kind in VICTIMS]
     return "\n".join(
-        [*rows, f"{'all':<18}  {kills.total():>5}  kills of {len(made)} trainings, {starts} starts", *wrong]
+        [*rows, f"{'all':<18}  {sum(kills.values()):>5}  kills of {len(made)} trainings, {starts} starts", *wrong]
     )
