@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -170,7 +171,8 @@ class Killer:
         if rng is None or not children:
             running.kill()
         else:
-            rng.choice(children).kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                rng.choice(children).kill()
 
     def _half_written(self, command: str, folder: Path, expected: Undisturbed) -> list[str]:
         """Files under their final names that are not what they will be."""
