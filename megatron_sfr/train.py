@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 def _train(settings: "Settings", first: bool) -> None:
     """Runs a training whose folder is locked. Only the first rank prints."""
     from megatron_sfr.config.build import forward_step, model_config
-    from megatron_sfr.config.resume import repair_trackers
+    from megatron_sfr.config.resume import mismatch, repair_trackers
     from megatron_sfr.config.run_plan import plan_run
     from megatron_sfr.config.settings import parse
     from megatron_sfr.runtime import backend
@@ -90,7 +90,7 @@ def _train(settings: "Settings", first: bool) -> None:
         with replaced(replacements(plan, lines)):
             pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(step), **hooks(step))
     except CheckpointException as error:
-        raise _missing(error, args.pretrained_checkpoint or args.load) from error
+        raise mismatch(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
         if not end.code and not hasattr(args, "curr_iteration"):
             raise ValueError("Megatron ended before the first step; the last lines of its output say why") from end
@@ -127,16 +127,6 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     if warning := unknown_end(args):
         say(f"{WARNING} {warning}")
     return True
-
-
-def _missing(error: Any, checkpoint: str) -> Exception:
-    """The error for a parameter that a checkpoint lacks, without upstream's list of all parameters."""
-    for failure, _ in error.failures.values():
-        name, found, _ = str(failure).strip("\"'").partition(" from model not in state dict")
-        if found:
-            remedy = "add --sfr-fresh-head to start one" if name.startswith("flow_head.") else "it is of another model"
-            return ValueError(f"the checkpoint in {checkpoint} has no {name}: {remedy}")
-    return error
 
 
 def save_recipe(recipe: dict[str, Any], folder: Path) -> None:

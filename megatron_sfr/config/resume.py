@@ -1,6 +1,7 @@
 """Checks before a run resumes: the trackers of its checkpoints, and that its schedule is the checkpoint's."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ SCHEDULE = (
     *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 """Upstream's arguments that make up the schedule of learning rate and weight decay."""
-RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "sfr_head_lr_mult")
-"""Those that identify a group of parameters in the optimizer's state, which cannot be loaded with others."""
+STATE = (
+    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "sfr_head_lr_mult"),
+    *("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+)
+"""Those that the optimizer's state holds. It cannot be loaded with other rates, and silently keeps its own betas."""
+_SIZES = re.compile(
+    r"Global shape mismatch for loaded \(torch\.Size\(\[(.*?)\]\)\) and expected \(\((.*?),?\)\) tensor for key (\S+)"
+)
 
 
 def repair_trackers(recipe: Mapping[str, Any]) -> list[str]:
@@ -76,7 +83,7 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
     """
     if args.no_load_optim or stored.get("no_save_optim"):
         return None
-    for key in RATES:
+    for key in STATE:
         if key in stored and stored[key] != getattr(args, key):
             raise ValueError(
                 f"{key} is {getattr(args, key)}, but the run in {args.load} has {stored[key]}, and the state of its "
@@ -97,6 +104,27 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
         "true to follow the new schedule from here on, use_checkpoint_opt_param_scheduler: true to keep that of the "
         "checkpoint, or the old values"
     )
+
+
+def mismatch(error: Any, checkpoint: str) -> Exception:
+    """The error to raise for torch's CheckpointException while a model is loaded.
+
+    A ValueError in one line if the checkpoint lacks a parameter or has it in another size: upstream lists all
+    parameters. Otherwise the given error.
+    """
+    for failure, _ in error.failures.values():
+        text = str(failure).strip("\"'")
+        name, found, _ = text.partition(" from model not in state dict")
+        if found:
+            remedy = "add --sfr-fresh-head to start one" if name.startswith("flow_head.") else "it is of another model"
+            return ValueError(f"the checkpoint in {checkpoint} has no {name}: {remedy}")
+        if sizes := _SIZES.search(text):
+            stored, expected, name = sizes.groups()
+            return ValueError(
+                f"the checkpoint in {checkpoint} has {name} of size [{stored}], and this run's model [{expected}]: set "
+                "the sizes (num_layers, hidden_size, ...) that the checkpoint was written with, or another save"
+            )
+    return error
 
 
 def _differs(key: str, args: argparse.Namespace, stored: Mapping[str, Any]) -> bool:

@@ -17,7 +17,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 SHOWN = 80
 DEEPEST = 100  # levels of JSON: far more than any record has, and within Python's recursion limit
 _REPR = reprlib.Repr(maxlevel=4, maxstring=SHOWN, maxother=SHOWN, maxlong=40)
-_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
+_NO_MEMORY = (
+    *("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "CUDA out of memory", "bad_alloc"),
+    "can't start new thread",  # no memory for its stack, or a limit of processes
+)
 
 
 def shown(value: object) -> str:

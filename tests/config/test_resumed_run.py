@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sfr.config.resume import check_schedule, repair_trackers, resumed_step
+from megatron_sfr.config.resume import check_schedule, mismatch, repair_trackers, resumed_step
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
 
 STORED: dict[str, Any] = {
     "lr": 1e-3,
     "min_lr": 1e-5,
+    "adam_beta2": 0.95,
     "lr_decay_style": "cosine",
     "lr_decay_iters": 4,  # upstream fills it in from train_iters
     "lr_decay_samples": None,
@@ -107,8 +111,8 @@ def test_a_changed_schedule_is_refused_with_the_key_both_values_and_the_remedy(
         assert check_schedule(run(**changes, **{chosen: True}), STORED) is None
 
 
-@pytest.mark.parametrize("key", ["lr", "min_lr"])
-def test_a_changed_rate_is_refused_for_every_scheduler(key: str) -> None:
+@pytest.mark.parametrize("key", ["lr", "min_lr", "adam_beta2"])
+def test_what_the_optimizers_state_holds_cannot_be_changed(key: str) -> None:
     said = rf"{key} is 0.0005, but the run in run has {STORED[key]}.*pretrained_checkpoint: run"
     with pytest.raises(ValueError, match=said):
         check_schedule(run(**{key: 5e-4}, override_opt_param_scheduler=True), STORED)
@@ -129,3 +133,26 @@ def test_what_changes_no_rate_is_accepted(now: dict[str, Any], then: dict[str, A
     assert said is not None
     assert said.endswith("this changes neither the learning rate nor the weight decay of a step")
     assert args.override_opt_param_scheduler
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (KeyError("a.weight from model not in state dict: ['b', 'c']"), "has no a.weight: it is of another model"),
+        (
+            KeyError("flow_head.in.weight from model not in state dict: []"),
+            "has no flow_head.in.weight: add --sfr-fresh",
+        ),
+        (
+            CheckpointingException(
+                f"Global shape mismatch for loaded ({torch.Size([2, 16])}) and expected ((3, 16)) tensor for key a.bias"
+            ),
+            "has a.bias of size [2, 16], and this run's model [3, 16]: set the sizes (num_layers, hidden_size, ...)",
+        ),
+        (OSError("disk"), "CheckpointException"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_checkpoint_is_one_line(failure: Exception, said: str) -> None:
+    error = mismatch(CheckpointException("load", {0: (failure, None)}), "run")
+    assert said in str(error)
+    assert isinstance(error, ValueError) == isinstance(failure, KeyError | CheckpointingException)

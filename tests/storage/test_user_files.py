@@ -92,4 +92,5 @@ def test_out_of_memory_is_recognised() -> None:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -23,9 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     kill.add_argument("--kills", type=int, default=200, help="(%(default)s)")
     kill.add_argument("--command", nargs="+", default=[], help="only these commands")
     kill.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    train = verbs.add_parser("train", help="kills of one training through its launcher")
+    train = verbs.add_parser("train", help="kills of trainings through their launcher")
     train.add_argument("--kills", type=int, default=60, help="(%(default)s)")
-    train.add_argument("--steps", type=int, default=400, help="of the training; it may end earlier (%(default)s)")
+    train.add_argument("--steps", type=int, default=24, help="of each training (%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return parser
 
@@ -50,7 +50,7 @@ def _fuzz(args: argparse.Namespace, work: Path) -> int:
 
     numbers = args.only or range(args.first, args.first + args.cases)
     commands = [name for name in args.command or materials.COMMANDS if name not in args.without]
-    judged = fuzz(work / "inputs", work, numbers, args.seed, commands)
+    judged = fuzz(work / "inputs", work, numbers, args.seed, commands, again=bool(args.only))
     wrong = [found for found in judged if not found.is_right]
     for found in wrong:
         case = found.case
@@ -73,9 +73,9 @@ def _kill(args: argparse.Namespace, work: Path) -> int:
 def _train(args: argparse.Namespace, work: Path) -> int:
     from tools.faults.kill_training import kill_training, table
 
-    result = kill_training(work / "inputs", work, args.kills, args.seed, args.steps)
-    print(table(result))
-    return 1 if result.wrong else 0
+    made = kill_training(work / "inputs", work, args.kills, args.seed, args.steps)
+    print(table(made))
+    return 1 if any(training.wrong for training in made) else 0
 
 
 if __name__ == "__main__":

@@ -70,6 +70,10 @@ def warm_up() -> None:
         "transformers.models.bert.modeling_bert",
         "sklearn.linear_model",
         "torch._dynamo",
+        "torch.distributed.run",
+        "torch.utils.tensorboard",
+        "megatron.core.models.mimo.optimizer",
+        "megatron.core.tokenizers.text.models",
     ):
         importlib.import_module(name)
     gc.collect()
@@ -169,11 +173,15 @@ def run(program: Callable[[], int], folder: Path, limits: Limits | None = None) 
 
 
 def _run(program: Callable[[], int]) -> int:
-    """As a command's process does: an exception is a traceback and exit code 1."""
     contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
     contexts["spawn"] = contexts["fork"]  # a spawned process would import everything again
     for stream, number in (("stdout", 1), ("stderr", 2)):
         setattr(sys, stream, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
+    return run_here(program)
+
+
+def run_here(program: Callable[[], int]) -> int:
+    """The program's exit code, as of a command's process: an exception is a traceback and code 1."""
     try:
         code = program()
     except SystemExit as end:

@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -213,21 +213,35 @@ def _link_large(source: str, to: str) -> None:
         shutil.copyfile(source, to)
 
 
-def fuzz(inputs: Path, work: Path, numbers: range | list[int], seed: int, commands: list[str]) -> list[Judged]:
-    """Runs the cases with these numbers; writes each as a line of WORK/cases.jsonl."""
-    fuzzer, judged = Fuzzer(inputs, work), []
-    chosen = set(numbers)
-    drawn = itertools.islice(cases(seed, inputs), max(chosen) + 1)
-    todo = [pair for pair in drawn if pair[0].number in chosen and pair[0].command in commands]
-    with tqdm(todo, unit="case", dynamic_ncols=True) as bar, open(work / "cases.jsonl", "w", encoding="utf-8") as file:
+def fuzz(
+    inputs: Path, work: Path, numbers: range | list[int], seed: int, commands: list[str], again: bool = False
+) -> list[Judged]:
+    """Runs the cases with these numbers. Each becomes a line of WORK/cases-SEED.jsonl.
+
+    again: Whether to repeat cases that the file has already; the last line of a case counts.
+    """
+    path = work / f"cases-{seed}.jsonl"
+    judged = {} if again else {found.case.number: found for found in _read(path)}
+    fuzzer, chosen = Fuzzer(inputs, work), set(numbers)
+    drawn = [
+        (case, damaged)
+        for case, damaged in itertools.islice(cases(seed, inputs), max(chosen) + 1)
+        if case.number in chosen and case.command in commands
+    ]
+    todo = [pair for pair in drawn if pair[0].number not in judged]
+    with tqdm(todo, unit="case", dynamic_ncols=True) as bar, path.open("a", encoding="utf-8") as file:
         for case, damaged in bar:
-            found = fuzzer.run(case, damaged)
-            judged.append(found)
-            about = {"verdict": found.verdict, "code": found.code, "cpu_s": round(found.cpu_s, 2), "line": found.last}
-            file.write(json.dumps(vars(case) | about) + "\n")
+            judged[case.number] = found = fuzzer.run(case, damaged)
+            file.write(json.dumps(asdict(found)) + "\n")
             file.flush()
-            bar.set_postfix(wrong=sum(not x.is_right for x in judged))
-    return judged
+            bar.set_postfix(wrong=sum(not x.is_right for x in judged.values()))
+    return [judged[case.number] for case, _ in drawn]
+
+
+def _read(path: Path) -> Iterator[Judged]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = json.loads(line)
+        yield Judged(Case(**record.pop("case")), **record)
 
 
 def table(judged: list[Judged]) -> str:

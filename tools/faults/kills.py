@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -170,7 +171,8 @@ class Killer:
         if rng is None or not children:
             running.kill()
         else:
-            rng.choice(children).kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                rng.choice(children).kill()
 
     def _half_written(self, command: str, folder: Path, expected: Undisturbed) -> list[str]:
         """Files under their final names that are not what they will be."""
@@ -187,17 +189,21 @@ class Killer:
 
 
 def kill(inputs: Path, work: Path, kills: int, seed: int, commands: list[str]) -> list[Series]:
-    """Series of kills over all commands, up to a given number; each becomes a line of WORK/kills.jsonl."""
-    killer, made = Killer(inputs, work), list[Series]()
-    rng = random.Random(seed)
-    names = commands or list(KILLED)
-    with (
-        tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar,
-        open(work / "kills.jsonl", "a", encoding="utf-8") as file,
-    ):
+    """Series of kills over all commands, up to a given number. Each becomes a line of WORK/kills-SEED.jsonl; the series
+    in it count and are not run again."""
+    path, names = work / f"kills-{seed}.jsonl", commands or list(KILLED)
+    made = [Series(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    made = [series for series in made if series.command in names]
+    killer, done, number = Killer(inputs, work), {series.seed for series in made}, 0
+    with tqdm(total=kills, unit="kill", dynamic_ncols=True) as bar, path.open("a", encoding="utf-8") as file:
+        bar.update(sum(series.kills for series in made))
         while sum(series.kills for series in made) < kills:
-            command = rng.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
-            series = killer.series(command, f"{seed}/{len(made)}")
+            name = f"{seed}/{number}"
+            number += 1
+            if name in done:
+                continue
+            command = random.Random(name).choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
+            series = killer.series(command, name)
             made.append(series)
             file.write(json.dumps(asdict(series)) + "\n")
             file.flush()

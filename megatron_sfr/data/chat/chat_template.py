@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, with_placeholders
-from megatron_sfr.data.chat.template_limits import check_output, render_bounded
+from megatron_sfr.data.chat.template_limits import check_output, compiled, render_bounded
 from megatron_sfr.data.chat.template_options import RESERVED, TemplateOptions
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
@@ -127,7 +127,7 @@ class ChatTemplate:
                 shared["strftime_now"] = clock
 
         try:
-            text, blocks = render_bounded(template, render)
+            text, blocks = render_bounded(render)
             return check_output(text), blocks
         except (
             Exception
@@ -211,13 +211,6 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 @lru_cache(maxsize=4096)
 def _short_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(encode_text(tokenizer, text))
-
-
-def compiled(template: str) -> Any:
-    """transformers' compiled template, the one that it renders. ValueError of jinja2 for a syntax error."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return _compile_jinja_template(template)
 
 
 def variables_of(tokenizer: Any) -> set[str]:

@@ -1,8 +1,13 @@
-"""Bounds on a chat template: a program that comes with a tokenizer, and may loop for ever or take gigabytes.
+"""Bounds on a chat template: a program that comes with a tokenizer, and may never end or take gigabytes.
 
-Loops are counted by `sys.monitoring` in the template's own code, so that bound is the same on every machine, in any
-thread or process, and needs neither signals nor a clock. Memory is bounded by the operating system (RLIMIT_AS): a
-template can double a list or a string in many ways, and each of them allocates.
+- Loop iterations and macro calls are counted by `sys.monitoring`, in the template's code and in jinja2's filters. The
+  count is the same on every machine, in any thread or process, and needs no signals.
+- CPU time is checked at each of them, for templates whose iterations are slow.
+- Single operations that would take minutes (`9 ** (9 ** 9)`) are refused before they start.
+- Memory is bounded by the operating system (RLIMIT_AS): a template can double a list or a string in many ways, and each
+  of them allocates.
+
+One way to spend time is left: to compare two lists that contain the same list many times, nested in each other.
 """
 
 from __future__ import annotations
@@ -11,65 +16,156 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from types import CodeType
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-MOST_LOOPS = 2_000_000  # iterations in one rendering: some three seconds
+import jinja2.filters
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_LOOPS = 2_000_000  # iterations and macro calls in one rendering: some three seconds
+MOST_SECONDS = 60.0  # of CPU time in one rendering
 MOST_LETTERS = 100_000_000
 MOST_BYTES = 1 << 30  # that one rendering may add to the memory of the process
+MOST_BITS = 1 << 16  # of a number that is computed
+MOST_PLACES = 1_000  # that `round` is asked for
 _TOOL = 4  # of sys.monitoring's six numbers, one that debuggers, coverage and profilers do not claim
-_turn = threading.Lock()  # the number is the interpreter's: one rendering at a time
 SIZE_RENDERINGS = 100  # reading the size of the process takes longer than a rendering
+_turn = threading.Lock()  # limits of memory are the process's: one rendering at a time
+_running: _Budget | None = None  # of the rendering that has the lock; the callback of sys.monitoring reads it
 
 
 class TemplateLimitError(Exception):
     """A template was stopped, with the reason."""
 
 
-def render_bounded(template: Any, render: Callable[[], Any]) -> Any:
-    """render(), which renders a jinja2 template.
+@dataclass
+class _Budget:
+    """What is left to one rendering."""
 
-    TemplateLimitError after MOST_LOOPS iterations of its loops, or where it needs more than MOST_BYTES of memory.
-    """
-    left = MOST_LOOPS
+    thread: int
+    loops: int
+    end: float
+    """In CPU time of the thread."""
 
-    def count(code: CodeType, offset: int, target: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise TemplateLimitError(f"it ran {MOST_LOOPS:,} loop iterations and had not ended")
+    def spend(self) -> None:
+        self.loops -= 1
+        if self.loops < 0:
+            raise TemplateLimitError(f"it ran {MOST_LOOPS:,} loop iterations and macro calls and had not ended")
+        if time.thread_time() > self.end:
+            raise TemplateLimitError(f"it ran {MOST_SECONDS:g} seconds and had not ended")
 
-    monitoring, codes = sys.monitoring, _codes(template)
-    with _turn:
-        monitoring.use_tool_id(_TOOL, "chat template")
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox that refuses single operations without a bound. jinja2 computes none of them while it compiles."""
+
+    intercepted_binops = frozenset(["**", "*", "//", "%"])
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.filters |= {"round": _round, "sum": _sum}
+        self.tests["divisibleby"] = lambda value, number: self.call_binop(None, "%", value, number) == 0
+        del self.globals["lipsum"]  # random text of any length
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The operator's result. TemplateLimitError for whole numbers that are too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits, others = left.bit_length(), right.bit_length()
+            if (bits * right if operator == "**" else bits + others) > MOST_BITS:
+                raise TemplateLimitError(f"it computes with a number of more than {MOST_BITS:,} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+def _round(value: Any, precision: int = 0, method: Any = "common") -> Any:
+    """jinja2's filter, which computes 10**precision."""
+    if abs(precision) > MOST_PLACES:
+        raise TemplateLimitError(f"it rounds to more than {MOST_PLACES:,} places")
+    return jinja2.filters.do_round(value, precision, method)
+
+
+@jinja2.pass_environment
+def _sum(environment: Any, iterable: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
+    """jinja2's filter, for numbers: a sum of lists copies all that it has for each of them."""
+    if not isinstance(start, int | float):
+        raise TemplateLimitError("it sums what are not numbers")
+    return jinja2.filters.sync_do_sum(environment, iterable, attribute, start)
+
+
+@lru_cache(maxsize=16)
+def compiled(source: str) -> Any:
+    """A template as transformers compiles it, but in a BoundedEnvironment. ValueError of jinja2 for a syntax error."""
+    from transformers.utils import chat_template_utils
+
+    def compile_bounded() -> Any:
+        theirs = chat_template_utils.ImmutableSandboxedEnvironment
+        chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
         try:
-            monitoring.register_callback(_TOOL, monitoring.events.JUMP, count)
-            for code in codes:
-                monitoring.set_local_events(_TOOL, code, monitoring.events.JUMP)
-            return _render_in_memory(render)
-        except MemoryError:
-            pass  # raised below, not as the cause: the machine itself has memory left
+            return chat_template_utils._cached_compile_jinja_template(source)
         finally:
-            for code in codes:
-                monitoring.set_local_events(_TOOL, code, 0)
-            monitoring.register_callback(_TOOL, monitoring.events.JUMP, None)
-            monitoring.free_tool_id(_TOOL)
-    raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory")
+            chat_template_utils.ImmutableSandboxedEnvironment = theirs
+
+    with _turn:
+        template = _in_bounded_memory(compile_bounded)
+    _watch_filters()
+    _watch(_codes(template.root_render_func, *template.blocks.values()))
+    return template
 
 
-def _render_in_memory(render: Callable[[], Any]) -> Any:
-    """render() with bounded memory. A process may have grown since its size was read: if so, it is read again."""
+def render_bounded(render: Callable[[], Any]) -> Any:
+    """render(), which renders a template of `compiled`.
+
+    TemplateLimitError after MOST_LOOPS iterations or MOST_SECONDS, or where it needs more than MOST_BYTES of memory.
+    """
+    global _running
+    with _turn:
+        _running = _Budget(threading.get_ident(), MOST_LOOPS, time.thread_time() + MOST_SECONDS)
+        try:
+            return _in_bounded_memory(render)
+        finally:
+            _running = None
+
+
+@cache
+def _watch_filters() -> None:
+    """Sets up sys.monitoring, once in a process, and watches the loops of jinja2's filters."""
+    monitoring = sys.monitoring
+    monitoring.use_tool_id(_TOOL, "chat template")
+    for event in (monitoring.events.JUMP, monitoring.events.PY_START):
+        monitoring.register_callback(_TOOL, event, _count)
+    _watch(_codes(*_functions(jinja2.filters)))
+
+
+def _watch(codes: Iterator[CodeType]) -> None:
+    for code in codes:
+        sys.monitoring.set_local_events(_TOOL, code, sys.monitoring.events.JUMP | sys.monitoring.events.PY_START)
+
+
+def _count(code: CodeType, *_: int) -> None:
+    if _running is not None and _running.thread == threading.get_ident():
+        _running.spend()
+
+
+def _in_bounded_memory(work: Callable[[], Any]) -> Any:
+    """work(); TemplateLimitError where it needs more than MOST_BYTES.
+
+    A process may have grown since its size was read: if so, it is read again.
+    """
     try:
-        with _bounded_memory(_size.known()):
-            return render()
+        try:
+            with _bounded_memory(_size.known()):
+                return work()
+        except MemoryError:
+            if not _size.is_old():
+                raise
+        with _bounded_memory(_size.read()):
+            return work()
     except MemoryError:
-        if not _size.is_old():
-            raise
-    with _bounded_memory(_size.read()):
-        return render()
+        pass  # raised below, not as the cause: the machine itself has memory left
+    raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory")
 
 
 class _Size:
@@ -119,12 +215,13 @@ def check_output(text: str) -> str:
     return text
 
 
-@lru_cache(maxsize=16)
-def _codes(template: Any) -> tuple[CodeType, ...]:
-    """The code of a compiled template: its body, its blocks, and the macros and loops inside them."""
-    found = [function.__code__ for function in (template.root_render_func, *template.blocks.values())]
-    codes = []
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    return (value for value in vars(module).values() if isinstance(value, FunctionType))
+
+
+def _codes(*functions: Any) -> Iterator[CodeType]:
+    """The code of functions, and of the functions inside them: a template's body, blocks, macros and loops."""
+    found = [function.__code__ for function in functions]
     while found:
-        codes.append(code := found.pop())
+        yield (code := found.pop())
         found += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return tuple(codes)

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_sfr.data.chat.chat_template import compiled, control_tokens, encode_text
+from megatron_sfr.data.chat.chat_template import control_tokens, encode_text
+from megatron_sfr.data.chat.template_limits import compiled
 from megatron_sfr.storage.user_files import loading, shown
 
 _HINT = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
 OPENING = re.compile(r"(?P<indent>[ \t]*)(?:[-*+>]|\d+[.)])?[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>.*)")
+QUOTED = re.compile(r"(?:^ {0,3}>.*\n?)+", re.MULTILINE)  # a block quote
 PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # not python-repl, pycon, pyproject
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 CONSTRUCTORS = {"float", "int", "set", "dict", "list", "tuple", "range", "pow", "defaultdict", "Counter", "deque"}
@@ -34,7 +35,7 @@ def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") ->
         defines: Names of which the solution defines one; empty for a program of standard input and output.
         prompt: Code that the reply may complete.
     """
-    text = without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n")
+    text = _unquoted(without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n"))
     fences = [i for i, line in enumerate(text.split("\n")) if _opens(line)]
     completes = prompt and text.lstrip("\n")[:1] in " \t" and text.strip()
     if not fences or (completes and parses(prompt + text)) or ("~~~" not in text and parses(text)):
@@ -92,6 +93,16 @@ def _is_definition(statement: ast.stmt) -> bool:
         calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
         return all(isinstance(call, ast.Name) and call.id in CONSTRUCTORS for call in calls)
     return isinstance(statement, DEFINITIONS)
+
+
+def _unquoted(text: str) -> str:
+    """The text without the `>` of block quotes that hold a fence."""
+
+    def without_marks(quote: re.Match[str]) -> str:
+        inner = re.sub(r"^ {0,3}> ?", "", quote[0], flags=re.MULTILINE)
+        return _unquoted(inner) if any(_opens(line.lstrip("> ")) for line in inner.split("\n")) else quote[0]
+
+    return QUOTED.sub(without_marks, text)
 
 
 def _opens(line: str) -> re.Match[str] | None:
