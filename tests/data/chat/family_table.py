@@ -51,7 +51,7 @@ NAMES = {
     "glm-4.5-marked": "GLM-4.5, TRL's template for training",
     "deepseek-r1": "DeepSeek-R1 (January 2025)",
     "deepseek-v3-thinking": "DeepSeek-V3 with reasoning",
-    "mistral-v0.1": "Mistral 7B v0.1, Mixtral 8x7B v0.1",
+    "mistral-v0.1": "Mistral 7B v0.1",
     "mistral-large-2407": "Mistral 7B v0.3, Large 2407",
     "mistral-nemo": "Mistral Nemo",
     "mistral-nemo-marked": "Mistral Nemo, with marked replies",
