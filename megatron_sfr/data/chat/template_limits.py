@@ -36,7 +36,6 @@ MOST_PLACES = 1_000  # that `round` is asked for
 _TOOL = 4  # of sys.monitoring's six numbers, one that debuggers, coverage and profilers do not claim
 SIZE_RENDERINGS = 100  # reading the size of the process takes longer than a rendering
 _turn = threading.Lock()  # limits of memory are the process's: one rendering at a time
-_running: _Budget | None = None  # of the rendering that has the lock; the callback of sys.monitoring reads it
 
 
 class TemplateLimitError(Exception):
@@ -47,7 +46,6 @@ class TemplateLimitError(Exception):
 class _Budget:
     """What is left to one rendering."""
 
-    thread: int
     loops: int
     end: float
     """In CPU time of the thread."""
@@ -120,22 +118,24 @@ def render_bounded(render: Callable[[], Any]) -> Any:
 
     TemplateLimitError after MOST_LOOPS iterations or MOST_SECONDS, or where it needs more than MOST_BYTES of memory.
     """
-    global _running
+    budget, thread = _Budget(MOST_LOOPS, time.thread_time() + MOST_SECONDS), threading.get_ident()
+
+    def count(*_: Any) -> None:
+        if threading.get_ident() == thread:  # another thread may use jinja2's filters
+            budget.spend()
+
     with _turn:
-        _running = _Budget(threading.get_ident(), MOST_LOOPS, time.thread_time() + MOST_SECONDS)
+        _call_at_events(count)
         try:
             return _in_bounded_memory(render)
         finally:
-            _running = None
+            _call_at_events(None)
 
 
 @cache
 def _watch_filters() -> None:
     """Sets up sys.monitoring, once in a process, and watches the loops of jinja2's filters."""
-    monitoring = sys.monitoring
-    monitoring.use_tool_id(_TOOL, "chat template")
-    for event in (monitoring.events.JUMP, monitoring.events.PY_START):
-        monitoring.register_callback(_TOOL, event, _count)
+    sys.monitoring.use_tool_id(_TOOL, "chat template")
     _watch(_codes(*_functions(jinja2.filters)))
 
 
@@ -144,9 +144,9 @@ def _watch(codes: Iterator[CodeType]) -> None:
         sys.monitoring.set_local_events(_TOOL, code, sys.monitoring.events.JUMP | sys.monitoring.events.PY_START)
 
 
-def _count(code: CodeType, *_: int) -> None:
-    if _running is not None and _running.thread == threading.get_ident():
-        _running.spend()
+def _call_at_events(count: Callable[..., None] | None) -> None:
+    for event in (sys.monitoring.events.JUMP, sys.monitoring.events.PY_START):
+        sys.monitoring.register_callback(_TOOL, event, count)
 
 
 def _in_bounded_memory(work: Callable[[], Any]) -> Any:
