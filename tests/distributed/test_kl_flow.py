@@ -19,6 +19,7 @@ from .launch import read_checkpoint, read_metrics
 from .runs import Runs, begin_with
 from .settings import (
     KL_FLOW,
+    MICRO_BATCH_1,
     MICRO_BATCH_4,
     OVERLAPPED,
     PP2,
@@ -45,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "tp2": (2, TP2),
     "tp2-sp": (2, (*TP2, SP)),
     "pp2-vpp": (2, (*PP2, *VPP)),
-    "dp2-sharded": (2, (*SHARDED_OPTIMIZER, *OVERLAPPED)),
+    "dp2-sharded": (2, (*MICRO_BATCH_1, *SHARDED_OPTIMIZER, *OVERLAPPED)),
     "tp2-pp2": (4, (*TP2, *PP2)),
     "tp2-pp2-sp": (4, (*TP2, *PP2, SP)),
 }
