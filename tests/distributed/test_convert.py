@@ -14,7 +14,7 @@ from tests.distributed.tiny import write_recipe
 from tests.hf.models import LLAMA3, save_model
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
+VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1}  # two for each of two replicas
 DISTRIBUTED = {"use_distributed_optimizer": True}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 HEAD, NO_HEAD = {"sfr_fresh_head": True}, {"sfr": False}

@@ -19,6 +19,7 @@ from .launch import read_checkpoint, read_metrics
 from .runs import Runs, begin_with
 from .settings import (
     KL_FLOW,
+    MICRO_BATCH_1,
     MICRO_BATCH_4,
     OVERLAPPED,
     PP2,
@@ -45,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "tp2": (2, TP2),
     "tp2-sp": (2, (*TP2, SP)),
     "pp2-vpp": (2, (*PP2, *VPP)),
-    "dp2-sharded": (2, (*SHARDED_OPTIMIZER, *OVERLAPPED)),
+    "dp2-sharded": (2, (*MICRO_BATCH_1, *SHARDED_OPTIMIZER, *OVERLAPPED)),
     "tp2-pp2": (4, (*TP2, *PP2)),
     "tp2-pp2-sp": (4, (*TP2, *PP2, SP)),
 }
@@ -154,7 +155,8 @@ def test_another_model_is_not_read_as_a_denoiser(runs: Runs) -> None:
 @pytest.mark.parametrize("option", ["load", "pretrained_checkpoint"])
 def test_a_run_starts_from_a_model_of_its_task(runs: Runs, task: str, option: str) -> None:
     run = runs.backbone() if task == "kl-flow" else trained(runs, "token")
-    plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist", "ckpt_step": None}
+    plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist"}
+    plain |= {"ckpt_step": None, "lora_rank": 0}
     args = argparse.Namespace(**plain | {option: str(run), "training_task": task})
     with pytest.raises(ValueError, match=rf"{run} holds a model of --training-task .*, this run is {task}"):
         check_task(args)
@@ -172,5 +174,6 @@ def test_a_checkpoint_of_another_format_is_left_to_upstream(tmp_path: Path) -> N
             ckpt_format="torch_dist",
             ckpt_step=None,
             training_task="kl-flow",
+            lora_rank=0,
         )
     )

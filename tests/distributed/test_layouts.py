@@ -7,7 +7,19 @@ import torch
 
 from .launch import read_checkpoint, read_metrics
 from .runs import Runs, begin_with
-from .settings import EACH_STEP, MICRO_BATCH_4, OVERLAPPED, PP2, RECOMPUTE, SHARDED_OPTIMIZER, SP, TP2, TWO_CLIPS, VPP
+from .settings import (
+    EACH_STEP,
+    MICRO_BATCH_1,
+    MICRO_BATCH_4,
+    OVERLAPPED,
+    PP2,
+    RECOMPUTE,
+    SHARDED_OPTIMIZER,
+    SP,
+    TP2,
+    TWO_CLIPS,
+    VPP,
+)
 from .tiny import VOCAB_SIZE, write_recipe
 
 pytestmark = pytest.mark.distributed
@@ -24,11 +36,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "tp2-sp": (2, (*TP2, SP)),
     "pp2": (2, PP2),
     "pp2-vpp": (2, (*PP2, *VPP)),
-    "dp2": (2, ()),
-    "dp2-sharded": (2, (*SHARDED_OPTIMIZER, *OVERLAPPED)),
+    "dp2": (2, MICRO_BATCH_1),
+    "dp2-sharded": (2, (*MICRO_BATCH_1, *SHARDED_OPTIMIZER, *OVERLAPPED)),
     "tp2-pp2": (4, (*TP2, *PP2)),
     "tp2-pp2-sp": (4, (*TP2, *PP2, SP)),
-    "tp2-dp2-sharded": (4, (*TP2, *SHARDED_OPTIMIZER)),
+    "tp2-dp2-sharded": (4, (*TP2, *MICRO_BATCH_1, *SHARDED_OPTIMIZER)),
 }
 
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 def test_muon_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", write_prepared(tmp_path / "data", rows=16), sfr=False)
     common = ["--recipe", str(recipe), *KL_FLOW, "--optimizer", "muon", "--lr", "2e-3", "--train-iters", "4"]
+    common += ["--global-batch-size", "8"]
     train(1, *common, "--save", str(tmp_path / "straight"))
     for stop in ("2", "4"):
         train(1, *common, "--save", str(tmp_path / "stopped"), "--exit-interval", stop)

@@ -60,5 +60,5 @@ def test_the_wait_is_logged_and_the_store_is_that_of_embed(runs: Runs, name: str
     stored = TargetStore.open(prepared.folder / "targets", prepared)
     online = TargetStore.open(prepared.folder / f"online-{name}", prepared, partial=True)
     vectors, there = online.embeddings.read(torch.arange(len(online)).numpy())
-    assert there.sum() > 100
+    assert there.sum() > 50
     assert (vectors[there] == stored[there.nonzero()[0]]).all()

@@ -24,6 +24,7 @@ def trained(runs: Runs, layout: str) -> Path:
     folders = [str(runs.once(f"valid-{n}", lambda path, n=n: tiny.write_conversations(path, n))) for n in SETS.values()]
     sets = ("--valid-data-path", *(f"{folder}/prepared" for folder in folders), "--validation-set-names", *SETS)
     often = ("--full-validation", "--multiple-validation-sets", "--eval-interval", "1", "--train-iters", "2")
+    often = (*often, "--global-batch-size", "8")  # which holds every persona
     board = ("--wandb-project", "tiny", "--wandb-exp-name", layout) if layout == "single" else ()
     start = begin_with(runs.backbone())
     return runs.train(f"sets-{layout}", ranks, *start, *sets, *often, *board, *flags, recipe=runs.plain)

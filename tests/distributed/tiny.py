@@ -94,7 +94,7 @@ def recipe(prepared: Path, **changes: Any) -> dict[str, Any]:
         "seq_length": SEQ_LENGTH,
         "max_position_embeddings": SEQ_LENGTH,
         "micro_batch_size": 2,
-        "global_batch_size": 8,
+        "global_batch_size": 4,
         "train_iters": 3,
         "lr": 1e-3,
         "adam_eps": 1e-5,  # at 1e-8 Adam turns rounding in near-zero gradients into whole steps

@@ -20,6 +20,7 @@ NODES = ("127.0.0.1", "127.0.0.2")
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # Debian's place for daemons
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 PATIENCE_S = 600  # for one start of all processes on a busy machine
+STATE_PAUSE_S = 1.0  # between questions to Slurm, each of which starts a process
 
 
 def unavailable() -> str:
@@ -30,11 +31,11 @@ def unavailable() -> str:
     return "" if os.geteuid() == 0 else "Slurm's daemons need root"
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S, pause: float = 0.1) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} seconds for {what}"
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def tail(log: Path, lines: int) -> str:
@@ -139,11 +140,20 @@ class Job:
         self._wait(lambda: len(self.steps()) >= before + more, f"step {before + more}")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        asked = time.monotonic()
+
         def met() -> bool:
-            assert condition() or self.state() not in ENDED, f"job {self.number} ended without {what}"
+            nonlocal asked
+            if not condition() and time.monotonic() > asked + STATE_PAUSE_S:
+                asked = time.monotonic()
+                assert self.state() not in ENDED or condition(), f"job {self.number} ended without {what}"
             return condition()
 
         wait_for(met, f"{what} in {self.log}")
+
+    def wait_for_state(self, *states: str) -> None:
+        """Waits until the job has ended in one of the states."""
+        wait_for(lambda: self.state() in states, f"the end of job {self.number}", pause=STATE_PAUSE_S)
 
     def shown(self, name: str) -> str:
         """One field of `scontrol show job`."""

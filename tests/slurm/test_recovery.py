@@ -15,7 +15,7 @@ from tests import warm
 from tests.distributed.launch import read_checkpoint
 from tests.distributed.tiny import write_prepared, write_recipe
 
-from .cluster import NODES, Job, running, unavailable, wait_for
+from .cluster import NODES, Job, running, unavailable
 
 pytestmark = [
     pytest.mark.distributed,
@@ -38,7 +38,7 @@ def stop(job: Job) -> None:
     """Stops the job as the time limit does; it leaves a checkpoint of its last step and is not started again."""
     job.wait_for_steps()
     job.cluster.call("scancel", "--signal=TERM", job.number)
-    wait_for(lambda: job.state() == "FAILED", f"the end of job {job.number}")
+    job.wait_for_state("FAILED")
     assert job.shown("ExitCode") == "143:0"
 
 
@@ -46,7 +46,7 @@ def requeue_and_finish(job: Job) -> None:
     """Sends the job back to the queue while it trains; Slurm starts it again, and it trains to the end."""
     job.wait_for_steps()
     job.cluster.call("scontrol", "requeue", job.number)
-    wait_for(lambda: job.state() in ("COMPLETED", "FAILED"), f"the end of job {job.number}")
+    job.wait_for_state("COMPLETED", "FAILED")
     assert job.state() == "COMPLETED"
     assert job.shown("Restarts") == "1"
 
