@@ -150,6 +150,7 @@ def json_lines(args: Any) -> "JsonLines | None":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
+    from megatron_sfr.hf.megatron import retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
 
@@ -158,6 +159,8 @@ def replacements(plan: "RunPlan", lines: "JsonLines | None") -> "list[Replacemen
         table += head_optimizer.replacements(plan.head_optimizer)
     if lines is not None:
         table += metrics_log.replacements(lines)
+    if plan.megatron.save:
+        table += retention.replacements(Path(plan.megatron.save), plan.retention)
     return table
 
 

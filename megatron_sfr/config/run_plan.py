@@ -9,6 +9,7 @@ from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.settings import LoadOptions, PresetOptions
 from megatron_sfr.config.validation import separator
 from megatron_sfr.hf.load_at_start import StartOptions
+from megatron_sfr.hf.megatron.retention import RetentionOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
@@ -63,6 +64,8 @@ class RunPlan:
     """The Hugging Face model to start from."""
     lora: LoRAOptions
     """Low-rank adapters, if it has a rank."""
+    retention: RetentionOptions
+    """Which checkpoints are kept."""
     separator: str | None
     """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
 
@@ -112,6 +115,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         load=options(LoadOptions, args),
         start=options(StartOptions, args),
         lora=options(LoRAOptions, args),
+        retention=options(RetentionOptions, args),
         separator=separator(args),
     )
 

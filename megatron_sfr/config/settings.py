@@ -22,6 +22,7 @@ from megatron_sfr.config.option_flags import add_flags, options
 from megatron_sfr.config.recipe import hyphenated, nearest, read_recipe
 from megatron_sfr.config.validation import contradiction
 from megatron_sfr.hf.load_at_start import StartOptions
+from megatron_sfr.hf.megatron.retention import RetentionOptions
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
@@ -77,7 +78,7 @@ PARTS = (
         FlowHeadOptions,
         HeadOptimizerOptions,
     ),
-    *(LockForkOptions, LoadOptions, StartOptions, LoRAOptions, BackendOptions),
+    *(LockForkOptions, LoadOptions, StartOptions, LoRAOptions, RetentionOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

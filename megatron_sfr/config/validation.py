@@ -32,6 +32,14 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             args.sfr_fresh_head and not (args.finetune or args.pretrained_checkpoint),
             "--sfr-fresh-head goes with --load DIR --finetune, or with --pretrained-checkpoint DIR",
         ),
+        (
+            args.keep_checkpoints is not None and (args.save is None or args.ckpt_format != "torch_dist"),
+            "keep_checkpoints deletes checkpoints of a --save folder in the format torch_dist: leave it out",
+        ),
+        (
+            args.keep_checkpoints is not None and args.save_retain_interval is not None,
+            "save_retain_interval deletes what keep_checkpoints keeps: set keep_every instead",
+        ),
         (args.vocab_size is None, "--vocab-size is missing; `megatron-sfr convert recipe --hf DIR` prints it"),
         (
             not (args.train_data_path or args.data_path),

@@ -65,10 +65,13 @@ def test_tp2_checkpoint_resumes_as_pp2(runs: Runs) -> None:
         assert difference(straight, crossed, prefix) < (1e-5, "")
 
 
-def test_asynchronous_saving_writes_the_same_checkpoint(runs: Runs) -> None:
-    asynchronous = runs.train("asynchronous", 1, "--async-save", *runs.start(), *TWO_CLIPS, *EACH_STEP)
-    single, other = (read_checkpoint(run / "iter_0000003") for run in (trained(runs, "single"), asynchronous))
-    assert all(torch.equal(single[key], other[key]) for key in single)
+def test_older_checkpoints_are_deleted_and_the_rest_is_the_same(runs: Runs) -> None:
+    """Checkpoints of the steps 1 to 4, of which the newest is kept and that of step 2; the run resumes from them."""
+    keep = ("--keep-checkpoints", "1", "--keep-every", "2", *EACH_STEP)
+    kept = runs.train("keep-checkpoints", 1, *RATIO, *keep, stops=(3, 4))
+    assert sorted(path.name for path in kept.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+    expected, found = (read_checkpoint(run / "iter_0000004") for run in (straight(runs, "single"), kept))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_validating_between_steps_changes_nothing_and_is_logged(runs: Runs) -> None:

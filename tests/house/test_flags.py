@@ -89,6 +89,16 @@ def test_what_works_is_accepted(tmp_path: Path, flags: str) -> None:
     read_settings([*write(tmp_path), *flags.split()])
 
 
+def test_asynchronous_saves_need_a_worker_and_a_gpu() -> None:
+    defaults = vars(flag_parser().read([]))
+    alone = argparse.Namespace(**defaults | {"async_save": True})
+    with_worker = argparse.Namespace(**defaults | {"async_save": True, "use_persistent_ckpt_worker": True})
+    for args in (alone, with_worker):  # without a GPU
+        found = refusal(args, defaults)
+        assert found is not None
+        assert found.startswith("async_save = True: Megatron turns it off without use_persistent_ckpt_worker")
+
+
 @pytest.mark.parametrize("name", ["cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope_deprecated"])
 def test_a_captured_iteration_is_refused_by_every_flag(name: str) -> None:
     defaults = vars(flag_parser().read([]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sfr.hf.megatron import retention
 from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
 from megatron_sfr.training import head_optimizer, metrics_log
@@ -15,6 +16,7 @@ IN_A_RUN = (
     *resharding.REPLACEMENTS,
     *synchronous_save.REPLACEMENTS,
     *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
+    *retention.replacements(Path("run"), retention.RetentionOptions(keep_checkpoints=2)),
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
 )
 EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN, synchronous_save.QUEUE)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sfr.runtime.backend import choose
+
 OUT = "leave it out"
 
 
@@ -30,6 +32,10 @@ class Refused:
 
 def _full_iteration(value: Any, _: Any) -> bool:
     return "full_iteration" in str(value)
+
+
+def _without_a_worker(_: Any, args: Any) -> bool:
+    return not args.use_persistent_ckpt_worker or choose(args.sfr_backend) == "cpu"
 
 
 def _without_mtp(_: Any, args: Any) -> bool:
@@ -104,6 +110,13 @@ DATA = (
 )
 
 STEP = (
+    Refused(
+        "async_save",
+        "Megatron turns it off without use_persistent_ckpt_worker, whose process needs a GPU",
+        "set use_persistent_ckpt_worker too, or leave it out; on the CPU leave it out",
+        _without_a_worker,
+        "without use_persistent_ckpt_worker, and on the CPU",
+    ),
     Refused(
         "hybrid_context_parallel hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank",
         "sequences are divided into equal parts over one context-parallel group",

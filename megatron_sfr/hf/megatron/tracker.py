@@ -89,6 +89,16 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
+def complete_steps(save: Path) -> list[int]:
+    """The steps of the complete torch_dist checkpoints in a folder, newest first."""
+    return [step for step, name in _steps(save) if not _is_foreign(save / name) and incomplete(save / name) is None]
+
+
+def step_folder(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"iter_{step:07d}"
+
+
 def _read(tracker: Path) -> tuple[str | None, str | None]:
     """(folder name, None) from a tracker, or (None, what is wrong with it)."""
     if not tracker.is_file():
@@ -97,7 +107,7 @@ def _read(tracker: Path) -> tuple[str | None, str | None]:
     if text == RELEASE:
         return RELEASE, None
     if re.fullmatch("[0-9]{1,12}", text):
-        return f"iter_{int(text):07d}", None
+        return step_folder(int(text)), None
     return None, f"holds {text[:20]!r}, which is not an iteration" if text else "is empty"
 
 
