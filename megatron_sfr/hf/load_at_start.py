@@ -9,6 +9,7 @@ so tensor parallelism, pipeline stages, tied embeddings and padded vocabularies 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,35 +47,46 @@ def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatro
         )
     if args.vocab_size < source.dimensions.vocab:
         raise ValueError(f"--vocab-size {args.vocab_size} is less than the {source.dimensions.vocab} of {folder}")
-    return lambda chunks: fill(chunks, source)
+    return lambda chunks: fill(chunks, _filler_from_hf(source))
 
 
 @torch.no_grad()
-def fill(chunks: list[MegatronModule], source: Source) -> list[MegatronModule]:
+def fill(chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], None]) -> list[MegatronModule]:
     """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
 
-    Only the flow head and multi-token prediction, which no HF model has, keep their initialization.
+    Only the flow head and multi-token prediction, which no base has, keep their initialization.
+
+    Args:
+        fill_tensor: writes the base's values into a tensor. Raises ValueError if the base does not have them.
     """
-    places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
-    places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
     for chunk in chunks:
         state = chunk.sharded_state_dict()
         apply_factories(state)
         filled: dict[int, int] = {}
         for tensor in nested_values(state):
-            if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(AUXILIARY):
-                continue
-            entry = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
-            if entry is None:
-                raise ValueError(f"{source.weights.folder} has nothing for {tensor.key}, which these flags ask for")
-            _fill(tensor, entry, source)
-            storage = tensor.data.untyped_storage().data_ptr()
-            filled[storage] = filled.get(storage, 0) + tensor.data.numel()
+            if isinstance(tensor, ShardedTensor) and not tensor.key.startswith(AUXILIARY):
+                fill_tensor(tensor)
+                storage = tensor.data.untyped_storage().data_ptr()
+                filled[storage] = filled.get(storage, 0) + tensor.data.numel()
         _check_filled(chunk, filled)
     return chunks
 
 
-def _fill(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
+def _filler_from_hf(source: Source) -> Callable[[ShardedTensor], None]:
+    """Returns the function that fills a tensor from a Hugging Face folder."""
+    places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
+    places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
+
+    def fill_tensor(tensor: ShardedTensor) -> None:
+        entry = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
+        if entry is None:
+            raise ValueError(f"{source.weights.folder} has nothing for {tensor.key}, which these flags ask for")
+        _fill_from_hf(tensor, entry, source)
+
+    return fill_tensor
+
+
+def _fill_from_hf(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
     """Copies the chunk of an entry that a sharded tensor covers. Vocabulary padding becomes zero."""
     offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.global_shape[tensor.prepend_axis_num :]
     wanted = entry.mapping.megatron_shape(source.dimensions)
@@ -103,39 +115,23 @@ def base_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatron
     for name in COMPARED.values():
         if name in stored and stored[name] != getattr(args, name):
             raise ValueError(f"the run has {name} {getattr(args, name)}, but {checkpoint.folder} has {stored[name]}")
-    return lambda chunks: fill_from_checkpoint(chunks, checkpoint)
+    return lambda chunks: fill(chunks, partial(_fill_from_checkpoint, checkpoint=checkpoint))
 
 
-@torch.no_grad()
-def fill_from_checkpoint(chunks: list[MegatronModule], checkpoint: Checkpoint) -> list[MegatronModule]:
-    """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
-
-    Only the flow head keeps its initialization. Vocabulary padding becomes zero.
-    """
-    for chunk in chunks:
-        state = chunk.sharded_state_dict()
-        apply_factories(state)
-        filled: dict[int, int] = {}
-        for tensor in nested_values(state):
-            if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(AUXILIARY):
-                continue
-            if (stored := checkpoint.tensors.get(tensor.key)) is None:
-                raise ValueError(f"{checkpoint.folder} has no {tensor.key}, which these flags ask for")
-            if tuple(stored.size) != tensor.global_shape and not tensor.allow_shape_mismatch:
-                raise ValueError(
-                    f"{checkpoint.folder}: {tensor.key} is {list(stored.size)}, these flags build "
-                    f"{list(tensor.global_shape)}"
-                )
-            size = [1] * tensor.prepend_axis_num + list(tensor.local_shape)
-            kept = [max(0, min(n, w - o)) for n, w, o in zip(size, stored.size, tensor.global_offset, strict=True)]
-            tensor.data.zero_()
-            if all(kept):
-                part = checkpoint.read(tensor.key, tensor.global_offset, kept)[(0,) * tensor.prepend_axis_num]
-                tensor.data[tuple(slice(n) for n in part.shape)] = part.to(tensor.data)
-            storage = tensor.data.untyped_storage().data_ptr()
-            filled[storage] = filled.get(storage, 0) + tensor.data.numel()
-        _check_filled(chunk, filled)
-    return chunks
+def _fill_from_checkpoint(tensor: ShardedTensor, checkpoint: Checkpoint) -> None:
+    """Copies the chunk of a checkpoint's tensor that a sharded tensor covers. Vocabulary padding becomes zero."""
+    if (stored := checkpoint.tensors.get(tensor.key)) is None:
+        raise ValueError(f"{checkpoint.folder} has no {tensor.key}, which these flags ask for")
+    if tuple(stored.size) != tensor.global_shape and not tensor.allow_shape_mismatch:
+        raise ValueError(
+            f"{checkpoint.folder}: {tensor.key} is {list(stored.size)}, these flags build {list(tensor.global_shape)}"
+        )
+    size = [1] * tensor.prepend_axis_num + list(tensor.local_shape)
+    kept = [max(0, min(n, w - o)) for n, w, o in zip(size, stored.size, tensor.global_offset, strict=True)]
+    tensor.data.zero_()
+    if all(kept):
+        part = checkpoint.read(tensor.key, tensor.global_offset, kept)[(0,) * tensor.prepend_axis_num]
+        tensor.data[tuple(slice(n) for n in part.shape)] = part.to(tensor.data)
 
 
 def _check_filled(chunk: MegatronModule, filled: dict[int, int]) -> None:

@@ -49,7 +49,7 @@ def with_persona(messages: Sequence[Message], persona: str | None, persona_as: s
 def name_of_system_turn(messages: Sequence[Message], persona: str | None) -> str:
     """The system turn in a message to the user, who may not know that a persona becomes one."""
     is_persona = persona is not None and messages[0] == persona_turn(persona)
-    return "the persona, which became the system turn," if is_persona else "the system turn"
+    return "the persona (it became the system turn)" if is_persona else "the system turn"
 
 
 def check_system_turn(
@@ -71,9 +71,11 @@ def check_system_turn(
         except RecordError:
             raise error from None  # it is not about the system turn
         cause = reason(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        raise RecordError(f"the chat template refuses {name} ({cause}); give {USER_TURN}") from error
+        source = template.tokenizer.name_or_path
+        raise RecordError(f"the chat template in {source} refuses {name} ({cause}); give {USER_TURN}") from error
     if not _writes_system(template, messages, tools, text):
-        raise RecordError(f"the chat template does not write {name}; give {USER_TURN}")
+        source = template.tokenizer.name_or_path
+        raise RecordError(f"the chat template in {source} does not write {name}; give {USER_TURN}")
 
 
 def _writes_system(template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, text: str) -> bool:

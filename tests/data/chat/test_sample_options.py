@@ -48,7 +48,7 @@ def test_a_persona_in_the_user_turn_where_the_template_has_no_system_turn(bpe, n
     tokenizer = tokenizer_of(name, bpe)
     messages = [persona_turn("poet"), *PLAIN]
 
-    with pytest.raises(RecordError, match=r"the persona, which became the system turn,.*--persona-as user"):
+    with pytest.raises(RecordError, match=r"the persona \(it became the system turn\).*--persona-as user"):
         runs(tokenizer, messages, persona="poet")
     by_hand = [user("Answer in this persona: poet.\n\nthe sea"), *PLAIN[1:]]
     conversation = Conversation("f", 1, messages, "poet")
