@@ -71,11 +71,9 @@ def check_system_turn(
         except RecordError:
             raise error from None  # it is not about the system turn
         cause = reason(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        source = template.tokenizer.name_or_path
-        raise RecordError(f"the chat template in {source} refuses {name} ({cause}); give {USER_TURN}") from error
+        raise RecordError(f"the chat template refuses {name} ({cause}); give {USER_TURN}") from error
     if not _writes_system(template, messages, tools, text):
-        source = template.tokenizer.name_or_path
-        raise RecordError(f"the chat template in {source} does not write {name}; give {USER_TURN}")
+        raise RecordError(f"the chat template does not write {name}; give {USER_TURN}")
 
 
 def _writes_system(template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, text: str) -> bool:
