@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,9 +13,14 @@ from typing import IO, Any
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, which atomically replaces `path` when the block ends, or is removed if the block fails.
 
-    Processes that write the same path at the same time use separate temporary files; the last one wins.
+    Processes that write the same path at the same time use separate temporary files; the last one wins. Temporary files
+    of the same path that killed processes of this machine have left are removed.
     """
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    mine = f".{path.name}.{os.uname().nodename}-"
+    partial = path.with_name(f"{mine}{os.getpid()}.partial")
+    for other in path.parent.glob(f"{escape(mine)}*.partial"):
+        if not _is_running(other.name.removeprefix(mine).removesuffix(".partial")):
+            other.unlink(missing_ok=True)
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -24,6 +30,17 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this machine may still be running, by the digits of its id."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True  # not one of ours
+    return True
 
 
 def sync_folder(folder: Path) -> None:
