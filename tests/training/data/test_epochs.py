@@ -106,9 +106,9 @@ def test_a_blend_without_weights_is_repeated_for_more_than_an_epoch(folders: lis
 def test_recipe_flags_and_launcher_agree(folders: list[Path], tmp_path: Path) -> None:
     changes = {"train_epochs": 3, "train_iters": None, "save": str(tmp_path / "run")}
     path = write_recipe(tmp_path / "recipe.yaml", folders[1], **changes)
-    assert read_settings(["--recipe", str(path)]).recipe["train_iters"] == 4  # 30 sequences, 8 a step
-    assert read_run(path, []).train_iters == 4
-    assert read_run(path, ["--train-epochs", "6"]).train_iters == 8
+    assert read_settings(["--recipe", str(path)]).recipe["train_iters"] == 8  # 30 sequences, 4 a step
+    assert read_run(path, []).train_iters == 8
+    assert read_run(path, ["--train-epochs", "6"]).train_iters == 15
 
 
 def test_prepare_prints_what_an_epoch_is(folders: list[Path], documents: Path, capsys: pytest.CaptureFixture) -> None:
