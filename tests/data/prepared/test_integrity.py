@@ -14,25 +14,13 @@ from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.storage.integrity import check_offsets, check_sample
-from tests.data.records import OPTIONS, RECORDS, write_records
+from tests.data.records import write_records
 from tests.data.stores import flip, open_store, run, write_prepared
 
 
 @pytest.fixture(autouse=True)
 def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")  # upstream warns where it has to guess it
-
-
-@pytest.fixture
-def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    prepare(
-        [write_records(tmp_path / "records.jsonl", RECORDS)],
-        tmp_path / "out",
-        tokenizer_folder,
-        OPTIONS,
-        progress=False,
-    )
-    return tmp_path / "out"
 
 
 def write_documents(folder: Path, tokenizer: Path) -> Path:

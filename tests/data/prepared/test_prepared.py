@@ -21,18 +21,6 @@ from megatron_sfr.storage.manifest import staging
 from tests.data.records import HORIZONS, OPTIONS, RECORDS, files_of, turns, write_records
 
 
-@pytest.fixture
-def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    prepare(
-        [write_records(tmp_path / "records.jsonl", RECORDS)],
-        tmp_path / "out",
-        tokenizer_folder,
-        OPTIONS,
-        progress=False,
-    )
-    return tmp_path / "out"
-
-
 def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder: Path):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     data = PreparedData.open(prepared)
