@@ -1,7 +1,7 @@
 # make demo | study | test | check | docs: each creates the environment (.venv) if there is none; ARGS="…" is passed on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test check docs gpu gpu-container clean
+.PHONY: help env demo study test test-recovery check docs gpu gpu-container clean
 ENV := .venv/.installed
 BIN := .venv/bin
 ARGS ?=
@@ -11,6 +11,7 @@ help:
 	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
 	@echo "make study   compare seven objectives on real text (several hours on two cores; a second call resumes)"
 	@echo "make test    run the tests             make check   ruff, types, layers"
+	@echo "make test-recovery   run those that kill trainings under real launchers, torchrun and Slurm"
 	@echo "make docs    write the documentation's site to build/site"
 	@echo "make gpu     check this machine's GPU: tests, trainings compared with the CPU's, benchmarks"
 	@echo "make gpu-container   build an image with the package on NVIDIA's PyTorch image (docker)"
@@ -30,7 +31,10 @@ study: $(ENV)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m examples.dictionary_styles.study $(ARGS)
 
 test: $(ENV)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not recovery" $(ARGS)
+
+test-recovery: $(ENV)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m recovery $(ARGS)
 
 check: $(ENV)
 	@$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from megatron_sfr.hf.megatron.tracker import TRACKER
+
 from . import tiny
 from .launch import train
 from .settings import CLIP, EACH_STEP
@@ -56,6 +58,18 @@ class Runs:
                 train(ranks, *given, "--save", str(save), *(["--exit-interval", str(stop)] if stop else []))
 
         return self.once(name, make, [str(ranks), *given, *map(str, stops)])
+
+    def resume(self, name: str, run: Path, step: int, ranks: int, *flags: str, recipe: Path | None = None) -> Path:
+        """A training that resumes from a copy of another, as if that had been killed after its checkpoint of a step."""
+        given = ["--recipe", str(recipe or self.sfr), "--save-interval", "1000", *flags]
+
+        def make(save: Path) -> None:
+            later = [path.name for path in run.glob("iter_*") if int(path.name.removeprefix("iter_")) > step]
+            shutil.copytree(run, save, ignore=shutil.ignore_patterns(*later))
+            (save / TRACKER).write_text(str(step), encoding="utf-8")
+            train(ranks, *given, "--save", str(save))
+
+        return self.once(name, make, [str(run), str(step), str(ranks), *given])
 
     @property
     def prepared(self) -> Path:

@@ -30,7 +30,7 @@ from tests.warm import ROOT
 from .launch import read_checkpoint, read_metrics
 from .tiny import recipe, write_prepared
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.recovery]
 PP2 = ("--nproc", "2", "--pipeline-model-parallel-size", "2")
 LIMIT_S = 10  # from the event until no process is left, on a machine with CPUs for all
 STOP_S = 60  # for a stop, which finishes a step and writes a checkpoint first
@@ -219,6 +219,7 @@ def test_a_closed_terminal_is_a_stop(start: Start) -> None:
     terminal, its_end = pty.openpty()
 
     def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
         fcntl.ioctl(0, termios.TIOCSCTTY)
 
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), its_end)

@@ -23,7 +23,7 @@ from .runs import Runs
 from .settings import PP2
 from .tiny import write_recipe
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.recovery]
 FOREVER = 100_000
 PATIENCE_S = 600  # a run that hangs never ends; one on a busy machine may need minutes to start
 

@@ -18,6 +18,7 @@ from tests import warm
 from .launch import read_checkpoint, read_metrics
 from .runs import Runs, begin_with
 from .settings import (
+    HALFWAY,
     KL_FLOW,
     MICRO_BATCH_1,
     MICRO_BATCH_4,
@@ -75,8 +76,12 @@ def trained(runs: Runs, kind: str, layout: str = "single") -> Path:
     return runs.train(f"kl-{kind}-{layout}", ranks, *kl_flow, *begin_with(start), *flags, recipe=recipe)
 
 
+def straight(runs: Runs) -> Path:
+    return runs.train("kl-resume-straight", 2, *RESUME, *HALFWAY, recipe=runs.plain)
+
+
 def resumed(runs: Runs) -> Path:
-    return runs.train("kl-resume", 2, *RESUME, recipe=runs.plain, stops=(2, 4))
+    return runs.resume("kl-resume", straight(runs), 2, 2, *RESUME, recipe=runs.plain)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -106,7 +111,7 @@ def test_every_parameter_learns_and_the_kinds_differ(runs: Runs) -> None:
 
 
 def test_resumed_run_equals_the_straight_one_bit_for_bit(runs: Runs) -> None:
-    both = runs.train("kl-resume-straight", 2, *RESUME, recipe=runs.plain), resumed(runs)
+    both = straight(runs), resumed(runs)
     expected, actual = (read_checkpoint(run / "iter_0000004") for run in both)
     assert expected.keys() == actual.keys()
     assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []

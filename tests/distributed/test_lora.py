@@ -12,7 +12,7 @@ from tests.hf.models import save_model
 
 from .launch import read_checkpoint, read_metrics, train
 from .runs import Runs
-from .settings import OVERLAPPED, PP2, RECOMPUTE, SHARDED_OPTIMIZER, SP, TP2, VPP
+from .settings import HALFWAY, OVERLAPPED, PP2, RECOMPUTE, SHARDED_OPTIMIZER, SP, TP2, VPP
 from .test_layouts import MOMENT, difference
 from .tiny import write_recipe
 
@@ -95,8 +95,8 @@ def test_checkpoint_holds_only_adapters_and_head(runs: Runs) -> None:
 
 def test_resumed_run_equals_the_straight_one_bit_for_bit(runs: Runs) -> None:
     flags = ("--train-iters", "4", "--bf16", *PP2, *SHARDED_OPTIMIZER)
-    straight = runs.train("lora straight", 2, *flags, recipe=recipe(runs, "dense"))
-    resumed = runs.train("lora resumed", 2, *flags, recipe=recipe(runs, "dense"), stops=(2, 4))
+    straight = runs.train("lora straight", 2, *flags, *HALFWAY, recipe=recipe(runs, "dense"))
+    resumed = runs.resume("lora resumed", straight, 2, 2, *flags, recipe=recipe(runs, "dense"))
     expected, found = (read_checkpoint(run / "iter_0000004") for run in (straight, resumed))
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

@@ -92,14 +92,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
 
 
 def has_layout(objective: str, layout: str) -> bool:
-    """Token objectives are split in every way; terms in two that together hold TP, PP, SP, DP and micro-batches."""
+    """Terms have two layouts that together hold TP, PP, SP, DP and microbatches. So do token losses, which do not see
+    the pipeline; the one that selects tokens by rank in the vocabulary is split over four ranks too."""
     if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
         return layout in ("single", "dp2", "tp2-pp2")
     if layout == "pp2-vpp":  # where each stage needs to know the conversations
         return objective in ("packed", "documents")
     if objective in TOKEN_LOSSES:
         gathered = objective not in CLOSED_FORM_LOSSES  # a loss in plain torch: only the vocabulary's split matters
-        return layout in (("single", "tp2-sp") if gathered else ("single", "dp2", "tp2-sp", "tp4", "tp2-pp2"))
+        if layout in ("tp4", "tp2-pp2"):
+            return objective == "sed"
+        return layout in ("single", "tp2-sp") or (layout == "dp2" and not gathered)
     return layout in ("single", "dp2", "tp2-pp2-sp")
 
 

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "dp2-sharded": (*SHARDED_OPTIMIZER, *OVERLAPPED),
     "dp2-sharded-bf16": ("--bf16", *SHARDED_OPTIMIZER),
 }
-IN_LAYOUTS = {"plain": CLIP, "detached": DETACHED, "closed": CLOSED}
+IN_LAYOUTS = {"plain": CLIP, "detached": DETACHED, "closed": (*CLOSED, *EACH_STEP)}
 
 
 def phase(runs: Runs, name: str) -> Path:
@@ -95,8 +95,8 @@ def test_nor_does_it_on_other_layouts(runs: Runs, layout: str, name: str) -> Non
 
 def test_nor_does_it_after_a_resume(runs: Runs) -> None:
     flags = (*CLOSED, *LAYOUTS["dp2-sharded"])
-    run = runs.train("resumed-dp2-sharded", 2, *flags, recipe=runs.plain, stops=(1, 3))
     plain, closed = (laid_out(runs, name, "dp2-sharded") for name in ("plain", "closed"))
+    run = runs.resume("resumed-dp2-sharded", closed, 1, 2, *flags, recipe=runs.plain)
     plain, closed, resumed = (read_checkpoint(run / "iter_0000003") for run in (plain, closed, run))
     assert equal_backbones(plain, resumed)
     named = [key for key in closed if not key.startswith("optimizer.distributed")]

@@ -149,6 +149,7 @@ def kill_a_rank(job: subprocess.Popen) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.recovery
 def test_local_restarts_after_a_rank_was_killed(prepared: Path, tmp_path: Path) -> None:
     save, log = tmp_path / "run", tmp_path / "log"
     layout = {"pipeline_model_parallel_size": 2, "save": str(save), "save_interval": 5, "train_iters": 20}
@@ -161,6 +162,7 @@ def test_local_restarts_after_a_rank_was_killed(prepared: Path, tmp_path: Path) 
 
 
 @pytest.mark.distributed
+@pytest.mark.recovery
 def test_two_nodes_restart_and_leave_a_checkpoint_at_the_time_limit(prepared: Path, tmp_path: Path) -> None:
     save, log = tmp_path / "run", tmp_path / "log"
     layout = {"pipeline_model_parallel_size": 2, "save": str(save), "save_interval": 5, "train_iters": 10**6}

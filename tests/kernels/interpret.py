@@ -44,7 +44,7 @@ def labels(T: int, size: int) -> Tensor:
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    for V in (1, 7, 501, 1000, 2048, 5001):
+    for V in (1, 501, 2048, 5001):
         yield "odd vocabularies", Case(f"V={V}", random_logits(V), V)
     yield "strided rows", Case("501 of 512 columns", random_logits(512), 501)
     yield "strided rows", Case("501 of 512 columns, bf16", random_logits(512, torch.bfloat16), 501)

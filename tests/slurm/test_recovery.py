@@ -20,6 +20,7 @@ from .cluster import NODES, Job, running, unavailable
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
+    pytest.mark.recovery,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
 ]

@@ -234,6 +234,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.recovery
 @pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("raised", 3), ("over", 0)])
 def test_the_encoder_ends_with_the_trainer(store, log, tmp_path: Path, end: str, code: int):
     script = tmp_path / "trainer.py"
