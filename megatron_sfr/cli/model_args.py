@@ -13,7 +13,7 @@ MODEL: dict[str, Any] = {
     "help": "Hugging Face folders (NAME defaults to the folder's name)",
 }
 SAMPLING = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size", "dtype")
-TEMPLATE = ("persona_as", "template_kwargs", "template_date", "special_text")
+TEMPLATE = ("persona_as", "template_kwargs", "template_date", "special_text", "reply_end")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

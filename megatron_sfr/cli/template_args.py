@@ -27,6 +27,13 @@ def add_template_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="refuse|literal",
         help="what happens to text that looks like a control token: refused, or encoded as plain text (%(default)s)",
     )
+    parser.add_argument(
+        "--reply-end",
+        default="template",
+        metavar="template|next-turn",
+        help="the token that ends a reply: the template's; or, if it writes none, the one that begins the next turn, "
+        "for models that stop there, such as GLM (%(default)s)",
+    )
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,4 +45,5 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
         "special_text": args.special_text,
         "template_kwargs": parse_template_kwargs(args.template_kwargs),
         "template_date": args.template_date or DATE,
+        "reply_end": args.reply_end,
     }

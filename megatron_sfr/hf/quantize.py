@@ -91,7 +91,8 @@ def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[
     """Token ids [1, S] of each conversation, truncated to `length`."""
     tokenizer = load_tokenizer(str(source))
     conversations = islice(read_conversations(calibration), samples)
-    whole = SampleOptions(turns="last")  # the tokens of all turns, which every chat template can write
+    # The tokens of all turns, which every chat template can write.
+    whole = SampleOptions(turns="last", reply_end="next-turn")
     encoded = [encode_samples(x, tokenizer, whole)[0] for x in conversations]
     rows = [torch.tensor(sample.tokens[:length], dtype=torch.int64)[None] for sample in encoded]
     if len(rows) < 2:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sfr.cli.model_args import MODEL, add_sampling_arguments, model_folders, sampling_options
 
 if TYPE_CHECKING:
+    from megatron_sfr.data.chat.template_options import TemplateOptions
     from megatron_sfr.evaluation.generate.prompts import Prompt
     from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 
@@ -61,7 +62,7 @@ def _write(
     from megatron_sfr.storage.provenance import contents_of
     from megatron_sfr.storage.resumable import is_finished, resumable
 
-    load_model, sample = _engine(args)
+    load_model, sample = _engine(args, options.template)
     each = len(prompts) * options.samples
     for folder in folders.values():
         check_folder(folder)
@@ -98,14 +99,14 @@ def _print(
     args: argparse.Namespace, folders: dict[str, Path], prompts: "list[Prompt]", options: "SamplingOptions"
 ) -> None:
     """Prints every model's replies."""
-    load_model, sample = _engine(args)
+    load_model, sample = _engine(args, options.template)
     for name, folder in folders.items():
         model = load_model(name, folder)
         for _, reply in sample(model, prompts, options):
             print(f"[{name}] {reply.text}" if len(folders) > 1 else reply.text, flush=True)
 
 
-def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
+def _engine(args: argparse.Namespace, template: "TemplateOptions") -> tuple[Any, Any]:
     """(load_model, sample) of the engine. load_model takes a name and a folder, and warns of missing end tokens."""
     from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
     from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
@@ -114,7 +115,7 @@ def _engine(args: argparse.Namespace) -> tuple[Any, Any]:
 
     def load_model(name: str, folder: Path) -> Any:
         model = engine.load_model(name, folder, device=args.device, dtype=args.dtype)
-        warn_of_unknown_end(folder, model.tokenizer, model.end_tokens)
+        warn_of_unknown_end(folder, model.tokenizer, model.end_tokens, template)
         return model
 
     return load_model, engine.sample

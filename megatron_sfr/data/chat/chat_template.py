@@ -20,6 +20,7 @@ from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import reason, strings_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_QUESTION = {"role": "user", "content": "Hi"}
 SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
 
 
@@ -39,6 +40,7 @@ class ChatTemplate:
         self.control, self.control_ids = control_tokens(tokenizer)
         self._known = tokenizer.special_tokens_map | options.template_kwargs
         self._day = date.fromisoformat(options.template_date)
+        self._next_turns: dict[bool, str] = {}
         for name in options.template_kwargs:
             _check_variable(name, tokenizer)
 
@@ -67,13 +69,46 @@ class ChatTemplate:
     ) -> str:
         """The messages as transformers renders them, with the generation prompt if asked for.
 
-        like: tools that choose the template of a tokenizer that has several, where it is not `tools`.
+        After a last reply comes the token that `reply_end` adds. like: tools that choose the template of a tokenizer
+        that has several, if it is not `tools`.
         """
-        return self._render(messages, tools, tools or like, prompt=prompt)[0]
+        text, _ = self._render(messages, tools, tools or like, prompt=prompt)
+        return text if prompt else text + self._added_end(messages, tools or like)
 
     def blocks(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
         """The text, and [start, end) of each {% generation %} block in it."""
-        return self._render(messages, tools, tools, marked=True)
+        text, blocks = self._render(messages, tools, tools, marked=True)
+        return text + self._added_end(messages, tools), blocks
+
+    def next_turn_token(self, reply: Message, like: Any = None) -> str:
+        """The control token that begins the turn after a reply: a tool's if the reply calls tools, else the user's.
+
+        An empty string if the template ends the reply itself, or writes no control token there.
+        """
+        calls = reply.get("tool_calls") or []
+        if bool(calls) not in self._next_turns:
+            answer = {"role": "assistant", "content": "Hello."} | ({"tool_calls": calls} if calls else {})
+            following = {"role": "tool", "content": "Hello."} if calls else _QUESTION
+            if calls:
+                following |= {"name": calls[0].get("function", calls[0])["name"], "tool_call_id": calls[0].get("id")}
+            self._next_turns[bool(calls)] = self._token_between([_QUESTION, answer], following, like)
+        return self._next_turns[bool(calls)]
+
+    def _token_between(self, finished: list[Message], following: Message, like: Any) -> str:
+        try:
+            text, _ = self._render(finished, None, like)
+            longer, _ = self._render([*finished, following], None, like)
+        except TemplateRefusal:
+            return ""
+        *_, last = [0, *(found.end() for found in self.control.finditer(text))]
+        has_own_end = not text[last:].strip()
+        token = self.control.match(longer, len(text)) if longer.startswith(text) else None
+        return token[0] if token and not has_own_end else ""
+
+    def _added_end(self, messages: Sequence[Message], like: Any) -> str:
+        if self.options.reply_end == "template" or messages[-1]["role"] != "assistant":
+            return ""
+        return self.next_turn_token(messages[-1], like)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text: the template writes the special tokens itself."""

@@ -22,6 +22,7 @@ from megatron_sfr.data.chat.rendered_turns import (
     check_complete,
     check_system_turn,
     check_tail,
+    check_thought_marks,
     end_of_reply,
     has_tool_turns,
     name_of_system_turn,
@@ -85,6 +86,7 @@ class Turns:
         self._prompts: dict[int, str] = {}
         template.check_texts(self.messages, self.tools)
         first = self.trained[0]
+        check_thought_marks(template, [messages[i] for i in self.replies])
         check_system_turn(template, self.messages[:first], self.tools, persona, lambda: self.prompt(first))
         if self.tools:
             first = self.replies[0]
@@ -136,7 +138,7 @@ def together(turns: Turns) -> Supervised:
             spans.append((first, _after(tokens, end, turns.number(turn))))
             has_empty_thought = EMPTY_THOUGHT.match(rendered.text, start) is not None
             bare += not rendered.text[start:].lstrip().startswith((THINK, END_THINK))
-        _check_ends(tokens.ids, spans, turns.template)
+        _check_ends(turns, tokens.ids, spans)
     except Unrendered as error:
         for turn in turns.trained:
             each(turns, turn)  # where this fails too, its reason is the true one
@@ -177,7 +179,7 @@ def as_rendered(turns: Turns) -> Supervised:
         start = len(prompt) if rendered.blocks is None else rendered.blocks[number - 1][0]
         end = rendered.call_ends.get(turn) or turns.template.control.search(rendered.text, start)
         if end is None:
-            raise RecordError(no_end(number))
+            raise RecordError(no_end(turns.template, turns.messages[turn], number))
         own = rendered.text[start : end.start()]
         check_tail(own, turns.messages[turn], number)
         try:
@@ -189,7 +191,7 @@ def as_rendered(turns: Turns) -> Supervised:
             raise RecordError(f"{_joined(turns, rendered.text, start, number)}; {EACH}")
         spans.append((first, _after(tokens, end.span(), number)))
     try:
-        _check_ends(tokens.ids, spans, turns.template)
+        _check_ends(turns, tokens.ids, spans)
     except Unrendered as error:
         raise RecordError(f"{error}; {EACH}") from error
     return Supervised(tokens.ids, spans, unlike_inference=unlike)
@@ -204,10 +206,10 @@ def prompt_ids(messages: Sequence[Message], tokenizer: Any, options: TemplateOpt
     return template.ids(template.text(messages, None, prompt=True))
 
 
-def reply_end_token(tokenizer: Any) -> int | None:
-    """The id on which the chat template ends a reply; None where it writes no control token there."""
+def reply_end_token(tokenizer: Any, options: TemplateOptions = AS_AT_INFERENCE) -> int | None:
+    """The id on which a reply ends; None if the chat template writes no control token there."""
     try:
-        template = ChatTemplate(tokenizer, AS_AT_INFERENCE)
+        template = ChatTemplate(tokenizer, options)
         text, (start, end) = after_prompt(template, _QUESTION, _ANSWER, None, 1, "the example")
     except RecordError:
         return None
@@ -236,7 +238,7 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
         )
     end = rendered.call_ends.get(turn)
     if end is None:
-        end = end_of_reply(text, start, message, number, turns.template.control, is_last=turn == rendered.last)
+        end = end_of_reply(text, start, message, number, turns.template, is_last=turn == rendered.last)
     else:
         check_complete(text[start : end.start()], message, number)
     return start, end.span()
@@ -272,10 +274,15 @@ def _decoded(ids: Sequence[int], template: ChatTemplate) -> str:
     return template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _check_ends(ids: Sequence[int], spans: Sequence[Offsets], template: ChatTemplate) -> None:
-    """Unrendered where the replies end on different tokens: one of them may be the header of the turn that follows."""
-    if len(ends := {ids[end - 1] for _, end in spans}) > 1:
-        names = template.tokenizer.convert_ids_to_tokens(sorted(ends))
+def _check_ends(turns: Turns, ids: Sequence[int], spans: Sequence[Offsets]) -> None:
+    """Unrendered if replies end on different tokens, other than the headers that `reply_end` next-turn expects."""
+    template, headers = turns.template, list[int | None]()
+    for turn in turns.trained:
+        token = template.next_turn_token(turns.messages[turn]) if template.options.reply_end == "next-turn" else ""
+        headers.append(template.control_ids.get(token))
+    others = {ids[end - 1] for (_, end), header in zip(spans, headers, strict=True) if ids[end - 1] != header}
+    if len(others) > (1 if set(headers) == {None} else 0):
+        names = template.tokenizer.convert_ids_to_tokens(sorted({ids[end - 1] for _, end in spans}))
         raise Unrendered(f"the replies end on different control tokens, {names}")
 
 

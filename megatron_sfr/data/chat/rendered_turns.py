@@ -15,6 +15,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names that transfo
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+SWITCH = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3 acts on these in a system turn and drops them
+MARK = "7294816305"  # no letters: a template may write them in upper case
 USER_TURN = "--persona-as user, which puts it at the start of the first user turn"
 TAIL = 64  # letters at the end of a reply that must stand before its end token, however the template writes the rest
 
@@ -78,10 +80,37 @@ def check_system_turn(
 
 def _writes_system(template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, text: str) -> bool:
     system = messages[0]["content"].strip()
-    if system not in text or not any(system in (message.get("content") or "") for message in messages[1:]):
-        return system in text
-    mark = "7294816305"  # its text also stands in another turn
-    return mark in template.text([messages[0] | {"content": mark}, *messages[1:]], tools, prompt=True)
+    parts = [part.strip() for part in SWITCH.split(system) if part.strip()] or [system]
+    others = [message.get("content") or "" for message in messages[1:]]
+    if any(part not in text for part in parts):
+        return False
+    if not any(part in content for part in parts for content in others):
+        return True
+    return MARK in template.text([messages[0] | {"content": MARK}, *messages[1:]], tools, prompt=True)
+
+
+def check_thought_marks(template: ChatTemplate, replies: Sequence[Message]) -> None:
+    """RecordError if a reply opens with <think>, which the template, with other marks, writes as plain text."""
+    opening = [number for number, reply in enumerate(replies, 1) if len(parts_of(reply)) > 1 and _has_thought(reply)]
+    if not opening:
+        return
+    question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+    try:
+        text = template.text([question, answer | {"reasoning_content": MARK}], None)
+        before, found, _ = text.rpartition(MARK)
+        mark = before[len(template.text([question], None, prompt=True)) :].strip()
+        as_text = template.text([question, answer | {"content": f"{THINK}\n{MARK}\n{END_THINK}\n\nHello."}], None)
+    except RecordError:
+        return  # the record's own rendering says why
+    if found and mark and THINK not in before and THINK in as_text:
+        raise RecordError(
+            f"reply {opening[0]} has a thought in {THINK}...{END_THINK}, which the chat template marks with {mark!r}; "
+            "give the thought as reasoning_content"
+        )
+
+
+def _has_thought(reply: Message) -> bool:
+    return (reply.get("content") or "").lstrip().startswith(THINK)
 
 
 def has_tool_turns(messages: Sequence[Message]) -> bool:
@@ -107,16 +136,17 @@ def parts_of(message: Message) -> list[str]:
 
 
 def end_of_reply(
-    text: str, start: int, message: Message, number: int, control: re.Pattern[str], *, is_last: bool
+    text: str, start: int, message: Message, number: int, template: ChatTemplate, *, is_last: bool
 ) -> re.Match[str]:
     """The token that ends a reply without tool calls which starts at text[start].
 
     It is the first control token after the reply. Inside of a reply that is the last one the template may write
     further control tokens, as gpt-oss does between its channels. Unrendered where the reply is not complete before it.
     """
+    control = template.control
     end = control.search(text, start)
     if end is None:
-        raise RecordError(no_end(number))
+        raise RecordError(no_end(template, message, number))
     parts = parts_of(message)
     if is_last and not _holds(text[start : end.start()], parts):
         after = text.rfind(parts[-1], start)
@@ -146,10 +176,12 @@ def check_complete(own: str, message: Message, number: int) -> None:
         check_calls_stand(calls, own, number)
 
 
-def no_end(number: int) -> str:
+def no_end(template: ChatTemplate, reply: Message, number: int) -> str:
+    token = template.next_turn_token(reply)
+    stops = f", or, if the model stops at {token} of the next turn, give --reply-end next-turn" if token else ""
     return (
         f"the chat template writes no control token after reply {number}, so the model would never learn to stop; "
-        "add eos_token after the reply in the template"
+        f"add eos_token after the reply in the template{stops}"
     )
 
 

@@ -12,6 +12,7 @@ PERSONA_AS = ("system", "user", "field")
 SPECIAL_TEXT = ("refuse", "literal")
 TURNS = ("together", "each", "last", "as-rendered")
 TRAIN_ON = ("all", "last")
+REPLY_END = ("template", "next-turn")
 DATE = "2024-07-26"  # what Llama 3's templates write where they have no clock
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
 
@@ -42,10 +43,15 @@ class TemplateOptions:
     """Variables of the template, such as enable_thinking."""
     template_date: str = DATE
     """The day that `strftime_now` returns in the template, as YYYY-MM-DD."""
+    reply_end: str = "template"
+    """The token that ends a reply. 'template': the one that the template writes; a template without one is refused.
+    'next-turn': if the template writes none, the token that begins the turn after the reply, for models that stop there
+    (GLM)."""
 
     def __post_init__(self) -> None:
         _check_choice("persona_as", self.persona_as, PERSONA_AS)
         _check_choice("special_text", self.special_text, SPECIAL_TEXT)
+        _check_choice("reply_end", self.reply_end, REPLY_END)
         if taken := sorted(RESERVED & self.template_kwargs.keys()):
             raise ValueError(f"template_kwargs: {taken[0]} is set for each conversation; leave it out")
         try:

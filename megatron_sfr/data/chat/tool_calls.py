@@ -53,7 +53,8 @@ def ends_of_calls(
             if end is None:
                 raise RecordError(
                     f"the chat template writes no control token after the tool calls of message {turn + 1}; "
-                    "add eos_token there in the template"
+                    "add eos_token there in the template, or, if the model stops at the token of the next turn, give "
+                    "--reply-end next-turn"
                 )
             ends[reply] = in_text[end]
     return ends

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate
-from megatron_sfr.data.chat.rendered_turns import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
+from megatron_sfr.data.chat.rendered_turns import END_THINK, MARK, OPEN_THOUGHT, THINK, no_end, reasoning_of
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
-
-MARK = "7294816305"  # no letters: a template may write them in upper case
 
 
 def after_prompt(
@@ -49,7 +47,7 @@ def after_prompt(
         opening = "" if THINK in opening and END_THINK in content else opening
     end = template.control.search(after)
     if end is None:
-        raise RecordError(no_end(number))
+        raise RecordError(no_end(template, reply, number))
     start = len(prompt) + len(opening) + len(content)
     return prompt + opening + content + after, (start + end.start(), start + end.end())
 

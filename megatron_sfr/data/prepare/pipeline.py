@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_sfr.data.chat.template_options import ALL_TOGETHER
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepare.folder_writer import REJECTED, EncodedChunk, FolderWriter, Totals
 from megatron_sfr.data.prepare.worker_pool import ordered_map
@@ -180,7 +181,8 @@ def is_up_to_date(output: Path, manifest: Any, origin: Any, skip_bad_rows: bool)
     old, new = {name: getattr(manifest, name) for name in asdict(origin)}, asdict(origin)
     for side in (old, new):  # a file may have been moved
         side["inputs"] = [(record["sha256"], record["format"]) for record in side["inputs"]]
-        side |= side.pop("chat", None) or {}  # options of chats, which folders of earlier releases do not name
+        if chat := side.pop("chat", None):  # folders of earlier releases lack it, or some of its options
+            side |= asdict(ALL_TOGETHER) | chat
     if changed := sorted(name for name in new if new[name] != old.get(name)):
         raise ValueError(
             f"{output} was prepared with other values of {', '.join(changed)}; "

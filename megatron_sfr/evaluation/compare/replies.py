@@ -75,7 +75,7 @@ def _begin(threads: int, lock: object) -> None:
 
 def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, place: int) -> Answers:
     model = load_model(name, folder, device=hardware.device, dtype=hardware.dtype)
-    warn_of_unknown_end(folder, model.tokenizer, model.end_tokens)
+    warn_of_unknown_end(folder, model.tokenizer, model.end_tokens, questions.sweep[0].template)
     total = len(questions.prompts) * sum(options.samples for options in questions.sweep)
     position = place if hardware.processes > 1 else None
     replies = []

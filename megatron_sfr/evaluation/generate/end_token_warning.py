@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.data.chat.loss_mask import reply_end_token
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 
 
-def unknown_end(tokenizer: Any, end_tokens: Sequence[int]) -> str | None:
+def unknown_end(tokenizer: Any, end_tokens: Sequence[int], template: TemplateOptions = AS_AT_INFERENCE) -> str | None:
     """The problem in one line; None if the chat template ends replies on an end token, or its end is unknown."""
-    end = reply_end_token(tokenizer)
+    end = reply_end_token(tokenizer, template)
     if end is None or end in end_tokens:
         return None
     name, *others = tokenizer.convert_ids_to_tokens([end, *end_tokens])
@@ -20,6 +21,8 @@ def unknown_end(tokenizer: Any, end_tokens: Sequence[int]) -> str | None:
     )
 
 
-def warn_of_unknown_end(folder: Path, tokenizer: Any, end_tokens: Sequence[int]) -> None:
-    if warning := unknown_end(tokenizer, end_tokens):
+def warn_of_unknown_end(
+    folder: Path, tokenizer: Any, end_tokens: Sequence[int], template: TemplateOptions = AS_AT_INFERENCE
+) -> None:
+    if warning := unknown_end(tokenizer, end_tokens, template):
         print(f"warning: {folder}: {warning}", file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ def generate(
     asked = [ask(prompt, persona, place) if isinstance(prompt, str) else prompt for prompt in prompts]
     options = SamplingOptions(samples, temperature, top_k, top_p, max_new_tokens, seed, batch_size, template)
     loaded = load_model(Path(model).name, Path(model), device=device, dtype=dtype)
-    warn_of_unknown_end(Path(model), loaded.tokenizer, loaded.end_tokens)
+    warn_of_unknown_end(Path(model), loaded.tokenizer, loaded.end_tokens, template)
     replies: list[list[str]] = [[""] * samples for _ in asked]
     for p, reply in sample(loaded, asked, options):
         replies[p][reply.sample] = reply.text

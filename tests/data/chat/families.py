@@ -11,7 +11,7 @@ from megatron_sfr.data.chat.conversation import Conversation, encode_samples
 from megatron_sfr.data.chat.template_options import SampleOptions
 
 TEMPLATES = Path(__file__).parent / "templates"
-CONTROL = re.compile(r"<\|[a-z_]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>")
+CONTROL = re.compile(r"<seed:(?:bos|eos|pad)>|<\|[a-z_]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|\[gMASK\]|<sop>")
 ENDS = {
     "qwen": "<|im_end|>",
     "smollm2": "<|im_end|>",
@@ -19,7 +19,10 @@ ENDS = {
     "phi-4": "<|im_end|>",
     "deepseek": "<｜end▁of▁sentence｜>",
     "mistral": "</s>",
+    "mixtral": "</s>",
     "glm": "<|endoftext|>",
+    "seed-oss": "<seed:eos>",
+    "smollm3": "<|im_end|>",
 }
 TOOLS = [
     {
@@ -41,7 +44,8 @@ def tokenizer_of(family: str, bpe: Tokenizer) -> PreTrainedTokenizerFast:
     control = sorted({*CONTROL.findall(template), end, "<s>", "<|im_start|>", "<|end|>"})
     copy = Tokenizer.from_str(bpe.to_str())
     copy.add_special_tokens(control)
-    copy.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
+    plain = {"<think>", "</think>", *re.findall(r"</?seed:[a-z_]+>", template)} - set(control)
+    copy.add_tokens([AddedToken(token, special=False, normalized=False) for token in sorted(plain)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=copy,
         bos_token="<s>",

@@ -8,6 +8,10 @@ from tests.data.chat.families import KINDS, WITH_TOOLS
 FIELD = dict.fromkeys(("reasoning", "reasonings"), "leaves out the reasoning_content of reply 1; write reasoning_con")
 NO_TOOLS = dict.fromkeys(WITH_TOOLS, "does not write the record's tools; use a template that does, or leave them out")
 NO_THOUGHT = dict.fromkeys(("one", "several", "system"), "the generation prompt opens a thought and reply 1 has none")
+NO_CALLS = dict.fromkeys(WITH_TOOLS, "the chat template does not write the tool calls of message")
+OWN_MARKS = dict.fromkeys(
+    ("thought", "thoughts"), "which the chat template marks with '<seed:think>'; give the thought"
+)
 AFTER_PROMPT = dict.fromkeys(("reasoning", "reasonings"), "write reasoning_content at the start of the content as <th")
 # What a family does not take in one sample: only by --turns each, or not at all (the reason).
 LIMITS: dict[str, dict[str, str]] = {
@@ -20,7 +24,14 @@ LIMITS: dict[str, dict[str, str]] = {
     "phi-3.5": FIELD | NO_TOOLS,
     "phi-4-reasoning": FIELD | NO_TOOLS,
     "smollm2": FIELD | NO_TOOLS,
-    "glm-4.5": dict.fromkeys(KINDS, "writes no control token after"),
+    "qwen2": FIELD | NO_TOOLS,
+    "phi-4": FIELD | NO_TOOLS,
+    "phi-4-unsloth": FIELD | NO_TOOLS,
+    "smollm3-unsloth": FIELD | NO_TOOLS,
+    "seed-oss": OWN_MARKS,
+    "mixtral": FIELD | NO_TOOLS,
+    "glm-4-0414": FIELD | NO_CALLS,
+    "glm-4.5": {"reasonings": "each", "thoughts": "each"},
     "glm-4.5-marked": dict.fromkeys(("reasonings", "thoughts", *WITH_TOOLS), "each"),
     "deepseek-r1": {"thought": "each", "thoughts": "each"} | FIELD | NO_TOOLS,
     "deepseek-v3-thinking": {"thought": "each", "thoughts": "each"} | NO_THOUGHT | AFTER_PROMPT | NO_TOOLS,
@@ -28,6 +39,11 @@ LIMITS: dict[str, dict[str, str]] = {
     "mistral-large-2407": {"system": "each", "late tools": "each"} | FIELD,
     "mistral-nemo": {"system": "each", "late tools": "each"} | FIELD,
     "mistral-nemo-marked": {"system": "each", "late tools": "each"} | FIELD,
+}
+# Options that a family needs.
+OPTIONS: dict[str, dict[str, str]] = {
+    "glm-4-0414": {"reply_end": "next-turn"},
+    "glm-4.5": {"reply_end": "next-turn"},
 }
 
 COLUMNS = {
@@ -39,20 +55,27 @@ COLUMNS = {
 }
 NAMES = {
     "qwen2.5": "Qwen2.5",
+    "qwen2": "Qwen2, dense and with experts",
     "qwen3-instruct-2507": "Qwen3-Instruct-2507",
     "qwen3": "Qwen3",
     "qwen3-marked": "Qwen3, TRL's template for training",
     "qwen3-thinking-2507": "Qwen3-Thinking-2507",
     "phi-3": "Phi-3",
     "phi-3.5": "Phi-3.5",
+    "phi-4": "Phi-4",
+    "phi-4-unsloth": "Phi-4, as in Unsloth",
     "phi-4-reasoning": "Phi-4-reasoning, as in Axolotl",
     "smollm2": "SmolLM2 (converted as Llama)",
-    "glm-4.5": "GLM-4.5",
+    "smollm3-unsloth": "SmolLM3, as in llama.cpp",
+    "seed-oss": "Seed-OSS",
+    "glm-4-0414": "GLM-4-0414, `--reply-end next-turn`",
+    "glm-4.5": "GLM-4.5, `--reply-end next-turn`",
     "glm-4.5-marked": "GLM-4.5, TRL's template for training",
     "deepseek-r1": "DeepSeek-R1 (January 2025)",
     "deepseek-v3-thinking": "DeepSeek-V3 with reasoning",
     "mistral-v0.1": "Mistral 7B v0.1",
-    "mistral-large-2407": "Mistral 7B v0.3, Large 2407",
+    "mixtral": "Mixtral 8x7B, Mistral 7B v0.2",
+    "mistral-large-2407": "Mistral 7B v0.3, Large 2407, Mixtral 8x22B",
     "mistral-nemo": "Mistral Nemo",
     "mistral-nemo-marked": "Mistral Nemo, with marked replies",
 }
@@ -62,7 +85,8 @@ REASONS = {  # by a part of the message
     "opens a thought and reply 1 has none": "no: its prompt opens a thought, so each reply needs one",
     "at the start of the content as <th": "no: it leaves `reasoning_content` out",
     "refuses the system turn": "`--persona-as user`: it refuses a system turn",
-    "writes no control token after": "no: it writes no token at the end of a reply",
+    "does not write the tool calls": "no: it writes no tool calls",
+    "which the chat template marks with": "no: its own marks are `<seed:think>`; give `reasoning_content`",
 }
 
 

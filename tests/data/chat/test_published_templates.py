@@ -11,7 +11,7 @@ from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_sa
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions
 from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.families import KINDS, TOOLS, WITH_TOOLS, tokenizer_of
-from tests.data.chat.family_table import LIMITS, table
+from tests.data.chat.family_table import LIMITS, OPTIONS, table
 
 
 @pytest.fixture(scope="module", params=LIMITS)
@@ -19,9 +19,9 @@ def family(request, bpe):
     return request.param, tokenizer_of(request.param, bpe)
 
 
-def samples(tokenizer, kind: str, turns: str) -> list[Encoded]:
-    tools = TOOLS if kind in WITH_TOOLS else None
-    return encode_samples(Conversation("f", 1, KINDS[kind], None, tools), tokenizer, SampleOptions(turns=turns))
+def samples(tokenizer, kind: str, turns: str, **options) -> list[Encoded]:
+    conversation = Conversation("f", 1, KINDS[kind], None, TOOLS if kind in WITH_TOOLS else None)
+    return encode_samples(conversation, tokenizer, SampleOptions(turns=turns, **options))
 
 
 def check(tokenizer, kind: str, turns: str, found: list[Encoded]) -> None:
@@ -46,14 +46,15 @@ def check(tokenizer, kind: str, turns: str, found: list[Encoded]) -> None:
 @pytest.mark.parametrize("turns", ["together", "each", "last"])
 def test_every_accepted_reply_follows_the_prompt_of_inference_and_is_complete(family, turns: str):
     name, tokenizer = family
+    options = OPTIONS.get(name, {})
     for kind in KINDS:
         limit = LIMITS[name].get(kind)
         if limit is None or (limit == "each" and turns != "together"):
-            check(tokenizer, kind, turns, samples(tokenizer, kind, turns))
+            check(tokenizer, kind, turns, samples(tokenizer, kind, turns, **options))
         else:
             remedy = "; give --turns each (one sample for each reply, after its own prompt)"
             with pytest.raises(RecordError) as caught:
-                samples(tokenizer, kind, turns)
+                samples(tokenizer, kind, turns, **options)
             reason = re.sub(r"reply \d", "reply 1", str(caught.value))
             assert (remedy if limit == "each" else limit) in reason, kind
 
@@ -103,7 +104,7 @@ def test_a_persona_can_be_written_in_the_user_turn_of_every_template_that_ends_i
     name, tokenizer = family
     if LIMITS[name].get("one") is None:
         conversation = Conversation("f", 1, KINDS["system"], None)
-        (sample,) = encode_samples(conversation, tokenizer, SampleOptions(persona_as="user"))
+        (sample,) = encode_samples(conversation, tokenizer, SampleOptions(persona_as="user", **OPTIONS.get(name, {})))
         assert "Be terse.\n\nthe sea" in tokenizer.decode(sample.tokens)
 
 

@@ -51,6 +51,24 @@ def test_a_bad_record_stops_without_output_or_is_rejected(
     assert len(PreparedData.open(tmp_path / "out")) == 6
 
 
+def test_a_folder_of_an_earlier_release_without_one_of_the_options_is_up_to_date(
+    tmp_path: Path, tokenizer_folder: Path, capsys
+):
+    records = write_records(tmp_path / "records.jsonl", RECORDS)
+    prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS, progress=False)
+    manifest = tmp_path / "out" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    del fields["chat"]["reply_end"]
+    manifest.write_text(json.dumps(fields))
+    capsys.readouterr()
+
+    prepare([records], tmp_path / "out", tokenizer_folder, OPTIONS)
+    assert "is up to date" in capsys.readouterr().out
+    other = replace(OPTIONS, chat=SampleOptions(reply_end="next-turn"))
+    with pytest.raises(ValueError, match="was prepared with other values of reply_end; choose another"):
+        prepare([records], tmp_path / "out", tokenizer_folder, other, progress=False)
+
+
 def test_the_longest_conversation_that_fits_is_selected(tmp_path: Path, tokenizer_folder: Path):
     records = write_records(tmp_path / "records.jsonl", RECORDS[1:2])
     length = prepare([records], tmp_path / "free", tokenizer_folder, OPTIONS, progress=False).tokens
