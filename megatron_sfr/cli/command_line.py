@@ -20,6 +20,7 @@ COMMANDS = {  # command: its folder in cli/
     "embed": "data",
     "calibrate-sed": "training",
     "train": "training",
+    "status": "training",
     "convert": "training",
     "generate": "evaluation",
     "flow-generate": "evaluation",
