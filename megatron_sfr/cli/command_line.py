@@ -21,6 +21,7 @@ COMMANDS = {  # command: its folder in cli/
     "calibrate-sed": "training",
     "train": "training",
     "status": "training",
+    "plan": "training",
     "convert": "training",
     "generate": "evaluation",
     "flow-generate": "evaluation",
