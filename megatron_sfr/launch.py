@@ -25,6 +25,8 @@ from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
 LOSSES = ("lm loss", "sfr loss", "kl-flow loss")
+SPEED = {"speed/tokens per second": ("tokens/s", ",.0f"), "speed/MFU": ("MFU", ".0%")}
+"""Other metrics on the bar: their labels and formats."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class Run:
 
     save: Path
     train_iters: int
-    tokens_per_step: int
     any_format: bool = False
     """Whether checkpoints have another format than torch_dist, the only one that shows whether it is complete."""
 
@@ -86,9 +87,8 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
                 f"{recipe}: {name} is missing; megatron-sfr train needs it (or --{name.replace('_', '-')})"
             )
     sizes = {name: _whole_number(recipe, name, keys[name]) for name in names if name != "save"}
-    tokens = sizes["global_batch_size"] * sizes["seq_length"]
     any_format = keys.get("ckpt_format", "torch_dist") != "torch_dist"
-    return Run(Path(str(keys["save"])), sizes["train_iters"], tokens, any_format)
+    return Run(Path(str(keys["save"])), sizes["train_iters"], any_format)
 
 
 def _whole_number(recipe: Path, name: str, value: Any) -> int:
@@ -196,21 +196,20 @@ def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
 
 def _bar(run: Run, title: str) -> Iterator[None]:
     """A generator that reads new lines of the run's metrics each time, and draws the bar."""
-    last: dict[str, Any] | None = None
+    speed: dict[str, str] = {}
     with tqdm(total=run.train_iters, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
+        started = False
         for rows in new_rows(run.save / "metrics.jsonl"):
             for row in rows:
                 if not row.keys() & {"lm loss", "kl-flow loss"}:
                     continue
-                shown = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
-                if last is not None and row["time"] > last["time"]:
-                    rate = run.tokens_per_step * (row["step"] - last["step"]) / (row["time"] - last["time"])
-                    shown["tokens/s"] = f"{rate:,.0f}"
-                elif last is None:  # a resumed run starts at its current step
+                if not started:  # a resumed run starts at its current step
                     bar.initial = bar.n = row["step"] - 1
-                bar.set_postfix(shown, refresh=False)
+                    started = True
+                losses = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
+                speed |= {label: f"{row[name]:{form}}" for name, (label, form) in SPEED.items() if name in row}
+                bar.set_postfix(losses | speed, refresh=False)
                 bar.update(row["step"] - bar.n)
-                last = row
             yield
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_sfr.config.settings import Settings
     from megatron_sfr.runtime.replacements import Replacement
     from megatron_sfr.training.metrics_log import JsonLines
+    from megatron_sfr.training.timing.step_speed import SpeedLog
 
 ERROR = "megatron-sfr train: error:"
 LOCK_WAIT_S = 10.0
@@ -77,18 +78,18 @@ def _train(settings: "Settings", first: bool) -> None:
         lifetime.end_with_peers()
     if first and args.save:
         save_recipe(settings.recipe, Path(args.save))
-    lines = json_lines(args)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
+    lines, speed = json_lines(args), speed_log(settings.backend)
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider(plan.datasets)
     step = forward_step(plan, data, lines)
     try:
-        with replaced(replacements(plan, lines)):
-            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(step), **hooks(step))
+        with replaced(replacements(plan, lines, speed)):
+            pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(step, speed.timed), **hooks(step))
     except CheckpointException as error:
         raise mismatch(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
@@ -148,13 +149,25 @@ def json_lines(args: Any) -> "JsonLines | None":
     return JsonLines(Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
 
 
-def replacements(plan: "RunPlan", lines: "JsonLines | None") -> "list[Replacement]":
+def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":
+    """What measures the steps of this rank."""
+    from megatron.training.global_vars import get_wandb_writer
+
+    from megatron_sfr.runtime.devices import gpu_name
+    from megatron_sfr.training.timing.step_speed import SpeedLog
+
+    return SpeedLog(gpu_name(backend), get_wandb_writer)
+
+
+def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
     from megatron_sfr.hf.megatron import retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
+    from megatron_sfr.training.timing import step_speed
 
     table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS, *synchronous_save.REPLACEMENTS]
+    table += step_speed.replacements(speed)
     if plan.data.sfr:
         table += head_optimizer.replacements(plan.head_optimizer)
     if lines is not None:

@@ -21,8 +21,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sfr.runtime import backend
+from megatron_sfr.runtime.devices import BF16, FP8, peak
 from megatron_sfr.runtime.replacements import replaced
-from tools.model_shapes import BF16, FP8, SHAPES, Shape, peak
+from tools.model_shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
     from tools.training_steps import Arm

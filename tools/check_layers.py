@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("data", "flow", "kernels"), 2),
     **dict.fromkeys(("objectives", "model"), 3),
     **dict.fromkeys(("training", "hf", "evaluation"), 4),
-    "kl_flow": 5,
+    **dict.fromkeys(("kl_flow", "planning"), 5),
     "config": 6,
     **dict.fromkeys(("cli", "train", "launch", "agent", "demo"), 7),
 }

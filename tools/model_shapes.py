@@ -1,8 +1,6 @@
-"""Shapes of published models for benchmarks (`--like`), the operations of a training step, and the peaks of GPUs."""
+"""Shapes of published models for benchmarks (`--like`), and the operations of a training step."""
 
 from dataclasses import dataclass
-
-BF16, FP8 = "bf16", "fp8"
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,3 @@ SHAPES = {
     "qwen3-8b": Shape(2, 4096, 12288, 32, 8, 128, 151936, 4096),  # Qwen/Qwen3-8B, config.json: 36 layers
     "qwen2.5-1.5b": Shape(6, 1536, 8960, 12, 2, 128, 151936, 4096),  # Qwen/Qwen2.5-1.5B, config.json: 28 layers
 }
-
-# Dense TFLOP/s. NVIDIA's data sheets for the H100 SXM and the H200 SXM give 1,979 (BF16) and 3,958 (FP8) with sparsity,
-# which are 989.4 and 1,978.9 without. A PCIe or NVL card has another peak and is not listed: no MFU is printed.
-H100 = {BF16: 989.4, FP8: 1978.9}
-PEAKS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H100}
-
-
-def peak(device: str, precision: str) -> float | None:
-    """Peak of a device by the name that torch gives it, in TFLOP/s; None where it is not in the table."""
-    return PEAKS.get(device, {}).get(precision)

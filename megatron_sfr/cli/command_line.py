@@ -20,6 +20,8 @@ COMMANDS = {  # command: its folder in cli/
     "embed": "data",
     "calibrate-sed": "training",
     "train": "training",
+    "status": "training",
+    "plan": "training",
     "convert": "training",
     "generate": "evaluation",
     "flow-generate": "evaluation",

@@ -1,9 +1,11 @@
-"""The accelerators of this machine, for commands that need to know before a backend is chosen."""
+"""Accelerators: those of this machine, for commands that run before a backend is chosen, and those of data sheets."""
 
 import os
+import resource
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,47 @@ import torch.distributed as dist
 from megatron_sfr.storage.user_files import is_out_of_memory, reason, shown
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+BF16, FP8 = "bf16", "fp8"
+
+
+@dataclass(frozen=True)
+class KnownGpu:
+    """A GPU as its data sheet describes it."""
+
+    names: tuple[str, ...]
+    """By which torch knows it."""
+    memory: int
+    """Bytes that torch reports, of which a CUDA context takes some."""
+    peaks: dict[str, float]
+    """Dense TFLOP/s by precision. NVIDIA's data sheets give twice as much, with sparsity."""
+
+
+_HOPPER = {BF16: 989.4, FP8: 1978.9}
+KNOWN_GPUS = {
+    "a100": KnownGpu(("NVIDIA A100-SXM4-80GB",), int(79.1 * 2**30), {BF16: 312.0}),
+    "h100": KnownGpu(("NVIDIA H100 80GB HBM3",), int(79.1 * 2**30), _HOPPER),
+    "h200": KnownGpu(("NVIDIA H200",), int(139.8 * 2**30), _HOPPER),
+    "b200": KnownGpu(("NVIDIA B200",), int(178.3 * 2**30), {BF16: 2250.0, FP8: 4500.0}),
+}
+"""SXM modules. A PCIe or NVL card has another peak and is not listed: no MFU is printed for it."""
+
+
+def peak(device: str, precision: str) -> float | None:
+    """Peak of a GPU by the name that torch gives it, in TFLOP/s; None where it is not in the table."""
+    return next((gpu.peaks.get(precision) for gpu in KNOWN_GPUS.values() if device in gpu.names), None)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most: of its GPU, or else of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def gpu_name(backend: Literal["cpu", "cuda"]) -> str | None:
+    """torch's name of this process's GPU; None on CPU."""
+    return torch.cuda.get_device_name() if backend == "cuda" else None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,15 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
         what: the subject of the sentence.
         returncode: of torchrun; negative if a signal ended it.
     """
+    if (found := recorded_failure(log, mark, what)) is not None:
+        return found
+    if returncode is not None and returncode < 0:
+        return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
+    return f"{what} failed: no process said why; see {log}"
+
+
+def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None:
+    """The failure that the log of a run records, in one line; None if it records none. Arguments as of `failure`."""
     text = log.read_text(encoding="utf-8", errors="replace")
     # First what explains the rest: a rank that ends closes the connections of the others, who then say only that.
     if why := _killed(text) or _disk_full(text) or _not_finite(text):
@@ -45,9 +54,7 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
     if given := _marked(text, mark):
         return _explained(given[0])
     raised = [m[1] for m in re.finditer(_RAISED, text, flags=re.MULTILINE) if not _is_cause(text[m.end() :])]
-    if not raised and returncode is not None and returncode < 0:
-        return f"{what} failed: torchrun was ended by {signal.Signals(-returncode).name}; see {log}"
-    return f"{what} failed: {_explained(raised[0][:_LONGEST]) if raised else 'no process said why'}; see {log}"
+    return f"{what} failed: {_explained(raised[0][:_LONGEST])}; see {log}" if raised else None
 
 
 @contextmanager

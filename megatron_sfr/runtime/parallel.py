@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_sfr.runtime.backend import device
+
 
 def is_first_stage(vp_stage: int | None = None) -> bool:
     """Whether this chunk of the model embeds tokens."""
@@ -156,6 +158,15 @@ def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     if isinstance(factor, float):
         return x if factor == 1 else _ScaleGradient.apply(x, torch.full((1,), factor, device=x.device))
     return _ScaleGradient.apply(x, factor)
+
+
+def largest_of_all(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks."""
+    if not dist.is_initialized():
+        return values
+    x = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x.tolist()
 
 
 def print_on_last_rank(line: str) -> None:

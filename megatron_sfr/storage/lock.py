@@ -6,6 +6,7 @@ end; a file left behind by a kill does not block anyone.
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -63,6 +64,24 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
         if is_new:  # a command that wrote nothing leaves no folder
             with contextlib.suppress(OSError):
                 output.rmdir()
+
+
+def holder(output: Path, *, inside: bool = False) -> str | None:
+    """The process that holds the lock of an output, as text; None if no process does, as far as this machine knows."""
+    path = lock_file(output, inside=inside)
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment; `hold` would wait for it and try again
+    except BlockingIOError:
+        return _holder(path)
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(file)
+    return None
 
 
 def _this_process() -> dict[str, object]:

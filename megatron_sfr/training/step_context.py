@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -63,10 +64,14 @@ def megatron_context() -> StepContext:
     )
 
 
-def for_megatron(step: Step) -> Callable[[Iterator[Any], GPTModel], tuple[Any, Any]]:
-    """The forward_step_func of megatron.training's `pretrain`."""
+def for_megatron(
+    step: Step, timed: Callable[[Iterator[Any]], Iterator[Any]] | None = None
+) -> Callable[[Iterator[Any], GPTModel], tuple[Any, Any]]:
+    """The forward_step_func of megatron.training's `pretrain`. timed: wraps the batches of training steps."""
 
     def forward_step(data_iterator: Iterator[Any], model: GPTModel) -> tuple[Any, Any]:
+        if timed is not None and torch.is_grad_enabled():
+            data_iterator = timed(data_iterator)
         return step(data_iterator, model, megatron_context())
 
     return forward_step

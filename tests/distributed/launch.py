@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+from megatron_sfr.training.timing.step_speed import PREFIX
 from tests import warm
 
 
@@ -25,5 +26,6 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
-    """The lines of SAVE/metrics.jsonl."""
-    return [json.loads(line) for line in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The lines of SAVE/metrics.jsonl, without the speed, which differs between equal runs."""
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: x for name, x in record.items() if not name.startswith(PREFIX)} for record in records]

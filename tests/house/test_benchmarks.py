@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sfr.runtime.devices import BF16, FP8, peak
 from tests import warm
 from tools.bench_loss import Result
 from tools.bench_overhead import quartiles, read_sizes, shape_of
-from tools.model_shapes import BF16, FP8, SHAPES, peak
+from tools.model_shapes import SHAPES
 
 TINY = (
     "--layers 2 --hidden 64 --ffn 96 --heads 4 --groups 2 --kv-channels 16 --vocab 512 --seq 32 --batch 2 --dim 16 "

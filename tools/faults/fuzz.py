@@ -136,7 +136,7 @@ def digest(folder: Path) -> dict[str, str]:
 def _content(path: Path) -> bytes:
     if path.name == "metrics.jsonl":
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(re.sub(r'"time": [0-9.]+, ', "", line) for line in lines).encode()
+        return "\n".join(re.sub(r', "(time|speed/[^"]*)": [-+0-9.e]+', "", line) for line in lines).encode()
     if path.name == ".metadata" and not incomplete(path.parent):
         return b"".join(_tensors(path.parent))
     return path.read_bytes()

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sfr.hf.megatron.safe_unpickle import HINT, read_common_state, read_metadata
+from megatron_sfr.hf.megatron.inert_pickle import HINT
+from megatron_sfr.hf.megatron.safe_unpickle import read_common_state, read_metadata
 from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
 from megatron_sfr.storage.user_files import cut, loading, read_json_object
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_sfr.hf.megatron.inert_pickle import HINT, InertUnpickler
 from megatron_sfr.storage.user_files import loading
 
-HINT = "use another checkpoint of the run, or copy this one again"
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -34,7 +34,6 @@ _METADATA_NAMES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
 }
-_PLAIN = {("argparse", "Namespace"), ("types", "SimpleNamespace"), ("collections", "OrderedDict")}
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -64,29 +63,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Inert:
-    """Replaces objects of all other classes: accepts any state and does nothing."""
-
-    def __new__(cls, *_: object, **__: object) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-    def append(self, _: object) -> None: ...
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in _PLAIN else _Inert
-
-
 def _load(file: Any, **options: Any) -> Any:
     """pickle.load, with which torch reads its formats from before 1.6."""
-    return _InertUnpickler(file, **options).load()
+    return InertUnpickler(file, **options).load()
 
 
-_INERT = SimpleNamespace(__name__="inert", Unpickler=_InertUnpickler, load=_load)
+_INERT = SimpleNamespace(__name__="inert", Unpickler=InertUnpickler, load=_load)

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sfr.storage.user_files import loading, read_json_object, shown
+from megatron_sfr.hf.megatron.inert_pickle import file_ends
+from megatron_sfr.storage.user_files import read_json_object, shown
 
 TRACKER, CONFIG, METADATA = "latest_checkpointed_iteration.txt", "metadata.json", ".metadata"
 RELEASE = "release"
@@ -79,7 +80,7 @@ def incomplete(folder: Path) -> str | None:
         backend = read_json_object(folder / CONFIG).get("sharded_backend")
         if not isinstance(backend, str):  # upstream's own loader ends there in a TypeError
             return f"is damaged ({folder / CONFIG}: sharded_backend is {shown(backend)})"
-        ends = _ends(folder)
+        ends = file_ends(folder / METADATA)
     except ValueError as error:
         return f"is damaged ({error})"
     for name, end in ends.items():
@@ -120,18 +121,3 @@ def _steps(save: Path) -> list[tuple[int, str]]:
 def _is_foreign(folder: Path) -> bool:
     """Whether a checkpoint was saved with --ckpt-format torch."""
     return any(folder.glob("mp_rank_*"))
-
-
-def _ends(folder: Path) -> dict[str, int]:
-    """The minimum size in bytes of each tensor file, from `.metadata`."""
-    from megatron_sfr.hf.megatron.safe_unpickle import (
-        HINT,
-        read_metadata,  # imports torch, which the launcher of a new run does not need
-    )
-
-    metadata, ends = read_metadata(folder / METADATA), dict[str, int]()
-    with loading(f"{folder / METADATA} is damaged", HINT):
-        for info in metadata.storage_data.values():
-            name = str(Path(info.relative_path))
-            ends[name] = max(ends.get(name, 0), info.offset + info.length)
-    return ends

@@ -1,0 +1,94 @@
+"""`megatron-sfr status` on folders of runs in each state, and on a run that Megatron has made."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.cli import main
+from megatron_sfr.cli.training.status import duration, read_status
+from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
+from megatron_sfr.hf.megatron.tracker import TRACKER
+from megatron_sfr.storage.lock import hold
+
+SPEED = {"speed/tokens per second": 1234.0, "speed/step seconds": 0.5, "speed/seconds left": 120.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 10 steps after its fourth, with a checkpoint of step 3."""
+    save = tmp_path / "run"
+    write_checkpoint(save / "iter_0000003", [], {COMMON: {"iteration": 3}})
+    (save / TRACKER).write_text("3")
+    (save / "recipe.yaml").write_text("train_iters: 10\nglobal_batch_size: 4\n")
+    rows = [
+        {"step": n, "time": time.time() - 4 + n, "lm loss": 3.0 / n, "grad-norm": 1.0, **SPEED} for n in (1, 2, 3, 4)
+    ]
+    rows[2]["lm loss validation"] = 2.5
+    (save / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "ti')
+    return save
+
+
+def test_a_run_that_trains_names_its_process(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(run, inside=True):
+        assert main(["status", str(run)]) == 0
+    first, step, checkpoint, left, speed, losses, validation = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{run}: training, process ")
+    assert step.startswith("step        4 of 10 (40%), logged 0 s ago")
+    assert checkpoint == f"checkpoint  {run}/iter_0000003, complete"
+    assert left.startswith("time left   2 min 0 s, until 20") or left.startswith("time left   1 min 5")
+    assert speed == "speed       1,234 tokens/s, 0.5 s a step"
+    assert losses == "losses      lm loss 0.75, grad-norm 1"
+    assert validation == "validation  at step 3: lm loss validation 2.5"
+
+
+def test_a_lock_file_that_a_killed_run_left_names_nobody(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / ".lock").write_text('{"process": 1, "host": "here", "since": "then"}')
+    assert main(["status", "--json", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["process"], found["seconds_left"]) == ("stopped", None, None)
+    assert (found["step"], found["checkpoint_step"], found["error"]) == (4, 3, None)
+    assert found["losses"] == {"lm loss": 0.75, "grad-norm": 1.0}
+
+
+def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
+    (run / "logs").mkdir()
+    (run / "logs/train-1.log").write_text("ValueError: of an earlier start\n")
+    (run / "logs/train-2.log").write_text("OSError: [Errno 28] No space left on device: 'x'\n")
+    found = read_status(run, time.time())
+    assert found.state == "failed"
+    assert found.error is not None
+    assert found.error.startswith("training failed: the disk is full (x)")
+    assert "train-2.log" in found.error
+
+
+def test_a_finished_run_and_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(run / "iter_0000010", [], {COMMON: {"iteration": 10}})
+    (run / TRACKER).write_text("10")
+    assert read_status(run, time.time()).state == "finished"
+    (run / "iter_0000010/.metadata").write_bytes(b"\x80")
+    assert main(["status", str(run)]) == 0
+    assert "iter_0000003 is used, the newest complete checkpoint" in capsys.readouterr().out
+
+
+def test_another_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "without recipe.yaml" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_megatron_is_imported(run: Path) -> None:
+    program = (
+        "import sys; from megatron_sfr.cli import main;"
+        "sys.exit(main(sys.argv[1:]) or len({'torch', 'megatron', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "status", str(run)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stopped" in done.stdout
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1, "0 s"), (61, "1 min 1 s"), (7300, "2 h 1 min"), (90000, "1 d 1 h")])
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
