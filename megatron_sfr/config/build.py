@@ -16,6 +16,7 @@ from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_p
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.hf.end_tokens import end_tokens_of
+from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header
 from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.tracker import newest
@@ -92,6 +93,13 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
                 "--load or --pretrained-checkpoint, or another --save"
             )
     return arguments.get(args.load, {})
+
+
+def dequantized_start(args: argparse.Namespace) -> str | None:
+    """A warning if the run starts from a quantized GGUF file; None otherwise."""
+    gguf = find_gguf(Path(args.sfr_hf_load)) if args.sfr_hf_load else None
+    header = None if gguf is None else read_header(gguf)
+    return str(header) if header is not None and header.is_quantized else None
 
 
 def unknown_end(args: argparse.Namespace) -> str | None:

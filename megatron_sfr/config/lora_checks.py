@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from megatron_sfr.hf.gguf.gguf_file import find_gguf
 from megatron_sfr.hf.hf_folder import CONFIG
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.lora.options import ADAPTER, LoRAOptions
@@ -105,10 +106,11 @@ def base_fingerprint(args: argparse.Namespace) -> str | None:
     folder = Path(args.lora_base or args.sfr_hf_load)
     if args.lora_base is not None:
         folder = find_checkpoint(folder)
-    elif not (folder / CONFIG).is_file():
+    gguf = find_gguf(folder)
+    if args.lora_base is None and gguf is None and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder / CONFIG} does not exist: name the folder of a Hugging Face model")
     found = sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
+    for path in [gguf] if gguf else sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
         size = path.stat().st_size
         found.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

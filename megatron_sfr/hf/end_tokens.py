@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header
 from megatron_sfr.hf.hf_folder import CONFIG
 from megatron_sfr.storage.user_files import read_json_object, shown
 
@@ -19,11 +20,12 @@ CARRIED = ("bos_token_id", "pad_token_id")
 
 
 def end_tokens_of(folder: Path) -> tuple[int, ...]:
-    """The end tokens of a folder: from generation_config.json, else from config.json, else none."""
+    """The end tokens of a folder: from generation_config.json, else config.json, else its GGUF file, else none."""
     for name in (GENERATION, CONFIG):
         if (folder / name).is_file() and (ids := _ids(folder / name)):
             return ids
-    return ()
+    gguf = find_gguf(folder)
+    return () if gguf is None else read_header(gguf).end_tokens
 
 
 def keep_end_tokens(source: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_sfr.hf.adapter.merge import MergedModel
 from megatron_sfr.hf.adapter.stored_adapter import has_adapters
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import add_end_tokens
+from megatron_sfr.hf.gguf.gguf_file import model_contents
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder, read_config
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import HEAD, StoredModel
@@ -87,7 +88,7 @@ def export_hf(
         workers: processes that write files; the files are the same for any number.
         head: write the flow head too; `load_head` reads it.
         merge: merge the adapters of a run with LoRA into its frozen weights.
-        base: for merge: the frozen weights, an HF folder or a Megatron checkpoint. Default: where the run read them.
+        base: for merge: the frozen weights, an HF folder, a GGUF file or a Megatron checkpoint. Default: the run's.
         force: replace an output of another export.
         progress: show a progress bar.
     Returns:
@@ -150,7 +151,7 @@ def _identity(model: Model, like: Path, options: dict[str, object]) -> dict[str,
     """Everything that determines an export, by which a later call recognizes its output."""
     inputs = {"checkpoint": contents_of(model.checkpoint.folder), "like": contents_of(like, (CONFIG, *COMPANIONS))}
     if isinstance(model, MergedModel):
-        inputs["base"] = contents_of(model.base, ("*", "*/*"))
+        inputs["base"] = model_contents(model.base, ("*", "*/*"))
     return {"command": "convert export", **inputs, "options": options}
 
 
@@ -160,7 +161,7 @@ def _write_head_and_index(model: Model, shards: Sequence[Shard], size: int, fold
 
         keep_head(model.checkpoint, folder)
     if len(shards) > 1 or head:  # programs that read every .safetensors file of a folder respect an index
-        _write_index(shards, size, folder / INDEX)
+        write_index(shards, size, folder / INDEX)
 
 
 def _headers(model: Model, dtype: torch.dtype | None) -> dict[str, Header]:
@@ -209,7 +210,7 @@ def _write_weights(model: Model, shards: Sequence[Shard], folder: Path, bar: "tq
             raise ValueError("a worker was killed, for want of memory perhaps: try again with fewer --workers") from e
 
 
-def _write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
+def write_index(shards: Sequence[Shard], size: int, path: Path) -> None:
     files = {name: shard.file for shard in shards for name in shard.tensors}
     path.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n")
 

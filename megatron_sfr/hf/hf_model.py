@@ -1,4 +1,5 @@
-"""A complete model in an HF folder: checks config against weights by name, and reads any chunk in Megatron's form."""
+"""A complete model in an HF folder or GGUF file: checks config against weights by name, and reads any chunk in the form
+of Megatron."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from torch import Tensor
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.dense import rope_type, rotary_base
 from megatron_sfr.hf.families.family_registry import family_of
-from megatron_sfr.hf.hf_folder import Weights, read_config
+from megatron_sfr.hf.gguf.gguf_file import GGUFWeights, find_gguf, read_gguf, read_model_config
+from megatron_sfr.hf.hf_folder import Weights
 from megatron_sfr.hf.mappings import Dimensions, Entry, Family, entries
 
 ROTARY_BUFFER = "rotary_emb.inv_freq"
@@ -18,13 +20,13 @@ ROTARY_BUFFER = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Source:
-    """The model in an HF folder, in Megatron's terms; `open_source` makes one."""
+    """The model in an HF folder or GGUF file, in Megatron's terms; `open_source` makes one."""
 
     config: Config
     family: Family
     flags: dict[str, object]
     dimensions: Dimensions
-    weights: Weights
+    weights: Weights | GGUFWeights
     dtypes: dict[Entry, torch.dtype]
     """Every entry of the model, and its dtype."""
 
@@ -43,19 +45,19 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """Checks everything that needs no weights. Raises ValueError for missing, unknown or different tensors."""
-    config = read_config(folder)
+    config, gguf = read_model_config(folder), find_gguf(folder)
     family = family_of(config)
     flags = family.flags(config)  # refuses what Megatron would compute differently
     d = family.dimensions(config)
     todo = entries(family.mappings(config), d)
-    weights = Weights(folder)
+    weights = Weights(folder) if gguf is None else read_gguf(gguf, config)
     _check_names(weights, todo, family, _rotary_buffers(weights, config, d))
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
     _check_stacks(folder, dtypes)
     return Source(config, family, flags, d, weights, dtypes)
 
 
-def _rotary_buffers(weights: Weights, config: Config, d: Dimensions) -> set[str]:
+def _rotary_buffers(weights: Weights | GGUFWeights, config: Config, d: Dimensions) -> set[str]:
     """Names of stored rotary frequencies, which transformers wrote until 2023.
 
     They are not weights: they follow from rope_theta and the size of a head. Raises ValueError if config.json's differ.
@@ -76,7 +78,7 @@ def _rotary_buffers(weights: Weights, config: Config, d: Dimensions) -> set[str]
     return names
 
 
-def _check_names(weights: Weights, todo: list[Entry], family: Family, buffers: set[str]) -> None:
+def _check_names(weights: Weights | GGUFWeights, todo: list[Entry], family: Family, buffers: set[str]) -> None:
     wanted = {name for entry in todo for name in entry.names}
     missing, unknown = sorted(wanted - weights.files.keys()), sorted(weights.files.keys() - wanted - buffers)
     copy, original = family.tied
@@ -92,7 +94,7 @@ def _check_names(weights: Weights, todo: list[Entry], family: Family, buffers: s
         raise ValueError(f"{weights.folder}: {', '.join(unknown)}: no weight of config.json's architecture")
 
 
-def _check_entry(weights: Weights, entry: Entry, d: Dimensions) -> torch.dtype:
+def _check_entry(weights: Weights | GGUFWeights, entry: Entry, d: Dimensions) -> torch.dtype:
     for name, shape in zip(entry.names, entry.mapping.shapes(d), strict=True):
         if weights.shape(name) != shape:
             said = f"{name} is {list(weights.shape(name))}, config.json means {list(shape)}"

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron checkpoint, tensor by tensor, without building a model.
+"""Hugging Face folder or GGUF file -> Megatron checkpoint, tensor by tensor, without building a model.
 
 The checkpoint is independent of the layout, so any TP, PP, VPP loads it (`--load DIR`). Its vocabulary is not padded: a
 layout pads when it loads (megatron-core marks both embeddings allow_shape_mismatch and zeroes what is not stored).
@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import keep_end_tokens
+from megatron_sfr.hf.gguf.gguf_file import GGUFHeader, GGUFWeights, model_contents
 from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.hf_model import Source, bits, open_source
 from megatron_sfr.hf.mappings import EXPERT, LAYER, Dimensions, Entry, Family
 from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Chunk, write_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import StoredModel
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER
-from megatron_sfr.storage.provenance import contents_of
 
 COMMON_STATE = {
     "checkpoint_version": 3.0,  # the order of query, key and value in linear_qkv
@@ -43,6 +43,8 @@ class ImportReport:
     checked: bool
     up_to_date: bool
     """Whether the same import had already written the output."""
+    gguf: GGUFHeader | None = None
+    """The GGUF file that was read; None for a Hugging Face folder."""
 
 
 def import_hf(
@@ -53,7 +55,7 @@ def import_hf(
     An output that the same import has written stays as it is.
 
     Args:
-        source: folder of the Hugging Face model.
+        source: folder of the Hugging Face model, or a GGUF file, which transformers de-quantizes.
         output: folder to write: a tracker file and `release/`.
         check: read everything back and compare it bit for bit with the source.
         force: replace an output of another import.
@@ -71,14 +73,15 @@ def import_hf(
     model = open_source(source)
     d = model.dimensions
     size = sum(prod(entry.mapping.megatron_shape(d)) * dtype.itemsize for entry, dtype in model.dtypes.items())
-    identity = {"command": "convert import", "hf": contents_of(source, WEIGHT_FILES)}
+    identity = {"command": "convert import", "hf": model_contents(source, WEIGHT_FILES)}
     if done := is_up_to_date(output, identity, force=force):
         if check:
             check_import(output / RELEASE, model.config, model.weights, progress=progress)
     else:
         _write(model, source, output, identity, size, check=check, force=force, progress=progress)
     dtypes = tuple(dict.fromkeys(model.dtypes.values()))
-    return ImportReport(output, len(model.weights.files), size, dtypes, checked=check, up_to_date=done)
+    gguf = model.weights.header if isinstance(model.weights, GGUFWeights) else None
+    return ImportReport(output, len(model.weights.files), size, dtypes, checked=check, up_to_date=done, gguf=gguf)
 
 
 def _write(
@@ -103,8 +106,8 @@ def _write(
             check_import(folder / RELEASE, model.config, model.weights, progress=progress)
 
 
-def check_import(folder: Path, config: Config, weights: Weights, *, progress: bool = True) -> None:
-    """Raises ValueError unless the checkpoint equals the HF folder bit for bit."""
+def check_import(folder: Path, config: Config, weights: Weights | GGUFWeights, *, progress: bool = True) -> None:
+    """Raises ValueError unless the checkpoint equals the source bit for bit."""
     model = StoredModel(Checkpoint(folder), config)
     for entry in tqdm(model.entries, unit="tensor", desc="check", disable=not progress):
         for name, tensor in zip(entry.names, model.read(entry), strict=True):

@@ -30,14 +30,14 @@ class StartOptions:
     """Starting weights of a run that has no checkpoint."""
 
     hf_load: str | None = None
-    """Folder of a Hugging Face model to start from without converting it first: each rank reads its own part. The flow
-    head is newly initialized. A run whose --load holds a checkpoint resumes from that; with --lora-rank the folder is
-    read at every start. Default: none."""
+    """Folder of a Hugging Face model to start from without converting it first: each rank reads its own part. Or a GGUF
+    file, which each rank de-quantizes completely. The flow head is newly initialized. A run whose --load holds a
+    checkpoint resumes from that; with --lora-rank the model is read at every start. Default: none."""
 
 
 def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
-    """A pre-wrap hook that loads an HF folder into the model. Raises ValueError if the arguments describe another
-    model."""
+    """A pre-wrap hook that loads an HF folder or GGUF file into the model. Raises ValueError if the arguments describe
+    another model."""
     source = open_source(folder)
     if found := disagreement(vars(args), source.flags):
         flag, said, meant = found

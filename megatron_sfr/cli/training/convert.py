@@ -1,16 +1,19 @@
-"""Convert weights between Hugging Face folders and Megatron checkpoints, strictly and bit for bit."""
+"""Convert weights between Hugging Face folders and Megatron checkpoints, strictly and bit for bit; read GGUF files."""
 
 import argparse
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")  # float16 would turn large weights into infinities
+SOURCE = "folder of the Hugging Face model, or a GGUF file, which is de-quantized"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("import", help="Hugging Face folder -> checkpoint that --load reads in any TP/PP layout")
-    verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
+    verb = verbs.add_parser(
+        "import", help="Hugging Face folder or GGUF file -> checkpoint for --load in any TP/PP layout"
+    )
+    verb.add_argument("--hf", type=Path, required=True, metavar="MODEL", help=SOURCE)
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, for --load")
     verb.add_argument(
         "--adapter", type=Path, metavar="PEFT_DIR", help="convert this adapter of the model, not the model"
@@ -40,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--workers", type=int, default=1, metavar="N", help="processes that write files (default 1)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
+    _add_arguments_of_other_formats(verbs)
+
+    verb = verbs.add_parser("recipe", help="print the model part of a recipe")
+    verb.add_argument("--hf", type=Path, required=True, metavar="MODEL", help=SOURCE)
+
+
+def _add_arguments_of_other_formats(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     verb = verbs.add_parser("quantize", help="HF folder -> FP8 or INT8 folder, calibrated by nvidia-modelopt")
     verb.add_argument("hf", type=Path, metavar="HF_DIR", help="folder of the Hugging Face model")
     verb.add_argument("--format", choices=("fp8", "int8"), required=True)
@@ -49,12 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--length", type=int, default=512, help="tokens to read of each conversation (%(default)s)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
-    verb = verbs.add_parser("recipe", help="print the model part of a recipe")
-    verb.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
+    verb = verbs.add_parser("dequantize", help="GGUF file -> Hugging Face folder with config and tokenizer")
+    verb.add_argument("gguf", type=Path, metavar="GGUF", help="the file, or a folder that holds one")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    verb.add_argument("--force", action="store_true", help="replace an existing output")
 
 
 def run(args: argparse.Namespace) -> int:
-    {"import": _import, "export": _export, "quantize": _quantize, "recipe": _recipe}[args.verb](args)
+    verbs = {
+        "import": _import,
+        "export": _export,
+        "quantize": _quantize,
+        "dequantize": _dequantize,
+        "recipe": _recipe,
+    }
+    verbs[args.verb](args)
     return 0
 
 
@@ -69,6 +88,8 @@ def _import(args: argparse.Namespace) -> None:
         print(f"{report.output} is up to date")
     checked = ", read back bit for bit" if report.checked else ""
     print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, {_names(report.dtypes)}{checked}")
+    if report.gguf:
+        print(report.gguf)
     print(f"train from it with: load: {report.output}, finetune: true, and what `convert recipe --hf {args.hf}` prints")
 
 
@@ -162,14 +183,25 @@ def _quantize(args: argparse.Namespace) -> None:
     print(f"{args.format} is simulated here; products in {args.format} need a GPU and an engine that has them")
 
 
+def _dequantize(args: argparse.Namespace) -> None:
+    from megatron_sfr.hf.gguf.dequantize import dequantize_gguf
+
+    report = dequantize_gguf(args.gguf, args.output, force=args.force)
+    if report.up_to_date:
+        print(f"{report.output} is up to date")
+    print(f"{report.output}: {report.tensors} tensors, {_size(report.bytes)}, with config and tokenizer")
+    print(report.gguf)
+
+
 def _recipe(args: argparse.Namespace) -> None:
     import yaml
 
     from megatron_sfr.hf.families.family_registry import megatron_flags
-    from megatron_sfr.hf.hf_folder import read_config
+    from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header, read_model_config
 
-    print(f"# model, from {args.hf}/config.json")
-    print(yaml.safe_dump(megatron_flags(read_config(args.hf)), sort_keys=False), end="")
+    gguf = find_gguf(args.hf)
+    print(f"# model, from {args.hf / 'config.json' if gguf is None else read_header(gguf)}")
+    print(yaml.safe_dump(megatron_flags(read_model_config(args.hf)), sort_keys=False), end="")
 
 
 def _size(n: int) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_sfr.hf.adapter.stored_adapter import Pair, StoredAdapter
 from megatron_sfr.hf.config_values import Config
-from megatron_sfr.hf.hf_folder import CONFIG
+from megatron_sfr.hf.gguf.gguf_file import is_model
 from megatron_sfr.hf.hf_model import Source, open_source
 from megatron_sfr.hf.mappings import Entry
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
@@ -25,7 +25,7 @@ class MergedModel:
     Args:
         checkpoint: of a run with LoRA.
         config: config.json of the model.
-        base: the frozen weights: an HF folder or a Megatron checkpoint. None: where the run read them.
+        base: the frozen weights: an HF folder, a GGUF file or a Megatron checkpoint. None: where the run read them.
     Raises:
         ValueError: checkpoint, base and config disagree, or the base is not found.
     """
@@ -34,7 +34,7 @@ class MergedModel:
         self.checkpoint, self.adapter = checkpoint, StoredAdapter(checkpoint, config)
         self.base = base or _base_of(checkpoint)
         model: Source | StoredModel
-        if (self.base / CONFIG).is_file():
+        if is_model(self.base):
             model = open_source(self.base)
             self.entries, self.padding = list(model.dtypes), 0
         else:
@@ -63,7 +63,7 @@ def _base_of(checkpoint: Checkpoint) -> Path:
     """Where the run of a checkpoint read its frozen weights."""
     arguments = checkpoint.arguments()
     path = arguments.get("sfr_hf_load") or arguments.get("lora_base")
-    if path is None or not Path(path).is_dir():
-        said = f"{path} is not a folder here" if path else "the checkpoint does not say where its base is"
+    if path is None or not Path(path).exists():
+        said = f"{path} is not here" if path else "the checkpoint does not say where its base is"
         raise ValueError(f"{said}: name the base model, --base DIR")
     return Path(path)
