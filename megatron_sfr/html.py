@@ -54,9 +54,9 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(known) and all(NUMBER.match(cell) for cell in known)
 
 
-def folded(summary: str, content: str) -> str:
-    """A section that opens on a click; `content` is HTML."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+def folded(summary: str, content: str, *, opened: bool = False) -> str:
+    """A section that opens and closes on a click; `content` is HTML."""
+    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def download(name: str, rows: Sequence[Sequence[str]]) -> str:

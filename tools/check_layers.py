@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("training", "hf", "evaluation"), 4),
     **dict.fromkeys(("kl_flow", "planning"), 5),
     "config": 6,
-    **dict.fromkeys(("cli", "train", "launch", "agent", "demo"), 7),
+    **dict.fromkeys(("cli", "train", "launch", "agent", "demo", "watch"), 7),
 }
 TOP = max(LAYERS.values())
 WITHOUT_MEGATRON = (

@@ -27,6 +27,7 @@ COMMANDS = {  # command: its folder in cli/
     "flow-generate": "evaluation",
     "evaluate": "evaluation",
     "evaluate-code": "evaluation",
+    "watch": "evaluation",
     "diagnose": "evaluation",
     "doctor": "training",
 }

@@ -16,8 +16,8 @@ SAMPLING = ("samples", "top_k", "top_p", "max_new_tokens", "seed", "batch_size",
 TEMPLATE = ("persona_as", "template_kwargs", "template_date", "special_text", "reply_end")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of sampling, which `generate` and `evaluate` share."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, device: str | None = None) -> None:
+    """Adds the arguments of sampling, which `generate`, `evaluate` and `watch` share. device: --device's default."""
     parser.add_argument("--samples", type=int, default=8, help="replies per prompt (%(default)s)")
     parser.add_argument(
         "--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: all (%(default)s)"
@@ -31,7 +31,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply, in tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="replies sampled together (%(default)s)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
+    usual = device or "a GPU if there is one, else cpu"
+    parser.add_argument("--device", default=device, help=f"torch device (default: {usual})")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     add_template_arguments(parser)
 

@@ -6,6 +6,7 @@ Upstream trusts the tracker: if it is empty, a run ends without a step and with 
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,9 +91,20 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
-def complete_steps(save: Path) -> list[int]:
-    """The steps of the complete torch_dist checkpoints in a folder, newest first."""
-    return [step for step, name in _steps(save) if not _is_foreign(save / name) and incomplete(save / name) is None]
+def complete_steps(save: Path, besides: Collection[int] = ()) -> list[int]:
+    """The steps of the complete torch_dist checkpoints in a folder, newest first.
+
+    besides: steps to leave out, whose checkpoints are not read.
+    """
+    return [step for step, name in _steps(save) if step not in besides and _is_complete(save / name)]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a torch_dist checkpoint is complete; False for one that is deleted meanwhile."""
+    try:
+        return not _is_foreign(folder) and incomplete(folder) is None
+    except FileNotFoundError:
+        return False
 
 
 def step_folder(step: int) -> str:
