@@ -1,6 +1,7 @@
 """Arguments shared by the commands that sample from models, and the options built from them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,21 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, device: str | None =
 
 def model_folders(given: list[str]) -> dict[str, Path]:
     """{NAME: DIR} from `NAME=DIR` or `DIR` arguments. Raises ValueError for a repeated name."""
-    folders: dict[str, Path] = {}
+    folders = named("--model", given, lambda folder: Path(folder).resolve().name)
+    return {name: Path(folder) for name, folder in folders.items()}
+
+
+def named(flag: str, given: list[str], default: Callable[[str], str] = str) -> dict[str, str]:
+    """{NAME: VALUE} from `NAME=VALUE` or `VALUE` arguments, whose name is default(VALUE)."""
+    found: dict[str, str] = {}
     for text in given:
-        name, equals, folder = text.partition("=")
-        path = Path(folder) if equals else Path(text)
-        name = name if equals else path.resolve().name
-        if not name or name in folders:
-            raise ValueError(f"--model {text}: the name {name!r} is taken or empty; write NAME=DIR, each name once")
-        folders[name] = path
-    return folders
+        name, equals, value = text.partition("=")
+        value = value if equals else text
+        name = name if equals else default(value)
+        if not name or name in found:
+            raise ValueError(f"{flag} {text}: the name {name!r} is taken or empty; write NAME=VALUE, each name once")
+        found[name] = value
+    return found
 
 
 def sampling_options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type is a heavy import

@@ -23,8 +23,8 @@ from megatron_sfr.demo.world import PERSONAS, Record
 from megatron_sfr.evaluation.compare.curves import Scorer
 from megatron_sfr.evaluation.compare.evaluate_models import sample_and_write
 from megatron_sfr.evaluation.compare.questions import EvaluationOptions
-from megatron_sfr.evaluation.compare.replies import Hardware
 from megatron_sfr.evaluation.compare.report import Axes
+from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, ask, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.hf.export_hf import export_hf
@@ -157,13 +157,13 @@ def _compare(output: Path, scale: Scale) -> None:
     sets = {kind: read_asked(output / "data" / f"validation-{kind}.jsonl") for kind in KINDS}
     scorer = Scorer(asked, sets, options, Encoder(ENCODER, EncoderOptions()), WorldTruth(scale.world))
     sample_and_write(
-        {label: output / "models" / name for label, name in MODELS.items()},
+        HuggingFace({label: output / "models" / name for label, name in MODELS.items()}, device="cpu"),
         scorer,
         AXES,
         output / "comparison",
         title="Persona world: coverage of correct replies against precision",
         picture="comparison.png",
-        hardware=Hardware(device="cpu", processes=len(MODELS)),
+        processes=len(MODELS),
     )
 
 

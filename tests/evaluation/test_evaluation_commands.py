@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.cli import build_parser, main
+from megatron_sfr.cli.engine_args import ENGINE
 from megatron_sfr.cli.evaluation.evaluate import _identity
 from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
 from megatron_sfr.evaluation.scores.metrics import METRICS
@@ -50,7 +51,17 @@ def test_every_option_decides_whether_a_report_is_up_to_date(tmp_path: Path) -> 
     (tmp_path / "data.jsonl").write_text("")
     command = ["evaluate", "--model", "a=x", "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path)]
     args = build_parser().parse_args(command)
-    others = {"command", "run", "model", "replies", "data", "output", "processes"}  # inputs, and what moves no number
+    others = {
+        "command",
+        "run",
+        "model",
+        "replies",
+        "data",
+        "output",
+        "processes",
+    } | {  # inputs, and what moves no number
+        *("server", *ENGINE)  # in the identity of the models
+    }
     assert set(_identity(args)["options"]) == vars(args).keys() - others  # type: ignore[call-overload]
 
 

@@ -18,7 +18,8 @@ from examples.dictionary_styles.study.plan import Plan, Run
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer
 from megatron_sfr.evaluation.compare.questions import EvaluationOptions
-from megatron_sfr.evaluation.compare.replies import Answers, Hardware, answers
+from megatron_sfr.evaluation.compare.replies import Answers, answers
+from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
@@ -124,7 +125,8 @@ def finish(task: tuple[Run, str, Plan, Place]) -> str:
     if not path.exists():
         train(run, place)
         judge = scorer(side, plan.sweep(run.arm, judging=side == JUDGING), plan, place)
-        (answered,) = answers({run.name: place.folder(run) / "hf"}, judge.questions(), Hardware(place.device))
+        engine = HuggingFace({run.name: place.folder(run) / "hf"}, device=place.device)
+        (answered,) = answers(engine, judge.questions())
         write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
         save(judge.curve(answered.answered()), path)
     return run.name

@@ -1,22 +1,16 @@
 """Compare models over a sweep of temperatures: diversity against quality.
 
-Every model answers the prompts of a file of conversations, whose replies are the references. Or replies that exist
-already are read from files (--replies); then no model is loaded, and the conversations are optional. The first model is
-the baseline. Writes report.html, which is self-contained, report.md, evaluation.json, frontier.png and, for models that
-were sampled, samples.jsonl.
+Every model answers the prompts of a file of conversations, whose replies are the references. Models are Hugging Face
+folders, or those of an OpenAI-compatible server. Replies that exist already are read from files (--replies); then no
+model is loaded, and the conversations are optional. The first model is the baseline. Writes report.html, which is
+self-contained, report.md, evaluation.json, frontier.png and, for models that were sampled, samples.jsonl.
 """
 
 import argparse
 from pathlib import Path
 
-from megatron_sfr.cli.model_args import (
-    MODEL,
-    SAMPLING,
-    TEMPLATE,
-    add_sampling_arguments,
-    model_folders,
-    sampling_options,
-)
+from megatron_sfr.cli.engine_args import ENGINE, add_engine_arguments, add_model_arguments, engine_of, refuse_given
+from megatron_sfr.cli.model_args import SAMPLING, TEMPLATE, add_sampling_arguments, sampling_options
 
 SCORING = ("limit", "encoder", "pairs", "embedded", "bleu_tokenize", "device")
 SWEEP = ("temperatures", "one_temperature", "processes")
@@ -25,7 +19,7 @@ MOST_PROMPTS = 64  # sampling takes time; replies that exist are all scored
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", **MODEL)
+    add_model_arguments(what)
     what.add_argument(
         "--replies",
         nargs="+",
@@ -71,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedded", type=int, default=4, help="replies embedded per prompt and persona (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="models evaluated in parallel, for CPUs (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,18 +89,20 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that are missing, or that have no effect beside the others."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
+    if args.processes < 1:
+        raise ValueError(f"--processes {args.processes}: give at least 1")
     if not args.replies:
         if args.data is None:
-            raise ValueError("--model needs --data FILE, whose prompts it answers")
+            raise ValueError(
+                f"{'--model' if args.model else '--server'} needs --data FILE, whose prompts the models answer"
+            )
         if args.encoder == "none":
             raise ValueError("--encoder none goes with --replies; models are compared with real replies by embeddings")
+        if args.server is not None or args.engine == "vllm":
+            refuse_given(args, add_arguments, ("processes",), "is for models that transformers samples")
         return
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    for name in (*SAMPLING, *SWEEP, *(name for name in TEMPLATE if name != "persona_as")):
-        if getattr(args, name) != parser.get_default(name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is about sampling and has no effect on --replies, which exist: leave it out")
+    about_sampling = (*SAMPLING, *SWEEP, *ENGINE, *(name for name in TEMPLATE if name != "persona_as"))
+    refuse_given(args, add_arguments, about_sampling, "is about sampling and has no effect on --replies, which exist")
 
 
 def _reply_files(args: argparse.Namespace) -> dict[Path, str | None]:
@@ -138,19 +135,18 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
             "replies": replies,
             "options": {name: getattr(args, name) for name in (*SCORING, "persona_as")},
         }
-    folders = model_folders(args.model)
+    engine = engine_of(args, add_arguments, encodes=True)
     options = (*SAMPLING, *TEMPLATE, "temperatures", "one_temperature", *SCORING)
     return identity | {
-        "models": {name: contents_of(folder) for name, folder in folders.items() if folder.is_dir()},
-        "baseline": next(iter(folders)),
+        "models": engine.identity(),
+        "baseline": engine.models[0],
         "options": {name: getattr(args, name) for name in options},
     }
 
 
 def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> None:
-    from megatron_sfr.evaluation.compare.evaluate_models import evaluate
+    from megatron_sfr.evaluation.compare.evaluate_models import evaluate_engine
     from megatron_sfr.evaluation.compare.questions import EvaluationOptions
-    from megatron_sfr.evaluation.compare.replies import Hardware
 
     options = EvaluationOptions(
         sampling=sampling_options(args),
@@ -160,14 +156,15 @@ def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> N
         bleu_tokenize=args.bleu_tokenize,
         one_temperature=args.one_temperature,
     )
-    evaluate(
-        model_folders(args.model),
+    evaluate_engine(
+        engine_of(args, add_arguments, encodes=True),
         args.data,
         args.output,
         options,
         max_prompts=args.limit or MOST_PROMPTS,
         encoder=args.encoder,
-        hardware=Hardware(args.device, args.dtype, args.processes),
+        device=args.device,
+        processes=args.processes,
         identity=identity,
     )
 

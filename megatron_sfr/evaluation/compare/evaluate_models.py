@@ -10,6 +10,7 @@ from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.replies import Hardware, answers
 from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report
+from megatron_sfr.evaluation.generate.engines import Engine, HuggingFace
 from megatron_sfr.evaluation.generate.prompts import limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.storage.atomic import whole
@@ -57,43 +58,74 @@ def evaluate(
         >>> report.temperatures
         (0.5, 1.0)
     """
-    data = Path(data)
-    options = EvaluationOptions(SamplingOptions()) if options is None else options
+    hardware = Hardware() if hardware is None else hardware
+    folders = {name: Path(folder) for name, folder in models.items()}
+    return evaluate_engine(
+        HuggingFace(folders, device=hardware.device, dtype=hardware.dtype),
+        Path(data),
+        Path(output),
+        EvaluationOptions(SamplingOptions()) if options is None else options,
+        max_prompts=max_prompts,
+        encoder=encoder,
+        device=hardware.device,
+        processes=hardware.processes,
+        identity=identity,
+        show=show,
+    )
+
+
+def evaluate_engine(
+    engine: Engine,
+    data: Path,
+    output: Path,
+    options: EvaluationOptions,
+    *,
+    max_prompts: int = 64,
+    encoder: str = "minilm",
+    device: str | None = None,
+    processes: int = 1,
+    identity: Mapping[str, object] | None = None,
+    show: bool = True,
+) -> Report:
+    """`evaluate` for the models of any engine. device: of the encoder; processes: models sampled in parallel."""
+    engine.check()
     asked = limit(read_asked(data, options.sampling.template.persona_as), max_prompts)
     if not asked:
         raise ValueError(f"{data} has no conversations")
-    hardware = Hardware() if hardware is None else hardware
     judge = style_judge(asked)
-    loaded = Encoder(encoder, EncoderOptions(device=hardware.device))
+    loaded = Encoder(encoder, EncoderOptions(device=device))
     scorer = Scorer(asked, {"held-out replies": asked}, options, loaded, judge=judge)
     return sample_and_write(
-        {name: Path(folder) for name, folder in models.items()},
+        engine,
         scorer,
         axes_of(judge),
-        Path(output),
+        output,
         title=f"{data.name}: diversity against quality",
         picture="frontier.png",
-        hardware=hardware,
+        processes=processes,
         identity=identity,
         show=show,
     )
 
 
 def sample_and_write(
-    folders: Mapping[str, Path],
+    engine: Engine,
     scorer: Scorer,
     axes: Sequence[Axes],
     output: Path,
     *,
     title: str,
     picture: str,
-    hardware: Hardware,
+    processes: int = 1,
     identity: Mapping[str, object] | None = None,
     show: bool = True,
 ) -> Report:
     """Samples every model, writes the replies to samples.jsonl, then scores them as `write_report` says."""
     questions = scorer.questions()
-    answered = answers(folders, questions, hardware)
+    drawn = f"{scorer.options.sampling.samples} replies to each pair at each temperature"
+    if engine.shares_randomness:
+        drawn += "; random numbers are shared"
+    answered = answers(engine, questions, processes)
     with whole(output / "samples.jsonl") as file:
         for model in answered:
             for options, rows in zip(questions.sweep, model.replies, strict=True):
@@ -107,7 +139,7 @@ def sample_and_write(
         output,
         title=title,
         picture=picture,
-        drawn=f"{scorer.options.sampling.samples} replies to each pair at each temperature; random numbers are shared",
+        drawn=drawn,
         samples="samples.jsonl",
         identity=identity,
         show=show,

@@ -6,18 +6,15 @@ Several models can run in parallel, each in a separate process, which is faster 
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_sfr.evaluation.compare.questions import Answered, Questions
-from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
+from megatron_sfr.evaluation.generate.engines import Engine
 from megatron_sfr.evaluation.generate.sampling import Sampled
-from megatron_sfr.evaluation.generate.transformers_engine import load_model, sample
 from megatron_sfr.evaluation.scores.likelihood import negative_log_likelihood
 from megatron_sfr.runtime.failures import killed_workers
 from megatron_sfr.runtime.lifetime import end_with_parent
@@ -51,10 +48,10 @@ class Hardware:
             raise ValueError(f"processes is {self.processes}; give at least 1")
 
 
-def answers(folders: Mapping[str, Path], questions: Questions, hardware: Hardware) -> list[Answers]:
-    """Every model's answers, in the order of the models."""
-    tasks = [(name, folder, questions, hardware, place) for place, (name, folder) in enumerate(folders.items())]
-    processes = min(hardware.processes, len(tasks))
+def answers(engine: Engine, questions: Questions, processes: int = 1) -> list[Answers]:
+    """Every model's answers, in the order of the models; `processes` models run in parallel."""
+    processes = min(processes, len(engine.models))
+    tasks = [(engine, name, questions, place if processes > 1 else None) for place, name in enumerate(engine.models)]
     if processes == 1:
         return [_answer(*task) for task in tasks]
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
@@ -73,19 +70,18 @@ def _begin(threads: int, lock: object) -> None:
     tqdm.set_lock(lock)
 
 
-def _answer(name: str, folder: Path, questions: Questions, hardware: Hardware, place: int) -> Answers:
-    model = load_model(name, folder, device=hardware.device, dtype=hardware.dtype)
-    warn_of_unknown_end(folder, model.tokenizer, model.end_tokens, questions.sweep[0].template)
+def _answer(engine: Engine, name: str, questions: Questions, position: int | None) -> Answers:
+    model = engine.load(name, questions.sweep[0].template)
     total = len(questions.prompts) * sum(options.samples for options in questions.sweep)
-    position = place if hardware.processes > 1 else None
     replies = []
     with tqdm(total=total, desc=name, unit="reply", dynamic_ncols=True, position=position) as bar:
         for options in questions.sweep:
             rows: list[list[Sampled]] = [[] for _ in questions.prompts]
-            for p, reply in sample(model, questions.prompts, options):
+            for p, reply in engine.sample(model, questions.prompts, options):
                 rows[p].append(reply)
                 bar.update()
             replies.append(rows)
     template = questions.sweep[0].template
-    losses = {label: negative_log_likelihood(model, sets, template) for label, sets in questions.sets.items()}
+    sets = questions.sets if engine.gives_losses else {}
+    losses = {label: negative_log_likelihood(model, rows, template) for label, rows in sets.items()}
     return Answers(name, tuple(options.temperature for options in questions.sweep), replies, losses)

@@ -1,5 +1,6 @@
 """How replies are sampled, and a sampled reply as a value and as a record. No torch: it is read without a model."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,19 +52,34 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One reply. logprob: sum of ln p over its tokens, end token included, at temperature 1 without truncation."""
+    """One reply."""
 
     sample: int
     text: str
     tokens: tuple[int, ...]
-    logprob: float
+    """Ids, end token included; empty if a server sampled it."""
+    logprob: float | None
+    """Sum of ln p over its tokens, end token included, at temperature 1 without truncation; None if unknown."""
     finished: bool
     """Whether the reply ended by itself, not at max_new_tokens."""
+    reported_length: int | None = None
+    """A server's count of the tokens."""
+
+    @property
+    def length(self) -> int | None:
+        """Number of tokens; None if unknown."""
+        return len(self.tokens) or self.reported_length
 
 
 def in_order(ids: Sequence[Sequence[int]], samples: int) -> list[tuple[int, int]]:
     """(index of the prompt, sample) of every reply, short prompts first."""
     return [(p, s) for p in sorted(range(len(ids)), key=lambda p: len(ids[p])) for s in range(samples)]
+
+
+def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
+    """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample index only."""
+    digest = hashlib.sha256(f"{seed} {prompt.key} {sample}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
 
 
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
@@ -77,7 +93,7 @@ def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) 
         "seed": options.seed,
         "temperature": options.temperature,
         "text": reply.text,
-        "tokens": len(reply.tokens),
-        "logprob": round(reply.logprob, 4),
+        "tokens": reply.length,
+        "logprob": None if reply.logprob is None else round(reply.logprob, 4),
         "finished": reply.finished,
     }

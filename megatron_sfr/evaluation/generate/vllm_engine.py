@@ -5,7 +5,6 @@ calls raw_logprobs. The random numbers are vLLM's, with one seed per reply: mode
 the two engines draw different replies. Run with vLLM 0.32 on a CPU, not yet on a GPU.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.prompts import Prompt
-from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, in_order
+from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, in_order, seed_of
 from megatron_sfr.evaluation.generate.transformers_engine import check_folder, decoded, end_tokens, token_ids
 from megatron_sfr.storage.user_files import loading
 
@@ -80,9 +79,3 @@ def sample(
             tokens = tuple(reply.token_ids)
             text = decoded(model.tokenizer, tokens)
             yield p, Sampled(s, text, tokens, reply.cumulative_logprob, tokens[-1] in model.end_tokens)
-
-
-def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
-    """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample index only."""
-    digest = hashlib.sha256(f"{seed} {prompt.key} {sample}".encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1

@@ -9,7 +9,7 @@ import torch
 from megatron_sfr import cli
 from megatron_sfr.evaluation.generate import transformers_engine, vllm_engine
 from megatron_sfr.evaluation.generate.prompts import ask
-from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions, seed_of
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 PROMPTS = [ask("Where to?", "poet"), ask("Why?", "robot")]
@@ -24,10 +24,10 @@ def test_without_vllm_one_line_says_what_to_do(tiny_model: Path, capsys: pytest.
 
 
 def test_a_reply_has_a_separate_seed_that_depends_on_nothing_else() -> None:
-    seeds = {vllm_engine.seed_of(s, prompt, i) for s in (0, 1) for prompt in PROMPTS for i in range(50)}
+    seeds = {seed_of(s, prompt, i) for s in (0, 1) for prompt in PROMPTS for i in range(50)}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert vllm_engine.seed_of(3, PROMPTS[0], 7) == vllm_engine.seed_of(3, ask("Where to?", "poet"), 7)
+    assert seed_of(3, PROMPTS[0], 7) == seed_of(3, ask("Where to?", "poet"), 7)
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM; its build for CPUs will do")
