@@ -15,8 +15,9 @@ SERVER = (
     *("server_model", "server_api", "server_args"),
     *("server_key_env", "server_concurrency", "server_timeout", "server_retries"),
 )
-ENGINE = ("engine", *SERVER)
-LOCAL = ("engine", "dtype", "template_kwargs", "template_date", "special_text", "reply_end")  # a server decides these
+VLLM = ("tensor_parallel_size", "vllm_args")
+ENGINE = ("engine", *VLLM, *SERVER)
+LOCAL = ("engine", *VLLM, "dtype", "template_kwargs", "template_date", "special_text", "reply_end")  # a server decides these
 
 
 def add_model_arguments(group: Any) -> None:
@@ -30,6 +31,14 @@ def add_model_arguments(group: Any) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the engines, which `generate` and `evaluate` share."""
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share a model in vLLM (%(default)s)"
+    )
+    parser.add_argument(
+        "--vllm-args",
+        metavar="JSON",
+        help='further engine arguments of vLLM, such as \'{"gpu_memory_utilization": 0.8, "max_model_len": 8192}\'',
+    )
     server = parser.add_argument_group("with --server")
     server.add_argument(
         "--server-model",
@@ -79,8 +88,10 @@ def engine_of(
         refuse_given(args, add_arguments, decided, "has no effect with --server, which decides this")
         return _server(args)
     refuse_given(args, add_arguments, SERVER, "goes with --server")
+    if args.engine != "vllm":
+        refuse_given(args, add_arguments, VLLM, "goes with --engine vllm")
     device = None if encodes and args.engine == "vllm" else args.device
-    return HuggingFace(model_folders(args.model), args.engine, device, args.dtype)
+    return HuggingFace(model_folders(args.model), args.engine, device, args.dtype, _vllm_arguments(args))
 
 
 def refuse_given(
@@ -107,6 +118,16 @@ def json_object(flag: str, text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{flag} {shown(text)}: write a JSON object, such as '{{\"name\": 1}}'")
     return value
+
+
+def _vllm_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    found = json_object("--vllm-args", args.vllm_args)
+    if "tensor_parallel_size" in found:
+        raise ValueError("--vllm-args: give tensor_parallel_size by --tensor-parallel-size")
+    if args.tensor_parallel_size < 1:
+        raise ValueError(f"--tensor-parallel-size {args.tensor_parallel_size}: give at least 1")
+    size = {"tensor_parallel_size": args.tensor_parallel_size} if args.tensor_parallel_size > 1 else {}
+    return found | size
 
 
 def _server(args: argparse.Namespace) -> "Engine":

@@ -81,6 +81,10 @@ class HuggingFace:
 
         for folder in self.folders.values():
             check_folder(folder)
+        if self.arguments:
+            from megatron_sfr.evaluation.generate.vllm_engine import check_arguments
+
+            check_arguments(self.arguments)
 
     def identity(self) -> dict[str, object]:
         found: dict[str, object] = {
@@ -95,7 +99,9 @@ class HuggingFace:
 
         folder = self.folders[name]
         if self.engine == "vllm":
-            model: Any = vllm_engine.load_model(name, folder, device=self.device, dtype=self.dtype)
+            model: Any = vllm_engine.load_model(
+                name, folder, device=self.device, dtype=self.dtype, arguments=self.arguments
+            )
         else:
             model = transformers_engine.load_model(name, folder, device=self.device, dtype=self.dtype)
         warn_of_unknown_end(folder, model.tokenizer, model.end_tokens, template)

@@ -5,8 +5,9 @@ calls raw_logprobs. The random numbers are vLLM's, with one seed per reply: mode
 the two engines draw different replies. Run with vLLM 0.32 on a CPU, not yet on a GPU.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, in_order, seed_of
 from megatron_sfr.evaluation.generate.transformers_engine import check_folder, decoded, end_tokens, token_ids
-from megatron_sfr.storage.user_files import loading
+from megatron_sfr.storage.user_files import loading, shown
+
+OURS = {  # engine arguments that replies depend on here
+    "model": "--model",
+    "tokenizer": "--model",
+    "dtype": "--dtype",
+    "trust_remote_code": "the command, which runs no code of a model's folder",
+    "logprobs_mode": "the command",
+}
 
 
 @dataclass(frozen=True)
@@ -27,28 +36,60 @@ class Served:
     end_tokens: tuple[int, ...]
 
 
-def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Served:
-    """Loads a Hugging Face folder without running its code. Raises ValueError without vLLM, or if a device is given."""
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ValueError(
-            "--engine vllm: vLLM is not installed; install it in a separate environment (it pins torch), or leave "
-            "--engine out"
-        ) from error
+def load_model(
+    name: str,
+    folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    arguments: Mapping[str, Any] | None = None,
+) -> Served:
+    """Loads a Hugging Face folder without running its code.
+
+    arguments: vLLM's engine arguments. Raises ValueError without vLLM, for unknown arguments, or if a device is given.
+    """
+    LLM = _vllm().LLM
     if device is not None:
         raise ValueError(f"--engine vllm chooses its device itself: leave --device {device} out")
     from transformers import AutoConfig, GenerationConfig
 
     check_folder(folder)
+    check_arguments(arguments or {})
     tokenizer = load_tokenizer(str(folder))
     with loading(f"cannot load the model in {folder}", "its config.json or generation_config.json is damaged"):
         if (folder / "generation_config.json").is_file():
             ends = GenerationConfig.from_pretrained(folder).eos_token_id
         else:
             ends = AutoConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
-    engine = LLM(model=str(folder), dtype=dtype, trust_remote_code=False, logprobs_mode="raw_logprobs")
+    given = {**(arguments or {}), "dtype": dtype, "trust_remote_code": False, "logprobs_mode": "raw_logprobs"}
+    with loading(f"vLLM cannot load {folder}", "its messages above have the cause; correct --vllm-args, or the model"):
+        engine = LLM(model=str(folder), **given)
     return Served(name, engine, tokenizer, end_tokens(ends, tokenizer, folder))
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an engine argument that vLLM does not know, or that the command sets."""
+    for name in arguments:
+        if name in OURS:
+            raise ValueError(f"--vllm-args: {name} is set by {OURS[name]}; leave it out")
+    vllm = _vllm()
+    known = {field.name for field in fields(vllm.EngineArgs)}
+    for name in arguments:
+        if name not in known:
+            close = get_close_matches(name, known, n=3)
+            hint = f"do you mean {', '.join(close)}?" if close else "vllm serve --help lists them, with - for _"
+            raise ValueError(f"--vllm-args: vLLM {vllm.__version__} has no engine argument {shown(name)}; {hint}")
+
+
+def _vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise ValueError(
+            "--engine vllm: vLLM is not installed; install it in a separate environment (it pins torch), or leave "
+            "--engine out"
+        ) from error
+    return vllm
 
 
 def sample(

@@ -51,3 +51,40 @@ def test_replies_are_repeatable_and_their_log_probabilities_are_those_of_transfo
         assert reply.logprob == pytest.approx(
             float(logp_SV.gather(1, ids[0, -len(reply.tokens) :, None]).sum()), abs=1e-3
         )
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> str:
+    assert cli.main(["generate", "--model", str(folder), "--prompt", "Why?", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("megatron-sfr generate: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size goes with --engine vllm: leave it out"),
+        (["--vllm-args", '{"max_model_len": 64}'], "--vllm-args goes with --engine vllm: leave it out"),
+        (["--engine", "vllm", "--tensor-parallel-size", "0"], "--tensor-parallel-size 0: give at least 1"),
+        (["--engine", "vllm", "--vllm-args", "{"], "--vllm-args '{': not JSON"),
+        (["--engine", "vllm", "--vllm-args", "[]"], "--vllm-args '[]': write a JSON object"),
+        (["--engine", "vllm", "--vllm-args", '{"tensor_parallel_size": 2}'], "by --tensor-parallel-size"),
+        (["--engine", "vllm", "--vllm-args", '{"dtype": "half"}'], "dtype is set by --dtype; leave it out"),
+        (["--engine", "vllm", "--vllm-args", '{"trust_remote_code": true}'], "runs no code of a model's folder"),
+    ],
+)
+def test_engine_arguments_that_have_no_effect_are_refused(
+    tiny_model: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reason in refused(capsys, tiny_model, *flags)
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM; its build for CPUs will do")
+def test_vllm_refuses_an_unknown_engine_argument_and_takes_a_known_one(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = '{"gpu_memory_utilisation": 0.8}'
+    line = refused(capsys, tiny_model, "--engine", "vllm", "--vllm-args", wrong)
+    assert "has no engine argument 'gpu_memory_utilisation'; do you mean gpu_memory_utilization" in line
+    served = vllm_engine.load_model("tiny", tiny_model, dtype="float32", arguments={"max_model_len": 64})
+    assert served.engine.llm_engine.model_config.max_model_len == 64
