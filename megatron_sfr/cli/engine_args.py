@@ -17,7 +17,15 @@ SERVER = (
 )
 VLLM = ("tensor_parallel_size", "vllm_args")
 ENGINE = ("engine", *VLLM, *SERVER)
-LOCAL = ("engine", *VLLM, "dtype", "template_kwargs", "template_date", "special_text", "reply_end")  # a server decides these
+LOCAL = (
+    "engine",
+    *VLLM,
+    "dtype",
+    "template_kwargs",
+    "template_date",
+    "special_text",
+    "reply_end",
+)  # a server decides these
 
 
 def add_model_arguments(group: Any) -> None:

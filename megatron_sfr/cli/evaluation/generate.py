@@ -5,6 +5,7 @@ replies, and several models share their random numbers. The same command resumes
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding (%(default)s)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSONL file to write")
+    parser.add_argument(
+        "--verbalized",
+        type=int,
+        metavar="K",
+        help="Verbalized Sampling: ask for K replies with probabilities at a time, and draw one by these weights",
+    )
     add_engine_arguments(parser)
 
 
@@ -43,12 +50,19 @@ def run(args: argparse.Namespace) -> int:
     options = sampling_options(args)
     place = options.template.persona_as
     prompts = read_prompts(args.prompts, place) if args.prompts else [ask(args.prompt, args.persona, place)]
-    engine = engine_of(args, add_arguments)
+    engine = _engine(args)
     if args.output:
         _write(engine, prompts, options, args.output)
     else:
         _print(engine, prompts, options)
     return 0
+
+
+def _engine(args: argparse.Namespace) -> "Engine":
+    from megatron_sfr.evaluation.generate.verbalized import Verbalized
+
+    engine = engine_of(args, add_arguments)
+    return engine if args.verbalized is None else Verbalized(engine, args.verbalized)
 
 
 def _write(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions", output: Path) -> None:
@@ -58,6 +72,7 @@ def _write(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions"
     from tqdm import tqdm
 
     from megatron_sfr.evaluation.generate.sampling import record
+    from megatron_sfr.evaluation.generate.verbalized import Verbalized, unreadable
     from megatron_sfr.storage.resumable import is_finished, resumable
 
     each = len(prompts) * options.samples
@@ -85,6 +100,8 @@ def _write(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions"
             del model  # its memory is free before the next one is loaded
             done = 0
     print(f"{output}: {total:,} replies")
+    if isinstance(engine, Verbalized):
+        _report_unreadable(unreadable(output), total)
 
 
 def _identity(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions") -> dict[str, object]:
@@ -101,8 +118,21 @@ def _identity(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptio
 def _print(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions") -> None:
     """Prints every model's replies."""
     engine.check()
+    empty, total = 0, 0
     for name in engine.models:
         model = engine.load(name, options.template)
         for _, reply in engine.sample(model, prompts, options):
+            empty, total = empty + (reply.verbalized is not None and not reply.verbalized.candidates), total + 1
             print(f"[{name}] {reply.text}" if len(engine.models) > 1 else reply.text, flush=True)
         del model  # its memory is free before the next one is loaded
+    _report_unreadable(empty, total)
+
+
+def _report_unreadable(empty: int, total: int) -> None:
+    """Says how many answers of Verbalized Sampling hold no reply."""
+    if empty:
+        print(
+            f"{empty:,} of {total:,} answers hold no reply with its tags, which leaves an empty reply; give more "
+            "--max-new-tokens if they were cut off",
+            file=sys.stderr,
+        )

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt
@@ -51,6 +51,20 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class Verbalization:
+    """Where a reply of Verbalized Sampling comes from."""
+
+    k: int
+    """Replies that the model was asked for."""
+    candidates: int
+    """Replies with probabilities that its answer holds; 0 if it cannot be read."""
+    probability: float | None
+    """Of the drawn reply, after normalization."""
+    answer: str
+    """The complete answer."""
+
+
+@dataclass(frozen=True)
 class Sampled:
     """One reply."""
 
@@ -64,6 +78,7 @@ class Sampled:
     """Whether the reply ended by itself, not at max_new_tokens."""
     reported_length: int | None = None
     """A server's count of the tokens."""
+    verbalized: Verbalization | None = None
 
     @property
     def length(self) -> int | None:
@@ -84,6 +99,7 @@ def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
 
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
     """A reply as a JSONL record."""
+    verbalized = {} if reply.verbalized is None else {"verbalized": asdict(reply.verbalized)}
     return {
         "model": name,
         "prompt": prompt.shared,
@@ -96,4 +112,5 @@ def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) 
         "tokens": reply.length,
         "logprob": None if reply.logprob is None else round(reply.logprob, 4),
         "finished": reply.finished,
+        **verbalized,
     }

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,6 +27,8 @@ class ChatServer(ThreadingHTTPServer):
         self.most_choices = 100
         self.requests: list[tuple[str, dict[str, Any], str | None]] = []
         """(path, body, authorization) in order of arrival."""
+        self.form: Callable[[str, str], str] = lambda asked, text: text
+        """What is sent, of the last turn and the text that names the request."""
         self.offered = ["only/model"]
         self.ended = threading.Event()
         """Set: requests that hang are answered."""
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(fault, {"error": {"message": f"not today, {key}"}}, {"Retry-After": "0"})
         elif fault == "moved":
             return self._send(307, {}, {"Location": f"{self.server.url}/elsewhere"})
-        content = answer(self.path, body, self.server.most_choices)
+        content = answer(self.path, body, self.server)
         if fault == "damaged":
             return self._send(200, content, keep=0.5)
         if fault == "cut":
@@ -96,12 +98,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: int(len(data) * keep)])
 
 
-def answer(path: str, body: dict[str, Any], most_choices: int) -> dict[str, Any]:
+def answer(path: str, body: dict[str, Any], server: ChatServer) -> dict[str, Any]:
     """Each choice names what it answers: model, last turn, temperature and seed."""
     asked = body["messages"][-1]["content"] if path.endswith("chat/completions") else body["prompt"]
     choices: list[dict[str, Any]] = []
-    for i in range(min(body.get("n", 1), most_choices)):
+    for i in range(min(body.get("n", 1), server.most_choices)):
         text = f"{body['model']}: {asked} {body.get('temperature')} {body.get('seed')}+{i}"
+        text = server.form(asked, text)
         if path.endswith("chat/completions"):
             choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             if body.get("logprobs"):
