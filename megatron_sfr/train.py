@@ -161,7 +161,7 @@ def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
-    from megatron_sfr.hf.megatron import retention
+    from megatron_sfr.hf.megatron import disk_room, retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
     from megatron_sfr.training.timing import step_speed
@@ -173,6 +173,7 @@ def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") 
     if lines is not None:
         table += metrics_log.replacements(lines)
     if plan.megatron.save:
+        table += disk_room.replacements(Path(plan.megatron.save))
         table += retention.replacements(Path(plan.megatron.save), plan.retention)
     return table
 
