@@ -120,6 +120,8 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
         if step >= (args.train_iters or math.inf) and not args.skip_train:
             say(f"{args.load} has {step} steps already, of {args.train_iters}")
             return False
+        if args.profile and step >= args.profile_step_end:
+            say(f"the steps to profile end before step {args.profile_step_end}, and the run resumes after {step}")
         if adapted := check_schedule(args, stored):
             say(adapted)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -161,18 +163,21 @@ def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
-    from megatron_sfr.hf.megatron import retention
+    from megatron_sfr.hf.megatron import disk_room, retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
-    from megatron_sfr.training.timing import step_speed
+    from megatron_sfr.training.timing import profile, step_speed
 
     table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS, *synchronous_save.REPLACEMENTS]
     table += step_speed.replacements(speed)
+    if plan.megatron.profile:
+        table += profile.replacements()
     if plan.data.sfr:
         table += head_optimizer.replacements(plan.head_optimizer)
     if lines is not None:
         table += metrics_log.replacements(lines)
     if plan.megatron.save:
+        table += disk_room.replacements(Path(plan.megatron.save))
         table += retention.replacements(Path(plan.megatron.save), plan.retention)
     return table
 

@@ -40,6 +40,7 @@ from megatron_sfr.training.data.epochs import train_iters_of
 from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
+from megatron_sfr.training.timing.profile import ProfileOptions, profile_flags
 
 
 @named("sfr_")
@@ -68,17 +69,9 @@ LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
 
 PARTS = (
     *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
-    *(
-        DataOptions,
-        PresetOptions,
-        SFROptions,
-        TargetOptions,
-        ScheduleOptions,
-        GateOptions,
-        FlowHeadOptions,
-        HeadOptimizerOptions,
-    ),
-    *(LockForkOptions, LoadOptions, StartOptions, LoRAOptions, RetentionOptions, BackendOptions),
+    *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions),
+    *(FlowHeadOptions, HeadOptimizerOptions, LockForkOptions, LoadOptions, StartOptions, LoRAOptions),
+    *(RetentionOptions, ProfileOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -245,6 +238,7 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
         flags += ["--load", args.save]
     if args.save and not args.tensorboard_dir:
         flags += ["--tensorboard-dir", os.path.join(args.save, "tensorboard")]
+    flags += profile_flags(options(ProfileOptions, args), args, parser.read([]))
     if not args.valid_data_path and not args.data_path:
         flags += ["--eval-iters", "0"]
     backend = choose(args.sfr_backend)

@@ -169,6 +169,13 @@ def largest_of_all(values: list[float]) -> list[float]:
     return x.tolist()
 
 
+def sum_of_all(value: float) -> float:
+    """The sum of a value over all ranks."""
+    x = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(x)
+    return x.item()
+
+
 def print_on_last_rank(line: str) -> None:
     """Prints a line on the rank whose output has Megatron's losses."""
     if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:

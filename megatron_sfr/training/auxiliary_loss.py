@@ -34,8 +34,11 @@ from megatron_sfr.runtime.parallel import (
     tensor_size,
 )
 from megatron_sfr.training.ema_write_back import Smoothing
+from megatron_sfr.training.step_context import span
 
 Batch = dict[str, Tensor]
+TARGETS = "sfr: targets"
+"""The range of the targets in a profiler's trace: their selection and scale, and the wait for online ones."""
 DATASET_BITS = 36  # sample numbers of one dataset are below 2^36, those of the noise below 2^48
 
 
@@ -218,7 +221,9 @@ class FlowTerm:
         if self.options.sfr.mean == "microbatch":
             weight = mean_over_microbatch(weight, batch["anchor_weight"], batch["loss_mask"])
         state = head.state
-        x_1 = scale_targets(batch["target"][sample_B1, row], state.target_mean, state.target_std, self.options.targets)
+        with span(TARGETS):
+            stored_BAD = batch["target"][sample_B1, row]
+            x_1 = scale_targets(stored_BAD, state.target_mean, state.target_std, self.options.targets)
 
         def pick(h_SBH: Tensor) -> Tensor:
             if not sharded:

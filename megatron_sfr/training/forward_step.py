@@ -4,8 +4,8 @@ Shapes: S positions, B samples, H hidden size, V vocabulary columns of the shard
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,19 @@ from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_a
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.runtime.parallel import context_size, is_first_stage, is_last_stage, print_on_last_rank
 from megatron_sfr.training.attention_mask import document_attention
-from megatron_sfr.training.auxiliary_loss import Batch, FlowTerm, Term
+from megatron_sfr.training.auxiliary_loss import TARGETS, Batch, FlowTerm, Term
 from megatron_sfr.training.data.sequence_shard import on_this_rank
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers
 from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.persona_metrics import NAMES, PersonaMetrics
-from megatron_sfr.training.step_context import StepContext
+from megatron_sfr.training.step_context import StepContext, span
 
 if TYPE_CHECKING:
     from megatron_sfr.training.data.online_targets import HasOnlineTargets
+
+BACKBONE, LOSS, HEAD = "sfr: backbone", "sfr: token loss", "sfr: flow head"
+"""Ranges of the forward pass in a profiler's trace."""
 
 # The last stage's output for one microbatch: the objective's sum, to be differentiated; objective and cross-entropy
 # [B, S] and the sums [2] of entropy and accuracy, for the log; and the sums of the auxiliary loss. Under bf16,
@@ -62,6 +65,8 @@ class Microbatch:
     context: StepContext
     flow: FlowInputs | None = None
     """None without an auxiliary loss, and on other stages than the last."""
+    backbone: ExitStack = field(default_factory=ExitStack)
+    """The profiler's range of the backbone, which ends where the losses begin."""
 
 
 class ForwardStep:
@@ -106,7 +111,8 @@ class ForwardStep:
             more = document_attention(batch.pop("document"), context.implementation, device)
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
-            batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
+            with span(TARGETS):
+                batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
         if batch and context_size() > 1:
             batch = on_this_rank(batch)
         if last and (index_N := self.objective.positions(batch, self._measures_lock_fork(context))) is not None:
@@ -118,7 +124,8 @@ class ForwardStep:
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None
-        with nullcontext() if flow is None else layer_output(model, number, flow.layer):
+        with microbatch.backbone, nullcontext() if flow is None else layer_output(model, number, flow.layer):
+            microbatch.backbone.enter_context(span(BACKBONE))
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
         return output, partial(self.loss, microbatch)
 
@@ -146,13 +153,15 @@ class ForwardStep:
     ) -> Losses:
         """Upstream's output_processor: objective and cross-entropy of each token, and the auxiliary loss's sums."""
         microbatch, flow, sharded = context, context.flow, config.sequence_parallel
+        microbatch.backbone.close()
         stage = LastStage(hidden_states, output_layer, output_weight, runtime_gather_output, scale_logits, config)
         measured = Measured(
             power=flow is not None and flow.head.training and self._is_measured(microbatch.context.iteration),
             entropy=self._measures_lock_fork(microbatch.context),
         )
         counts = self.term is None or self._phase(microbatch.context).cross_entropy != 0
-        result = self.objective(stage, labels, microbatch.batch, measured, counts=counts)
+        with span(LOSS):
+            result = self.objective(stage, labels, microbatch.batch, measured, counts=counts)
         if measured.entropy:
             self._measure_lock_fork(microbatch, hidden_states, result, sharded)
         term = None
@@ -160,7 +169,8 @@ class ForwardStep:
             h_SBH = flow.states(hidden_states)
             if result.power is not None:
                 self._measure(microbatch, flow, h_SBH, result.power, sharded)
-            term = self._flow(microbatch, flow, h_SBH, sharded)
+            with span(HEAD):
+                term = self._flow(microbatch, flow, h_SBH, sharded)
         values = result.values
         measured_3BS = torch.stack(values[1:])
         if self.personas is not None:

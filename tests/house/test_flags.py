@@ -52,6 +52,10 @@ def test_a_refused_flag_is_named_in_the_error() -> None:
     ("flags", "message"),
     [
         ("--sft", "sft = True: conversations and their loss masks come from `megatron-sfr prepare`"),
+        ("--profile-step-start 5", "no step is profiled without profile; set profile_steps for torch's profiler"),
+        ("--profile --sfr-backend cpu", "nsys profiles CUDA; set profile_steps"),
+        ("--profile-steps 3:5 --nvtx-ranges --save s", "only nsys reads it"),
+        ("--pytorch-profiler-collect-shapes", "it belongs to torch's profiler; set profile_steps too"),
         ("--mock-data", "mock_data = True: training reads prepared folders; name one in train_data_path"),
         ("--logits-load-dir d", "logits_load_dir = d: distillation"),
         ("--hybrid-context-parallel", "sequences are divided into equal parts"),

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.hf.megatron import retention
+from megatron_sfr.hf.megatron import disk_room, retention
 from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
 from megatron_sfr.training import head_optimizer, metrics_log
-from megatron_sfr.training.timing import step_speed
+from megatron_sfr.training.timing import profile, step_speed
 
 IN_A_RUN = (
     *durable.REPLACEMENTS,
     *resharding.REPLACEMENTS,
     *synchronous_save.REPLACEMENTS,
     *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
+    *disk_room.replacements(Path("run")),
     *retention.replacements(Path("run"), retention.RetentionOptions(keep_checkpoints=2)),
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
     *step_speed.replacements(step_speed.SpeedLog(None)),
+    *profile.replacements(),
 )
 EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN, synchronous_save.QUEUE)
 NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS")

@@ -42,6 +42,22 @@ def _without_mtp(_: Any, args: Any) -> bool:
     return not args.mtp_num_layers
 
 
+def _without_profile(_: Any, args: Any) -> bool:
+    return not args.profile
+
+
+def _without_torchs_profiler(_: Any, args: Any) -> bool:
+    return not (args.profile and args.use_pytorch_profiler)
+
+
+def _without_nsys(_: Any, args: Any) -> bool:
+    return not args.profile or args.use_pytorch_profiler
+
+
+def _nsys_on_cpu(_: Any, args: Any) -> bool:
+    return not args.use_pytorch_profiler and choose(args.sfr_backend) == "cpu"
+
+
 def _several_iterators(_: Any, args: Any) -> bool:
     chunks = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     return args.tensor_model_parallel_size > 1 or bool(chunks)
@@ -147,6 +163,34 @@ STEP = (
         OUT,
         _without_mtp,
         "without mtp_num_layers",
+    ),
+    Refused(
+        "profile_step_start profile_step_end profile_ranks use_pytorch_profiler",
+        "no step is profiled without profile",
+        "set profile_steps for torch's profiler, or profile for nsys",
+        _without_profile,
+        "without profile",
+    ),
+    Refused(
+        "pytorch_profiler_collect_shapes pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra",
+        "it belongs to torch's profiler",
+        "set profile_steps too",
+        _without_torchs_profiler,
+        "without torch's profiler",
+    ),
+    Refused(
+        "record_shapes nvtx_ranges",
+        "only nsys reads it",
+        "set profile without use_pytorch_profiler, or leave it out",
+        _without_nsys,
+        "without nsys",
+    ),
+    Refused(
+        "profile",
+        "nsys profiles CUDA",
+        "set profile_steps, which traces with torch's profiler",
+        _nsys_on_cpu,
+        "on the CPU without use_pytorch_profiler",
     ),
     Refused("check_for_spiky_loss", "Megatron's own loss function makes this check, and ours takes its place"),
     Refused(
