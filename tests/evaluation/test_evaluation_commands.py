@@ -9,6 +9,7 @@ import pytest
 from megatron_sfr.cli import build_parser, main
 from megatron_sfr.cli.engine_args import ENGINE
 from megatron_sfr.cli.evaluation.evaluate import _identity
+from megatron_sfr.cli.judge_args import SERVED
 from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
 from megatron_sfr.evaluation.scores.metrics import METRICS
 
@@ -60,7 +61,8 @@ def test_every_option_decides_whether_a_report_is_up_to_date(tmp_path: Path) -> 
         "output",
         "processes",
     } | {  # inputs, and what moves no number
-        *("server", *ENGINE)  # in the identity of the models
+        *("server", *ENGINE),  # in the identity of the models
+        *("judge", "judge_votes", *SERVED),  # in the identity of the judge
     }
     assert set(_identity(args)["options"]) == vars(args).keys() - others  # type: ignore[call-overload]
 
@@ -105,7 +107,8 @@ def test_evaluate_writes_table_numbers_and_picture(
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["temperatures"] == [0.6, 1.2]
     assert found["scores"]["a"] == found["scores"]["b"]
-    others = {"precision", "fidelity", "coverage", "utility_k"}  # they need a truth, or a user's scorer
+    judged = {"judged context", "judged style"}
+    others = {"precision", "fidelity", "coverage", "utility_k", *judged}  # need a truth, a user's scorer or a judge
     assert found["scores"]["a"].keys() == METRICS.keys() - others
     assert found["real"].keys() == found["scores"]["a"].keys()
     assert any("BLEU's tokens: sacrebleu's 13a (by the text)" in note for note in found["notes"])

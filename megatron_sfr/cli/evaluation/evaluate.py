@@ -3,14 +3,20 @@
 Every model answers the prompts of a file of conversations, whose replies are the references. Models are Hugging Face
 folders, or those of an OpenAI-compatible server. Replies that exist already are read from files (--replies); then no
 model is loaded, and the conversations are optional. The first model is the baseline. Writes report.html, which is
-self-contained, report.md, evaluation.json, frontier.png and, for models that were sampled, samples.jsonl.
+self-contained, report.md, evaluation.json, frontier.png and, for models that were sampled, samples.jsonl. With --judge
+a language model rates the replies too; its votes are in votes.jsonl.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.engine_args import ENGINE, add_engine_arguments, add_model_arguments, engine_of, refuse_given
+from megatron_sfr.cli.judge_args import add_judge_arguments, judge_of
 from megatron_sfr.cli.model_args import SAMPLING, TEMPLATE, add_sampling_arguments, sampling_options
+
+if TYPE_CHECKING:
+    from megatron_sfr.evaluation.judge.judge_replies import Judge
 
 SCORING = ("limit", "encoder", "pairs", "embedded", "bleu_tokenize", "device")
 SWEEP = ("temperatures", "one_temperature", "processes")
@@ -66,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="models evaluated in parallel, for CPUs (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     add_engine_arguments(parser)
+    add_judge_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,14 +81,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.storage.provenance import is_up_to_date
 
     _check(args)
-    last, identity = args.output / "evaluation.json", _identity(args)
+    judge = judge_of(args, add_arguments)
+    last, identity = args.output / "evaluation.json", _identity(args) | (judge.identity() if judge else {})
     with hint("choose another --output, or remove the file"):
         done = is_up_to_date(last, last, identity)
     if done:
         print(f"{args.output} is up to date")
         return 0
     with hold(args.output, inside=True):
-        (_evaluate_replies if args.replies else _evaluate_models)(args, identity)
+        (_evaluate_replies if args.replies else _evaluate_models)(args, judge, identity)
     return 0
 
 
@@ -144,7 +152,7 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> None:
+def _evaluate_models(args: argparse.Namespace, judge: "Judge | None", identity: dict[str, object]) -> None:
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate_engine
     from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 
@@ -165,11 +173,12 @@ def _evaluate_models(args: argparse.Namespace, identity: dict[str, object]) -> N
         encoder=args.encoder,
         device=args.device,
         processes=args.processes,
+        judge=judge,
         identity=identity,
     )
 
 
-def _evaluate_replies(args: argparse.Namespace, identity: dict[str, object]) -> None:
+def _evaluate_replies(args: argparse.Namespace, judge: "Judge | None", identity: dict[str, object]) -> None:
     from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
     from megatron_sfr.evaluation.compare.questions import EvaluationOptions
     from megatron_sfr.evaluation.generate.sampling import SamplingOptions
@@ -184,5 +193,6 @@ def _evaluate_replies(args: argparse.Namespace, identity: dict[str, object]) -> 
         encoder=None if args.encoder == "none" else args.encoder,
         device=args.device,
         persona_as=args.persona_as,
+        judge=judge,
         identity=identity,
     )

@@ -167,17 +167,25 @@ class Scorer:
         halves = self._score([row[1::2] for row in texts], held, rest)
         return self._score(texts, vectors, vectors) | {name: halves[name] for name in AGAINST_REFERENCES}
 
-    def curve(self, answers: Answered) -> Curve:
-        """Every score of a model at every temperature, and its losses."""
+    def curve(self, answers: Answered, judged: Mapping[str, np.ndarray] | None = None) -> Curve:
+        """Every score of a model at every temperature, and its losses.
+
+        judged: by name, ratings by temperature and entry of asked [T, entries].
+        """
         utilities = answers.utilities
         scores = [self.scores(rows, utilities[t] if utilities else None) for t, rows in enumerate(answers.replies)]
         stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
+        stacked |= {name: np.stack(list(map(self.by_prompt, rows))) for name, rows in (judged or {}).items()}
         losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
         nothing = Loss(*np.zeros((2, len(self.prompts))))
         whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
         personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
         spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
         return Curve(answers.model, answers.temperatures, stacked, whole, spoken)
+
+    def by_prompt(self, values: np.ndarray) -> np.ndarray:
+        """Means over the entries of each shared prompt: [entries] -> [P]."""
+        return np.array([_mean(values[cells].tolist()) for cells in self._cells.values()])
 
     def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
         """Losses of a set's replies for each persona, grouped by shared prompt."""

@@ -13,6 +13,7 @@ from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, w
 from megatron_sfr.evaluation.generate.engines import Engine, HuggingFace
 from megatron_sfr.evaluation.generate.prompts import limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
+from megatron_sfr.evaluation.judge.judge_replies import Judge
 from megatron_sfr.storage.atomic import whole
 
 
@@ -84,6 +85,7 @@ def evaluate_engine(
     encoder: str = "minilm",
     device: str | None = None,
     processes: int = 1,
+    judge: Judge | None = None,
     identity: Mapping[str, object] | None = None,
     show: bool = True,
 ) -> Report:
@@ -92,17 +94,18 @@ def evaluate_engine(
     asked = limit(read_asked(data, options.sampling.template.persona_as), max_prompts)
     if not asked:
         raise ValueError(f"{data} has no conversations")
-    judge = style_judge(asked)
+    style = style_judge(asked)
     loaded = Encoder(encoder, EncoderOptions(device=device))
-    scorer = Scorer(asked, {"held-out replies": asked}, options, loaded, judge=judge)
+    scorer = Scorer(asked, {"held-out replies": asked}, options, loaded, judge=style)
     return sample_and_write(
         engine,
         scorer,
-        axes_of(judge),
+        axes_of(style),
         output,
         title=f"{data.name}: diversity against quality",
         picture="frontier.png",
         processes=processes,
+        judge=judge,
         identity=identity,
         show=show,
     )
@@ -117,6 +120,7 @@ def sample_and_write(
     title: str,
     picture: str,
     processes: int = 1,
+    judge: Judge | None = None,
     identity: Mapping[str, object] | None = None,
     show: bool = True,
 ) -> Report:
@@ -141,6 +145,7 @@ def sample_and_write(
         picture=picture,
         drawn=drawn,
         samples="samples.jsonl",
+        judge=judge,
         identity=identity,
         show=show,
     )

@@ -10,6 +10,7 @@ from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+from megatron_sfr.evaluation.judge.judge_replies import Judge
 
 ONE_TEMPERATURE = "No model has two temperatures: diversity cannot be distinguished from a higher temperature"
 
@@ -24,6 +25,7 @@ def evaluate_replies(
     encoder: str | None = "minilm",
     device: str | None = None,
     persona_as: str = "system",
+    judge: Judge | None = None,
     identity: Mapping[str, object] | None = None,
     show: bool = True,
 ) -> Report:
@@ -44,6 +46,7 @@ def evaluate_replies(
         encoder: a sentence-transformers model, or minilm. None: scores by words only, without torch.
         device: torch's name of the encoder's device. Default: a GPU if there is one.
         persona_as: how a persona became part of the prompts, as in `TemplateOptions`.
+        judge: rates context relevance and style. Default: nobody does.
         identity: what decides the numbers, kept in evaluation.json.
         show: print the table.
 
@@ -72,17 +75,18 @@ def evaluate_replies(
         asked = found.asked(references)
         outside = found.outside(asked)
         asked = limit(asked, max_prompts) if max_prompts else asked
-        judge = style_judge(asked)
-        scorer = Scorer(asked, {}, options, _encoder(encoder, device), judge=judge)
+        style = style_judge(asked)
+        scorer = Scorer(asked, {}, options, _encoder(encoder, device), judge=style)
         answered = found.answered(asked)
         return write_report(
             answered,
             scorer,
-            axes_of(judge) if data else _axes_without_references(scorer, asked),
+            axes_of(style) if data else _axes_without_references(scorer, asked),
             Path(output),
             title=f"{Path(data).name if data else 'Replies'}: diversity against quality",
             picture="frontier.png",
             drawn=_drawn(found.replies, outside, answered),
+            judge=judge,
             identity=identity,
             show=show,
         )

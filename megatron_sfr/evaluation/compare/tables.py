@@ -70,7 +70,8 @@ def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list
     A temperature without replies of a model has no line.
     """
     if any(report.real[name].n for name in names if name in report.real):
-        yield ["real", "-", *(show(report.real[name]) for name in names)]
+        nothing = Estimate(math.nan, math.nan, math.nan, 0)  # a score of models alone, such as utility_k
+        yield ["real", "-", *(show(report.real.get(name, nothing)) for name in names)]
     for model, scores in report.scores.items():
         for t, temperature in enumerate(report.temperatures):
             if any(estimates[t].n for estimates in scores.values()):

@@ -10,6 +10,7 @@ from megatron_sfr.evaluation.compare.report import Axes, Report, summarise
 from megatron_sfr.evaluation.compare.report_html import page, side_by_side
 from megatron_sfr.evaluation.compare.tables import as_json, markdown, terminal
 from megatron_sfr.evaluation.generate.prompts import Asked
+from megatron_sfr.evaluation.judge.judge_replies import Judge, Judged
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 from megatron_sfr.storage.atomic import whole
 
@@ -24,6 +25,7 @@ def write_report(
     picture: str,
     drawn: str,
     samples: str | None = None,
+    judge: Judge | None = None,
     identity: Mapping[str, object] | None = None,
     show: bool = True,
 ) -> Report:
@@ -32,11 +34,14 @@ def write_report(
     picture: the name of the plot, which is written if there are axes.
     drawn: how many replies there are and where they come from, for the notes.
     samples: the name of a file in `output` that holds the replies and belongs to the report.
+    judge: rates the replies; its votes are kept in votes.jsonl.
     identity: everything that determines the numbers, stored in evaluation.json, which is written last.
     show: whether to print the table.
     """
-    curves = [scorer.curve(model) for model in answered]
-    report = summarise(curves, axes, scorer.notes(drawn), scorer.real())
+    judged = _judged(judge, scorer, answered, output)
+    curves = [scorer.curve(model, judged.models.get(model.model)) for model in answered]
+    real = scorer.real() | {name: scorer.by_prompt(ratings) for name, ratings in judged.real.items()}
+    report = summarise(curves, axes, [*scorer.notes(drawn), *judged.notes], real)
     plot = None
     if axes:
         draw(report, output / picture, title)
@@ -55,6 +60,15 @@ def write_report(
     if show:
         print(terminal(report), flush=True)
     return report
+
+
+def _judged(judge: Judge | None, scorer: Scorer, answered: Sequence[Answered], output: Path) -> Judged:
+    """The ratings of the replies whose embeddings are scored too; empty without a judge."""
+    if judge is None:
+        return Judged({}, {}, ())
+    options = scorer.options
+    replies = {model.model: model.replies for model in answered}
+    return judge.rate(scorer.asked, replies, output, each=options.embedded, prompts=options.embedded_prompts)
 
 
 def axes_of(judge: StyleJudge | None) -> list[Axes]:

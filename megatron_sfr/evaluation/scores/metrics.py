@@ -24,6 +24,8 @@ METRICS = {
     "relevance": Metric("quality", "cosine of a reply to the nearest real reply"),
     "style": Metric("quality", "share of replies whose nearest real reply is their own persona's", detail=True),
     "context": Metric("quality", "cosine of a reply to the question"),
+    "judged context": Metric("quality", "a judge's rating of how relevant a reply is to what was said, 1 to 5"),
+    "judged style": Metric("quality", "a judge's rating of how well a reply fits its persona, 1 to 5"),
     "loops": Metric("quality", "share of replies that repeat themselves, a sign of a broken model", lower=True),
     "MMD": Metric("quality", "squared distance to the distribution of the real replies", lower=True, detail=True),
     "collision ratio": Metric("diversity", "collisions over those of the real replies", right=1.0),
