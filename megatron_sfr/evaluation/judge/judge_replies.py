@@ -107,7 +107,8 @@ class Judge:
             return
         self.engine.check()
         name = self.engine.models[0]
-        judge, questions = self.engine.load(name, self.sampling.template), [item.question() for item in items]
+        judge = self.engine.load(name, self.sampling.template)
+        questions = [item.question() for item in items]
         with tqdm(total=len(items) * self.votes, desc=f"judge {name}", unit="vote", dynamic_ncols=True) as bar:
             for p, replies in groupby(self.engine.sample(judge, questions, self.sampling), key=lambda found: found[0]):
                 votes = [rating(reply.text) for _, reply in replies]
