@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions
 from megatron_sfr.model.state import StepStart
@@ -34,7 +35,6 @@ from megatron_sfr.runtime.parallel import (
     tensor_size,
 )
 from megatron_sfr.training.ema_write_back import Smoothing
-from megatron_sfr.training.step_context import span
 
 Batch = dict[str, Tensor]
 TARGETS = "sfr: targets"
@@ -221,7 +221,7 @@ class FlowTerm:
         if self.options.sfr.mean == "microbatch":
             weight = mean_over_microbatch(weight, batch["anchor_weight"], batch["loss_mask"])
         state = head.state
-        with span(TARGETS):
+        with record_function(TARGETS):
             stored_BAD = batch["target"][sample_B1, row]
             x_1 = scale_targets(stored_BAD, state.target_mean, state.target_std, self.options.targets)
 

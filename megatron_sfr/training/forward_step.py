@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
@@ -28,7 +29,7 @@ from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, 
 from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.persona_metrics import NAMES, PersonaMetrics
-from megatron_sfr.training.step_context import StepContext, span
+from megatron_sfr.training.step_context import StepContext
 
 if TYPE_CHECKING:
     from megatron_sfr.training.data.online_targets import HasOnlineTargets
@@ -111,7 +112,7 @@ class ForwardStep:
             more = document_attention(batch.pop("document"), context.implementation, device)
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
-            with span(TARGETS):
+            with record_function(TARGETS):
                 batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
         if batch and context_size() > 1:
             batch = on_this_rank(batch)
@@ -125,7 +126,7 @@ class ForwardStep:
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None
         with microbatch.backbone, nullcontext() if flow is None else layer_output(model, number, flow.layer):
-            microbatch.backbone.enter_context(span(BACKBONE))
+            microbatch.backbone.enter_context(record_function(BACKBONE))
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
         return output, partial(self.loss, microbatch)
 
@@ -160,7 +161,7 @@ class ForwardStep:
             entropy=self._measures_lock_fork(microbatch.context),
         )
         counts = self.term is None or self._phase(microbatch.context).cross_entropy != 0
-        with span(LOSS):
+        with record_function(LOSS):
             result = self.objective(stage, labels, microbatch.batch, measured, counts=counts)
         if measured.entropy:
             self._measure_lock_fork(microbatch, hidden_states, result, sharded)
@@ -169,7 +170,7 @@ class ForwardStep:
             h_SBH = flow.states(hidden_states)
             if result.power is not None:
                 self._measure(microbatch, flow, h_SBH, result.power, sharded)
-            with span(HEAD):
+            with record_function(HEAD):
                 term = self._flow(microbatch, flow, h_SBH, sharded)
         values = result.values
         measured_3BS = torch.stack(values[1:])

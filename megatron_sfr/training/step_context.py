@@ -4,7 +4,6 @@ The forward step itself reads no global arguments, so that it runs in any loop a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -38,12 +37,6 @@ class StepContext:
     """Whether a loss of NaN ends the run."""
     reports_personas: bool = False
     """Whether the metrics by persona since the last report are written after this step."""
-
-
-def span(name: str) -> AbstractContextManager[Any]:
-    """A range of this name in a profiler's trace: torch's, or nsys' NVTX. Does nothing while no profiler records."""
-    recording = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    return torch.profiler.record_function(name) if recording else nullcontext()
 
 
 class Step(Protocol):
