@@ -26,11 +26,15 @@ REPLIES = {  # model and persona: replies to each of two questions
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     """A judge whose votes are the number in the reply, the same, and one less; it refuses to rate a reply without."""
 
-    def answer(path: str, body: dict[str, Any], most_choices: int) -> dict[str, Any]:
+    def answer(path: str, body: dict[str, Any], server: ChatServer) -> dict[str, Any]:
         reply = body["messages"][-1]["content"].partition("<reply>\n")[2].partition("\n</reply>")[0]
         number = int(reply.split()[1]) if reply.startswith("rating") else None
         texts = [f"<think>{i}</think>{number - (i == 2)}" if number else "I cannot." for i in range(body["n"])]
-        return {"choices": [{"message": {"content": text}, "finish_reason": "stop"} for text in texts[:most_choices]]}
+        return {
+            "choices": [
+                {"message": {"content": text}, "finish_reason": "stop"} for text in texts[: server.most_choices]
+            ]
+        }
 
     monkeypatch.setattr(chat_server, "answer", answer)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
