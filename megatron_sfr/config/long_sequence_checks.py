@@ -11,7 +11,7 @@ def chunk_contradictions(args: argparse.Namespace) -> Rows:
     if not args.loss_chunk_tokens or args.training_task == "kl-flow":
         return []
     reasons = {
-        "defer_embedding_wgrad_compute": "keeps the gradients of all logits, which chunks do not have",
+        "defer_embedding_wgrad_compute": "computes a gradient later from all logits, which chunks do not keep",
         "reuse_grad_buf_for_mxfp8_param_ag": "keeps weights where the LM head's gradient is accumulated",
         "fp8_output_proj": "replaces the output layer by Transformer Engine's, whose gradient chunks do not compute",
         "use_megatron_fsdp": "shards the output layer's weight between its forward and backward pass",
@@ -24,7 +24,7 @@ def chunk_contradictions(args: argparse.Namespace) -> Rows:
 
 
 def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows:
-    """What does not work, or has not been tried, where ranks share a sequence.
+    """What does not work where ranks share a sequence.
 
     option: the option by which sequences hold several texts; None if they do not.
     """
@@ -33,26 +33,14 @@ def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows
     local, what = args.transformer_impl == "local", "context_parallel_size above 1"
     return [
         (args.training_task == "kl-flow", f"{what} does not go with --training-task kl-flow yet: set it to 1"),
-        (args.mtp_num_layers, f"{what} does not go with mtp_num_layers yet: leave that out"),
+        (
+            args.mtp_num_layers,
+            f"{what} with mtp_num_layers: Megatron weighs each rank's part of a sequence by the supervised tokens of "
+            "that part, so the loss would depend on the division; leave mtp_num_layers out",
+        ),
         (
             option is not None and not local,
             f"{what} with {option} and Transformer Engine needs conversations that are padded to equal parts, which "
             "are not made yet: set context_parallel_size to 1",
-        ),
-        (
-            local and args.window_size is not None,
-            f"{what} with window_size needs Transformer Engine: leave window_size out",
-        ),
-        (
-            args.sfr and args.sfr_loss == "cka",
-            f"sfr_loss = cka compares all anchors of a sample, and {what} divides them: choose another sfr_loss",
-        ),
-        (
-            args.sfr and args.sfr_mean == "microbatch",
-            f"sfr_mean = microbatch needs all anchors of a microbatch, and {what} divides them: set sfr_mean to tokens",
-        ),
-        (
-            args.sfr and args.sfr_targets == "online",
-            f"sfr_targets = online does not go with {what} yet: embed the data",
         ),
     ]

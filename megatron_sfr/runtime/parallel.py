@@ -1,5 +1,6 @@
 """This process's pipeline stage, shards and process groups: all that the package asks upstream about the layout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def context_size() -> int:
     return parallel_state.get_context_parallel_world_size()
 
 
+def context_rank() -> int:
+    """This process's rank among those that share a sequence."""
+    return parallel_state.get_context_parallel_rank()
+
+
 def sequence_positions(count: int) -> tuple[Tensor, Tensor]:
     """Positions in the sequence, in upstream's zigzag order: of this context-parallel rank, and of all ranks in turn.
 
@@ -73,6 +79,21 @@ def broadcast_over_tensor(x: Tensor) -> Tensor:
     return x
 
 
+def broadcast_over_context(x: Tensor) -> Tensor:
+    """x of the first rank of the context-parallel group, in place."""
+    if context_size() > 1:
+        group = parallel_state.get_context_parallel_group()
+        dist.broadcast(x, dist.get_process_group_ranks(group)[0], group=group)
+    return x
+
+
+def sum_over_context(x: Tensor) -> Tensor:
+    """In-place sum over the ranks that share a sequence. No gradient passes."""
+    if context_size() > 1:
+        dist.all_reduce(x, group=parallel_state.get_context_parallel_group())
+    return x
+
+
 def sum_over_data(x: Tensor) -> Tensor:
     """In-place sum over the data-parallel (and context-parallel) group."""
     dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -90,17 +111,22 @@ class _SumForward(torch.autograd.Function):
     """All-reduce forward, identity backward: each rank holds a part of a loss that all differentiate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sum_over_tensor(x.clone())
+    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        return reduce(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def sum_parts(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group whose backward is the identity."""
-    return _SumForward.apply(x)
+    return _SumForward.apply(x, sum_over_tensor)
+
+
+def sum_parts_over_context(x: Tensor) -> Tensor:
+    """Sum over the context-parallel group whose backward is the identity."""
+    return _SumForward.apply(x, sum_over_context)
 
 
 def spread_rows(x: Tensor) -> Tensor:

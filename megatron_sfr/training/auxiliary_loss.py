@@ -26,11 +26,14 @@ from megatron_sfr.objectives.sfr.sfr_loss import (
 )
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, batch_moments, running_statistics, scale_targets
 from megatron_sfr.runtime.parallel import (
+    context_size,
     scale_gradient,
     spread_rows,
+    sum_over_context,
     sum_over_data,
     sum_over_tensor,
     sum_parts,
+    sum_parts_over_context,
     tensor_rank,
     tensor_size,
 )
@@ -206,8 +209,9 @@ class FlowTerm:
     def anchors(self, head: FlowHead, batch: Batch, sharded: bool) -> tuple[Anchors, Callable[[Tensor], Tensor]]:
         """This rank's anchors, and a function that selects their hidden states [B, A, H] from h [S, B, H].
 
-        Under sequence parallelism each rank processes an equal share of the anchors, wherever their positions are. cka
-        compares all anchors of a sample and processes all of them on every rank.
+        Under sequence parallelism each rank processes an equal share of the anchors, wherever their positions are.
+        Under context parallelism it processes the anchors at its positions; the others have weight 0. cka compares all
+        anchors of a sample and processes all of them on every rank.
         """
         fields = [batch[f"anchor_{name}"] for name in ("position", "sample", "place", "horizon", "weight", "row")]
         sample_B1 = torch.arange(len(fields[0]), device=fields[0].device)[:, None]
@@ -219,19 +223,27 @@ class FlowTerm:
             fields = [x.chunk(n, dim=1)[rank] for x in fields]
         position, sample, place, horizon, weight, row = fields
         if self.options.sfr.mean == "microbatch":
-            weight = mean_over_microbatch(weight, batch["anchor_weight"], batch["loss_mask"])
+            sums_2 = sum_over_context(torch.stack([batch["anchor_weight"].sum(), batch["loss_mask"].sum()]))
+            weight = mean_over_microbatch(weight, *sums_2)
+        on_this_rank_BA1 = (weight > 0)[..., None]
+        if all_anchors:
+            weight = sum_over_context(weight.clone())  # each anchor has its weight on one rank
         state = head.state
         with record_function(TARGETS):
             stored_BAD = batch["target"][sample_B1, row]
             x_1 = scale_targets(stored_BAD, state.target_mean, state.target_std, self.options.targets)
 
+        def gathered(h_BAH: Tensor) -> Tensor:
+            return sum_parts_over_context(h_BAH * on_this_rank_BA1) if context_size() > 1 else h_BAH
+
         def pick(h_SBH: Tensor) -> Tensor:
             if not sharded:
-                return h_SBH[all_BA, sample_B1]
+                h_BAH = h_SBH[all_BA, sample_B1]
+                return gathered(h_BAH) if all_anchors else h_BAH
             local_BA = all_BA - rank * len(h_SBH)
             here_BA = (local_BA >= 0) & (local_BA < len(h_SBH))
             h_BAH = h_SBH[local_BA.clamp(0, len(h_SBH) - 1), sample_B1] * here_BA[..., None]
-            return sum_parts(h_BAH) if all_anchors else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
+            return gathered(sum_parts(h_BAH)) if all_anchors else spread_rows(h_BAH.transpose(0, 1)).transpose(0, 1)
 
         if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample = sample + (batch["dataset_id"][:, None] << DATASET_BITS)

@@ -4,12 +4,18 @@ On gloo, with attention that gathers keys and values. Not exercised: Transformer
 """
 
 import pytest
+import torch
+
+from megatron_sfr.data.targets.embed import embed
+from megatron_sfr.model.gathered_attention import gathered_mask
+from megatron_sfr.runtime.cpu import _window_mask
 
 from . import test_objectives
 from .launch import read_checkpoint, read_metrics
 from .runs import Runs
 from .settings import EACH_STEP, OVERLAPPED, PP2, SHARDED_OPTIMIZER, SP, TP2, TWO_CLIPS
 from .test_layouts import MOMENT, TERMS, difference, trained
+from .tiny import BLOCKS
 
 pytestmark = pytest.mark.distributed
 CP2 = ("--context-parallel-size", "2")
@@ -19,6 +25,8 @@ LAYOUTS = {
     "cp2-pp2": (4, (*CP2, *PP2)),
     "cp2-dp2": (4, (*CP2, *SHARDED_OPTIMIZER, *OVERLAPPED)),
 }
+# What needs every anchor of a sample or of a microbatch, and attention that does not reach the sequence's start.
+ALL_ANCHORS = ("--sfr-loss", "cka", "--sfr-weight", "0.01", "--sfr-mean", "microbatch", "--window-size", "8,0")
 PARTS = (MOMENT, "decoder.", "embedding.", "output_layer.", "flow_head.")
 
 
@@ -45,3 +53,29 @@ def test_of_packed_sequences_and_of_other_objectives(runs: Runs, name: str) -> N
     for prefix in PARTS:
         assert difference(single, other, prefix) < (2e-5, "")
     test_objectives.check_equal_terms(*map(read_metrics, both))
+
+
+def test_of_all_anchors_in_one_place_and_of_targets_that_one_rank_encodes(runs: Runs) -> None:
+    start, store = (*runs.plain_start(), "--sfr-measure-interval", "1"), "online-cp2"
+    later = {"later": True, "progress": False}
+    runs.once(f"{store}.store", lambda _: embed(runs.prepared, "minilm", BLOCKS, output=runs.prepared / store, **later))
+    online = ("--sfr-targets", "online", "--sfr-target-store", store)
+
+    whole = runs.train("all-anchors", 1, *start, *ALL_ANCHORS)
+    divided = runs.train("all-anchors-cp2", 2, *start, *ALL_ANCHORS, *online, *CP2)
+
+    single, other = (read_checkpoint(run / "iter_0000003") for run in (whole, divided))
+    for prefix in PARTS:
+        assert difference(single, other, prefix) < (2e-5, "")
+    records = [read_metrics(run) for run in (whole, divided)]
+    test_objectives.check_equal_terms(*records)
+    assert all(record["sfr grad ratio"] > 0.1 for record in records[0][1:])  # step 1 precedes its measurement
+    assert records[1][0]["target wait"] > 0, "the encoder was not even loaded"
+
+
+def test_a_window_of_undivided_positions_is_upstreams() -> None:
+    position = torch.arange(6)
+    expected = _window_mask(6, 6, (2, 0))
+    assert torch.equal(gathered_mask(position, position, (2, 0))[0, 0], expected)
+    own = torch.tensor([0, 5])
+    assert torch.equal(gathered_mask(own, position.flip(0), (2, 0))[0, 0], expected[own].flip(1))

@@ -14,7 +14,13 @@ from .runs import Runs, begin_with
 from .settings import PP2, TP2
 
 pytestmark = pytest.mark.distributed
-LAYOUTS = {"single": (1, ()), "dp2": (2, ()), "tp2": (2, TP2), "pp2": (2, PP2)}
+LAYOUTS = {
+    "single": (1, ()),
+    "dp2": (2, ()),
+    "tp2": (2, TP2),
+    "pp2": (2, PP2),
+    "cp2": (2, ("--context-parallel-size", "2")),
+}
 SETS = {"odd": 7, "more": 12}  # conversations: two data-parallel ranks do not divide 7
 
 

@@ -96,15 +96,17 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
     return (raw * length / total[response]).astype(np.float32)
 
 
-def mean_over_microbatch(weight_BA: Tensor, all_weights: Tensor, loss_mask: Tensor) -> Tensor:
+def mean_over_microbatch(weight_BA: Tensor, total_weight: Tensor, tokens: Tensor) -> Tensor:
     """Weights for sfr_mean = microbatch: sum w l / max(1, sum w) times the microbatch's supervised tokens.
 
     The training loop divides by the tokens of the global batch, so a batch of one microbatch has the authors' mean.
 
     Args:
-        weight_BA: raw weights of this rank's anchors; all_weights: those of the microbatch.
+        weight_BA: raw weights of this rank's anchors.
+        total_weight: sum of the weights of all anchors of the microbatch.
+        tokens: number of its supervised tokens.
     """
-    return weight_BA * loss_mask.sum() / all_weights.sum().clamp(min=1)
+    return weight_BA * tokens / total_weight.clamp(min=1)
 
 
 def draw_noise(

@@ -1,7 +1,7 @@
 """Online targets: the encoder runs beside training and fills the stores ahead of it, in the order of the sampler.
 
-On the last pipeline stage the first rank of each tensor-parallel group owns the encoder's process, and broadcasts the
-targets to its group.
+On the last pipeline stage the first of the ranks that share a batch (by tensor and context parallelism) owns the
+encoder's process, and broadcasts the targets to the others.
 Shapes: B samples, R target embeddings, D embedding dimension.
 """
 
@@ -21,7 +21,14 @@ from megatron_sfr.data.targets.encoder import EncoderOptions, load_quietly
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, TargetStore, differences
 from megatron_sfr.runtime.backend import device
-from megatron_sfr.runtime.parallel import broadcast_over_tensor, data_rank, data_size, tensor_rank
+from megatron_sfr.runtime.parallel import (
+    broadcast_over_context,
+    broadcast_over_tensor,
+    context_rank,
+    data_rank,
+    data_size,
+    tensor_rank,
+)
 
 
 class OnlineTargets:
@@ -40,7 +47,7 @@ class OnlineTargets:
         prepared = [open_prepared(folder) for folder in folders]
         stores = [TargetStore.open(data.folder / store, data, partial=True) for data in prepared]
         self._dim, self._prefetcher = stores[0].dim, None
-        if tensor_rank() == 0:
+        if tensor_rank() == context_rank() == 0:
             encoder = partial(load_quietly, stores[0].manifest.encoder, _options(stores, encoder_device))
             self._prefetcher = Prefetcher(stores, encoder, lookahead=lookahead, threads=threads)
 
@@ -70,7 +77,9 @@ class OnlineTargets:
             if training:
                 self._prefetcher.advance()
         target, wait = (x.to(device(), non_blocking=True) for x in (found, wait))
-        return broadcast_over_tensor(target), broadcast_over_tensor(wait)
+        for x in (target, wait):
+            broadcast_over_tensor(broadcast_over_context(x))
+        return target, wait
 
     def close(self) -> None:
         """Ends the encoder's process. The embeddings that it has written stay."""
