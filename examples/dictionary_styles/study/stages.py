@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=DESCRIPTION)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"only these of {' '.join(a.name for a in plan.arms)}")
-    regimes = "; ".join(f"{r.name}: {r.per_persona} replies a persona, {r.steps} steps" for r in REGIMES)
+    regimes = "; ".join(f"{r.name}: {r.per_persona} replies per persona, {r.steps} steps" for r in REGIMES)
     parser.add_argument(
         "--regime", choices=[r.name for r in REGIMES], default=WIDE.name, help=f"{regimes} (default: %(default)s)"
     )
