@@ -1,7 +1,7 @@
-# make demo | study | test | check | docs: each creates the environment (.venv) if there is none; ARGS="…" is passed on.
+# make demo | smollm2 | study | test | check | docs: each creates the environment (.venv) if there is none; ARGS="…" is passed on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-recovery check docs gpu gpu-container clean
+.PHONY: help env demo smollm2 study test test-recovery check docs gpu gpu-container clean
 ENV := .venv/.installed
 BIN := .venv/bin
 ARGS ?=
@@ -9,6 +9,7 @@ PYTHON ?= $(BIN)/python
 
 help:
 	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
+	@echo "make smollm2 fine-tune a pretrained 135M model with and without SFR on eight personas (half an hour)"
 	@echo "make study   compare seven objectives on real text (several hours on two cores; a second call resumes)"
 	@echo "make test    run the tests             make check   ruff, types, layers"
 	@echo "make test-recovery   run those that kill trainings under real launchers, torchrun and Slurm"
@@ -26,6 +27,9 @@ env: $(ENV)
 
 demo: $(ENV)
 	@HF_HUB_OFFLINE=1 $(BIN)/megatron-sfr demo $(ARGS)
+
+smollm2: $(ENV)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m examples.smollm2_personas.run
 
 study: $(ENV)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m examples.dictionary_styles.study $(ARGS)

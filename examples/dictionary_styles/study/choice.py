@@ -13,7 +13,7 @@ from megatron_sfr.storage.atomic import whole
 Table = dict[str, list[dict[str, object]]]
 
 
-def choose(plan: Plan, place: Place, sed_threshold: float) -> tuple[dict[str, Settings], Table]:
+def choose(plan: Plan, place: Place, sed_threshold: float | None) -> tuple[dict[str, Settings], Table]:
     """(the settings of each arm, what each that was tried scored). Of gaps to the baseline on each pair of axes the sum
     decides, one without a value counting as nothing gained; the first of equals wins."""
     curves = [
@@ -29,11 +29,17 @@ def choose(plan: Plan, place: Place, sed_threshold: float) -> tuple[dict[str, Se
             best = max(scored, key=lambda found: sum(found[1].values()))[0]
             chosen[arm.name] = dict(best.settings)
             table[arm.name] = [{"settings": dict(run.settings), "gains": g, "chosen": run == best} for run, g in scored]
-    chosen["SED"] = {**chosen.get("SED", {}), "sed_threshold": sed_threshold}
+    chosen = with_threshold(chosen, sed_threshold)
     content = {"seed": CHOOSING_SEED, "chosen": chosen, "tried": table}
     with whole(place.study / "choice.json") as file:
         json.dump(content, file, indent=1)
     return chosen, table
+
+
+def with_threshold(chosen: Mapping[str, Settings], sed_threshold: float | None) -> dict[str, Settings]:
+    """The settings with SED's threshold, which is calibrated on the start; None: SED is not an arm."""
+    more = {} if sed_threshold is None else {"SED": {**chosen.get("SED", {}), "sed_threshold": sed_threshold}}
+    return {**chosen, **more}
 
 
 def gains(curve: Curve, baseline: Curve) -> Mapping[str, float]:

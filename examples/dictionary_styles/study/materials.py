@@ -25,6 +25,7 @@ PACKAGES = (
     *("dict-gcide", "dict-wn", "dict-devil", "dict-jargon", "dict-foldoc", "dict-vera", "dict-elements"),
     "fortunes",
 )
+LAST = Path("usr/share/games/fortunes/definitions")  # of the package that is unpacked last
 LENGTHS = ("--seq-length", 128, "--stride", 16, "--horizons", "1:64", "--min-segment-length", 8, "--skip-bad-rows")
 PROMPTS = 140  # held-out headwords, those first that most dictionaries define
 
@@ -59,10 +60,13 @@ def texts(place: Place) -> list[Step]:
     root = place.root
     wide, text = root / "wide-text", root / "text"
     much = ("--max-per-persona", 40000, "--prompts", PROMPTS)
+    few = place.text("train").parent
+    scarce = ("--max-per-persona", place.regime.per_persona)
     return [
-        ("dictionaries", root / "packages" / "usr", lambda: unpack(root / "packages")),
+        ("dictionaries", root / "packages" / LAST, lambda: unpack(root / "packages")),
         ("wide text", wide / "train.jsonl", lambda: write_text(place, wide, *much)),
         ("balanced text", text / "train.jsonl", lambda: write_text(place, text)),
+        *([] if few == text else [("scarce text", few / "train.jsonl", lambda: write_text(place, few, *scarce))]),
     ]
 
 
@@ -78,7 +82,7 @@ def tokens(place: Place) -> list[Step]:
     found = []
     for side in ("train", "validation"):
         words = ("embed", "--data", place.data(side), "--encoder", "minilm", "--dtype", "bfloat16")
-        found.append(_tokens(place, place.root / "text" / f"{side}.jsonl", place.data(side)))
+        found.append(_tokens(place, place.text(side), place.data(side)))
         done = place.data(side) / DEFAULT / STATISTICS  # written when the store is complete; until then `embed` resumes
         found.append((f"targets of text/{side}", done, _command(place, *words)))
     return found
@@ -92,7 +96,7 @@ def _tokens(place: Place, text: Path, output: Path) -> Step:
 def common_start(place: Place) -> Step:
     recipes = ("--recipe", EXAMPLE / "base.yaml", "--recipe", HERE / "base.yaml", "--sfr-backend", place.device)
     train = ("train", place.shape, *recipes)
-    export = ("convert", "export", "--checkpoint", place.study / "base", "--like", place.model, "--output", place.base)
+    export = ("convert", "export", "--checkpoint", place.common, "--like", place.model, "--output", place.base)
     log = place.study / "logs" / "base.log"
     return "the common start", place.base, lambda: [megatron_sfr(log, *words) for words in (train, export)]
 

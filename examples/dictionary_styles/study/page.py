@@ -87,6 +87,7 @@ def write(found: Found, place: Place) -> None:
 def how(plan: Plan, place: Place) -> str:
     both, more = (", ".join(f"{t:g}" for t in found) for found in (plan.temperatures, plan.between))
     return (
+        f"Regime {plan.regime.name}: at most {plan.regime.per_persona} replies per persona. "
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds each, {plan.steps} steps from {place.base.name} in one order "
         f"of data; {plan.samples} replies per prompt at temperatures {both} with common random numbers, baseline at "
         f"{more} too. An arm is judged by its whole curve against the baseline's. It is said to differ if the 95 % "

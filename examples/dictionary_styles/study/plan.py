@@ -29,6 +29,30 @@ class Arm:
         return self.name.lower().replace("+", "_").replace("-", "_")
 
 
+@dataclass(frozen=True)
+class Regime:
+    """How much text an arm is trained on, and how.
+
+    recipe: a file of this folder over those of the arms. steps: unless the command gives others. least: with fewer, SFR
+    would hardly act. settings: those of each arm, fixed before the runs; None: chosen on other headwords.
+    """
+
+    name: str
+    per_persona: int
+    steps: int
+    least: int
+    recipe: str | None = None
+    settings: Mapping[str, Settings] | None = field(default=None, hash=False)
+    lora: bool = False
+
+
+SHORT = {"sfr_grad_ratio": 0.3, "sfr_warmup_steps": 15, "sfr_ramp_steps": 10, "sfr_measure_interval": 5}
+WIDE = Regime("wide", per_persona=4000, steps=150, least=100)
+REGIMES = (
+    WIDE,
+    Regime("scarce", per_persona=50, steps=60, least=40, recipe="scarce", settings={"SFR": SHORT}),
+    Regime("lora", per_persona=50, steps=60, least=40, recipe="lora", settings={"SFR": SHORT}, lora=True),
+)
 ARMS = (
     Arm(BASELINE),
     Arm("SFR", "sfr", tuple({"sfr_grad_ratio": ratio} for ratio in (0.1, 0.3, 1.0))),
@@ -52,11 +76,14 @@ class Plan:
     """How much of everything. The defaults are an evening on two CPU cores."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
-    steps: int = 150
+    steps: int = WIDE.steps
+    regime: Regime = field(default=WIDE, hash=False)
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
     between: tuple[float, ...] = (0.5, 0.7, 0.9)
     """More temperatures of the baseline when it is judged against: a frontier bends outwards, so a broken line with few
     points lies below it, and an arm that is but a warmer baseline could seem to win."""
+    headwords: int = 64
+    """At most, that settings are chosen by, and that arms are judged by."""
     samples: int = 4
     max_new_tokens: int = 64
     choosing_share: float = 0.25
@@ -70,8 +97,10 @@ class Plan:
             raise ValueError(f"seed {CHOOSING_SEED} trains the runs that settings are chosen by: judge other ones")
         if len(self.temperatures) < 2:
             raise ValueError("one temperature cannot tell diversity from a warmer model: give two or more")
-        if self.steps < 100:
-            raise ValueError(f"{self.steps} steps: the arms warm up for 60, so give at least 100")
+        if self.steps < self.regime.least:
+            raise ValueError(f"{self.steps} steps: arms with SFR warm up first, so give at least {self.regime.least}")
+        if self.headwords < 2:
+            raise ValueError(f"{self.headwords} headwords: give two or more, which are resampled")
 
     def sweep(self, arm: Arm, *, judging: bool) -> tuple[float, ...]:
         """The temperatures that an arm is sampled at."""
@@ -98,8 +127,16 @@ class Run:
         return f"{self.arm.slug}{said}-{self.steps}-s{self.seed}"
 
 
+def fixed(plan: Plan) -> dict[str, Settings] | None:
+    """The settings of each arm in a regime that fixes them: the regime's, else the first that the arm would try."""
+    known = plan.regime.settings
+    return None if known is None else {arm.name: known.get(arm.name, arm.tried[0]) for arm in plan.arms}
+
+
 def candidates(plan: Plan) -> list[Run]:
     """The runs that settings are chosen by: the baseline, and every setting of an arm that has a choice."""
+    if fixed(plan) is not None:
+        return []
     runs = [
         _run(arm, dict(tried), CHOOSING_SEED, plan) for arm in plan.arms if len(arm.tried) > 1 for tried in arm.tried
     ]

@@ -1,4 +1,7 @@
-"""The study from materials to pages, stage by stage; each stage resumes an earlier call."""
+"""The study from materials to pages, stage by stage; each stage resumes an earlier call.
+
+Training and sampling need no encoder and may run on another machine than scoring (`--stages`).
+"""
 
 import argparse
 import multiprocessing
@@ -13,9 +16,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.dictionary_styles.study import choice, cost, materials, page
-from examples.dictionary_styles.study.plan import ARMS, AXES, BASELINE, Plan, Run, candidates, choose_arms, judged
+from examples.dictionary_styles.study.plan import (
+    ARMS,
+    AXES,
+    BASELINE,
+    REGIMES,
+    WIDE,
+    Plan,
+    Run,
+    Settings,
+    candidates,
+    choose_arms,
+    fixed,
+    judged,
+)
 from examples.dictionary_styles.study.verdicts import Verdict, compare
-from examples.dictionary_styles.study.work import CHOOSING, JUDGING, Place, finish, read_curve
+from examples.dictionary_styles.study.work import CHOOSING, JUDGING, STAGES, Place, Task, finish, read_curve
 from megatron_sfr.evaluation.compare.curves import Curve
 
 DESCRIPTION = "Start or resume the study, and write its pages."
@@ -28,12 +44,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=DESCRIPTION)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.seeds), help="default: %(default)s")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"only these of {' '.join(a.name for a in plan.arms)}")
-    parser.add_argument("--steps", type=int, default=plan.steps, help="of each arm (default: %(default)s)")
+    regimes = "; ".join(f"{r.name}: {r.per_persona} replies per persona, {r.steps} steps" for r in REGIMES)
+    parser.add_argument(
+        "--regime", choices=[r.name for r in REGIMES], default=WIDE.name, help=f"{regimes} (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help="of each arm (default: the regime's)")
+    parser.add_argument("--headwords", type=int, default=plan.headwords, help="at most, on each side (%(default)s)")
     parser.add_argument("--samples", type=int, default=plan.samples, help="replies per prompt (default: %(default)s)")
     parser.add_argument("--start", type=Path, metavar="HF_DIR", help="the model to begin from (a small one, made here)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="over the arms' recipes, as study/gpu.yaml")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--processes", type=int, help="runs side by side (default: one a core, on cuda one)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="train and sample here, score elsewhere: only these",
+    )
     parser.add_argument("--skip-cost", action="store_true", help="do not time the arms' steps (needs a quiet machine)")
     return parser.parse_args(arguments)
 
@@ -45,10 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported: ours has a bar, the workers' have none
     try:
         arms = choose_arms(args.arms) if args.arms else ARMS
-        plan = Plan(seeds=tuple(args.seeds), steps=args.steps, samples=args.samples, arms=arms)
-        place = Place(start=args.start, recipe=args.recipe, device=args.device)
+        regime = next(regime for regime in REGIMES if regime.name == args.regime)
+        steps = regime.steps if args.steps is None else args.steps
+        amounts = {"steps": steps, "samples": args.samples, "headwords": args.headwords}
+        plan = Plan(seeds=tuple(args.seeds), arms=arms, regime=regime, **amounts)
+        place = Place(start=args.start, recipe=args.recipe, device=args.device, regime=regime)
         processes = args.processes or (1 if args.device == "cuda" else os.cpu_count() or 1)
-        study(plan, place, processes, timed=not args.skip_cost)
+        study(plan, place, processes, tuple(args.stages), timed=not args.skip_cost)
     except (ValueError, OSError) as error:
         print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,13 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def study(plan: Plan, place: Place, processes: int, *, timed: bool) -> None:
-    """Every stage of the study; what earlier calls finished is kept."""
+def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, timed: bool) -> None:
+    """The asked stages of the study; what earlier calls finished is kept."""
     materials.prepare(place)
-    work(((run, CHOOSING, plan, place) for run in candidates(plan)), processes, "settings")
-    settings, tried = choice.choose(plan, place, materials.sed_threshold(place))
+    settings, tried = settings_of(plan, place, processes, stages)
     runs = judged(plan, settings)
-    work(((run, JUDGING, plan, place) for run in runs), processes, "runs")
+    work((Task(run, JUDGING, plan, place, stages) for run in runs), processes, "runs")
+    if "score" not in stages:
+        print(f"{len(runs)} runs in {place.study}: {' and '.join(stages)} done; next: --stages score")
+        return
     curves = read(runs, plan, place)
     verdicts = verdicts_of(curves)
     again = replace(plan, sampling_seed=plan.sampling_seed + 1)
@@ -72,7 +105,7 @@ def study(plan: Plan, place: Place, processes: int, *, timed: bool) -> None:
     repeated: list[Verdict] = []
     if names:  # a win counts if it is there again in other replies
         some = [run for run in runs if run.arm.name in names | {BASELINE}]
-        work(((run, JUDGING, again, place) for run in some), processes, "sampled again")
+        work((Task(run, JUDGING, again, place) for run in some), processes, "sampled again")
         repeated = verdicts_of(read(some, again, place))
     costs = cost.measure(runs[: len(plan.arms)], place) if timed else cost.known(place)
     found = page.Found(plan, settings, tried, curves, verdicts, repeated, costs)
@@ -80,9 +113,23 @@ def study(plan: Plan, place: Place, processes: int, *, timed: bool) -> None:
     print(f"{page.summary(found)}\n\nwrote {place.study / 'study.html'} and study.md beside it")
 
 
-def work(tasks: Iterable[tuple[Run, str, Plan, Place]], processes: int, title: str) -> None:
+def settings_of(
+    plan: Plan, place: Place, processes: int, stages: tuple[str, ...]
+) -> tuple[dict[str, Settings], choice.Table]:
+    """The settings of each arm, fixed by the regime or chosen on other headwords, and the table of the choice."""
+    threshold = materials.sed_threshold(place) if any(arm.name == "SED" for arm in plan.arms) else None
+    if (known := fixed(plan)) is not None:
+        return choice.with_threshold(known, threshold), {}
+    tasks = [Task(run, CHOOSING, plan, place, stages) for run in candidates(plan)]
+    work(tasks, processes, "settings")
+    if not all(task.curve.exists() for task in tasks):
+        raise ValueError("settings are chosen by scores: run without --stages once, or in a regime that fixes them")
+    return choice.choose(plan, place, threshold)
+
+
+def work(tasks: Iterable[Task], processes: int, title: str) -> None:
     """Finishes the tasks that are not, some side by side, each on one thread."""
-    missing = [task for task in tasks if not task[3].curve(task[0], task[1], task[2]).exists()]
+    missing = [task for task in tasks if not task.is_done]
     if not missing:
         return
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang

@@ -14,22 +14,23 @@ from typing import Literal
 import numpy as np
 
 from examples.dictionary_styles.selection import draw
-from examples.dictionary_styles.study.plan import Plan, Run
+from examples.dictionary_styles.study.plan import WIDE, Plan, Regime, Run
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer
-from megatron_sfr.evaluation.compare.questions import EvaluationOptions
-from megatron_sfr.evaluation.compare.replies import Answers, answers
+from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions, Questions
+from megatron_sfr.evaluation.compare.replies import answers
 from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing, whole
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent
 CHOOSING, JUDGING = "choosing", "judging"
 FIDELITY_ROWS = 6000  # real replies that the classifier of styles learns from
-HEADWORDS = 64  # at most, that settings are chosen by, and that arms are judged by
+HELD_OUT = "held-out replies"
+STAGES = ("train", "sample", "score")
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,21 @@ class Place:
     recipe: Path | None = None
     """A recipe over those of the arms, for another size or machine."""
     device: Literal["cpu", "cuda"] = "cpu"
+    regime: Regime = WIDE
 
     @property
     def study(self) -> Path:
-        return self.root / ("study" if self.start is None else f"study-{self.start.resolve().name}")
+        parts = ["study", *([self.start.resolve().name] if self.start else [])]
+        return self.root / "-".join([*parts, *([self.regime.name] if self.regime != WIDE else [])])
+
+    @property
+    def common(self) -> Path:
+        """The checkpoint of the small start, which all regimes share."""
+        return self.root / "study" / "base"
 
     @property
     def base(self) -> Path:
-        return self.start or self.study / "base-hf"
+        return self.start or self.root / "study" / "base-hf"
 
     @property
     def model(self) -> Path:
@@ -62,14 +70,21 @@ class Place:
         """The recipe's part that describes the model."""
         return EXAMPLE / "model.yaml" if self.start is None else self.study / "model.yaml"
 
+    def text(self, side: str) -> Path:
+        """The records of the train or validation side. All regimes have the validation side of the balanced text."""
+        few = f"-{self.regime.per_persona}" if self.regime != WIDE and side == "train" else ""
+        return self.root / f"text{few}" / f"{side}.jsonl"
+
     def data(self, side: str) -> Path:
-        """The balanced text as the model's tokens: its train or validation side."""
-        return (self.root if self.start is None else self.study) / "text" / side
+        """The same as the model's tokens."""
+        return (self.root if self.start is None and self.regime == WIDE else self.study) / "text" / side
 
     def training(self, run: Run, folder: Path) -> list[object]:
         """What follows `megatron-sfr train`."""
         arm = () if run.arm.recipe is None else (EXAMPLE / "arms" / f"{run.arm.recipe}.yaml",)
-        recipes = (EXAMPLE / "ce.yaml", *arm, HERE / "arm.yaml", *(() if self.recipe is None else (self.recipe,)))
+        regime = () if self.regime.recipe is None else (HERE / f"{self.regime.recipe}.yaml",)
+        own = () if self.recipe is None else (self.recipe,)
+        recipes = (EXAMPLE / "ce.yaml", *arm, HERE / "arm.yaml", *regime, *own)
         given = dict(run.settings) | {
             "seed": run.seed,
             "train_iters": run.steps,
@@ -92,6 +107,7 @@ class Place:
             plan.samples,
             plan.max_new_tokens,
             f"seed{plan.sampling_seed}",
+            f"words{plan.headwords}",
         )
         return self.folder(run) / f"{side}-{'-'.join(map(str, asked))}.npz"
 
@@ -114,44 +130,115 @@ def train(run: Run, place: Place) -> None:
     if (folder / "hf").exists():
         return
     megatron_sfr(folder / "train.log", "train", *place.training(run, folder))
+    merge = ("--merge",) if place.regime.lora else ()
     export = ("convert", "export", "--checkpoint", folder, "--like", place.model, "--output", folder / "hf")
-    megatron_sfr(folder / "export.log", *export)
+    megatron_sfr(folder / "export.log", *export, *merge)
 
 
-def finish(task: tuple[Run, str, Plan, Place]) -> str:
-    """Makes the run's curve on one side of the headwords, unless it is there; returns the run's name."""
-    run, side, plan, place = task
-    path = place.curve(run, side, plan)
-    if not path.exists():
-        train(run, place)
-        judge = scorer(side, plan.sweep(run.arm, judging=side == JUDGING), plan, place)
-        engine = HuggingFace({run.name: place.folder(run) / "hf"}, device=place.device)
-        (answered,) = answers(engine, judge.questions())
-        write_samples(path.with_suffix(".jsonl"), answered, judge, plan)
-        save(judge.curve(answered.answered()), path)
-    return run.name
+@dataclass(frozen=True)
+class Task:
+    """A run, the side of the headwords that it is asked for, and the stages to do, of STAGES."""
+
+    run: Run
+    side: str
+    plan: Plan
+    place: Place
+    stages: tuple[str, ...] = STAGES
+
+    @property
+    def curve(self) -> Path:
+        return self.place.curve(self.run, self.side, self.plan)
+
+    @property
+    def samples(self) -> Path:
+        return self.curve.with_suffix(".jsonl")
+
+    @property
+    def is_done(self) -> bool:
+        done = {"train": self.place.folder(self.run) / "hf", "sample": self.samples, "score": self.curve}
+        return all(done[stage].exists() for stage in self.stages) or self.curve.exists()
+
+    @property
+    def sweep(self) -> tuple[float, ...]:
+        return self.plan.sweep(self.run.arm, judging=self.side == JUDGING)
+
+
+def finish(task: Task) -> str:
+    """Does the stages of a task that are not done; returns the run's name."""
+    if "train" in task.stages:
+        train(task.run, task.place)
+    if "sample" in task.stages and not task.samples.exists():
+        sample(task)
+    if "score" in task.stages and not task.curve.exists():
+        judge = scorer(task.side, task.sweep, task.plan, task.place)
+        save(judge.curve(read_answers(task, len(judge.asked))), task.curve)
+    return task.run.name
+
+
+def sample(task: Task) -> None:
+    """Writes the replies, and before them the losses on real replies. Needs no encoder, unlike the scores."""
+    plan, asked = task.plan, headwords(task.side, task.plan, task.place)
+    options = sampling(plan, task.place)
+    questions = Questions(
+        prompts=[entry.prompt for entry in asked],
+        sweep=[replace(options, temperature=temperature) for temperature in task.sweep],
+        sets={HELD_OUT: [conversation for entry in asked for conversation in entry.references]},
+    )
+    engine = HuggingFace({task.run.name: task.place.folder(task.run) / "hf"}, device=task.place.device)
+    (answered,) = answers(engine, questions)
+    with replacing(losses_file(task), "wb") as file:
+        np.save(file, np.stack(answered.losses[HELD_OUT]))
+    with whole(task.samples) as file:
+        for some, replies in zip(questions.sweep, answered.replies, strict=True):
+            for prompt, row in zip(questions.prompts, replies, strict=True):
+                lines = (record(answered.model, prompt, some, reply) for reply in row)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def losses_file(task: Task) -> Path:
+    return task.curve.with_suffix(".losses.npy")
+
+
+def read_answers(task: Task, prompts: int) -> Answered:
+    """What `sample` wrote. Raises ValueError if it is not complete."""
+    texts = [row["text"] for row in rows(task.samples)]
+    temperatures, samples = len(task.sweep), task.plan.samples
+    if len(texts) != temperatures * prompts * samples:
+        raise ValueError(f"{task.samples} does not have all replies: remove it and run again with --stages sample")
+    left = iter(texts)
+    replies = [[[next(left) for _ in range(samples)] for _ in range(prompts)] for _ in range(temperatures)]
+    nll, tokens = np.load(losses_file(task))
+    return Answered(task.run.name, task.sweep, replies, {HELD_OUT: (nll, tokens)})
+
+
+def sampling(plan: Plan, place: Place) -> SamplingOptions:
+    at_once = 512 if place.device == "cuda" else 64  # changes no random number
+    return SamplingOptions(
+        plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed, batch_size=at_once
+    )
 
 
 @lru_cache(maxsize=3)
 def scorer(side: str, temperatures: tuple[float, ...], plan: Plan, place: Place) -> Scorer:
     """What replies are held against, once for each process."""
-    held_out = headwords(side, plan.choosing_share, place)
-    sampling = SamplingOptions(plan.samples, max_new_tokens=plan.max_new_tokens, seed=plan.sampling_seed)
-    options = EvaluationOptions(sampling, temperatures, embedded=plan.samples, embedded_prompts=HEADWORDS)
+    held_out = headwords(side, plan, place)
+    options = EvaluationOptions(
+        sampling(plan, place), temperatures, embedded=plan.samples, embedded_prompts=plan.headwords
+    )
     encoder = Encoder("minilm", EncoderOptions(device=place.device))
-    return Scorer(held_out, {"held-out replies": held_out}, options, encoder, judge=style_judge(place))
+    return Scorer(held_out, {HELD_OUT: held_out}, options, encoder, judge=style_judge(place))
 
 
-def headwords(side: str, share: float, place: Place) -> list[Asked]:
+def headwords(side: str, plan: Plan, place: Place) -> list[Asked]:
     """The held-out headwords that settings are chosen by, or the others; replies that were trained on are left out."""
-    trained = {entry["messages"][-1]["content"] for entry in rows(place.root / "text" / "train.jsonl")}
+    trained = {entry["messages"][-1]["content"] for entry in rows(place.text("train"))}
     found = []
     for entry in read_asked(place.root / "wide-text" / "prompts.jsonl"):
         unseen = [c for c in entry.references if c.messages[-1]["content"] not in trained]
-        chosen = draw(0, "study", entry.prompt.question) < share
+        chosen = draw(0, "study", entry.prompt.question) < plan.choosing_share
         if unseen and chosen == (side == CHOOSING):
             found.append(replace(entry, references=unseen))
-    return limit(found, HEADWORDS)
+    return limit(found, plan.headwords)
 
 
 def style_judge(place: Place) -> StyleJudge:
@@ -163,15 +250,6 @@ def style_judge(place: Place) -> StyleJudge:
 def rows(path: Path) -> list[dict]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def write_samples(path: Path, answered: Answers, judge: Scorer, plan: Plan) -> None:
-    questions = judge.questions()
-    with whole(path) as file:
-        for options, replies in zip(questions.sweep, answered.replies, strict=True):
-            for prompt, row in zip(questions.prompts, replies, strict=True):
-                lines = (record(answered.model, prompt, options, reply) for reply in row)
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def save(curve: Curve, path: Path) -> None:

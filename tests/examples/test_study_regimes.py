@@ -1,0 +1,69 @@
+"""The study's regimes: their recipes, folders and fixed settings; replies that are sampled apart from their scores."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.dictionary_styles.study.plan import REGIMES, WIDE, Plan, Regime, candidates, choose_arms, fixed, judged
+from examples.dictionary_styles.study.work import JUDGING, Place, Task, losses_file, read_answers
+from megatron_sfr.config.settings import read_settings
+
+FIXED = [regime for regime in REGIMES if regime.settings is not None]
+
+
+def plan_of(regime: Regime) -> Plan:
+    return Plan(seeds=(1, 2), steps=regime.steps, arms=choose_arms(["CE", "SFR", "GEM+SFR", "GEM"]), regime=regime)
+
+
+@pytest.mark.parametrize("regime", FIXED, ids=lambda regime: regime.name)
+def test_a_regime_fixes_settings_text_and_what_is_trained(regime: Regime, tmp_path: Path) -> None:
+    plan, place = plan_of(regime), Place(tmp_path, start=tmp_path / "start", regime=regime)
+    settings = fixed(plan)
+    assert settings is not None
+    assert candidates(plan) == []
+    recipes, shape = {}, Place(tmp_path).shape
+    for run in judged(plan, settings)[: len(plan.arms)]:
+        words = [str(word) for word in place.training(run, tmp_path / run.name)]
+        recipes[run.arm.name] = read_settings(["--recipe", str(shape), *words[1:]]).recipe
+    for recipe in recipes.values():
+        assert recipe["train_data_path"] == [str(tmp_path / f"study-start-{regime.name}" / "text" / "train")]
+        assert recipe["train_iters"] == 60
+        assert recipe["seq_length"] * recipe["global_batch_size"] == 2048
+        assert ("lora_rank" in recipe) == regime.lora
+    assert "sfr" not in recipes["CE"]
+    assert recipes["SFR"]["sfr_warmup_steps"] + recipes["SFR"]["sfr_ramp_steps"] < regime.least
+    runs = {run.arm.name: dict(run.settings) for run in judged(plan, settings)}
+    assert runs["SFR"]["sfr_grad_ratio"] == 0.3
+    assert runs["GEM+SFR"] == runs["SFR"] | {"gem_beta": 0.7, "gem_h": "linear"}
+    assert place.text("train") == tmp_path / "text-50" / "train.jsonl"
+    assert place.text("validation") == Place(tmp_path).text("validation") == tmp_path / "text" / "validation.jsonl"
+
+
+def test_regimes_do_not_share_a_folder(tmp_path: Path) -> None:
+    places = [Place(tmp_path, start, regime=regime) for regime in REGIMES for start in (None, tmp_path / "start")]
+    assert len({place.study for place in places}) == len(places)
+    assert {place.base for place in places if place.start is None} == {tmp_path / "study" / "base-hf"}
+    with pytest.raises(ValueError, match="give at least 40"):
+        Plan(steps=39, regime=FIXED[0])
+    assert WIDE.settings is None
+
+
+def test_replies_are_scored_as_they_were_sampled(tmp_path: Path) -> None:
+    """`--stages sample` writes what `--stages score` reads, and a file that is not complete is refused."""
+    plan, place = replace(plan_of(FIXED[0]), samples=2), Place(tmp_path, regime=FIXED[0])
+    task = Task(judged(plan, fixed(plan) or {})[1], JUDGING, plan, place)
+    texts = [f"reply {i}" for i in range(len(task.sweep) * 3 * 2)]
+    task.samples.parent.mkdir(parents=True)
+    task.samples.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    np.save(losses_file(task), np.array([[1.0, 2.0], [3.0, 4.0]]))
+    read = read_answers(task, prompts=3)
+    assert [text for at in read.replies for row in at for text in row] == texts
+    assert read.temperatures == task.sweep == plan.temperatures
+    assert np.array_equal(read.losses["held-out replies"][1], [3.0, 4.0])
+    assert replace(task, stages=("sample",)).is_done
+    assert not task.is_done
+    with pytest.raises(ValueError, match="does not have all replies"):
+        read_answers(task, prompts=4)
