@@ -7,6 +7,7 @@ import pytest
 
 from megatron_sfr.runtime.devices import BF16, FP8, peak
 from tests import warm
+from tools.bench_huge_pages import Process, report
 from tools.bench_loss import Result
 from tools.bench_overhead import quartiles, read_sizes, shape_of
 from tools.model_shapes import SHAPES
@@ -66,3 +67,14 @@ def test_ratios_are_of_neighbouring_steps() -> None:
     base, other = Result("a", seconds=[1.0, 2.0, 4.0, 8.0]), Result("b", seconds=[2.0, 4.0, 8.0, 24.0])
     assert other.times(base) == (2.0, 2.0, 2.0)
     assert quartiles([4.0, 1.0, 3.0, 2.0]) == (2.0, 2.5, 3.0)
+
+
+def test_huge_pages_are_compared_within_pairs() -> None:
+    pairs = [
+        (Process({"ce": 2.0}, 30), Process({"ce": 1.0}, 3)),
+        (Process({"ce": 4.0}, 10), Process({"ce": 4.0}, 1)),
+        (Process({"ce": 8.0}, 20), Process({"ce": 4.0}, 2)),
+    ]
+    _, step, faults = report(pairs)
+    assert step.split() == ["ce", "4.0", "4.0", "0.500", "0.500", "to", "1.000"]
+    assert faults == "page faults of a process: 20 without, 2 with"
