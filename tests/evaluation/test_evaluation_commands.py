@@ -107,6 +107,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["temperatures"] == [0.6, 1.2]
     assert found["scores"]["a"] == found["scores"]["b"]
+    assert_models_are_similar(found)
     judged = {"judged context", "judged style"}
     others = {"precision", "fidelity", "coverage", "utility_k", *judged}  # need a truth, a user's scorer or a judge
     assert found["scores"]["a"].keys() == METRICS.keys() - others
@@ -126,6 +127,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert set(re.findall(r'src="(.{14})', page)) == {"data:image/png"}  # nothing is fetched
     assert "http" not in page
     assert page.count("<details>") == 2  # prompts, each with nine personas at two temperatures
+    assert page.count("<h2>Similarity of replies, temperature ") == 2
     assert page.count("<tr>") > 2 * 9 * 2
     assert main(["evaluate", *models, *fixed, *sweep]) == 0
     assert capsys.readouterr().out == f"{tmp_path} is up to date\n"
@@ -137,13 +139,25 @@ def test_evaluate_writes_table_numbers_and_picture(
     assert "samples.jsonl has 0 bytes instead of" in capsys.readouterr().err
 
 
+def assert_models_are_similar(found: dict) -> None:
+    """One model under two names: as similar to each other as each is to itself."""
+    pairs = {(p["model"], p["other"], p["temperature"]): p["estimate"] for p in found["similarity"]}
+    assert {(model, other) for model, other, _ in pairs} == {
+        *(("a", "a"), ("a", "b"), ("b", "b"), ("a", "real replies"), ("b", "real replies"))
+    }
+    for t in (0.6, 1.2):
+        assert pairs["a", "b", t]["mean"] == pytest.approx(pairs["a", "a", t]["mean"])
+        assert pairs["a", "a", t]["mean"] == pytest.approx(1 - found["scores"]["a"]["spread"][t == 1.2]["mean"])
+        assert pairs["a", "real replies", t]["n"] == 2
+
+
 def assert_its_replies_have_the_same_scores(report: Path, data: Path) -> None:
     """evaluate --replies reads what evaluate --model wrote: the same scores, frontiers and verdicts, without losses."""
     output = report.with_name(report.name + "-replies")
     fixed = ["--data", str(data), "--limit", "2", "--embedded", "2", "--pairs", "4", "--output", str(output)]
     assert main(["evaluate", "--replies", str(report / "samples.jsonl"), *fixed]) == 0
     ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (report, output))
-    for key in ("prompts", "temperatures", "scores", "real", "gaps", "verdicts"):
+    for key in ("prompts", "temperatures", "scores", "real", "gaps", "verdicts", "similarity"):
         assert ours[key] == theirs[key], key
     assert set(theirs["losses"]["a"]) == set()
     assert not (output / "samples.jsonl").exists()

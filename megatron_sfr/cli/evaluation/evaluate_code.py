@@ -1,7 +1,9 @@
 """Run replies to programming tasks in a sandbox, and report pass@k for every k with its interval.
 
-Tasks are the JSONL of HumanEval, MBPP or LiveCodeBench. Write their prompts with --write-prompts, sample replies with
-`generate`, then score them with --replies. Writes code.json and code.md.
+Tasks are the JSONL of HumanEval, MBPP or LiveCodeBench; or of GSM8K, whose final answers are compared and voted on
+without running anything. Write their prompts with --write-prompts, sample replies with
+`generate`, then score them with --replies. Writes code.json, code.md and
+code.png, which has pass@k (coverage@k) over k.
 """
 
 import argparse
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
     """Scores the replies; writes and prints the result."""
+    from megatron_sfr.evaluation.code.plot_coverage import draw_coverage
     from megatron_sfr.evaluation.code.sandbox import MIB, Limits, isolation_here
     from megatron_sfr.evaluation.code.score import as_json, as_markdown, read_replies, score
     from megatron_sfr.storage.atomic import whole
@@ -72,10 +75,15 @@ def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
     scored = score(tasks, read_replies(args.replies, tasks), limits, isolation, args.processes)
     stops = "stops accidents, not attackers" if isolation == "audit" else "no network, none of this machine's files"
     notes = [
-        f"Sandbox: {isolation} ({stops}); each program is one process of at most {limits.wall:g} s, {args.memory} MiB "
-        f"and {limits.threads} threads.",
         "Intervals are 95 % bootstrap intervals over tasks; pass@k is unbiased, for k up to the replies of each task.",
     ]
+    if any(task.answer is None for task in tasks):
+        notes.insert(
+            0,
+            f"Sandbox: {isolation} ({stops}); each program is one process of at most {limits.wall:g} s, "
+            f"{args.memory} MiB and {limits.threads} threads.",
+        )
+    draw_coverage(scored, args.output / "code.png")
     for name, text in (("code.json", as_json(scored, notes)), ("code.md", as_markdown(scored, notes))):
         with whole(args.output / name) as file:
             file.write(text)

@@ -1,4 +1,4 @@
-"""Scores replies to programming tasks: runs every reply in the sandbox and computes pass@k with its interval."""
+"""Scores replies to tasks with a checker: pass@k, the best of k by a score, and the majority, with their intervals."""
 
 import json
 import math
@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_sfr.evaluation.code.best_of_k import best_of_k, majority_at_k
+from megatron_sfr.evaluation.code.exact_answers import final_answer
 from megatron_sfr.evaluation.code.pass_at_k import pass_at_k
 from megatron_sfr.evaluation.code.sandbox import Isolation, Limits, run_program
 from megatron_sfr.evaluation.code.tasks import Task, agrees
-from megatron_sfr.evaluation.compare.tables import escaped
+from megatron_sfr.evaluation.compare.tables import escaped, markdown_table
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
 
 _REPLY = '{"task_id": "...", "completion": "..."}'
 Setting = tuple[str, float]  # model, temperature
+Judged = tuple["Reply", str]  # with its verdict
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Reply:
     setting: Setting
     task: str
     text: str
+    scores: Mapping[str, float]
+    """By which the best of k is chosen: utility (yours), logprob (the mean per token), where the record has them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Passes:
     outcomes: dict[str, int]
     tasks: dict[str, tuple[int, int]]
     """Task: replies, passed."""
+    selected: dict[str, list[Estimate]]
+    """For k = 1, 2, ...: `best by utility`, `best by logprob`, `majority`, as far as the replies and tasks allow."""
 
 
 def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
@@ -63,7 +70,7 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
                 raise ValueError(
                     f"not a reply to a task; write {_REPLY}, or ask the prompts that --write-prompts gives"
                 )
-            replies.append(Reply(_setting(fields), name, text))
+            replies.append(Reply(_setting(fields), name, text, _scores(fields)))
         except ValueError as error:
             raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not replies:
@@ -83,8 +90,24 @@ def _setting(fields: Mapping[str, Any]) -> Setting:
     return model or "model", float(temperature)
 
 
+def _scores(fields: Mapping[str, Any]) -> dict[str, float]:
+    """Raises ValueError for a utility that is not a number."""
+    utility, logprob, tokens = (fields.get(name) for name in ("utility", "logprob", "tokens"))
+    found = {}
+    if utility is not None:
+        if type(utility) not in (int, float) or not math.isfinite(utility):
+            raise ValueError(f"the utility is {shown(utility)}; write a number, or leave the field out")
+        found["utility"] = float(utility)
+    if isinstance(logprob, int | float) and isinstance(tokens, int) and tokens > 0:
+        found["logprob"] = logprob / tokens
+    return found
+
+
 def verdict_of(task: Task, reply: str, limits: Limits, isolation: Isolation) -> str:
-    """`passed`, `wrong answer`, or how the first failed program ended. Anything unclear is a failure."""
+    """`passed`, `wrong answer`, `no answer`, or how the first failed program ended. Anything unclear is a failure."""
+    if task.answer is not None:
+        answer = final_answer(reply)
+        return "no answer" if answer is None else "passed" if answer == task.answer else "wrong answer"
     for program in task.programs(reply):
         to_the_end = program.expected is None
         outcome = run_program(
@@ -126,18 +149,35 @@ def score(
             return found
 
         verdicts = list(pool.map(run, replies))
-    found: dict[Setting, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[Setting, dict[str, list[Judged]]] = defaultdict(lambda: defaultdict(list))
     for reply, outcome in zip(replies, verdicts, strict=True):
-        found[reply.setting][reply.task].append(outcome)
-    return [_passes(setting, by_task) for setting, by_task in found.items()]
+        found[reply.setting][reply.task].append((reply, outcome))
+    return [_passes(setting, by_task, by_name) for setting, by_task in found.items()]
 
 
-def _passes(setting: Setting, by_task: Mapping[str, Sequence[str]]) -> Passes:
-    counts = {name: (len(row), row.count("passed")) for name, row in by_task.items()}
+def _passes(setting: Setting, by_task: Mapping[str, Sequence[Judged]], tasks: Mapping[str, Task]) -> Passes:
+    verdicts = {name: [outcome for _, outcome in rows] for name, rows in by_task.items()}
+    counts = {name: (len(row), row.count("passed")) for name, row in verdicts.items()}
+    outcomes = Counter(outcome for row in verdicts.values() for outcome in row)
+    curves = {"pass": [pass_at_k(n, c) for n, c in counts.values()]}
+    for by in ("utility", "logprob"):
+        if all(by in reply.scores for rows in by_task.values() for reply, _ in rows):
+            curves[f"best by {by}"] = [
+                best_of_k([reply.scores[by] for reply, _ in rows], [outcome == "passed" for _, outcome in rows])
+                for rows in by_task.values()
+            ]
+    right = {name: answer for name in by_task if (answer := tasks[name].answer) is not None}
+    if len(right) == len(by_task):
+        curves["majority"] = [
+            majority_at_k([final_answer(reply.text) for reply, _ in rows], right[name])
+            for name, rows in by_task.items()
+        ]
     largest = min(n for n, _ in counts.values())  # k beyond a task's replies has no unbiased estimate
-    table = np.stack([pass_at_k(n, c)[:largest] for n, c in counts.values()])
-    outcomes = Counter(outcome for row in by_task.values() for outcome in row)
-    return Passes(*setting, [estimate(column) for column in table.T], dict(outcomes.most_common()), counts)
+    found = {
+        name: [estimate(column) for column in np.stack([row[:largest] for row in rows]).T]
+        for name, rows in curves.items()
+    }
+    return Passes(*setting, found.pop("pass"), dict(outcomes.most_common()), counts, found)
 
 
 def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
@@ -152,6 +192,13 @@ def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
         counts = [str(passes.outcomes.get(name, 0)) for name in endings]
         row = [passes.model, f"{passes.temperature:g}", str(len(passes.tasks)), *numbers, *counts]
         lines.append(f"| {' | '.join(map(escaped, row))} |")
+    for name in dict.fromkeys(name for passes in scored for name in passes.selected):
+        rows = [
+            [passes.model, f"{passes.temperature:g}", *(str(passes.selected[name][k - 1]) for k in shown)]
+            for passes in scored
+            if name in passes.selected
+        ]
+        lines += ["", f"## {name} of k", "", *markdown_table([["model", "temperature", *map(str, shown)], *rows])]
     return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
 
 

@@ -1,10 +1,11 @@
-"""Programming tasks in the formats of HumanEval, MBPP and LiveCodeBench, and the programs made from a reply.
+"""Tasks in the formats of HumanEval, MBPP, LiveCodeBench and GSM8K, and the programs made from a reply.
 
 - HumanEval (and HumanEval+): task_id, prompt, entry_point, test
 - MBPP: task_id, text or prompt, test_list, and test_setup_code or test_imports if any
 - LiveCodeBench: question_id, question_content, public_test_cases and private_test_cases of {input, output, testtype},
   a list or JSON of one; starter_code; metadata with func_name, for functional tests. Private cases that are packed
   (base64 of a pickle) are refused: a pickle may run anything.
+- GSM8K: question and answer, and task_id if any; a final answer is compared, nothing is run
 
 The programs and the comparison of outputs are those of the benchmarks' own harnesses: openai/human-eval
 `execution.py`, bigcode-evaluation-harness `mbpp.py`, LiveCodeBench `testing_util.py`.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.evaluation.code.code_blocks import extract_code, parses
+from megatron_sfr.evaluation.code.exact_answers import reference_answer
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
 
@@ -65,6 +67,7 @@ class Task:
         continues: Whether a reply may continue `before` (HumanEval) instead of standing alone.
         tests: Code that runs after the reply's.
         cases: (stdin, expected stdout), each a separate run.
+        answer: The exact answer in canonical form; such a task has no programs.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Task:
     continues: bool = False
     tests: str = ""
     cases: tuple[tuple[str, str], ...] = ()
+    answer: str | None = None
 
     def programs(self, reply: str) -> list[Program]:
         """The programs of a reply; all of them have to succeed."""
@@ -105,7 +109,7 @@ def read_tasks(path: Path) -> list[Task]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
             where = f"{record.source}:{record.line}"
-            raise ValueError(f"{where}: not a task of HumanEval, MBPP or LiveCodeBench: {reason}") from error
+            raise ValueError(f"{where}: not a task of HumanEval, MBPP, LiveCodeBench or GSM8K: {reason}") from error
         if task.name in tasks:
             raise ValueError(f"{record.source}:{record.line}: the task {cut(task.name)} occurs twice; keep one")
         tasks[task.name] = task
@@ -139,6 +143,8 @@ def _parse(record: object) -> Task:
         return _human_eval(record)
     if "test_list" in record:
         return _mbpp(record)
+    if "answer" in record and "question" in record:
+        return _exact(record)
     return _live_code_bench(record)
 
 
@@ -183,6 +189,14 @@ def _live_code_bench(record: dict[str, Any]) -> Task:
     function = _text(json.loads(metadata) if isinstance(metadata, str) else metadata, "func_name")
     tests = FUNCTIONAL.format(cases=json.dumps(cases), name=function)
     return Task(name, asked, LIVE_CODE_BENCH, ("Solution", function), tests=tests)
+
+
+def _exact(record: dict[str, Any]) -> Task:
+    question = _text(record, "question")
+    name = _name(record, "task_id") if "task_id" in record else question
+    given = record["answer"]
+    number = type(given) in (int, float)
+    return Task(name, question, answer=reference_answer(str(given) if number else _text(record, "answer")))
 
 
 def _name(record: dict[str, Any], field: str) -> str:

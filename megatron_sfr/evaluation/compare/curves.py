@@ -64,6 +64,8 @@ class Curve:
     scores: Scores
     losses: dict[str, Loss]
     personas: dict[str, Loss]
+    vectors: Sequence[Sequence[np.ndarray]] = ()
+    """Of the embedded replies, by temperature and entry of `asked`."""
 
 
 class Scorer:
@@ -139,9 +141,14 @@ class Scorer:
             f"replies the same mode, at cosine {self.options.mode_threshold:g}."
         )
 
-    def scores(self, replies: Sequence[Sequence[str]], utilities: Sequence[Sequence[float]] | None = None) -> Scores:
+    def scores(
+        self,
+        replies: Sequence[Sequence[str]],
+        utilities: Sequence[Sequence[float]] | None = None,
+        vectors: Sequence[np.ndarray] | None = None,
+    ) -> Scores:
         """Every score of one model at one temperature; `[entry of asked][sample]`, read prompt by prompt."""
-        vectors = self._embed(replies, self.options.embedded)
+        vectors = self.embedded(replies) if vectors is None else vectors
         found = self._score(replies, vectors, self._references)
         if utilities is not None:
             found["utility_k"] = self._utility(vectors, utilities)
@@ -150,12 +157,22 @@ class Scorer:
     def _utility(self, vectors: Sequence[np.ndarray], utilities: Sequence[Sequence[float]]) -> np.ndarray:
         """NoveltyBench's utility_k of the embedded replies by shared prompt, the mean over its personas."""
         classes = [novelty_classes(rows, self.options.mode_threshold) for rows in vectors]
-        return np.array(
-            [
-                _mean([utility_k(classes[i], list(utilities[i][: len(classes[i])])) for i in cells])
-                for cells in self._cells.values()
-            ]
+        return self.by_prompt(
+            [utility_k(row, list(given[: len(row)])) for row, given in zip(classes, utilities, strict=True)]
         )
+
+    def by_prompt(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Means over the entries of each shared prompt: [entries] -> [P]."""
+        return np.array([_mean([values[i] for i in cells]) for cells in self._cells.values()])
+
+    def embedded(self, replies: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Vectors of the first replies of each entry of `asked`, as many as the scores read."""
+        return self._embed(replies, self.options.embedded)
+
+    @property
+    def references(self) -> Sequence[np.ndarray]:
+        """Vectors of the real replies, by entry of `asked`."""
+        return self._references
 
     def real(self) -> Scores:
         """Every score of the real replies, computed as for a model.
@@ -173,7 +190,10 @@ class Scorer:
         judged: by name, ratings by temperature and entry of asked [T, entries].
         """
         utilities = answers.utilities
-        scores = [self.scores(rows, utilities[t] if utilities else None) for t, rows in enumerate(answers.replies)]
+        vectors = [self.embedded(rows) for rows in answers.replies]
+        scores = [
+            self.scores(rows, utilities[t] if utilities else None, vectors[t]) for t, rows in enumerate(answers.replies)
+        ]
         stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
         stacked |= {name: np.stack(list(map(self.by_prompt, rows))) for name, rows in (judged or {}).items()}
         losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
@@ -181,11 +201,7 @@ class Scorer:
         whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
         personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
         spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
-        return Curve(answers.model, answers.temperatures, stacked, whole, spoken)
-
-    def by_prompt(self, values: np.ndarray) -> np.ndarray:
-        """Means over the entries of each shared prompt: [entries] -> [P]."""
-        return np.array([_mean(values[cells].tolist()) for cells in self._cells.values()])
+        return Curve(answers.model, answers.temperatures, stacked, whole, spoken, vectors)
 
     def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
         """Losses of a set's replies for each persona, grouped by shared prompt."""

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scores
+from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer, Scores
 from megatron_sfr.evaluation.compare.frontier import Gap, bootstrap_gap
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate, ratio
 from megatron_sfr.evaluation.scores.metrics import metric
+from megatron_sfr.evaluation.scores.similarity import similarity
+
+REAL = "real replies"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ class Axes:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """Mean cosine of the replies of two models, or of one, to the same prompt and persona."""
+
+    model: str
+    other: str
+    """The same model, another one, or `REAL`."""
+    temperature: float | None
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything reported. scores: by model and score, one per temperature, without a value at temperatures that only
     other models have; losses: by model and set, nats per token.
@@ -52,9 +66,17 @@ class Report:
     perplexities: dict[str, dict[str, Estimate]]
     gaps: list[Gap]
     notes: tuple[str, ...]
+    similarity: tuple[Similarity, ...] = ()
+    """Within and across models; empty for a single model."""
 
 
-def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str], real: Scores) -> Report:
+def summarise(
+    curves: Sequence[Curve],
+    axes: Sequence[Axes],
+    notes: Sequence[str],
+    real: Scores,
+    similarity: Sequence[Similarity] = (),
+) -> Report:
     """Every model's estimates, and its gap to the first model on all axes. real: scores of the real replies."""
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
@@ -81,7 +103,30 @@ def summarise(curves: Sequence[Curve], axes: Sequence[Axes], notes: Sequence[str
             for axis in axes
         ],
         notes=tuple(notes),
+        similarity=tuple(similarity),
     )
+
+
+def similarities(curves: Sequence[Curve], scorer: Scorer) -> list[Similarity]:
+    """For each temperature every pair of models that have it, every model itself, and every model and the real replies.
+
+    Models may share random numbers, so samples of the same index are not compared.
+    """
+    found = []
+    temperatures = {t for curve in curves for t in curve.temperatures}
+    for temperature in sorted(temperatures, key=lambda t: -1.0 if t is None else t):
+        at = {
+            curve.model: curve.vectors[curve.temperatures.index(temperature)]
+            for curve in curves
+            if temperature in curve.temperatures
+        }
+        names = list(at)
+        for i, model in enumerate(names):
+            for other in (*names[i:], REAL):
+                pairs = zip(at[model], scorer.references if other == REAL else at[other], strict=True)
+                values = scorer.by_prompt([similarity(a, b, paired=other != REAL) for a, b in pairs])
+                found.append(Similarity(model, other, temperature, estimate(values)))
+    return found if len(curves) > 1 and any(pair.estimate.n for pair in found) else []
 
 
 def _scores(curve: Curve, real: Scores, temperatures: Sequence[float | None]) -> dict[str, list[Estimate]]:

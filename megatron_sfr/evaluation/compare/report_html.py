@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 from megatron_sfr.evaluation.compare.questions import Answered, shown_temperature
 from megatron_sfr.evaluation.compare.report import Report, verdict
-from megatron_sfr.evaluation.compare.tables import INTERVALS, columns, direction, heads, loss_tables, score_rows
+from megatron_sfr.evaluation.compare.tables import (
+    INTERVALS,
+    SIMILARITY,
+    columns,
+    direction,
+    heads,
+    loss_tables,
+    score_rows,
+    similarity_tables,
+)
 from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.scores.metrics import metric
 from megatron_sfr.html import bullets, document, download, folded, heading, image, note, table
@@ -56,6 +65,9 @@ def page(report: Report, title: str, picture: bytes | None, samples: Sequence[Sa
     parts += [note(INTERVALS.format(n=report.prompts)), *map(note, report.notes)]
     for caption, losses in loss_tables(report, str):
         parts += [heading(caption), table(losses)]
+    for caption, rows in similarity_tables(report):
+        parts += [heading(caption), table(rows)]
+    parts += [note(SIMILARITY)] if report.similarity else []
     parts += [heading("Replies"), note("The first sample of each; they were not chosen."), FILTER]
     parts += [folded(sample.question, table(sample.rows)) for sample in samples]
     meanings = [[name, metric(name).kind, metric(name).meaning + direction(name)] for name in names]

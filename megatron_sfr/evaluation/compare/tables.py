@@ -8,11 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sfr.evaluation.compare.questions import shown_temperature
-from megatron_sfr.evaluation.compare.report import Report, verdict
+from megatron_sfr.evaluation.compare.report import REAL, Report, verdict
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.evaluation.scores.metrics import METRICS, metric
 
 MARKUP = re.compile(r"[\\`*_|~$]|\](?=[(\[])")  # of GitHub's Markdown, within a line
+SIMILARITY = (
+    "Similarity: mean cosine of two replies to the same prompt and persona, within a model on the diagonal, across "
+    "models beside it. Models that say the same are as similar to each other as each is to itself."
+)
 INTERVALS = (
     "Intervals are 95 % bootstrap intervals over {n} prompts; they cover prompts and sampling, not training seeds."
 )
@@ -40,6 +44,9 @@ def markdown(report: Report, title: str, picture: str) -> str:
     lines += ["", INTERVALS.format(n=report.prompts), *(f"\n{escaped(note)}" for note in report.notes)]
     for caption, table in loss_tables(report, str):
         lines += ["", f"{caption}:", "", *markdown_table(table)]
+    for caption, table in similarity_tables(report):
+        lines += ["", f"{caption}:", "", *markdown_table(table)]
+    lines += ["", SIMILARITY] if report.similarity else []
     lines += ["", *(f"- {name}: {metric(name).meaning}{direction(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
@@ -87,6 +94,17 @@ def loss_tables(report: Report, show: Any) -> Iterator[tuple[str, list[list[str]
         if names := list(next(iter(found.values()))):
             rows = [[model, *map(show, values.values())] for model, values in found.items()]
             yield title, [["model", *(name or "no persona" for name in names)], *rows]
+
+
+def similarity_tables(report: Report) -> Iterator[tuple[str, list[list[str]]]]:
+    """(title, table) of the similarities at each temperature that two models have; within a model on the diagonal."""
+    for temperature in dict.fromkeys(pair.temperature for pair in report.similarity):
+        found = {(p.model, p.other): str(p.estimate) for p in report.similarity if p.temperature == temperature}
+        models = list(dict.fromkeys(model for model, _ in found))
+        if len(models) > 1:
+            names = [*models, *([REAL] if any(e != "-" for (_, other), e in found.items() if other == REAL) else [])]
+            rows = [[m, *(found.get((m, n)) or found.get((n, m), "-") for n in names)] for m in models]
+            yield f"Similarity of replies, temperature {shown_temperature(temperature)}", [["model", *names], *rows]
 
 
 def direction(name: str) -> str:

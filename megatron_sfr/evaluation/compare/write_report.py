@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_sfr.evaluation.compare.curves import Scorer
 from megatron_sfr.evaluation.compare.plot import draw
 from megatron_sfr.evaluation.compare.questions import Answered
-from megatron_sfr.evaluation.compare.report import Axes, Report, summarise
+from megatron_sfr.evaluation.compare.report import Axes, Report, similarities, summarise
 from megatron_sfr.evaluation.compare.report_html import page, side_by_side
 from megatron_sfr.evaluation.compare.tables import as_json, markdown, terminal
 from megatron_sfr.evaluation.generate.prompts import Asked
@@ -41,7 +41,8 @@ def write_report(
     judged = _judged(judge, scorer, answered, output)
     curves = [scorer.curve(model, judged.models.get(model.model)) for model in answered]
     real = scorer.real() | {name: scorer.by_prompt(ratings) for name, ratings in judged.real.items()}
-    report = summarise(curves, axes, [*scorer.notes(drawn), *judged.notes], real)
+    notes = [*scorer.notes(drawn), *judged.notes]
+    report = summarise(curves, axes, notes, real, similarities(curves, scorer))
     plot = None
     if axes:
         draw(report, output / picture, title)

@@ -1,0 +1,90 @@
+"""Final answers: where they stand in a reply, which are equal, and a GSM8K file scored from prompts to the plot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.cli import main
+from megatron_sfr.evaluation.code.exact_answers import canonical, final_answer, reference_answer
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("48 / 2 = <<48/2=24>>24 clips.\n#### 72", "72"),
+        ("First 3, then 5. The answer is 1,200.00.", "1200"),
+        ("The answer is **$18** per day.\n", "18"),
+        (r"So \boxed{\frac{1}{2}} of 7.", "1/2"),
+        (r"\boxed{3} no, \boxed{x^{2}+1}.", "x^{2}+1"),
+        ("Final Answer: Paris.", "paris"),
+        ("The answer is: 7 apples. I hope this helps.", "7"),
+        ("It costs 5 and then 3.5 dollars.", "7/2"),
+        ("He has -4.", "-4"),
+        ("<think>The answer is 3.</think>The answer is 4.", "4"),
+        ("I cannot tell.", None),
+        ("", None),
+        ("9" * 5000, "9" * 5000),
+        ("1/0", "1/0"),  # not a number: as text
+    ],
+)
+def test_the_final_answer_is_the_last_marked_one_or_the_last_number(reply: str, answer: str | None) -> None:
+    assert final_answer(reply) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("0.5", "1/2", True),
+        ("$1,000", "1000.0", True),
+        ("50%", "50", True),
+        ("12 apples", "12", True),
+        ("Paris.", "paris", True),
+        ("(3, 4)", "3", False),
+        ("2x", "2", False),
+        ("2x", "2y", False),
+        ("1,23", "123", False),
+    ],
+)
+def test_answers_are_compared_as_numbers_else_as_text(one: str, other: str, equal: bool) -> None:
+    assert (canonical(one) == canonical(other)) == equal
+
+
+def test_a_blank_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="the answer is blank"):
+        reference_answer("#### .")
+
+
+def test_questions_are_scored_by_pass_best_and_majority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = [{"question": "6 * 7?", "answer": "It is 42.\n#### 42"}, {"question": "Half?", "answer": 0.5, "task_id": 3}]
+    path, prompts, replies = (tmp_path / name for name in ("gsm.jsonl", "prompts.jsonl", "replies.jsonl"))
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    assert main(["evaluate-code", "--tasks", str(path), "--write-prompts", str(prompts)]) == 0
+    assert [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()] == ["6 * 7?", "Half?"]
+    found = [  # question or task, text, utility, logprob of 2 tokens
+        ({"question": "6 * 7?"}, "The answer is 42.", 0.1, -1.0),
+        ({"question": "6 * 7?"}, "42", 0.2, -2.0),
+        ({"question": "6 * 7?"}, "41", 0.9, -8.0),
+        ({"task_id": 3}, "1/2", 0.3, -3.0),
+        ({"task_id": 3}, "2", 0.2, -1.0),
+        ({"task_id": 3}, "Nobody knows.", 0.1, -0.1),
+    ]
+    rows = [task | {"text": text, "utility": u, "logprob": p, "tokens": 2} for task, text, u, p in found]
+    replies.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["evaluate-code", "--tasks", str(path), "--replies", str(replies), "--output", str(tmp_path / "out")]
+    assert main(run) == 0
+    [scores] = json.loads((tmp_path / "out" / "code.json").read_text())["scores"]
+    assert scores["outcomes"] == {"passed": 3, "wrong answer": 2, "no answer": 1}
+    mean = {name: [round(e["mean"], 6) for e in row] for name, row in scores["selected"].items()}
+    assert [round(e["mean"], 6) for e in scores["pass_at"]] == [0.5, 0.833333, 1.0]
+    assert mean["best by utility"] == [0.5, 0.5, 0.5]  # of k = 2: 1/3 of the pairs of one task, 2/3 of the other's
+    assert mean["best by logprob"] == [0.5, 0.5, 0.5]
+    assert mean["majority"][0] == pytest.approx(0.5, abs=0.05)
+    assert mean["majority"][2] == 0.75  # 42 twice; 1/2 and 2 once each
+    page = (tmp_path / "out" / "code.md").read_text()
+    assert "## best by logprob of k" in page
+    assert "Sandbox" not in page
+    assert (tmp_path / "out" / "code.png").read_bytes().startswith(b"\x89PNG")
+    replies.write_text(json.dumps(rows[0] | {"utility": "good"}) + "\n")
+    assert main(run) == 2
+    assert "replies.jsonl:1: the utility is 'good'" in capsys.readouterr().err
