@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_wandb_writer
 
@@ -23,7 +22,7 @@ from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
 from megatron_sfr.kl_flow.model import KLFlowModelConfig
-from megatron_sfr.model.builder import SFRModelConfig
+from megatron_sfr.model.builder import SFRModelConfig, gpt_config_from_args
 from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec
 from megatron_sfr.model.lora.attach import attach_adapters

@@ -1,15 +1,29 @@
-"""Upstream's GPT builder, plus the flow head on the stage that computes the loss."""
+"""Upstream's GPT builder, plus the flow head on the stage that computes the loss.
+
+The only module that takes builders and configurations of model classes from Megatron's training package. They are for
+the other builder, of KL-flow, too.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_sfr.model.attach_head import attach_head
 from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.gradient_fusion import fuse_layers
+
+__all__ = [
+    "GPTModelBuilder",
+    "GPTModelConfig",
+    "SFRModelBuilder",
+    "SFRModelConfig",
+    "default_layer_spec",
+    "gpt_config_from_args",
+]
 
 
 @dataclass(kw_only=True)
@@ -32,7 +46,7 @@ class SFRModelBuilder(GPTModelBuilder):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         vp_stage: int | None = None,
-    ) -> GPTModel:
+    ) -> MegatronModule:
         """One model chunk. Arguments as upstream's; ValueError if sfr_layer is not on the last pipeline stage."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         config: SFRModelConfig = self._model_config

@@ -7,7 +7,7 @@ enough to mark the norm's parameters sequence_parallel: upstream then sums their
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.base import ModelConfig
 from torch import nn
 
 from megatron_sfr.model.gathered_attention import GatheredAttention
@@ -21,7 +21,7 @@ def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -
     return norm
 
 
-def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def local_block_spec(config: ModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Spec of one stage's decoder layers, for GPTModelConfig.transformer_layer_spec. Experts run sequentially."""
     transformer = config.transformer
     spec = get_gpt_layer_local_spec(
