@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
-from megatron_sfr.model.model_class import require_output_processor
+from megatron_sfr.model.model_class import ensure_output_processor
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.loss_base import TokenLoss
@@ -122,7 +122,7 @@ class ForwardStep:
         flow = self._begin(model, context) if last and self.term is not None else None
         microbatch = Microbatch(batch, context, flow)
         if last:
-            require_output_processor(model)
+            ensure_output_processor(model)
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None

@@ -12,7 +12,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from megatron_sfr.model.model_class import HOOK, require_output_processor, takes_output_processor
+from megatron_sfr.model import model_class
+from megatron_sfr.model.model_class import HOOK, ensure_output_processor, takes_output_processor
 from megatron_sfr.runtime.replacements import Replacement
 from megatron_sfr.training.forward_step import ForwardStep
 from tests.runtime.test_replacements import EVERYTHING, label
@@ -58,8 +59,31 @@ def test_gpt_model_passes_to_the_hook_what_the_losses_read() -> None:
 
 
 def test_hybrid_model_has_no_such_hook_yet() -> None:
-    """When this fails, SFR can move to HybridModel, and docs/upstream.md has to say so."""
+    """When this fails, remove _WithProcessor from model/model_class.py, and say so in docs/upstream.md."""
     assert not parameters(upstream(HYBRID, "HybridModel").forward).keys() & HOOK
+
+
+def test_hybrid_model_stops_at_one_flag_before_its_loss() -> None:
+    """What our hook relies on: forward returns the hidden states of a stage without output layer, and nothing else of
+    it reads that flag."""
+    forward = ast.parse(textwrap.dedent(inspect.getsource(upstream(HYBRID, "HybridModel").forward)))
+    reads = [node for node in ast.walk(forward) if isinstance(node, ast.Attribute) and node.attr == "post_process"]
+    stops = [
+        node for node in ast.walk(forward) if isinstance(node, ast.If) and "self.post_process" in ast.unparse(node.test)
+    ]
+    assert len(reads) == len(stops) == 1
+    assert ast.unparse(stops[0]) == "if not self.post_process:\n    return hidden_states"
+
+
+def test_our_hook_passes_what_upstreams_passes_and_the_losses_read() -> None:
+    ours = passed_to_the_processor(model_class._WithProcessor.forward)
+    assert ours >= read_by_the_losses()
+    assert ours <= passed_to_the_processor(upstream(GPT, "GPTModel")._postprocess)
+
+
+def test_the_page_names_the_flag_and_the_method_of_our_hook() -> None:
+    assert "`HybridModel.forward`" in PAGE
+    assert "`post_process`" in PAGE
 
 
 class NoHook(MegatronModule):
@@ -71,7 +95,7 @@ def test_a_model_without_the_hook_is_refused_by_name_also_in_its_wrapper() -> No
     config = TransformerConfig(num_layers=1, hidden_size=2, num_attention_heads=1, cuda_graph_modules=[], bf16=True)
     for model in (NoHook(config), Float16Module(config, NoHook(config))):
         with pytest.raises(ValueError, match=r"^NoHook\.forward takes no output_processor, by which the losses"):
-            require_output_processor(model)
+            ensure_output_processor(model)
 
 
 @pytest.mark.parametrize("entry", EVERYTHING, ids=label)
