@@ -92,17 +92,20 @@ def takes_output_processor(model_class: type) -> bool:
     return inspect.signature(model_class.forward).parameters.keys() >= HOOK  # type: ignore[attr-defined]
 
 
-def ensure_output_processor(model: MegatronModule) -> None:
-    """Adds the hook to a HybridModel, wrapped or not, that lacks it. Raises ValueError for other models without it.
+def ensure_output_processor(model: MegatronModule) -> MegatronModule:
+    """Returns a model, wrapped or not, that takes an output processor. Raises ValueError for one that cannot.
+
+    Adds the hook to a HybridModel that lacks it.
 
     Like torch's FSDP 2 it changes the class of the object to a subclass, so that no name of a parameter changes.
     """
     inner = unwrap_model(model)
     if takes_output_processor(inner.__class__):
-        return
+        return model
     if not isinstance(inner, HybridModel):
         raise ValueError(
             f"{inner.__class__.__name__}.forward takes no output_processor, by which the losses read the last hidden "
             "states: build the model from a class of Megatron that has it"
         )
     inner.__class__ = _with_processor(inner.__class__)
+    return model

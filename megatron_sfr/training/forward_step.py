@@ -100,6 +100,7 @@ class ForwardStep:
         self.data, self.lock_fork, self.personas = data, lock_fork, personas
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
         self.reported_bound = False
+        self.checked: MegatronModule | None = None  # the model that is known to take an output processor
 
     def __call__(self, data_iterator: Iterator[Batch], model: MegatronModule, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
@@ -122,7 +123,7 @@ class ForwardStep:
         flow = self._begin(model, context) if last and self.term is not None else None
         microbatch = Microbatch(batch, context, flow)
         if last:
-            ensure_output_processor(model)
+            self.checked = model if model is self.checked else ensure_output_processor(model)
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None

@@ -63,10 +63,6 @@ def _several_iterators(_: Any, args: Any) -> bool:
     return args.tensor_model_parallel_size > 1 or bool(chunks) or "|" in (args.hybrid_layer_pattern or "")
 
 
-def _of_gpt(_: Any, args: Any) -> bool:
-    return args.model_class == "gpt"
-
-
 DATA = (
     Refused("mock_data", "training reads prepared folders", "name one in train_data_path"),
     Refused(
@@ -229,7 +225,7 @@ MODEL = (
         "mamba_training_ssm_states_dtype",
         "it belongs to Megatron's HybridModel, and the model is its GPTModel",
         "set model_class to hybrid, or leave it out",
-        _of_gpt,
+        lambda _, args: args.model_class == "gpt",
         "with model_class gpt",
     ),
     Refused(
