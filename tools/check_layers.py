@@ -4,6 +4,7 @@ CONTRIBUTING.md explains the rules; the table of layers is here. Imports inside 
 """
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,10 @@ WITHOUT_MEGATRON = (
     *("storage", "data", "flow", "kernels", "objectives"),
     *("kl_flow.simplex_path", "kl_flow.corruption", "kl_flow.sampling"),
 )
+MODEL_CLASSES = {  # the one module that may import Megatron's model classes, and the one for their builders
+    f"{PACKAGE}.model.model_class": r"megatron\.core\.(models\.(gpt|hybrid|mamba)|.*\b(GPT|Hybrid|Mamba)Model)",
+    f"{PACKAGE}.model.builder": r"megatron\.training\..*((GPT|Hybrid)Model(Builder|Config)|_config_from_args)",
+}
 COMMANDS = f"{PACKAGE}.cli."  # a command's module has the command's name, even if another module has it too
 FOLDERS = (PACKAGE, "tests", "tools", "examples")
 MOST_FILE_LINES = 300
@@ -118,6 +123,17 @@ def check_layers(source: Source, modules: frozenset[str]) -> Iterator[Violation]
         elif not may_import(source.part, other):
             upper = f"{source.part} (layer {LAYERS[source.part]})"
             yield Violation(source.path, line, f"{upper} may not import {name} (layer {LAYERS[other]})")
+
+
+def check_model_class(source: Source) -> Iterator[Violation]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for name in (f"{module}{alias.name}" for alias in node.names):
+                for owner, classes in MODEL_CLASSES.items():
+                    if source.module != owner and re.fullmatch(classes, name):
+                        what = f"{name} belongs in {owner}: work by what a model offers, not by its class"
+                        yield Violation(source.path, node.lineno, what)
 
 
 def check_layout(source: Source, paths: frozenset[Path]) -> Iterator[Violation]:
@@ -261,7 +277,7 @@ def check(root: Path) -> list[Violation]:
     violations = [violation for source in sources for violation in check_size(source)]
     for source in ours:
         violations += [*check_layers(source, modules), *check_layout(source, paths), *check_exports(source, modules)]
-        violations += check_state(source)
+        violations += [*check_state(source), *check_model_class(source)]
         if source.part != "runtime":
             violations += check_cuda(source)
     violations += [*check_folders(ours), *check_cycles(ours, modules)]

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import get_wandb_writer
 
 from megatron_sfr.config.lora_checks import base_fingerprint, check_adapters
+from megatron_sfr.config.model_class_checks import check_stored_model
 from megatron_sfr.config.run_plan import RunPlan
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_prepared
@@ -23,9 +23,14 @@ from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
 from megatron_sfr.kl_flow.model import KLFlowModelConfig
-from megatron_sfr.model.builder import SFRModelConfig
+from megatron_sfr.model.builder import (
+    SFRHybridConfig,
+    SFRModelConfig,
+    gpt_config_from_args,
+    hybrid_config_from_args,
+)
 from megatron_sfr.model.flow_head import FlowHeadPlan
-from megatron_sfr.model.local_spec import local_block_spec
+from megatron_sfr.model.local_spec import local_block_spec, local_hybrid_spec
 from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.training.auxiliary_loss import FlowTerm
@@ -37,20 +42,17 @@ from megatron_sfr.training.metrics_log import JsonLines
 from megatron_sfr.training.persona_metrics import PersonaMetrics
 
 
-def model_config(plan: RunPlan) -> SFRModelConfig | KLFlowModelConfig:
+def model_config(plan: RunPlan) -> SFRModelConfig | SFRHybridConfig | KLFlowModelConfig:
     """The model to build. With a flow head, opens the target stores to read their dimension."""
     args = plan.megatron
     if plan.is_kl_flow:
         denoiser = denoiser_config(args)
         adapt_config(plan.backend, denoiser)
         return denoiser
-    config = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
-    config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
+    config = _gpt_config(args) if plan.model.model_class == "gpt" else _hybrid_config(args)
     adapt_config(plan.backend, config)
     if plan.separator is not None:
         config.transformer.masked_softmax_fusion = False  # the fused causal softmax does not read a mask
-    if args.transformer_impl == "local" and args.spec is None:
-        config.transformer_layer_spec = local_block_spec
     if plan.data.sfr:
         config.head = head_plan(plan)
     lora = plan.lora if plan.lora.rank is not None else None
@@ -63,15 +65,30 @@ def model_config(plan: RunPlan) -> SFRModelConfig | KLFlowModelConfig:
     return config
 
 
+def _gpt_config(args: argparse.Namespace) -> SFRModelConfig:
+    config: SFRModelConfig = gpt_config_from_args(args, model_config_cls=SFRModelConfig)
+    config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19.2 leaves its own 8 there
+    if args.transformer_impl == "local" and args.spec is None:
+        config.transformer_layer_spec = local_block_spec
+    return config
+
+
+def _hybrid_config(args: argparse.Namespace) -> SFRHybridConfig:
+    config: SFRHybridConfig = hybrid_config_from_args(args, model_config_cls=SFRHybridConfig)
+    if args.transformer_impl == "local" and args.spec is None:
+        config.hybrid_stack_spec = local_hybrid_spec(config.transformer)
+    return config
+
+
 def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Checks that the checkpoints that a run loads were written by the same task, with adapters if it has adapters.
+    """Checks that the checkpoints that a run loads are of the same task and layers, with adapters if it has adapters.
 
     Upstream would load whatever fits of another task's model.
 
     Returns:
         The arguments of the run that wrote the checkpoint in --load; empty if there is none.
     Raises:
-        ValueError: a checkpoint was written by another task, or has other adapters.
+        ValueError: a checkpoint was written by another task, or has other layers or adapters.
     """
     arguments: dict[str, Mapping[str, Any]] = {}
     args.lora_base_fingerprint = base_fingerprint(args)
@@ -85,6 +102,8 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
         except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
             continue
         check_adapters(args, path, checkpoint)
+        if check_stored_model(args, path, stored) and (args.finetune or not checkpoint_exists(args.load)):
+            args.no_load_optim = True  # megatron-core 0.19.2 loads it from GPTModel's checkpoint, weights only or not
         arguments[path] = stored
         task = stored.get("training_task", "autoregressive")
         if task != args.training_task:

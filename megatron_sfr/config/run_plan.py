@@ -15,6 +15,7 @@ from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.lora.options import LoRAOptions
+from megatron_sfr.model.model_class import ModelOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -36,6 +37,8 @@ class RunPlan:
     """Where the run computes."""
     task: TaskOptions
     """The kind of model."""
+    model: ModelOptions
+    """Megatron's class of it."""
     kl_flow: KLFlowOptions
     """The noise of KL-flow, for the task kl-flow."""
     kl_flow_model: KLFlowModelOptions
@@ -101,6 +104,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         megatron=args,
         backend=backend,
         task=options(TaskOptions, args),
+        model=options(ModelOptions, args),
         kl_flow=options(KLFlowOptions, args),
         kl_flow_model=options(KLFlowModelOptions, args),
         objective=name,

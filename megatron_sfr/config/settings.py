@@ -17,6 +17,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
 from megatron_sfr.config.flags.flag_table import refusal
+from megatron_sfr.config.model_class_checks import pattern_flags
 from megatron_sfr.config.objective import ObjectiveOptions, check_objective
 from megatron_sfr.config.option_flags import add_flags, options
 from megatron_sfr.config.recipe import hyphenated, nearest, read_recipe
@@ -28,6 +29,7 @@ from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
 from megatron_sfr.kl_flow.model import KLFlowModelOptions
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.model.lora.options import LoRAOptions
+from megatron_sfr.model.model_class import ModelOptions
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
@@ -68,7 +70,7 @@ class PresetOptions:
 LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
 
 PARTS = (
-    *(TaskOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
+    *(TaskOptions, ModelOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
     *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions),
     *(FlowHeadOptions, HeadOptimizerOptions, LockForkOptions, LoadOptions, StartOptions, LoRAOptions),
     *(RetentionOptions, ProfileOptions, BackendOptions),
@@ -232,6 +234,7 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
     args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
     flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
     args = parser.read(flags)
+    flags += pattern_flags(args)
     if (steps := train_iters_of(vars(args))) is not None:
         flags += ["--train-iters", str(steps)]
     if args.save and not args.load:  # a run that is started again resumes

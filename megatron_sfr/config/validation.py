@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_sfr.config.long_sequence_checks import chunk_contradictions, context_contradictions
 from megatron_sfr.config.lora_checks import lora_contradictions
+from megatron_sfr.config.model_class_checks import model_contradictions
 from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
@@ -15,6 +16,7 @@ Rows = list[tuple[Any, str]]
 def contradiction(args: argparse.Namespace) -> str | None:
     """The first incompatible combination among parsed arguments, in one line; None if there is none."""
     rows = _of_the_run(args) + _of_the_start(args) + _of_validation_sets(args)
+    rows += model_contradictions(args, separator(args))
     rows += _of_separation(args) + lora_contradictions(args) + chunk_contradictions(args)
     rows += context_contradictions(args, separator(args))
     rows += _of_the_term(args) if args.sfr else []

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.core.transformer.module import MegatronModule
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.kl_flow.corruption import KLFlowOptions
 from megatron_sfr.kl_flow.model import KLFlowModelBuilder, KLFlowModelConfig, KLFlowModelOptions
+from megatron_sfr.model.builder import gpt_config_from_args
 from megatron_sfr.option_names import to_arguments
 from megatron_sfr.runtime.backend import UNFUSED, adapt_config, changes_for, device, join
 
@@ -67,7 +67,7 @@ def _arguments(folder: Path, backend: Literal["cpu", "cuda"], ranks: int) -> arg
     return args
 
 
-def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel, argparse.Namespace]:
+def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[MegatronModule, argparse.Namespace]:
     """The model, ready for `model.kl_flow.denoise`, and the arguments of the run that wrote it.
 
     Each of torchrun's ranks gets a tensor-parallel shard; without torchrun this process is the only rank. The
@@ -93,7 +93,7 @@ def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[GPTModel
 
 
 @torch.no_grad()
-def _fill(model: GPTModel, checkpoint: Checkpoint) -> None:
+def _fill(model: MegatronModule, checkpoint: Checkpoint) -> None:
     """Reads every parameter in place, by the names and boxes under which upstream would store it."""
     stacked = "decoder.layers.0.mlp.linear_fc2.weight" not in checkpoint.tensors
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

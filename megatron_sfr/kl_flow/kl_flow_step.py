@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class KLFlowStep:
         self.vocab_size, self.seq_length, self.options = vocab_size, seq_length, options
         self.time_everywhere, self.end_token = time_everywhere, end_token
 
-    def __call__(self, data_iterator: Iterator[Batch], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
+    def __call__(self, data_iterator: Iterator[Batch], model: MegatronModule, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into the loss."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)

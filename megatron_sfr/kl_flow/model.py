@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
@@ -22,9 +21,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_attr_wrapped_model, make_tp_sharded_tensor_for_checkpoint
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from torch import Tensor, nn
 
+from megatron_sfr.model.builder import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from megatron_sfr.model.gradient_fusion import fuse_layers
 from megatron_sfr.model.local_spec import local_block_spec, local_norm
 from megatron_sfr.model.velocity import sinusoids
@@ -198,7 +197,7 @@ class KLFlowModelBuilder(GPTModelBuilder):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         vp_stage: int | None = None,
-    ) -> GPTModel:
+    ) -> MegatronModule:
         """One stage of the model; arguments as upstream's. ValueError without rotary positions."""
         config: KLFlowModelConfig = self._model_config
         if config.position_embedding_type != "rope":

@@ -1,10 +1,9 @@
-"""Attaches the flow head to a GPT, and collects the output of the layer that the head reads."""
+"""Attaches the flow head to a model, and collects the output of the layer that the head reads."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -28,7 +27,7 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
     Example:
         >>> import megatron_sfr as sfr
         >>> hook = sfr.attach_head(sfr.FlowHeadPlan(sfr.FlowHeadOptions(), dim=384))
-        >>> hook([])  # a rank without model chunks; usually a list of GPTModel
+        >>> hook([])  # a rank without model chunks; usually a list of models
         []
     """
 
@@ -42,7 +41,7 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
     return attach
 
 
-def _check_layer(model: GPTModel, number: int | None) -> None:
+def _check_layer(model: MegatronModule, number: int | None) -> None:
     here = [layer.layer_number for layer in model.decoder.layers]
     if number is not None and number not in here:
         layers = f"layers {min(here)} to {max(here)}" if here else "no layers"
@@ -50,7 +49,7 @@ def _check_layer(model: GPTModel, number: int | None) -> None:
 
 
 @contextmanager
-def layer_output(model: GPTModel, number: int | None, outputs: list[Tensor]) -> Iterator[None]:
+def layer_output(model: MegatronModule, number: int | None, outputs: list[Tensor]) -> Iterator[None]:
     """Context in which each forward pass of the model appends the output of a decoder layer [S, B, H] to `outputs`.
 
     Args:
@@ -60,8 +59,8 @@ def layer_output(model: GPTModel, number: int | None, outputs: list[Tensor]) -> 
         yield
         return
 
-    def collect(_layer: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:
-        outputs.append(output[0])
+    def collect(_layer: Any, _inputs: Any, output: Tensor | tuple[Tensor, Any]) -> None:
+        outputs.append(output if isinstance(output, Tensor) else output[0])  # a Mamba layer returns no context
 
     layers = get_attr_wrapped_model(model, "decoder").layers
     handle = next(layer for layer in layers if layer.layer_number == number).register_forward_hook(collect)

@@ -1,13 +1,25 @@
 """Upstream's local layer spec, dense or with experts, with a norm that also works under sequence parallelism.
 
+For HybridModel, for which upstream has specs of Transformer Engine only, the same attention and MLP as separate layers.
+
 Without Apex, upstream uses torch's norm and asserts that sequence parallelism is off (megatron-core 0.19.2). It is
 enough to mark the norm's parameters sequence_parallel: upstream then sums their gradients over the tensor group.
 """
 
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from megatron.training.models.base import ModelConfig
 from torch import nn
 
 from megatron_sfr.model.gathered_attention import GatheredAttention
@@ -21,9 +33,15 @@ def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -
     return norm
 
 
-def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def local_block_spec(config: ModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Spec of one stage's decoder layers, for GPTModelConfig.transformer_layer_spec. Experts run sequentially."""
-    transformer = config.transformer
+    spec = _layer_spec(config.transformer)
+    layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=local_norm)
+
+
+def _layer_spec(transformer: TransformerConfig) -> ModuleSpec:
+    """Spec of a layer of GPTModel."""
     spec = get_gpt_layer_local_spec(
         num_experts=transformer.num_moe_experts,
         qk_layernorm=transformer.qk_layernorm,
@@ -39,5 +57,47 @@ def local_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Tra
         layer.self_attention.submodules.core_attention = GatheredAttention
     if transformer.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = local_norm
-    layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=local_norm)
+    return spec
+
+
+class LocalHybridStack(HybridStack):
+    """Upstream's stack with torch's final norm; upstream builds Transformer Engine's, whatever the spec says."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs, post_layer_norm=False)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = local_norm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
+    """Spec of HybridModel's attention and MLP (or experts), for HybridModelConfig.hybrid_stack_spec.
+
+    They are the two halves of GPTModel's layer, with the same names in a checkpoint except for the layer's number.
+    """
+    both = _layer_spec(transformer).submodules
+    names = both.sharded_state_dict_keys_map
+    attention = TransformerLayerSubmodules(
+        input_layernorm=both.input_layernorm,
+        self_attention=both.self_attention,
+        self_attn_bda=both.self_attn_bda,
+        sharded_state_dict_keys_map={key: name for key, name in names.items() if key == "input_layernorm."},
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=both.pre_mlp_layernorm,
+        mlp=both.mlp,
+        mlp_bda=both.mlp_bda,
+        sharded_state_dict_keys_map={key: name for key, name in names.items() if key == "pre_mlp_layernorm."},
+    )
+    experts = transformer.num_moe_experts is not None
+    return ModuleSpec(
+        module=LocalHybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            **{
+                "moe_layer" if experts else "mlp_layer": ModuleSpec(
+                    module=MoETransformerLayer if experts else MLPLayer, submodules=mlp
+                )
+            },
+        ),
+    )

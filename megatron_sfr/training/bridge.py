@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
@@ -23,7 +23,7 @@ def forward_step(
     schedule: ScheduleOptions | None = None,
     resets_attention: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> Callable[[Any, Iterator[Any], GPTModel], tuple[Any, Any]]:
+) -> Callable[[Any, Iterator[Any], MegatronModule], tuple[Any, Any]]:
     """Returns a forward step: one microbatch through the model, with token loss and auxiliary loss.
 
     Megatron-Bridge's `pretrain` and `finetune` accept it, and pass their GlobalState as its first argument. Another
@@ -57,7 +57,7 @@ def forward_step(
         vocab_size, name, loss, term, schedule or ScheduleOptions(), resets_attention, chunk_tokens=chunk_tokens
     )
 
-    def step(state: Any, data_iterator: Iterator[Any], model: GPTModel) -> tuple[Any, Any]:
+    def step(state: Any, data_iterator: Iterator[Any], model: MegatronModule) -> tuple[Any, Any]:
         context = state if isinstance(state, StepContext) else bridge_context(state)
         return forward(data_iterator, model, context)
 

@@ -10,14 +10,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_sfr.model.attach_head import layer_output
 from megatron_sfr.model.flow_head import FlowHead
+from megatron_sfr.model.model_class import ensure_output_processor
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.loss_base import TokenLoss
@@ -100,8 +101,9 @@ class ForwardStep:
         self.data, self.lock_fork, self.personas = data, lock_fork, personas
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
         self.reported_bound = False
+        self.checked: MegatronModule | None = None  # the model that is known to take an output processor
 
-    def __call__(self, data_iterator: Iterator[Batch], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
+    def __call__(self, data_iterator: Iterator[Batch], model: MegatronModule, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
@@ -122,6 +124,7 @@ class ForwardStep:
         flow = self._begin(model, context) if last and self.term is not None else None
         microbatch = Microbatch(batch, context, flow)
         if last:
+            self.checked = model if model is self.checked else ensure_output_processor(model)
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None
@@ -130,7 +133,7 @@ class ForwardStep:
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
         return output, partial(self.loss, microbatch)
 
-    def _begin(self, model: GPTModel, context: StepContext) -> FlowInputs:
+    def _begin(self, model: MegatronModule, context: StepContext) -> FlowInputs:
         """Starts a microbatch of the auxiliary loss."""
         assert self.term is not None
         head = get_attr_wrapped_model(model, "flow_head")

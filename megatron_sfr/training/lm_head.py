@@ -30,7 +30,7 @@ REMEDY = "set loss_chunk_tokens to 0"
 
 @dataclass(frozen=True)
 class LastStage:
-    """What upstream's GPTModel passes to an output processor, as far as the token objective reads it."""
+    """What a model passes to an output processor, as far as the token objective reads it."""
 
     hidden_SBH: Tensor
     """After the final norm; this rank's positions under sequence parallelism."""
@@ -190,7 +190,7 @@ def _project(stage: LastStage, h_CH: Tensor) -> Tensor:
 def _undivided_input(layer: Any) -> Iterator[None]:
     """Context in which the output layer takes its input as it is, without gathering it over sequence-parallel ranks.
 
-    Upstream's GPTModel does the same where only a few positions get logits (megatron-core 0.19.2).
+    Upstream's models do the same where only a few positions get logits (megatron-core 0.19.2).
     """
     divided, layer.sequence_parallel = layer.sequence_parallel, False
     try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.module import MegatronModule
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StepContext:
 class Step(Protocol):
     """A forward step that is given the state of the loop."""
 
-    def __call__(self, data_iterator: Iterator[Any], model: GPTModel, context: StepContext) -> tuple[Any, Any]:
+    def __call__(self, data_iterator: Iterator[Any], model: MegatronModule, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the output of this pipeline stage, and the function that turns it into the loss."""
 
 
@@ -66,10 +66,10 @@ def megatron_context() -> StepContext:
 
 def for_megatron(
     step: Step, timed: Callable[[Iterator[Any]], Iterator[Any]] | None = None
-) -> Callable[[Iterator[Any], GPTModel], tuple[Any, Any]]:
+) -> Callable[[Iterator[Any], MegatronModule], tuple[Any, Any]]:
     """The forward_step_func of megatron.training's `pretrain`. timed: wraps the batches of training steps."""
 
-    def forward_step(data_iterator: Iterator[Any], model: GPTModel) -> tuple[Any, Any]:
+    def forward_step(data_iterator: Iterator[Any], model: MegatronModule) -> tuple[Any, Any]:
         if timed is not None and torch.is_grad_enabled():
             data_iterator = timed(data_iterator)
         return step(data_iterator, model, megatron_context())

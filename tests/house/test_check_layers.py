@@ -69,6 +69,18 @@ VIOLATIONS = {
         {"megatron_sfr/hf/a.py": DOCSTRING + "x = 1\n\n\ndef f():\n    global x\n    x = 2\n"},
         "megatron_sfr/hf/a.py:6: global x: pass what a function needs",
     ),
+    "a model class": (
+        {"megatron_sfr/training/a.py": DOCSTRING + "from megatron.core.models.gpt import GPTModel\n"},
+        "megatron_sfr/training/a.py:2: megatron.core.models.gpt.GPTModel belongs in megatron_sfr.model.model_class",
+    ),
+    "a model class by its module": (
+        {"megatron_sfr/training/a.py": DOCSTRING + "import megatron.core.models.hybrid as models\n"},
+        "megatron_sfr/training/a.py:2: megatron.core.models.hybrid belongs in megatron_sfr.model.model_class",
+    ),
+    "a builder of a model class": (
+        {"megatron_sfr/hf/a.py": DOCSTRING + "def f():\n    from megatron.training.models import HybridModelConfig\n"},
+        "megatron_sfr/hf/a.py:3: megatron.training.models.HybridModelConfig belongs in megatron_sfr.model.builder",
+    ),
     "a cycle": (
         {
             "megatron_sfr/data/a.py": DOCSTRING + "from megatron_sfr.data import b\n",
@@ -147,6 +159,9 @@ def test_what_is_allowed_stays_silent(tmp_path: Path) -> None:
         "megatron_sfr/data/chat.py": DOCSTRING + "from megatron_sfr.data import prepared\n",
         "megatron_sfr/data/prepared.py": DOCSTRING,
         "megatron_sfr/model/a.py": DOCSTRING + "from megatron.core import mpu\nfrom megatron_sfr.flow import b\n",
+        "megatron_sfr/model/model_class.py": DOCSTRING + "from megatron.core.models.gpt import GPTModel\n",
+        "megatron_sfr/model/builder.py": DOCSTRING + "from megatron.training.models import GPTModelBuilder\n",
+        "megatron_sfr/model/spec.py": DOCSTRING + "from megatron.core.models.gpt.gpt_layer_specs import f\n",
         "megatron_sfr/cli/training/demo.py": DOCSTRING + "from megatron_sfr.demo import world\n",
         "megatron_sfr/cli/data/chat.py": DOCSTRING,  # a command may be called as another module is
         "megatron_sfr/config/recipe.py": DOCSTRING + "from megatron_sfr.training import step\n",

@@ -12,7 +12,7 @@ PASSED = {
         tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs tp_comm_bootstrap_backend
         overlap_dispatch_backward_with_experts_wgrad use_ring_exchange_p2p defer_embedding_wgrad_compute
         wgrad_deferral_limit overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage mtp_standalone
-        cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers num_layers mtp_loss_scaling_factor
+        cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers mtp_loss_scaling_factor
         mtp_use_repeated_layer mtp_detach_heads account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split hidden_size num_attention_heads attention_backend
         flash_attention_version softmax_type num_query_groups ffn_hidden_size kv_channels hidden_dropout

@@ -60,7 +60,7 @@ def _nsys_on_cpu(_: Any, args: Any) -> bool:
 
 def _several_iterators(_: Any, args: Any) -> bool:
     chunks = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    return args.tensor_model_parallel_size > 1 or bool(chunks)
+    return args.tensor_model_parallel_size > 1 or bool(chunks) or "|" in (args.hybrid_layer_pattern or "")
 
 
 DATA = (
@@ -221,9 +221,17 @@ STEP = (
 MODEL = (
     Refused("yaml_cfg", "it replaces all arguments, ours too", "write the options into the recipe"),
     Refused(
-        "hybrid_layer_pattern hybrid_override_pattern mtp_hybrid_override_pattern is_hybrid_model mamba_state_dim "
-        "mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path mamba_training_ssm_states_dtype",
-        "the model is Megatron's GPT, which has no Mamba layers",
+        "hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path "
+        "mamba_training_ssm_states_dtype",
+        "it belongs to Megatron's HybridModel, and the model is its GPTModel",
+        "set model_class to hybrid, or leave it out",
+        lambda _, args: args.model_class == "gpt",
+        "with model_class gpt",
+    ),
+    Refused(
+        "hybrid_override_pattern mtp_hybrid_override_pattern is_hybrid_model",
+        "Megatron has deprecated it, or sets it itself",
+        "set model_class to hybrid and hybrid_layer_pattern",
     ),
     Refused(
         "position_embedding_type",

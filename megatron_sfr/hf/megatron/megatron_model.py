@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.mappings import Entry, entries
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN, as_gpt, hybrid_name
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 
 HEAD = "flow_head."
@@ -75,11 +76,12 @@ class StoredModel:
                 f"{checkpoint.folder} holds a KL-flow denoiser, which no Hugging Face architecture computes: it stays "
                 "a Megatron checkpoint"
             )
-        family = family_of(config)
+        family, arguments = family_of(config), checkpoint.arguments()
         self.checkpoint = checkpoint
+        self._hybrid = arguments.get(PATTERN) is not None
         self.dimensions = family.dimensions(config)
         self.entries = entries(family.mappings(config), self.dimensions)
-        if found := disagreement(checkpoint.arguments(), family.flags(config)):
+        if found := disagreement(as_gpt(arguments), family.flags(config)):
             flag, trained, meant = found
             raise ValueError(
                 f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
@@ -106,9 +108,11 @@ class StoredModel:
 
     def _find(self, entry: Entry) -> Location:
         size, index, counts = entry.mapping.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
-        key = entry.stacked
-        if entry.layer is not None and entry.single in self.checkpoint.tensors:
-            key, index, counts = entry.single, index[1:], counts[1:]
+        key, single = entry.stacked, hybrid_name(entry.single) if self._hybrid else entry.single
+        if entry.layer is None:
+            key = single
+        elif self._hybrid or single in self.checkpoint.tensors:
+            key, index, counts = single, index[1:], counts[1:]
         return Location(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
 
     def _check_shape(self, entry: Entry) -> int:

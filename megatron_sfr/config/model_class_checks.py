@@ -1,0 +1,111 @@
+"""The layer pattern of a hybrid model, and checks of it: against the other options of a run, and its checkpoints."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import gpt_compatible_layer_maps
+
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN
+
+Rows = list[tuple[Any, str]]
+LAYER_SYMBOLS = "*-E|"
+"""Attention, MLP, experts and the ends of pipeline stages: what the local specification builds."""
+NOT_IN_HYBRID = {
+    "use_rope_scaling": "has no scaled rotary frequencies",
+    "rotary_interleaved": "computes rotary frequencies for halves of a head only",
+    "window_attn_skip_freq": "numbers attention and MLP separately, and this option counts layers of GPTModel",
+    "no_rope_freq": "numbers attention and MLP separately, and this option counts layers of GPTModel",
+    "mtp_num_layers": "computes the loss of multi-token prediction after the point at which ours starts",
+    "fine_grained_activation_offloading": "marks the output layer by the flag that is off while ours runs",
+}
+"""Megatron's options that HybridModel of megatron-core 0.19.2 does not have, or that were not tried with it."""
+
+
+def pattern_flags(args: argparse.Namespace) -> list[str]:
+    """Flags for the pattern of a hybrid run that gives num_layers only: these layers of GPTModel, in equal stages."""
+    if args.model_class != "hybrid" or args.hybrid_layer_pattern is not None or not args.num_layers:
+        return []
+    layers, stages = args.num_layers, args.pipeline_model_parallel_size
+    if layers % stages:
+        raise ValueError(
+            f"num_layers {layers} are not divisible by pipeline_model_parallel_size {stages}: set {PATTERN}, with a | "
+            "where a stage ends"
+        )
+    stage = ("*E" if args.num_experts else "*-") * (layers // stages)
+    return ["--hybrid-layer-pattern", "|".join([stage] * stages)]
+
+
+def model_contradictions(args: argparse.Namespace, separator: str | None) -> Rows:
+    """Incompatible options, as rows for `validation.contradiction`: (whether it is so, what to do).
+
+    separator: the option by which sequences hold several texts; None if they do not.
+    """
+    if args.model_class == "gpt":
+        return []
+    pattern, what = args.hybrid_layer_pattern or "", "model_class = hybrid"
+    recurrent = sorted(set(pattern) & set("MG"))
+    local = sorted(set(pattern) - set(LAYER_SYMBOLS))
+    return [
+        (not pattern, f"{what}: set num_layers, or {PATTERN} (* is attention, - an MLP)"),
+        (
+            args.training_task == "kl-flow",
+            f"{what} is for autoregressive training: --training-task kl-flow replaces parts of GPTModel; leave it out",
+        ),
+        *(
+            (getattr(args, name), f"{name} does not go with {what}: HybridModel {reason}; leave it out")
+            for name, reason in NOT_IN_HYBRID.items()
+        ),
+        ("/" in pattern, f"{PATTERN} {pattern}: multi-token prediction (/) does not go with {what} yet: leave it out"),
+        (
+            "-" in pattern and "E" in pattern and args.transformer_impl == "local",
+            f"{PATTERN} {pattern}: the local specification builds MLPs (-) or experts (E), not both",
+        ),
+        (
+            "E" in pattern and not args.num_experts,
+            f"{PATTERN} {pattern} has layers of experts (E): set num_experts",
+        ),
+        (
+            local and args.transformer_impl == "local",
+            f"{PATTERN} {pattern}: layers {', '.join(local)} run on CUDA kernels and Transformer Engine only; on a CPU "
+            "attention (*), MLPs (-) and experts (E) are trained",
+        ),
+        (
+            recurrent and separator,
+            f"{separator} has not been tried with layers {', '.join(recurrent)}, whose state would have to restart at "
+            "each text: leave it out",
+        ),
+    ]
+
+
+def check_stored_model(args: argparse.Namespace, path: str, stored: Mapping[str, Any]) -> bool:
+    """Checks that a run's model loads a checkpoint.
+
+    Args:
+        stored: the arguments of the run that wrote the checkpoint; empty for an imported one, which is of GPTModel.
+    Returns:
+        Whether upstream translates it from GPTModel's names to those of a hybrid model.
+    Raises:
+        ValueError: they have other layers, or the checkpoint is a hybrid model's and the run's model is not.
+    """
+    pattern, run = stored.get(PATTERN), args.hybrid_layer_pattern
+    if run is None and pattern is not None:
+        raise ValueError(
+            f"{path} holds a model with {PATTERN} {pattern}, this run has model_class gpt: set model_class to hybrid"
+        )
+    if run is None:
+        return False
+    if pattern is not None:
+        if pattern.replace("|", "") != run.replace("|", ""):
+            raise ValueError(f"{path} holds a model with {PATTERN} {pattern}, this run has {run}: set it to the same")
+        return False
+    try:
+        layers = gpt_compatible_layer_maps(run).num_gpt_layers
+    except ValueError as error:
+        raise ValueError(f"{path} holds a GPTModel, which does not fit this run: {error}") from error
+    if stored.get("num_layers", layers) != layers:
+        raise ValueError(
+            f"{path} holds a GPTModel of {stored['num_layers']} layers, this run has {PATTERN} {run} with {layers} of "
+            "its attentions and MLPs: set num_layers or the pattern to the same"
+        )
+    return True
