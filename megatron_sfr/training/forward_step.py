@@ -175,11 +175,10 @@ class ForwardStep:
                 self._measure(microbatch, flow, h_SBH, result.power, sharded)
             with record_function(HEAD):
                 term = self._flow(microbatch, flow, h_SBH, sharded)
-        values = result.values
-        measured_3BS = torch.stack(values[1:])
+        measured_3BS = torch.stack(result.values[1:])
         if self.personas is not None:
             self.personas.add(microbatch.batch, measured_3BS, microbatch.context, training=torch.is_grad_enabled())
-        return result.total, values.loss, values.cross_entropy, measured_3BS[1:].sum((1, 2)), term
+        return result.total, result.values.loss, result.values.cross_entropy, measured_3BS[1:].sum((1, 2)), term
 
     def _flow(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
