@@ -1,6 +1,6 @@
 """A trace of a few training steps by torch's profiler, through Megatron's own flags.
 
-The ranges in it are `span`s of the forward step (training/step_context.py).
+The ranges in it are those of the forward step and of the auxiliary loss.
 """
 
 import argparse

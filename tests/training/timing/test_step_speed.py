@@ -1,8 +1,11 @@
 """The speed of steps, from Megatron's timer."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sfr.training.timing.step_speed import SpeedLog
 
@@ -49,3 +52,25 @@ def test_waits_for_batches_are_added_up() -> None:
     speed, batches = SpeedLog(None), iter([1, 2])
     assert [next(speed.timed(batches)), next(speed.timed(batches))] == [1, 2]
     assert speed.waited > 0
+
+
+class Logged:
+    """W&B's side: the scalars and their step."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, tuple[float, int]] = {}
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.scalars |= {name: (value, step) for name, value in scalars.items()}
+
+
+def test_wandb_gets_what_tensorboard_gets(tmp_path: Path) -> None:
+    wandb = Logged()
+    speed = SpeedLog(None, lambda: wandb)
+    speed.write(3, {"speed/MFU": 0.5}, None)  # a rank without a writer
+    assert wandb.scalars == {}
+    with SummaryWriter(str(tmp_path)) as writer:
+        speed.write(3, {"speed/MFU": 0.5}, writer)
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [(event.value, event.step) for event in board.Scalars("speed/MFU")] == [wandb.scalars["speed/MFU"]]
