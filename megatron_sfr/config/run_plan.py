@@ -25,6 +25,7 @@ from megatron_sfr.training.auxiliary_loss import TermOptions
 from megatron_sfr.training.data.provider import DataOptions, DataPlan
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
+from megatron_sfr.training.tracking.mlflow_log import MLflowOptions
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class RunPlan:
     """Low-rank adapters, if it has a rank."""
     retention: RetentionOptions
     """Which checkpoints are kept."""
+    mlflow: MLflowOptions
+    """Logging to MLflow."""
     separator: str | None
     """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
 
@@ -120,6 +123,7 @@ def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPl
         start=options(StartOptions, args),
         lora=options(LoRAOptions, args),
         retention=options(RetentionOptions, args),
+        mlflow=options(MLflowOptions, args),
         separator=separator(args),
     )
 

@@ -43,6 +43,7 @@ from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
 from megatron_sfr.training.lock_fork import LockForkOptions
 from megatron_sfr.training.timing.profile import ProfileOptions, profile_flags
+from megatron_sfr.training.tracking.mlflow_log import MLflowOptions
 
 
 @named("sfr_")
@@ -73,7 +74,7 @@ PARTS = (
     *(TaskOptions, ModelOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
     *(DataOptions, PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions),
     *(FlowHeadOptions, HeadOptimizerOptions, LockForkOptions, LoadOptions, StartOptions, LoRAOptions),
-    *(RetentionOptions, ProfileOptions, BackendOptions),
+    *(RetentionOptions, ProfileOptions, MLflowOptions, BackendOptions),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

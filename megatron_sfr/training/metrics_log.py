@@ -5,11 +5,19 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.user_files import parse_json
+
+
+class Sink(Protocol):
+    """What gets the lines too, such as MLflowLog."""
+
+    def add(self, line: dict[str, Any]) -> None: ...
+
+    def close(self, *, failed: bool = False) -> None: ...
 
 
 class JsonLines:
@@ -20,14 +28,16 @@ class JsonLines:
     A resumed run truncates the file to the step that it resumes from, and appends.
     """
 
-    def __init__(self, path: Path, resumed: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, path: Path, resumed: Callable[[], int] = lambda: 0, sink: Sink | None = None) -> None:
         """
         Args:
             resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no
                 other run can be writing to the folder.
+            sink: gets each line when it is appended.
         """
         self._path, self._pending, self._resumed = path, path.with_name("metrics.pending.json"), resumed
         self._step, self._record, self._fresh = 0, dict[str, Any](), True
+        self._sink = sink
 
     def add(self, tag: str, value: Any, step: int) -> None:
         """Adds a scalar. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
@@ -50,19 +60,28 @@ class JsonLines:
     def flush(self) -> None:
         """Appends the line of the current step, which is over."""
         if self._record:
+            line = self._line()
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(self._line())
+                file.write(json.dumps(line) + "\n")
             self._pending.unlink(missing_ok=True)
+            if self._sink is not None:
+                self._sink.add(line)
             self._record = {}
+
+    def close(self, *, failed: bool = False) -> None:
+        """Appends the last line, and ends the sink."""
+        self.flush()
+        if self._sink is not None:
+            self._sink.close(failed=failed)
 
     def keep(self) -> None:
         """Saves the line of the current step, which may get more scalars, in a separate file."""
         if self._record:
             with replacing(self._pending) as file:
-                file.write(self._line())
+                file.write(json.dumps(self._line()) + "\n")
 
-    def _line(self) -> str:
-        return json.dumps({"step": self._step, "time": round(time.time(), 3), **self._record}) + "\n"
+    def _line(self) -> dict[str, Any]:
+        return {"step": self._step, "time": round(time.time(), 3), **self._record}
 
     def _resume(self) -> None:
         """Truncates the file to the step that the run resumes from, and appends a saved line that belongs there."""

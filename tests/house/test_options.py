@@ -10,9 +10,11 @@ from megatron_sfr.objectives.token.registry import LOSSES
 from megatron_sfr.option_names import option_names
 
 ROOT = Path(__file__).resolve().parents[2]
-# What no recipe should say: a store other than the usual one, a fault, epochs where the recipe counts steps, a trace.
+# What no recipe should say: a store other than the usual one, a fault, epochs where the recipe counts steps, a trace,
+# a server.
 NOT_IN_RECIPES = {"sfr_target_store", "sfr_target_dim", "train_epochs", "profile_steps"} | {
     *("sfr_fault_zero_targets", "sfr_fault_phase_a_lost"),
+    *("mlflow_experiment", "mlflow_run_name"),
 }
 
 
