@@ -9,8 +9,8 @@ from megatron.core.dist_checkpointing.gpt_checkpoint_interop import gpt_compatib
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN
 
 Rows = list[tuple[Any, str]]
-LAYER_SYMBOLS = "*-E|"
-"""Attention, MLP, experts and the ends of pipeline stages: what the local specification builds."""
+LAYER_SYMBOLS = "*-|"
+"""Attention, MLP and the ends of pipeline stages: what the local specification builds."""
 NOT_IN_HYBRID = {
     "use_rope_scaling": "has no scaled rotary frequencies",
     "rotary_interleaved": "computes rotary frequencies for halves of a head only",
@@ -56,19 +56,19 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> Row
             (getattr(args, name), f"{name} does not go with {what}: HybridModel {reason}; leave it out")
             for name, reason in NOT_IN_HYBRID.items()
         ),
-        ("/" in pattern, f"{PATTERN} {pattern}: multi-token prediction (/) does not go with {what} yet: leave it out"),
         (
-            "-" in pattern and "E" in pattern and args.transformer_impl == "local",
-            f"{PATTERN} {pattern}: the local specification builds MLPs (-) or experts (E), not both",
+            args.lora_rank,
+            f"lora_rank does not go with {what}: adapters were not tried with HybridModel; leave one of them out",
         ),
+        ("/" in pattern, f"{PATTERN} {pattern}: multi-token prediction (/) does not go with {what} yet: leave it out"),
         (
             "E" in pattern and not args.num_experts,
             f"{PATTERN} {pattern} has layers of experts (E): set num_experts",
         ),
         (
             local and args.transformer_impl == "local",
-            f"{PATTERN} {pattern}: layers {', '.join(local)} run on CUDA kernels and Transformer Engine only; on a CPU "
-            "attention (*), MLPs (-) and experts (E) are trained",
+            f"{PATTERN} {pattern}: layers {', '.join(local)} need Transformer Engine or CUDA kernels; "
+            "the local specification has attention (*) and MLPs (-)",
         ),
         (
             recurrent and separator,

@@ -56,20 +56,18 @@ def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatro
 
 
 @torch.no_grad()
-def fill(
-    chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], None], *, gpt_names: bool = True
-) -> list[MegatronModule]:
+def fill(chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], None]) -> list[MegatronModule]:
     """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
 
-    Only the flow head and multi-token prediction, which no base has, keep their initialization.
+    Only the flow head and multi-token prediction, which no base has, keep their initialization. The tensors of a hybrid
+    model are asked for by GPTModel's names.
 
     Args:
         fill_tensor: writes the base's values into a tensor. Raises ValueError if the base does not have them.
-        gpt_names: whether it knows tensors by GPTModel's names, which those of a hybrid model are translated to.
     """
     for chunk in chunks:
         state = chunk.sharded_state_dict()
-        if gpt_names and (pattern := getattr(chunk, PATTERN, None)) is not None:
+        if (pattern := getattr(chunk, PATTERN, None)) is not None:
             retarget_sharded_state_dict_to_gpt_checkpoint(state, gpt_compatible_layer_maps(pattern))
         apply_factories(state)
         filled: dict[int, int] = {}
@@ -121,16 +119,11 @@ def base_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatron
     """A pre-wrap hook that loads a Megatron checkpoint into the model, without its flow head. Raises ValueError if the
     arguments describe another model."""
     checkpoint = Checkpoint(find_checkpoint(folder))
-    stored, run = checkpoint.arguments(), vars(args)
-    pattern, gpt_names = run.get(PATTERN), stored.get(PATTERN) is None
-    if not gpt_names and stored[PATTERN].replace("|", "") != (pattern or "").replace("|", ""):
-        raise ValueError(f"the run has {PATTERN} {pattern}, but {checkpoint.folder} has {stored[PATTERN]}")
-    compared = as_gpt(run) if gpt_names else run
+    stored = checkpoint.arguments()
     for name in COMPARED.values():
-        if name in stored and stored[name] != compared[name]:
-            raise ValueError(f"the run has {name} {compared[name]}, but {checkpoint.folder} has {stored[name]}")
-    fill_tensor = partial(_fill_from_checkpoint, checkpoint=checkpoint)
-    return lambda chunks: fill(chunks, fill_tensor, gpt_names=gpt_names)
+        if name in stored and stored[name] != getattr(args, name):
+            raise ValueError(f"the run has {name} {getattr(args, name)}, but {checkpoint.folder} has {stored[name]}")
+    return lambda chunks: fill(chunks, partial(_fill_from_checkpoint, checkpoint=checkpoint))
 
 
 def _fill_from_checkpoint(tensor: ShardedTensor, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
@@ -71,7 +70,7 @@ class LocalHybridStack(HybridStack):
 
 
 def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
-    """Spec of HybridModel's attention and MLP (or experts), for HybridModelConfig.hybrid_stack_spec.
+    """Spec of HybridModel's attention and MLP, for HybridModelConfig.hybrid_stack_spec.
 
     They are the two halves of GPTModel's layer, with the same names in a checkpoint except for the layer's number.
     """
@@ -89,15 +88,10 @@ def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
         mlp_bda=both.mlp_bda,
         sharded_state_dict_keys_map={key: name for key, name in names.items() if key == "pre_mlp_layernorm."},
     )
-    experts = transformer.num_moe_experts is not None
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            **{
-                "moe_layer" if experts else "mlp_layer": ModuleSpec(
-                    module=MoETransformerLayer if experts else MLPLayer, submodules=mlp
-                )
-            },
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
         ),
     )

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.mappings import Dimensions, Entry, ParameterMapping, entries
-from megatron_sfr.hf.megatron.hybrid_names import PATTERN, as_gpt, hybrid_name
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, TRAINING_STATE, disagreement
 from megatron_sfr.model.lora.options import ADAPTER, KINDS
@@ -59,11 +58,10 @@ class StoredAdapter:
         family, arguments = family_of(config), checkpoint.arguments()
         if not has_adapters(checkpoint):
             raise ValueError(f"{checkpoint.folder} holds no adapters: it is not of a run with lora_rank")
-        if found := disagreement(as_gpt(arguments), family.flags(config)):
+        if found := disagreement(arguments, family.flags(config)):
             flag, trained, meant = found
             raise ValueError(f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}")
         self.checkpoint, self.dimensions = checkpoint, family.dimensions(config)
-        self._hybrid = arguments.get(PATTERN) is not None
         try:
             self.rank, self.alpha = int(arguments["lora_rank"]), float(arguments["lora_alpha"])
         except (KeyError, TypeError) as e:
@@ -90,8 +88,7 @@ class StoredAdapter:
 
     def _key(self, entry: Entry, name: str) -> str | None:
         """The stored tensor with a matrix of an entry, None if the entry is not adapted."""
-        single = hybrid_name(entry.single) if self._hybrid else entry.single
-        keys = (x.removesuffix(WEIGHT) + name for x in (single, entry.stacked))
+        keys = (x.removesuffix(WEIGHT) + name for x in (entry.single, entry.stacked))
         return next((key for key in keys if key in self.checkpoint.tensors), None)
 
     def _read(self, entry: Entry, name: str) -> Tensor:
