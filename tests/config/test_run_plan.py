@@ -10,8 +10,10 @@ from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.run_plan import RunPlan, plan_run
 from megatron_sfr.config.settings import PARTS, Parser, PresetOptions
 from megatron_sfr.runtime.backend import BackendOptions
+from megatron_sfr.training.timing.profile import ProfileOptions
 
-APPLIED_EARLIER = (ObjectiveOptions, PresetOptions, BackendOptions)  # they choose the loss, other options, the backend
+# They choose the loss, other options, Megatron's flags, the backend.
+APPLIED_EARLIER = (ObjectiveOptions, PresetOptions, ProfileOptions, BackendOptions)
 PARSER = Parser()
 
 
