@@ -161,7 +161,7 @@ def test_another_model_is_not_read_as_a_denoiser(runs: Runs) -> None:
 def test_a_run_starts_from_a_model_of_its_task(runs: Runs, task: str, option: str) -> None:
     run = runs.backbone() if task == "kl-flow" else trained(runs, "token")
     plain = {"load": None, "pretrained_checkpoint": None, "ckpt_format": "torch_dist"}
-    plain |= {"ckpt_step": None, "lora_rank": None}
+    plain |= {"ckpt_step": None, "lora_rank": None, "hybrid_layer_pattern": None}
     args = argparse.Namespace(**plain | {option: str(run), "training_task": task})
     with pytest.raises(ValueError, match=rf"{run} holds a model of --training-task .*, this run is {task}"):
         check_task(args)
@@ -180,5 +180,6 @@ def test_a_checkpoint_of_another_format_is_left_to_upstream(tmp_path: Path) -> N
             ckpt_step=None,
             training_task="kl-flow",
             lora_rank=None,
+            hybrid_layer_pattern=None,
         )
     )

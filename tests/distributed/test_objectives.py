@@ -92,8 +92,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
 
 
 def has_layout(objective: str, layout: str) -> bool:
-    """Terms have two layouts that together hold TP, PP, SP, DP and microbatches. So do token losses, which do not see
-    the pipeline; the one that selects tokens by rank in the vocabulary is split over four ranks too."""
+    """Terms have two layouts, most of them with TP, PP, SP, DP and microbatches in them. Token losses do not see the
+    pipeline; the one that selects tokens by their rank in the vocabulary is split over four ranks too."""
     if objective == "mtp":  # with sequence parallelism upstream's local norm refuses it, and so do we
         return layout in ("single", "dp2", "tp2-pp2")
     if layout == "pp2-vpp":  # where each stage needs to know the conversations
@@ -103,7 +103,7 @@ def has_layout(objective: str, layout: str) -> bool:
         if layout in ("tp4", "tp2-pp2"):
             return objective == "sed"
         return layout in ("single", "tp2-sp") or (layout == "dp2" and not gathered)
-    return layout in ("single", "dp2", "tp2-pp2-sp")
+    return layout in ("single", "dp2", "tp2-sp" if objective in ("mse", "smooth", "gate") else "tp2-pp2-sp")
 
 
 CASES = [(name, layout) for layout in LAYOUTS for name in OBJECTIVES if layout != "single" and has_layout(name, layout)]

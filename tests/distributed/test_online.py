@@ -17,7 +17,7 @@ from .test_layouts import LAYOUTS
 from .tiny import BLOCKS
 
 pytestmark = pytest.mark.distributed
-NAMES = ("dp2", "tp2-pp2-sp", "stopped")
+NAMES = ("dp2", "tp2-pp2-sp", pytest.param("stopped", marks=pytest.mark.recovery))
 
 
 def twin(runs: Runs, name: str) -> Path:

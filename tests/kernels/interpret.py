@@ -29,7 +29,7 @@ class Case:
     z_TV: Tensor
     size: int
     shards: int = 1
-    losses: tuple[str, ...] = tuple(name for name in CLOSED_FORM_LOSSES if name != "sed-128")
+    losses: tuple[str, ...] = tuple(name for name in CLOSED_FORM_LOSSES if name not in ("sed-128", "eaft-20"))
 
 
 def random_logits(V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, T: int = 3) -> Tensor:
@@ -66,7 +66,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     least[:, :2500] = torch.finfo(torch.float32).min
     yield "extremes", Case("masked with the least number", _with_labels(least), 3000)
     few = torch.randint(0, 4, (3, 2500), generator=torch.Generator().manual_seed(0)).float()
-    yield "ties", Case("four values", few, 2500, 2, ("sed", "sed-10", "sed-128"))
+    yield "ties", Case("four values", few, 2500, 2, ("sed", "sed-10", "sed-128", "eaft-20"))
     yield "ties", Case("no ties", random_logits(2500), 2500, 1, ("sed-128",))
     yield "ties", Case("one value", torch.zeros(3, 300), 300, 1, ("sed", "sed-10", "sed-128"))
     yield "ties", Case("fewer columns than wanted", random_logits(50), 50, 2, ("sed", "sed-10", "sed-128"))

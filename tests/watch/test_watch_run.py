@@ -142,6 +142,7 @@ def test_watch_waits_for_the_last_step_and_ends_with_it(made: Path, run: Path, t
     assert [line["step"] for line in records(run / "watch")] == [10, 20, 30]
 
 
+@pytest.mark.recovery
 def test_kills_at_any_moment_lose_nothing(made: Path, run: Path, tmp_path: Path) -> None:
     """SIGKILL during an export, after the replies of a step but before its record, and after a record."""
     shutil.copytree(run, tmp_path / "whole" / "run")

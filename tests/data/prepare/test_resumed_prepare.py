@@ -58,6 +58,7 @@ def kill_midway(records: Path, output: Path, tokenizer: Path, workers: int) -> P
     return left
 
 
+@pytest.mark.recovery
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(
     tmp_path: Path, tokenizer_folder: Path, records: Path, unbroken: dict[str, bytes], capsys, workers: int

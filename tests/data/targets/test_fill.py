@@ -102,6 +102,7 @@ run(Path(sys.argv[1]), output=Path(sys.argv[2]))
 """
 
 
+@pytest.mark.recovery
 def test_a_killed_run_leaves_an_incomplete_store_and_resumes(
     prepared: Path, whole: Path, tmp_path: Path, encoded: list[str]
 ):

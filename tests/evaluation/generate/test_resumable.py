@@ -28,6 +28,7 @@ def command(model: Path, prompts: Path, output: Path, seed: int = 0) -> list[str
     return ["generate", *models, "--prompts", str(prompts), *fixed, "--seed", str(seed), "--output", str(output)]
 
 
+@pytest.mark.recovery
 @pytest.mark.parametrize("enough", [20, 100])  # lines before the kill: in the first model's share, in the second's
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model: Path, prompts: Path, tmp_path: Path, enough: int) -> None:
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
