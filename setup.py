@@ -49,6 +49,7 @@ setup(
             *("datasets>=4", "pyarrow"),  # the tests read Parquet, Arrow, zstd and folders of datasets
             "peft",  # which has to load the adapters that we export
             *("gguf>=0.10", "accelerate"),  # the tests write GGUF files and read them
+            "kubeflow-trainer-api>=2.3",  # the schema of launch/trainjob.yaml
         ],
     },
 )

@@ -23,7 +23,7 @@ import pytest
 from tests.distributed.tiny import write_prepared, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCAL, SLURM = "launch/local.sh", "launch/slurm.sbatch"
+LOCAL, HOSTS, SLURM = "launch/local.sh", "launch/hosts.sh", "launch/slurm.sbatch"
 RECIPE = "examples/qwen3_32b_personas/recipe.yaml"
 SRUN = """#!/usr/bin/env bash
 # Starts the command on two nodes and ends with the higher exit code. SIGTERM reaches the agents directly, as in Slurm.
@@ -49,7 +49,7 @@ def bash(*command: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", *command], cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", [LOCAL, SLURM])
+@pytest.mark.parametrize("script", [LOCAL, HOSTS, SLURM])
 def test_the_shell_reads_the_script(script: str) -> None:
     assert bash("-n", script).stderr == ""
 
@@ -60,6 +60,16 @@ def test_local_prints_the_command_with_its_flags_quoted() -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
         *("--max-restarts", "0", "-m", "megatron_sfr.train", "--recipe", RECIPE),
         *("--exit-signal-handler", "--save", "runs/a b", "--train-iters", "5"),
+    ]
+
+
+def test_hosts_prints_the_command_of_each_host() -> None:
+    done = bash(HOSTS, "--dry-run", RECIPE, "--train-iters", "5", HOSTS="4", FIRST_HOST="10.0.0.1", NPROC="8")
+    command = shlex.split(done.stdout)
+    for option, value in {"--nnodes": "4", "--nproc-per-node": "8", "--rdzv-endpoint": "10.0.0.1:29500"}.items():
+        assert command[command.index(option) + 1] == value
+    assert command[command.index("megatron_sfr.train") + 1 :] == [
+        *("--recipe", RECIPE, "--exit-signal-handler", "--train-iters", "5")
     ]
 
 
@@ -81,14 +91,14 @@ def test_the_grace_ends_before_slurm_kills() -> None:
     assert int(text.partition("GRACE_S=${GRACE_S:-")[2].partition("}")[0]) < warned
 
 
-@pytest.mark.parametrize("script", [LOCAL, SLURM])
+@pytest.mark.parametrize("script", [LOCAL, HOSTS, SLURM])
 def test_torchrun_of_torch_2_11_knows_all_options(script: str) -> None:
     command = shlex.split(bash(script, "--dry-run", RECIPE, NPROC="1").stdout)
     start = max(command.index(name) for name in ("torch.distributed.run", "megatron_sfr.agent") if name in command)
     options = {word for word in command[start : command.index("megatron_sfr.train")] if word.startswith("--")}
     assert options <= {
         *("--standalone", "--nnodes", "--nproc-per-node", "--max-restarts"),
-        *("--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"),
+        *("--rdzv-id", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf"),
     }
 
 
@@ -97,6 +107,8 @@ def test_torchrun_of_torch_2_11_knows_all_options(script: str) -> None:
     [
         ((LOCAL,), "usage: launch/local.sh"),
         ((LOCAL, "absent.yaml"), "absent.yaml: no such recipe"),
+        ((HOSTS,), "usage: launch/hosts.sh"),
+        ((HOSTS, "absent.yaml"), "absent.yaml: no such recipe"),
         ((SLURM, "absent.yaml"), "absent.yaml: no such recipe"),
         ((SLURM, RECIPE), "this is not a Slurm job: start it with sbatch"),
     ],
