@@ -62,7 +62,7 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.training.step_context import for_megatron
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
-    backend.start(settings.backend)
+    backend.start(settings.backend, settings.recipe.get("distributed_timeout_minutes", 10))
     say("\n  ".join([f"backend: {settings.backend}", *settings.changes]))
     for line in repair_trackers(settings.recipe):
         say(line)

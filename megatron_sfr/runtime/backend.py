@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +62,11 @@ def _backend_in(recipe: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def start(backend: Literal["cpu", "cuda"]) -> None:
-    """Prepares the process for training. On CPU, replaces upstream's CUDA calls and joins torchrun's gloo group."""
+def start(backend: Literal["cpu", "cuda"], timeout_minutes: float = 10) -> None:
+    """Prepares the process for training. On CPU, replaces upstream's CUDA calls and joins torchrun's gloo group.
+
+    timeout_minutes: after this long a collective of the gloo group fails. Upstream sets it for groups that it creates.
+    """
     from megatron_sfr.runtime import cpu
 
     if backend == "cuda":
@@ -70,7 +74,7 @@ def start(backend: Literal["cpu", "cuda"]) -> None:
         return
     cpu.install()
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 def join(backend: Literal["cpu", "cuda"]) -> None:
