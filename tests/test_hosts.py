@@ -1,6 +1,6 @@
 """launch/hosts.sh on two hosts, of which one is lost in the middle: the weights are those of an undisturbed run.
 
-A host is a network namespace with an address, a link to the other host, and a /tmp of its own; they share the folder of
+A host is a network namespace with an address, a link to the other host, and a separate /tmp; they share the folder of
 the run. Needs root. A real network and GPUs are not exercised.
 """
 
