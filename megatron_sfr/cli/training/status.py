@@ -68,7 +68,7 @@ def read_status(folder: Path, now: float) -> Status:
     recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
     if not recipe_file.is_file():
         raise ValueError(
-            f"{folder} is not the folder of a run: without recipe.yaml; name what its recipe's `save` names"
+            f"{folder} holds no run, as it is without recipe.yaml: give the folder that the recipe sets as save"
         )
     recipe = read_recipe(recipe_file)
     records = list(last_records(metrics))

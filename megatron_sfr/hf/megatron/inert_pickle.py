@@ -46,6 +46,18 @@ class _SizesUnpickler(InertUnpickler):
         return _Record if (module, name) in _RECORDS else Inert
 
 
+def unpickled[T](path: Path, unpickler: type[pickle.Unpickler], kind: type[T]) -> T:
+    """The object in a checkpoint's `.metadata`. Raises ValueError if the file is damaged or holds another kind."""
+    with path.open("rb") as file, loading(f"{path} is damaged", HINT):
+        try:
+            found = unpickler(file).load()
+        except MemoryError:
+            raise pickle.UnpicklingError("a length in it is garbled") from None
+        if not isinstance(found, kind):
+            raise ValueError("not the metadata of torch.distributed.checkpoint")
+    return found
+
+
 def file_ends(path: Path) -> dict[str, int]:
     """The minimum size in bytes of each tensor file of a checkpoint, from its `.metadata`.
 
@@ -53,14 +65,9 @@ def file_ends(path: Path) -> dict[str, int]:
         ValueError: the file is damaged.
     """
     ends: dict[str, int] = {}
-    with path.open("rb") as file, loading(f"{path} is damaged", HINT):
-        try:
-            metadata = _SizesUnpickler(file).load()
-        except MemoryError:
-            raise pickle.UnpicklingError("a length in it is garbled") from None
-        if not isinstance(metadata, _Record):
-            raise ValueError("not the metadata of torch.distributed.checkpoint")
-        for info in metadata.storage_data.values():  # type: ignore[attr-defined]
+    metadata: Any = unpickled(path, _SizesUnpickler, _Record)
+    with loading(f"{path} is damaged", HINT):
+        for info in metadata.storage_data.values():
             name = str(Path(info.relative_path))
             ends[name] = max(ends.get(name, 0), int(info.offset) + int(info.length))
     return ends

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_sfr.hf.megatron.inert_pickle import HINT, InertUnpickler
-from megatron_sfr.storage.user_files import loading
+from megatron_sfr.hf.megatron.inert_pickle import InertUnpickler, unpickled
 
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -38,14 +37,7 @@ _METADATA_NAMES = {
 
 def read_metadata(path: Path) -> Metadata:
     """`.metadata` of torch.distributed.checkpoint: the tensors, and the positions of their chunks."""
-    with path.open("rb") as file, loading(f"{path} is damaged", HINT):
-        try:
-            metadata = _MetadataUnpickler(file).load()
-        except MemoryError:
-            raise pickle.UnpicklingError("a length in it is garbled") from None
-        if not isinstance(metadata, Metadata):
-            raise ValueError("not the metadata of torch.distributed.checkpoint")
-    return metadata
+    return unpickled(path, _MetadataUnpickler, Metadata)
 
 
 def read_common_state(stored: BytesIO) -> dict[str, Any]:
