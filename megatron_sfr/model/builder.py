@@ -4,6 +4,7 @@ The only module that takes builders and configurations of model classes from Meg
 the other builder, of KL-flow, too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -41,20 +42,6 @@ class SFRModelConfig(GPTModelConfig):
     """Whether gradient accumulation is fused in Transformer Engine's layers only (gradient_fusion.py)."""
 
 
-class SFRModelBuilder(GPTModelBuilder):
-    """Builds upstream's model and attaches the flow head to the chunk that computes the loss."""
-
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> MegatronModule:
-        """One model chunk. Arguments as upstream's; ValueError if sfr_layer is not on the last pipeline stage."""
-        return _complete(super().build_model(pg_collection, pre_process, post_process, vp_stage), self._model_config)
-
-
 @dataclass(kw_only=True)
 class SFRHybridConfig(HybridModelConfig):
     """A HybridModel, optionally with a flow head. Fields as SFRModelConfig's."""
@@ -64,8 +51,10 @@ class SFRHybridConfig(HybridModelConfig):
     fuses_layers: bool = False
 
 
-class SFRHybridBuilder(HybridModelBuilder):
-    """Builds upstream's HybridModel and attaches the flow head to the chunk that computes the loss."""
+class _BuildsWithHead:
+    """Builds upstream's model and attaches the flow head to the chunk that computes the loss."""
+
+    _model_config: SFRModelConfig | SFRHybridConfig
 
     def build_model(
         self,
@@ -75,13 +64,18 @@ class SFRHybridBuilder(HybridModelBuilder):
         vp_stage: int | None = None,
     ) -> MegatronModule:
         """One model chunk. Arguments as upstream's; ValueError if sfr_layer is not on the last pipeline stage."""
-        return _complete(super().build_model(pg_collection, pre_process, post_process, vp_stage), self._model_config)
+        build: Callable[..., MegatronModule] = super().build_model  # type: ignore[misc]
+        model = build(pg_collection, pre_process, post_process, vp_stage)
+        if self._model_config.fuses_layers:
+            fuse_layers(model)
+        if self._model_config.head is not None:
+            attach_head(self._model_config.head)([model])
+        return model
 
 
-def _complete(model: MegatronModule, config: SFRModelConfig | SFRHybridConfig) -> MegatronModule:
-    """Adds to a model chunk of upstream what its configuration has besides upstream's."""
-    if config.fuses_layers:
-        fuse_layers(model)
-    if config.head is not None:
-        attach_head(config.head)([model])
-    return model
+class SFRModelBuilder(_BuildsWithHead, GPTModelBuilder):
+    """Builds a GPTModel, optionally with a flow head."""
+
+
+class SFRHybridBuilder(_BuildsWithHead, HybridModelBuilder):
+    """Builds a HybridModel, optionally with a flow head."""
