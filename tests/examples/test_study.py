@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import yaml
 
-from examples.dictionary_styles.study import choice, cost, materials, page, stages
+from examples.dictionary_styles.study import choice, controls, cost, materials, page, stages
 from examples.dictionary_styles.study.plan import (
     ARMS,
     AXES,
     BASELINE,
     CHOOSING_SEED,
+    Arm,
     Plan,
+    Run,
     candidates,
     choose_arms,
     judged,
@@ -213,6 +215,20 @@ def test_a_win_that_is_not_repeated_is_listed_under_no_effect() -> None:
     twice = replace(found, repeated=[won])
     assert twice.moved == [won]
     assert page.comparisons(twice)[1][-1] == "more diverse at equal quality, beyond noise"
+
+
+def test_the_page_names_the_steps_that_the_baseline_was_stopped_at() -> None:
+    arm = Arm("SFR")
+    stops = [controls.Stop(Run(arm, (), seed, 60), "held-out", 35 + seed, (3.9, 3.8)) for seed in (1, 2, 3)]
+    compared = controls.Controlled(verdict((0.05, 0.05, 0.05)), stops)
+    found = page.Found(Plan(), {}, {}, {}, [], [], {}, [compared])
+    (line,) = page.controlled(found)[1:]
+    assert line[:2] == ["SFR", "held-out"]
+    assert line[-2:] == [
+        "36 (3.900, 3.800), 37 (3.900, 3.800), 38 (3.900, 3.800)",
+        "more diverse at equal quality, beyond noise",
+    ]
+    assert page.controlled(replace(found, controls=[])) == []
 
 
 def test_costs_are_medians_beside_the_baselines() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.dictionary_styles.study import controls
 from examples.dictionary_styles.study.plan import REGIMES, WIDE, Plan, Regime, candidates, choose_arms, fixed, judged
 from examples.dictionary_styles.study.work import JUDGING, Place, Task, losses_file, read_answers
 from megatron_sfr.config.settings import read_settings
@@ -67,3 +68,41 @@ def test_replies_are_scored_as_they_were_sampled(tmp_path: Path) -> None:
     assert not task.is_done
     with pytest.raises(ValueError, match="does not have all replies"):
         read_answers(task, prompts=4)
+
+
+def test_the_baseline_is_stopped_where_its_training_loss_is_the_arms() -> None:
+    baseline = [4.0 - 0.05 * step for step in range(1, 61)]
+    arm = [max(loss, 2.2) for loss in baseline]  # the last ten steps' mean is 2.2, the baseline's around step 40
+    step, (target, reached) = controls.training_stop(arm, baseline)
+    assert (step, target, reached) == (40, pytest.approx(2.2), pytest.approx(4.0 - 0.05 * 35.5))
+    assert controls.training_stop(baseline, baseline)[0] == 60
+
+
+def test_the_baseline_is_stopped_at_the_last_step_with_the_arms_held_out_loss() -> None:
+    """The loss falls, then rises: the later of two equal ones is meant. Below every step's loss: the best."""
+    curve = {60: 4.2, 55: 4.1, 50: 3.9, 45: 3.7, 40: 3.5, 35: 3.6, 30: 3.9}
+    asked: list[int] = []
+
+    def loss_at(step: int) -> float:
+        asked.append(step)
+        return curve[step]
+
+    assert controls.held_out_stop(3.95, loss_at, curve) == (50, (3.95, 3.9))
+    assert asked == [60, 55, 50]
+    assert controls.held_out_stop(3.0, loss_at, curve) == (40, (3.0, 3.5))
+
+
+def test_a_stopped_baseline_is_sampled_as_the_baseline_is(tmp_path: Path) -> None:
+    """Its weights come from a run that differs from the baseline's only in what it saves."""
+    plan, place = plan_of(FIXED[0]), Place(tmp_path, start=tmp_path / "start", regime=FIXED[0])
+    baseline, arm = judged(plan, fixed(plan) or {})[:2]
+    recipes = []
+    for run in (baseline, controls.kept(plan, baseline.seed)):
+        words = [str(word) for word in place.training(run, tmp_path / "run")]
+        recipes.append(read_settings(["--recipe", str(Place(tmp_path).shape), *words[1:]]).recipe)
+    changed = {key for key in recipes[0].keys() | recipes[1].keys() if recipes[0].get(key) != recipes[1].get(key)}
+    assert changed == {"save_interval", "no_save_optim"}
+    stops = [controls.Stop(arm, kind, 40, (1.0, 1.1)) for kind in controls.KINDS]
+    folders = {place.folder(stop.control) for stop in stops}
+    assert len(folders | {place.folder(baseline), place.folder(arm)}) == 4
+    assert {plan.sweep(stop.control.arm, judging=True) for stop in stops} == {plan.sweep(baseline.arm, judging=True)}

@@ -1,13 +1,14 @@
 """The study as one page, HTML and Markdown: what moved beyond noise, what did not, tables, picture, samples, costs."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from examples.dictionary_styles.study import cost
 from examples.dictionary_styles.study.choice import Table
+from examples.dictionary_styles.study.controls import Controlled
 from examples.dictionary_styles.study.plan import AXES, BASELINE, Plan, Settings, judged
 from examples.dictionary_styles.study.verdicts import NO_EFFECT, Verdict
 from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
@@ -34,6 +35,7 @@ class Found:
     verdicts: list[Verdict]
     repeated: list[Verdict]
     costs: cost.Costs
+    controls: list[Controlled] = field(default_factory=list)
 
     @property
     def moved(self) -> list[Verdict]:
@@ -62,6 +64,7 @@ def write(found: Found, place: Place) -> None:
     sections = [
         ("What moved beyond noise", bullet(said(found, moved=True)), "text"),
         ("Every comparison with the baseline", comparisons(found), "table"),
+        ("Against the baseline stopped earlier", controlled(found), "table"),
         ("The arms", arms(found), "table"),
         ("Settings that were tried", tried(found), "table"),
         ("Cost of a step", cost.table(found.costs) if found.costs else [], "table"),
@@ -81,6 +84,7 @@ def write(found: Found, place: Place) -> None:
         write_text(place.study / name, whole_text)
     content = {"plan": asdict(found.plan), "settings": found.settings, "costs": found.costs}
     content |= {"verdicts": [asdict(v) | {"moved": v.moved} for v in (*found.verdicts, *found.repeated)]}
+    content |= {"controls": [asdict(control) for control in found.controls]}
     write_text(place.study / "study.json", json.dumps(content, indent=1))
 
 
@@ -128,6 +132,17 @@ def comparisons(found: Found) -> Rows:
         judged = v.judged if v in found.moved else NO_EFFECT
         lines.append([v.arm, v.measure, v.gap, v.seeds, f"{v.noise:.3f}", repeated, judged])
     return lines
+
+
+def controlled(found: Found) -> Rows:
+    """Every arm beside the baseline stopped where its loss equals the arm's. Losses: the arm's, the baseline's."""
+    lines: Rows = [["arm", "equal loss", "gap", "", "seed by seed", "two such seeds", "stopped at (losses)", "verdict"]]
+    for control in found.controls:
+        v = control.verdict
+        stops = ", ".join(f"{s.step} ({s.losses[0]:.3f}, {s.losses[1]:.3f})" for s in control.stops)
+        kind = control.stops[0].kind
+        lines.append([v.arm, kind, v.measure, v.gap, v.seeds, f"{v.noise:.3f}", stops, v.judged])
+    return lines if found.controls else []
 
 
 def arms(found: Found) -> Rows:

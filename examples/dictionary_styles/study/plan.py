@@ -1,5 +1,6 @@
 """What the study compares: its arms, the settings that are tried for them, the seeds, and how replies are sampled."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,16 +18,18 @@ class Arm:
     """One way to train. recipe: a file of ../arms over ../ce.yaml. tried: settings, of which one is chosen.
 
     like: arms whose chosen settings this one takes over, so that it differs from them in nothing but its own recipe.
+    baseline: whether other arms are compared with it, which takes more temperatures.
     """
 
     name: str
     recipe: str | None = None
     tried: tuple[Settings, ...] = ({},)
     like: tuple[str, ...] = ()
+    baseline: bool = False
 
     @property
     def slug(self) -> str:
-        return self.name.lower().replace("+", "_").replace("-", "_")
+        return re.sub(r"\W+", "_", self.name.lower())
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ REGIMES = (
     Regime("lora", per_persona=50, steps=60, least=40, recipe="lora", settings={"SFR": SHORT}, lora=True),
 )
 ARMS = (
-    Arm(BASELINE),
+    Arm(BASELINE, baseline=True),
     Arm("SFR", "sfr", tuple({"sfr_grad_ratio": ratio} for ratio in (0.1, 0.3, 1.0))),
     Arm("SFR-mse", "sfr_mse", like=("SFR",)),
     Arm("MTP", "mtp", tuple({"mtp_loss_scaling_factor": share} for share in (0.1, 0.3))),
@@ -104,7 +107,7 @@ class Plan:
 
     def sweep(self, arm: Arm, *, judging: bool) -> tuple[float, ...]:
         """The temperatures that an arm is sampled at."""
-        more = self.between if judging and arm.name == BASELINE else ()
+        more = self.between if judging and arm.baseline else ()
         return tuple(sorted((*self.temperatures, *more)))
 
     def find(self, name: str) -> Arm:

@@ -8,14 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from examples.dictionary_styles.study import choice, cost, materials, page
+from examples.dictionary_styles.study import choice, controls, cost, materials, page
 from examples.dictionary_styles.study.plan import (
     ARMS,
     AXES,
@@ -62,6 +62,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=list(STAGES),
         help="train and sample here, score elsewhere: only these",
     )
+    parser.add_argument(
+        "--controls", action="store_true", help="compare each arm with the baseline stopped at equal losses, too"
+    )
     parser.add_argument("--skip-cost", action="store_true", help="do not time the arms' steps (needs a quiet machine)")
     return parser.parse_args(arguments)
 
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = Plan(seeds=tuple(args.seeds), arms=arms, regime=regime, **amounts)
         place = Place(start=args.start, recipe=args.recipe, device=args.device, regime=regime)
         processes = args.processes or (1 if args.device == "cuda" else os.cpu_count() or 1)
-        study(plan, place, processes, tuple(args.stages), timed=not args.skip_cost)
+        study(plan, place, processes, tuple(args.stages), controlled=args.controls, timed=not args.skip_cost)
     except (ValueError, OSError) as error:
         print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, timed: bool) -> None:
+def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, controlled: bool, timed: bool) -> None:
     """The asked stages of the study; what earlier calls finished is kept."""
     materials.prepare(place)
     settings, tried = settings_of(plan, place, processes, stages)
@@ -107,8 +110,9 @@ def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, 
         some = [run for run in runs if run.arm.name in names | {BASELINE}]
         work((Task(run, JUDGING, again, place) for run in some), processes, "sampled again")
         repeated = verdicts_of(read(some, again, place))
+    controls_found = control(runs, curves, plan, place, processes) if controlled else []
     costs = cost.measure(runs[: len(plan.arms)], place) if timed else cost.known(place)
-    found = page.Found(plan, settings, tried, curves, verdicts, repeated, costs)
+    found = page.Found(plan, settings, tried, curves, verdicts, repeated, costs, controls_found)
     page.write(found, place)
     print(f"{page.summary(found)}\n\nwrote {place.study / 'study.html'} and study.md beside it")
 
@@ -125,6 +129,22 @@ def settings_of(
     if not all(task.curve.exists() for task in tasks):
         raise ValueError("settings are chosen by scores: run without --stages once, or in a regime that fixes them")
     return choice.choose(plan, place, threshold)
+
+
+def control(runs: Sequence[Run], curves: Curves, plan: Plan, place: Place, processes: int) -> list[controls.Controlled]:
+    """Each arm against the baseline stopped at the arm's losses, on both pairs of axes."""
+    others = [run for run in runs if run.arm.name != BASELINE]
+    sources = [controls.kept(plan, seed) for seed in plan.seeds]
+    work((Task(run, JUDGING, plan, place, ("train",)) for run in sources), processes, "baseline, kept")
+    stops = [stop for run in tqdm(others, desc="stops", unit="run") for stop in controls.find_stops(run, plan, place)]
+    work([controls.place_weights(stop, plan, place) for stop in stops], processes, "controls")
+    found = []
+    for arm in dict.fromkeys(run.arm.name for run in others):
+        for kind in controls.KINDS:
+            some = [stop for stop in stops if (stop.run.arm.name, stop.kind) == (arm, kind)]
+            (stopped,) = read([stop.control for stop in some], plan, place).values()
+            found += [controls.Controlled(compare(arm, curves[arm], stopped, axes), some) for axes in AXES]
+    return found
 
 
 def work(tasks: Iterable[Task], processes: int, title: str) -> None:

@@ -94,7 +94,8 @@ class Place:
             "sfr_backend": self.device,
             "save": folder,
         }
-        settings = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+        flags = {f"--{key.replace('_', '-')}": value for key, value in given.items()}
+        settings = [word for flag, value in flags.items() for word in ((flag,) if value is True else (flag, value))]
         return [self.shape, *(word for recipe in recipes for word in ("--recipe", recipe)), *settings]
 
     def folder(self, run: Run) -> Path:
