@@ -1,8 +1,10 @@
 """Measures speed and memory of conversion (`python -m tools.bench_convert --folder DIR`).
 
 Creates a random Qwen3 model of a given size in DIR, then copies, imports and exports it in turn, each in a separate
-process. Prints median GB/s and the peak resident memory minus what the interpreter had before. Files go through the
-page cache, which is flushed between measurements. DIR needs room for three such models and is emptied at the end.
+process. Prints median GB/s, CPU seconds, and the peak resident memory minus what the interpreter had before. Sources
+are in the page cache if they fit. Imports and exports flush their files to the disk, so they are compared with `cp`
+and a flush; "cp alone" has no flush. On a file system that shares blocks between copies, `cp` copies nothing. DIR needs
+room for three such models and is emptied at the end.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from os import cpu_count, sync
+from os import cpu_count, sync, times
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
@@ -28,6 +30,7 @@ from megatron_sfr.hf.import_hf import import_hf
 from megatron_sfr.hf.mappings import entries
 from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES
 from megatron_sfr.hf.safetensors_writer import Header, ShardWriter, plan_shards
+from megatron_sfr.storage.atomic import sync_files
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -84,13 +87,15 @@ def resident(kind: str) -> int:
 
 
 def take(arm: str, folder: Path, shard_bytes: int) -> dict[str, float]:
-    """Runs one measurement in this process: seconds, and peak resident bytes (largest process) minus those before."""
+    """Runs one measurement: seconds, CPU seconds, and peak resident bytes (largest process) minus those before."""
     source, megatron, output = folder / "hf", folder / "megatron", folder / "out"
     shutil.rmtree(output, ignore_errors=True)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, start = resident("VmRSS"), time.perf_counter()
-    if arm == "copy":
-        copy(source, output)
+    before, spent, start = resident("VmRSS"), sum(times()[:4]), time.perf_counter()
+    if arm in ("cp", "cp alone"):
+        subprocess.run(["cp", "-r", source, output], check=True)
+        if arm == "cp":
+            sync_files(output)
     elif arm == "import":
         import_hf(source, megatron, force=megatron.exists(), progress=False)
     else:
@@ -98,15 +103,7 @@ def take(arm: str, folder: Path, shard_bytes: int) -> dict[str, float]:
         export_hf(megatron, output, like=source, shard_bytes=shard_bytes, workers=workers, progress=False)
     seconds = time.perf_counter() - start
     peak = max(resident("VmHWM"), getrusage(RUSAGE_CHILDREN).ru_maxrss * 1024)
-    return {"seconds": seconds, "peak": peak - before}
-
-
-def copy(source: Path, output: Path) -> None:
-    """Reads and writes each file, 16 MiB at a time. shutil.copyfile would let some file systems share blocks."""
-    output.mkdir()
-    for file in source.iterdir():
-        with file.open("rb") as original, (output / file.name).open("wb") as target:
-            shutil.copyfileobj(original, target, 16 << 20)
+    return {"seconds": seconds, "cpu": sum(times()[:4]) - spent, "peak": peak - before}
 
 
 def identical(folder: Path) -> bool:
@@ -132,7 +129,7 @@ def main() -> None:
     if any(options.folder.iterdir()):
         raise SystemExit(f"{options.folder} is not empty")
     size, largest = make_model(options.folder / "hf", options.gigabytes * 1e9, shard_bytes)
-    arms = ["copy", "import", *(f"export {n}" for n in options.workers)]
+    arms = ["cp alone", "cp", "import", *(f"export {n}" for n in options.workers)]
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     command = [sys.executable, "-m", "tools.bench_convert", *sys.argv[1:], "--arm"]
     for _ in range(options.repetitions):
@@ -149,14 +146,15 @@ def report(size: int, largest: int, shard_bytes: int, found: dict[str, list[dict
     print(f"{platform.machine()}, {cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, files of {shard_bytes / 1e6:.0f} MB, ", end="")
     print(f"chunks of {CHUNK_BYTES / 1e6:.0f} MB; the export equals the original byte for byte: {same}")
-    copy = [x["seconds"] for x in found["copy"]]
-    print(f"{'arm':12}{'GB/s':>8}{'range':>16}{'of copying':>12}{'peak MB':>10}")
+    copy = [x["seconds"] for x in found["cp"]]
+    print(f"{'arm':12}{'GB/s':>8}{'range':>16}{'of cp':>8}{'CPU s':>8}{'peak MB':>10}")
     for arm, takes in found.items():
         speeds = sorted(size / 1e9 / x["seconds"] for x in takes)
         share = statistics.median(a / b["seconds"] for a, b in zip(copy, takes, strict=True))
         peak = max(x["peak"] for x in takes) / 1e6
         span = f"{speeds[0]:.2f} to {speeds[-1]:.2f}"
-        print(f"{arm:12}{statistics.median(speeds):8.2f}{span:>16}{share:12.2f}{peak:10.0f}")
+        cpu = statistics.median(x["cpu"] for x in takes)
+        print(f"{arm:12}{statistics.median(speeds):8.2f}{span:>16}{share:8.2f}{cpu:8.2f}{peak:10.0f}")
 
 
 if __name__ == "__main__":

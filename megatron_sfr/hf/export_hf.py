@@ -1,13 +1,12 @@
-"""Megatron checkpoint -> Hugging Face folder, with one tensor in memory at a time. Workers write separate files."""
+"""Megatron checkpoint -> Hugging Face folder, copied from file to file. Workers write separate files."""
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder, 
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import HEAD, StoredModel
 from megatron_sfr.hf.safetensors_writer import Header, Shard, ShardWriter, plan_shards
-from megatron_sfr.runtime.lifetime import end_with_parent
 from megatron_sfr.storage.provenance import contents_of
 
 COMPANIONS = (
@@ -85,7 +83,7 @@ def export_hf(
         like: a Hugging Face folder with the model's config, tokenizer, chat template and generation config.
         dtype: of the weights. Default: the checkpoint's, so that nothing is rounded.
         shard_bytes: largest size of a file of weights.
-        workers: processes that write files; the files are the same for any number.
+        workers: threads that write files; the files are the same for any number.
         head: write the flow head too; `load_head` reads it.
         merge: merge the adapters of a run with LoRA into its frozen weights.
         base: for merge: the frozen weights, an HF folder, a GGUF file or a Megatron checkpoint. Default: the run's.
@@ -173,41 +171,39 @@ def _headers(model: Model, dtype: torch.dtype | None) -> dict[str, Header]:
     }
 
 
-def _write_shards(
-    model: Model, shards: Sequence[Shard], folder: Path, written: Callable[[int], object] | None = None
-) -> None:
-    """Writes each shard. `written` is called with the number of bytes of each tensor."""
-    for shard in shards:
-        with ShardWriter(folder, shard) as writer:
-            for entry in model.entries:
-                if shard.tensors.keys().isdisjoint(entry.names):
-                    continue
-                for name, tensor in zip(entry.names, model.read(entry), strict=True):
-                    if name in shard.tensors:  # the next file may start inside an entry
-                        writer.write(name, tensor.to(shard.tensors[name].dtype))
-                        if written is not None:
-                            written(shard.tensors[name].bytes)
-
-
 def _write_weights(model: Model, shards: Sequence[Shard], folder: Path, bar: "tqdm[Any]", workers: int) -> None:
-    """Writes the shards, distributed over processes if there are several; the bar then follows the file sizes."""
-    workers = min(workers, len(shards))
-    if workers == 1:
-        _write_shards(model, shards, folder, bar.update)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-        todo = [pool.submit(_write_shards, model, shards[i::workers], folder) for i in range(workers)]
-        waiting = set(todo)
-        while waiting:
-            _, waiting = wait(waiting, timeout=0.2)
-            files = [folder / shard.file for shard in shards]
-            bar.n = min(sum(x.stat().st_size for x in files if x.exists()), int(bar.total or 0))
-            bar.refresh()
+    """Writes the shards in threads, which run in parallel because copying releases Python's lock."""
+    failed, progress = Event(), Lock()
+
+    def written(count: int) -> None:
+        with progress:
+            bar.update(count)
+        if failed.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(min(workers, len(shards))) as pool:
+        todo = [pool.submit(_write_shard, model, shard, folder, written) for shard in shards]
         try:
-            for done in todo:
+            for done in as_completed(todo):
                 done.result()
-        except BrokenProcessPool as e:
-            raise ValueError("a worker was killed, for want of memory perhaps: try again with fewer --workers") from e
+        except BaseException:  # Ctrl-C too: the other threads end after the tensor that they are writing
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_shard(model: Model, shard: Shard, folder: Path, written: Callable[[int], object]) -> None:
+    """Writes one file. `written` is called with the number of bytes of each tensor."""
+    with ShardWriter(folder, shard) as writer:
+        for entry in model.entries:
+            kept = [name for name in entry.names if name in shard.tensors]  # the next file may start inside an entry
+            if not kept:
+                continue
+            pieces = model.pieces(entry, shard.tensors[kept[0]].dtype)
+            for name, of_name in zip(entry.names, pieces, strict=True):
+                if name in kept:
+                    writer.write_pieces(name, of_name)
+                    written(shard.tensors[name].bytes)
 
 
 def write_index(shards: Sequence[Shard], size: int, path: Path) -> None:

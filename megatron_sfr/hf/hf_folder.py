@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.storage import provenance
+from megatron_sfr.storage.atomic import sync_files, sync_folder
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import read_json_object, shown
@@ -105,6 +106,8 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder to fill, which becomes `output` on success and is removed on failure; for one process at a time.
 
+    All of it is on the disk before it gets its name, so that a crash of the machine leaves no half-written output.
+
     Args:
         output: the folder to write. An existing one is refused.
         mark: a file that every folder written by this conversion has.
@@ -130,9 +133,11 @@ def new_folder(
                 yield partial
                 if identity is not None:
                     provenance.write_record(partial / RECORD, identity, provenance.sizes_of(partial))
+                sync_files(partial)
                 if output.exists():
                     output.rename(replaced)
                 partial.rename(output)
+                sync_folder(output.parent)
             finally:
                 for leftover in (partial, replaced):
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -86,7 +86,7 @@ class ParameterMapping(Protocol):
         """Hugging Face's parts, or the `spans` of them -> Megatron's tensor, or that span of it."""
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
-        """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit."""
+        """Megatron's tensor -> Hugging Face's parts: the inverse of `join`, bit for bit. Only reorders rows."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Writes safetensors files tensor by tensor. All sizes are known in advance, so no file is held in memory."""
+"""Writes safetensors files piece by piece. All sizes are known in advance, so no file is held in memory."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.hf.hf_folder import DTYPES, SINGLE
+from megatron_sfr.hf.megatron.stored_chunks import Piece, as_bytes
+from megatron_sfr.storage.file_ranges import FileRange, write_at
 
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
@@ -69,7 +71,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = (folder / shard.file).open("wb")
+        self._file = (folder / shard.file).open("wb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "ShardWriter":
@@ -81,7 +83,19 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one of the shard's tensors, once."""
+        assert tuple(tensor.shape) == self._shard.tensors[name].shape, name
+        self.write_pieces(name, [tensor.contiguous()])
+
+    def write_pieces(self, name: str, pieces: Iterable[Piece]) -> None:
+        """Writes one of the shard's tensors, once, from consecutive pieces of it."""
         header = self._shard.tensors[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (header.shape, header.dtype), name
-        self._file.seek(self._start + self._offsets.pop(name))
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        position = start = self._start + self._offsets.pop(name)
+        for piece in pieces:
+            if isinstance(piece, FileRange):
+                piece.copy_to(self._file.fileno(), position)
+                position += piece.bytes
+            else:
+                assert piece.dtype == header.dtype, f"{name}: {piece.dtype} is not {header.dtype}"
+                write_at(self._file.fileno(), as_bytes(piece), position)
+                position += piece.nbytes
+        assert position - start == header.bytes, f"{name}: {position - start} bytes are not {header.bytes}"

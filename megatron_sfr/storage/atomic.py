@@ -43,6 +43,17 @@ def _is_running(process: str) -> bool:
     return True
 
 
+def sync_files(folder: Path) -> None:
+    """Flushes all files under a folder to the disk, and the entries of its folders."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's directory entries, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,9 @@
 """Incomplete HF folders are refused by name, and a new folder appears complete or not at all."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +169,15 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path):
     ):
         raise AssertionError("not reached")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, sync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda x: (events.append(Path(os.readlink(f"/proc/self/fd/{x}")).name), sync(x)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("renamed"), rename(path, to))[1])
+    with new_folder(tmp_path / "out", mark="a", force=False) as folder:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (folder / name).write_text("content")
+    assert {"a", "b", "sub", ".out.partial"} <= set(events[: events.index("renamed")])
+    assert events[-2:] == ["renamed", tmp_path.name]

@@ -1,6 +1,7 @@
 """Parameter mappings are invertible, have transformers' names and shapes, and split where tensor parallelism does."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_sfr.hf.families.family_registry import FAMILIES, family_of, megatron_flags
 from megatron_sfr.hf.hf_folder import Weights, read_config
 from megatron_sfr.hf.mappings import QKV, Dimensions, FusedQKV, GatedMLP, entries
+from megatron_sfr.hf.megatron.megatron_model import runs_of_rows
 from tests.hf.models import TINY, save_model
 
 ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))
@@ -39,6 +41,14 @@ def test_split_undoes_join(d, row):
     assert joined.shape == row.megatron_shape(d)
     for found, wanted in zip(row.split(joined, d), original, strict=True):
         assert torch.equal(found, wanted)
+
+
+@given(dimensions, st.sampled_from(ROWS))
+def test_runs_of_rows_are_what_split_returns(d, row):
+    joined = row.join(parts(row, d), d)
+    for runs, wanted in zip(runs_of_rows(row, d), row.split(joined, d), strict=True):
+        assert torch.equal(torch.cat([joined[a:b] for a, b in runs]), wanted)
+        assert all(stop != start for (_, stop), (start, _) in pairwise(runs))
 
 
 @given(dimensions)

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a file (default 5)"
     )
     verb.add_argument("--keep-head", action="store_true", help="write the flow head too: flow_head.safetensors, .json")
-    verb.add_argument("--workers", type=int, default=1, metavar="N", help="processes that write files (default 1)")
+    verb.add_argument("--workers", type=int, default=1, metavar="N", help="threads that write files (default 1)")
     verb.add_argument("--force", action="store_true", help="replace an existing output")
 
     _add_arguments_of_other_formats(verbs)

@@ -1,5 +1,6 @@
 """A model with its adapters merged into its weights, read like a stored model: W + scale * B A for each HF weight."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megatron_sfr.hf.hf_model import Source, open_source
 from megatron_sfr.hf.mappings import Entry
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import HEAD, StoredModel
+from megatron_sfr.hf.megatron.stored_chunks import Piece
 
 
 def merged(weight: Tensor, pair: Pair, scale: float) -> Tensor:
@@ -57,6 +59,12 @@ class MergedModel:
             return weights
         pairs = self.adapter.read(entry)
         return tuple(merged(w, pair, self.adapter.scale) for w, pair in zip(weights, pairs, strict=True))
+
+    def pieces(self, entry: Entry, dtype: torch.dtype) -> tuple[Iterable[Piece], ...]:
+        """The HF tensors of an entry as consecutive pieces of a dtype."""
+        if entry not in self._adapted and isinstance(self._model, StoredModel):
+            return self._model.pieces(entry, dtype)
+        return tuple([tensor.to(dtype)] for tensor in self.read(entry))
 
 
 def _base_of(checkpoint: Checkpoint) -> Path:

@@ -6,17 +6,16 @@ of each chunk, and Megatron's `metadata.json`, written last. It is independent o
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_sfr.hf.megatron.inert_pickle import HINT
 from megatron_sfr.hf.megatron.safe_unpickle import read_common_state, read_metadata
+from megatron_sfr.hf.megatron.stored_chunks import Piece, StoredChunks
 from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
 from megatron_sfr.storage.user_files import cut, loading, read_json_object
 
@@ -73,7 +72,7 @@ def _others(folder: Path) -> str:
 
 
 class Checkpoint:
-    """A checkpoint open for reading: `tensors` lists its tensors, `read` reads any chunk of one of them."""
+    """A checkpoint open for reading: `tensors` lists its tensors; `read` and `pieces` give any chunk of one of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,8 +81,7 @@ class Checkpoint:
             stored = self._metadata.state_dict_metadata
             self.tensors = {k: v for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
             self.objects = frozenset(k for k, v in stored.items() if isinstance(v, BytesStorageMetadata))
-            self._reader = FileSystemReader(folder)
-            self._reader.set_up_storage_reader(self._metadata, True)
+            self._chunks = StoredChunks(folder, self._metadata)
             ends = _file_ends(self._metadata)
         for name, end in ends.items():
             path = folder / name
@@ -92,16 +90,14 @@ class Checkpoint:
                 raise ValueError(f"{path} has {size} of {end} bytes: the checkpoint is not complete; {HINT}")
 
     def read(self, key: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """The chunk of that size at that offset. Reads only the stored chunks that overlap it."""
-        tensor = self.tensors[key]
+        """The chunk of that size at that offset. Reads nothing else."""
         with loading(f"{self.folder}: {key} cannot be read", HINT):
-            out = torch.empty(tuple(size), dtype=tensor.properties.dtype)
-            chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-            items = create_read_items_for_chunk_list(key, tensor, [chunk])
-            if sum(prod(item.lengths) for item in items) != out.numel():
-                raise ValueError(f"parts of {key} are not stored")
-            self._reader.read_data(LoadPlan(items), _SingleTensor(out)).wait()
-        return out
+            return self._chunks.read(key, offset, size)
+
+    def pieces(self, key: str, offset: Sequence[int], size: Sequence[int], dtype: torch.dtype) -> Iterator[Piece]:
+        """The same chunk, in a dtype, as consecutive pieces: ranges of the checkpoint's files, or small tensors."""
+        with loading(f"{self.folder}: {key} cannot be read", HINT):
+            yield from self._chunks.pieces(key, offset, size, dtype)
 
     def arguments(self) -> Mapping[str, Any]:
         """The arguments of the run that wrote it, or LoRA's options of an imported adapter; empty if it has none."""
@@ -123,17 +119,6 @@ def _file_ends(metadata: Metadata) -> dict[str, int]:
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     return ends
-
-
-class _SingleTensor(DefaultLoadPlanner):
-    """Reads into one given tensor."""
-
-    def __init__(self, out: Tensor) -> None:
-        super().__init__()
-        self._out = out
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._out
 
 
 @dataclass(frozen=True)

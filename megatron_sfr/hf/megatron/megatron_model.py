@@ -1,8 +1,9 @@
 """The model in a Megatron checkpoint, checked name by name against an HF config before any weight is read."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.family_registry import family_of
-from megatron_sfr.hf.mappings import Entry, entries
+from megatron_sfr.hf.mappings import Dimensions, Entry, ParameterMapping, Spans, entries
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN, as_gpt, hybrid_name
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+from megatron_sfr.hf.megatron.stored_chunks import Piece
 
 HEAD = "flow_head."
 AUXILIARY = (HEAD, "mtp.")
@@ -87,6 +89,7 @@ class StoredModel:
                 f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
                 "the exported model would not compute what was trained"
             )
+        self._runs = {x.megatron: runs_of_rows(x, self.dimensions) for x in family.mappings(config)}
         self._places = {entry: self._find(entry) for entry in self.entries}
         known = {location.key for location in self._places.values()}
         rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
@@ -105,6 +108,19 @@ class StoredModel:
         location = self._places[entry]
         tensor = self.checkpoint.read(location.key, location.offset, location.size)
         return entry.mapping.split(tensor.reshape(entry.mapping.megatron_shape(self.dimensions)), self.dimensions)
+
+    def pieces(self, entry: Entry, dtype: torch.dtype) -> tuple[Iterator[Piece], ...]:
+        """The HF tensors of an entry as consecutive pieces of a dtype, without padding and without reading them."""
+        return tuple(self._pieces(entry, runs, dtype) for runs in self._runs[entry.mapping.megatron])
+
+    def _pieces(self, entry: Entry, runs: Spans, dtype: torch.dtype) -> Iterator[Piece]:
+        """Runs of rows of the stored tensor, one after another."""
+        location = self._places[entry]
+        axis = len(location.size) - len(entry.mapping.megatron_shape(self.dimensions))
+        before, after = location.size[:axis], location.size[axis + 1 :]
+        for start, stop in runs:
+            offset = (*location.offset[:axis], start, *location.offset[axis + 1 :])
+            yield from self.checkpoint.pieces(location.key, offset, (*before, stop - start, *after), dtype)
 
     def _find(self, entry: Entry) -> Location:
         size, index, counts = entry.mapping.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
@@ -127,6 +143,20 @@ class StoredModel:
                 "the config belongs to a different architecture"
             )
         return 0
+
+
+def runs_of_rows(mapping: ParameterMapping, d: Dimensions) -> tuple[Spans, ...]:
+    """For each HF tensor, the runs of rows of Megatron's tensor that it consists of, in order.
+
+    Mappings only reorder rows, so they split the rows' numbers as they split a tensor.
+    """
+    return tuple(_runs(rows) for rows in mapping.split(torch.arange(mapping.megatron_shape(d)[0]), d))
+
+
+def _runs(rows: Tensor) -> Spans:
+    """Consecutive numbers as (first, last + 1)."""
+    breaks = (torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()
+    return tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise([0, *breaks, len(rows)]))
 
 
 def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> tuple[str, object, object] | None:
