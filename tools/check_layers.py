@@ -15,7 +15,7 @@ PACKAGE = "megatron_sfr"
 LAYERS = {
     **dict.fromkeys(("storage", "html", "option_names"), 0),
     "runtime": 1,
-    **dict.fromkeys(("data", "flow", "kernels"), 2),
+    **dict.fromkeys(("data", "flow", "kernels", "doctor"), 2),
     **dict.fromkeys(("objectives", "model"), 3),
     **dict.fromkeys(("training", "hf", "evaluation"), 4),
     **dict.fromkeys(("kl_flow", "planning"), 5),

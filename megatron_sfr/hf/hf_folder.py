@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
-from megatron_sfr.storage import provenance
+from megatron_sfr.storage import model_folders, provenance
 from megatron_sfr.storage.atomic import sync_files, sync_folder
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import read_json_object, shown
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, SINGLE = model_folders.CONFIG, "model.safetensors.index.json", "model.safetensors"
 RECORD = "conversion.json"
 """Record of what made the folder: the identity of the conversion, and the sizes of its files."""
 WEIGHT_FILES = (CONFIG, INDEX, "*.safetensors")
@@ -35,10 +35,7 @@ _NOT_WRITTEN = {
 
 def read_config(folder: Path) -> Config:
     """config.json of an HF folder."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name the folder of a Hugging Face model")
-    return read_json_object(path)
+    return read_json_object(model_folders.check_config(folder))
 
 
 class Weights:

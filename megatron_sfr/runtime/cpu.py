@@ -1,7 +1,7 @@
 """Unmodified megatron-core on CPU and gloo: every upstream name that is replaced for it, and why.
 
-The tables are written against VERSIONS. On CUDA only TORCH_ADAM is applied, and only where neither Transformer Engine
-nor Apex provides an optimizer.
+The tables are written against the VERSIONS of runtime/replacements.py. On CUDA only TORCH_ADAM is applied, and only
+where neither Transformer Engine nor Apex provides an optimizer.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 
-VERSIONS = {"torch": "2.13.0", "megatron-core": "0.19.2"}
 CPU = torch.device("cpu")
 
 

@@ -1,4 +1,7 @@
-"""Accelerators: those of this machine, for commands that run before a backend is chosen, and those of data sheets."""
+"""Accelerators: those of this machine, for commands that run before a backend is chosen, and those of data sheets.
+
+torch is imported where it is used: `doctor` reads this module before it knows whether torch can be imported.
+"""
 
 import os
 import resource
@@ -6,9 +9,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch
-import torch.distributed as dist
 
 from megatron_sfr.storage.user_files import is_out_of_memory, reason, shown
 
@@ -46,6 +46,8 @@ def peak(device: str, precision: str) -> float | None:
 
 def peak_memory() -> int:
     """Bytes that this process has had at most: of its GPU, or else of the machine's memory."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,6 +55,8 @@ def peak_memory() -> int:
 
 def gpu_name(backend: Literal["cpu", "cuda"]) -> str | None:
     """torch's name of this process's GPU; None on CPU."""
+    import torch
+
     return torch.cuda.get_device_name() if backend == "cuda" else None
 
 
@@ -66,6 +70,8 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
+    import torch
+
     with warnings.catch_warnings():  # an old driver makes torch warn; an empty list says the same
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
@@ -76,6 +82,8 @@ def gpus() -> list[Gpu]:
 
 def usable_device(name: str | None) -> str:
     """The device of that name, by default a GPU if there is one. Raises ValueError if it cannot compute."""
+    import torch
+
     if name is None:
         return "cuda" if gpus() else "cpu"
     try:
@@ -95,5 +103,15 @@ def driver_is_there() -> bool:
 
 def backends() -> list[str]:
     """The collective backends that this build of torch can use."""
+    import torch.distributed as dist
+
     there = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
     return [name for name, is_available in there.items() if dist.is_available() and is_available()]
+
+
+def nccl_version() -> str | None:
+    """The version of the NCCL that torch uses, such as 2.29.7; None in a build without it."""
+    import torch
+    import torch.distributed as dist
+
+    return ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None

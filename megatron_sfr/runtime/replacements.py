@@ -14,6 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+VERSIONS = {"torch": "2.13.0", "megatron-core": "0.19.2"}
+"""The versions that the tables are written against and tested with."""
+
 
 @dataclass(frozen=True)
 class Replacement:

@@ -74,13 +74,13 @@ class RunFolder:
 
 
 def open_run(folder: Path, like: Path | None = None) -> RunFolder:
-    """A run to watch. like: by default the Hugging Face folder that the run started from, if its recipe names one.
+    """A run to watch, in an existing folder.
+
+    like: by default the Hugging Face folder that the run started from, if its recipe names one.
 
     Raises:
-        ValueError: there is no such folder, or no model that its checkpoints are like.
+        ValueError: no model is named that its checkpoints are like.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; give the --save folder of a run, once the run has begun")
     recipe = _recipe(folder)
     named = like or recipe.get("sfr-hf-load") or recipe.get("lora-base")
     if named is None:

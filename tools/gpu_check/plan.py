@@ -112,7 +112,9 @@ def plan(machine: Machine) -> list[Step | Comparison]:
     """All steps in order; the benchmarks come last, with nothing beside them."""
     pytest = (*PYTHON, *"pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider --maxfail=5".split(), *TESTS)
     return [
-        Step("doctor", (*PYTHON, "megatron_sfr.cli", "doctor", "--folder", str(machine.folder)), 120, lines=20),
+        Step(
+            "doctor", (*PYTHON, "megatron_sfr.cli", "doctor", "--deep", "--folder", str(machine.folder)), 120, lines=20
+        ),
         Step("tests_gpu", pytest, 300, lines=3, why_not=machine.rest()),
         Step("data", (*PYTHON, "tools.gpu_check.data", str(machine.folder / "data")), 240),
         *trainings(machine),

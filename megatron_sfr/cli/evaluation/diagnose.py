@@ -52,7 +52,15 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_sfr.cli.model_args import model_folders
     from megatron_sfr.data.prepared.conversations import PreparedData
-    from megatron_sfr.evaluation.generate.transformers_engine import check_folder, load_model
+    from megatron_sfr.storage.model_folders import check_model_folder
+
+    data = PreparedData.open(args.data)
+    data.check()
+    folders = model_folders(args.model)
+    for folder in folders.values():
+        check_model_folder(folder)
+
+    from megatron_sfr.evaluation.generate.transformers_engine import load_model
     from megatron_sfr.evaluation.lock_fork.examine import ExamineOptions, examine
     from megatron_sfr.evaluation.lock_fork.futures import FutureOptions
     from megatron_sfr.evaluation.lock_fork.labels import LabelOptions
@@ -62,11 +70,6 @@ def run(args: argparse.Namespace) -> int:
     labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
     futures = FutureOptions(args.draws, args.steps, args.method, horizon=args.horizon)
     options = ExamineOptions(labels, futures, args.samples, args.top_p)
-    data = PreparedData.open(args.data)
-    data.check()
-    folders = model_folders(args.model)
-    for folder in folders.values():
-        check_folder(folder)
     head, store = _head(args, next(iter(folders.values())), data)
 
     def load(name: str, folder: Path):  # type: ignore[no-untyped-def]  # a Hugging Face network

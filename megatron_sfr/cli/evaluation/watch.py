@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
+    if not args.run_folder.is_dir():  # before torch is imported
+        raise ValueError(f"{args.run_folder} does not exist; give the --save folder of a run, once the run has begun")
+
     from megatron_sfr.watch.run_folder import events_of, open_run
     from megatron_sfr.watch.step_scores import StepScorer, WatchOptions, read_questions
     from megatron_sfr.watch.watch_run import watch

@@ -37,6 +37,12 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from megatron_sfr.data.prepared.conversations import PreparedData
+    from megatron_sfr.storage.model_folders import check_model_folder
+
+    check_model_folder(args.model)
+    data = PreparedData.open(args.data)
+    data.check()
+
     from megatron_sfr.evaluation.generate.transformers_engine import load_model
     from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, threshold, top_masses
 
@@ -47,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         tokens=args.tokens,
     )
-    data = PreparedData.open(args.data)
-    data.check()
     model = load_model(str(args.model), args.model, device=args.device, dtype=args.dtype)
     p_n = top_masses(model, data, options)
     found = threshold(p_n, options.exempt)

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from megatron_sfr.hf.megatron.tracker import locate
+from megatron_sfr.storage.model_folders import check_config, check_source
+
 DTYPES = ("float32", "bfloat16")  # float16 would turn large weights into infinities
 SOURCE = "folder of the Hugging Face model, or a GGUF file, which is de-quantized"
 
@@ -81,6 +84,7 @@ def _import(args: argparse.Namespace) -> None:
     if args.adapter is not None:
         _import_adapter(args)
         return
+    check_source(args.hf)
     from megatron_sfr.hf.import_hf import import_hf
 
     report = import_hf(args.hf, args.output, check=args.check, force=args.force)
@@ -124,18 +128,19 @@ def _export_adapter(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    locate(args.checkpoint)
     if args.adapter:
         _export_adapter(args)
         return
+    if args.tolerance is not None and args.check is None:
+        raise ValueError("--tolerance is the tolerance of --check: give --check HF_DIR too")
+    if not 0 < args.max_shard_gb < 1e9:
+        raise ValueError(f"--max-shard-gb {args.max_shard_gb:g}: give a size in GB, such as 5")
     import torch
 
     from megatron_sfr.hf.compare_logits import TOLERANCE, check_logits
     from megatron_sfr.hf.export_hf import export_hf
 
-    if args.tolerance is not None and args.check is None:
-        raise ValueError("--tolerance is the tolerance of --check: give --check HF_DIR too")
-    if not 0 < args.max_shard_gb < 1e9:
-        raise ValueError(f"--max-shard-gb {args.max_shard_gb:g}: give a size in GB, such as 5")
     report = export_hf(
         args.checkpoint,
         args.output,
@@ -164,6 +169,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    check_config(args.hf)
     from megatron_sfr.hf.quantize import quantize_hf
 
     report = quantize_hf(
@@ -194,6 +200,7 @@ def _dequantize(args: argparse.Namespace) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> None:
+    check_source(args.hf)
     import yaml
 
     from megatron_sfr.hf.families.family_registry import megatron_flags

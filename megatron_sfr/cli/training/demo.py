@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.output.exists() and not args.output.is_dir():  # before the demo's imports, which take seconds
+        raise ValueError(f"{args.output} is a file: choose another --output")
+
     from megatron_sfr.demo.run import demo
     from megatron_sfr.demo.scale import FULL, TINY
 

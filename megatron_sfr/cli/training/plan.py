@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sfr.cli.training.plan_table import memory_table, sweep_table, work_lines
+from megatron_sfr.config.recipe import read_recipe
 
 if TYPE_CHECKING:
     from megatron_sfr.planning.memory import HeadSizes
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("nodes", "gpus", "memory_gib", "mfu", "anchors", "target_dim", "encoder_rate"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    if not args.recipe.is_file():  # before Megatron is imported
-        raise ValueError(f"{args.recipe}: no such recipe")
+    for recipe in (args.recipe, *args.recipes):
+        read_recipe(recipe)  # before Megatron is imported; the names of options are checked later
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron warns of packages that are absent here, not on the cluster
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

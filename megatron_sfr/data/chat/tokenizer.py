@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import control_tokens, encode_text
@@ -14,10 +15,13 @@ _HINT = (
     "give a folder with tokenizer.json; it, tokenizer_config.json or config.json may be damaged, or written by another "
     "version of tokenizers"
 )
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json", "config.json")
+"""What transformers may read a tokenizer from; config.json names the class of one without other files."""
 
 
 def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
     """A fast tokenizer, with a chat template if it is for chats, from a local folder or by name; runs no code of it."""
+    _check_place(tokenizer)
     from transformers import AutoTokenizer
 
     with loading(f"no tokenizer that can be read at {tokenizer}", _HINT):
@@ -36,6 +40,16 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
         with loading(f"the chat template of the tokenizer at {tokenizer} cannot be used", "correct the template"):
             compiled(loaded.get_chat_template())
     return loaded
+
+
+def _check_place(tokenizer: str) -> None:
+    """Raises ValueError for a path that cannot hold a tokenizer, before transformers is imported."""
+    folder = Path(tokenizer)
+    if folder.is_dir():
+        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise ValueError(f"no tokenizer that can be read at {tokenizer} (it has no tokenizer.json); {_HINT}")
+    elif tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:  # not a name on the hub
+        raise ValueError(f"no tokenizer that can be read at {tokenizer} (it does not exist); {_HINT}")
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions
+from megatron_sfr.storage.model_folders import check_model_folder
 from megatron_sfr.storage.provenance import contents_of
 
 
@@ -77,10 +78,8 @@ class HuggingFace:
         return self.engine == "transformers"
 
     def check(self) -> None:
-        from megatron_sfr.evaluation.generate.transformers_engine import check_folder
-
         for folder in self.folders.values():
-            check_folder(folder)
+            check_model_folder(folder)
         if self.arguments:
             from megatron_sfr.evaluation.generate.vllm_engine import check_arguments
 

@@ -22,6 +22,7 @@ from megatron_sfr.evaluation.generate.thinking import without_empty_thought
 from megatron_sfr.runtime.devices import usable_device
 from megatron_sfr.runtime.noise import uniform
 from megatron_sfr.storage.jsonl import RecordError
+from megatron_sfr.storage.model_folders import check_model_folder
 from megatron_sfr.storage.user_files import loading, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
@@ -41,7 +42,7 @@ class Model:
 
 def load_model(name: str, folder: Path, *, device: str | None = None, dtype: str = "auto") -> Model:
     """Loads model and tokenizer of a Hugging Face folder without running its code. device None: a GPU if any."""
-    check_folder(folder)
+    check_model_folder(folder)
     place = usable_device(device)
     tokenizer = load_tokenizer(str(folder))
     network = load_network(folder, dtype, place)
@@ -75,14 +76,6 @@ def end_tokens(named: object, tokenizer: Any, folder: Path) -> tuple[int, ...]:
             f"{folder}/generation_config.json: eos_token_id is {shown(ends)}; give the id of a token, or a list of them"
         )
     return tuple(listed)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError if a folder cannot be a Hugging Face model."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is not a Hugging Face model (config.json is missing); run megatron-sfr convert export"
-        )
 
 
 def sample(

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, in_order, seed_of
-from megatron_sfr.evaluation.generate.transformers_engine import check_folder, decoded, end_tokens, token_ids
+from megatron_sfr.evaluation.generate.transformers_engine import decoded, end_tokens, token_ids
+from megatron_sfr.storage.model_folders import check_model_folder
 from megatron_sfr.storage.user_files import loading, shown
 
 OURS = {  # engine arguments that replies depend on here
@@ -53,7 +54,7 @@ def load_model(
         raise ValueError(f"--engine vllm chooses its device itself: leave --device {device} out")
     from transformers import AutoConfig, GenerationConfig
 
-    check_folder(folder)
+    check_model_folder(folder)
     check_arguments(arguments or {})
     tokenizer = load_tokenizer(str(folder))
     with loading(f"cannot load the model in {folder}", "its config.json or generation_config.json is damaged"):

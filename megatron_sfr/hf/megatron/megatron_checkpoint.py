@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron_sfr.hf.megatron.inert_pickle import HINT
 from megatron_sfr.hf.megatron.safe_unpickle import read_common_state, read_metadata
 from megatron_sfr.hf.megatron.stored_chunks import Piece, StoredChunks
-from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, RELEASE, TRACKER, incomplete, newest
+from megatron_sfr.hf.megatron.tracker import CONFIG, METADATA, locate
 from megatron_sfr.storage.user_files import cut, loading, read_json_object
 
 COMMON = "common_state/shard_0_1"
@@ -44,31 +44,16 @@ def find_checkpoint(path: Path) -> Path:
     If the tracker of a --save folder is damaged or names an incomplete checkpoint, the newest complete one is used,
     with a warning.
     """
-    of_its_own = path.name == RELEASE or path.name.startswith("iter_") or (path / METADATA).is_file()
-    if of_its_own and not (path / TRACKER).is_file():
-        folder = path
-        if wrong := incomplete(folder):
-            raise ValueError(f"{folder} {wrong}{_others(folder)}")
-    else:
-        found = newest(path)
-        if found is None:
-            raise ValueError(
-                f"{path}: no checkpoint here (no {TRACKER}): wrong folder, or its first save is not finished"
-            )
-        if found.note:
-            logging.getLogger(__name__).warning("warning: %s", found.note)
-        folder = found.folder
+    found = locate(path)
+    if found.note:
+        logging.getLogger(__name__).warning("warning: %s", found.note)
+    folder = found.folder
     if any(folder.glob("mp_rank_*")):
         raise ValueError(f"{folder}: saved with --ckpt-format torch; load and save it with --ckpt-format torch_dist")
     backend = read_json_object(folder / CONFIG).get("sharded_backend")
     if backend != "torch_dist":
         raise ValueError(f"{folder}: its format is {cut(str(backend))}; only torch_dist is read")
     return folder
-
-
-def _others(folder: Path) -> str:
-    complete = sorted(path.name for path in folder.parent.glob("iter_*") if incomplete(path) is None)
-    return f"; complete: {', '.join(complete)}" if complete else ""
 
 
 class Checkpoint:

@@ -68,6 +68,24 @@ def newest(save: Path, *, any_format: bool = False) -> Newest | None:
     return None
 
 
+def locate(path: Path) -> Newest:
+    """The checkpoint that a path names: a checkpoint's folder, or a --save folder, whose newest one is used.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    is_checkpoint = path.name == RELEASE or path.name.startswith("iter_") or (path / METADATA).is_file()
+    if is_checkpoint and not (path / TRACKER).is_file():
+        if wrong := incomplete(path):
+            complete = sorted(other.name for other in path.parent.glob("iter_*") if incomplete(other) is None)
+            raise ValueError(f"{path} {wrong}{f'; complete: {", ".join(complete)}' if complete else ''}")
+        return Newest(path)
+    found = newest(path)
+    if found is None:
+        raise ValueError(f"{path}: no checkpoint here (no {TRACKER}): wrong folder, or its first save is not finished")
+    return found
+
+
 def incomplete(folder: Path) -> str | None:
     """What a checkpoint lacks, as the end of a sentence; None if it is complete or has another format."""
     if not folder.is_dir():
