@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.hf.hf_folder import DTYPES, SINGLE
+from megatron_sfr.hf.megatron.file_ranges import FileRange, write_at
 from megatron_sfr.hf.megatron.stored_chunks import Piece, as_bytes
-from megatron_sfr.storage.file_ranges import FileRange, write_at
 
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 

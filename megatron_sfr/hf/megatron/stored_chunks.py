@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_sfr.storage.file_ranges import FileRange, read_at, reading
+from megatron_sfr.hf.megatron.file_ranges import FileRange, read_at, reading
 
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which tensors are assembled; they stay in a processor's cache."""

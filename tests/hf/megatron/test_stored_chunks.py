@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_sfr.hf.megatron import stored_chunks
+from megatron_sfr.hf.megatron.file_ranges import FileRange
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, Chunk, write_checkpoint
 from megatron_sfr.hf.megatron.safe_unpickle import read_metadata
 from megatron_sfr.hf.megatron.stored_chunks import as_bytes
 from megatron_sfr.hf.megatron.tracker import METADATA
-from megatron_sfr.storage.file_ranges import FileRange
 
 LAYERS, ROWS, COLUMNS = 3, (0, 2, 3, 7), (0, 3, 5)
 WHOLE = torch.arange(LAYERS * 7 * 5).reshape(LAYERS, 7, 5).to(torch.float32)

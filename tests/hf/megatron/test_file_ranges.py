@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.storage import file_ranges
-from megatron_sfr.storage.file_ranges import FileRange
+from megatron_sfr.hf.megatron import file_ranges
+from megatron_sfr.hf.megatron.file_ranges import FileRange
 
 
 @pytest.mark.parametrize("refusal", [None, OSError("not between these file systems"), 0])
