@@ -180,9 +180,10 @@ class RenderedTokens:
     alone. So a prefix need not be encoded whole, only from its last control token on.
     """
 
-    def __init__(self, text: str, template: ChatTemplate) -> None:
+    def __init__(self, text: str, template: ChatTemplate, ids: list[int] | None = None) -> None:
+        """ids: of the text, if it has been encoded already."""
         self.text, self.template = text, template
-        self.ids = template.ids(text)
+        self.ids = template.ids(text) if ids is None else ids
         controls = list(template.control.finditer(text))
         known = frozenset(template.control_ids.values())
         places = [place for place, id in enumerate(self.ids) if id in known]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import numpy as np
 
 from megatron_sfr.data.chat.chat_template import ChatTemplate, TemplateRefusal
 from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
-from megatron_sfr.data.chat.loss_mask import Supervised, Turns, as_rendered, each, together
+from megatron_sfr.data.chat.loss_mask import Supervised, as_rendered, each, together
 from megatron_sfr.data.chat.rendered_turns import REASONING, has_tool_turns, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
 from megatron_sfr.data.chat.tool_calls import Message, call_forms
+from megatron_sfr.data.chat.turns import Turns
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
 from megatron_sfr.storage.user_files import shown, strings_of
 
 ROLES = ("system", "user", "assistant", "tool")
 TRAINED = ("train", "weight")  # fields of a turn that say whether it is trained
+GROUP_LETTERS = 1 << 18  # of rendered text that is held at a time, or one conversation
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.
 FIELDS = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
 
@@ -108,22 +111,90 @@ def encode_samples(conversation: Conversation, tokenizer: Any, options: SampleOp
 
     Raises RecordError where one of them has no exact mask, or no reply is trained.
     """
-    template = ChatTemplate(tokenizer, options)
-    replies = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    wanted = replies[-1:] if options.turns == "last" or options.train_on == "last" else replies
-    trained = [i for i in wanted if i not in conversation.untrained]
-    if not trained:
-        raise RecordError('none of the replies is trained; leave out "train": false or "weight": 0, or drop the record')
-    errors: list[RecordError] = []
-    given = conversation.messages
-    for messages in call_forms(given) if has_tool_turns(given) else [given]:
+    (samples,) = encode_conversations([conversation], tokenizer, options)
+    if isinstance(samples, RecordError):
+        raise samples
+    return samples
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation | RecordError], tokenizer: Any, options: SampleOptions = ALL_TOGETHER
+) -> Iterator[list[Encoded] | RecordError]:
+    """For each conversation its samples, or the error of `encode_samples`. Given errors are passed on.
+
+    About GROUP_LETTERS letters are rendered, then all of them encoded, then all masked. A processor takes up to twice
+    as long for the same steps if they alternate from record to record: each evicts the other's data from its caches.
+    """
+    group, letters = list[_Draft | RecordError](), 0
+    for conversation in conversations:
+        group.append(draft := _draft(conversation, tokenizer, options))
+        letters += draft.letters if isinstance(draft, _Draft) else 0
+        if letters >= GROUP_LETTERS:
+            yield from _finished(group)
+            group, letters = [], 0
+    yield from _finished(group)
+
+
+def _draft(conversation: Conversation | RecordError, tokenizer: Any, options: SampleOptions) -> _Draft | RecordError:
+    if isinstance(conversation, RecordError):
+        return conversation
+    try:
+        return _Draft(conversation, tokenizer, options)
+    except RecordError as error:
+        return error
+
+
+def _finished(group: Sequence[_Draft | RecordError]) -> list[list[Encoded] | RecordError]:
+    for draft in group:
+        if isinstance(draft, _Draft):
+            draft.encode()
+    return [draft.samples() if isinstance(draft, _Draft) else draft for draft in group]
+
+
+class _Draft:
+    """A conversation on the way to its samples: rendered when it is made, then encoded, then masked."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Any, options: SampleOptions) -> None:
+        """RecordError if no reply is trained."""
+        self.conversation, self.options = conversation, options
+        self.template = ChatTemplate(tokenizer, options)
+        replies = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        wanted = replies[-1:] if options.turns == "last" or options.train_on == "last" else replies
+        self.trained = [i for i in wanted if i not in conversation.untrained]
+        if not self.trained:
+            raise RecordError(
+                'none of the replies is trained; leave out "train": false or "weight": 0, or drop the record'
+            )
+        given = conversation.messages
+        self.forms = call_forms(given) if has_tool_turns(given) else iter([given])
+        self.first = self._turns(next(self.forms))
+        self.letters = 0
+        if isinstance(self.first, Turns):
+            self.letters = self.first.render(each=options.turns in ("each", "last"))
+
+    def encode(self) -> None:
+        if isinstance(self.first, Turns):
+            self.first.encode()
+
+    def samples(self) -> list[Encoded] | RecordError:
+        """The samples, from the first form of the tool calls that the template has a use for."""
+        errors: list[RecordError] = []
+        for turns in chain([self.first], map(self._turns, self.forms)):
+            try:
+                if isinstance(turns, RecordError):
+                    raise turns
+                return [_encoded(sample) for sample in _samples(turns, self.options.turns)]
+            except RecordError as error:
+                errors.append(error)
+        # That a template has no use for another form of the record says less than what it does with one that it reads.
+        return next((error for error in errors if not isinstance(error, TemplateRefusal)), errors[0])
+
+    def _turns(self, messages: Sequence[Message]) -> Turns | RecordError:
+        conversation = self.conversation
         try:
-            turns = Turns(template, messages, conversation.tools, trained, conversation.persona)
-            return [_encoded(sample) for sample in _samples(turns, options.turns)]
+            return Turns(self.template, messages, conversation.tools, self.trained, conversation.persona)
         except RecordError as error:
-            errors.append(error)
-    # That a template has no use for another form of the record says less than what it does with a form that it reads.
-    raise next((error for error in errors if not isinstance(error, TemplateRefusal)), errors[0])
+            return error
 
 
 def _samples(turns: Turns, how: str) -> list[Supervised]:

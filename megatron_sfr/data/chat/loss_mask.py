@@ -7,7 +7,6 @@ token that ends it: just what the model must write at inference, after just the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,13 @@ from megatron_sfr.data.chat.rendered_turns import (
     check_complete,
     check_system_turn,
     check_tail,
-    check_thought_marks,
     end_of_reply,
-    has_tool_turns,
     name_of_system_turn,
     no_end,
 )
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
-from megatron_sfr.data.chat.tool_calls import Message, ends_of_calls
+from megatron_sfr.data.chat.tool_calls import Message
+from megatron_sfr.data.chat.turns import Offsets, Rendered, Turns
 from megatron_sfr.data.chat.unrendered_reply import after_prompt
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut
@@ -37,7 +35,6 @@ from megatron_sfr.storage.user_files import cut
 _QUESTION = [{"role": "user", "content": "Hi"}]
 _ANSWER = {"role": "assistant", "content": "Hello."}
 EACH = "give --turns each (one sample for each reply, after its own prompt)"
-Offsets = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,82 +51,11 @@ class Supervised:
     unlike_inference: int = 0
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation that ends on the reply at turn `last`, as text.
-
-    call_ends: the end tokens of the replies that call tools, by turn; blocks: those that the template marks.
-    """
-
-    text: str
-    last: int
-    call_ends: dict[int, re.Match[str]]
-    blocks: list[Offsets] | None
-
-
-class Turns:
-    """The turns of one conversation and how a template writes them; `trained` are indices of assistant turns."""
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Message],
-        tools: list[Any] | None,
-        trained: Sequence[int],
-        persona: str | None = None,
-    ) -> None:
-        """RecordError where the template leaves out the system turn or the tools, or a text has a control token."""
-        self.template, self.trained, self.persona = template, list(trained), persona
-        self.messages: list[Message] = template.prepared(list(messages))
-        self.tools: list[Any] | None = template.prepared(tools)
-        self.replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        self._prompts: dict[int, str] = {}
-        template.check_texts(self.messages, self.tools)
-        first = self.trained[0]
-        check_thought_marks(template, [messages[i] for i in self.replies])
-        check_system_turn(template, self.messages[:first], self.tools, persona, lambda: self.prompt(first))
-        if self.tools:
-            first = self.replies[0]
-            without = template.text(self.messages[:first], None, prompt=True, like=self.tools)
-            if without == self.prompt(first):
-                raise RecordError(
-                    "the chat template does not write the record's tools; use a template that does, or leave them out"
-                )
-
-    def prompt(self, turn: int) -> str:
-        """The text that inference has before the reply at this turn."""
-        if turn not in self._prompts:
-            self._prompts[turn] = self.template.text(self.messages[:turn], self.tools, prompt=True)
-        return self._prompts[turn]
-
-    def number(self, turn: int) -> int:
-        """Which reply the turn is, from 1."""
-        return self.replies.index(turn) + 1
-
-    def rendered(self, last: int) -> Rendered:
-        """The conversation that ends on the reply at turn `last`."""
-        messages, replies = self.messages[: last + 1], self.replies[: self.number(last)]
-        blocks = None
-        if self.template.is_marked(self.tools):
-            text, blocks = self.template.blocks(messages, self.tools)
-            if len(blocks) != len(replies):
-                raise RecordError(
-                    f"the chat template marks {len(blocks)} replies with {{% generation %}} where the conversation has "
-                    f"{len(replies)}; mark each reply once, or remove the marks"
-                )
-        else:
-            text = self.template.text(messages, self.tools)
-        if not has_tool_turns(messages):
-            return Rendered(text, last, {}, blocks)
-        ends = ends_of_calls(messages, text, lambda turns: self.template.text(turns, self.tools), self.template.control)
-        return Rendered(text, last, {replies[reply]: end for reply, end in ends.items()}, blocks)
-
-
 def together(turns: Turns) -> Supervised:
     """All trained replies in one sample. RecordError where one of them follows another context than at inference."""
     try:
         rendered = turns.rendered(turns.replies[-1])
-        tokens = RenderedTokens(rendered.text, turns.template)
+        tokens = turns.tokens(rendered.text)
         spans, bare, has_empty_thought = [], 0, False
         for turn in turns.trained:
             start, end = _offsets(turns, turn, rendered)
@@ -159,7 +85,7 @@ def each(turns: Turns, turn: int) -> Supervised:
         text, end = after_prompt(
             turns.template, turns.messages[:turn], turns.messages[turn], turns.tools, number, str(error)
         )
-    tokens = RenderedTokens(text, turns.template)
+    tokens = turns.tokens(text)
     first = tokens.before(start)
     if first is None:
         return _apart(turns, text, start, end, number)
@@ -169,7 +95,7 @@ def each(turns: Turns, turn: int) -> Supervised:
 def as_rendered(turns: Turns) -> Supervised:
     """All trained replies in one sample, as far as the template writes them, in whatever context it has there."""
     rendered = turns.rendered(turns.replies[-1])
-    tokens = RenderedTokens(rendered.text, turns.template)
+    tokens = turns.tokens(rendered.text)
     spans, unlike = [], 0
     for turn in turns.trained:
         number, prompt = turns.number(turn), turns.prompt(turn)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron_sfr.data.chat.conversation import Encoded, encode_samples, parse_record
+from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_conversations, parse_record
 from megatron_sfr.data.chat.template_options import SampleOptions
 from megatron_sfr.data.prepared.conversations import Anchors
 from megatron_sfr.data.segments.anchors import ChunkSegment, ChunkTexts, Cut, Segment, futures
 from megatron_sfr.data.segments.reference_anchors import AnchorRule, reference_futures, with_last_input
-from megatron_sfr.storage.jsonl import BadRecord, Chunk, Position, RecordError
+from megatron_sfr.storage.jsonl import BadRecord, Chunk, Position, Record, RecordError
 
 TOO_LONG = ("error", "truncate")
 SAMPLE_DIGESTS = "sample_digests.bin"
@@ -79,23 +79,35 @@ class SampleEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         samples = _Samples(self.anchor_rule)
-        for record in chunk.records():
+        records = list(chunk.records())
+        parsed = [self._parsed(record) for record in records]
+        encoded = encode_conversations(parsed, self.tokenizer, self.options)
+        for record, conversation, made in zip(records, parsed, encoded, strict=True):
             try:
-                persona_as = self.options.persona_as
-                conversation = parse_record(
-                    record, self.formats[record.source], self.persona_key, persona_as=persona_as
-                )
-                made = []  # a record gives all of its samples or none
-                for encoded in encode_samples(conversation, self.tokenizer, self.options):
-                    keep = self._kept_tokens(encoded)
-                    made.append((encoded, keep, list(self._futures(encoded, keep))))
+                if isinstance(conversation, RecordError):
+                    raise conversation
+                if isinstance(made, RecordError):
+                    raise made
+                kept = [self._kept(sample) for sample in made]  # a record gives all of its samples or none
             except RecordError as error:
                 samples.bad.append(BadRecord(record, str(error)))
             else:
                 samples.conversations += 1
-                for encoded, keep, found in made:
-                    samples.add(encoded, keep, found, conversation.persona or "")
+                for sample, keep, found in kept:
+                    samples.add(sample, keep, found, conversation.persona or "")
         return samples.chunk(chunk.end)
+
+    def _parsed(self, record: Record) -> Conversation | RecordError:
+        form, persona_as = self.formats[record.source], self.options.persona_as
+        try:
+            return parse_record(record, form, self.persona_key, persona_as=persona_as)
+        except RecordError as error:
+            return error
+
+    def _kept(self, sample: Encoded) -> tuple[Encoded, int, list[tuple[Segment, str]]]:
+        """A sample, how many of its tokens are kept, and the segments of their anchors."""
+        keep = self._kept_tokens(sample)
+        return sample, keep, list(self._futures(sample, keep))
 
     def _kept_tokens(self, encoded: Encoded) -> int:
         """How many tokens are kept from the start; RecordError where these are too few."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron_sfr.data.chat.chat_template import control_tokens
+from megatron_sfr.data.chat.chat_template import control_tokens, encode_text
 from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.data.chat.formats import load_fields
 from megatron_sfr.data.prepared.corpus_files import open_corpus
@@ -65,10 +65,16 @@ class TextEncoder:
     cut: Cut
 
     def __call__(self, chunk: Chunk) -> EncodedDocuments:
+        records = list(chunk.records())
+        texts = [self._text(record) for record in records]
+        # All texts are encoded before the segments are cut: by turns the same takes longer (encode_conversations).
+        encoded = [text if isinstance(text, RecordError) else self._tokens(text) for text in texts]
         documents, bad = list[Document](), list[BadRecord]()
-        for record in chunk.records():
+        for record, tokens in zip(records, encoded, strict=True):
             try:
-                documents.append(_document(self._tokens(record), self.tokenizer, self.cut))
+                if isinstance(tokens, RecordError):
+                    raise tokens
+                documents.append(_document(tokens, self.tokenizer, self.cut))
             except RecordError as error:
                 bad.append(BadRecord(record, str(error)))
         columns = {
@@ -77,18 +83,24 @@ class TextEncoder:
         }
         return _encoded(documents, chunk.end, bad, columns)
 
-    def _tokens(self, record: Record) -> np.ndarray:
+    def _text(self, record: Record) -> str | RecordError:
+        """The text of a record, or what is wrong with it."""
+        try:
+            text = load_fields(record).get(self.text_key)
+            if text is None:
+                raise RecordError(f"no field {self.text_key!r}; name the field that has the text with --text-key")
+            check_text(text, f"the field {self.text_key!r}")
+            if not text.strip():
+                raise RecordError("an empty text; remove the record")
+            if found := control_tokens(self.tokenizer)[0].search(text):
+                raise RecordError(f"the text has the control token {found[0]!r}; remove it")
+        except RecordError as error:
+            return error
+        return str(text)
+
+    def _tokens(self, text: str) -> np.ndarray:
         """int32 [n], the end-of-document token last."""
-        text = load_fields(record).get(self.text_key)
-        if text is None:
-            raise RecordError(f"no field {self.text_key!r}; name the field that has the text with --text-key")
-        check_text(text, f"the field {self.text_key!r}")
-        if not text.strip():
-            raise RecordError("an empty text; remove the record")
-        if found := control_tokens(self.tokenizer)[0].search(text):
-            raise RecordError(f"the text has the control token {found[0]!r}; remove it")
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array([*ids, self.eod], np.int32)
+        return np.array([*encode_text(self.tokenizer, text), self.eod], np.int32)
 
 
 @dataclass(frozen=True)
