@@ -18,8 +18,13 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th { white-space: nowrap; vertical-align: bottom } td { vertical-align: top } .n { text-align: right }
 td.n { white-space: nowrap } summary { cursor: pointer; padding: .2rem 0 }
 img { max-width: 100%; background: #fff; border-radius: 3px } pre { white-space: pre-wrap; margin: 0 }
-.note { color: var(--quiet); font-size: 13px } input { font: inherit; width: min(28rem, 100%) }
-@media print { body { max-width: none; margin: 0 } input { display: none } tr { break-inside: avoid } }
+.note { color: var(--quiet); font-size: 13px } input, select { font: inherit; max-width: 100% }
+input { width: min(28rem, 100%) }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 54rem } }
+@media print {
+  body { max-width: none; margin: 0 } input, select { display: none } tr { break-inside: avoid }
+  .wide { overflow: visible } table { font-size: 8px } th, td, td.n { white-space: normal; padding: .1rem .2rem }
+}
 """
 NUMBER = re.compile(r"[-+−]?[\d.]")
 
@@ -34,12 +39,17 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
     )
 
 
+def wide(content: str) -> str:
+    """A part that scrolls sideways where the screen is too narrow; `content` is HTML."""
+    return f'<div class="wide">{content}</div>'
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """An HTML table; the first row is the header, cells are plain text. Columns of numbers are aligned to the right."""
     head, *body = rows
     numeric = [_is_numeric([row[i] for row in body]) for i in range(len(head))]
     lines = [_row("th", head, numeric), *(_row("td", row, numeric) for row in body)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return wide(f"<table>{''.join(lines)}</table>")
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
@@ -54,9 +64,10 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(known) and all(NUMBER.match(cell) for cell in known)
 
 
-def folded(summary: str, content: str, *, opened: bool = False) -> str:
-    """A section that opens and closes on a click; `content` is HTML."""
-    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{content}</details>"
+def folded(summary: str, content: str, *, opened: bool = False, kind: str = "") -> str:
+    """A section that opens and closes on a click; `content` is HTML, `kind` a CSS class."""
+    marks = (f' class="{kind}"' if kind else "") + (" open" if opened else "")
+    return f"<details{marks}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def download(name: str, rows: Sequence[Sequence[str]]) -> str:

@@ -70,7 +70,7 @@ def measure(total: int, words: int) -> None:
     judge = train([Styled(entry.prompt.shared, entry.prompt.persona or "", entry.texts[0]) for entry in asked])
     options = EvaluationOptions(SamplingOptions(samples=SAMPLES))
     scorer = Scorer(asked, {}, options, encoder, judge=judge)
-    scorer.scores(sampled)
+    scorer.scores(sampled, scorer.embedded(sampled))
     seconds = time.perf_counter() - started
     print(
         f"{len(cells) * SAMPLES:,} replies of {words} words, {prompts} prompts x {len(PERSONAS)} personas x {SAMPLES}"

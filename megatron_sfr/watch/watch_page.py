@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from megatron_sfr.evaluation.compare.report_html import FILTER, PERSONAS, PROMPTS
 from megatron_sfr.evaluation.compare.tables import direction
-from megatron_sfr.evaluation.generate.prompts import Asked
+from megatron_sfr.evaluation.generate.prompts import Asked, evenly_spaced
+from megatron_sfr.evaluation.page.reply_explorer import PERSONAS, PROMPTS
+from megatron_sfr.evaluation.page.reply_filter import filters
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.evaluation.scores.metrics import METRICS, metric
-from megatron_sfr.html import bullets, document, download, folded, heading, note, table
+from megatron_sfr.html import bullets, document, download, folded, heading, note, table, wide
 from megatron_sfr.storage.user_files import cut
 from megatron_sfr.watch.step_chart import STYLE, Series, charts
 from megatron_sfr.watch.watch_log import StepScores
@@ -67,7 +68,7 @@ def page(watched: Watched) -> str:
     rows = _score_rows(watched, names)
     parts += [folded("all scores as a table", table(rows)), download("watch.csv", rows)]
     parts += [note("Intervals are 95 % bootstrap intervals over prompts; they cover prompts and sampling.")]
-    parts += [heading("Replies to the same prompts"), note(_AGAIN), FILTER, *_replies(watched)]
+    parts += [heading("Replies to the same prompts"), note(_AGAIN), filters({}), *_replies(watched)]
     meanings = [[name, metric(name).kind, metric(name).meaning + direction(name)] for name in names]
     parts += [heading("What the scores mean"), table([["score", "kind", "meaning"], *meanings])]
     return document(f"{watched.run}: replies while it trains", parts, _STYLE)
@@ -151,12 +152,10 @@ def _cell(scores: StepScores, name: str) -> str:
 def _replies(watched: Watched) -> Iterator[str]:
     """A folded table for each of the shown prompts; the first one is open."""
     shared = list(dict.fromkeys(entry.prompt.shared for entry in watched.asked))
-    count = min(PROMPTS, len(shared))
-    for i in range(count):
-        key = shared[i * len(shared) // count]
+    for i, key in enumerate(evenly_spaced(shared, PROMPTS)):
         entries = [k for k, entry in enumerate(watched.asked) if entry.prompt.shared == key][:PERSONAS]
         question = watched.asked[entries[0]].prompt.question
-        yield folded(cut(question, 200), _reply_table(watched, entries), opened=i == 0)
+        yield folded(cut(question, 200), _reply_table(watched, entries), opened=i == 0, kind="replies")
 
 
 def _reply_table(watched: Watched, entries: Sequence[int]) -> str:
@@ -178,7 +177,7 @@ def _reply_table(watched: Watched, entries: Sequence[int]) -> str:
     rest = len(watched.replies)
     marks = [' class="next"' if i and (i - 1) % rest == 0 else "" for i in range(len(lines))]
     body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marks, lines, strict=True))
-    return f'<div class="wide"><table>{body}</table></div>'
+    return wide(f"<table>{body}</table>")
 
 
 def _repeated(rows: Sequence[Sequence[str]], entries: Sequence[int]) -> set[tuple[int, int]]:

@@ -126,7 +126,7 @@ def test_evaluate_writes_table_numbers_and_picture(
     page = (tmp_path / "report.html").read_text()
     assert set(re.findall(r'src="(.{14})', page)) == {"data:image/png"}  # nothing is fetched
     assert "http" not in page
-    assert page.count("<details>") == 2  # prompts, each with nine personas at two temperatures
+    assert page.count('<details class="replies"') == 2  # prompts, each with nine personas at two temperatures
     assert page.count("<h2>Similarity of replies, temperature ") == 2
     assert page.count("<tr>") > 2 * 9 * 2
     assert main(["evaluate", *models, *fixed, *sweep]) == 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sfr.evaluation.code.score import Passes
-from megatron_sfr.evaluation.compare.plot import COLOURS
+from megatron_sfr.evaluation.page.persona_panels import COLOURS
 
 STYLES = {"best by utility": "--", "best by logprob": "-.", "majority": ":"}
 

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions, Questions
-from megatron_sfr.evaluation.generate.prompts import Asked
+from megatron_sfr.evaluation.generate.prompts import Asked, evenly_spaced
 from megatron_sfr.evaluation.scores.collisions import (
     collision_rate,
     distinct_k,
@@ -66,6 +66,8 @@ class Curve:
     personas: dict[str, Loss]
     vectors: Sequence[Sequence[np.ndarray]] = ()
     """Of the embedded replies, by temperature and entry of `asked`."""
+    entries: Scores = field(default_factory=dict)
+    """[T, entries of `asked`]: the scores that one persona's replies to a prompt have by themselves."""
 
 
 class Scorer:
@@ -90,8 +92,7 @@ class Scorer:
         for i, entry in enumerate(asked):
             self._cells[entry.prompt.shared].append(i)
         self.prompts = list(self._cells)
-        count = min(options.embedded_prompts, len(self.prompts))
-        self._embedded = {self.prompts[i * len(self.prompts) // count] for i in range(count)}
+        self.embedded_prompts = evenly_spaced(self.prompts, options.embedded_prompts)
         texts = (text for entry in asked for text in (entry.prompt.question, *entry.texts))
         self.tokenizer = resolved(options.bleu_tokenize, texts)
         bleu_metric(1, self.tokenizer)  # if it is not installed, fails before sampling
@@ -99,9 +100,9 @@ class Scorer:
         self._questions = self._embed([[entry.prompt.question] for entry in asked])
 
     @property
-    def embeds(self) -> bool:
-        """Whether scores by embeddings have a value."""
-        return self._encoder is not None
+    def encoder(self) -> str | None:
+        """The encoder's name. None: scores by embeddings have no value."""
+        return None if self._encoder is None else self._encoder.identity.encoder
 
     def questions(self) -> Questions:
         """The questions for every model."""
@@ -136,30 +137,32 @@ class Scorer:
             return "Nothing is embedded: scores by embeddings have no value."
         return (
             f"Embedded (for relevance, style, context, modes, MMD, collisions, distinct_k, semantic entropy, spread, "
-            f"Vendi): {self.options.embedded} replies per pair on {len(self._embedded)} prompts, by "
-            f"{self._encoder.identity.encoder}; incoherent text is spread too. Replies have the same meaning, and real "
+            f"Vendi): {self.options.embedded} replies per pair on {len(self.embedded_prompts)} prompts, by "
+            f"{self.encoder}; incoherent text is spread too. Replies have the same meaning, and real "
             f"replies the same mode, at cosine {self.options.mode_threshold:g}."
         )
 
     def scores(
         self,
         replies: Sequence[Sequence[str]],
+        vectors: Sequence[np.ndarray],
         utilities: Sequence[Sequence[float]] | None = None,
-        vectors: Sequence[np.ndarray] | None = None,
-    ) -> Scores:
-        """Every score of one model at one temperature; `[entry of asked][sample]`, read prompt by prompt."""
-        vectors = self.embedded(replies) if vectors is None else vectors
-        found = self._score(replies, vectors, self._references)
+    ) -> tuple[Scores, Scores]:
+        """Every score of one model at one temperature: by shared prompt, and by entry of asked.
+
+        replies: `[entry of asked][sample]`, read prompt by prompt. vectors: of `embedded`.
+        """
+        by_prompt, by_entry = self._score(replies, vectors, self._references)
         if utilities is not None:
-            found["utility_k"] = self._utility(vectors, utilities)
-        return found
+            by_entry["utility_k"] = self._utility(vectors, utilities)
+            by_prompt["utility_k"] = self.by_prompt(by_entry["utility_k"])
+        return by_prompt, by_entry
 
     def _utility(self, vectors: Sequence[np.ndarray], utilities: Sequence[Sequence[float]]) -> np.ndarray:
-        """NoveltyBench's utility_k of the embedded replies by shared prompt, the mean over its personas."""
+        """NoveltyBench's utility_k of the embedded replies, by entry of asked."""
         classes = [novelty_classes(rows, self.options.mode_threshold) for rows in vectors]
-        return self.by_prompt(
-            [utility_k(row, list(given[: len(row)])) for row, given in zip(classes, utilities, strict=True)]
-        )
+        found = zip(classes, utilities, strict=True)
+        return np.array([utility_k(row, list(given[: len(row)])) for row, given in found])
 
     def by_prompt(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Means over the entries of each shared prompt: [entries] -> [P]."""
@@ -181,8 +184,8 @@ class Scorer:
         """
         texts, vectors = [entry.texts for entry in self.asked], self._references
         held, rest = ([rows[start::2] for rows in vectors] for start in (1, 0))
-        halves = self._score([row[1::2] for row in texts], held, rest)
-        return self._score(texts, vectors, vectors) | {name: halves[name] for name in AGAINST_REFERENCES}
+        halves, _ = self._score([row[1::2] for row in texts], held, rest)
+        return self._score(texts, vectors, vectors)[0] | {name: halves[name] for name in AGAINST_REFERENCES}
 
     def curve(self, answers: Answered, judged: Mapping[str, np.ndarray] | None = None) -> Curve:
         """Every score of a model at every temperature, and its losses.
@@ -192,16 +195,17 @@ class Scorer:
         utilities = answers.utilities
         vectors = [self.embedded(rows) for rows in answers.replies]
         scores = [
-            self.scores(rows, utilities[t] if utilities else None, vectors[t]) for t, rows in enumerate(answers.replies)
+            self.scores(rows, vectors[t], utilities[t] if utilities else None) for t, rows in enumerate(answers.replies)
         ]
-        stacked = {name: np.stack([row[name] for row in scores]) for name in scores[0]}
-        stacked |= {name: np.stack(list(map(self.by_prompt, rows))) for name, rows in (judged or {}).items()}
+        prompts, entries = (_stacked([pair[i] for pair in scores]) for i in (0, 1))
+        entries |= judged or {}
+        prompts |= {name: np.stack(list(map(self.by_prompt, rows))) for name, rows in (judged or {}).items()}
         losses = {name: self._losses(name, *found) for name, found in answers.losses.items()}
         nothing = Loss(*np.zeros((2, len(self.prompts))))
         whole = {name: sum(by_persona.values(), nothing) for name, by_persona in losses.items()}
         personas = sorted({persona for by_persona in losses.values() for persona in by_persona})
         spoken = {p: sum((found[p] for found in losses.values() if p in found), nothing) for p in personas}
-        return Curve(answers.model, answers.temperatures, stacked, whole, spoken, vectors)
+        return Curve(answers.model, answers.temperatures, prompts, whole, spoken, vectors, entries)
 
     def _losses(self, name: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, Loss]:
         """Losses of a set's replies for each persona, grouped by shared prompt."""
@@ -216,10 +220,11 @@ class Scorer:
 
     def _score(
         self, replies: Sequence[Sequence[str]], vectors: Sequence[np.ndarray], references: Sequence[np.ndarray]
-    ) -> Scores:
-        """Scores by shared prompt; replies, their vectors and the references by entry of asked."""
-        rows = [self._score_prompt(cells, replies, vectors, references) for cells in self._cells.values()]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    ) -> tuple[Scores, Scores]:
+        """Scores by shared prompt and by entry of asked; replies, vectors and references by entry of asked."""
+        found = [self._score_prompt(cells, replies, vectors, references) for cells in self._cells.values()]
+        by_entry = {i: scores for _, entries in found for i, scores in entries.items()}
+        return _stacked([scores for scores, _ in found]), _stacked([by_entry[i] for i in range(len(self.asked))])
 
     def _score_prompt(
         self,
@@ -227,19 +232,19 @@ class Scorer:
         replies: Sequence[Sequence[str]],
         vectors: Sequence[np.ndarray],
         references: Sequence[np.ndarray],
-    ) -> dict[str, float]:
-        """Scores of one shared prompt: means over its personas, and the comparison between them."""
+    ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+        """One shared prompt: means over its personas with the comparison between them; and each entry's scores."""
         real = {self.asked[i].prompt.persona or "": references[i] for i in cells}
         texts = {i: replies[i] for i in cells}
-        by_cell = [self._score_cell(i, texts[i], vectors[i], real) for i in cells]
-        means = {name: _mean([row[name] for row in by_cell]) for name in by_cell[0]}
+        by_entry = {i: self._score_cell(i, texts[i], vectors[i], real) for i in cells}
+        means = {name: _mean([by_entry[i][name] for i in cells]) for name in by_entry[cells[0]]}
         by_persona = {self.asked[i].prompt.persona or "": texts[i] for i in cells}
         seed = self.asked[cells[0]].prompt.key
         for n in CROSS_STYLE_ORDERS:
             means[f"CS-SB-{n}"] = cross_style_bleu(
                 by_persona, n, pairs=self.options.pairs, seed=seed, tokenizer=self.tokenizer
             )
-        return means
+        return means, by_entry
 
     def _score_cell(
         self, i: int, texts: Sequence[str], vectors: np.ndarray, references: Mapping[str, np.ndarray]
@@ -274,7 +279,8 @@ class Scorer:
         """
         if self._encoder is None:
             return [np.zeros((0, 1), np.float32) for _ in self.asked]
-        texts = [rows[i][:most] if entry.prompt.shared in self._embedded else [] for i, entry in enumerate(self.asked)]
+        chosen = set(self.embedded_prompts)
+        texts = [rows[i][:most] if entry.prompt.shared in chosen else [] for i, entry in enumerate(self.asked)]
         distinct = sorted({text for row in texts for text in row}, key=len)
         vector: dict[str, np.ndarray] = {}
         for start in range(0, len(distinct), 64):
@@ -282,6 +288,11 @@ class Scorer:
             vector |= dict(zip(batch, self._encoder.encode(batch), strict=True))
         empty = np.zeros((0, self._encoder.identity.dim), np.float32)
         return [np.stack([vector[text] for text in row]) if row else empty for row in texts]
+
+
+def _stacked(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    """One array per score, over the rows."""
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -81,7 +81,7 @@ def evaluate_replies(
         return write_report(
             answered,
             scorer,
-            axes_of(style) if data else _axes_without_references(scorer, asked),
+            axes_of(style, embeds=scorer.encoder is not None) if data else _axes_without_references(scorer, asked),
             Path(output),
             title=f"{Path(data).name if data else 'Replies'}: diversity against quality",
             picture="frontier.png",
@@ -102,7 +102,7 @@ def _encoder(name: str | None, device: str | None):  # type: ignore[no-untyped-d
 
 def _axes_without_references(scorer: Scorer, asked: Sequence[Asked]) -> list[Axes]:
     """Relevance to the question is the one measure of quality that needs no real reply, but an encoder."""
-    if not scorer.embeds:
+    if scorer.encoder is None:
         return []
     personas = {entry.prompt.persona for entry in asked}
     return [Axes("context", "self-BLEU-4"), *([Axes("context", "CS-SB-1")] if len(personas) > 1 else [])]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from megatron_sfr.evaluation.compare.questions import shown_temperature
 from megatron_sfr.evaluation.compare.report import Axes, Report
+from megatron_sfr.evaluation.page.persona_panels import COLOURS
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 
-COLOURS = ("#4c566a", "#d1495b", "#2e86ab", "#8f6bb3", "#3a7d44", "#c98a1b", "#13a89e", "#8c4a2f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_LABELLED = 3  # with more curves, only the first one's temperatures are written; the others have the same order
 
@@ -44,7 +44,7 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
     points = [point for point in points if point[1].n and point[2].n]
     temperatures = [temperature for temperature, _, _ in points]
     quality = [estimate for _, estimate, _ in points]
-    diversity = [_turn(estimate, axes) for _, _, estimate in points]
+    diversity = [axes.turned(estimate) for _, _, estimate in points]
     x, y = [e.mean for e in quality], [e.mean for e in diversity]
     colour = COLOURS[i % len(COLOURS)]
     panel.errorbar(
@@ -65,12 +65,6 @@ def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # ty
             fontsize=7.5,
             color=colour,
         )
-
-
-def _turn(estimate: Estimate, axes: Axes) -> Estimate:
-    if not axes.is_turned:
-        return estimate
-    return Estimate(1 - estimate.mean, 1 - estimate.high, 1 - estimate.low, estimate.n)
 
 
 def _arms(estimates: list[Estimate]) -> list[list[float]]:

@@ -1,6 +1,7 @@
-"""Summary of the curves: estimates with intervals, and gaps between each frontier and the first one."""
+"""Summary of the curves: estimates with intervals, gaps between each frontier and the first one, and personas."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from megatron_sfr.evaluation.scores.metrics import metric
 from megatron_sfr.evaluation.scores.similarity import similarity
 
 REAL = "real replies"
+PERSONAS = 24
+"""Whose frontiers are reported."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Axes:
     def label(self) -> str:
         return f"1 − {self.diversity}" if self.is_turned else self.diversity
 
+    def turned(self, estimate: Estimate) -> Estimate:
+        """A diversity as the plot shows it."""
+        if not self.is_turned:
+            return estimate
+        return Estimate(1 - estimate.mean, 1 - estimate.high, 1 - estimate.low, estimate.n)
+
     def of(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
         """(quality, diversity), each [T, P]."""
         diversity = curve.scores[self.diversity]
@@ -45,6 +54,19 @@ class Similarity:
     """The same model, another one, or `REAL`."""
     temperature: float | None
     estimate: Estimate
+
+
+@dataclass(frozen=True)
+class PersonaFrontiers:
+    """One frontier per persona, model and temperature, over the prompts that the persona answers."""
+
+    axes: Axes
+    has_quality: bool
+    """False: no score of quality has a value for single personas, and only the diversity is known."""
+    estimates: Mapping[str, Mapping[str, Sequence[tuple[Estimate, Estimate]]]]
+    """(quality, diversity) by persona, model and temperature of the report."""
+    left_out: int
+    """Number of other personas, which have fewer prompts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,8 @@ class Report:
     notes: tuple[str, ...]
     similarity: tuple[Similarity, ...] = ()
     """Within and across models; empty for a single model."""
+    personas: PersonaFrontiers | None = None
+    """None for fewer than two personas."""
 
 
 def summarise(
@@ -76,8 +100,12 @@ def summarise(
     notes: Sequence[str],
     real: Scores,
     similarity: Sequence[Similarity] = (),
+    personas: Sequence[str] = (),
 ) -> Report:
-    """Every model's estimates, and its gap to the first model on all axes. real: scores of the real replies."""
+    """Every model's estimates, and its gap to the first model on all axes.
+
+    real: scores of the real replies. personas: of each entry of `asked`, for the frontiers by persona.
+    """
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
     temperatures = sorted({t for curve in curves for t in curve.temperatures}, key=lambda t: -1.0 if t is None else t)
@@ -104,6 +132,43 @@ def summarise(
         ],
         notes=tuple(notes),
         similarity=tuple(similarity),
+        personas=_persona_frontiers(curves, axes, personas, temperatures),
+    )
+
+
+def _persona_frontiers(
+    curves: Sequence[Curve], axes: Sequence[Axes], personas: Sequence[str], temperatures: Sequence[float | None]
+) -> PersonaFrontiers | None:
+    """Of the personas with the most prompts, on the first of the axes' scores that single personas have."""
+    entries: dict[str, list[int]] = defaultdict(list)
+    for i, persona in enumerate(personas):
+        entries[persona].append(i)
+    quality = _known([*(axis.quality for axis in axes), "style fidelity", "context"], curves)
+    diversity = _known([*(axis.diversity for axis in axes), "self-BLEU-4", "distinct-2"], curves)
+    if len(entries) < 2 or diversity is None:
+        return None
+    nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
+
+    def of(curve: Curve, temperature: float | None, name: str | None, persona: str) -> Estimate:
+        if name is None or name not in curve.entries or temperature not in curve.temperatures:
+            return nothing
+        return estimate(curve.entries[name][curve.temperatures.index(temperature), entries[persona]])
+
+    chosen = sorted(sorted(entries, key=lambda persona: -len(entries[persona]))[:PERSONAS])
+    found = {
+        persona: {
+            curve.model: [(of(curve, t, quality, persona), of(curve, t, diversity, persona)) for t in temperatures]
+            for curve in curves
+        }
+        for persona in chosen
+    }
+    return PersonaFrontiers(Axes(quality or "", diversity), quality is not None, found, len(entries) - len(chosen))
+
+
+def _known(names: Sequence[str], curves: Sequence[Curve]) -> str | None:
+    """The first score that has a value for some entry."""
+    return next(
+        (name for name in names for c in curves if name in c.entries and not np.isnan(c.entries[name]).all()), None
     )
 
 

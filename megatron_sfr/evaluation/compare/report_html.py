@@ -1,10 +1,12 @@
 """The report as one HTML page: what moved beyond noise and what did not, the plot, all tables, and the replies."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from megatron_sfr.evaluation.compare.curves import Curve, Scorer
 from megatron_sfr.evaluation.compare.questions import Answered, shown_temperature
-from megatron_sfr.evaluation.compare.report import Report, verdict
+from megatron_sfr.evaluation.compare.report import PersonaFrontiers, Report, verdict
 from megatron_sfr.evaluation.compare.tables import (
     INTERVALS,
     SIMILARITY,
@@ -15,42 +17,18 @@ from megatron_sfr.evaluation.compare.tables import (
     score_rows,
     similarity_tables,
 )
-from megatron_sfr.evaluation.generate.prompts import Asked
+from megatron_sfr.evaluation.generate.prompts import evenly_spaced
+from megatron_sfr.evaluation.page import persona_panels, reply_explorer
+from megatron_sfr.evaluation.page.nearest_reply import MOST, RealReplies
+from megatron_sfr.evaluation.page.persona_panels import Panels, Point
+from megatron_sfr.evaluation.page.reply_explorer import LETTERS, PERSONAS, PROMPTS, Explorer, ShownReply
+from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.evaluation.scores.metrics import metric
-from megatron_sfr.html import bullets, document, download, folded, heading, image, note, table
-
-PROMPTS, PERSONAS = 24, 12  # whose replies are on the page
-Temperatures = Sequence[float | None]
-FILTER = """<input type="search" id="filter" placeholder="show prompts and replies with these words" hidden>
-<script>
-const field = document.getElementById("filter"), words = () => field.value.toLowerCase().split(/\\s+/).filter(Boolean);
-field.hidden = false;
-field.addEventListener("input", () => {
-  for (const prompt of document.querySelectorAll("details")) {
-    let any = false;
-    for (const row of [...prompt.querySelectorAll("tr")].slice(1)) {
-      const text = (prompt.firstChild.textContent + " " + row.textContent).toLowerCase();
-      row.hidden = !words().every(word => text.includes(word));
-      any ||= !row.hidden;
-    }
-    prompt.hidden = !any;
-    prompt.open = any && words().length > 0;
-  }
-});
-</script>"""
-"""A field that filters the replies; without scripts it is not shown and everything can be read."""
+from megatron_sfr.html import bullets, document, download, heading, image, note, table, wide
 
 
-@dataclass(frozen=True)
-class Samples:
-    """A prompt and a table of the models' replies to it: persona, temperature, one column per model, a real reply."""
-
-    question: str
-    rows: list[list[str]]
-
-
-def page(report: Report, title: str, picture: bytes | None, samples: Sequence[Samples]) -> str:
-    """The page. picture: a PNG of the frontiers, if the report has axes. samples: of `side_by_side`."""
+def page(report: Report, title: str, picture: bytes | None, explorer: Explorer) -> str:
+    """The page. picture: a PNG of the frontiers, if the report has axes. explorer: of `explore`."""
     moved = [verdict(gap) for gap in report.gaps if gap.is_beyond_noise]
     still = [verdict(gap) for gap in report.gaps if not gap.is_beyond_noise]
     names = columns(report)
@@ -58,8 +36,10 @@ def page(report: Report, title: str, picture: bytes | None, samples: Sequence[Sa
     for text, verdicts in (("What moved beyond noise", moved), ("What did not", still)):
         parts += [heading(text), bullets(verdicts) if verdicts else note("Nothing.")]
     if picture:
-        parts += [heading("Frontiers"), image(picture, "diversity against quality, one curve per model")]
+        parts += [heading("Frontiers"), wide(image(picture, "diversity against quality, one curve per model"))]
         parts += [note("A model is its whole curve over temperatures: one that lies above and to the right is better.")]
+    if report.personas:
+        parts += [heading("By persona"), *persona_panels.section(_panels(report.personas, report.temperatures))]
     rows = [["model", "temperature", *heads(report, names)], *score_rows(report, names, str)]
     parts += [heading("Scores"), table(rows), download("scores.csv", rows)]
     parts += [note(INTERVALS.format(n=report.prompts)), *map(note, report.notes)]
@@ -68,34 +48,87 @@ def page(report: Report, title: str, picture: bytes | None, samples: Sequence[Sa
     for caption, rows in similarity_tables(report):
         parts += [heading(caption), table(rows)]
     parts += [note(SIMILARITY)] if report.similarity else []
-    parts += [heading("Replies"), note("The first sample of each; they were not chosen."), FILTER]
-    parts += [folded(sample.question, table(sample.rows)) for sample in samples]
+    parts += [heading("Replies"), *reply_explorer.section(explorer)]
     meanings = [[name, metric(name).kind, metric(name).meaning + direction(name)] for name in names]
     parts += [heading("What the scores mean"), table([["score", "kind", "meaning"], *meanings])]
-    return document(title, parts)
+    return document(title, parts, persona_panels.STYLE + reply_explorer.STYLE)
 
 
-def side_by_side(asked: Sequence[Asked], answered: Sequence[Answered], temperatures: Temperatures) -> list[Samples]:
-    """Each model's first reply at each temperature, for evenly spaced prompts and their first personas."""
-    shared = list(dict.fromkeys(entry.prompt.shared for entry in asked))
-    count = min(PROMPTS, len(shared))
-    found = []
-    for prompt in (shared[i * len(shared) // count] for i in range(count)):
-        chosen = [i for i, entry in enumerate(asked) if entry.prompt.shared == prompt][:PERSONAS]
-        rows = [["persona", "temperature", *(answers.model for answers in answered), "real"]]
-        for i in chosen:
-            real = next(iter(asked[i].texts), "")
-            for temperature in temperatures:
-                texts = [_first(answers, temperature, i) for answers in answered]
-                if any(text is not None for text in texts):
-                    place = [asked[i].prompt.persona or "", shown_temperature(temperature)]
-                    rows.append([*place, *(text or "" for text in texts), real])
-        found.append(Samples(asked[chosen[0]].prompt.question, rows))
-    return found
+def _panels(found: PersonaFrontiers, temperatures: Sequence[float | None]) -> Panels:
+    """The frontiers by persona; diversity over temperature where no score of quality has a value."""
+    axes, shown = found.axes, [shown_temperature(temperature) for temperature in temperatures]
+
+    def points(row: Sequence[tuple[Estimate, Estimate]]) -> Iterator[Point]:
+        for i, (quality, diversity) in enumerate(row):
+            across = quality if found.has_quality else Estimate(i, i, i, 1)
+            if across.n and diversity.n:
+                yield Point(shown[i], across, axes.turned(diversity))
+
+    about = f"Across: {axes.quality + ' (better →)' if found.has_quality else 'temperature'}. Up: {axes.label} "
+    about += "(more diverse ↑). All panels have the same axes. The open mark is a curve's lowest temperature; crosses "
+    about += "are 95 % intervals over the persona's prompts."
+    about += "" if found.has_quality else " No score of quality has a value for single personas, and noise is diverse."
+    if found.left_out:
+        about += f" {found.left_out:,} personas with fewer prompts are not shown."
+    personas = {
+        persona: {model: list(points(row)) for model, row in models.items()}
+        for persona, models in found.estimates.items()
+    }
+    return Panels(axes.quality, axes.label, personas, about, () if found.has_quality else shown)
 
 
-def _first(answers: Answered, temperature: float | None, i: int) -> str | None:
-    """The first reply to an entry at a temperature, if there is one."""
-    if temperature not in answers.temperatures:
-        return None
-    return next(iter(answers.replies[answers.temperatures.index(temperature)][i]), None)
+def explore(
+    scorer: Scorer, answered: Sequence[Answered], curves: Sequence[Curve], temperatures: Sequence[float | None]
+) -> Explorer:
+    """Each model's first reply at each temperature, for evenly spaced prompts and their first personas.
+
+    The prompts are among those that the scores embed: nothing is embedded for the page. curves: of the same models.
+    """
+    prompts, most = [], 0
+    for shared in evenly_spaced(scorer.embedded_prompts, PROMPTS):
+        entries = [i for i, entry in enumerate(scorer.asked) if entry.prompt.shared == shared]
+        spoken = [(scorer.asked[i].prompt.persona or "", text) for i in entries for text in scorer.asked[i].texts]
+        vectors = None if scorer.encoder is None else np.concatenate([scorer.references[i] for i in entries])
+        real = RealReplies(spoken, scorer.tokenizer, vectors)
+        rows = (_replies(scorer, i, real, answered, curves, temperatures) for i in entries[:PERSONAS])
+        shown = [reply for replies in rows for reply in replies]
+        prompts.append((scorer.asked[entries[0]].prompt.question, shown))
+        most = max(most, real.known)
+    return Explorer(prompts, _about(len(prompts), scorer, most))
+
+
+def _replies(
+    scorer: Scorer,
+    i: int,
+    real: RealReplies,
+    answered: Sequence[Answered],
+    curves: Sequence[Curve],
+    temperatures: Sequence[float | None],
+) -> Iterator[ShownReply]:
+    """The models' replies to entry i at each temperature, then its first real reply."""
+    persona = scorer.asked[i].prompt.persona or ""
+    for temperature in temperatures:
+        for answers, curve in zip(answered, curves, strict=True):
+            if temperature not in answers.temperatures:
+                continue
+            t = answers.temperatures.index(temperature)
+            if texts := answers.replies[t][i]:
+                near = real.nearest(texts[0], None if scorer.encoder is None else curve.vectors[t][i][0])
+                beside = (*real.spoken[near.index], near.similarity) if near else ()
+                yield ShownReply(persona, shown_temperature(temperature), answers.model, texts[0], *beside)
+    if texts := scorer.asked[i].texts:
+        yield ShownReply(persona, "-", "real", texts[0])
+
+
+def _about(shown: int, scorer: Scorer, most: int) -> str:
+    """How the replies were chosen and compared. most: real replies to one prompt."""
+    text = "The first sample of each model at each temperature; none was selected. "
+    text += f"{shown} of {len(scorer.prompts)} prompts, evenly spaced. "
+    if most:
+        text += "Beside it is the nearest real reply to the same prompt, by any persona: "
+        text += f"by cosine of {scorer.encoder}. " if scorer.encoder else "nothing is embedded, so by words in common, "
+        text += "" if scorer.encoder else "2 |a ∩ b| / (|a| + |b|). "
+        text += f"At most {MOST} real replies to a prompt are compared, evenly spaced. " if most > MOST else ""
+    else:
+        text += "There are no real replies to compare with; --data gives them. "
+    return f"{text}At most {PERSONAS} personas of a prompt, and {LETTERS:,} letters of a reply."

@@ -7,7 +7,7 @@ from megatron_sfr.evaluation.compare.curves import Scorer
 from megatron_sfr.evaluation.compare.plot import draw
 from megatron_sfr.evaluation.compare.questions import Answered
 from megatron_sfr.evaluation.compare.report import Axes, Report, similarities, summarise
-from megatron_sfr.evaluation.compare.report_html import page, side_by_side
+from megatron_sfr.evaluation.compare.report_html import explore, page
 from megatron_sfr.evaluation.compare.tables import as_json, markdown, terminal
 from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.judge.judge_replies import Judge, Judged
@@ -42,14 +42,16 @@ def write_report(
     curves = [scorer.curve(model, judged.models.get(model.model)) for model in answered]
     real = scorer.real() | {name: scorer.by_prompt(ratings) for name, ratings in judged.real.items()}
     notes = [*scorer.notes(drawn), *judged.notes]
-    report = summarise(curves, axes, notes, real, similarities(curves, scorer))
+    personas = [entry.prompt.persona or "" for entry in scorer.asked]
+    report = summarise(curves, axes, notes, real, similarities(curves, scorer), personas)
     plot = None
     if axes:
         draw(report, output / picture, title)
         plot = (output / picture).read_bytes()
+    explorer = explore(scorer, answered, curves, report.temperatures)
     pages = {
         "report.md": markdown(report, title, picture),
-        "report.html": page(report, title, plot, side_by_side(scorer.asked, answered, report.temperatures)),
+        "report.html": page(report, title, plot, explorer),
     }
     for name, text in pages.items():
         with whole(output / name) as file:
@@ -72,9 +74,9 @@ def _judged(judge: Judge | None, scorer: Scorer, answered: Sequence[Answered], o
     return judge.rate(scorer.asked, replies, output, each=options.embedded, prompts=options.embedded_prompts)
 
 
-def axes_of(judge: StyleJudge | None) -> list[Axes]:
-    """The frontiers of models that are compared with real replies."""
-    axes = [Axes("relevance", "self-BLEU-4"), Axes("relevance", "modes")]
+def axes_of(judge: StyleJudge | None, *, embeds: bool = True) -> list[Axes]:
+    """The frontiers of models that are compared with real replies. embeds: whether there is an encoder."""
+    axes = [Axes("relevance", "self-BLEU-4"), Axes("relevance", "modes")] if embeds else []
     return axes + ([Axes("style fidelity", "CS-SB-1")] if judge else [])
 
 

@@ -109,10 +109,14 @@ def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
 
 def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
     """The entries of at most this many shared prompts, evenly spaced over the order of appearance."""
-    order = list(dict.fromkeys(entry.prompt.shared for entry in asked))
-    count = min(shared_prompts, len(order))
-    kept = {order[i * len(order) // count] for i in range(count)}
+    kept = set(evenly_spaced(list(dict.fromkeys(entry.prompt.shared for entry in asked)), shared_prompts))
     return [entry for entry in asked if entry.prompt.shared in kept]
+
+
+def evenly_spaced[T](items: Sequence[T], most: int) -> list[T]:
+    """At most this many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _parse(text: bytes, persona_as: str) -> Prompt:

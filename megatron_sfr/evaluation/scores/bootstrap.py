@@ -1,7 +1,7 @@
 """Cluster bootstrap over prompts: all scores of a prompt are resampled together."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-@cache
+@lru_cache(maxsize=4)  # 16 kB for each of the n prompts
 def resamples(n: int) -> np.ndarray:
     """Indices [DRAWS, n] drawn with replacement; equal for equal n, so that compared models are resampled together."""
     return np.random.default_rng(0).integers(n, size=(DRAWS, n))

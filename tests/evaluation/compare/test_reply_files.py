@@ -1,6 +1,10 @@
 """Replies of any program, scored without a model: what a record may look like, and what is refused."""
 
+import base64
+import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +19,7 @@ from megatron_sfr.evaluation.compare.questions import EvaluationOptions
 from megatron_sfr.evaluation.compare.reply_files import reply_files, reply_from
 from megatron_sfr.evaluation.generate.prompts import Asked, ask
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
+from megatron_sfr.evaluation.page.reply_explorer import PROMPTS
 
 PERSONAS = ("poet", "cook")
 WORDS = "salt moon river bread stone light rain smoke"
@@ -62,6 +67,46 @@ def test_two_files_become_a_page_without_torch(tmp_path: Path) -> None:
     assert "48 replies of 2 models" not in page
     assert "96 replies of 2 models, read from files" in page
     assert "Nothing is embedded" in page
+    personas = found["personas"]
+    assert (personas["has_quality"], personas["axes"]["diversity"]) == (False, "self-BLEU-4")
+    assert [models["same"][0][1]["mean"] for models in personas["estimates"].values()] == [1, 1]
+    assert page.count("<figure>") == 2
+    assert "There are no real replies to compare with" in page
+
+
+def test_beside_a_reply_is_the_nearest_real_one(tmp_path: Path) -> None:
+    """Of any persona's replies to the same prompt; by words, because nothing is embedded."""
+    cells = [(f"Why {p}?", persona) for p in range(30) for persona in PERSONAS]
+    replies = [
+        {"prompt": prompt, "persona": persona, "temperature": t, "text": f"Salt and {persona}'s rain!"}
+        for prompt, persona in cells
+        for t in (0.5, 1.0)
+    ]
+    real = {"poet": ["The moon.", "rain, SALT"], "cook": ["a river", "salt and rain and the cook's bread"]}
+    turns = [(prompt, persona, text) for prompt, persona in cells for text in real[persona]]
+    data = [
+        {"persona": persona, "messages": [dict(role="user", content=prompt), dict(role="assistant", content=text)]}
+        for prompt, persona, text in turns
+    ]
+    files = {write(tmp_path / "a.jsonl", replies): None}
+    evaluate_replies(files, tmp_path / "out", write(tmp_path / "data.jsonl", data), encoder=None, show=False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    lines = replies_csv(page)
+    assert len({line["prompt"] for line in lines}) == PROMPTS
+    assert len(lines) == PROMPTS * len(PERSONAS) * 3
+    poet, _, real_poet, cook = (lines[i] for i in (0, 1, 2, 3))
+    assert poet["reply"] == "Salt and poet's rain!"
+    assert (poet["nearest real reply"], poet["its persona"]) == ("rain, SALT", "poet")
+    assert cook["nearest real reply"] == "salt and rain and the cook's bread"
+    assert cook["similarity"] == f"{2 * 4 / 11:.2f}"  # of salt, and, cook's, rain
+    assert (real_poet["model"], real_poet["reply"], real_poet["nearest real reply"]) == ("real", "The moon.", "")
+    assert "nothing is embedded, so by words in common" in page
+    assert "24 of 30 prompts" in page
+
+
+def replies_csv(page: str) -> list[dict[str, str]]:
+    (content,) = re.findall(r'download="replies.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', page)
+    return list(csv.DictReader(io.StringIO(base64.b64decode(content).decode())))
 
 
 def test_models_may_have_other_temperatures_and_numbers(tmp_path: Path) -> None:
@@ -92,12 +137,19 @@ def test_references_are_found_by_prompt_and_persona(tmp_path: Path) -> None:
 
 
 def test_utilities_are_scored_with_what_is_new(tmp_path: Path) -> None:
-    """minilm embeds: two equal replies and one other, with utilities of 4, 9 and 2."""
+    """minilm embeds: two equal replies and one other, with utilities of 4, 9 and 2; the first is also a real reply."""
     texts = ["The sky is blue because of scattering.", "The sky is blue because of scattering.", "Bake it for an hour."]
     record = {"prompt": "Why?", "text": texts, "utility": [4, 9, 2], "model": "a"}
     options = EvaluationOptions(SamplingOptions())
     path = write(tmp_path / "a.jsonl", [record])
-    report = evaluate_replies({path: None}, tmp_path / "out", options=options, show=False)
+    turns = [[("user", "Why?"), ("assistant", text)] for text in ("Bake it for an hour.", texts[0])]
+    said = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    data = write(tmp_path / "data.jsonl", said)
+    report = evaluate_replies({path: None}, tmp_path / "out", data, options=options, show=False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "by cosine of minilm" in page
+    shown, _ = replies_csv(page)
+    assert (shown["nearest real reply"], shown["similarity"]) == (texts[0], "1.00")
     (found,) = report.scores["a"]["utility_k"]
     assert found.mean == pytest.approx((1 - 0.8) / (1 - 0.8**3) * (4 + 2 * 0.8**2))
     assert report.scores["a"]["distinct_k"][0].mean == 2

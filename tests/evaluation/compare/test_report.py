@@ -16,14 +16,15 @@ import pytest
 from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from megatron_sfr.evaluation.compare.frontier import Gap
 from megatron_sfr.evaluation.compare.plot import draw
-from megatron_sfr.evaluation.compare.report import Axes, Report, summarise, verdict
-from megatron_sfr.evaluation.compare.report_html import Samples, page
+from megatron_sfr.evaluation.compare.report import PERSONAS, Axes, Report, summarise, verdict
+from megatron_sfr.evaluation.compare.report_html import page
 from megatron_sfr.evaluation.compare.tables import as_json, columns, escaped, markdown, markdown_table, terminal
+from megatron_sfr.evaluation.page.reply_explorer import Explorer, ShownReply
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.html import table
 from megatron_sfr.storage.atomic import whole
 
-VOID = r"<meta[^>]*>|<!doctype html>|<img[^>]*>|<input[^>]*>|<script>.*?</script>"
+VOID = r"(?<=\w|\") (open|hidden)(?=>)|<meta[^>]*>|<!doctype html>|<img[^>]*>|<input[^>]*>|<script>.*?</script>"
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
 
 
@@ -93,13 +94,16 @@ def test_quality_comes_before_diversity(report: Report) -> None:
 
 def test_the_page_distinguishes_what_moved_from_what_did_not(report: Report) -> None:
     moved, still = GAP, replace(GAP, estimate=Estimate(0.02, -0.01, 0.03, 20))
-    samples = [Samples("why <i>?", [["persona", "CE"], ["poet", "<b>& so on"]])]
-    text = page(replace(report, gaps=[still, moved]), "A <title>", b"png", samples)
+    reply = ShownReply("poet", "1", "CE", "<b>& so on", "cook", "<i>real", 0.5)
+    text = page(
+        replace(report, gaps=[still, moved]), "A <title>", b"png", Explorer([("why <i>?", [reply])], "The <first>.")
+    )
     first, second = text.index("What moved beyond noise"), text.index("What did not")
     assert first < text.index("SFR lies higher") < second < text.index("no difference beyond noise")
     assert "A &lt;title&gt;" in text
     assert "&lt;b&gt;&amp; so on" in text
     assert "<summary>why &lt;i&gt;?</summary>" in text
+    assert "&lt;i&gt;real" in text
     html = ElementTree.fromstring(re.sub(VOID, "", text, flags=re.DOTALL))  # every tag is closed
     rows = [["".join(cell.itertext()) for cell in row] for row in html.iter("tr")]
     assert ["real", "-", "1.000 [1.000, 1.000]", "0.250 [0.250, 0.250]"] in rows
@@ -130,13 +134,46 @@ def test_a_file_is_complete_or_unchanged(tmp_path: Path) -> None:
 
 
 def test_the_scores_can_be_downloaded_as_csv(report: Report) -> None:
-    text = page(report, "Title", None, [])
+    text = page(report, "Title", None, Explorer([], ""))
     (content,) = re.findall(r'download="scores.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', text)
     head, real, *rows = csv.reader(io.StringIO(base64.b64decode(content).decode()))
     assert head == ["model", "temperature", "precision (n=6)", "CS-SB-1 (n=6)"]
     assert real[0] == "real"
     assert [row[:2] for row in rows] == [["CE", "0.5"], ["CE", "1"], ["SFR", "0.5"], ["SFR", "1"]]
     assert "Frontiers" not in text
+    assert "By persona" not in text
+
+
+def test_frontiers_by_persona_are_means_over_their_prompts() -> None:
+    """Of the first scores that single personas have a value for: CS-SB compares personas."""
+    nothing = np.full((2, 6), np.nan)
+    entries = {
+        "relevance": nothing,
+        "style fidelity": np.array([[0.2, 0.4, 0.6, np.nan, 0.9, 0.9], np.zeros(6)]),
+        "self-BLEU-4": np.array([[0.1, 0.2, 0.6, 0.4, 0.5, 0.6], np.ones(6)]),
+    }
+    models = [replace(curve("CE", 0.0), entries=entries), curve("SFR", 0.1)]
+    axes = [Axes("relevance", "CS-SB-1")]
+    real = {"precision": np.full(6, 1.0)}
+    found = summarise(models, axes, [], real, personas=["poet", "cook", "poet", "poet", "cook", "sage"]).personas
+    assert found is not None
+    assert (found.axes, found.has_quality, found.left_out) == (Axes("style fidelity", "self-BLEU-4"), True, 0)
+    assert list(found.estimates) == ["cook", "poet", "sage"]
+    ((quality, diversity), (_, collapsed)) = found.estimates["poet"]["CE"]
+    assert (quality.mean, quality.n) == (pytest.approx(0.4), 2)
+    assert (diversity.mean, diversity.n) == (pytest.approx(1.1 / 3), 3)
+    assert found.axes.turned(collapsed).mean == 0
+    assert found.estimates["poet"]["SFR"][0][1].n == 0  # it has no scores by entry
+    assert summarise(models, axes, [], real, personas=["poet"] * 6).personas is None
+
+
+def test_only_the_personas_with_the_most_prompts_have_frontiers() -> None:
+    names = [f"{i:02}" for i in range(PERSONAS + 3) for _ in range(2 if i >= 3 else 1)]
+    one = replace(curve("CE", 0.0), entries={"self-BLEU-4": np.zeros((2, len(names)))})
+    found = summarise([one], [], [], {"precision": np.full(6, 1.0)}, personas=names).personas
+    assert found is not None
+    assert (list(found.estimates), found.left_out) == ([f"{i:02}" for i in range(3, PERSONAS + 3)], 3)
+    assert not found.has_quality
 
 
 def test_numbers_are_aligned_to_the_right_and_words_are_not() -> None:

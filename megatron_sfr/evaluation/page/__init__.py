@@ -1,0 +1,1 @@
+"""Parts of the evaluation's page: frontiers by persona, and the replies beside the nearest real ones."""
