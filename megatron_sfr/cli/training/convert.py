@@ -53,9 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_arguments_of_other_formats(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser("quantize", help="HF folder -> FP8 or INT8 folder, calibrated by nvidia-modelopt")
+    verb = verbs.add_parser("quantize", help="HF folder -> FP8 or NVFP4 folder for engines, by nvidia-modelopt")
     verb.add_argument("hf", type=Path, metavar="HF_DIR", help="folder of the Hugging Face model")
-    verb.add_argument("--format", choices=("fp8", "int8"), required=True)
+    verb.add_argument("--format", choices=("fp8", "nvfp4", "int8"), required=True, help="int8 needs --simulated")
+    verb.add_argument(
+        "--simulated", action="store_true", help="write what modelopt restores on any device, not what engines load"
+    )
     verb.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="JSONL of conversations")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     verb.add_argument("--samples", type=int, default=256, help="number of conversations to read (%(default)s)")
@@ -170,7 +173,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace) -> None:
     check_config(args.hf)
-    from megatron_sfr.hf.quantize import quantize_hf
+    from megatron_sfr.hf.quantized.quantize_hf import quantize_hf
 
     report = quantize_hf(
         args.hf,
@@ -179,14 +182,27 @@ def _quantize(args: argparse.Namespace) -> None:
         calibration=args.calibration,
         samples=args.samples,
         length=args.length,
+        simulated=args.simulated,
         force=args.force,
     )
-    print(f"{args.output}: {args.format}, calibrated on {report.calibrated} conversations, restored bit for bit")
+    sizes = f"{_size(report.original_bytes)} -> {_size(report.bytes)}"
+    print(f"{args.output}: {args.format}, calibrated on {report.calibrated} conversations; {sizes}")
+    if (errors := report.weights) is None:
+        print("simulated: rounded while it computes, restored bit for bit; engines do not load this folder")
+    else:
+        print(
+            f"{errors.weights} weights in {args.format}, read back; rms error relative to bf16: median "
+            f"{errors.median:.3g}, largest {errors.worst:.3g} ({errors.worst_name})"
+        )
+    found = report.accuracy
     print(
-        f"logits against bf16 on {report.compared} others: rms {report.rms:.3g} of theirs, largest difference "
-        f"{report.largest:.3g}; the same token first at {report.agreement:.1%} of positions"
+        f"loss on {found.compared} other conversations: {found.original_loss:.4f} in bf16, {found.loss:.4f} in "
+        f"{args.format}, in nats per token"
     )
-    print(f"{args.format} is simulated here; products in {args.format} need a GPU and an engine that has them")
+    print(
+        f"logits: rms of the difference {found.rms:.3g} of theirs, largest {found.largest:.3g}; "
+        f"the same most likely token at {found.agreement:.1%} of positions"
+    )
 
 
 def _dequantize(args: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ from megatron_sfr.storage.user_files import reason, strings_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _QUESTION = {"role": "user", "content": "Hi"}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which records have reasoning; a message may have one of them."""
 SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
 
 
@@ -141,7 +143,7 @@ class ChatTemplate:
 
         The copy replaces objects other than JSON values, which records do not have.
         """
-        from transformers.utils.chat_template_utils import _alias_reasoning_fields, _render_with_assistant_indices
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
         source = self.tokenizer.get_chat_template(tools=like)
         if self.options.persona_as == "user":
@@ -154,7 +156,7 @@ class ChatTemplate:
         def render() -> tuple[str, list[tuple[int, int]]]:
             clock, shared["strftime_now"] = shared["strftime_now"], self._day.strftime
             try:
-                said = _alias_reasoning_fields(list(messages))
+                said = [with_all_reasoning_names(message) for message in messages]
                 if marked:
                     return _render_with_assistant_indices(template, said, **known)
                 return template.render(messages=said, **known), []
@@ -171,6 +173,15 @@ class ChatTemplate:
                 f"the chat template refuses the conversation ({reason(error)}); change its turns, or correct the "
                 f"template in {self.tokenizer.name_or_path}"
             ) from error
+
+
+def with_all_reasoning_names(message: Message) -> Message:
+    """A message with its reasoning under the names that templates read: reasoning_content, and thinking (gpt-oss).
+
+    transformers adds them from version 5.20. vLLM 0.32 requires an earlier one, with which prompts are to be the same.
+    """
+    given = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if given is None else {"thinking": given, **message, "reasoning_content": given}
 
 
 class RenderedTokens:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_sfr.data.chat.chat_template import ChatTemplate
+from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate
 from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut, reason
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names that transformers hands to templates as one
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"<think>\s*\Z")

@@ -23,7 +23,7 @@ from megatron_sfr.runtime.devices import usable_device
 from megatron_sfr.runtime.noise import uniform
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.model_folders import check_model_folder
-from megatron_sfr.storage.user_files import loading, shown
+from megatron_sfr.storage.user_files import loading, read_json_object, shown
 
 STREAM = 2  # training uses 0 and 1 of the same generator
 KEPT = 0.75  # finished sequences are dropped when fewer than this share continue, because dropping copies the cache
@@ -57,6 +57,12 @@ def load_network(folder: Path, dtype: str, device: str) -> Any:
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {shown(dtype)} is unknown; choose {', '.join(DTYPES)}")
+    quantization = read_json_object(folder / "config.json").get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "modelopt":
+        raise ValueError(
+            f"{folder} is quantized for inference engines ({quantization.get('quant_algo')}), which transformers does "
+            "not load: use --engine vllm, or serve it and use --server"
+        )
     disable_progress_bar()
     with loading(f"cannot load the model in {folder}", "files are damaged or do not belong together: export it again"):
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()

@@ -1,5 +1,7 @@
 """Sampling: draws follow the distribution, belong to their reply, and equal transformers' own generation."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +142,15 @@ def test_options_out_of_range_are_refused(wrong: dict) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a Hugging Face model"):
         load_model("x", tmp_path)
+
+
+def test_a_folder_for_engines_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(ValueError, match=r"quantized for inference engines \(FP8\), .*: use --engine vllm, or"):
+        load_model("x", folder, device="cpu")
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["evaluate", "--data", "x", "--output", "x"]])

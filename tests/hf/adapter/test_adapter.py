@@ -29,11 +29,13 @@ CASES: dict[str, tuple[str, list[str], torch.dtype]] = {
 }
 
 
-def save_adapter(folder: Path, architecture: str, modules: list[str], dtype: torch.dtype, **options: Any) -> Path:
+def save_adapter(
+    folder: Path, architecture: str, modules: list[str], dtype: torch.dtype, *, sizes: dict[str, int] | None = None
+) -> Path:
     """A model in hf/ and, in peft/, an adapter of it that PEFT made, with random B."""
-    save_model(folder / "hf", architecture, dtype=dtype)
+    save_model(folder / "hf", architecture, dtype=dtype, **(sizes or {}))
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(3)
     for name, p in adapted.named_parameters():
@@ -98,6 +100,36 @@ def test_merged_model_has_the_logits_of_peft(case: Path) -> None:
     )
     exact = load_file(case / "hf" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
     assert (merged - found).abs().max() <= (1e-5 if exact else 0.05) * found.abs().max()
+
+
+@torch.no_grad()
+def test_vllm_answers_with_the_adapter_as_peft_does(tmp_path: Path) -> None:
+    """Greedily, token for token; without the adapter the answers differ."""
+    vllm = pytest.importorskip("vllm", reason="needs vLLM; its build for CPUs will do")
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = save_adapter(tmp_path, "Qwen3ForCausalLM", SPLIT, torch.float32, sizes=sizes)
+    import_adapter(folder / "peft", folder / "megatron", hf=folder / "hf")
+    export_adapter(folder / "megatron", folder / "back", like=folder / "hf")
+    prompts = torch.randint(503, (4, 20), generator=torch.Generator().manual_seed(1))
+    how = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+    network = with_adapter(folder, "back").eval()
+    expected = network.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **how)[:, 20:].tolist()
+    engine = vllm.LLM(
+        str(folder / "hf"),
+        dtype="float32",
+        enable_lora=True,
+        max_lora_rank=8,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    )
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    answers = []
+    for adapter in (vllm.lora.request.LoRARequest("ours", 1, str(folder / "back")), None):
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
+        outputs = engine.generate(inputs, greedy, lora_request=adapter, use_tqdm=False)
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert answers[0] == expected
+    assert answers[1] != expected
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
