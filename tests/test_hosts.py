@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -21,23 +20,10 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 from tests import warm
 from tests.distributed.launch import read_checkpoint, read_metrics
 from tests.distributed.tiny import write_prepared, write_recipe
+from tests.namespaces import ADDRESS, connect, has_namespaces, host, ip, kill_all
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
-ADDRESS = {"a": "10.77.131.1", "b": "10.77.131.2"}
-
-
-def ip(*arguments: str, check: bool = True) -> str:
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True).stdout
-
-
-def has_namespaces() -> bool:
-    try:
-        ip("netns", "add", "sfr-try")
-        ip("netns", "delete", "sfr-try")
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return True
 
 
 pytestmark = [
@@ -45,33 +31,6 @@ pytestmark = [
     pytest.mark.recovery,
     pytest.mark.skipif(not has_namespaces(), reason="needs root and ip netns"),
 ]
-
-
-@contextmanager
-def host(name: str) -> Iterator[str]:
-    """A network namespace. What still runs in it at the end is killed."""
-    namespace = f"sfr-{name}-{os.getpid()}"
-    ip("netns", "add", namespace)
-    try:
-        ip("-netns", namespace, "link", "set", "lo", "up")
-        yield namespace
-    finally:
-        kill_all(namespace)
-        ip("netns", "delete", namespace)
-
-
-def kill_all(namespace: str) -> None:
-    while pids := ip("netns", "pids", namespace).split():
-        for pid in pids:
-            subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
-        time.sleep(0.1)
-
-
-def connect(a: str, b: str) -> None:
-    ip("link", "add", "eth-a", "netns", a, "type", "veth", "peer", "name", "eth-b", "netns", b)
-    for name, namespace in (("a", a), ("b", b)):
-        ip("-netns", namespace, "address", "add", f"{ADDRESS[name]}/24", "dev", f"eth-{name}")
-        ip("-netns", namespace, "link", "set", f"eth-{name}", "up")
 
 
 def start(name: str, namespace: str, recipe: Path, log: IO[str]) -> subprocess.Popen:
