@@ -125,12 +125,14 @@ def reasoning_of(message: Message) -> tuple[str, str]:
 def parts_of(message: Message) -> list[str]:
     """The texts of a reply that its rendering must hold, in order: reasoning and content, without white space around.
 
-    Templates put their own white space around a thought at the start of the content, so it is a separate part.
+    Templates put their own white space around a thought at the start of the content, so it is a separate part. A reply
+    that is a thought alone ends on its closing tag.
     """
     content = (message.get("content") or "").strip()
     thought = reasoning_of(message)[0]
     if not thought and content.startswith(THINK) and END_THINK in content:
         thought, _, content = content.removeprefix(THINK).partition(END_THINK)
+        content = content.strip() or END_THINK
     return [part for part in (thought.strip(), content.strip()) if part]
 
 

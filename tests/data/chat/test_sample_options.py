@@ -146,6 +146,24 @@ def test_a_thought_that_the_prompt_opens_is_written_once(bpe):
         runs(tokenizer, KINDS["reasoning"], turns="each")
 
 
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "smollm3-unsloth", "phi-4-reasoning"])
+def test_a_reply_that_is_a_thought_alone_is_complete(bpe, family: str):
+    """Reasoning that a limit of tokens has cut, or that a user trains without an answer."""
+    thought = "<think>\nFirst I look at it.\n</think>"
+    ((text,),) = runs(tokenizer_of(family, bpe), [user("the sea"), reply(thought)])
+    assert text.startswith(thought)
+    assert text.removeprefix(thought).strip() == "<|im_end|>"
+
+
+def test_a_thought_alone_that_the_template_drops_is_refused_and_kept_by_a_sample_for_each_reply(bpe):
+    for thought in ("<think>\nFirst I look at it.\n</think>", "<think>\n\n</think>"):
+        messages = [user("the sea"), reply(thought)]
+        with pytest.raises(RecordError, match="control token at the start of reply 1; give --turns each"):
+            runs(tokenizer_of("deepseek-r1", bpe), messages)
+        ((text,),) = runs(tokenizer_of("deepseek-r1", bpe), messages, turns="each")
+        assert text.startswith(thought)
+
+
 def test_a_reply_that_mentions_a_tag_is_not_cut_there(bpe):
     tokenizer = tokenizer_of("deepseek-r1", bpe)
     messages = [user("the sea"), reply("Write </think> to end a thought.")]
