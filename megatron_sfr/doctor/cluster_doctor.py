@@ -64,7 +64,7 @@ class Report:
         elif problems:
             print(f"these hosts should not train together yet: problems: {problems}", flush=True)
         else:
-            print(f"{hosts} {'host' if hosts == 1 else 'hosts'} can train together", flush=True)
+            print(f"{_count(hosts, 'host')} can train together", flush=True)
         return 2 if problems else 0
 
 
@@ -139,9 +139,15 @@ def _join(job: Job, report: Report) -> None:
         return
     one_each = list({node.host: node for node in reversed(nodes)}.values())[::-1]
     where = [f"{node.host} (ranks {ranges(_ranks(job.hosts, node.host))})" for node in one_each]
-    report.add(Finding("ok", f"{len(nodes)} processes on {len(one_each)} hosts: {', '.join(where)}"))
+    report.add(
+        Finding("ok", f"{_count(len(nodes), 'process', 'es')} on {_count(len(one_each), 'host')}: {', '.join(where)}")
+    )
     report.add(*software_findings(one_each))
     report.details["hosts"] = [asdict(node) | {"ranks": _ranks(job.hosts, node.host)} for node in one_each]
+
+
+def _count(n: int, what: str, plural: str = "s") -> str:
+    return f"{n} {what}{plural if n != 1 else ''}"
 
 
 def _node(facts: dict[str, Any]) -> NodeFacts:

@@ -28,6 +28,7 @@ COMMANDS = {
     "convert recipe --hf empty": "empty/config.json does not exist",
     "convert quantize absent --output out --format fp8 --calibration absent": "absent/config.json does not exist",
     "generate --model absent --prompt x": "absent is not a Hugging Face model",
+    "flow-generate --checkpoint empty --tokenizer model --prompt x": "empty: no checkpoint here",
     "evaluate --model a=model --data absent.jsonl --output out": "absent.jsonl",
     "evaluate-code --tasks absent.jsonl --replies chats.jsonl --output out": "absent.jsonl",
     "watch absent --prompts absent.jsonl": "absent does not exist",

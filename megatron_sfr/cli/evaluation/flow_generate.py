@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sfr.hf.megatron.tracker import locate
+
 if TYPE_CHECKING:
     from megatron_sfr.kl_flow.flow_generate import Job
 
@@ -73,12 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_sfr.kl_flow.flow_generate import is_up_to_date, notice, plan
-
     if args.persona is not None and args.prompt is None:
         raise ValueError("--persona goes with --prompt; in a file each record names its own")
     if (args.prompts or args.infill) and args.output is None:
         raise ValueError(f"{'--prompts' if args.prompts else '--infill'} needs --output FILE for the samples")
+    locate(args.checkpoint)  # before torch is imported
+    from megatron_sfr.kl_flow.flow_generate import is_up_to_date, notice, plan
+
     with _scratch() as scratch:
         job = _job(args, scratch)
         made = plan(job)  # reports errors before processes start
