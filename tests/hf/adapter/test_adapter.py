@@ -102,6 +102,7 @@ def test_merged_model_has_the_logits_of_peft(case: Path) -> None:
     assert (merged - found).abs().max() <= (1e-5 if exact else 0.05) * found.abs().max()
 
 
+@pytest.mark.filterwarnings("default")  # vLLM's warnings, of torch's deprecated names
 @torch.no_grad()
 def test_vllm_answers_with_the_adapter_as_peft_does(tmp_path: Path) -> None:
     """Greedily, token for token; without the adapter the answers differ."""
