@@ -11,15 +11,22 @@ def chunk_contradictions(args: argparse.Namespace) -> Rows:
     if not args.loss_chunk_tokens or args.training_task == "kl-flow":
         return []
     reasons = {
-        "defer_embedding_wgrad_compute": "computes a gradient later from all logits, which chunks do not keep",
         "reuse_grad_buf_for_mxfp8_param_ag": "keeps weights where the LM head's gradient is accumulated",
         "fp8_output_proj": "replaces the output layer by Transformer Engine's, whose gradient chunks do not compute",
         "use_megatron_fsdp": "shards the output layer's weight between its forward and backward pass",
         "use_torch_fsdp2": "shards the output layer's weight between its forward and backward pass",
     }
     return [
-        (getattr(args, name), f"{name} {reason}: set loss_chunk_tokens to 0, which computes all logits at once")
-        for name, reason in reasons.items()
+        (
+            args.defer_embedding_wgrad_compute,
+            "defer_embedding_wgrad_compute has no effect on chunks of the LM head, which compute the gradient of its "
+            "weight in the forward pass and keep no logits to compute it from later: leave it out, or set "
+            "loss_chunk_tokens to 0, which computes all logits at once",
+        ),
+        *(
+            (getattr(args, name), f"{name} {reason}: set loss_chunk_tokens to 0, which computes all logits at once")
+            for name, reason in reasons.items()
+        ),
     ]
 
 

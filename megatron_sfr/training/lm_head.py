@@ -204,7 +204,7 @@ def check_layer(layer: Any, config: Any) -> None:
     if type(layer) is not ColumnParallelLinear or layer.bias is not None or layer.gtp_remat_size > 1:
         raise ValueError(f"chunks of the LM head need a plain output layer, not {type(layer).__name__}: {REMEDY}")
     if config.defer_embedding_wgrad_compute:
-        raise ValueError(f"defer_embedding_wgrad_compute needs all logits later, chunks keep none: {REMEDY}")
+        raise ValueError(f"defer_embedding_wgrad_compute has no effect on chunks: turn it off, or {REMEDY}")
 
 
 def loss_scale(config: Any, device: torch.device) -> Tensor:

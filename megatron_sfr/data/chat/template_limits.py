@@ -3,15 +3,15 @@
 - Loop iterations and macro calls are counted by `sys.monitoring`, in the template's code and in jinja2's filters. The
   count is the same on every machine, in any thread or process, and needs no signals.
 - CPU time is checked at each of them, for templates whose iterations are slow.
-- Single operations that would take minutes (`9 ** (9 ** 9)`) are refused before they start.
+- Single operations that would take minutes are refused before they start: `9 ** (9 ** 9)`, and to compare or hash what
+  contains the same list twice, nested many times. What is compared is counted first.
 - Memory is bounded by the operating system (RLIMIT_AS): a template can double a list or a string in many ways, and each
   of them allocates.
-
-One way to spend time is left: to compare two lists that contain the same list many times, nested in each other.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import sys
@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import jinja2.filters
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_LOOPS = 2_000_000  # iterations and macro calls in one rendering: some three seconds
@@ -33,6 +35,10 @@ MOST_LETTERS = 100_000_000
 MOST_BYTES = 1 << 30  # that one rendering may add to the memory of the process
 MOST_BITS = 1 << 16  # of a number that is computed
 MOST_PLACES = 1_000  # that `round` is asked for
+MOST_COMPARED = 100_000  # elements of what is compared, each as often as it is reached
+CONTAINERS: Any = (list, tuple, dict, set, type({}.keys()), type({}.values()), type({}.items()))
+COMPARING_FILTERS = ("sort", "unique", "min", "max", "groupby", "dictsort")
+COMPARING_TESTS = "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le".split()
 _TOOL = 4  # of sys.monitoring's six numbers, one that debuggers, coverage and profilers do not claim
 SIZE_RENDERINGS = 100  # reading the size of the process takes longer than a rendering
 _turn = threading.Lock()  # limits of memory are the process's: one rendering at a time
@@ -58,14 +64,69 @@ class _Budget:
             raise TemplateLimitError(f"it ran {MOST_SECONDS:g} seconds and had not ended")
 
 
+def _comparable(value: Any) -> Any:
+    """The value. TemplateLimitError where comparing or hashing it visits more than MOST_COMPARED elements."""
+    found, containers = 0, [value] if isinstance(value, CONTAINERS) else []
+    while containers:
+        container = containers.pop()
+        found += len(container)
+        if found > MOST_COMPARED:
+            raise TemplateLimitError(f"it compares lists of more than {MOST_COMPARED:,} elements")
+        elements = (*container, *container.values()) if isinstance(container, dict) else container
+        containers += [x for x in elements if isinstance(x, CONTAINERS)]
+    return value
+
+
+def _compares(function: Any) -> Callable[..., Any]:
+    """A filter or test whose arguments are compared with each other, or their elements."""
+
+    @functools.wraps(function)
+    def bounded(*values: Any, **options: Any) -> Any:
+        read = (list(value) if isinstance(value, Iterator) else value for value in values)
+        return function(*map(_comparable, read), **options)
+
+    return bounded
+
+
+class _Generator(CodeGenerator):
+    """jinja2's compiler, but what a template compares, and keys of its dictionaries, pass `_comparable` first."""
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        if len(node.ops) == 1 and nodes.Const in (type(node.expr), type(node.ops[0].expr)):
+            super().visit_Compare(node, frame)  # a constant is no larger than the template
+            return
+        self.write("(")
+        self._visit_comparable(node.expr, frame)
+        for operand in node.ops:
+            self.write(f" {operators[operand.op]} ")
+            self._visit_comparable(operand.expr, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self.write("{")
+        for pair in node.items:
+            self._visit_comparable(pair.key, frame, ": ")
+            self.visit(pair.value, frame)
+            self.write(", ")
+        self.write("}")
+
+    def _visit_comparable(self, node: nodes.Expr, frame: Frame, then: str = "") -> None:
+        self.write("environment.comparable(")
+        self.visit(node, frame)
+        self.write(f"){then}")
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """A sandbox that refuses single operations without a bound. jinja2 computes none of them while it compiles."""
 
-    intercepted_binops = frozenset(["**", "*", "//", "%"])
+    intercepted_binops = frozenset(["**", "*", "//", "%", "-"])
+    code_generator_class = _Generator
+    comparable = staticmethod(_comparable)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.filters |= {"round": _round, "sum": _sum}
+        self.filters |= {"round": _round, "sum": _sum} | {x: _compares(self.filters[x]) for x in COMPARING_FILTERS}
+        self.tests |= {name: _compares(self.tests[name]) for name in COMPARING_TESTS}
         self.tests["divisibleby"] = lambda value, number: self.call_binop(None, "%", value, number) == 0
         del self.globals["lipsum"]  # random text of any length
 
@@ -75,7 +136,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             bits, others = left.bit_length(), right.bit_length()
             if (bits * right if operator == "**" else bits + others) > MOST_BITS:
                 raise TemplateLimitError(f"it computes with a number of more than {MOST_BITS:,} bits")
+        if operator == "-":  # of the items of dictionaries
+            _comparable((left, right))
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """The result of a call. Methods of Python, such as `list.index`, compare their arguments."""
+        if args and isinstance(__obj, BuiltinMethodType | MethodType | type):
+            _comparable((getattr(__obj, "__self__", None), *args))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An element or attribute; a tuple is hashed."""
+        return super().getitem(obj, _comparable(argument) if isinstance(argument, tuple) else argument)
 
 
 def _round(value: Any, precision: int = 0, method: Any = "common") -> Any:

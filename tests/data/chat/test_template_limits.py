@@ -80,3 +80,74 @@ def test_operators_within_the_bounds_are_computed(make_tokenizer):
     assert ChatTemplate(load_tokenizer(folder), TemplateOptions()).text(turns("hi"), None) == (
         "1024 42 05 3 2.6 3 True---0.5True"
     )
+
+
+# `n.a` and `n.b` are equal and separate, and have 2 ** 40 elements if each is counted as often as it is reached; `n.t`
+# and `n.u` are such tuples.
+NESTED = (
+    "{% set n = namespace(a=[1], b=[1], t=(1,), u=(1,)) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}"
+    "{% set n.b = [n.b, n.b] %}{% set n.t = (n.t, n.t) %}{% set n.u = (n.u, n.u) %}{% endfor %}"
+)
+COMPARISONS = [
+    "{{ n.a == n.b }}",
+    "{{ n.a != n.b }}",
+    "{{ n.a < n.b }}",
+    "{{ 1 < messages|length <= 3 and [n.a] >= [n.b] }}",
+    "{{ n.a == n.b == 1 }}",
+    "{{ n.a in [n.b] }}",
+    "{{ n.a not in [n.b] }}",
+    "{{ {'k': n.a} == {'k': n.b} }}",
+    "{{ {'k': n.a}.items() == {'k': n.b}.items() }}",
+    "{{ {'k': n.t}.items() - {'k': n.u}.items() }}",
+    "{{ [n.b].index(n.a) }}",
+    "{{ [n.b].count(n.a) }}",
+    "{{ [n.a, n.b]|sort }}",
+    "{{ [n.a, n.b]|map('list')|sort }}",
+    "{{ [{'k': n.a}, {'k': n.b}]|sort(attribute='k') }}",
+    "{{ [{'k': n.a}, {'k': n.b}]|groupby('k') }}",
+    "{{ [n.a, n.b]|max }}",
+    "{{ [n.a, n.b]|min }}",
+    "{{ [n.t, n.u]|unique|list }}",
+    "{{ {'a': n.a, 'b': n.b}|dictsort(by='value') }}",
+    "{{ n.a is eq n.b }}",
+    "{{ [n.a]|select('in', [n.b])|list }}",
+    "{{ [{'k': n.a}]|selectattr('k', '==', n.b)|list }}",
+    "{% for x in [n.a, n.b] %}{{ loop.changed(x) }}{% endfor %}",
+    "{{ {n.t: 1} }}",
+    "{{ {}[n.t] }}",
+    "{{ {}.get(n.t) }}",
+    "{{ dict([[n.t, 1]]) }}",
+]
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_comparing_lists_that_are_nested_in_each_other_is_refused(comparison: str):
+    template = template_limits.compiled(NESTED + comparison)
+
+    with pytest.raises(template_limits.TemplateLimitError, match="compares lists of more than 100,000 elements"):
+        template_limits.render_bounded(lambda: template.render(messages=[1, 2]))
+
+
+def test_comparisons_of_what_a_conversation_has_are_computed():
+    source = (
+        "{% set d = {'a': 1, ('b', 2): [3]} %}{{ messages == messages[:] }} {{ messages[0] in messages }} "
+        "{{ messages.index(messages[1]) }} {{ d[('b', 2)] == [3] }} {{ 1 < 2 < messages|length }} {{ [3, 1]|sort }} "
+        "{{ messages|map(attribute='content')|unique|list }} "
+        "{{ messages|selectattr('role', 'equalto', 'user')|list|length }} "
+        "{{ [[2], [1]]|min }} {{ messages|groupby('role')|map('first')|join }} {{ 7 - 2 }} {{ nothing == messages }} "
+        "{{ ({'a': 1}.items() - {'b': 1}.items())|list }}"
+    )
+    messages = [{"role": "user", "content": "x", "parts": [{"y": [i]}]} for i in range(3)]
+    template = template_limits.compiled(source)
+
+    assert template_limits.render_bounded(lambda: template.render(messages=messages)) == (
+        "True True 1 True True [1, 3] ['x'] 3 [1] user 5 False [('a', 1)]"
+    )
+
+
+def test_lists_nested_too_deeply_to_compare_are_a_reason_not_a_crash(make_tokenizer):
+    deep = "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(99999) %}{% set n.a = [n.a] %}{% set n.b = [n.b] %}"
+    folder = str(make_tokenizer(deep + "{% endfor %}{{ n.a == n.b }}" + CHATML))
+
+    with pytest.raises(ValueError, match="recursion"):
+        runs(load_tokenizer(folder), turns("hi", "yes"))
