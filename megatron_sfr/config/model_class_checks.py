@@ -1,16 +1,23 @@
 """The layer pattern of a hybrid model, and checks of it: against the other options of a run, and its checkpoints."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from megatron.core.dist_checkpointing.gpt_checkpoint_interop import gpt_compatible_layer_maps
 
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN
+from megatron_sfr.storage.user_files import cut
 
 Rows = list[tuple[Any, str]]
 LAYER_SYMBOLS = "*-|"
 """Attention, MLP and the ends of pipeline stages: what the local specification builds."""
+KERNELS = {
+    "M": ("Mamba layers", ("mamba_ssm", "causal_conv1d")),
+    "G": ("layers of gated delta net", ("fla",)),
+}
+"""Layers that megatron-core 0.19.2 computes with CUDA kernels only, and the packages with these kernels."""
 NOT_IN_HYBRID = {
     "use_rope_scaling": "has no scaled rotary frequencies",
     "rotary_interleaved": "computes rotary frequencies for halves of a head only",
@@ -44,8 +51,8 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> Row
     if args.model_class == "gpt":
         return []
     pattern, what = args.hybrid_layer_pattern or "", "model_class = hybrid"
-    recurrent = sorted(set(pattern) & set("MG"))
-    local = sorted(set(pattern) - set(LAYER_SYMBOLS))
+    recurrent = sorted(set(pattern) & KERNELS.keys())
+    local = sorted(set(pattern) - set(LAYER_SYMBOLS) - KERNELS.keys())
     return [
         (not pattern, f"{what}: set num_layers, or {PATTERN} (* is attention, - an MLP)"),
         (
@@ -65,6 +72,7 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> Row
             "E" in pattern and not args.num_experts,
             f"{PATTERN} {pattern} has layers of experts (E): set num_experts",
         ),
+        *((args.transformer_impl == "local", message) for message in _needs_gpu(pattern)),
         (
             local and args.transformer_impl == "local",
             f"{PATTERN} {pattern}: layers {', '.join(local)} need Transformer Engine or CUDA kernels; "
@@ -78,11 +86,24 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> Row
     ]
 
 
+def _needs_gpu(pattern: str) -> Iterator[str]:
+    """A message for each kind of layers in a pattern that does not run on a CPU."""
+    for symbol, (layers, packages) in KERNELS.items():
+        if symbol in pattern:
+            needed = f"package{'s' * (len(packages) > 1)} {' and '.join(packages)}"
+            missing = ", ".join(name for name in packages if find_spec(name) is None)
+            said = f" (not installed: {missing})" if missing else ""
+            yield (
+                f"{PATTERN} {cut(pattern)}: {layers} ({symbol}) need a GPU and the {needed}{said}: they cannot be "
+                "trained on a CPU"
+            )
+
+
 def check_stored_model(args: argparse.Namespace, path: str, stored: Mapping[str, Any]) -> bool:
     """Checks that a run's model loads a checkpoint.
 
     Args:
-        stored: the arguments of the run that wrote the checkpoint; empty for an imported one, which is of GPTModel.
+        stored: the arguments of the run that wrote the checkpoint; empty for an import of GPTModel's layers.
     Returns:
         Whether upstream translates it from GPTModel's names to those of a hybrid model.
     Raises:

@@ -4,6 +4,7 @@ The checkpoint is independent of the layout, so any TP, PP, VPP loads it (`--loa
 layout pads when it loads (megatron-core marks both embeddings allow_shape_mismatch and zeroes what is not stored).
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -20,7 +21,8 @@ from megatron_sfr.hf.end_tokens import keep_end_tokens
 from megatron_sfr.hf.gguf.gguf_file import GGUFHeader, GGUFWeights, model_contents
 from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.hf_model import Source, bits, open_source
-from megatron_sfr.hf.mappings import EXPERT, LAYER, Dimensions, Entry, Family
+from megatron_sfr.hf.mappings import EXPERT, LAYER, Entry
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN, is_hybrid
 from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Chunk, write_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import StoredModel
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER
@@ -95,11 +97,10 @@ def _write(
     force: bool,
     progress: bool,
 ) -> None:
-    d = model.dimensions
     with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             chunks = (chunk for entry in model.dtypes for chunk in _chunks(model, entry, bar))
-            write_checkpoint(folder / RELEASE, chunks, _objects(model.family, d))
+            write_checkpoint(folder / RELEASE, chunks, _objects(model))
         keep_end_tokens(source, folder)
         (folder / TRACKER).write_text(RELEASE)
         if check:
@@ -118,27 +119,41 @@ def check_import(folder: Path, config: Config, weights: Weights | GGUFWeights, *
 def _chunks(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Chunk]:
     """Chunks of at most about CHUNK_BYTES, split along the tensor-parallel axis; each is read when it is written."""
     d, dtype = model.dimensions, model.dtypes[entry]
-    size, axis, grain = entry.mapping.megatron_shape(d), entry.mapping.tp_dim or 0, entry.mapping.grain(d)
-    count = min(ceil(prod(size) * dtype.itemsize / CHUNK_BYTES), size[axis] // grain)
-    bounds = [size[axis] // grain * i // count * grain for i in range(count + 1)]
+    axis, grain = entry.mapping.tp_dim or 0, entry.mapping.grain(d)
     index, counts = entry.index, entry.counts(d)
-    for start, stop in pairwise(bounds):
-        offset = tuple(start if i == axis else 0 for i in range(len(size)))
-        box = (*(1 for _ in index), *(stop - start if i == axis else n for i, n in enumerate(size)))
+    for end, first, size in entry.sections(d):
+        count = min(ceil(prod(size) * dtype.itemsize / CHUNK_BYTES), size[axis] // grain)
+        bounds = [size[axis] // grain * i // count * grain for i in range(count + 1)]
+        for start, stop in pairwise(bounds):
+            offset = tuple(start if i == axis else 0 for i in range(len(size)))
+            box = (*(1 for _ in index), *(stop - start if i == axis else n for i, n in enumerate(size)))
 
-        def make(start: int = start, stop: int = stop, box: tuple[int, ...] = box) -> Tensor:
-            bar.update(prod(box) * dtype.itemsize)
-            return model.read(entry, start, stop).reshape(box)
+            def make(start: int = first + start, stop: int = first + stop, box: tuple[int, ...] = box) -> Tensor:
+                bar.update(prod(box) * dtype.itemsize)
+                return model.read(entry, start, stop).reshape(box)
 
-        yield Chunk(entry.stacked, (*counts, *size), dtype, (*index, *offset), box, make)
+            yield Chunk(entry.stacked + end, (*counts, *size), dtype, (*index, *offset), box, make)
 
 
-def _objects(family: Family, d: Dimensions) -> dict[str, object]:
+def _objects(model: Source) -> dict[str, object]:
     """The common state, and the empty extra states without which megatron-core 0.19.2 does not load a model."""
-    objects: dict[str, object] = {COMMON: COMMON_STATE}
-    for module in family.extra_states:
+    d = model.dimensions
+    objects: dict[str, object] = {COMMON: COMMON_STATE | _layers(model.flags)}
+    for module in model.family.extra_states(model.config):
         axes = [n for place, n in ((LAYER, d.layers), (EXPERT, d.experts)) if place in module] or [1]
         key = module.replace(f"{LAYER}.", "").replace(f"{EXPERT}.", "") + "._extra_state/shard"
         whole = ".".join(map(str, axes))
         objects |= {f"{key}_{'.'.join(map(str, at))}_{whole}": None for at in product(*map(range, axes))}
     return objects
+
+
+def _layers(flags: Mapping[str, object]) -> dict[str, object]:
+    """The arguments by which upstream recognizes a checkpoint of HybridModel, and what it compares without --finetune.
+
+    Without them megatron-core 0.19.2 takes it to be of GPTModel, and loads no Mamba layer.
+    """
+    if not is_hybrid(flags):
+        return {}
+    pattern = str(flags[PATTERN])
+    compared = {name: flags[name] for name in ("hidden_size", "num_attention_heads")}
+    return {"args": Namespace(**{PATTERN: pattern, "num_layers": len(pattern)}, **compared)}

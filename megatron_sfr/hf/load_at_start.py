@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_sfr.hf.hf_model import Source, open_source
-from megatron_sfr.hf.mappings import Entry
-from megatron_sfr.hf.megatron.hybrid_names import PATTERN, as_gpt
+from megatron_sfr.hf.mappings import Entry, Section
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN, comparable, is_hybrid
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, COMPARED, disagreement
 from megatron_sfr.option_names import named
@@ -44,7 +44,7 @@ def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatro
     """A pre-wrap hook that loads an HF folder or GGUF file into the model. Raises ValueError if the arguments describe
     another model."""
     source = open_source(folder)
-    if found := disagreement(as_gpt(vars(args)), source.flags):
+    if found := disagreement(comparable(vars(args), source.flags), source.flags):
         flag, said, meant = found
         raise ValueError(
             f"the run has {flag} {said}, but {folder} means {meant}: `megatron-sfr convert recipe --hf {folder}` "
@@ -52,22 +52,24 @@ def start_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatro
         )
     if args.vocab_size < source.dimensions.vocab:
         raise ValueError(f"--vocab-size {args.vocab_size} is less than the {source.dimensions.vocab} of {folder}")
-    return lambda chunks: fill(chunks, _filler_from_hf(source))
+    return lambda chunks: fill(chunks, _filler_from_hf(source), renamed=not is_hybrid(source.flags))
 
 
 @torch.no_grad()
-def fill(chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], None]) -> list[MegatronModule]:
+def fill(
+    chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], None], *, renamed: bool = True
+) -> list[MegatronModule]:
     """Loads this rank's model chunks, each parameter exactly once. Raises ValueError naming parameters that are missed.
 
-    Only the flow head and multi-token prediction, which no base has, keep their initialization. The tensors of a hybrid
-    model are asked for by GPTModel's names.
+    Only the flow head and multi-token prediction, which no base has, keep their initialization.
 
     Args:
         fill_tensor: writes the base's values into a tensor. Raises ValueError if the base does not have them.
+        renamed: whether the tensors of a hybrid model are requested by GPTModel's names.
     """
     for chunk in chunks:
         state = chunk.sharded_state_dict()
-        if (pattern := getattr(chunk, PATTERN, None)) is not None:
+        if renamed and (pattern := getattr(chunk, PATTERN, None)) is not None:
             retarget_sharded_state_dict_to_gpt_checkpoint(state, gpt_compatible_layer_maps(pattern))
         apply_factories(state)
         filled: dict[int, int] = {}
@@ -82,22 +84,26 @@ def fill(chunks: list[MegatronModule], fill_tensor: Callable[[ShardedTensor], No
 
 def _filler_from_hf(source: Source) -> Callable[[ShardedTensor], None]:
     """Returns the function that fills a tensor from a Hugging Face folder."""
-    places = {(entry.stacked, entry.index): entry for entry in source.dtypes}
-    places |= {(entry.single, entry.index[1:]): entry for entry in source.dtypes}
+    places: dict[tuple[str, tuple[int, ...]], tuple[Entry, Section]] = {}
+    for entry in source.dtypes:
+        for section in entry.sections(source.dimensions):
+            places[entry.stacked + section.end, entry.index] = entry, section
+            if entry.layer is not None:
+                places[entry.single + section.end, entry.index[1:]] = entry, section
 
     def fill_tensor(tensor: ShardedTensor) -> None:
-        entry = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
-        if entry is None:
+        place = places.get((tensor.key, tensor.global_offset[: tensor.prepend_axis_num]))
+        if place is None:
             raise ValueError(f"{source.weights.folder} has nothing for {tensor.key}, which these flags ask for")
-        _fill_from_hf(tensor, entry, source)
+        _fill_from_hf(tensor, *place, source)
 
     return fill_tensor
 
 
-def _fill_from_hf(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
-    """Copies the chunk of an entry that a sharded tensor covers. Vocabulary padding becomes zero."""
+def _fill_from_hf(tensor: ShardedTensor, entry: Entry, section: Section, source: Source) -> None:
+    """Copies the chunk of an entry's section that a sharded tensor covers. Vocabulary padding becomes zero."""
     offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.global_shape[tensor.prepend_axis_num :]
-    wanted = entry.mapping.megatron_shape(source.dimensions)
+    wanted = section.shape
     padding = entry.mapping.padded and shape[0] > wanted[0] and shape[1:] == wanted[1:]
     if shape != wanted and not padding:
         raise ValueError(
@@ -112,7 +118,7 @@ def _fill_from_hf(tensor: ShardedTensor, entry: Entry, source: Source) -> None:
     assert all(here == whole for i, (here, whole) in enumerate(uncut) if i != axis), f"{tensor.key} is cut otherwise"
     tensor.data.zero_()
     if stop > start:
-        tensor.data.narrow(axis, 0, stop - start).copy_(source.read(entry, start, stop))
+        tensor.data.narrow(axis, 0, stop - start).copy_(source.read(entry, section.start + start, section.start + stop))
 
 
 def base_from(folder: Path, args: argparse.Namespace) -> Callable[[list[MegatronModule]], list[MegatronModule]]:

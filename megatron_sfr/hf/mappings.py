@@ -5,7 +5,8 @@ A model family is a table of mappings, in one file, so import, export and checks
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from megatron_sfr.hf.config_values import Config
 LAYER, EXPERT = "{layer}", "{expert}"
 Spans = tuple[tuple[int, int], ...]
 """Starts and stops along one axis."""
+Divided = tuple[tuple[str, str], ...]
+"""Ends of names, and sizes along the first axis."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class ParameterMapping(Protocol):
     def padded(self) -> bool:
         """Whether Megatron may pad the vocabulary axis so that its ranks divide it."""
 
+    @property
+    def divided(self) -> Divided:
+        """The tensors that a checkpoint keeps of Megatron's, in their order; empty if it is a single one."""
+
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
         """Shapes of the parts, in the order of `names`."""
 
@@ -98,6 +105,7 @@ class Direct:
     size: tuple[str, ...]
     tp_dim: int | None = None
     padded: bool = False
+    divided: Divided = ()
 
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
         return (d.shape(self.size),)
@@ -132,6 +140,7 @@ class QKV:
     """("hidden",) for a weight, () for a bias."""
     tp_dim: int | None = 0
     padded: bool = False
+    divided: Divided = ()
 
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
         return tuple(d.shape((rows, *self.columns)) for rows in ("query", "key_value", "key_value"))
@@ -162,42 +171,6 @@ class QKV:
 
 
 @dataclass(frozen=True)
-class FusedQKV:
-    """One Hugging Face tensor of all queries, then all keys, then all values; Megatron keeps them group by group."""
-
-    megatron: str
-    names: tuple[str]
-    columns: tuple[str, ...]
-    tp_dim: int | None = 0
-    padded: bool = False
-
-    def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
-        return (self.megatron_shape(d),)
-
-    def megatron_shape(self, d: Dimensions) -> tuple[int, ...]:
-        return self._apart.megatron_shape(d)
-
-    def grain(self, d: Dimensions) -> int:
-        return self._apart.grain(d)
-
-    def spans(self, start: int, stop: int, d: Dimensions) -> tuple[Spans, ...]:
-        parts = zip((0, d.query, d.query + d.key_value), self._apart.spans(start, stop, d), strict=True)
-        return (tuple((offset + first, offset + last) for offset, ((first, last),) in parts),)
-
-    def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
-        (tensor,) = parts
-        rows = [rows * len(tensor) // self.grain(d) for rows in self._apart.group(d)]
-        return self._apart.join(tensor.split(rows), d)
-
-    def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
-        return (torch.cat(self._apart.split(tensor, d)),)
-
-    @property
-    def _apart(self) -> QKV:
-        return QKV(self.megatron, (*self.names, "", ""), self.columns)
-
-
-@dataclass(frozen=True)
 class GatedMLP:
     """Gate and up projections, which Megatron stacks: its checkpoint holds all of gate, then all of up."""
 
@@ -206,6 +179,7 @@ class GatedMLP:
     size: str = "ffn"
     tp_dim: int | None = 0
     padded: bool = False
+    divided: Divided = ()
 
     def shapes(self, d: Dimensions) -> tuple[tuple[int, ...], ...]:
         (rows,) = d.shape((self.size,))
@@ -237,10 +211,20 @@ class Family:
     mappings: Callable[[Config], tuple[ParameterMapping, ...]]
     flags: Callable[[Config], dict[str, object]]
     """Megatron's flags for the shape of the model, as keys of a recipe."""
-    extra_states: tuple[str, ...]
+    extra_states: Callable[[Config], tuple[str, ...]]
     """Modules for which Megatron, with either spec, expects an extra state in a checkpoint (empty except under fp8)."""
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
     """A copy that some folders of tied models contain, and the tensor that it must equal."""
+
+
+class Section(NamedTuple):
+    """A tensor of a checkpoint that holds a part of Megatron's tensor, or all of it."""
+
+    end: str
+    """What its key has after the mapping's name."""
+    start: int
+    """Its first index along the first axis of Megatron's tensor."""
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -274,22 +258,40 @@ class Entry:
 
     def counts(self, d: Dimensions) -> tuple[int, ...]:
         """Sizes of these leading axes."""
-        return (d.layers, d.experts)[: len(self.index)]
+        axes = ((self.layer, d.layers), (self.expert, d.experts))
+        return tuple(n for i, n in axes if i is not None)
+
+    def sections(self, d: Dimensions) -> tuple[Section, ...]:
+        """The tensors that a checkpoint keeps of the entry."""
+        size = self.mapping.megatron_shape(d)
+        if not self.mapping.divided:
+            return (Section("", 0, size),)
+        ends, names = zip(*self.mapping.divided, strict=True)
+        lengths = d.shape(names)
+        starts = accumulate(lengths, initial=0)
+        return tuple(Section(end, start, (n, *size[1:])) for end, start, n in zip(ends, starts, lengths, strict=False))
 
 
 def entries(mappings: tuple[ParameterMapping, ...], d: Dimensions) -> list[Entry]:
-    """Every mapping at every layer and expert, in the order of the model: before, in and after the layers."""
+    """Every mapping at every layer and expert, in the order of the model: before, in and after the layers.
+
+    The mappings with `{layer}` in their names, which are consecutive, apply to all layers. A family whose layers differ
+    has none of these and lists the mappings of each layer, with its number.
+    """
     repeated = [LAYER in mapping.megatron for mapping in mappings]
-    first = repeated.index(True)
-    last = len(mappings) - repeated[::-1].index(True)
+    first = repeated.index(True) if any(repeated) else len(mappings)
+    last = first + sum(repeated)
     assert all(repeated[first:last]), "a family lists the mappings of its layers consecutively"
     return [
-        *(Entry(mapping, None) for mapping in mappings[:first]),
-        *(
-            Entry(mapping, layer, expert)
-            for layer in range(d.layers)
-            for mapping in mappings[first:last]
-            for expert in (range(d.experts) if EXPERT in mapping.names[0] else (None,))
-        ),
-        *(Entry(mapping, None) for mapping in mappings[last:]),
+        *_at(mappings[:first], None, d),
+        *(entry for layer in range(d.layers) for entry in _at(mappings[first:last], layer, d)),
+        *_at(mappings[last:], None, d),
+    ]
+
+
+def _at(mappings: tuple[ParameterMapping, ...], layer: int | None, d: Dimensions) -> list[Entry]:
+    return [
+        Entry(mapping, layer, expert)
+        for mapping in mappings
+        for expert in (range(d.experts) if EXPERT in mapping.names[0] else (None,))
     ]

@@ -24,7 +24,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers without positions": (HYBRID | {"no_rope_freq": "4"}, "this option counts layers of GPTModel"),
     "prediction": (HYBRID | {"mtp_num_layers": 1}, "mtp_num_layers does not go with model_class = hybrid"),
     "prediction in the pattern": (HYBRID | {"hybrid_layer_pattern": "*-/*-"}, "multi-token prediction"),
-    "Mamba on a CPU": (MAMBA, "layers M need Transformer Engine or CUDA kernels"),
+    "Mamba on a CPU": (
+        MAMBA,
+        r"pattern M\*-: Mamba layers \(M\) need a GPU and the packages mamba_ssm and causal_conv1d \(not installed: "
+        r"mamba_ssm, causal_conv1d\): they cannot be trained on a CPU$",
+    ),
+    "gated delta net on a CPU": (
+        HYBRID | {"hybrid_layer_pattern": "G-*-"},
+        r"layers of gated delta net \(G\) need a GPU and the package fla \(not installed: fla\)",
+    ),
     "experts without a number": (HYBRID | {"hybrid_layer_pattern": "*E"}, "set num_experts"),
     "experts on a CPU": (HYBRID | {"num_experts": 2}, "layers E need Transformer Engine or CUDA kernels"),
     "adapters": (HYBRID | {"lora_rank": 8}, "adapters were not tried with HybridModel"),
@@ -61,6 +69,7 @@ def test_the_layers_of_gpt_model_become_a_pattern(changes: dict[str, Any], patte
         (None, {"hybrid_layer_pattern": "*-*-"}, "this run has model_class gpt: set model_class to hybrid"),
         ("*-*-", {"hybrid_layer_pattern": "*--*"}, r"pattern \*--\*, this run has \*-\*-: set it to the same"),
         ("*--", {"num_layers": 1}, "holds a GPTModel, which does not fit this run: .*equal, nonzero number"),
+        ("*-*-", {"hybrid_layer_pattern": "M-*-", "num_layers": 4}, r"pattern M-\*-, this run has \*-\*-"),
         ("*-*-", {"num_layers": 4}, r"a GPTModel of 4 layers, this run has hybrid_layer_pattern \*-\*- with 2"),
     ],
 )

@@ -19,6 +19,7 @@ SHARED: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
     "initializer_range": 0.2,
 }
+NEMOTRON_H = "NemotronHForCausalLM"
 TINY: dict[str, dict[str, Any]] = {
     "GlmForCausalLM": SHARED
     | {
@@ -31,6 +32,27 @@ TINY: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": SHARED | {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
     "MixtralForCausalLM": SHARED
     | {"model_type": "mixtral", "head_dim": 10, "num_local_experts": 6, "num_experts_per_tok": 3},
+    NEMOTRON_H: {
+        "model_type": "nemotron_h",
+        "vocab_size": 503,
+        "hidden_size": 36,
+        "intermediate_size": 44,
+        "hybrid_override_pattern": "M-*ME-M",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 96,
+        "initializer_range": 0.2,
+        "ssm_state_size": 5,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 7,
+        "n_groups": 4,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 28,
+        "routed_scaling_factor": 2.5,
+    },
     "Phi3ForCausalLM": SHARED | {"model_type": "phi3", "pad_token_id": 0},
     "Qwen2ForCausalLM": SHARED | {"model_type": "qwen2"},  # heads of 36 / 6
     "Qwen2MoeForCausalLM": SHARED
@@ -76,14 +98,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 17,
         },
     ),
+    "layers of attention and MLPs": (NEMOTRON_H, {"hybrid_override_pattern": "*--*"}),
     "one group": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
 }
 """What a config of a family may say besides."""
 CASES = {
-    **{f"{x}, tied: {tied}": (x, {"tie_word_embeddings": tied}) for x in TINY for tied in (False, True)},
+    **{
+        f"{x}, tied: {tied}": (x, {"tie_word_embeddings": tied})
+        for x in TINY
+        for tied in ((False,) if x == NEMOTRON_H else (False, True))
+    },
     **VARIANTS,
 }
 """Every kind of model: its architecture, and what its config changes."""
+COMPUTED = [case for case in CASES if case != f"{NEMOTRON_H}, tied: False"]
+"""Those without Mamba layers, which upstream computes on GPUs only."""
 
 
 def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.hf.families.family_registry import FAMILIES, family_of, megatron_flags
+from megatron_sfr.hf.families.fused_weights import FusedQKV
 from megatron_sfr.hf.hf_folder import Weights, read_config
-from megatron_sfr.hf.mappings import QKV, Dimensions, FusedQKV, GatedMLP, entries
+from megatron_sfr.hf.mappings import QKV, Dimensions, GatedMLP, entries
 from megatron_sfr.hf.megatron.megatron_model import runs_of_rows
-from tests.hf.models import TINY, save_model
+from tests.hf.models import CASES, TINY, save_model
 
 ATTENTION = QKV("qkv", ("q", "k", "v"), ("hidden",))
 BIAS = QKV("bias", ("q", "k", "v"), ())
@@ -88,10 +89,10 @@ def test_every_family_has_a_tiny_model():
     assert TINY.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_mappings_are_what_transformers_writes(tmp_path, architecture, tied):
-    weights = Weights(save_model(tmp_path, architecture, tie_word_embeddings=tied))
+@pytest.mark.parametrize("case", CASES)
+def test_mappings_are_what_transformers_writes(tmp_path, case):
+    architecture, changes = CASES[case]
+    weights = Weights(save_model(tmp_path, architecture, **changes))
     config = read_config(tmp_path)
     family = family_of(config)
     d = family.dimensions(config)

@@ -1,6 +1,7 @@
 """Numbers of parameters, memory and disk of a plan, against Megatron's own counts and the benchmarks' shapes."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megatron_sfr.model.lora.options import LoRAOptions
 from megatron_sfr.planning.activations import head_activations
 from megatron_sfr.planning.layout import Layout, stage_layers
 from megatron_sfr.planning.memory import HeadSizes
-from megatron_sfr.planning.parameters import Counts, adapters
+from megatron_sfr.planning.parameters import UNKNOWN, Counts, adapters, check_known
 from tests import warm
 from tests.training.timing.test_operations import SHAPE, arguments
 
@@ -25,6 +26,12 @@ def test_megatron_counts_the_same_parameters(recipe: str, processes: int) -> Non
     done = warm.run("-m", "tests.planning.upstream_count", path, str(processes), check=True)
     ours, upstreams = json.loads(done.stdout.splitlines()[-1])
     assert ours == pytest.approx(upstreams, rel=2e-4)
+
+
+def test_layers_of_a_hybrid_model_are_not_counted() -> None:
+    """Their number would be taken for GPTModel's, which are an attention and an MLP each."""
+    with pytest.raises(ValueError, match=r"hybrid_layer_pattern = \*-\*-: `megatron-sfr plan` does not count"):
+        check_known(Namespace(**UNKNOWN | {"hybrid_layer_pattern": "*-*-"}))
 
 
 def test_adapters_are_those_of_the_benchmark() -> None:

@@ -36,13 +36,15 @@ _MLP = (
 _NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 _OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"), 0, padded=True)
 
-ATTENTION_STATES = (
-    M + "self_attention.linear_qkv",
-    M + "self_attention.linear_proj",
-    M + "self_attention.core_attention",
-    "decoder.final_layernorm",
-)
-EXTRA_STATES = (*ATTENTION_STATES, M + "mlp.linear_fc1", M + "mlp.linear_fc2")
+ATTENTION_STATES = tuple(M + f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
+MLP_STATES = (M + "mlp.linear_fc1", M + "mlp.linear_fc2")
+NORM_STATE = "decoder.final_layernorm"
+"""Modules with an extra state, by the part of the model."""
+
+
+def extra_states(config: Config, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The modules with an extra state. more: those that a family adds."""
+    return (*ATTENTION_STATES, NORM_STATE, *MLP_STATES, *more)
 
 
 def mappings(
@@ -92,18 +94,27 @@ def flags(config: Config, d: Dimensions, partial_rotary: bool = False) -> dict[s
     _refuse(config, partial_rotary)
     return {
         "num_layers": d.layers,
+        **shape_flags(config, d),
+        "swiglu": True,
+        "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
+        "position_embedding_type": "rope",
+        "rotary_base": rotary_base(config),
+    }
+
+
+def shape_flags(config: Config, d: Dimensions) -> dict[str, object]:
+    """Megatron's flags for embedding, attention and MLP, without their number, the activation and the positions."""
+    if config.get("quantization_config"):
+        raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
+    return {
         "hidden_size": d.hidden,
         "ffn_hidden_size": d.ffn,
         "num_attention_heads": d.heads,
         "group_query_attention": True,
         "num_query_groups": d.groups,
         "kv_channels": d.head_dim,
-        "swiglu": True,
         "disable_bias_linear": True,
         "normalization": "RMSNorm",
-        "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
-        "position_embedding_type": "rope",
-        "rotary_base": rotary_base(config),
         "max_position_embeddings": size(config, "max_position_embeddings"),
         "vocab_size": d.vocab,
         "make_vocab_size_divisible_by": 128,
@@ -120,8 +131,6 @@ def _refuse(config: Config, partial_rotary: bool) -> None:
         raise ValueError(
             f"hidden_act: {cut(str(activation))}: Megatron's --swiglu is SiLU-gated; others are not converted"
         )
-    if config.get("quantization_config"):
-        raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
     part = rotary_share(config)
     if part != 1.0 and not partial_rotary:
         raise ValueError(

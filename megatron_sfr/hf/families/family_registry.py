@@ -2,6 +2,7 @@
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families import glm, llama, mistral, phi3, qwen2, qwen3, seed_oss, smollm3
+from megatron_sfr.hf.families.hybrid import nemotron_h
 from megatron_sfr.hf.families.moe import mixtral, qwen2_moe, qwen3_moe
 from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import cut, shown
@@ -11,6 +12,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
     "MixtralForCausalLM": mixtral.FAMILY,
+    "NemotronHForCausalLM": nemotron_h.FAMILY,
     "Phi3ForCausalLM": phi3.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen2MoeForCausalLM": qwen2_moe.FAMILY,

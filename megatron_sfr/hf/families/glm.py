@@ -27,4 +27,4 @@ def flags(config: Config) -> dict[str, object]:
     }
 
 
-FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.extra_states)

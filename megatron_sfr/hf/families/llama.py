@@ -35,4 +35,4 @@ def _scaling(config: Config) -> dict[str, object]:
     return {"use_rope_scaling": True, "rope_scaling_factor": float(number(rope, "factor", 1.0))}
 
 
-FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states)

@@ -33,4 +33,4 @@ def window(config: Config, default: int | None) -> dict[str, object]:
     return {"window_size": f"{tokens - 1},0", "no_masked_softmax_fusion": True}
 
 
-FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states)

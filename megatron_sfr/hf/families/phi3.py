@@ -23,5 +23,5 @@ FAMILY = Family(
     dimensions=dense.dimensions,
     mappings=partial(dense.mappings, qkv=fused_weights.QKV, mlp=fused_weights.MLP),
     flags=flags,
-    extra_states=dense.EXTRA_STATES,
+    extra_states=dense.extra_states,
 )

@@ -17,5 +17,5 @@ FAMILY = Family(
     dimensions=dense.dimensions,
     mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,)),
     flags=flags,
-    extra_states=dense.EXTRA_STATES,
+    extra_states=dense.extra_states,
 )

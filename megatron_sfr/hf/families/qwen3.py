@@ -11,6 +11,7 @@ NORMS = (
     Direct(M + "self_attention.q_layernorm.weight", (H + "self_attn.q_norm.weight",), ("head_dim",)),
     Direct(M + "self_attention.k_layernorm.weight", (H + "self_attn.k_norm.weight",), ("head_dim",)),
 )
+NORM_STATES = (M + "self_attention.q_layernorm", M + "self_attention.k_layernorm")
 
 dimensions = partial(dense.dimensions, head_dim=128)  # Qwen3Config's default; it is not hidden_size / heads
 
@@ -26,5 +27,5 @@ FAMILY = Family(
     dimensions=dimensions,
     mappings=partial(dense.mappings, attention=NORMS),
     flags=flags,
-    extra_states=(*dense.EXTRA_STATES, M + "self_attention.q_layernorm", M + "self_attention.k_layernorm"),
+    extra_states=partial(dense.extra_states, more=NORM_STATES),
 )

@@ -29,4 +29,4 @@ def without_positions(config: Config, d: Dimensions) -> list[int]:
     return [1 - layer for layer in layers]
 
 
-FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.EXTRA_STATES)
+FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states)

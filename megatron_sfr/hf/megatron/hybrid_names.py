@@ -1,7 +1,7 @@
 """Names of a hybrid model's tensors in its checkpoints, and the layers of GPTModel that its pattern describes.
 
-HybridModel numbers attention and MLP as separate layers: layer i of GPTModel is its layers 2 i and 2 i + 1. Hugging
-Face's families are written for GPTModel's numbers.
+HybridModel numbers attention and MLP as separate layers: layer i of GPTModel is its layers 2 i and 2 i + 1. Families of
+equal layers have GPTModel's names, families of different layers have HybridModel's.
 """
 
 import re
@@ -24,10 +24,22 @@ def paired_layers(pattern: str) -> int:
     return len(layers) // 2
 
 
-def as_gpt(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a run as those of a run with the same layers of GPTModel. Raises ValueError if there is none."""
+def is_hybrid(flags: Mapping[str, object]) -> bool:
+    """Whether a family has HybridModel's names. flags: the family's, from a config."""
+    return PATTERN in flags
+
+
+def comparable(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> Mapping[str, Any]:
+    """The arguments of a run, to be compared with a family's flags. Raises ValueError for layers that no family has.
+
+    A pattern has no ends of stages, or is the number of the layers of GPTModel.
+    """
     pattern = arguments.get(PATTERN)
-    return arguments if pattern is None else {**arguments, "num_layers": paired_layers(pattern)}
+    if pattern is None:
+        return arguments
+    if is_hybrid(flags):
+        return {**arguments, PATTERN: pattern.replace("|", "")}
+    return {**arguments, "num_layers": paired_layers(pattern)}
 
 
 def hybrid_name(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.mappings import Dimensions, Entry, ParameterMapping, Spans, entries
-from megatron_sfr.hf.megatron.hybrid_names import PATTERN, as_gpt, hybrid_name
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN, comparable, hybrid_name, is_hybrid
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 from megatron_sfr.hf.megatron.stored_chunks import Piece
 
@@ -25,10 +25,13 @@ TRAINING_STATE = re.compile(
 )
 """Tensors that a checkpoint keeps to resume training; the extra states are Transformer Engine's fp8 scales."""
 COMPARED = {
+    PATTERN: PATTERN,
     "num_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
     "kv_channels": "kv_channels",
     "swiglu": "swiglu",
+    "squared_relu": "squared_relu",
+    "mamba_num_groups": "mamba_num_groups",
     "normalization": "normalization",
     "norm_epsilon": "layernorm_epsilon",
     "position_embedding_type": "position_embedding_type",
@@ -42,12 +45,18 @@ COMPARED = {
     "moe_router_topk": "moe_router_topk",
     "moe_router_pre_softmax": "moe_router_pre_softmax",
     "moe_router_score_function": "moe_router_score_function",
+    "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor": "moe_router_topk_scaling_factor",
     "window_attn_skip_freq": "window_attn_skip_freq",
     "no_rope_freq": "no_rope_freq",
     "moe_shared_expert_gate": "moe_shared_expert_gate",
 }
 """Flags that change what a model computes but not always a shape, with their names in Megatron's arguments."""
 UNSAID: dict[str, object] = {
+    "swiglu": False,
+    "squared_relu": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
@@ -56,7 +65,8 @@ UNSAID: dict[str, object] = {
     "window_attn_skip_freq": None,
     "no_rope_freq": None,
 }
-"""Values of families that do not set the flag: rotary embedding on complete heads, unscaled; no attention window."""
+"""Values of families that do not set the flag: no gate and no square in MLPs, unscaled router scores without a bias,
+rotary embedding on complete heads, unscaled, and no attention window."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,11 @@ class StoredModel:
             )
         family, arguments = family_of(config), checkpoint.arguments()
         self.checkpoint = checkpoint
-        self._hybrid = arguments.get(PATTERN) is not None
+        flags = family.flags(config)
+        self._renamed = arguments.get(PATTERN) is not None and not is_hybrid(flags)
         self.dimensions = family.dimensions(config)
         self.entries = entries(family.mappings(config), self.dimensions)
-        if found := disagreement(as_gpt(arguments), family.flags(config)):
+        if found := disagreement(comparable(arguments, flags), flags):
             flag, trained, meant = found
             raise ValueError(
                 f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
@@ -91,51 +102,60 @@ class StoredModel:
             )
         self._runs = {x.megatron: runs_of_rows(x, self.dimensions) for x in family.mappings(config)}
         self._places = {entry: self._find(entry) for entry in self.entries}
-        known = {location.key for location in self._places.values()}
+        known = {location.key for locations in self._places.values() for location in locations}
         rest = sorted((checkpoint.tensors.keys() | checkpoint.objects) - known)
         self.dropped = tuple(key for key in rest if key.startswith(AUXILIARY))
         unknown = [key for key in rest if not key.startswith(AUXILIARY) and not TRAINING_STATE.match(key)]
         missing = sorted(known - checkpoint.tensors.keys())
         if unknown or missing:
             raise ValueError(f"{checkpoint.folder}: {_unlike_names(unknown, missing)}")
-        self.padding = max(self._check_shape(entry) for entry in self.entries)
+        self.padding = max(
+            self._check_shape(location, entry.mapping.padded) for entry, x in self._places.items() for location in x
+        )
 
     def dtype(self, entry: Entry) -> torch.dtype:
-        return self.checkpoint.tensors[self._places[entry].key].properties.dtype
+        return self.checkpoint.tensors[self._places[entry][0].key].properties.dtype
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
         """The HF tensors of an entry, without padding."""
-        location = self._places[entry]
-        tensor = self.checkpoint.read(location.key, location.offset, location.size)
-        return entry.mapping.split(tensor.reshape(entry.mapping.megatron_shape(self.dimensions)), self.dimensions)
+        places = zip(self._places[entry], entry.sections(self.dimensions), strict=True)
+        parts = [self.checkpoint.read(x.key, x.offset, x.size).reshape(section.shape) for x, section in places]
+        return entry.mapping.split(parts[0] if len(parts) == 1 else torch.cat(parts), self.dimensions)
 
     def pieces(self, entry: Entry, dtype: torch.dtype) -> tuple[Iterator[Piece], ...]:
         """The HF tensors of an entry as consecutive pieces of a dtype, without padding and without reading them."""
         return tuple(self._pieces(entry, runs, dtype) for runs in self._runs[entry.mapping.megatron])
 
     def _pieces(self, entry: Entry, runs: Spans, dtype: torch.dtype) -> Iterator[Piece]:
-        """Runs of rows of the stored tensor, one after another."""
-        location = self._places[entry]
-        axis = len(location.size) - len(entry.mapping.megatron_shape(self.dimensions))
-        before, after = location.size[:axis], location.size[axis + 1 :]
+        """Runs of rows of the stored tensors, one after another."""
+        places = list(zip(self._places[entry], entry.sections(self.dimensions), strict=True))
         for start, stop in runs:
-            offset = (*location.offset[:axis], start, *location.offset[axis + 1 :])
-            yield from self.checkpoint.pieces(location.key, offset, (*before, stop - start, *after), dtype)
+            for location, section in places:
+                first, last = max(start - section.start, 0), min(stop - section.start, section.shape[0])
+                if first >= last:
+                    continue
+                axis = len(location.size) - len(section.shape)
+                offset = (*location.offset[:axis], first, *location.offset[axis + 1 :])
+                size = (*location.size[:axis], last - first, *location.size[axis + 1 :])
+                yield from self.checkpoint.pieces(location.key, offset, size, dtype)
 
-    def _find(self, entry: Entry) -> Location:
-        size, index, counts = entry.mapping.megatron_shape(self.dimensions), entry.index, entry.counts(self.dimensions)
-        key, single = entry.stacked, hybrid_name(entry.single) if self._hybrid else entry.single
+    def _find(self, entry: Entry) -> tuple[Location, ...]:
+        index, counts = entry.index, entry.counts(self.dimensions)
+        key, single = entry.stacked, hybrid_name(entry.single) if self._renamed else entry.single
         if entry.layer is None:
             key = single
-        elif self._hybrid or single in self.checkpoint.tensors:
+        elif self._renamed or single in self.checkpoint.tensors:
             key, index, counts = single, index[1:], counts[1:]
-        return Location(key, (*index, *(0 for _ in size)), (*(1 for _ in index), *size), (*counts, *size))
+        ones = tuple(1 for _ in index)
+        return tuple(
+            Location(key + x.end, (*index, *(0 for _ in x.shape)), (*ones, *x.shape), (*counts, *x.shape))
+            for x in entry.sections(self.dimensions)
+        )
 
-    def _check_shape(self, entry: Entry) -> int:
+    def _check_shape(self, location: Location, padded: bool) -> int:
         """Number of padding tokens. Raises ValueError if the stored tensor differs from the config's."""
-        location = self._places[entry]
         stored, wanted = tuple(self.checkpoint.tensors[location.key].size), location.whole
-        if entry.mapping.padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
+        if padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
             return stored[0] - wanted[0]
         if stored != wanted:
             raise ValueError(

@@ -25,12 +25,16 @@ def mlp(router: str, gate: str, up: str, down: str) -> tuple[ParameterMapping, .
 
 
 QWEN_MLP = mlp("mlp.gate.weight", *(f"mlp.experts.{EXPERT}.{name}_proj.weight" for name in ("gate", "up", "down")))
-EXTRA_STATES = (
-    *dense.ATTENTION_STATES,
+STATES = (
     M + "pre_mlp_layernorm",
     M + f"mlp.experts.experts.{EXPERT}.linear_fc1",
     M + f"mlp.experts.experts.{EXPERT}.linear_fc2",
 )
+
+
+def extra_states(config: Config, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The modules with an extra state. more: those that a family adds."""
+    return (*dense.ATTENTION_STATES, dense.NORM_STATE, *STATES, *more)
 
 
 def count(config: Config) -> int:

@@ -28,5 +28,5 @@ FAMILY = Family(
     dimensions=dimensions,
     mappings=partial(dense.mappings, mlp=MLP),
     flags=flags,
-    extra_states=experts.EXTRA_STATES,
+    extra_states=experts.extra_states,
 )

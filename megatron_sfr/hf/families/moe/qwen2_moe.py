@@ -49,5 +49,5 @@ FAMILY = Family(
     dimensions=dimensions,
     mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,), mlp=(*experts.QWEN_MLP, *SHARED)),
     flags=flags,
-    extra_states=(*experts.EXTRA_STATES, _S + "linear_fc1", _S + "linear_fc2"),
+    extra_states=partial(experts.extra_states, more=(_S + "linear_fc1", _S + "linear_fc2")),
 )

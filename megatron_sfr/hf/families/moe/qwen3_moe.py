@@ -5,7 +5,6 @@ from functools import partial
 
 from megatron_sfr.hf.config_values import Config, is_true, size
 from megatron_sfr.hf.families import dense, qwen3
-from megatron_sfr.hf.families.dense import M
 from megatron_sfr.hf.families.moe import experts
 from megatron_sfr.hf.mappings import Dimensions, Family
 
@@ -26,9 +25,5 @@ FAMILY = Family(
     dimensions=dimensions,
     mappings=partial(dense.mappings, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
     flags=flags,
-    extra_states=(
-        *experts.EXTRA_STATES,
-        M + "self_attention.q_layernorm",
-        M + "self_attention.k_layernorm",
-    ),
+    extra_states=partial(experts.extra_states, more=qwen3.NORM_STATES),
 )
