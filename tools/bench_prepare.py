@@ -152,7 +152,9 @@ def report(title: str, rows: Sequence[Row]) -> None:
     print(f"{'share of the bound [CPU]':<28}{'with start-up':>16}{'without':>16}{'start-up, s':>20}")
     for start, row in zip(others[::2], others[1::2], strict=True):
         with_it = f"{bound.wall / row.wall:.2f} [{bound.cpu / row.cpu:.2f}]"
-        without = f"{bound.wall / (row.wall - start.wall):.2f} [{bound.cpu / (row.cpu - start.cpu):.2f}]"
+        wall, cpu = row.wall - start.wall, row.cpu - start.cpu
+        is_long = min(wall, cpu) > 0  # a short input starts fewer workers
+        without = f"{bound.wall / wall:.2f} [{bound.cpu / cpu:.2f}]" if is_long else "input too short"
         print(f"{row.name:<28}{with_it:>16}{without:>16}{f'{start.wall:.2f} [{start.cpu:.2f}]':>20}")
 
 

@@ -15,19 +15,21 @@ from megatron_sfr.data.chat.chat_template import ChatTemplate, RenderedTokens
 from megatron_sfr.data.chat.rendered_turns import (
     EMPTY_THOUGHT,
     END_THINK,
+    TAIL,
     THINK,
     USER_TURN,
+    Offsets,
+    Rendered,
+    Turns,
     Unrendered,
     check_complete,
     check_system_turn,
-    check_tail,
     end_of_reply,
     name_of_system_turn,
     no_end,
 )
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
-from megatron_sfr.data.chat.tool_calls import Message
-from megatron_sfr.data.chat.turns import Offsets, Rendered, Turns
+from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand
 from megatron_sfr.data.chat.unrendered_reply import after_prompt
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut
@@ -107,7 +109,7 @@ def as_rendered(turns: Turns) -> Supervised:
         if end is None:
             raise RecordError(no_end(turns.template, turns.messages[turn], number))
         own = rendered.text[start : end.start()]
-        check_tail(own, turns.messages[turn], number)
+        _check_tail(own, turns.messages[turn], number)
         try:
             check_complete(own, turns.messages[turn], number)
         except Unrendered:
@@ -168,6 +170,18 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
     else:
         check_complete(text[start : end.start()], message, number)
     return start, end.span()
+
+
+def _check_tail(own: str, message: Message, number: int) -> None:
+    """RecordError unless the text of a reply has the end of its content: all that `--turns as-rendered` asks for."""
+    content, calls = (message.get("content") or "").strip()[-TAIL:], message.get("tool_calls") or []
+    if not (content in own if calls else own.rstrip().endswith(content)):
+        raise RecordError(
+            f"reply {number} does not end before the first control token of its turn; begin the template's "
+            "{% generation %} block where the reply begins"
+        )
+    if calls:
+        check_calls_stand(calls, own, number)
 
 
 def _after(tokens: RenderedTokens, end: Offsets, number: int) -> int:
