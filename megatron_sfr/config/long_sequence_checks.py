@@ -41,11 +41,6 @@ def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows
     return [
         (args.training_task == "kl-flow", f"{what} does not go with --training-task kl-flow yet: set it to 1"),
         (
-            args.mtp_num_layers,
-            f"{what} with mtp_num_layers: Megatron weighs each rank's part of a sequence by the supervised tokens of "
-            "that part, so the loss would depend on the division; leave mtp_num_layers out",
-        ),
-        (
             option is not None and not local,
             f"{what} with {option} and Transformer Engine needs conversations that are padded to equal parts, which "
             "are not made yet: set context_parallel_size to 1",

@@ -52,10 +52,6 @@ def _of_the_run(args: argparse.Namespace) -> Rows:
             f"lr_warmup_iters = {args.lr_warmup_iters} has to end before the schedule of the learning rate does: "
             "shorten it, or raise train_iters",
         ),
-        (
-            args.mtp_num_layers and args.sequence_parallel and args.transformer_impl == "local",
-            "mtp_num_layers with sequence_parallel needs Transformer Engine: upstream's local norm refuses it",
-        ),
     ]
 
 
@@ -137,11 +133,6 @@ def _of_separation(args: argparse.Namespace) -> Rows:
             local and args.window_size is not None,
             f"{option} with window_size needs Transformer Engine: upstream's local attention replaces the mask of "
             "the texts by the window's",
-        ),
-        (
-            local and args.mtp_num_layers,
-            f"{option} with mtp_num_layers needs Transformer Engine: with local attention upstream's multi-token "
-            "prediction would predict tokens of the next text",
         ),
         (
             not local and args.micro_batch_size != 1,

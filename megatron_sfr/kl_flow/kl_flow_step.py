@@ -23,7 +23,7 @@ from megatron_sfr.objectives.token.loss_base import IGNORED
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from megatron_sfr.runtime.parallel import is_first_stage, is_last_stage, tensor_group, tensor_rank
 from megatron_sfr.training.auxiliary_loss import DATASET_BITS, Batch
-from megatron_sfr.training.forward_step import check_finite, next_batch, pair, to_device
+from megatron_sfr.training.forward_step import check_finite, next_batch, pair
 from megatron_sfr.training.step_context import StepContext
 
 
@@ -74,7 +74,8 @@ class KLFlowStep:
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
         x_BNV, counted_BN, more = None, None, dict[str, Any]()
         if first or last or self.time_everywhere:
-            batch = to_device(next_batch(data_iterator), next(model.parameters()).device)
+            device = next(model.parameters()).device
+            batch = {name: x.to(device, non_blocking=True) for name, x in next_batch(data_iterator).items()}
             texts = self.texts(batch, self.seq_length - time_positions(model))
             set_time(model, texts.t_B)
             if first:

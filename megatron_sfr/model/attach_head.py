@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
@@ -9,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadPlan
+from megatron_sfr.model.state import StepStart
 
 
 def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[MegatronModule]]:
@@ -46,6 +48,21 @@ def _check_layer(model: MegatronModule, number: int | None) -> None:
     if number is not None and number not in here:
         layers = f"layers {min(here)} to {max(here)}" if here else "no layers"
         raise ValueError(f"sfr_layer = {number} is not on the last pipeline stage, which has {layers}")
+
+
+@dataclass(frozen=True)
+class FlowInputs:
+    """What the auxiliary loss of a microbatch needs from a model with a head, apart from the last hidden states."""
+
+    head: FlowHead
+    start: StepStart
+    """The head's state at the start of the step."""
+    layer: list[Tensor]
+    """The output of layer sfr_layer [S, B, H], once the forward pass has reached it. Empty without sfr_layer."""
+
+    def states(self, last_SBH: Tensor) -> Tensor:
+        """The hidden states that the head reads."""
+        return self.layer[0] if self.layer else last_SBH
 
 
 @contextmanager

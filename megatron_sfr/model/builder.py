@@ -14,9 +14,11 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
+from megatron_sfr.model import local_spec
 from megatron_sfr.model.attach_head import attach_head
 from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.gradient_fusion import fuse_layers
+from megatron_sfr.runtime.replacements import replaced
 
 __all__ = [
     "GPTModelBuilder",
@@ -65,7 +67,8 @@ class _BuildsWithHead:
     ) -> MegatronModule:
         """One model chunk. Arguments as upstream's; ValueError if sfr_layer is not on the last pipeline stage."""
         build: Callable[..., MegatronModule] = super().build_model  # type: ignore[misc]
-        model = build(pg_collection, pre_process, post_process, vp_stage)
+        with replaced(local_spec.REPLACEMENTS):
+            model = build(pg_collection, pre_process, post_process, vp_stage)
         if self._model_config.fuses_layers:
             fuse_layers(model)
         if self._model_config.head is not None:

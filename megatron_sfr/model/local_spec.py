@@ -6,6 +6,7 @@ Without Apex, upstream uses torch's norm and asserts that sequence parallelism i
 enough to mark the norm's parameters sequence_parallel: upstream then sums their gradients over the tensor group.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -22,6 +23,7 @@ from megatron.training.models.base import ModelConfig
 from torch import nn
 
 from megatron_sfr.model.gathered_attention import GatheredAttention
+from megatron_sfr.runtime.replacements import Replacement, wrapper
 
 
 def local_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
@@ -57,6 +59,31 @@ def _layer_spec(transformer: TransformerConfig) -> ModuleSpec:
     if transformer.qk_layernorm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = local_norm
     return spec
+
+
+@wrapper
+def _local_prediction_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+    def mtp_block_spec(config: ModelConfig, *args: Any, **kwargs: Any) -> Any:
+        block = original(config, *args, **kwargs)
+        if block is not None and config.transformer_layer_spec is local_block_spec:
+            for layer in (spec.submodules for spec in block.layer_specs):
+                layer.enorm = layer.hnorm = layer.layer_norm = local_norm
+                layer.mtp_model_layer = _layer_spec(config.transformer)
+        return block
+
+    return mtp_block_spec
+
+
+REPLACEMENTS = (
+    Replacement(
+        "megatron.training.models.gpt",
+        "mtp_block_spec",
+        _local_prediction_layers,
+        "builds the layers of multi-token prediction from upstream's spec, whatever that of the decoder's layers is",
+        ("config",),
+    ),
+)
+"""For the time in which a model is built."""
 
 
 class LocalHybridStack(HybridStack):

@@ -1,10 +1,10 @@
 """Names of upstream that are replaced: tables of what is replaced and why, and their application.
 
 A table lives beside the code that needs it: `runtime/cpu.py` (the CPU backend), `runtime/durable.py`,
-`runtime/resharding.py`, `runtime/synchronous_save.py`, `training/head_optimizer.py` and `training/metrics_log.py`. The
-CPU backend's stays applied for the rest of the process; a training run applies the others for its duration, with
-`replaced`. Each entry has a contract test (tests/runtime/test_replacements.py) that fails when upstream moves or
-changes the name.
+`runtime/resharding.py`, `runtime/synchronous_save.py`, `training/head_optimizer.py` and others (docs/upstream.md). The
+CPU backend's stays applied for the rest of the process, those of `model/` while a model is built or computes; a
+training run applies the others for its duration, with `replaced`. Each entry has a contract test
+(tests/runtime/test_replacements.py) that fails when upstream moves or changes the name.
 """
 
 import functools

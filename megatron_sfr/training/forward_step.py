@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_sfr.model.attach_head import layer_output
-from megatron_sfr.model.flow_head import FlowHead
+from megatron_sfr.model.attach_head import FlowInputs, layer_output
 from megatron_sfr.model.model_class import ensure_output_processor
+from megatron_sfr.model.multi_token import predicted_states
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.runtime.parallel import context_size, is_first_stage, is_last_stage, print_on_last_rank
 from megatron_sfr.training.attention_mask import document_attention
 from megatron_sfr.training.auxiliary_loss import TARGETS, Batch, FlowTerm, Term
+from megatron_sfr.training.data.multi_token_labels import multi_token_labels
 from megatron_sfr.training.data.sequence_shard import on_this_rank
 from megatron_sfr.training.gradient_ratio import GradientMeasurement, at_bound, flow_powers
-from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, TokenObjective, TokenResult
+from megatron_sfr.training.lm_head import CHUNK_TOKENS, LastStage, Measured, MultiTokenLoss, TokenObjective, TokenResult
 from megatron_sfr.training.lock_fork import LockFork
 from megatron_sfr.training.persona_metrics import NAMES, PersonaMetrics
 from megatron_sfr.training.step_context import StepContext
@@ -39,24 +40,9 @@ BACKBONE, LOSS, HEAD = "sfr: backbone", "sfr: token loss", "sfr: flow head"
 """Ranges of the forward pass in a profiler's trace."""
 
 # The last stage's output for one microbatch: the objective's sum, to be differentiated; objective and cross-entropy
-# [B, S] and the sums [2] of entropy and accuracy, for the log; and the sums of the auxiliary loss. Under bf16,
-# upstream's wrapper converts it to plain tuples.
-Losses = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class FlowInputs:
-    """What the auxiliary loss of a microbatch needs from the model, apart from the last hidden states."""
-
-    head: FlowHead
-    start: StepStart
-    """The head's state at the start of the step."""
-    layer: list[Tensor]
-    """The output of layer sfr_layer [S, B, H], once the forward pass has reached it. Empty without sfr_layer."""
-
-    def states(self, last_SBH: Tensor) -> Tensor:
-        """The hidden states that the head reads."""
-        return self.layer[0] if self.layer else last_SBH
+# [B, S] and the sums [2] of entropy and accuracy, for the log; the losses of multi-token prediction; the sums of the
+# auxiliary loss. Under bf16, upstream's wrapper converts it to plain tuples.
+Losses = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -97,6 +83,7 @@ class ForwardStep:
             personas: metrics by persona; None: not measured.
         """
         self.name, self.objective = name, TokenObjective(vocab_size, objective, chunk_tokens)
+        self.multi_token = MultiTokenLoss(vocab_size, chunk_tokens)
         self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
         self.data, self.lock_fork, self.personas = data, lock_fork, personas
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
@@ -110,6 +97,8 @@ class ForwardStep:
         device = next(model.parameters()).device
         batch = next_batch(data_iterator) if first or last or self.resets_attention else {}
         more: dict[str, Any] = {"attention_mask": None}
+        layers = get_model_config(model).mtp_num_layers or 0 if last else 0
+        batch = multi_token_labels(batch, layers) if layers else batch
         if self.resets_attention:
             more = document_attention(batch.pop("document"), context.implementation, device)
         if last and self.data is not None and self.data.online is not None:
@@ -118,9 +107,9 @@ class ForwardStep:
                 batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
         if batch and context_size() > 1:
             batch = on_this_rank(batch)
-        if last and (index_N := self.objective.positions(batch, self._measures_lock_fork(context))) is not None:
-            batch["logit_position"] = index_N.pin_memory() if device.type == "cuda" and not index_N.is_cuda else index_N
-        batch = to_device(batch, device)
+        if last:
+            batch |= self._positions(batch, context, device)
+        batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
         flow = self._begin(model, context) if last and self.term is not None else None
         microbatch = Microbatch(batch, context, flow)
         if last:
@@ -128,10 +117,18 @@ class ForwardStep:
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
         number = self.term.options.head.layer if self.term is not None else None
-        with microbatch.backbone, nullcontext() if flow is None else layer_output(model, number, flow.layer):
+        reads_layer = nullcontext() if flow is None else layer_output(model, number, flow.layer)
+        with microbatch.backbone, reads_layer, predicted_states() if layers else nullcontext():
             microbatch.backbone.enter_context(record_function(BACKBONE))
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
         return output, partial(self.loss, microbatch)
+
+    def _positions(self, batch: Batch, context: StepContext, device: torch.device) -> Batch:
+        """The positions that get logits, in memory from which they are copied to the device without waiting."""
+        index_N = self.objective.positions(batch, self._measures_lock_fork(context))
+        found = self.multi_token.positions(batch) | ({} if index_N is None else {"logit_position": index_N})
+        pins = device.type == "cuda"
+        return {name: x.pin_memory() if pins and not x.is_cuda else x for name, x in found.items()}
 
     def _begin(self, model: MegatronModule, context: StepContext) -> FlowInputs:
         """Starts a microbatch of the auxiliary loss."""
@@ -158,6 +155,7 @@ class ForwardStep:
         """Upstream's output_processor: objective and cross-entropy of each token, and the auxiliary loss's sums."""
         microbatch, flow, sharded = context, context.flow, config.sequence_parallel
         microbatch.backbone.close()
+        hidden_states, *predicted = hidden_states.chunk(1 + (config.mtp_num_layers or 0))
         stage = LastStage(hidden_states, output_layer, output_weight, runtime_gather_output, scale_logits, config)
         measured = Measured(
             power=flow is not None and flow.head.training and self._is_measured(microbatch.context.iteration),
@@ -166,6 +164,7 @@ class ForwardStep:
         counts = self.term is None or self._phase(microbatch.context).cross_entropy != 0
         with record_function(LOSS):
             result = self.objective(stage, labels, microbatch.batch, measured, counts=counts)
+            multi_token = self.multi_token(stage, predicted, microbatch.batch, counts=counts)
         if measured.entropy:
             self._measure_lock_fork(microbatch, hidden_states, result, sharded)
         term = None
@@ -178,7 +177,8 @@ class ForwardStep:
         measured_3BS = torch.stack(result.values[1:])
         if self.personas is not None:
             self.personas.add(microbatch.batch, measured_3BS, microbatch.context, training=torch.is_grad_enabled())
-        return result.total, result.values.loss, result.values.cross_entropy, measured_3BS[1:].sum((1, 2)), term
+        measured_sums = measured_3BS[1:].sum((1, 2))
+        return result.total, result.values.loss, result.values.cross_entropy, measured_sums, multi_token, term
 
     def _flow(self, microbatch: Microbatch, flow: FlowInputs, h_SBH: Tensor, sharded: bool) -> Term:
         assert self.term is not None
@@ -233,7 +233,7 @@ class ForwardStep:
 
     def loss(self, microbatch: Microbatch, losses: Losses) -> tuple[Tensor, Tensor, dict]:
         """Upstream's loss_func: the summed loss, the number of tokens that divides it, and {name: [sum, count]}."""
-        total, objective_BS, cross_entropy_BS, measured, sums = losses
+        total, objective_BS, cross_entropy_BS, measured, multi_token, sums = losses
         batch, context = microbatch.batch, microbatch.context
         tokens = batch["loss_mask"].sum()
         report = {"lm loss": pair(cross_entropy_BS.sum(), tokens)}
@@ -242,6 +242,11 @@ class ForwardStep:
             report[f"{self.name} loss"] = pair(total, tokens)
             for name, values_BS in self.objective.loss.logged(objective_BS, cross_entropy_BS).items():
                 report[name] = pair((values_BS * batch["loss_mask"]).sum(), tokens)
+        if multi_token is not None:
+            total = total + multi_token[0]
+            for k, (loss, correct, count) in enumerate(multi_token[1], start=1):  # with Megatron's names and units
+                report[f"mtp_{k} loss"] = pair(loss, count)
+                report[f"mtp_{k}_acceptance_rate"] = pair(100 * correct, count)
         if sums is not None:
             assert microbatch.flow is not None
             term, phase, start = Term(*sums), self._phase(context), microbatch.flow.start
@@ -293,8 +298,3 @@ def check_finite(total: Tensor) -> None:
 def next_batch(data_iterator: Iterator[Batch]) -> Batch:
     """A copy of the next microbatch's dictionary: upstream keeps its own to be able to rerun a step."""
     return dict(next(data_iterator))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves a microbatch to the device of the model."""
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}

@@ -1,14 +1,14 @@
 """The LM head and the token objective of one microbatch: over all logits at once, or over chunks of positions.
 
 Shapes: S positions (this rank's, under sequence parallelism), B samples, T = S B, N supervised positions, C of a chunk,
-H hidden size, V vocabulary columns of the shard, A anchors.
+H hidden size, V vocabulary columns of the shard, A anchors, K layers of multi-token prediction (MTP).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -17,9 +17,11 @@ from torch import Tensor
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.token.chunked_head import ChunkPlan, LMHead, chunked_loss
 from megatron_sfr.objectives.token.closed_form import TokenValues
+from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.loss_base import IGNORED, TokenLoss
 from megatron_sfr.objectives.token.token_loss import entropy_and_max_prob, token_values
 from megatron_sfr.runtime.parallel import all_positions, sum_over_tensor, tensor_group, tensor_rank
+from megatron_sfr.training.data.multi_token_labels import LABELS, MASK, SHARE
 from megatron_sfr.training.gradient_ratio import token_power
 
 CHUNK_TOKENS = 4096
@@ -104,17 +106,25 @@ class TokenObjective:
         return mask_BS.t().reshape(-1).nonzero()[:, 0]
 
     def __call__(
-        self, stage: LastStage, labels: Tensor, batch: dict[str, Tensor], measured: Measured, *, counts: bool
+        self,
+        stage: LastStage,
+        labels: Tensor,
+        batch: dict[str, Tensor],
+        measured: Measured,
+        *,
+        counts: bool,
+        weight: Tensor | float = 1.0,
     ) -> TokenResult:
         """The objective of one microbatch.
 
         Args:
             batch: with `logit_position`, from `positions`, where there are chunks.
             counts: whether the objective has a weight above 0 in this step.
+            weight: by what the caller multiplies the total. Chunks compute the gradient for it.
         """
         y_T = torch.where(batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
         if self.chunk_tokens:
-            return self._chunked(stage, labels, y_T, batch["logit_position"], measured, counts)
+            return self._chunked(stage, labels, y_T, batch["logit_position"], measured, counts, weight)
         z_TV = stage.scale(stage.project(stage.hidden_SBH)).flatten(0, 1)
         vocab, shape = self._vocab(z_TV.shape[-1]), labels.shape[::-1]
         seen = [x.view(shape).t() for x in entropy_and_max_prob(z_TV, vocab)] if measured.entropy else [None, None]
@@ -126,11 +136,18 @@ class TokenObjective:
         return TokenResult(values.loss.sum(), values_BS, power, *seen)
 
     def _chunked(
-        self, stage: LastStage, labels: Tensor, y_T: Tensor, index_N: Tensor, measured: Measured, counts: bool
+        self,
+        stage: LastStage,
+        labels: Tensor,
+        y_T: Tensor,
+        index_N: Tensor,
+        measured: Measured,
+        counts: bool,
+        weight: Tensor | float,
     ) -> TokenResult:
         check_layer(stage.layer, stage.config)
         weight_VH, grads = stage.weight_VH, torch.is_grad_enabled()
-        vocab, factor = self._vocab(len(weight_VH)), loss_scale(stage.config, weight_VH.device)
+        vocab, factor = self._vocab(len(weight_VH)), loss_scale(stage.config, weight_VH.device) * weight
         watch = _Watch(vocab)
         head = LMHead(
             partial(_project, stage),
@@ -160,6 +177,60 @@ class TokenObjective:
 
     def _vocab(self, width: int) -> Vocab:
         return Vocab(self.vocab_size, tensor_rank() * width, tensor_group())
+
+
+class MultiTokenResult(NamedTuple):
+    """The losses of the MTP layers in one microbatch."""
+
+    total: Tensor
+    """Their weighted sum, to be differentiated beside the objective."""
+    sums_K3: Tensor
+    """Of each layer: the sum of cross-entropy, the correct predictions, and the tokens."""
+
+
+@dataclass(frozen=True)
+class MultiTokenLoss:
+    """The loss of Megatron's MTP layers: cross-entropy with Megatron's weights, through the same LM head."""
+
+    vocab_size: int
+    chunk_tokens: int
+
+    def positions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The positions of each layer that get logits, as `TokenObjective.positions`; {} without MTP or chunks."""
+        if MASK not in batch or not self.chunk_tokens:
+            return {}
+        masks = batch[MASK].unbind(-1)
+        return {f"mtp_position_{k}": mask_BS.t().reshape(-1).nonzero()[:, 0] for k, mask_BS in enumerate(masks)}
+
+    def __call__(
+        self, stage: LastStage, predicted: Sequence[Tensor], batch: dict[str, Tensor], *, counts: bool
+    ) -> MultiTokenResult | None:
+        """The losses of one microbatch; None without MTP.
+
+        Args:
+            predicted: the hidden states [S, B, H] of each layer.
+            batch: with what `multi_token_labels` and `positions` add.
+            counts: whether the losses of tokens have a weight above 0 in this step.
+        """
+        if not predicted:
+            return None
+        config, objective = stage.config, TokenObjective(self.vocab_size, CrossEntropy(), self.chunk_tokens)
+        factor = config.mtp_loss_scaling_factor / len(predicted)
+        totals, sums = [], []
+        for k, h_SBH in enumerate(predicted):
+            layer = replace(stage, hidden_SBH=h_SBH)
+            if config.mtp_detach_heads:
+                layer = replace(layer, tied_VH=stage.weight_VH.detach())
+            given = {"loss_mask": batch[MASK][..., k]}
+            if self.chunk_tokens:
+                given["logit_position"] = batch[f"mtp_position_{k}"]
+            weight = factor * batch[SHARE][k]
+            labels, used = batch[LABELS][..., k], counts and factor != 0
+            result = objective(layer, labels, given, Measured(), counts=used, weight=weight)
+            totals.append(result.total * weight)
+            logged = result.values.cross_entropy, result.values.correct, given["loss_mask"]
+            sums.append(torch.stack([x.sum().float() for x in logged]))
+        return MultiTokenResult(torch.stack(totals).sum(), torch.stack(sums))
 
 
 @dataclass

@@ -26,7 +26,10 @@ LAYOUTS = {
     "cp2-dp2": (4, (*CP2, *SHARDED_OPTIMIZER, *OVERLAPPED)),
 }
 # What needs every anchor of a sample or of a microbatch, and attention that does not reach the sequence's start.
-ALL_ANCHORS = ("--sfr-loss", "cka", "--sfr-weight", "0.01", "--sfr-mean", "microbatch", "--window-size", "8,0")
+ALL_ANCHORS = (
+    *("--sfr-loss", "cka", "--sfr-weight", "0.01", "--sfr-mean", "microbatch", "--window-size", "8,0"),
+    *test_objectives.SED,
+)
 PARTS = (MOMENT, "decoder.", "embedding.", "output_layer.", "flow_head.")
 
 
@@ -42,15 +45,17 @@ def test_dividing_sequences_changes_no_number(runs: Runs, layout: str) -> None:
         assert [row_found[t] for t in TERMS] == pytest.approx([row[t] for t in TERMS], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["packed", "documents", "layer", "gem"])
+@pytest.mark.parametrize("name", ["packed", "documents", "layer", "gem", "mtp", "mtp-packed"])
 def test_of_packed_sequences_and_of_other_objectives(runs: Runs, name: str) -> None:
-    """Attention within texts that both ranks share, measurements of anchors, statistics of targets."""
-    start = (*runs.plain_start(), "--sfr-measure-interval", "1")
-    flags = runs.with_data(test_objectives.OBJECTIVES[name])
-    divided = runs.train(f"{name}-cp2", 2, *start, *flags, *CP2)
+    """Attention within texts that both ranks share, measurements of anchors, statistics of targets, multi-token
+    prediction. The token losses are TOFU, EAFT, cross-entropy, GEM, DFT and cross-entropy; SED is in the next test."""
+    flags = test_objectives.OBJECTIVES[name]
+    start = (*test_objectives.start(runs, flags), "--sfr-measure-interval", "1")
+    layout = (*CP2, *PP2) if name == "mtp" else CP2
+    divided = runs.train(f"{name}-cp2", 4 if name == "mtp" else 2, *start, *runs.with_data(flags), *layout)
     both = test_objectives.trained(runs, name), divided
     single, other = (read_checkpoint(run / "iter_0000003") for run in both)
-    for prefix in PARTS:
+    for prefix in (MOMENT, *test_objectives.parts(name)):
         assert difference(single, other, prefix) < (2e-5, "")
     test_objectives.check_equal_terms(*map(read_metrics, both))
 

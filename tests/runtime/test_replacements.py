@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.hf.megatron import disk_room, retention
+from megatron_sfr.model import local_spec, multi_token
 from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
 from megatron_sfr.training import head_optimizer, metrics_log
@@ -16,6 +17,8 @@ IN_A_RUN = (
     *durable.REPLACEMENTS,
     *resharding.REPLACEMENTS,
     *synchronous_save.REPLACEMENTS,
+    *multi_token.REPLACEMENTS,
+    *local_spec.REPLACEMENTS,
     *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
     *disk_room.replacements(Path("run")),
     *retention.replacements(Path("run"), retention.RetentionOptions(keep_checkpoints=2)),

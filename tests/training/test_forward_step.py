@@ -24,7 +24,7 @@ def test_the_log_has_what_the_token_loss_names_averaged_over_supervised_tokens()
     mask = torch.tensor([[1.0, 1, 1, 0]])
     objective, cross_entropy = torch.tensor([[1.0, 2.25, 3, 0]]), torch.tensor([[1.0, 2, 3, 0]])
     step = ForwardStep(9, "sed", SED(0.5), None, ScheduleOptions(), resets_attention=False)
-    losses = (objective.sum(), objective, cross_entropy, torch.tensor([4.5, 2.0]), None)
+    losses = (objective.sum(), objective, cross_entropy, torch.tensor([4.5, 2.0]), None, None)
     _, tokens, report = step.loss(Microbatch({"loss_mask": mask}, context), losses)
     assert tokens == 3
     assert report["token entropy"].tolist() == [4.5, 3]

@@ -30,6 +30,8 @@ LARGE = 1 << 18
 LONGEST = 700
 CHANGING = re.compile(r"(\.identity\.json|conversion\.json|\.lock|tensorboard/.*|logs/.*|\.distcp)$")
 """What differs between two runs of one command: times."""
+ANSWERS_BY_CODE = ("plan", "plan, sweep")
+"""Commands whose exit code 1 is an answer: the run does not fit."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ TARGETS = [
     Target("tasks.jsonl", damage.RECORDS, ("write prompts", "evaluate-code"), 6),
     Target("replies.jsonl", damage.RECORDS, ("evaluate-code",), 5),
     Target("recipe.yaml", hostile_text.RECIPES, ("dry run", "dry run", "rank"), 12),
+    Target("recipe.yaml", hostile_text.RECIPES, ("plan", "plan, sweep"), 6),
+    Target("prepared/manifest.json", damage.JSON, ("plan, sweep",), 2),
+    Target("run/recipe.yaml", hostile_text.RECIPES, ("status", "watch"), 4),
+    Target("run/metrics.jsonl", damage.RECORDS, ("status",), 3),
+    Target("run/latest_checkpointed_iteration.txt", hostile_text.TRACKERS, ("status", "watch"), 2),
+    Target("run/iter_0000002/metadata.json", damage.JSON, ("status", "watch"), 2),
+    Target("run/iter_0000002/.metadata", damage.BYTES, ("watch",), 3),
+    Target("prompts.jsonl", damage.RECORDS, ("watch",), 3),
+    Target("model/config.json", damage.JSON, ("watch",), 2),
     Target("model/config.json", damage.JSON, ("recipe", "recipe", "import", "export", "generate", "calibrate"), 8),
     Target("model/generation_config.json", damage.JSON, ("generate", "export", "import"), 3),
     Target("model/tokenizer.json", damage.JSON, READS_TOKENIZER, 6),
@@ -134,9 +145,11 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def _content(path: Path) -> bytes:
-    if path.name == "metrics.jsonl":
+    if path.name in ("metrics.jsonl", "watch.jsonl"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(re.sub(r', "(time|speed/[^"]*)": [-+0-9.e]+', "", line) for line in lines).encode()
+        return "\n".join(re.sub(r', "(time|saved_at|speed/[^"]*)": [-+0-9.e]+', "", line) for line in lines).encode()
+    if path.name == "watch.html":
+        return re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", path.read_bytes())
     if path.name == ".metadata" and not incomplete(path.parent):
         return b"".join(_tensors(path.parent))
     return path.read_bytes()
@@ -163,7 +176,7 @@ def judge(case: Case, ended: Ended, has_right_output: Callable[[], bool]) -> Jud
         verdict = "never ends"
     elif ended.left:
         verdict = "leaves processes"
-    elif ended.code == 0:
+    elif ended.code == 0 or (case.command in ANSWERS_BY_CODE and ended.code == 1 and not ended.error.strip()):
         verdict = "output" if not case.checked or has_right_output() else "SILENT DAMAGE"
     elif "Traceback (most recent call last)" in ended.error:
         verdict = "traceback"

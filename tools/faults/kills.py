@@ -46,7 +46,7 @@ KILLED = {
     for name in (
         *("prepare", "prepare, skipping", "prepare-text", "embed", "import", "export", "export head", "generate"),
         *("flow infill", "evaluate", "evaluate-code", "write prompts", "diagnose", "diagnose head", "calibrate"),
-        *("inspect", "verify", "recipe"),
+        *("inspect", "verify", "recipe", "watch"),
     )
 } | {
     "export, shards": COMMANDS["export"] + " --max-shard-gb 0.00002 --workers 2",

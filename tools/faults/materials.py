@@ -16,7 +16,8 @@ from megatron_sfr.cli import main
 SEQ_LENGTH, VOCABULARY, WIDTH = 512, 400, 16
 CUT = "--workers 1 --min-segment-length 2 --stride 6 --horizons 1:8"
 CHAT = f"--tokenizer model --output out --seq-length {SEQ_LENGTH} {CUT}"
-MODEL = "--model model --samples 1 --max-new-tokens 3 --device cpu"
+SAMPLE = "--samples 1 --max-new-tokens 3 --device cpu"
+MODEL = f"--model model {SAMPLE}"
 TRAIN = "--recipe recipe.yaml --save out --train-iters 1"
 RESUME = "--recipe recipe.yaml --save run --train-iters 3"
 PREPARE = f"prepare --input chats.jsonl {CHAT}"
@@ -37,6 +38,10 @@ COMMANDS: dict[str, str] = {
     "embed": EMBED,
     "calibrate": "calibrate-sed --model model --data prepared --device cpu",
     "dry run": "train recipe.yaml --dry-run",
+    "plan": "plan recipe.yaml --gpus 1 --anchors 8 --target-dim 384",
+    "plan, sweep": "plan recipe.yaml --gpus 2 --sweep --json",
+    "status": "status run",
+    "watch": f"watch run --like model --prompts prompts.jsonl {SAMPLE} --encoder none --once --output out",
     "rank": f"rank {TRAIN}",
     "rank resumed": f"rank {RESUME}",
     "recipe": "convert recipe --hf model",

@@ -38,10 +38,6 @@ def _without_a_worker(_: Any, args: Any) -> bool:
     return not args.use_persistent_ckpt_worker or choose(args.sfr_backend) == "cpu"
 
 
-def _without_mtp(_: Any, args: Any) -> bool:
-    return not args.mtp_num_layers
-
-
 def _without_profile(_: Any, args: Any) -> bool:
     return not args.profile
 
@@ -159,10 +155,8 @@ STEP = (
     ),
     Refused(
         "cross_entropy_loss_fusion cross_entropy_fusion_impl fp16_lm_cross_entropy",
-        "the objectives have separate kernels; the flag only affects the loss of multi-token prediction",
+        "the losses of tokens, multi-token prediction's included, have kernels of this package",
         OUT,
-        _without_mtp,
-        "without mtp_num_layers",
     ),
     Refused(
         "profile_step_start profile_step_end profile_ranks use_pytorch_profiler",

@@ -27,7 +27,7 @@ USED = {
     "masked_softmax_fusion": f"off {SEPARATE}",
     "rope_scaling_factor": "handed to the model, which Megatron 0.19.2 forgets",
     "num_layers": "with `model_class: hybrid` and no pattern, the layers of GPTModel that the pattern is made from",
-    "mtp_num_layers": f"its loss is beside ours; refused with local attention {SEPARATE}",
+    "mtp_num_layers": "the layers are Megatron's; their loss is computed in chunks, beside the objective's",
     "window_size": f"refused with local attention {SEPARATE}",
     "recompute_granularity recompute_modules": "`sfr_layer` and `kl_flow_time: adaln` refuse what they cannot have",
     "use_precision_aware_optimizer optimizer_cpu_offload": "`sfr_ema: smooth` refuses them",

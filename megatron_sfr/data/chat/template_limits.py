@@ -93,7 +93,7 @@ class _Generator(CodeGenerator):
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
         if len(node.ops) == 1 and nodes.Const in (type(node.expr), type(node.ops[0].expr)):
-            super().visit_Compare(node, frame)  # a constant is no larger than the template
+            super().visit_Compare(node, frame)  # constants are as long as the template at most
             return
         self.write("(")
         self._visit_comparable(node.expr, frame)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.runtime.parallel import context_size, sequence_positions
+from megatron_sfr.training.data.multi_token_labels import LABELS, MASK
 
-OF_POSITIONS = ("tokens", "labels", "loss_mask", "position_ids", "group")
-"""What a batch has for each position, [B, S]; `group` where metrics by persona are measured."""
+OF_POSITIONS = ("tokens", "labels", "loss_mask", "position_ids", "group", LABELS, MASK)
+"""What a batch has for each position, [B, S, ...]: `group` where metrics by persona are measured, the last two for
+multi-token prediction."""
 
 
 def on_this_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
