@@ -36,6 +36,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20.2"],
         "quant": ["nvidia-modelopt>=0.44"],
+        "resilience": ["nvidia-resiliency-ext>=0.6"],  # async_save; megatron-core does not import beside older versions
         "muon": ["emerging-optimizers"],
         "gguf": ["gguf>=0.10", "accelerate"],  # GGUF files as a source of weights; transformers reads them with both
         "datasets": ["datasets>=4", "pyarrow"],  # Parquet, Arrow, zstd and the hub as inputs of prepare

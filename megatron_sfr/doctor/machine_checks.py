@@ -12,6 +12,7 @@ from subprocess import Popen
 from megatron_sfr.doctor.finding import INSTALL_TE, REINSTALL, Finding, Mark
 from megatron_sfr.doctor.import_checks import begin_import, import_finding
 from megatron_sfr.doctor.required_packages import installed, package_finding, required_findings
+from megatron_sfr.doctor.resilience import resilience_finding
 from megatron_sfr.doctor.torch_facts import TorchFacts, begin_torch_facts, torch_facts
 from megatron_sfr.runtime.devices import Gpu, driver_is_there
 from megatron_sfr.runtime.replacements import VERSIONS
@@ -69,6 +70,7 @@ class MachineChecks:
             yield import_finding(module, "problem", f"the environment is broken; {REINSTALL}", self._imports[module])
         yield transformer_engine_finding(gpus, self._imports.get(TRANSFORMER_ENGINE))
         yield apex_finding(self._imports.get(APEX))
+        yield resilience_finding()
         yield from gpu_findings(gpus)
 
 

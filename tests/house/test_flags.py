@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_sfr.config.flags import refused
 from megatron_sfr.config.flags.flag_table import page, refusal, table
 from megatron_sfr.config.flags.refused import REFUSED
 from megatron_sfr.config.settings import DEFAULTS, flag_parser, read_settings, to_flags
+from megatron_sfr.doctor.resilience import resilience_finding
 from tests.config.test_settings import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +101,30 @@ def test_asynchronous_saves_need_a_worker_and_a_gpu() -> None:
     for args in (alone, with_worker):  # without a GPU
         found = refusal(args, defaults)
         assert found is not None
-        assert found.startswith("async_save = True: Megatron turns it off without use_persistent_ckpt_worker")
+        assert found.startswith("async_save = True: Megatron needs use_persistent_ckpt_worker")
+
+
+@pytest.mark.parametrize(
+    ("installed", "accepted"), [(None, ["mcore"]), ("0.4.1", ["mcore"]), ("0.7.0", ["nvrx", "mcore"])]
+)
+def test_asynchronous_saves_on_a_gpu_need_a_recent_resiliency_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, accepted: list[str]
+) -> None:
+    if installed:
+        folder = tmp_path / f"nvidia_resiliency_ext-{installed}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: {installed}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(refused, "choose", lambda _: "cuda")
+    defaults = vars(flag_parser().read([]))
+    changed = {"async_save": True, "use_persistent_ckpt_worker": True}
+    found = {
+        x: refusal(argparse.Namespace(**defaults | changed | {"async_strategy": x}), defaults)
+        for x in ("nvrx", "mcore")
+    }
+    assert [x for x in found if found[x] is None] == accepted
+    assert "nvrx" in accepted or "megatron-sfr[resilience]" in str(found["nvrx"])
+    assert resilience_finding().mark == {None: "note", "0.4.1": "problem", "0.7.0": "ok"}[installed]
 
 
 @pytest.mark.parametrize("name", ["cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope_deprecated"])

@@ -1,7 +1,7 @@
 """Megatron's flags that have no effect or a wrong one here, each with the reason and a remedy.
 
-Read against megatron-core 0.19.2: our data, forward step or model take the place of the code that these flags steer.
-A flag is refused where a recipe or the command line sets it to something else than its default.
+Read against megatron-core 0.19.2: our data, step or model take the place of the code that these flags steer. A flag is
+refused where it is set to something else than its default.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sfr.doctor.resilience import has_usable_version
 from megatron_sfr.runtime.backend import choose
 
 OUT = "leave it out"
@@ -34,8 +35,9 @@ def _full_iteration(value: Any, _: Any) -> bool:
     return "full_iteration" in str(value)
 
 
-def _without_a_worker(_: Any, args: Any) -> bool:
-    return not args.use_persistent_ckpt_worker or choose(args.sfr_backend) == "cpu"
+def _without_a_writer(_: Any, args: Any) -> bool:
+    worker = args.use_persistent_ckpt_worker and choose(args.sfr_backend) != "cpu"
+    return not worker or (args.async_strategy == "nvrx" and not has_usable_version())
 
 
 def _without_profile(_: Any, args: Any) -> bool:
@@ -124,10 +126,10 @@ DATA = (
 STEP = (
     Refused(
         "async_save",
-        "Megatron turns it off without use_persistent_ckpt_worker, whose process needs a GPU",
-        "set use_persistent_ckpt_worker too, or leave it out; on the CPU leave it out",
-        _without_a_worker,
-        "without use_persistent_ckpt_worker, and on the CPU",
+        "Megatron needs use_persistent_ckpt_worker, a GPU and, for async_strategy nvrx, nvidia-resiliency-ext 0.6",
+        "set the worker and pip install 'megatron-sfr[resilience]', or async_strategy mcore; on the CPU leave it out",
+        _without_a_writer,
+        "without use_persistent_ckpt_worker or nvidia-resiliency-ext, and on the CPU",
     ),
     Refused(
         "hybrid_context_parallel hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank",
