@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import jinja2.filters
@@ -141,8 +141,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """The result of a call. Methods of Python, such as `list.index`, compare their arguments."""
-        if args and isinstance(__obj, BuiltinMethodType | MethodType | type):
+        """The result of a call. All but functions and macros may compare their arguments: `list.index`, `dict`."""
+        if args and not isinstance(__obj, FunctionType | jinja2.runtime.Macro):
             _comparable((getattr(__obj, "__self__", None), *args))
         return super().call(__context, __obj, *args, **kwargs)
 
