@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate, TemplateRefusal
-from megatron_sfr.data.chat.formats import detect, load_fields, turns_of
+from megatron_sfr.data.chat.formats import detect, has_tool_turns, load_fields, turns_of
 from megatron_sfr.data.chat.loss_mask import Supervised, as_rendered, each, together
 from megatron_sfr.data.chat.rendered_turns import Turns, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
-from megatron_sfr.data.chat.tool_calls import Message, call_forms, has_tool_turns
+from megatron_sfr.data.chat.tool_calls import Message, call_forms
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
 from megatron_sfr.storage.user_files import shown, strings_of
 

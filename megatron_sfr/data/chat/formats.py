@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,8 @@ def _tools(tools: Any) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError("the tools are not a list of objects; write a list of tools")
     return tools
+
+
+def has_tool_turns(messages: Sequence[Message]) -> bool:
+    """Whether a turn calls tools or holds the answer of one."""
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate, RenderedTokens
+from megatron_sfr.data.chat.formats import has_tool_turns
 from megatron_sfr.data.chat.special_text import TEXT_OPEN
-from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, ends_of_calls, has_tool_turns
+from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, ends_of_calls
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut, reason
 

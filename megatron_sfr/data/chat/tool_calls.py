@@ -60,11 +60,6 @@ def ends_of_calls(
     return ends
 
 
-def has_tool_turns(messages: Sequence[Message]) -> bool:
-    """Whether a turn calls tools or holds the answer of one."""
-    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-
-
 def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
     """The messages, and equal ones in the other forms that templates ask for, where they call tools.
 
