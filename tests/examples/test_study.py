@@ -242,6 +242,8 @@ def test_wrong_calls_end_with_2_and_one_line(capsys: pytest.CaptureFixture) -> N
     assert capsys.readouterr().err.strip().splitlines() == [
         "study: error: seeds (1,): two or more different ones, or nothing tells noise from an effect"
     ]
+    assert stages.main(["--controls", "--stages", "train", "sample"]) == 2
+    assert "study: error: --controls needs all stages: leave --stages out" in capsys.readouterr().err
     assert stages.main(["--arms", "SFR", "KTO"]) == 2
     assert "study: error: KTO is not an arm: choose from CE, SFR, " in capsys.readouterr().err
 

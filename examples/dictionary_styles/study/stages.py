@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported: ours has a bar, the workers' have none
     try:
+        if args.controls and set(args.stages) != set(STAGES):
+            raise ValueError("--controls needs all stages: leave --stages out")
         arms = choose_arms(args.arms) if args.arms else ARMS
         regime = next(regime for regime in REGIMES if regime.name == args.regime)
         steps = regime.steps if args.steps is None else args.steps
