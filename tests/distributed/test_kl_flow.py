@@ -44,8 +44,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "single": (1, ()),
     "micro-batch-4": (1, MICRO_BATCH_4),
     "recompute": (1, RECOMPUTE),
-    "tp2": (2, TP2),
-    "tp2-sp": (2, (*TP2, SP)),
     "pp2-vpp": (2, (*PP2, *VPP)),
     "dp2-sharded": (2, (*MICRO_BATCH_1, *SHARDED_OPTIMIZER, *OVERLAPPED)),
     "tp2-pp2": (4, (*TP2, *PP2)),

@@ -23,7 +23,6 @@ EP2 = ("--expert-model-parallel-size", "2")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "single": (1, ()),
     "recompute": (1, RECOMPUTE),
-    "tp2": (2, TP2),
     "tp2-sp": (2, (*TP2, SP)),
     "pp2": (2, PP2),
     "pp2-vpp-recompute": (2, (*PP2, *VPP, *RECOMPUTE)),

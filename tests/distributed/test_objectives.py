@@ -12,7 +12,7 @@ import pytest
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES, path_of
 from megatron_sfr.option_names import to_arguments
-from tests.objectives.token.token_cases import ALL_LOSSES, CLOSED_FORM_LOSSES
+from tests.objectives.token.token_cases import ALL_LOSSES
 
 from .launch import read_checkpoint, read_metrics
 from .runs import Runs, begin_with
@@ -98,8 +98,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
 
 
 def has_layout(objective: str, layout: str) -> bool:
-    """Terms have two layouts, most of them with TP, PP, SP, DP and microbatches in them. Token losses do not see the
-    pipeline; the one that selects tokens by their rank in the vocabulary is split over four ranks too."""
+    """Terms have two layouts, most of them with TP, PP, SP, DP and microbatches in them. Token losses see neither the
+    pipeline nor other replicas; the one that selects tokens by their rank in the vocabulary is split over four ranks
+    too."""
     if objective == "mtp-packed":  # compared with the same conversations apart, and divided in test_contexts.py
         return layout == "single"
     if objective == "mtp":
@@ -107,10 +108,9 @@ def has_layout(objective: str, layout: str) -> bool:
     if layout == "pp2-vpp":  # where each stage needs to know the conversations
         return objective in ("packed", "documents")
     if objective in TOKEN_LOSSES:
-        gathered = objective not in CLOSED_FORM_LOSSES  # a loss in plain torch: only the vocabulary's split matters
         if layout in ("tp4", "tp2-pp2"):
             return objective == "sed"
-        return layout in ("single", "tp2-sp") or (layout == "dp2" and not gathered)
+        return layout in ("single", "tp2-sp") or (layout == "dp2" and objective in BESIDE_LOSSES)
     return layout in ("single", "dp2", "tp2-sp" if objective in ("mse", "smooth", "gate") else "tp2-pp2-sp")
 
 

@@ -15,8 +15,6 @@ GATE = ("--sfr-gate", "dynamic", "--sfr-gate-ratio", "1.01", "--sfr-gate-bins", 
 WHITEN = ("--sfr-target-scale", "whiten", "--sfr-whiten", "ema")
 RESUMES: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "single": (1, ()),
-    "bf16": (1, ("--bf16",)),
-    "pp2": (2, PP2),
     "dp2-buckets": (2, ("--use-distributed-optimizer",)),
     "dp2-sharded": (2, SHARDED_OPTIMIZER),
     "smooth-bf16-sharded": (2, ("--bf16", *SHARDED_OPTIMIZER, *OVERLAPPED, *SMOOTH)),

@@ -76,6 +76,7 @@ def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(
     assert not left.exists()
 
 
+@pytest.mark.recovery
 def test_a_journal_of_other_work_or_of_damaged_files_is_of_no_use(
     tmp_path: Path, tokenizer_folder: Path, records: Path, unbroken: dict[str, bytes], capsys
 ):
