@@ -73,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return _failed(args.command, f"{OUT_OF_MEMORY} ({reason(error)})")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "megatron_sfr":
+            raise
+        return _failed(
+            args.command,
+            f"the Python module {error.name} is not installed; `megatron-sfr doctor` lists all that are missing",
+        )
     except KeyboardInterrupt:
         return 130
 

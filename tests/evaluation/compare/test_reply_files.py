@@ -44,6 +44,21 @@ def records(model: str | None, *, distinct: bool, temperatures: Iterable[float] 
     return found
 
 
+def test_a_package_that_is_not_installed_is_named_in_one_line(tmp_path: Path) -> None:
+    """As in an environment for scoring by words only (docs/install.md), where somebody asks for embeddings."""
+    path = write(tmp_path / "replies.jsonl", records("same", distinct=False))
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'tokenizers', 'transformers', 'megatron.core']); "
+        "from megatron_sfr.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["evaluate", "--replies", str(path), "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"megatron-sfr evaluate: error: the Python module tokenizers\S* is not installed; ", last)
+    assert "Traceback" not in done.stderr
+
+
 def test_two_files_become_a_page_without_torch(tmp_path: Path) -> None:
     """In a separate process, to see what it imports."""
     same, varied = records("same", distinct=False), records(None, distinct=True)
