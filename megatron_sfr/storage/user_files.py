@@ -28,14 +28,14 @@ def shown(value: object) -> str:
     return cut(_REPR.repr(value))
 
 
-def cut(text: str, letters: int = SHOWN) -> str:
-    """The text in one line, truncated if it is longer than `letters`."""
-    text = " ".join(text[: 8 * letters].split())
-    return text if len(text) <= letters else f"{text[: letters - 3]}..."
+def cut(text: str, characters: int = SHOWN) -> str:
+    """The text in one line, truncated if it is longer than `characters`."""
+    text = " ".join(text[: 8 * characters].split())
+    return text if len(text) <= characters else f"{text[: characters - 3]}..."
 
 
 def one_line(text: str) -> str:
-    """The text in one line; of one over 1,000 letters the beginning and the end, which have the place and the hint."""
+    """The text in one line; beyond 1,000 characters its beginning and end, which have the place and the hint."""
     text = " ".join(text.split())
     return text if len(text) <= 1000 else f"{text[:490]} ... {text[-490:]}"
 

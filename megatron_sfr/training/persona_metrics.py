@@ -25,7 +25,7 @@ NAMES = ("lm loss", "token entropy", "token accuracy")
 SHOWN = 20
 """Personas of a part in TensorBoard, W&B and the log: those with the most conversations. metrics.jsonl has all."""
 LABEL = 60
-"""Letters of a persona's name there."""
+"""Characters of a persona's name there."""
 
 
 @dataclass(frozen=True)

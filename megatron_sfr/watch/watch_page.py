@@ -19,7 +19,7 @@ from megatron_sfr.watch.watch_log import StepScores
 STEPS = 12
 """Steps whose replies are on the page; the scores of all steps are."""
 REPLIES = 4
-LETTERS = 400
+CHARACTERS = 400
 _STYLE = (
     STYLE
     + """
@@ -193,4 +193,4 @@ def _repeated(rows: Sequence[Sequence[str]], entries: Sequence[int]) -> set[tupl
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"

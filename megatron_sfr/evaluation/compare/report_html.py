@@ -21,7 +21,7 @@ from megatron_sfr.evaluation.generate.prompts import evenly_spaced
 from megatron_sfr.evaluation.page import persona_panels, reply_explorer
 from megatron_sfr.evaluation.page.nearest_reply import MOST, RealReplies
 from megatron_sfr.evaluation.page.persona_panels import Panels, Point
-from megatron_sfr.evaluation.page.reply_explorer import LETTERS, PERSONAS, PROMPTS, Explorer, ShownReply
+from megatron_sfr.evaluation.page.reply_explorer import CHARACTERS, PERSONAS, PROMPTS, Explorer, ShownReply
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.evaluation.scores.metrics import metric
 from megatron_sfr.html import bullets, document, download, heading, image, note, table, wide
@@ -131,4 +131,4 @@ def _about(shown: int, scorer: Scorer, most: int) -> str:
         text += f"At most {MOST} real replies to a prompt are compared, evenly spaced. " if most > MOST else ""
     else:
         text += "There are no real replies to compare with; --data gives them. "
-    return f"{text}At most {PERSONAS} personas of a prompt, and {LETTERS:,} letters of a reply."
+    return f"{text}At most {PERSONAS} personas of a prompt, and {CHARACTERS:,} characters of a reply."

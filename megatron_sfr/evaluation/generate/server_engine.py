@@ -173,7 +173,7 @@ def _reply(choice: Any, sample: int, length: int | None) -> Sampled:
     if not isinstance(content, str):
         raise ValueError(f"a choice without text: {shown(choice)}")
     logprobs = token_logprobs(choice.get("logprobs"))
-    text = without_empty_thought(content.encode(errors="replace").decode())  # JSON can hold halves of letters
+    text = without_empty_thought(content.encode(errors="replace").decode())  # JSON can hold half of a surrogate pair
     return Sampled(
         sample,
         text,

@@ -72,7 +72,7 @@ class Connection:
         if not self.timeout > 0 or self.retries < 0:
             raise ValueError(f"timeout is {self.timeout:g}, retries is {self.retries}: above 0, and at least 0")
         if self.key and not (self.key.isascii() and self.key.isprintable()):
-            raise ValueError("the server's key has letters that no header can hold; check the environment variable")
+            raise ValueError("the server's key has characters that no header can hold; check the environment variable")
 
     def ask[T](self, path: str, body: object, parse: Callable[[Any], T]) -> T:
         """`parse` of the JSON that answers a request: POST with a body, GET for None.

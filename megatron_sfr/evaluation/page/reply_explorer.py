@@ -9,7 +9,7 @@ from megatron_sfr.html import download, folded, note, wide
 from megatron_sfr.storage.user_files import cut
 
 PROMPTS, PERSONAS = 24, 12  # whose replies are on the page
-LETTERS = 2000
+CHARACTERS = 2000
 """Of a reply."""
 STYLE = """
 .replies .text { overflow-wrap: anywhere; white-space: pre-line; min-width: 14rem; width: 45% }
@@ -100,4 +100,4 @@ def _similarity(reply: ShownReply) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"

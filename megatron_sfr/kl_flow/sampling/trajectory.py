@@ -100,15 +100,15 @@ def moving(film: Film, columns: int) -> Iterator[str]:
     for frame in film.frames:
         head = f"step {frame.step:4d}  t {frame.t:.3f}"
         row = "".join(_coloured(_printed(text), percent) for text, percent in film.row(frame))
-        letters = sum(len(_printed(text)) for text, _ in film.row(frame))
+        count = sum(len(_printed(text)) for text, _ in film.row(frame))
         back = f"\x1b[{lines}A\r\x1b[J" if lines else ""
-        lines = 1 + -(-max(letters, 1) // columns)
+        lines = 1 + -(-max(count, 1) // columns)
         yield f"{back}{head}\n{row}\n"
 
 
 def _printed(text: str) -> str:
     """The text on one line of printable characters, so that no control character moves the cursor."""
-    return "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else " " for letter in text)
+    return "".join(character if character.isprintable() else "⏎" if character == "\n" else " " for character in text)
 
 
 def _coloured(text: str, percent: int | None) -> str:
