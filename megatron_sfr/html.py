@@ -27,6 +27,11 @@ input { width: min(28rem, 100%) }
 }
 """
 NUMBER = re.compile(r"[-+−]?[\d.]")
+FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""How a cell begins that spreadsheets may take for a formula (OWASP, CSV injection); the last four are full-width."""
+_VALUE = r"[-+]?[\d.]+(e[-+]?\d+)?"
+HARMLESS = re.compile(rf"-|{_VALUE}( \[{_VALUE}, {_VALUE}\])?")
+"""Cells that are numbers, with or without an interval, or stand for no number."""
 
 
 def document(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -71,12 +76,16 @@ def folded(summary: str, content: str, *, opened: bool = False, kind: str = "") 
 
 
 def download(name: str, rows: Sequence[Sequence[str]]) -> str:
-    """A link to the rows as a CSV file, which is embedded."""
+    """A link to the rows as a CSV file, which is embedded. Texts that could be formulas begin with a single quote."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text).writerows([_csv_cell(cell) for cell in row] for row in rows)
     content = base64.b64encode(text.getvalue().encode()).decode()
     link = f'<a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{content}">{escape(name)}</a>'
     return f'<p class="note">{link}</p>'
+
+
+def _csv_cell(text: str) -> str:
+    return f"'{text}" if FORMULA.match(text) and not HARMLESS.fullmatch(text) else text
 
 
 def bullets(texts: Sequence[str]) -> str:

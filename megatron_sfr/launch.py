@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sfr.config.recipe import read_recipe
+from megatron_sfr.config.recipe import check_recipes, read_recipe, split_recipes
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
@@ -62,18 +62,20 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     """Reads a run's folder and size from recipe and flags, without importing Megatron.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: one of them is missing, or an option is unknown or has a value of another type.
     """
+    more, flags = split_recipes(flags)
+    recipes = [recipe, *more]
+    check_recipes(recipes, flags)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
     for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "split"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     for name in ("train_data_path", "data_path"):
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="*")
-    given = vars(parser.parse_known_args(list(flags))[0])
+    given = vars(parser.parse_known_args(flags)[0])
     keys: dict[str, Any] = {}
-    for path in (recipe, *given.pop("recipe")):
+    for path in recipes:  # later ones take precedence
         keys |= {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
     keys |= {key: value for key, value in given.items() if value is not None}
     if keys.get("train_epochs") is not None:

@@ -178,7 +178,7 @@ def main() -> None:
             for number, arm in enumerate(arms):
                 arm.run(data, folder / f"{repetition}-{number}")
     versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "sentence-transformers"))
-    print(f"{_processor()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {versions}")
+    print(f"{processor()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {versions}")
     print(f"{data.manifest.segments} segments, lookahead {options.lookahead}, {options.repetitions} repetitions")
     print("| encoder | steps | ms per step | first step, s | waits | range | predicted | longest, ms |")
     print("|---|---|---|---|---|---|---|---|")
@@ -190,7 +190,7 @@ def main() -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -16,7 +16,7 @@ from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_p
 from megatron_sfr.data.targets.statistics import pooled_statistics
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.hf.end_tokens import end_tokens_of
-from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header
+from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.tracker import newest
@@ -33,6 +33,7 @@ from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec, local_hybrid_spec
 from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
+from megatron_sfr.storage.model_folders import find_gguf
 from megatron_sfr.training.auxiliary_loss import FlowTerm
 from megatron_sfr.training.data.prepared_check import prepared_folders
 from megatron_sfr.training.data.provider import DataProvider

@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sfr.config.recipe import hyphenated, read_recipe
-from megatron_sfr.config.settings import DEFAULTS, PRESETS, Settings, check, flag_parser, parse, to_flags
+from megatron_sfr.config.flags.option_parser import to_flags
+from megatron_sfr.config.recipe import read_recipes
+from megatron_sfr.config.settings import DEFAULTS, PRESETS, Settings, check, flag_parser, parse
 from megatron_sfr.runtime import cpu
 from megatron_sfr.runtime.devices import gpus
 from megatron_sfr.training.data.epochs import train_iters_of
@@ -22,9 +23,8 @@ def merged_flags(recipes: Sequence[Path], flags: Sequence[str]) -> tuple[argpars
 
     The steps are None where they are given as epochs of data that are not on this machine.
     """
-    parser, recipe = flag_parser(), dict(DEFAULTS)
-    for path in recipes:
-        recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)
+    parser = flag_parser()
+    recipe = DEFAULTS | read_recipes(recipes, parser)
     args = parser.read([*to_flags(recipe, parser), *flags])
     merged = [*to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser), *flags]
     args = parser.read(merged)

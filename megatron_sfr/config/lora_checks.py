@@ -5,11 +5,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.gguf.gguf_file import find_gguf
 from megatron_sfr.hf.hf_folder import CONFIG
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.lora.options import ADAPTER, LoRAOptions
 from megatron_sfr.option_names import option_names
+from megatron_sfr.storage.model_folders import find_gguf
 
 STORED = ("lora_rank", "lora_alpha", "lora_targets")
 """Options that the adapters of a checkpoint depend on."""

@@ -1,14 +1,16 @@
-"""Reads recipes: flat YAML files of option names and values. Without Megatron, so that the launcher starts quickly."""
+"""Reads recipes, flat YAML files of option names and values, and refuses wrong ones without importing Megatron."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_sfr.config.flags.option_parser import OptionParser, stored_parser, to_flags
 from megatron_sfr.storage.user_files import cut, loading
 
 
@@ -65,7 +67,51 @@ def _check_keys(path: Path, mapping: yaml.MappingNode, option_of: Callable[[str]
         seen[option] = key.value, line
 
 
-def nearest(wrong: str, names: Any) -> str:
-    """'; did you mean X?', or an empty string if no name is similar."""
-    close = difflib.get_close_matches(wrong, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def split_recipes(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files of each --recipe in a command line, and its other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", type=Path, action="append", default=[])
+    found, flags = parser.parse_known_args(list(argv))
+    return found.recipe, flags
+
+
+def read_recipes(paths: Sequence[Path], parser: OptionParser) -> dict[str, Any]:
+    """The options of several recipes, of which later ones take precedence. ValueError for an unknown key."""
+    recipe: dict[str, Any] = {}
+    for path in paths:
+        recipe |= read_recipe(path, lambda key: parser.named(key)[0].dest)
+    return recipe
+
+
+def dotted_losses(recipes: Sequence[Path], flags: Sequence[str]) -> Iterator[tuple[Path | None, str]]:
+    """Losses that are selected by a dotted path, which bring options, each with its recipe; None: in a flag."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--objective", action="append", default=[])
+    selected: list[tuple[Path | None, Any]] = [(None, x) for x in parser.parse_known_args(list(flags))[0].objective]
+    selected += [(path, read_recipe(path).get("objective")) for path in recipes]
+    yield from ((path, name) for path, name in selected if isinstance(name, str) and "." in name)
+
+
+def check_recipes(recipes: Sequence[Path], flags: Sequence[str]) -> None:
+    """Checks names, types and choices of options without Megatron; config/settings.py checks everything.
+
+    Raises:
+        ValueError: a recipe is missing or not one, or an option is unknown or has a value of another type.
+    """
+    losses = list(dotted_losses(recipes, flags))
+    parser = stored_parser()
+    if losses or parser is None:
+        return
+    recipe = read_recipes(recipes, parser)
+    with naming(recipes):
+        parser.read([*to_flags(recipe, parser), *flags])
+
+
+@contextmanager
+def naming(recipes: Sequence[Path]) -> Iterator[None]:
+    """Puts the names of the recipes before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        where = " + ".join(str(path) for path in recipes)
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error

@@ -4,23 +4,21 @@ import argparse
 import enum
 import functools
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
 from megatron_sfr.config.flags.flag_table import refusal
+from megatron_sfr.config.flags.option_parser import OptionParser, to_flags
 from megatron_sfr.config.model_class_checks import pattern_flags
 from megatron_sfr.config.objective import ObjectiveOptions, check_objective
 from megatron_sfr.config.option_flags import add_flags, options
-from megatron_sfr.config.recipe import hyphenated, nearest, read_recipe
+from megatron_sfr.config.recipe import dotted_losses, naming, read_recipes, split_recipes
 from megatron_sfr.config.validation import contradiction
 from megatron_sfr.hf.load_at_start import StartOptions
 from megatron_sfr.hf.megatron.retention import RetentionOptions
@@ -37,7 +35,7 @@ from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.registry import LOSSES, find_loss
 from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
-from megatron_sfr.storage.user_files import cut, one_line, shown
+from megatron_sfr.storage.user_files import one_line
 from megatron_sfr.training.data.epochs import train_iters_of
 from megatron_sfr.training.data.provider import DataOptions
 from megatron_sfr.training.head_optimizer import HeadOptimizerOptions
@@ -67,8 +65,6 @@ class PresetOptions:
     code does by mistake is only reproduced by the options sfr_fault_*. Default: our own settings, which
     docs/differences.md compares with theirs."""
 
-
-LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
 
 PARTS = (
     *(TaskOptions, ModelOptions, KLFlowOptions, KLFlowModelOptions, ObjectiveOptions),
@@ -115,34 +111,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Upstream's arguments and ours. An unknown flag is a ValueError that suggests the most similar one."""
+class Parser(OptionParser):
+    """Upstream's arguments and ours."""
 
     def __init__(self) -> None:
-        super().__init__(prog="megatron_sfr.train", allow_abbrev=False)
+        super().__init__()
         add_options(add_megatron_arguments(self))
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(LONG_VALUE.sub(lambda found: f"{cut(found[0], 79)}'", message))
-
-    def read(self, flags: Sequence[str]) -> argparse.Namespace:
-        """Parses flags. ValueError for the first unknown flag."""
-        args, unknown = self.parse_known_args(list(flags))
-        if unknown:
-            wrong = unknown[0].split("=")[0]
-            raise ValueError(f"unknown flag {wrong}{nearest(wrong, self._option_string_actions)}")
-        return args
-
-    def named(self, key: str) -> tuple[argparse.Action, str | None]:
-        """The action that a recipe key means and, where the key is itself a flag's name, that flag."""
-        name = key.replace("_", "-")
-        if (action := self._option_string_actions.get(f"--{name}")) is not None:
-            return action, f"--{name}"
-        for action in self._actions:
-            if action.dest.replace("_", "-") == name:
-                return action, None
-        names = {option.removeprefix("--").replace("-", "_") for option in self._option_string_actions}
-        raise ValueError(f"unknown key {shown(key)}{nearest(key.replace('-', '_'), names)}")
 
 
 def flag_parser() -> Parser:
@@ -160,30 +134,6 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for part in (*PARTS, *(registered.loss for registered in LOSSES.values())):
         add_flags(part, parser)
     return parser
-
-
-def to_flags(recipe: dict[str, Any], parser: Parser) -> list[str]:
-    """The flags of a recipe. A value of null keeps upstream's default."""
-    flags: list[str] = []
-    for key, value in recipe.items():
-        action, flag = parser.named(key)
-        if value is None:
-            continue
-        if action.nargs == 0:  # a switch: its flag turns it on or, for --no-x and --disable-x, off
-            if not isinstance(value, bool):
-                raise ValueError(f"{key}: {shown(value)} is neither true nor false")
-            if isinstance(action, argparse.BooleanOptionalAction):
-                flags.append(action.option_strings[0 if value else -1])
-            elif value == (getattr(action, "const", True) if flag is None else True):
-                flags.append(flag or action.option_strings[0])
-        else:
-            values = value if isinstance(value, list) and action.nargs is not None else [value]
-            if wrong := [v for v in values if not isinstance(v, str | int | float)]:
-                expected = "a value or a list of values" if action.nargs is not None else "one value"
-                quote = ", in quotes where YAML takes it for a date" if isinstance(wrong[0], date) else ""
-                raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
-            flags += [flag or action.option_strings[0], *(str(v) for v in values)]
-    return flags
 
 
 def resolved(args: argparse.Namespace, parser: Parser) -> dict[str, Any]:
@@ -215,19 +165,14 @@ class Settings:
 
 def read_settings(argv: Sequence[str]) -> Settings:
     """Merges defaults, a preset, each --recipe in turn and flags, and adapts them. ValueError names the recipes."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--recipe", type=Path, action="append", default=[])
-    ours, flags = own.parse_known_args(list(argv))
-    _import_losses(ours.recipe, flags)
+    recipes, flags = split_recipes(argv)
+    for path, name in dotted_losses(recipes, flags):  # the parser has their options once they are imported
+        with naming([path] if path else []):
+            find_loss(name)
     parser = flag_parser()
-    recipe: dict[str, Any] = {}
-    for path in ours.recipe:
-        recipe |= read_recipe(path, lambda key: parser.named(hyphenated(key))[0].dest)
-    try:
+    recipe = read_recipes(recipes, parser)
+    with naming(recipes):
         return _settings(recipe, flags, parser)
-    except ValueError as error:
-        where = " + ".join(str(path) for path in ours.recipe)
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Settings:
@@ -252,22 +197,6 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
         raise ValueError(found)
     check(args)
     return Settings(flags, resolved(args, parser), backend, changes)
-
-
-def _import_losses(recipes: Sequence[Path], flags: Sequence[str]) -> None:
-    """Imports losses that recipes or flags select by a dotted path, so that the parser knows their options."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--objective", action="append", default=[])
-    for objective in own.parse_known_args(list(flags))[0].objective:
-        if "." in objective:
-            find_loss(objective)
-    for path in recipes:
-        objective = read_recipe(path).get("objective")
-        if isinstance(objective, str) and "." in objective:
-            try:
-                find_loss(objective)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
 
 
 def check(args: argparse.Namespace) -> None:

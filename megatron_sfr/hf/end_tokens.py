@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header
+from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.hf_folder import CONFIG
+from megatron_sfr.storage.model_folders import find_gguf
 from megatron_sfr.storage.user_files import read_json_object, shown
 
 GENERATION = "generation_config.json"

@@ -18,7 +18,7 @@ from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import read_json_object, shown
 
-CONFIG, INDEX, SINGLE = model_folders.CONFIG, "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, SINGLE = model_folders.CONFIG, model_folders.INDEX, model_folders.SINGLE
 RECORD = "conversion.json"
 """Record of what made the folder: the identity of the conversion, and the sizes of its files."""
 WEIGHT_FILES = (CONFIG, INDEX, "*.safetensors")

@@ -11,9 +11,10 @@ from torch import Tensor
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families.dense import rope_type, rotary_base
 from megatron_sfr.hf.families.family_registry import family_of
-from megatron_sfr.hf.gguf.gguf_file import GGUFWeights, find_gguf, read_gguf, read_model_config
+from megatron_sfr.hf.gguf.gguf_file import GGUFWeights, read_gguf, read_model_config
 from megatron_sfr.hf.hf_folder import Weights
 from megatron_sfr.hf.mappings import Dimensions, Entry, Family, entries
+from megatron_sfr.storage.model_folders import find_gguf
 
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 

@@ -3,15 +3,17 @@
 A model family is a table of mappings, in one file, so import, export and checks are the same code for all families.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatron_sfr.hf.config_values import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYER, EXPERT = "{layer}", "{expert}"
 Spans = tuple[tuple[int, int], ...]
@@ -156,6 +158,8 @@ class QKV:
         return tuple(((first * rows, last * rows),) for rows in self.group(d))
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        import torch  # here: a config.json is checked without it
+
         columns = parts[0].shape[1:]  # those of a weight, none of a bias, the rank of an adapter
         groups = [x.reshape(-1, rows, *columns) for x, rows in zip(parts, self.group(d), strict=True)]
         return torch.cat(groups, dim=1).reshape(-1, *columns)
@@ -197,6 +201,8 @@ class GatedMLP:
         return ((min(start, rows), min(stop, rows)),), ((max(start, rows) - rows, max(stop, rows) - rows),)
 
     def join(self, parts: tuple[Tensor, ...], d: Dimensions) -> Tensor:
+        import torch  # here: a config.json is checked without it
+
         return torch.cat(parts)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
@@ -237,9 +243,7 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(
-            name.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert)) for name in self.mapping.names
-        )
+        return tuple(x.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert)) for x in self.mapping.names)
 
     @property
     def stacked(self) -> str:
@@ -258,8 +262,7 @@ class Entry:
 
     def counts(self, d: Dimensions) -> tuple[int, ...]:
         """Sizes of these leading axes."""
-        axes = ((self.layer, d.layers), (self.expert, d.experts))
-        return tuple(n for i, n in axes if i is not None)
+        return tuple(n for i, n in ((self.layer, d.layers), (self.expert, d.experts)) if i is not None)
 
     def sections(self, d: Dimensions) -> tuple[Section, ...]:
         """The tensors that a checkpoint keeps of the entry."""

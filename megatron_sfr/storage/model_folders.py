@@ -1,8 +1,13 @@
-"""Whether a folder can hold a Hugging Face model, checked without torch: commands refuse a wrong path at once."""
+"""Whether a path or name can be a Hugging Face model, checked without torch: commands refuse a wrong one at once."""
 
+import re
 from pathlib import Path
 
-CONFIG = "config.json"
+from megatron_sfr.storage.user_files import cut
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+GGUF = ".gguf"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -19,7 +24,32 @@ def check_config(folder: Path) -> Path:
     return path
 
 
-def check_source(source: Path) -> None:
-    """Raises ValueError if a path is neither a GGUF file, nor a folder with one or with config.json."""
-    if not source.is_file() and not any(source.glob("*.gguf")):
-        check_config(source)
+def find_gguf(source: Path) -> Path | None:
+    """The GGUF file that a path names, or that a folder without safetensors holds; None if there is none."""
+    if source.is_file():
+        return source if source.suffix.lower() == GGUF else None
+    if not source.is_dir() or (source / INDEX).is_file() or (source / SINGLE).is_file():
+        return None
+    found = sorted(path for path in source.iterdir() if path.suffix.lower() == GGUF and path.is_file())
+    if len(found) > 1:
+        raise ValueError(f"{source} holds {cut(', '.join(path.name for path in found))}: name one of these files")
+    return found[0] if found else None
+
+
+def absent(name: str, cache: str | None = None) -> str | None:
+    """Why there is no folder of this path or name on the hub, if that can be said without the network; None otherwise.
+
+    cache: the folder of downloads. Default: the hub's.
+    """
+    if Path(name).is_dir():
+        return None
+    if Path(name).is_file():
+        return "it is a file, not a folder"
+    if name.startswith(".") or not _HUB_NAME.fullmatch(name):
+        return "it does not exist"
+    from huggingface_hub import constants
+
+    cache = cache or constants.HF_HUB_CACHE
+    if not constants.HF_HUB_OFFLINE or (Path(cache) / f"models--{name.replace('/', '--')}").is_dir():
+        return None
+    return f"it is neither a folder nor in the cache {cache}, and HF_HUB_OFFLINE is set"

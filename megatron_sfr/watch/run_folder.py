@@ -1,6 +1,7 @@
 """What `watch` reads of a run: its complete checkpoints, its last step, its model and the place of its event files.
 
-The training writes this folder at the same time, and deletes checkpoints in it. Nothing here writes to it.
+The training writes this folder at the same time, and deletes checkpoints in it. Nothing here writes to it. What reads
+tensors is imported late: a wrong folder is refused at once.
 """
 
 import shutil
@@ -10,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sfr.config.recipe import read_recipe
-from megatron_sfr.hf.adapter.stored_adapter import has_adapters
-from megatron_sfr.hf.export_hf import export_hf
-from megatron_sfr.hf.hf_folder import CONFIG
-from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+from megatron_sfr.hf.families.family_registry import check_family
 from megatron_sfr.hf.megatron.tracker import CONFIG as WRITTEN_LAST
 from megatron_sfr.hf.megatron.tracker import complete_steps, step_folder
+from megatron_sfr.storage.model_folders import CONFIG
 
 RECIPE, EVENTS = "recipe.yaml", "tensorboard"
 
@@ -52,6 +51,8 @@ class RunFolder:
         return steps if type(steps) is int else None
 
     def _stored_last_step(self, newest: int) -> Any:
+        from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+
         if self.saved_at(newest) is None:
             return None
         return Checkpoint(self.checkpoint(newest)).arguments().get("train_iters")
@@ -62,6 +63,10 @@ class RunFolder:
         Raises:
             ValueError: the export could take the room that the run's next checkpoint needs.
         """
+        from megatron_sfr.hf.adapter.stored_adapter import has_adapters
+        from megatron_sfr.hf.export_hf import export_hf
+        from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
+
         folder = self.checkpoint(step)
         if output.parent.stat().st_dev == self.folder.stat().st_dev:
             needed = 2 * sum(file.stat().st_size for file in folder.iterdir())
@@ -89,6 +94,7 @@ def open_run(folder: Path, like: Path | None = None) -> RunFolder:
         )
     if not (Path(named) / CONFIG).is_file():
         raise ValueError(f"{named} has no {CONFIG}: give --like HF_DIR, a folder with the model's config and tokenizer")
+    check_family(Path(named))
     return RunFolder(folder, Path(named))
 
 

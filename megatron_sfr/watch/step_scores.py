@@ -6,19 +6,16 @@ from functools import cached_property
 from math import isfinite
 from pathlib import Path
 
-from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import Scorer, Scores
 from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions
 from megatron_sfr.evaluation.compare.report import summarise
 from megatron_sfr.evaluation.compare.write_report import style_judge
 from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
-from megatron_sfr.evaluation.generate.prompts import Asked, Prompt, prompt_from
+from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions
 from megatron_sfr.evaluation.generate.transformers_engine import load_model, sample
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
-from megatron_sfr.storage.jsonl import read_records
-from megatron_sfr.storage.user_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -77,29 +74,6 @@ class StepScorer:
         curve = self._scorer.curve(Answered("", (self.options.sampling.temperature,), [texts]))
         report = summarise([curve], [], [], self._real)
         return _known({name: values[0] for name, values in report.scores[""].items()})
-
-
-def read_questions(path: Path, persona_as: str = "system") -> list[Asked]:
-    """The distinct prompts of a file as `generate` reads it, with the real replies of records that end on one.
-
-    Raises:
-        ValueError: `file:line: reason`, or the file has no prompts.
-    """
-    found: dict[Prompt, Asked] = {}
-    for record in read_records(path):
-        try:
-            fields = parse_json(record.text)
-            prompt = prompt_from(fields, persona_as)
-        except ValueError as error:
-            raise ValueError(f"{record.source}:{record.line}: {error}") from error
-        entry = found.setdefault(prompt, Asked(prompt))
-        last = fields["messages"][-1] if "messages" in fields else {}
-        if last.get("role") == "assistant":
-            messages = [*prompt.turns(), last]
-            entry.references.append(Conversation(record.source, record.line, messages, prompt.persona))
-    if not found:
-        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
-    return list(found.values())
 
 
 def _known(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:

@@ -50,7 +50,7 @@ def test_a_users_own_loss_is_selected_by_a_flag(tmp_path: Path) -> None:
         ({"objective": "gem", "sed_threshold": 0.5}, "sed_threshold is an option of objective sed and has no effect"),
         ({"objective": FOCAL, "gem_h": "logsigmoid"}, "gem_h is an option of objective gem and has no effect with"),
         ({"objective": FOCAL, "focal_gamma": 0.5}, r"recipe.yaml: focal_gamma = 0.5: give at least 1$"),
-        ({"objective": FOCAL, "focal_gama": 2.0}, r"unknown key 'focal-gama'; did you mean focal_gamma\?"),
+        ({"objective": FOCAL, "focal_gama": 2.0}, r"unknown key 'focal_gama'; did you mean focal_gamma\?"),
         ({"objective": "no_such_package.Loss"}, r"recipe.yaml: objective no_such_package.Loss: importing no_such_pa"),
         ({"objective": f"{FOCAL}s"}, r"recipe.yaml: objective .*Focals: tests.objectives.token.focal has no Focals"),
     ],

@@ -129,7 +129,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"sfr_wieght": 1.0}, [], r"recipe.yaml:\d+: unknown key 'sfr-wieght'; did you mean sfr_weight\?"),
+        ({"sfr_wieght": 1.0}, [], r"recipe.yaml:\d+: unknown key 'sfr_wieght'; did you mean sfr_weight\?"),
         ({}, ["--tensor-model-paralel-size", "2"], r"did you mean --tensor-model-parallel-size\?"),
         ({"swiglu": "yes please"}, [], "neither true nor false"),
         ({"sfr": {"weight": 1}}, [], "recipes are flat"),

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
 from megatron_sfr.config.objective import selected_loss
-from megatron_sfr.config.settings import Parser, read_recipe, to_flags
+from megatron_sfr.config.recipe import read_recipe
+from megatron_sfr.config.settings import Parser, to_flags
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from examples.dictionary_styles import make_model
-from megatron_sfr.config.settings import flag_parser, read_recipe, read_settings, to_flags
+from megatron_sfr.config.recipe import read_recipe
+from megatron_sfr.config.settings import flag_parser, read_settings, to_flags
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.objectives.token.registry import LOSSES

@@ -15,7 +15,8 @@ import yaml
 from examples.kl_flow import gaps, measure, scores
 from examples.kl_flow.pieces import Folder
 from examples.stdlib_cpt import corpus
-from megatron_sfr.config.settings import flag_parser, read_recipe, read_settings, to_flags
+from megatron_sfr.config.recipe import read_recipe
+from megatron_sfr.config.settings import flag_parser, read_settings, to_flags
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config

@@ -13,13 +13,25 @@ SCRIPT = "launch/data.sbatch"
 FILES = [f"raw/{i} a.jsonl" for i in range(7)]
 
 
-def bash(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def bash(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    return subprocess.run(["bash", SCRIPT, *words], cwd=ROOT, env=kept | variables, capture_output=True, text=True)
+    command = ["bash", str(ROOT / SCRIPT), *words]
+    return subprocess.run(command, cwd=cwd, env=kept | variables, capture_output=True, text=True)
 
 
-def part(verb: str, *words: str, **variables: str) -> list[str]:
-    done = bash(verb, "--dry-run", "/data", *words, MEGATRON_SFR="sfr", **variables)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the inputs: raw files, a tokenizer, and three prepared parts."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in (*FILES, *(f"out/part-000{k}-of-0003/manifest.json" for k in range(3))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "Qwen3-8B").mkdir()
+    return folder
+
+
+def part(data: Path, verb: str, *words: str, **variables: str) -> list[str]:
+    done = bash(verb, "--dry-run", "out", *words, cwd=data, MEGATRON_SFR="sfr", **variables)
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
 
@@ -29,20 +41,43 @@ def inputs_of(command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_the_parts_take_each_file_once_and_write_separate_folders(first: int) -> None:
+def test_the_parts_take_each_file_once_and_write_separate_folders(data: Path, first: int) -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": str(first)}
-    commands = [part("prepare", *FILES, SLURM_ARRAY_TASK_ID=str(first + k), **array) for k in range(3)]
+    commands = [part(data, "prepare", *FILES, SLURM_ARRAY_TASK_ID=str(first + k), **array) for k in range(3)]
     assert [inputs_of(command) for command in commands] == [FILES[k::3] for k in range(3)]
     folders = [command[command.index("--output") + 1] for command in commands]
-    assert folders == [f"/data/part-000{k}-of-0003" for k in range(3)]
+    assert folders == [f"out/part-000{k}-of-0003" for k in range(3)]
     assert commands[0][:3] == ["srun", "sfr", "prepare"]
-    embeds = [part("embed", SLURM_ARRAY_TASK_ID=str(first + k), **array) for k in range(3)]
+    embeds = [part(data, "embed", SLURM_ARRAY_TASK_ID=str(first + k), **array) for k in range(3)]
     assert [command[command.index("--data") + 1] for command in embeds] == folders
 
 
-def test_a_part_that_runs_again_takes_the_same_files() -> None:
+def test_a_part_that_runs_again_takes_the_same_files(data: Path) -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_ID": "2"}
-    assert inputs_of(part("prepare", *FILES, PARTS="3", **array)) == FILES[2::3]
+    assert inputs_of(part(data, "prepare", *FILES, PARTS="3", **array)) == FILES[2::3]
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "missing"),
+    [
+        (("prepare", "out", FILES[0], "raw/absent.jsonl"), {}, "raw/absent.jsonl"),
+        (("prepare", "out", "absent/a.jsonl.gz"), {}, "absent/a.jsonl.gz"),
+        (("prepare", "out", "raw/absent"), {}, "raw/absent"),
+        (("prepare", "out", FILES[0]), {"TOKENIZER": "absent/"}, "absent/"),
+        (("embed", "out"), {"PARTS": "2"}, "out/part-0000-of-0002/manifest.json"),
+    ],
+)
+def test_a_dry_run_names_the_input_that_does_not_exist(
+    data: Path, words: tuple[str, ...], variables: dict[str, str], missing: str
+) -> None:
+    verb, *rest = words
+    done = bash(verb, "--dry-run", *rest, cwd=data, **variables)
+    assert (done.returncode, done.stderr) == (2, f"{missing} does not exist (on this node)\n")
+    assert f" {verb} " in done.stdout
+
+
+def test_a_name_on_the_hub_is_an_input_that_cannot_be_checked(data: Path) -> None:
+    assert inputs_of(part(data, "prepare", "org/chats-v1.1", TOKENIZER="Qwen/Qwen3-8B")) == ["org/chats-v1.1"]
 
 
 def test_list_names_the_complete_parts_for_a_recipe(tmp_path: Path) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_sfr.config import settings
 from megatron_sfr.config.flags import refused
 from megatron_sfr.config.flags.flag_table import page, refusal, table
+from megatron_sfr.config.flags.option_parser import STORED, stored_parser, stored_text, to_flags
 from megatron_sfr.config.flags.refused import REFUSED
-from megatron_sfr.config.settings import DEFAULTS, flag_parser, read_settings, to_flags
+from megatron_sfr.config.recipe import check_recipes
+from megatron_sfr.config.settings import DEFAULTS, flag_parser, read_settings
 from megatron_sfr.doctor.resilience import resilience_finding
+from megatron_sfr.objectives.token.registry import LOSSES
 from tests.config.test_settings import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +39,75 @@ def test_each_flag_of_megatron_has_a_line_in_the_table(upstream: dict[str, argpa
 
 def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page(), "run: python tools/write_flags_page.py"
+
+
+def test_the_stored_parser_is_a_copy_of_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it refuses nothing that the parser accepts. Other tests of this process may have registered losses."""
+    ours = {name: loss for name, loss in LOSSES.items() if loss.loss.__module__.startswith("megatron_sfr.")}
+    monkeypatch.setattr(settings, "LOSSES", ours)
+    assert STORED.read_text(encoding="utf-8") == stored_text(flag_parser()), "run: python tools/write_flags_page.py"
+    stored = stored_parser()
+    assert stored is not None
+    assert stored_text(stored) == stored_text(flag_parser())
+    for copy, action in zip(stored._actions, flag_parser()._actions, strict=True):
+        assert (copy.option_strings, copy.dest, copy.nargs) == (action.option_strings, action.dest, action.nargs)
+        assert copy.type in (None, str, action.type)
+        if copy.choices is not None:
+            accepts = action.type or str
+            assert {accepts(str(choice)) for choice in copy.choices} == set(action.choices or ()), action.dest
+
+
+def test_a_copy_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "megatron_core-0.20.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.20.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stored_parser() is None
+    (tmp_path / "recipe.yaml").write_text("added_in_020: 1\n")
+    check_recipes([tmp_path / "recipe.yaml"], ["--added-in-020", "1"])
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name)
+def test_recipes_pass_the_quick_check(recipe: Path) -> None:
+    check_recipes([recipe], [])
+
+
+WRONG = {
+    "lr: fast": [],
+    "lr: [1, 2]": [],
+    "lr: {a: 1}": [],
+    "train_iters: 2.5": [],
+    "train_iters: 2026-11-28": [],
+    "sfr: 1": [],
+    "no_rope_fusion: never": [],
+    "gem_h: jem": [],
+    "sfr_loss: flo": [],
+    "optimizer: adamm": [],
+    "leraning_rate: 1": [],
+    "train-data-path: [[a]]": [],
+    "seed: 1": ["--seed"],
+    "seed: 2": ["--seeds=3"],
+    "seed: 3": ["--train-iters", "many"],
+    "seed: 4": ["stray"],
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_the_quick_check_says_what_the_parser_says(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"recipe\.yaml") as quick:
+        check_recipes([recipe], WRONG[text])
+    with pytest.raises(ValueError, match=r"recipe\.yaml") as complete:
+        read_settings(["--recipe", str(recipe), *WRONG[text]])
+    assert str(quick.value) == str(complete.value)
+
+
+def test_a_loss_by_its_path_brings_options_that_are_checked_later(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("objective: my.losses.Mine\nmine_beta: 0.5\n")
+    check_recipes([tmp_path / "recipe.yaml"], [])
+    (tmp_path / "recipe.yaml").write_text("mine_beta: 0.5\n")
+    check_recipes([tmp_path / "recipe.yaml"], ["--objective", "my.losses.Mine"])
 
 
 def test_defaults_are_not_refused() -> None:

@@ -17,6 +17,7 @@ OPTIONAL = {
     "pyarrow": "the extra datasets",
     "packaging": "megatron-core and transformers ask for it",
     "triton": "torch asks for it where it has CUDA",
+    "huggingface-hub": "transformers asks for it",
     "mlflow": "the extra mlflow",
     "vllm": "generate --engine vllm, which says in one line what to install",
 }

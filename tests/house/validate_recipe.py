@@ -15,12 +15,13 @@ def validate(recipe: Path, flags: list[str]) -> dict[str, object]:
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_sfr.config import settings
+    from megatron_sfr.config.recipe import read_recipe
     from megatron_sfr.model.builder import SFRModelConfig
     from megatron_sfr.runtime import cpu
 
     cpu.install()
     parser = settings.Parser()
-    merged = settings.to_flags(settings.DEFAULTS | settings.read_recipe(recipe), parser) + ["--no-rope-fusion", *flags]
+    merged = settings.to_flags(settings.DEFAULTS | read_recipe(recipe), parser) + ["--no-rope-fusion", *flags]
     settings.check(parser.read(merged))
     args = settings.parse(settings.Settings(merged, {}, "cuda", []))
     model = gpt_config_from_args(args, model_config_cls=SFRModelConfig).transformer

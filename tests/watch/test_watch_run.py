@@ -12,11 +12,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sfr.cli import main
+from megatron_sfr.evaluation.generate.prompts import read_questions
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
 from megatron_sfr.hf.megatron.retention import RetentionOptions, delete_obsolete
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.watch.run_folder import events_of, open_run
-from megatron_sfr.watch.step_scores import StepScorer, WatchOptions, read_questions
+from megatron_sfr.watch.step_scores import StepScorer, WatchOptions
 from megatron_sfr.watch.watch_run import watch
 from tests import warm
 

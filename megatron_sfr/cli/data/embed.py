@@ -94,15 +94,19 @@ def _set_reference(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from transformers.utils import logging
-
+    from megatron_sfr.data.prepared.open import open_prepared
     from megatron_sfr.data.targets.embed import EmbedOptions, embed
+    from megatron_sfr.data.targets.encoder import check_encoder
     from megatron_sfr.data.targets.store import DEFAULT
 
     if args.preset == "reference":
         _set_reference(args)
     given = {field.name: getattr(args, field.name) for field in fields(EmbedOptions)}
     options = EmbedOptions(**given | {"devices": tuple(args.devices)})
+    open_prepared(args.data)
+    check_encoder(args.encoder)
+    from transformers.utils import logging  # takes a second to import
+
     logging.disable_progress_bar()  # of loading weights: the bar that counts is embed's own
     result = embed(
         args.data,

@@ -76,11 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_sfr.data.targets.encoder import check_encoder
     from megatron_sfr.storage.integrity import hint
     from megatron_sfr.storage.lock import hold
     from megatron_sfr.storage.provenance import is_up_to_date
 
     _check(args)
+    if args.encoder != "none":
+        check_encoder(args.encoder)
     judge = judge_of(args, add_arguments)
     last, identity = args.output / "evaluation.json", _identity(args) | (judge.identity() if judge else {})
     with hint("choose another --output, or remove the file"):

@@ -55,20 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    if not args.run_folder.is_dir():  # before torch is imported
-        raise ValueError(f"{args.run_folder} does not exist; give the --save folder of a run, once the run has begun")
-
+    from megatron_sfr.data.targets.encoder import check_encoder
+    from megatron_sfr.evaluation.generate.prompts import read_questions
     from megatron_sfr.watch.run_folder import events_of, open_run
-    from megatron_sfr.watch.step_scores import StepScorer, WatchOptions, read_questions
-    from megatron_sfr.watch.watch_run import watch
 
-    options = WatchOptions(
-        sampling_options(args), None if args.encoder == "none" else args.encoder, args.device, args.dtype
-    )
-    found = open_run(args.run_folder, args.like)
-    asked = read_questions(args.prompts, args.persona_as)
+    if not args.run_folder.is_dir():
+        raise ValueError(f"{args.run_folder} does not exist; give the --save folder of a run, once the run has begun")
+    sampling, found = sampling_options(args), open_run(args.run_folder, args.like)
     output = args.output or args.run_folder / "watch"
     events = args.output / "tensorboard" if args.output else events_of(args.run_folder) / "watch"
+    encoder = None if args.encoder == "none" else args.encoder
+    if encoder is not None:
+        check_encoder(encoder)
+    asked = read_questions(args.prompts, args.persona_as)
+
+    from megatron_sfr.watch.step_scores import StepScorer, WatchOptions  # imports torch, as what follows does
+    from megatron_sfr.watch.watch_run import watch
+
+    options = WatchOptions(sampling, encoder, args.device, args.dtype)
     with _beside_a_training():
         say = partial(print, flush=True)
         watch(found, output, events, StepScorer(asked, options), _identity(args), once=args.once, say=say)

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+from megatron_sfr.hf.families.family_registry import check_family, check_source, megatron_flags
 from megatron_sfr.hf.megatron.tracker import locate
-from megatron_sfr.storage.model_folders import check_config, check_source
+from megatron_sfr.storage.model_folders import check_config, find_gguf
+from megatron_sfr.storage.user_files import read_json_object
 
 DTYPES = ("float32", "bfloat16")  # float16 would turn large weights into infinities
 SOURCE = "folder of the Hugging Face model, or a GGUF file, which is de-quantized"
@@ -101,10 +103,11 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _import_adapter(args: argparse.Namespace) -> None:
-    from megatron_sfr.hf.adapter.import_adapter import import_adapter
-
     if args.check:
         raise ValueError("--check compares a model; leave it out for --adapter")
+    check_family(args.hf)
+    from megatron_sfr.hf.adapter.import_adapter import import_adapter
+
     report = import_adapter(args.adapter, args.output, hf=args.hf, force=args.force)
     if report.up_to_date:
         print(f"{report.output} is up to date")
@@ -116,12 +119,13 @@ def _import_adapter(args: argparse.Namespace) -> None:
 
 
 def _export_adapter(args: argparse.Namespace) -> None:
+    if args.base or args.check or args.keep_head or args.workers != 1:
+        raise ValueError("--base, --check, --keep-head and --workers are for a complete model: leave --adapter out")
+    check_family(args.like)
     import torch
 
     from megatron_sfr.hf.adapter.export_adapter import export_adapter
 
-    if args.base or args.check or args.keep_head or args.workers != 1:
-        raise ValueError("--base, --check, --keep-head and --workers are for a complete model: leave --adapter out")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     report = export_adapter(args.checkpoint, args.output, like=args.like, dtype=dtype, force=args.force)
     if report.up_to_date:
@@ -139,6 +143,7 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError("--tolerance is the tolerance of --check: give --check HF_DIR too")
     if not 0 < args.max_shard_gb < 1e9:
         raise ValueError(f"--max-shard-gb {args.max_shard_gb:g}: give a size in GB, such as 5")
+    check_family(args.like)
     import torch
 
     from megatron_sfr.hf.compare_logits import TOLERANCE, check_logits
@@ -172,7 +177,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    check_config(args.hf)
+    check_family(args.hf)
     from megatron_sfr.hf.quantized.quantize_hf import quantize_hf
 
     report = quantize_hf(
@@ -216,15 +221,16 @@ def _dequantize(args: argparse.Namespace) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> None:
-    check_source(args.hf)
     import yaml
 
-    from megatron_sfr.hf.families.family_registry import megatron_flags
-    from megatron_sfr.hf.gguf.gguf_file import find_gguf, read_header, read_model_config
+    if (gguf := find_gguf(args.hf)) is None:
+        path = check_config(args.hf)
+        source, config = str(path), read_json_object(path)
+    else:
+        from megatron_sfr.hf.gguf.gguf_file import read_header, read_model_config
 
-    gguf = find_gguf(args.hf)
-    print(f"# model, from {args.hf / 'config.json' if gguf is None else read_header(gguf)}")
-    print(yaml.safe_dump(megatron_flags(read_model_config(args.hf)), sort_keys=False), end="")
+        source, config = str(read_header(gguf)), read_model_config(gguf)
+    print(f"# model, from {source}\n{yaml.safe_dump(megatron_flags(config), sort_keys=False)}", end="")
 
 
 def _size(n: int) -> str:

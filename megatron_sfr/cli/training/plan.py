@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sfr.cli.training.plan_table import memory_table, sweep_table, work_lines
-from megatron_sfr.config.recipe import read_recipe
+from megatron_sfr.config.recipe import check_recipes
 
 if TYPE_CHECKING:
     from megatron_sfr.planning.memory import HeadSizes
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("nodes", "gpus", "memory_gib", "mfu", "anchors", "target_dim", "encoder_rate"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    for recipe in (args.recipe, *args.recipes):
-        read_recipe(recipe)  # before Megatron is imported; the names of options are checked later
+    check_recipes([args.recipe, *args.recipes], args.flags)  # before Megatron is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron warns of packages that are absent here, not on the cluster
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What becomes of each of Megatron's flags here: refused, used by this package, or passed on to Megatron."""
+"""What becomes of each of Megatron's flags here: refused, used or passed on; and the parser of all options."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import control_tokens, encode_text
 from megatron_sfr.data.chat.template_limits import compiled
+from megatron_sfr.storage.model_folders import absent
 from megatron_sfr.storage.user_files import loading, shown
 
 _HINT = (
@@ -43,13 +44,12 @@ def load_tokenizer(tokenizer: str, *, chat: bool = True) -> Any:
 
 
 def _check_place(tokenizer: str) -> None:
-    """Raises ValueError for a path that cannot hold a tokenizer, before transformers is imported."""
-    folder = Path(tokenizer)
-    if folder.is_dir():
-        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
-            raise ValueError(f"no tokenizer that can be read at {tokenizer} (it has no tokenizer.json); {_HINT}")
-    elif tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") > 1:  # not a name on the hub
-        raise ValueError(f"no tokenizer that can be read at {tokenizer} (it does not exist); {_HINT}")
+    """Raises ValueError for a path or name that cannot be a tokenizer, before transformers is imported."""
+    folder, why = Path(tokenizer), absent(tokenizer)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        why = "it has no tokenizer.json"
+    if why is not None:
+        raise ValueError(f"no tokenizer that can be read at {tokenizer} ({why}); {_HINT}")
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.targets.store import EncoderIdentity
+from megatron_sfr.storage.model_folders import absent
 from megatron_sfr.storage.user_files import loading, shown
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
 NORMALIZE = ("unit", "none")
 DTYPES = ("float32", "float16", "bfloat16")
-BUNDLED = "minilm"
+BUNDLED, ORGANIZATION = "minilm", "sentence-transformers"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,17 @@ def load_quietly(name: str, options: EncoderOptions) -> Encoder:
     return Encoder(name, options)
 
 
+def check_encoder(name: str) -> None:
+    """Raises ValueError if there is no encoder of a name and that can be said without the network and without torch."""
+    if not name:
+        raise ValueError("the encoder has no name; give a sentence-transformers folder or name")
+    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    names = (name, f"{ORGANIZATION}/{name}")  # the library looks for a name without an organization in its own
+    why = [absent(name, cache) for name in names]
+    if name != BUNDLED and all(why):
+        raise ValueError(f"cannot load the encoder {name} ({why[0]}); give a sentence-transformers folder")
+
+
 def encoder_path(name: str) -> str:
     """The folder or name that sentence-transformers loads. `minilm` is in an installed package."""
     if name != BUNDLED or Path(name).exists():
@@ -126,13 +139,12 @@ def encoder_path(name: str) -> str:
 
 
 def _load(name: str, options: EncoderOptions) -> Any:
+    check_encoder(name)
     import torch
     from sentence_transformers import SentenceTransformer
 
     from megatron_sfr.runtime.devices import usable_device
 
-    if not name:
-        raise ValueError("the encoder has no name; give a sentence-transformers folder or name")
     device = None if options.device is None else usable_device(options.device)
     with loading(f"cannot load the encoder {name}", "give a sentence-transformers folder"):
         model = SentenceTransformer(

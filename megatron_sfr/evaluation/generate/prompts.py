@@ -107,6 +107,29 @@ def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
     return list(prompts)
 
 
+def read_questions(path: Path, persona_as: str = "system") -> list[Asked]:
+    """The distinct prompts of a file as `generate` reads it, with the real replies of records that end on one.
+
+    Raises:
+        ValueError: `file:line: reason`, or the file has no prompts.
+    """
+    found: dict[Prompt, Asked] = {}
+    for record in read_records(path):
+        try:
+            fields = parse_json(record.text)
+            prompt = prompt_from(fields, persona_as)
+        except ValueError as error:
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
+        entry = found.setdefault(prompt, Asked(prompt))
+        last = fields["messages"][-1] if "messages" in fields else {}
+        if last.get("role") == "assistant":
+            messages = [*prompt.turns(), last]
+            entry.references.append(Conversation(record.source, record.line, messages, prompt.persona))
+    if not found:
+        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
+    return list(found.values())
+
+
 def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
     """The entries of at most this many shared prompts, evenly spaced over the order of appearance."""
     kept = set(evenly_spaced(list(dict.fromkeys(entry.prompt.shared for entry in asked)), shared_prompts))

@@ -1,11 +1,14 @@
-"""The families that can be converted: one line each."""
+"""The families that can be converted: one line each. Without torch, so that commands refuse others at once."""
+
+from pathlib import Path
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.families import glm, llama, mistral, phi3, qwen2, qwen3, seed_oss, smollm3
 from megatron_sfr.hf.families.hybrid import nemotron_h
 from megatron_sfr.hf.families.moe import mixtral, qwen2_moe, qwen3_moe
 from megatron_sfr.hf.mappings import Family
-from megatron_sfr.storage.user_files import cut, shown
+from megatron_sfr.storage.model_folders import check_config, find_gguf
+from megatron_sfr.storage.user_files import cut, read_json_object, shown
 
 FAMILIES: dict[str, Family] = {
     "GlmForCausalLM": glm.FAMILY,
@@ -38,3 +41,14 @@ def family_of(config: Config) -> Family:
 def megatron_flags(config: Config) -> dict[str, object]:
     """Recipe keys for the model that an HF config.json describes; booleans are store_true flags."""
     return family_of(config).flags(config)
+
+
+def check_family(folder: Path) -> None:
+    """Raises ValueError if a folder has no config.json of a known family."""
+    family_of(read_json_object(check_config(folder)))
+
+
+def check_source(source: Path) -> None:
+    """Raises ValueError if a path cannot be imported, as far as config.json tells. GGUF files are checked later."""
+    if find_gguf(source) is None:
+        megatron_flags(read_json_object(check_config(source)))

@@ -1,13 +1,16 @@
 """Weights that some families store fused: queries, keys and values in one tensor, gate and up projection in another."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_sfr.hf.families.dense import H, M
 from megatron_sfr.hf.mappings import QKV as SeparateQKV
 from megatron_sfr.hf.mappings import Dimensions, Direct, Divided, ParameterMapping, Spans
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class FusedQKV:
         return self._apart.join(tensor.split(rows), d)
 
     def split(self, tensor: Tensor, d: Dimensions) -> tuple[Tensor, ...]:
+        import torch  # here: a config.json is checked without it
+
         return (torch.cat(self._apart.split(tensor, d)),)
 
     @property

@@ -7,9 +7,10 @@ from pathlib import Path
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.end_tokens import GENERATION
 from megatron_sfr.hf.export_hf import SHARD_BYTES, write_index
-from megatron_sfr.hf.gguf.gguf_file import GGUFHeader, GGUFWeights, find_gguf, read_gguf, read_header, read_model_config
+from megatron_sfr.hf.gguf.gguf_file import GGUFHeader, GGUFWeights, read_gguf, read_header, read_model_config
 from megatron_sfr.hf.hf_folder import CONFIG, INDEX, is_up_to_date, new_folder
 from megatron_sfr.hf.safetensors_writer import Header, ShardWriter, plan_shards
+from megatron_sfr.storage.model_folders import find_gguf
 from megatron_sfr.storage.provenance import contents_of
 from megatron_sfr.storage.user_files import loading
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
-from megatron_sfr.hf.hf_folder import CONFIG, INDEX, SINGLE, read_config
+from megatron_sfr.hf.hf_folder import CONFIG, read_config
+from megatron_sfr.storage.model_folders import find_gguf
 from megatron_sfr.storage.provenance import contents_of
 from megatron_sfr.storage.user_files import cut, loading
 
-SUFFIX, MAGIC = ".gguf", b"GGUF"
+MAGIC = b"GGUF"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of unquantized tensors, which keep their dtype."""
 DEQUANTIZED = torch.bfloat16
@@ -77,18 +78,6 @@ class GGUFWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
-
-
-def find_gguf(source: Path) -> Path | None:
-    """The GGUF file that a path names, or that a folder without safetensors holds; None if there is none."""
-    if source.is_file():
-        return source if source.suffix.lower() == SUFFIX else None
-    if not source.is_dir() or (source / INDEX).is_file() or (source / SINGLE).is_file():
-        return None
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() == SUFFIX and path.is_file())
-    if len(found) > 1:
-        raise ValueError(f"{source} holds {cut(', '.join(path.name for path in found))}: name one of these files")
-    return found[0] if found else None
 
 
 def is_model(source: Path) -> bool:

@@ -21,7 +21,7 @@ from megatron_sfr.evaluation.compare.report_html import page
 from megatron_sfr.evaluation.compare.tables import as_json, columns, escaped, markdown, markdown_table, terminal
 from megatron_sfr.evaluation.page.reply_explorer import Explorer, ShownReply
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
-from megatron_sfr.html import table
+from megatron_sfr.html import download, table
 from megatron_sfr.storage.atomic import whole
 
 VOID = r"(?<=\w|\") (open|hidden)(?=>)|<meta[^>]*>|<!doctype html>|<img[^>]*>|<input[^>]*>|<script>.*?</script>"
@@ -142,6 +142,30 @@ def test_the_scores_can_be_downloaded_as_csv(report: Report) -> None:
     assert [row[:2] for row in rows] == [["CE", "0.5"], ["CE", "1"], ["SFR", "0.5"], ["SFR", "1"]]
     assert "Frontiers" not in text
     assert "By persona" not in text
+
+
+@pytest.mark.parametrize(
+    ("cell", "stored"),
+    [
+        ('=HYPERLINK("https://example.org";"open")', '\'=HYPERLINK("https://example.org";"open")'),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1+1", "'\t=1+1"),
+        ("\r=1+1", "'\r=1+1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
+        ("+1-cmd|' /C calc'!A0", "'+1-cmd|' /C calc'!A0"),
+        ("-1+1", "'-1+1"),
+        ("- milk\n- salt", "'- milk\n- salt"),
+        ("-", "-"),
+        ("-0.5", "-0.5"),
+        ("+1e-05", "+1e-05"),
+        ("-0.013 [-0.031, 0.017]", "-0.013 [-0.031, 0.017]"),
+        ("I = you", "I = you"),
+        ("'quoted'", "'quoted'"),
+    ],
+)
+def test_a_text_in_csv_is_not_a_formula(cell: str, stored: str) -> None:
+    content = download("a.csv", [["reply", "score"], [cell, "1"]]).split("base64,")[1].split('"')[0]
+    assert list(csv.reader(io.StringIO(base64.b64decode(content).decode(), newline="")))[1] == [stored, "1"]
 
 
 def test_frontiers_by_persona_are_means_over_their_prompts() -> None:

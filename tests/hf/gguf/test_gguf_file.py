@@ -17,10 +17,10 @@ from megatron_sfr.hf.compare_logits import check_logits
 from megatron_sfr.hf.end_tokens import end_tokens_of
 from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.families.family_registry import megatron_flags
-from megatron_sfr.hf.gguf.gguf_file import find_gguf
 from megatron_sfr.hf.hf_folder import SINGLE, Weights, read_config
 from megatron_sfr.hf.hf_model import open_source
 from megatron_sfr.hf.import_hf import import_hf
+from megatron_sfr.storage.model_folders import find_gguf
 from tests.hf.models import save_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -1,0 +1,130 @@
+"""The parser of all options, and a stored copy of it for commands that answer before Megatron is imported.
+
+Megatron and torch take seconds to import. The copy, options.json, has the names of all options, and their types and
+choices where these are plain. It accepts all that the parser accepts. `python tools/write_flags_page.py` writes it.
+"""
+
+import argparse
+import difflib
+import enum
+import json
+import re
+from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_sfr.storage.user_files import cut, shown
+
+LONG_VALUE = re.compile(r"'[^']{80,}'")  # in argparse's messages
+STORED = Path(__file__).with_name("options.json")
+ENGINE = "megatron-core"
+"""The distribution whose version the copy belongs to."""
+_TYPES: dict[str, type] = {"int": int, "float": float}
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Parses flags, and finds the options of recipe keys. What is unknown or malformed is a ValueError."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="megatron_sfr.train", allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(LONG_VALUE.sub(lambda found: f"{cut(found[0], 79)}'", message))
+
+    def read(self, flags: Sequence[str]) -> argparse.Namespace:
+        """Parses flags. ValueError for the first unknown flag."""
+        args, unknown = self.parse_known_args(list(flags))
+        if unknown:
+            wrong = unknown[0].split("=")[0]
+            raise ValueError(f"unknown flag {wrong}{nearest(wrong, self._option_string_actions)}")
+        return args
+
+    def named(self, key: str) -> tuple[argparse.Action, str | None]:
+        """The action that a recipe key means and, where the key is itself a flag's name, that flag."""
+        name = key.replace("_", "-")
+        if (action := self._option_string_actions.get(f"--{name}")) is not None:
+            return action, f"--{name}"
+        for action in self._actions:
+            if action.dest.replace("_", "-") == name:
+                return action, None
+        names = {option.removeprefix("--").replace("-", "_") for option in self._option_string_actions}
+        raise ValueError(f"unknown key {shown(key)}{nearest(key.replace('-', '_'), names)}")
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str:
+    """'; did you mean X?', or an empty string if no name is similar."""
+    close = difflib.get_close_matches(wrong, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def to_flags(recipe: dict[str, Any], parser: OptionParser) -> list[str]:
+    """The flags of a recipe. A value of null keeps upstream's default."""
+    flags: list[str] = []
+    for key, value in recipe.items():
+        action, flag = parser.named(key)
+        if value is None:
+            continue
+        if action.nargs == 0:  # a switch: its flag turns it on or, for --no-x and --disable-x, off
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}: {shown(value)} is neither true nor false")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                flags.append(action.option_strings[0 if value else -1])
+            elif value == (getattr(action, "const", True) if flag is None else True):
+                flags.append(flag or action.option_strings[0])
+        else:
+            values = value if isinstance(value, list) and action.nargs is not None else [value]
+            if wrong := [v for v in values if not isinstance(v, str | int | float)]:
+                expected = "a value or a list of values" if action.nargs is not None else "one value"
+                quote = ", in quotes where YAML takes it for a date" if isinstance(wrong[0], date) else ""
+                raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
+            flags += [flag or action.option_strings[0], *(str(v) for v in values)]
+    return flags
+
+
+def stored_parser() -> OptionParser | None:
+    """The stored copy of the parser; None if another version of Megatron is installed, whose options may differ."""
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    try:
+        if version(ENGINE) != stored[ENGINE]:
+            return None
+    except PackageNotFoundError:
+        return None
+    parser = OptionParser()
+    for option in stored["options"]:
+        flags, kind = option.pop("flags"), option.pop("type", None)
+        if kind == "bool":
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **option)
+        elif "const" in option:
+            parser.add_argument(*flags, action="store_const", **option)
+        else:
+            parser.add_argument(*flags, type=_TYPES.get(kind, str), **option)
+    return parser
+
+
+def stored_text(parser: argparse.ArgumentParser) -> str:
+    """The content of options.json: one line for each option, with what `add_argument` needs."""
+    options = (_stored(action) for action in parser._actions if action.dest != "help")
+    lines = ",\n".join(json.dumps(option) for option in options)
+    return f'{{"{ENGINE}": "{version(ENGINE)}", "options": [\n{lines}\n]}}\n'
+
+
+def _stored(action: argparse.Action) -> dict[str, Any]:
+    flags, names = list(action.option_strings), {"dest": action.dest}
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return {"flags": [flag for flag in flags if f"--no-{flag[2:]}" in flags], **names, "type": "bool"}
+    if action.nargs == 0:
+        return {"flags": flags, **names, "const": action.const}
+    found: dict[str, Any] = {"flags": flags, **names}
+    if action.nargs is not None:
+        found["nargs"] = action.nargs
+    choices = list(action.choices or ())
+    if action.type in (int, float):
+        found["type"] = action.type.__name__
+    elif getattr(action.type, "__name__", "") == "enum_type_handler":  # Megatron's: an enum's member by its name
+        choices = list(type(choices[0]).__members__)
+    elif action.type not in (None, str):
+        choices = []  # of values that only Megatron can compare
+    assert not any(isinstance(choice, enum.Enum) for choice in choices), f"{flags}: choices of an unknown kind"
+    return found | ({"choices": choices} if choices else {})
