@@ -37,6 +37,7 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
         ("a: [", "not YAML"),
         ("- a\n", "not a YAML mapping"),
         (SIZES + "seq-length: 32\nsave: a", "seq_length and seq-length are one option, which is set in line 4"),
+        (SIZES.replace("7", "0") + "save: a", "recipe.yaml: train_iters is 0; give at least 1"),
         (SIZES.replace("7", "[4]") + "save: a", r"recipe.yaml: train_iters is '\[4\]'; give a whole number"),
         (
             SIZES + "save: 2026-13-45",
