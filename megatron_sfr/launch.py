@@ -95,9 +95,12 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
 
 def _whole_number(recipe: Path, name: str, value: Any) -> int:
     try:
-        return int(str(value))
+        number = int(str(value))
     except ValueError as error:
         raise ValueError(f"{recipe}: {name} is {shown(str(value))}; give a whole number") from error
+    if number < 1:
+        raise ValueError(f"{recipe}: {name} is {number}; give at least 1")
+    return number
 
 
 def train(

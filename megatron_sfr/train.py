@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 def _train(settings: "Settings", first: bool) -> None:
     """Runs a training whose folder is locked. Only the first rank prints."""
     from megatron_sfr.config.build import forward_step, model_config
-    from megatron_sfr.config.resume import mismatch, repair_trackers
+    from megatron_sfr.config.resume import explained, repair_trackers
     from megatron_sfr.config.run_plan import plan_run
     from megatron_sfr.config.settings import parse
     from megatron_sfr.runtime import backend
@@ -82,16 +82,13 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from torch.distributed.checkpoint.api import CheckpointException
 
     lines, speed = json_lines(plan, settings.recipe), speed_log(settings.backend)
     container, data = pretrain_cfg_container_from_args(args, config), DataProvider(plan.datasets)
     step = forward_step(plan, data, lines)
     try:
-        with replaced(replacements(plan, lines, speed)):
+        with replaced(replacements(plan, lines, speed)), explained(args.pretrained_checkpoint or args.load):
             pretrain(container, data, ModelType.encoder_or_decoder, for_megatron(step, speed.timed), **hooks(step))
-    except CheckpointException as error:
-        raise mismatch(error, args.pretrained_checkpoint or args.load) from error
     except SystemExit as end:  # upstream's exit code is 0 also where it cannot load a checkpoint
         if not end.code and not hasattr(args, "curr_iteration"):
             raise ValueError("Megatron ended before the first step; the last lines of its output say why") from end
@@ -112,22 +109,28 @@ def hooks(step: Any) -> dict[str, Callable[..., Any]]:
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built. Returns whether steps are left to train."""
     from megatron_sfr.config.build import check_task, dequantized_start, unknown_end
-    from megatron_sfr.config.resume import check_schedule, resumed_step
-    from megatron_sfr.training.data.prepared_check import check_prepared, reply_end_tokens
+    from megatron_sfr.config.resume import changed_data, check_schedule, check_targets, resumed_step
+    from megatron_sfr.training.data.prepared_check import check_prepared, flow_targets, reply_end_tokens
 
-    stored = check_task(args)
-    if step := resumed_step(args):
-        if step >= (args.train_iters or math.inf) and not args.skip_train:
-            say(f"{args.load} has {step} steps already, of {args.train_iters}")
-            return False
+    if args.lr is None and not args.skip_train:
+        raise ValueError("lr is missing: set the largest learning rate of the schedule")
+    stored, warnings = check_task(args)
+    step = resumed_step(args)
+    if step >= (args.train_iters or math.inf) and not args.skip_train:
+        say(f"{args.load} has {step} steps already, of {args.train_iters}")
+        return False
+    args.flow_targets = flow_targets(args)  # upstream keeps the arguments in its checkpoints
+    if step:
+        check_targets(args, stored)
         if args.profile and step >= args.profile_step_end:
             say(f"the steps to profile end before step {args.profile_step_end}, and the run resumes after {step}")
         if adapted := check_schedule(args, stored):
             say(adapted)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_prepared(args)
-    args.reply_end_tokens = reply_end_tokens(args)  # upstream keeps the arguments in its checkpoints
-    for warning in filter(None, (unknown_end(args), dequantized_start(args))):
+    args.reply_end_tokens = reply_end_tokens(args)
+    data = changed_data(args, stored) if step else None
+    for warning in filter(None, (*warnings, unknown_end(args), dequantized_start(args), data)):
         say(f"{WARNING} {warning}")
     return True
 
@@ -170,7 +173,7 @@ def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
-    from megatron_sfr.hf.megatron import disk_room, retention
+    from megatron_sfr.hf.megatron import disk_room, finite_weights, retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
     from megatron_sfr.training.timing import profile, step_speed
@@ -185,6 +188,7 @@ def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") 
         table += metrics_log.replacements(lines)
     if plan.megatron.save:
         table += disk_room.replacements(Path(plan.megatron.save))
+        table += finite_weights.replacements(Path(plan.megatron.save))
         table += retention.replacements(Path(plan.megatron.save), plan.retention)
     return table
 

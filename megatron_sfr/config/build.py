@@ -10,6 +10,7 @@ from megatron.training.global_vars import get_wandb_writer
 
 from megatron_sfr.config.lora_checks import base_fingerprint, check_adapters
 from megatron_sfr.config.model_class_checks import check_stored_model
+from megatron_sfr.config.resume import changed_model
 from megatron_sfr.config.run_plan import RunPlan
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_prepared
@@ -19,6 +20,7 @@ from megatron_sfr.hf.end_tokens import end_tokens_of
 from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_model import check_imported
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
@@ -81,17 +83,18 @@ def _hybrid_config(args: argparse.Namespace) -> SFRHybridConfig:
     return config
 
 
-def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Checks that the checkpoints that a run loads are of the same task and layers, with adapters if it has adapters.
+def check_task(args: argparse.Namespace) -> tuple[Mapping[str, Any], list[str]]:
+    """Checks that the checkpoints that a run loads are of the same task and model, with adapters if it has adapters.
 
     Upstream would load whatever fits of another task's model.
 
     Returns:
-        The arguments of the run that wrote the checkpoint in --load; empty if there is none.
+        The arguments of the run that wrote the checkpoint in --load (empty if there is none), and warnings.
     Raises:
         ValueError: a checkpoint was written by another task, or has other layers or adapters.
     """
     arguments: dict[str, Mapping[str, Any]] = {}
+    warnings: list[str] = []
     args.lora_base_fingerprint = base_fingerprint(args)
     paths = [path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)]
     for path in paths if args.ckpt_format == "torch_dist" else []:
@@ -112,7 +115,9 @@ def check_task(args: argparse.Namespace) -> Mapping[str, Any]:
                 f"{path} holds a model of --training-task {task}, this run is {args.training_task}: give another "
                 "--load or --pretrained-checkpoint, or another --save"
             )
-    return arguments.get(args.load, {})
+        check_imported(vars(args), checkpoint)
+        warnings += changed_model(args, path, stored)
+    return arguments.get(args.load, {}), warnings
 
 
 def dequantized_start(args: argparse.Namespace) -> str | None:

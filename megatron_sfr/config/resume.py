@@ -1,13 +1,19 @@
-"""Checks before a run resumes: the trackers of its checkpoints, and that its schedule is the checkpoint's."""
+"""Checks before a run loads a checkpoint: that it exists, and that the run can continue with its options and data."""
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.megatron.tracker import TRACKER, newest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sfr.hf.megatron.hybrid_names import PATTERN
+from megatron_sfr.hf.megatron.megatron_model import COMPARED
+from megatron_sfr.hf.megatron.tracker import METADATA, RELEASE, TRACKER, Newest, incomplete, newest, step_folder
 from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.user_files import shown
 
 SCHEDULE = (
     *("train_iters", "train_samples", "global_batch_size", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
@@ -18,9 +24,18 @@ SCHEDULE = (
 """Upstream's arguments that make up the schedule of learning rate and weight decay."""
 STATE = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "sfr_head_lr_mult"),
-    *("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+    *("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "muon_momentum", "lion_beta1", "lion_beta2"),
+    "use_distributed_optimizer",
 )
-"""Those that the optimizer's state holds. It cannot be loaded with other rates, and silently keeps its own betas."""
+"""Those that the optimizer state depends on. Megatron cannot load it with other rates, and silently keeps its betas."""
+DATA = ("seed", "train_data_path", "data_path", "split", "seq_length", "sfr_packing", "dataloader_type")
+"""Those that decide which sequence is read at which step."""
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+HALF = ("bf16", "fp16")
+_OTHER_PARAMETERS = (
+    "is that of other parameters than this run trains: set the options of model, head and optimizer as they were, or "
+    "no_load_optim: true to continue with a new optimizer"
+)
 _SIZES = re.compile(
     r"Global shape mismatch for loaded \(torch\.Size\(\[(.*?)\]\)\) and expected \(\((.*?),?\)\) tensor for key (\S+)"
 )
@@ -36,13 +51,15 @@ def repair_trackers(recipe: Mapping[str, Any]) -> list[str]:
     Returns:
         Lines to print about what was corrected.
     Raises:
-        ValueError: a folder has a tracker but no complete checkpoint, or its tracker cannot be written.
+        ValueError: a folder has a tracker but no complete checkpoint, its tracker cannot be written, or the checkpoint
+            to start from does not exist.
     """
     notes = []
     any_format = recipe.get("ckpt_format", "torch_dist") != "torch_dist"
     folders = dict.fromkeys(recipe[key] for key in ("load", "pretrained_checkpoint") if recipe.get(key))
-    for folder in (Path(folder) for folder in folders if "://" not in folder):
-        found = newest(folder, any_format=any_format)
+    checkpoints = {folder: newest(Path(folder), any_format=any_format) for folder in folders if "://" not in folder}
+    _check_start(recipe, checkpoints)
+    for folder, found in ((Path(path), found) for path, found in checkpoints.items()):
         if found is None or found.note is None:
             continue
         if found.repair is not None:
@@ -57,13 +74,38 @@ def repair_trackers(recipe: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _check_start(recipe: Mapping[str, Any], checkpoints: Mapping[str, Newest | None]) -> None:
+    """Raises ValueError if a folder that the run is to start from has no checkpoint.
+
+    Upstream would only print a warning, and train from random weights. A new run's own folder may be empty.
+    """
+    load, own = recipe.get("load"), recipe.get("save")
+    if load and (load not in checkpoints or checkpoints[load] is not None):
+        return
+    key = "pretrained_checkpoint" if recipe.get("pretrained_checkpoint") else "load"
+    if key == "load":
+        is_new = load and own and Path(load).resolve() == Path(own).resolve()
+        if not load or is_new or recipe.get("sfr_hf_load"):
+            return
+    folder: str = recipe[key]
+    if folder not in checkpoints or checkpoints[folder] is not None:
+        return
+    path, hint = Path(folder), "name a folder that a run saved to or that `megatron-sfr convert import` wrote"
+    if path.name == RELEASE or path.name.startswith("iter_") or (path / METADATA).is_file():
+        hint = f"name the folder above it, {path.parent}, and set ckpt_step for another checkpoint than its newest"
+    raise ValueError(f"{key}: {folder} has no {TRACKER}, so there is nothing to start from: {hint}")
+
+
 def resumed_step(args: argparse.Namespace) -> int:
-    """The step at which a run resumes; 0 for a new run."""
+    """The step at which a run resumes; 0 for a new run. Raises ValueError if ckpt_step has no complete checkpoint."""
     if args.finetune or not args.load or "://" in args.load:
         return 0
-    found = newest(Path(args.load), any_format=args.ckpt_format != "torch_dist")
+    any_format = args.ckpt_format != "torch_dist"
+    found = newest(Path(args.load), any_format=any_format)
     if found is None or found.step == 0:
         return 0
+    if args.ckpt_step and not any_format and (wrong := incomplete(Path(args.load, step_folder(args.ckpt_step)))):
+        raise ValueError(f"ckpt_step: {Path(args.load, step_folder(args.ckpt_step))} {wrong}; newest: {found.folder}")
     return int(args.ckpt_step or found.step)
 
 
@@ -83,13 +125,7 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
     """
     if args.no_load_optim or stored.get("no_save_optim"):
         return None
-    for key in STATE:
-        if key in stored and stored[key] != getattr(args, key):
-            raise ValueError(
-                f"{key} is {getattr(args, key)}, but the run in {args.load} has {stored[key]}, and the state of its "
-                f"optimizer belongs to that: set {key}: {stored[key]} to continue it, or start another run from "
-                f"its weights (another save and pretrained_checkpoint: {args.load})"
-            )
+    _check_optimizer(args, stored)
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return None
     changed = [key for key in SCHEDULE if key in stored and _differs(key, args, stored)]
@@ -106,16 +142,104 @@ def check_schedule(args: argparse.Namespace, stored: Mapping[str, Any]) -> str |
     )
 
 
-def mismatch(error: Any, checkpoint: str) -> Exception:
-    """The error to raise for torch's CheckpointException while a model is loaded.
+def _check_optimizer(args: argparse.Namespace, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError if this run's optimizer cannot load the checkpoint's state."""
+    now = vars(args)
+    changed = [key for key in STATE if key in stored and stored[key] != now[key]]
+    if _is_half(stored) != _is_half(now):  # only with half precision does the state have fp32 weights
+        changed += [key for key in HALF if stored[key] != now[key]]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{key} is {now[key]}, but the run in {args.load} has {stored[key]}, and the state of its optimizer "
+            f"belongs to that: set {key}: {stored[key]} to continue it, or start another run from its weights (another "
+            f"save and pretrained_checkpoint: {args.load})"
+        )
+    by_layout = stored.get("use_distributed_optimizer") and not stored.get("dist_ckpt_optim_fully_reshardable")
+    if moved := [key for key in LAYOUT if by_layout and key in stored and stored[key] != now[key]]:
+        raise ValueError(
+            f"{moved[0]} is {now[moved[0]]}, but the run in {args.load} has {stored[moved[0]]}, and saved its "
+            "distributed optimizer for this layout only: continue in that layout, with "
+            "dist_ckpt_optim_fully_reshardable: true until its next checkpoint, or set no_load_optim: true to start "
+            "from the weights with a new optimizer"
+        )
 
-    A ValueError in one line if the checkpoint lacks a parameter or has it in another size: upstream lists all
-    parameters. Otherwise the given error.
+
+def _is_half(values: Mapping[str, Any]) -> bool | None:
+    """Whether a run trains in half precision; None if its arguments do not say."""
+    return None if not values.keys() >= set(HALF) else bool(values["bf16"] or values["fp16"])
+
+
+def changed_model(args: argparse.Namespace, path: str, stored: Mapping[str, Any]) -> list[str]:
+    """Warnings if a run computes something else with the weights of a checkpoint than the run that trained them.
+
+    Args:
+        path: the folder of the checkpoint.
+        stored: the arguments of the run that wrote it.
+    Raises:
+        ValueError: it is the same run, which resumes.
     """
-    for failure, _ in error.failures.values():
+    now = vars(args)
+    names = [name for name in COMPARED.values() if name not in (PATTERN, "num_layers")]
+    changed = [name for name in names if name in stored and name in now and stored[name] != now[name]]
+    said = [f"{name} is {now[name]}, but the run in {path} has {stored[name]}" for name in changed]
+    if said and path == args.load and not args.finetune:
+        raise ValueError(f"{said[0]}: set {changed[0]}: {stored[changed[0]]} to continue it")
+    return [f"{text}, with which its weights were trained" for text in said]
+
+
+def changed_data(args: argparse.Namespace, stored: Mapping[str, Any]) -> str | None:
+    """A warning if a run that resumes reads its data in another order than before; None otherwise."""
+    changed = [key for key in DATA if key in stored and stored[key] != getattr(args, key)]
+    if not changed:
+        return None
+    now = vars(args)
+    said = ", ".join(f"{key} is {shown(now[key])} (in the checkpoint {shown(stored[key])})" for key in changed)
+    return f"{said}: sequences that were read before may be read again, and others not at all"
+
+
+def check_targets(args: argparse.Namespace, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError if a run resumes with targets of another kind than its flow head has learned to predict.
+
+    Args:
+        args: with `flow_targets`, as of prepared_check.flow_targets.
+    """
+    then, now = stored.get("flow_targets"), args.flow_targets
+    if not then or not now or then == now:
+        return
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    raise ValueError(
+        f"the targets have other values of {', '.join(changed)} than those that the flow head in {args.load} was "
+        "trained on: prepare and embed the data as before, or start another run with a new head (another save, "
+        f"pretrained_checkpoint: {args.load}, sfr_fresh_head: true)"
+    )
+
+
+@contextmanager
+def explained(checkpoint: str) -> Iterator[None]:
+    """Raises errors of the block, which loads a checkpoint, as `mismatch` explains them."""
+    try:
+        yield
+    except (CheckpointException, ValueError) as error:
+        if (clearer := mismatch(error, checkpoint)) is error:
+            raise
+        raise clearer from error
+
+
+def mismatch(error: BaseException, checkpoint: str) -> BaseException:
+    """The error to raise for torch's CheckpointException, or a ValueError, while a checkpoint is loaded.
+
+    A ValueError in one line if the checkpoint lacks a parameter, has it in another size, or has the optimizer's state
+    of other parameters: upstream lists all parameters. Otherwise the given error.
+    """
+    if isinstance(error, ValueError) and "parameter group" in str(error):
+        return ValueError(f"the state of the optimizer in {checkpoint} {_OTHER_PARAMETERS}")
+    for failure, _ in getattr(error, "failures", {}).values():
         text = str(failure).strip("\"'")
         name, found, _ = text.partition(" from model not in state dict")
         if found:
+            if name.startswith("optimizer."):
+                return ValueError(f"the checkpoint in {checkpoint} has no {name}: its optimizer {_OTHER_PARAMETERS}")
             remedy = "add --sfr-fresh-head to start one" if name.startswith("flow_head.") else "it is of another model"
             return ValueError(f"the checkpoint in {checkpoint} has no {name}: {remedy}")
         if sizes := _SIZES.search(text):

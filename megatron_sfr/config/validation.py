@@ -11,6 +11,7 @@ from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
 Rows = list[tuple[Any, str]]
+RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
@@ -25,7 +26,14 @@ def contradiction(args: argparse.Namespace) -> str | None:
 
 
 def _of_the_run(args: argparse.Namespace) -> Rows:
+    numbers = {name: value for name, value in vars(args).items() if isinstance(value, float)}
+    wrong = [name for name, x in numbers.items() if math.isnan(x) or (name in RATES and math.isinf(x))]
     return [
+        (wrong, f"{', '.join(wrong)}: not a finite number; give one"),
+        (
+            args.train_iters is not None and args.train_iters < 1,
+            f"train_iters = {args.train_iters}: give at least 1",
+        ),
         (
             not args.calculate_per_token_loss,
             "--no-calculate-per-token-loss: every term here is a sum over the global batch; leave it on",

@@ -215,9 +215,9 @@ def _write_config(
     config: Config, dtypes: tuple[torch.dtype, ...], checkpoint: Checkpoint, folder: Path
 ) -> tuple[int, ...]:
     """Writes config.json. Returns the end tokens of the training data that the model did not have."""
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 5 renamed it, and reads both
-    dtype = str(dtypes[0]).removeprefix("torch.") if len(dtypes) == 1 else config.get(key)
-    text = json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]  # of transformers before 5, and of 5
+    said = dict.fromkeys(keys, str(dtypes[0]).removeprefix("torch.")) if len(dtypes) == 1 else {}
+    text = json.dumps({**config, **said}, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     return add_end_tokens(folder, checkpoint.arguments().get("reply_end_tokens") or ())
 

@@ -156,11 +156,13 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file; None if one file holds all tensors."""
     single = (folder / SINGLE).is_file()
     if not (folder / INDEX).is_file():
-        if not single:
-            raise ValueError(
-                f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)"
-            )
-        return None
+        if single:
+            return None
+        if parts := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise ValueError(f"{folder}: {parts[0]} without {INDEX}, which names the file of each tensor: download it")
+        raise ValueError(
+            f"{folder}: neither {SINGLE} nor {INDEX}: only safetensors are read (save_pretrained writes them)"
+        )
     files = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{folder / INDEX}: no weight_map: download it again")

@@ -2,6 +2,7 @@
 of Megatron."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
-from megatron_sfr.hf.families.dense import rope_type, rotary_base
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.gguf.gguf_file import GGUFWeights, read_gguf, read_model_config
 from megatron_sfr.hf.hf_folder import Weights
@@ -52,21 +52,21 @@ def open_source(folder: Path) -> Source:
     d = family.dimensions(config)
     todo = entries(family.mappings(config), d)
     weights = Weights(folder) if gguf is None else read_gguf(gguf, config)
-    _check_names(weights, todo, family, _rotary_buffers(weights, config, d))
+    _check_names(weights, todo, family, _rotary_buffers(weights, flags, d))
     dtypes = {entry: _check_entry(weights, entry, d) for entry in todo}
     _check_stacks(folder, dtypes)
     return Source(config, family, flags, d, weights, dtypes)
 
 
-def _rotary_buffers(weights: Weights | GGUFWeights, config: Config, d: Dimensions) -> set[str]:
+def _rotary_buffers(weights: Weights | GGUFWeights, flags: Mapping[str, object], d: Dimensions) -> set[str]:
     """Names of stored rotary frequencies, which transformers wrote until 2023.
 
     They are not weights: they follow from rope_theta and the size of a head. Raises ValueError if config.json's differ.
     """
     names = {name for name in weights.files if name.endswith(ROTARY_BUFFER)}
-    if not names or rope_type(config, ("default", "llama3")) != "default":
+    theta = flags.get("rotary_base")
+    if not names or not isinstance(theta, int) or flags.get("use_rope_scaling"):
         return set()
-    theta = rotary_base(config)
     expected = theta ** -(torch.arange(0, d.head_dim, 2, dtype=torch.float64) / d.head_dim)
     for name in sorted(names):
         stored = weights[name]

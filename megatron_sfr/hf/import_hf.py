@@ -23,7 +23,7 @@ from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_
 from megatron_sfr.hf.hf_model import Source, bits, open_source
 from megatron_sfr.hf.mappings import EXPERT, LAYER, Entry
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN, is_hybrid
-from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, Checkpoint, Chunk, write_checkpoint
+from megatron_sfr.hf.megatron.megatron_checkpoint import CHUNK_BYTES, COMMON, FLAGS, Checkpoint, Chunk, write_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import StoredModel
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER
 
@@ -138,7 +138,7 @@ def _chunks(model: Source, entry: Entry, bar: "tqdm[Any]") -> Iterator[Chunk]:
 def _objects(model: Source) -> dict[str, object]:
     """The common state, and the empty extra states without which megatron-core 0.19.2 does not load a model."""
     d = model.dimensions
-    objects: dict[str, object] = {COMMON: COMMON_STATE | _layers(model.flags)}
+    objects: dict[str, object] = {COMMON: {**COMMON_STATE, **_layers(model.flags), FLAGS: dict(model.flags)}}
     for module in model.family.extra_states(model.config):
         axes = [n for place, n in ((LAYER, d.layers), (EXPERT, d.experts)) if place in module] or [1]
         key = module.replace(f"{LAYER}.", "").replace(f"{EXPERT}.", "") + "._extra_state/shard"

@@ -25,7 +25,7 @@ from megatron_sfr.hf.hf_model import Source, open_source
 from megatron_sfr.hf.mappings import Entry, Section
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN, comparable, is_hybrid
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
-from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, COMPARED, disagreement
+from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, COMPARED, check_imported, disagreement
 from megatron_sfr.option_names import named
 
 
@@ -129,6 +129,7 @@ def base_from(folder: Path, args: argparse.Namespace) -> Callable[[list[Megatron
     for name in COMPARED.values():
         if name in stored and stored[name] != getattr(args, name):
             raise ValueError(f"the run has {name} {getattr(args, name)}, but {checkpoint.folder} has {stored[name]}")
+    check_imported(vars(args), checkpoint)
     return lambda chunks: fill(chunks, partial(_fill_from_checkpoint, checkpoint=checkpoint))
 
 

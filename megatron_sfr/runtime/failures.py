@@ -14,7 +14,10 @@ _ENDS = {
     signal.SIGBUS: "a full /dev/shm is the usual reason",
     signal.SIGABRT: "a library aborted; its last lines in the log explain why",
 }
-_RAISED = r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception)\b: .*)$"
+_RANK, _KIND = r"(?:\[rank\d+\]: )?", r"(?:\w+\.)*\w*(?:Error|Exception)"
+_RAISED = rf"^{_RANK}({_KIND}\b: .*)$"
+_RAISED_BARE = rf"^{_RANK} +(\S.*)\n(?:{_RANK}[ ~^]+\n)?{_RANK}({_KIND})$"
+"""An exception without a message, below the line of source that raised it."""
 _NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+)[^\n]*?message='([^'\n]*)"
 _LONGEST = 300
 
@@ -26,7 +29,7 @@ def reason(error: BaseException) -> str:
         last = re.search(r"^(?:\w+\.)*(\w+)(?:: (.*))?", text.rpartition("\n  File ")[2], re.MULTILINE | re.DOTALL)
         name, text = (last[1], last[2] or "") if last else (type(error).__name__, text)
         text = text if name == "ValueError" else f"{name}: {text}"
-    return one_line(text)
+    return one_line(text) or type(error).__name__
 
 
 def failure(log: Path, mark: str, what: str = "training", returncode: int | None = None) -> str:
@@ -53,8 +56,10 @@ def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None
         return f"{what} {why}; see {log}"
     if given := _marked(text, mark):
         return _explained(given[0])
-    raised = [m[1] for m in re.finditer(_RAISED, text, flags=re.MULTILINE) if not _is_cause(text[m.end() :])]
-    return f"{what} failed: {_explained(raised[0][:_LONGEST])}; see {log}" if raised else None
+    raised = {m.end(): m[1] for m in re.finditer(_RAISED, text, flags=re.MULTILINE)}
+    raised |= {m.end(): f"{m[2]}: {m[1]}" for m in re.finditer(_RAISED_BARE, text, flags=re.MULTILINE)}
+    first = next((raised[end] for end in sorted(raised) if not _is_cause(text[end:])), None)
+    return f"{what} failed: {_explained(first[:_LONGEST])}; see {log}" if first else None
 
 
 @contextmanager

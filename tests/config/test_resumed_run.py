@@ -10,9 +10,18 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sfr.config.resume import check_schedule, mismatch, repair_trackers, resumed_step
+from megatron_sfr.config.resume import (
+    changed_data,
+    changed_model,
+    check_schedule,
+    check_targets,
+    mismatch,
+    repair_trackers,
+    resumed_step,
+)
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
+from megatron_sfr.train import _is_ready
 
 STORED: dict[str, Any] = {
     "lr": 1e-3,
@@ -75,7 +84,31 @@ def test_nothing_to_continue_from_is_an_error_not_a_new_start(save: Path) -> Non
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="names iter_0000007, which does not exist, and no iter_"):
         repair_trackers({"load": str(save)})
-    assert repair_trackers({"load": str(save / "absent")}) == []
+
+
+@pytest.mark.parametrize("key", ["load", "pretrained_checkpoint"])
+def test_a_start_without_a_checkpoint_is_an_error_not_random_weights(save: Path, key: str) -> None:
+    own, absent, inside = str(save.parent / "own"), str(save / "absent"), str(save / "iter_0000002")
+    recipe = {"save": own, "load": own}
+    assert repair_trackers(recipe) == []
+    with pytest.raises(ValueError, match=f"{key}: {absent} has no latest_.*: name a folder that a run saved to"):
+        repair_trackers(recipe | {key: absent})
+    with pytest.raises(ValueError, match=f"{key}: {inside} has no latest_.*: name the folder above it, {save}, and"):
+        repair_trackers(recipe | {key: inside})
+    assert repair_trackers(recipe | {key: str(save)}) == []
+    assert repair_trackers({"load": str(save), "pretrained_checkpoint": absent, "save": str(save)}) == []  # it resumes
+    assert repair_trackers({"load": absent, "sfr_hf_load": "model", "save": own}) == []
+
+
+def test_a_step_without_a_checkpoint_is_named(save: Path) -> None:
+    args = argparse.Namespace(load=str(save), finetune=False, ckpt_step=3, ckpt_format="torch_dist")
+    with pytest.raises(ValueError, match=r"ckpt_step: .*iter_0000003 does not exist; newest: .*iter_0000004"):
+        resumed_step(args)
+
+
+def test_a_run_without_a_learning_rate_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="lr is missing"):
+        _is_ready(argparse.Namespace(lr=None, skip_train=False), print)
 
 
 @pytest.mark.parametrize(("changes", "step"), [({}, 4), ({"ckpt_step": 2}, 2), ({"finetune": True}, 0)])
@@ -119,6 +152,58 @@ def test_what_the_optimizers_state_holds_cannot_be_changed(key: str) -> None:
     assert check_schedule(run(**{key: 5e-4}, no_load_optim=True), STORED) is None
 
 
+FP32 = {"bf16": False, "fp16": False}
+SHARDED = {"use_distributed_optimizer": True, "tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "said"),
+    [
+        (FP32, FP32 | {"bf16": True}, "bf16 is False, but the run in run has True"),
+        (FP32 | {"fp16": True}, FP32, "fp16 is True, but the run in run has False"),
+        ({"use_distributed_optimizer": False}, SHARDED, "use_distributed_optimizer is False"),
+        (SHARDED | {"tensor_model_parallel_size": 1}, SHARDED, "for this layout only.*dist_ckpt_optim_fully_reshard"),
+        (SHARDED | {"tensor_model_parallel_size": 1}, SHARDED | {"dist_ckpt_optim_fully_reshardable": True}, None),
+        (FP32 | {"bf16": True}, FP32 | {"fp16": True}, None),
+    ],
+)
+def test_an_optimizer_with_other_state_is_refused(now: dict[str, Any], then: dict[str, Any], said: str | None) -> None:
+    args, stored = run(**now), STORED | then
+    assert check_schedule(run(**now, no_load_optim=True), stored) is None
+    if said is None:
+        assert check_schedule(args, stored) is None
+        return
+    with pytest.raises(ValueError, match=said):
+        check_schedule(args, stored)
+
+
+def test_another_model_of_the_same_sizes_is_refused_or_said() -> None:
+    stored = {"rotary_base": 10000, "layernorm_epsilon": 1e-5}
+    args = run(rotary_base=50000, layernorm_epsilon=1e-5, finetune=False)
+    with pytest.raises(ValueError, match="rotary_base is 50000, but the run in run has 10000: set rotary_base: 10000"):
+        changed_model(args, "run", stored)
+    (line,) = changed_model(args, "other", stored)
+    assert line == "rotary_base is 50000, but the run in other has 10000, with which its weights were trained"
+    assert changed_model(run(rotary_base=10000, finetune=False), "run", stored) == []
+
+
+def test_data_in_another_order_are_said() -> None:
+    stored = STORED | {"seed": 1, "train_data_path": ["a"]}
+    assert changed_data(run(seed=1, train_data_path=["a"]), stored) is None
+    line = changed_data(run(seed=2, train_data_path=["a", "b"]), stored)
+    assert line is not None
+    assert line.startswith("seed is 2 (in the checkpoint 1), train_data_path is ['a', 'b'] (in the checkpoint ['a']):")
+
+
+def test_targets_of_another_kind_are_refused_where_the_head_is_continued() -> None:
+    then = {"encoder": "0a", "horizons": "1:8"}
+    check_targets(run(flow_targets=then), {"flow_targets": then})
+    check_targets(run(flow_targets=then), {})
+    check_targets(run(flow_targets=None), {"flow_targets": then})
+    with pytest.raises(ValueError, match=r"other values of encoder, horizons than .* in run was trained on"):
+        check_targets(run(flow_targets={"encoder": "0b", "horizons": "0:8"}), {"flow_targets": then})
+
+
 @pytest.mark.parametrize(
     ("now", "then"),
     [
@@ -144,6 +229,10 @@ def test_what_changes_no_rate_is_accepted(now: dict[str, Any], then: dict[str, A
             "has no flow_head.in.weight: add --sfr-fresh",
         ),
         (
+            KeyError("optimizer.state.exp_avg.a from model not in state dict: []"),
+            "has no optimizer.state.exp_avg.a: its optimizer is that of other parameters than this run trains",
+        ),
+        (
             CheckpointingException(
                 f"Global shape mismatch for loaded ({torch.Size([2, 16])}) and expected ((3, 16)) tensor for key a.bias"
             ),
@@ -156,3 +245,15 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_one_line(failure: Exception
     error = mismatch(CheckpointException("load", {0: (failure, None)}), "run")
     assert said in str(error)
     assert isinstance(error, ValueError) == isinstance(failure, KeyError | CheckpointingException)
+
+
+def test_state_of_other_parameters_is_one_line() -> None:
+    """torch's own message for a head that has lost its network, such as sfr_loss = cka."""
+    optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.ones(1)) for _ in range(n)], lr=1.0) for n in (2, 1)]
+    with pytest.raises(ValueError, match="parameter group") as caught:
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+    assert str(mismatch(caught.value, "run")).startswith(
+        "the state of the optimizer in run is that of other parameters"
+    )
+    other = ValueError("something else")
+    assert mismatch(other, "run") is other

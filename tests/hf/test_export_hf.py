@@ -183,9 +183,11 @@ def test_config_of_another_shape(release, untied, tmp_path, values, match):
     refused(release, change_config(untied, tmp_path / "like", **values), tmp_path, match)
 
 
-def test_config_that_would_compute_something_else(release, untied, tmp_path):
-    trained = rewrite(release, tmp_path / "iter_1", objects={COMMON: {"args": argparse.Namespace(rotary_base=10000)}})
-    refused(trained, untied, tmp_path, "trained with rotary_base 10000, but the config means 50000")
+@pytest.mark.parametrize(("option", "trained", "meant"), [("rotary_base", 10000, 50000), ("vocab_size", 510, 503)])
+def test_config_that_would_compute_something_else(release, untied, tmp_path, option, trained, meant):
+    stored = {COMMON: {"args": argparse.Namespace(**{option: trained})}}
+    changed = rewrite(release, tmp_path / "iter_1", objects=stored, pad=9)
+    refused(changed, untied, tmp_path, f"trained with {option} {trained}, but the config means {meant}")
 
 
 LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"

@@ -86,6 +86,12 @@ def test_folder_without_safetensors(tmp_path):
         Weights(tmp_path)
 
 
+def test_shards_without_their_index(folder):
+    (folder / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"model-00001-of-.* without model\.safetensors\.index\.json"):
+        Weights(folder)
+
+
 def test_folder_without_config(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         read_config(tmp_path)

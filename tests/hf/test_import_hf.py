@@ -15,6 +15,7 @@ from megatron_sfr.hf.export_hf import export_hf
 from megatron_sfr.hf.hf_folder import RECORD, SINGLE, Weights, read_config
 from megatron_sfr.hf.import_hf import check_import, import_hf
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
+from megatron_sfr.hf.megatron.megatron_model import check_imported
 from megatron_sfr.hf.megatron.tracker import TRACKER
 from tests.hf.models import CASES, save_model
 
@@ -52,6 +53,15 @@ def test_round_trip_in_many_boxes(tmp_path, untied, monkeypatch):
 def test_it_is_a_release_that_starts_training_afresh(imported):
     assert (imported / TRACKER).read_text() == "release"
     assert find_checkpoint(imported) == imported / "release"
+
+
+def test_a_run_that_describes_another_model_is_refused(imported):
+    checkpoint = Checkpoint(imported / "release")
+    check_imported({"rotary_base": 50000, "layernorm_epsilon": 1e-5}, checkpoint)
+    with pytest.raises(
+        ValueError, match=r"the run has rotary_base 10000, but .*release was imported from .* with 50000"
+    ):
+        check_imported({"rotary_base": 10000, "layernorm_epsilon": 1e-5}, checkpoint)
 
 
 def test_an_import_that_is_there_is_up_to_date(imported, untied, tmp_path, capsys):

@@ -21,7 +21,7 @@ SEARCHES = {  # what a reader looks for: the file that README's table names, and
     "the reply mask": ("megatron_sfr/data/chat/loss_mask.py", "class Supervised"),
     "how the flow head is attached to Megatron's GPT": ("megatron_sfr/model/attach_head.py", "def attach_head("),
     "encoding targets ahead of training": ("megatron_sfr/data/targets/prefetch.py", "class Prefetcher"),
-    "the parameter mapping of Qwen3": ("megatron_sfr/hf/families/qwen3.py", "FAMILY = Family("),
+    "the parameter mapping of Qwen3": ("megatron_sfr/hf/families/qwen3.py", "FAMILY = "),
 }
 
 

@@ -35,6 +35,12 @@ Failures:
   rank      : 0 (local_rank: 0)
   exitcode  : -15 (pid: 4241)  (SIGTERM)
 """
+BARE = """Traceback (most recent call last):
+  File "megatron/core/optimizer_param_scheduler.py", line 80, in __init__
+    assert self.max_lr >= self.min_lr
+           ^^^^^^^^^^^^^^^^^^^^^^^^^^
+AssertionError
+"""
 FULL = """Traceback (most recent call last):
   File "torch/serialization.py", line 1, in __init__
 OSError: [Errno 28] No space left on device: '/run/iter_0000004/__0_0.distcp'
@@ -74,6 +80,7 @@ def test_of_a_dataloaders_worker_only_its_last_line_is_said(error: Exception, sa
 
 def test_any_other_exception_is_said_as_it_is() -> None:
     assert reason(ValueError("a\n  b")) == "a b"
+    assert reason(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +119,9 @@ def test_any_other_exception_is_said_as_it_is() -> None:
             "RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly\n",
             "training failed: RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly; out of memory is the",
         ),
+        (BARE, "training failed: AssertionError: assert self.max_lr >= self.min_lr; see"),
+        (BARE.replace("\n", "\n[rank1]: "), "training failed: AssertionError: assert self.max_lr >= self.min_lr; see"),
+        ("a line that ends in\nAssertionError\n", "training failed: no process said why; see"),
         ("nothing\n", "training failed: no process said why; see"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.hf.megatron import disk_room, retention
+from megatron_sfr.hf.megatron import disk_room, finite_weights, retention
 from megatron_sfr.model import local_spec, multi_token
 from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
@@ -21,6 +21,7 @@ IN_A_RUN = (
     *local_spec.REPLACEMENTS,
     *head_optimizer.replacements(head_optimizer.HeadOptimizerOptions(clip_grad=0.5, lr_mult=2.0)),
     *disk_room.replacements(Path("run")),
+    *finite_weights.replacements(Path("run")),
     *retention.replacements(Path("run"), retention.RetentionOptions(keep_checkpoints=2)),
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
     *step_speed.replacements(step_speed.SpeedLog(None)),

@@ -96,6 +96,8 @@ def read_peft(folder: Path) -> PeftAdapter:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as e:
         raise ValueError(f"{folder / WEIGHTS}: damaged or cut off ({e}): copy it again") from e
+    if not tensors:
+        raise ValueError(f"{folder / WEIGHTS} holds no matrix: save the adapter again")
     return PeftAdapter(rank, float(alpha), {_parse(folder, name): tensor for name, tensor in tensors.items()})
 
 

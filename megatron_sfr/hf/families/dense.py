@@ -4,10 +4,10 @@ A family's own file holds what it adds and what else it refuses. Transformer Eng
 the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_*` and `linear_fc1.layer_norm_*`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_sfr.hf.config_values import Config, is_true, mapping, number, size
-from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, GatedMLP, ParameterMapping
+from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, Family, GatedMLP, ParameterMapping
 from megatron_sfr.storage.user_files import cut, shown
 
 M, H = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -45,6 +45,24 @@ NORM_STATE = "decoder.final_layernorm"
 def extra_states(config: Config, more: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The modules with an extra state. more: those that a family adds."""
     return (*ATTENTION_STATES, NORM_STATE, *MLP_STATES, *more)
+
+
+def with_defaults(defaults: Config, family: Family) -> Family:
+    """The family, with transformers' defaults for keys that config.json leaves out.
+
+    Only keys whose default differs from that of the other families need to be listed.
+    """
+
+    def completed[T](read: Callable[[Config], T]) -> Callable[[Config], T]:
+        return lambda config: read({**defaults, **config})
+
+    return Family(
+        dimensions=completed(family.dimensions),
+        mappings=completed(family.mappings),
+        flags=completed(family.flags),
+        extra_states=completed(family.extra_states),
+        tied=family.tied,
+    )
 
 
 def mappings(
@@ -170,8 +188,16 @@ def refuse_sliding_layers(config: Config) -> None:
 
 def rope_parameters(config: Config) -> Config:
     """RoPE settings: transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`."""
-    old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return {**old, **mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
+    scaling, parameters = mapping(config, "rope_scaling"), mapping(config, "rope_parameters")
+    if parameters and any(parameters.get(key) != value for key, value in scaling.items()):
+        raise ValueError(
+            "config.json: rope_scaling and rope_parameters differ, and transformers 5 reads rope_scaling alone: write "
+            "all of it in one of them, rope_theta too"
+        )
+    if nested := [key for key, value in {**scaling, **parameters}.items() if isinstance(value, dict)]:
+        raise ValueError(f"rope_parameters: {cut(nested[0])}: separate frequencies by kind of layer are not converted")
+    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {**theta, **scaling, **parameters}
 
 
 def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:

@@ -27,4 +27,7 @@ def flags(config: Config) -> dict[str, object]:
     }
 
 
-FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.extra_states)
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7},
+    Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.extra_states),
+)

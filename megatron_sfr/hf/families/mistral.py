@@ -10,20 +10,17 @@ from megatron_sfr.hf.families import dense
 from megatron_sfr.hf.mappings import Family
 from megatron_sfr.storage.user_files import shown
 
-DEFAULT_WINDOW = 4096
-"""MistralConfig's default if config.json has no such key; null means full attention."""
-
 
 def flags(config: Config) -> dict[str, object]:
     if config.get("layer_types"):
         raise ValueError("layer_types: MistralForCausalLM has one kind of layer and ignores it: is this another model?")
     dense.rope_type(config)
-    return dense.flags(config, dense.dimensions(config)) | window(config, DEFAULT_WINDOW)
+    return dense.flags(config, dense.dimensions(config)) | window(config)
 
 
-def window(config: Config, default: int | None) -> dict[str, object]:
-    """The flags of `sliding_window`, which all layers have; default: the value where config.json has no such key."""
-    tokens = config.get("sliding_window", default)
+def window(config: Config) -> dict[str, object]:
+    """The flags of `sliding_window`, which all layers have."""
+    tokens = config.get("sliding_window")
     if tokens is None:
         return {}
     if type(tokens) is not int or not 1 <= tokens <= LARGEST:
@@ -33,4 +30,7 @@ def window(config: Config, default: int | None) -> dict[str, object]:
     return {"window_size": f"{tokens - 1},0", "no_masked_softmax_fusion": True}
 
 
-FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states)
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 8, "sliding_window": 4096},
+    Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states),
+)

@@ -15,13 +15,16 @@ def flags(config: Config) -> dict[str, object]:
     for key in ("resid_pdrop", "embd_pdrop"):
         if number(config, key, 0.0):
             raise ValueError(f"{key}: {config[key]}: only 0 is converted; Megatron's --hidden-dropout acts elsewhere")
-    said = dense.flags(config, dense.dimensions(config), partial_rotary=True) | mistral.window(config, default=None)
+    said = dense.flags(config, dense.dimensions(config), partial_rotary=True) | mistral.window(config)
     return said | {"rotary_percent": dense.rotary_share(config)}
 
 
-FAMILY = Family(
-    dimensions=dense.dimensions,
-    mappings=partial(dense.mappings, qkv=fused_weights.QKV, mlp=fused_weights.MLP),
-    flags=flags,
-    extra_states=dense.extra_states,
+FAMILY = dense.with_defaults(
+    {"rms_norm_eps": 1e-5},
+    Family(
+        dimensions=dense.dimensions,
+        mappings=partial(dense.mappings, qkv=fused_weights.QKV, mlp=fused_weights.MLP),
+        flags=flags,
+        extra_states=dense.extra_states,
+    ),
 )

@@ -13,9 +13,12 @@ def flags(config: Config) -> dict[str, object]:
     return dense.flags(config, dense.dimensions(config)) | {"add_qkv_bias": True}
 
 
-FAMILY = Family(
-    dimensions=dense.dimensions,
-    mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,)),
-    flags=flags,
-    extra_states=dense.extra_states,
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 32},
+    Family(
+        dimensions=dense.dimensions,
+        mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,)),
+        flags=flags,
+        extra_states=dense.extra_states,
+    ),
 )

@@ -23,9 +23,12 @@ def flags(config: Config) -> dict[str, object]:
     return dense.flags(config, dimensions(config)) | {"qk_layernorm": True}
 
 
-FAMILY = Family(
-    dimensions=dimensions,
-    mappings=partial(dense.mappings, attention=NORMS),
-    flags=flags,
-    extra_states=partial(dense.extra_states, more=NORM_STATES),
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 32},
+    Family(
+        dimensions=dimensions,
+        mappings=partial(dense.mappings, attention=NORMS),
+        flags=flags,
+        extra_states=partial(dense.extra_states, more=NORM_STATES),
+    ),
 )

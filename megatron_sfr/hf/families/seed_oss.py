@@ -1,12 +1,8 @@
-"""Seed-OSS: q, k and v have a bias, the output projection has none; head_dim is 128 unless the config has it."""
-
-from functools import partial
+"""Seed-OSS: q, k and v have a bias, the output projection has none."""
 
 from megatron_sfr.hf.config_values import Config, is_true, number
 from megatron_sfr.hf.families import dense
 from megatron_sfr.hf.mappings import Family, ParameterMapping
-
-dimensions = partial(dense.dimensions, head_dim=128)  # SeedOssConfig's default
 
 
 def mappings(config: Config) -> tuple[ParameterMapping, ...]:
@@ -18,11 +14,14 @@ def flags(config: Config) -> dict[str, object]:
         if is_true(config, key):
             raise ValueError(f"{key}: true: Megatron has this bias only together with those of all other layers")
     dense.rope_type(config)
-    return dense.flags(config, dimensions(config)) | {
+    return dense.flags(config, dense.dimensions(config)) | {
         "add_qkv_bias": dense.has_qkv_bias(config),
         "attention_dropout": float(number(config, "attention_dropout", 0.1)),
         "hidden_dropout": float(number(config, "residual_dropout", 0.1)),
     }
 
 
-FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=dense.extra_states)
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 8, "head_dim": 128},
+    Family(dimensions=dense.dimensions, mappings=mappings, flags=flags, extra_states=dense.extra_states),
+)

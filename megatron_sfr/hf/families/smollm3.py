@@ -29,4 +29,7 @@ def without_positions(config: Config, d: Dimensions) -> list[int]:
     return [1 - layer for layer in layers]
 
 
-FAMILY = Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states)
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+    Family(dimensions=dense.dimensions, mappings=dense.mappings, flags=flags, extra_states=dense.extra_states),
+)

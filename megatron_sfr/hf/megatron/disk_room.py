@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sfr.hf.megatron.tracker import newest
+from megatron_sfr.hf.megatron.tracker import Newest, newest
 from megatron_sfr.runtime.parallel import context_size, data_size, largest_of_all, sum_of_all
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 
@@ -59,7 +59,7 @@ def check_room(save: Path, iteration: int, model: Any, optimizer: Any) -> None:
         size = MARGIN * sum_of_all(state_bytes(model, optimizer)) + SMALL_FILES
     (free,) = largest_of_all([float(shutil.disk_usage(save).free) if first else 0.0])
     if size > free:
-        found = _newest(save)
+        found = newest_checkpoint(save)
         raise ValueError(
             f"{save} has {free / 1e9:.3g} GB free, and the checkpoint of step {iteration} needs {size / 1e9:.3g} GB: "
             "it was not begun; free some room or set keep_checkpoints, and the run resumes from "
@@ -69,11 +69,12 @@ def check_room(save: Path, iteration: int, model: Any, optimizer: Any) -> None:
 
 def size_of(save: Path) -> int:
     """Bytes of the newest complete checkpoint in a folder; 0 if there is none."""
-    found = _newest(save)
+    found = newest_checkpoint(save)
     return sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file()) if found else 0
 
 
-def _newest(save: Path) -> Any:
+def newest_checkpoint(save: Path) -> Newest | None:
+    """The newest complete checkpoint in a folder; None if there is none."""
     try:
         return newest(save, any_format=True)
     except ValueError:  # the tracker names nothing that is complete

@@ -34,6 +34,8 @@ from megatron_sfr.storage.user_files import cut, loading, read_json_object
 
 COMMON = "common_state/shard_0_1"
 """Megatron-core's file for everything that is not a tensor: arguments, iteration, versions."""
+FLAGS = "model_flags"
+"""In an import's common state: Megatron's flags for the model."""
 CHUNK_BYTES = 128 << 20
 """Size of the chunks that we write. Readers load complete chunks, so small ones keep a rank's reads near its part."""
 
@@ -86,16 +88,25 @@ class Checkpoint:
 
     def arguments(self) -> Mapping[str, Any]:
         """The arguments of the run that wrote it, or LoRA's options of an imported adapter; empty if it has none."""
+        return self._common()[0]
+
+    def model_flags(self) -> Mapping[str, object]:
+        """Megatron's flags for an imported model, as keys of a recipe; empty for a run's checkpoint."""
+        return self._common()[1]
+
+    def _common(self) -> tuple[dict[str, Any], dict[str, object]]:
+        """Arguments and flags."""
         info = self._metadata.storage_data.get(MetadataIndex(COMMON))
         if info is None:
-            return {}
+            return {}, {}
         with (self.folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
             stored = BytesIO(file.read(info.length))
         path = self.folder / info.relative_path
         with loading(f"{path}: the run's arguments cannot be read", HINT):
             common = read_common_state(stored)
-            return vars(common["args"]) if "args" in common else dict(common.get("lora", {}))
+            arguments = vars(common["args"]) if "args" in common else dict(common.get("lora", {}))
+            return arguments, dict(common.get(FLAGS, {}))
 
 
 def _file_ends(metadata: Metadata) -> dict[str, int]:

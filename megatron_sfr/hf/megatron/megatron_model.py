@@ -100,6 +100,12 @@ class StoredModel:
                 f"{checkpoint.folder}: trained with {flag} {trained}, but the config means {meant}: "
                 "the exported model would not compute what was trained"
             )
+        vocab = arguments.get("vocab_size")
+        if isinstance(vocab, int) and vocab > self.dimensions.vocab:
+            raise ValueError(
+                f"{checkpoint.folder}: trained with vocab_size {vocab}, but the config means {self.dimensions.vocab}: "
+                f"the tokens beyond it would be dropped; set vocab_size to {vocab} in config.json"
+            )
         self._runs = {x.megatron: runs_of_rows(x, self.dimensions) for x in family.mappings(config)}
         self._places = {entry: self._find(entry) for entry in self.entries}
         known = {location.key for locations in self._places.values() for location in locations}
@@ -192,6 +198,17 @@ def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> t
         if found != wanted[flag]:
             return flag, found, wanted[flag]
     return None
+
+
+def check_imported(args: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises ValueError if a run's arguments describe another model than the one that was imported."""
+    flags = checkpoint.model_flags()
+    if flags and (found := disagreement(comparable(args, flags), flags)):
+        flag, said, meant = found
+        raise ValueError(
+            f"the run has {flag} {said}, but {checkpoint.folder} was imported from a model with {meant}: put what "
+            "`megatron-sfr convert recipe --hf MODEL` prints into the recipe"
+        )
 
 
 def _unlike_names(unknown: list[str], missing: list[str]) -> str:

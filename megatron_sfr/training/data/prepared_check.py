@@ -1,4 +1,4 @@
-"""Checks of the prepared folders that a run reads, before its first step: damage, token ids, ends of replies."""
+"""Checks of the prepared folders that a run reads, before its first step: damage, token ids, replies, targets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.prepared.open import open_prepared
+from megatron_sfr.data.prepared.open import horizons_of, open_prepared
+from megatron_sfr.data.segments.segmenters import format_horizons
+from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, largest
 
@@ -58,3 +60,26 @@ def reply_end_tokens(args: Any) -> list[int]:
         if isinstance(data, PreparedData):
             found.update(data.manifest.reply_end_tokens or ())
     return sorted(found)
+
+
+def flow_targets(args: Any) -> dict[str, str] | None:
+    """What the targets of a run are embeddings of, and by which encoder; None without SFR.
+
+    Raises:
+        ValueError: a target store is missing or damaged, or the folders have other horizons than each other.
+    """
+    if not args.sfr:
+        return None
+    folders = prepared_folders(args)
+    online = args.sfr_targets == "online"
+    data = open_prepared(folders[0])
+    encoder = TargetStore.open(folders[0] / args.sfr_target_store, data, partial=online).manifest
+    return {
+        "encoder": encoder.encoder_sha256,
+        "pooling": encoder.pooling,
+        "normalize": encoder.normalize,
+        "prompt": encoder.prompt,
+        "max_length": str(encoder.max_length),
+        "horizons": format_horizons(horizons_of(folders)),
+        "segments": data.manifest.segmenter,
+    }

@@ -5,6 +5,7 @@ A thread sends them, so that a slow or unreachable server does not delay the tra
 
 import json
 import logging
+import os
 import queue
 import re
 import threading
@@ -21,6 +22,9 @@ RUN = "mlflow_run.json"
 """The run's id in SAVE: a resumed training continues the same run."""
 LAST_LINES_S = 30.0
 """How long the end of a training waits for lines that are not sent yet."""
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Variables that bound a request, unless the user sets them. MLflow's defaults keep a training with an unreachable
+server waiting for up to 20 minutes at its start, and again at its end."""
 MOST_PARAMS, LONGEST_PARAM, LONGEST_NAME = 100, 500, 250  # MLflow's limits, of older servers too
 LOGGER = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ class MLflowLog:
                 "mlflow_experiment: mlflow is not installed; run: pip install mlflow-skinny, or leave the option out"
             ) from error
         self._metric = Metric
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
         try:
             self._client = mlflow.MlflowClient()
             self._run = self._open(options, save, [Param(*pair) for pair in _shortened(parameters)])

@@ -163,6 +163,9 @@ def test_what_megatron_does_not_adapt_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight has no lora_B: the adapter is not comp"
     ):
         import_adapter(folder / "peft", folder / "megatron", hf=folder / "hf")
+    save_file({}, folder / "peft" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors holds no matrix"):
+        import_adapter(folder / "peft", folder / "megatron", hf=folder / "hf")
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
 """Each family's config as Megatron's flags: what upstream's own parser takes, and what is refused with a reason."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sfr.config.settings import Parser, to_flags
@@ -14,6 +17,15 @@ LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2F
 MOE = "Qwen3MoeForCausalLM"
 EQUAL_LAYERS = sorted(FAMILIES.keys() - {NEMOTRON_H})  # test_nemotron_h.py has the other
 GLM, PHI3, SEED, SMOLLM3 = "GlmForCausalLM", "Phi3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM"
+
+
+NEEDED = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("max_position_embeddings", "layers_block_type", "moe_intermediate_size", "num_experts", "num_local_experts"),
+    *("num_experts_per_tok", "n_routed_experts", "moe_shared_expert_intermediate_size"),
+    "shared_expert_intermediate_size",
+}
+"""Keys that may be refused where they are missing."""
 
 
 def config(architecture=QWEN3, **changes):
@@ -53,6 +65,27 @@ def test_tied_embeddings_are_said(architecture):
 )
 def test_a_head_that_the_config_does_not_name(architecture, head_dim):
     assert megatron_flags(config(architecture, head_dim=None))["kv_channels"] == head_dim
+
+
+def flags_unless_refused(config):
+    try:
+        return megatron_flags(config)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_a_key_that_config_json_leaves_out_means_what_transformers_takes(architecture):
+    """For each key: the same flags as with transformers' default of the class, or a refusal."""
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 64}  # any default of groups fits
+    full = tiny_config(architecture, **sizes).to_dict() | {"architectures": [architecture]}
+    for key in full.keys() - {"architectures", "model_type"}:
+        short = {name: value for name, value in full.items() if name != key}
+        flags = flags_unless_refused(short)
+        assert flags is not None or key in NEEDED
+        if flags is not None:
+            completed = AutoConfig.for_model(**deepcopy(short)).to_dict()
+            assert flags == megatron_flags(completed | {"architectures": [architecture]}), key
 
 
 @pytest.mark.parametrize(
@@ -129,6 +162,8 @@ def rope(**changes):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: linear"),
         (rope(rope_type="dynamic", factor=2.0), "rope_scaling: dynamic"),
         (rope(rope_theta=1000.5), r"rope_theta: 1000\.5: Megatron's --rotary-base is a whole number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling and rope_parameters differ"),
+        ({"rope_parameters": {"full_attention": rope()["rope_parameters"]}}, "rope_parameters: full_attention: sep"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),

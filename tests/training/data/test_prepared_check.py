@@ -10,7 +10,13 @@ import pytest
 from megatron_sfr.config.build import unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.training.data.prepared_check import check_prepared, check_vocabulary, max_token_id, reply_end_tokens
+from megatron_sfr.training.data.prepared_check import (
+    check_prepared,
+    check_vocabulary,
+    flow_targets,
+    max_token_id,
+    reply_end_tokens,
+)
 from tests import warm
 from tests.data.stores import flip
 from tests.distributed.tiny import write_documents, write_prepared, write_recipe
@@ -114,3 +120,17 @@ def test_a_run_refuses_foreign_ids_before_its_first_step(tmp_path: Path) -> None
     assert done.returncode == 2
     assert f"megatron-sfr train: error: {prepared} has token ids up to" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_the_targets_are_is_known_before_the_first_step(conversations: Path) -> None:
+    args = run(conversations, vocab_size=1000)
+    args.sfr, args.sfr_targets, args.sfr_target_store = True, "stored", "targets"
+    found = flow_targets(args)
+    assert found is not None
+    assert {"encoder", "pooling", "prompt", "horizons", "segments"} < found.keys()
+    assert (found["pooling"], len(found["encoder"])) == ("mean", 64)
+    args.sfr_target_store = "others"
+    with pytest.raises(ValueError, match="others does not exist; run: megatron-sfr embed"):
+        flow_targets(args)
+    args.sfr = False
+    assert flow_targets(args) is None

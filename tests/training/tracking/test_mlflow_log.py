@@ -1,12 +1,13 @@
 """Metrics in MLflow, through the package itself and its store of files; skipped where it is not installed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sfr.training.metrics_log import JsonLines
-from megatron_sfr.training.tracking.mlflow_log import MLflowLog, MLflowOptions, metric_name
+from megatron_sfr.training.tracking.mlflow_log import PATIENCE, MLflowLog, MLflowOptions, metric_name
 
 OPTIONS = MLflowOptions("personas")
 
@@ -61,9 +62,11 @@ def test_a_store_that_fails_costs_no_step(
 
 
 def test_a_server_that_cannot_be_used_is_one_line(mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://x")
-    with pytest.raises(ValueError, match=r"mlflow_experiment personas: .*; correct MLFLOW_TRACKING_URI"):
-        MLflowLog(OPTIONS, tmp_path, {})
+    for uri in ("no-such-scheme://x", "http://127.0.0.1:9"):  # the second refuses every try
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ValueError, match=r"mlflow_experiment personas: .*; correct MLFLOW_TRACKING_URI"):
+            MLflowLog(OPTIONS, tmp_path, {})
+    assert os.environ.keys() >= PATIENCE.keys()
 
 
 @pytest.mark.parametrize(

@@ -177,4 +177,7 @@ def extra_states(config: Config) -> tuple[str, ...]:
     return layers.states(pattern(config), (*experts.STATES, _S + "linear_fc1", _S + "linear_fc2"))
 
 
-FAMILY = Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=extra_states)
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 8},
+    Family(dimensions=dimensions, mappings=mappings, flags=flags, extra_states=extra_states),
+)

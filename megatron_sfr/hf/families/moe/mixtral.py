@@ -21,12 +21,15 @@ def flags(config: Config) -> dict[str, object]:
     dense.rope_type(config)
     d = dimensions(config)
     routing = experts.flags({"num_experts_per_tok": 2} | config, d, normalised=True)
-    return dense.flags(config, d) | mistral.window(config, default=None) | routing
+    return dense.flags(config, d) | mistral.window(config) | routing
 
 
-FAMILY = Family(
-    dimensions=dimensions,
-    mappings=partial(dense.mappings, mlp=MLP),
-    flags=flags,
-    extra_states=experts.extra_states,
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    Family(
+        dimensions=dimensions,
+        mappings=partial(dense.mappings, mlp=MLP),
+        flags=flags,
+        extra_states=experts.extra_states,
+    ),
 )

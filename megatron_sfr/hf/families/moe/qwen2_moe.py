@@ -45,9 +45,12 @@ def flags(config: Config) -> dict[str, object]:
     }
 
 
-FAMILY = Family(
-    dimensions=dimensions,
-    mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,), mlp=(*experts.QWEN_MLP, *SHARED)),
-    flags=flags,
-    extra_states=partial(experts.extra_states, more=(_S + "linear_fc1", _S + "linear_fc2")),
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 16},
+    Family(
+        dimensions=dimensions,
+        mappings=partial(dense.mappings, attention=(dense.QKV_BIAS,), mlp=(*experts.QWEN_MLP, *SHARED)),
+        flags=flags,
+        extra_states=partial(experts.extra_states, more=(_S + "linear_fc1", _S + "linear_fc2")),
+    ),
 )

@@ -21,9 +21,12 @@ def flags(config: Config) -> dict[str, object]:
     return qwen3.flags(config) | routing
 
 
-FAMILY = Family(
-    dimensions=dimensions,
-    mappings=partial(dense.mappings, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
-    flags=flags,
-    extra_states=partial(experts.extra_states, more=qwen3.NORM_STATES),
+FAMILY = dense.with_defaults(
+    {"num_key_value_heads": 4},
+    Family(
+        dimensions=dimensions,
+        mappings=partial(dense.mappings, attention=qwen3.NORMS, mlp=experts.QWEN_MLP),
+        flags=flags,
+        extra_states=partial(experts.extra_states, more=qwen3.NORM_STATES),
+    ),
 )
