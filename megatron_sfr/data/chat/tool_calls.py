@@ -19,6 +19,19 @@ from megatron_sfr.storage.user_files import parse_json
 Message = dict[str, Any]
 
 
+def check_calls(calls: Any, number: int) -> None:
+    """RecordError unless the tool calls of a message have names and arguments."""
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RecordError(
+                f"message {number} has a tool call without the name of a function; "
+                'write "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
+            )
+        if not isinstance(function.get("arguments"), dict | str):
+            raise RecordError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
+
+
 def ends_of_calls(
     messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str], control: re.Pattern[str]
 ) -> dict[int, re.Match[str]]:
