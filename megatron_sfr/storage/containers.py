@@ -26,6 +26,7 @@ Compression = Literal["none", "gzip", "zstd"]
 
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _TABLES: dict[bytes, Container] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_PACKED: dict[bytes, str] = {**_MAGIC, **_TABLES, b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 _ARRAY = re.compile(rb"\s*\[\s*\{")
 _BETWEEN = re.compile(r"[\s,]*")
 _HEAD = 4096
@@ -65,9 +66,10 @@ def read_pieces(path: Path, offset: int = 0, size: int = _BLOCK) -> Iterator[Pie
         return
     with _reading(path), _open_text(path, _compression(head)) as (text, raw):
         start = text.read(_HEAD)
-        is_array = _ARRAY.match(start.removeprefix(codecs.BOM_UTF8)) is not None
-        text.seek(0)
-        if is_array:
+    if packed := next((name for magic, name in _PACKED.items() if start.startswith(magic)), None):
+        raise ValueError(f"{path} holds {packed} data where text is expected; unpack it")
+    with _reading(path), _open_text(path, _compression(head)) as (text, raw):
+        if _ARRAY.match(start.removeprefix(codecs.BOM_UTF8)):
             yield from _array_pieces(path, text, raw, offset, size)
         else:
             yield from _line_pieces(text, raw, offset, size)
@@ -120,16 +122,11 @@ def _open_text(path: Path, compression: Compression) -> Iterator[tuple[IO[bytes]
 
 
 class _Zstd(io.RawIOBase):
-    """The uncompressed bytes of a zstd file. Seeks backward by starting again, forward by reading."""
+    """The uncompressed bytes of a zstd file. Seeks forward, by reading."""
 
     def __init__(self, path: Path, raw: IO[bytes]) -> None:
-        self._path, self._raw = path, raw
-        self._restart()
-
-    def _restart(self) -> None:
-        self._raw.seek(0)
-        library = pyarrow(self._path)
-        self._stream = library.CompressedInputStream(library.PythonFile(self._raw, "r"), "zstd")
+        library = pyarrow(path)
+        self._stream = library.CompressedInputStream(library.PythonFile(raw, "r"), "zstd")
         self._position = 0
 
     def readable(self) -> bool:
@@ -149,8 +146,7 @@ class _Zstd(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._position if whence == io.SEEK_CUR else 0)
-        if target < self._position:
-            self._restart()
+        assert target >= self._position, "readers seek to where they continue, before they read"
         while self._position < target and (data := self._stream.read(min(_BLOCK, target - self._position))):
             self._position += len(data)
         return self._position
@@ -213,10 +209,15 @@ def _array_records(path: Path, text: IO[bytes], offset: int) -> Iterator[tuple[b
 
 
 def _table_pieces(path: Path, container: Container, offset: int, size: int) -> Iterator[Piece]:
-    """Records of a Parquet or Arrow file, each as JSON. The offset counts records."""
+    """Records of a Parquet or Arrow file, each as JSON. The offset counts records.
+
+    All records of a table have every field of a struct, so a null field equals an absent one and is left out: a chat
+    template would write it, in arguments of tool calls and in lists of tools.
+    """
     lines, length, total = list[bytes](), 0, path.stat().st_size
     for values, record, done in _table_records(path, container, offset):
-        line = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", errors="surrogatepass")
+        text = json.dumps(_without_null_fields(values), ensure_ascii=False, default=_as_json)
+        line = text.encode("utf-8", errors="surrogatepass")
         lines.append(line)
         length += len(line)
         if length >= size:
@@ -225,6 +226,22 @@ def _table_pieces(path: Path, container: Container, offset: int, size: int) -> I
         offset = record
     if lines:
         yield Piece(b"\n".join([*lines, b""]), len(lines), offset, total)
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_null_fields(inner) for name, inner in value.items() if inner is not None}
+    return [_without_null_fields(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _as_json(value: object) -> str | None:
+    """A value that JSON does not have: bytes as the text that they are, or null; a time or a decimal as it prints."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _table_records(path: Path, container: Container, start: int) -> Iterator[tuple[dict[str, Any], int, int]]:

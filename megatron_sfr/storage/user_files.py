@@ -40,11 +40,23 @@ def one_line(text: str) -> str:
     return text if len(text) <= 1000 else f"{text[:490]} ... {text[-490:]}"
 
 
-def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError if it is damaged or nested too deeply."""
+def parse_json(text: bytes | str, repeated: list[str] | None = None) -> Any:
+    """The value of a JSON text in UTF-8. Raises ValueError if it is damaged or nested too deeply.
+
+    repeated: collects the names that occur more than once in an object, whose last value is kept.
+    """
+
+    def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if repeated is not None and len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.extend(name for name in fields if names.count(name) > 1)
+        return fields
+
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text.removeprefix("\ufeff"))
+        text = text.removeprefix("\ufeff")
+        value = json.loads(text, object_pairs_hook=None if repeated is None else fields_of)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except RecursionError as error:

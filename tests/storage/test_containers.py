@@ -1,8 +1,10 @@
 """Containers: the same records from each, from any piece on, damage in one line, and libraries that may be absent."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -75,6 +77,27 @@ def test_each_container_gives_the_same_records_from_any_piece_on(tmp_path: Path,
     for i in range(0, len(pieces), max(1, len(pieces) // 4)):
         later = list(read_pieces(path, pieces[i].offset, size))
         assert [(piece.text, piece.offset) for piece in later] == [(p.text, p.offset) for p in pieces[i + 1 :]]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
+def test_a_file_of_one_record_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "data").write_bytes(pack(b'{"id": 1}\n'))
+    assert values(list(read_pieces(tmp_path / "data"))) == [{"id": 1}]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"PK\x03\x04", "zip"),
+        (lzma.compress(LINES), "xz"),
+        (bz2.compress(LINES), "bzip2"),
+        (gzip.compress(gzip.compress(LINES)), "gzip"),
+    ],
+)
+def test_other_archives_are_named(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / "data").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"data holds {name} data where text is expected; unpack it"):
+        list(read_pieces(tmp_path / "data"))
 
 
 def test_chunks_run_through_files_of_different_containers(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, with_placeholders
 from megatron_sfr.data.chat.template_limits import check_output, compiled, render_bounded
-from megatron_sfr.data.chat.template_options import RESERVED, TemplateOptions
+from megatron_sfr.data.chat.template_options import TemplateOptions, check_variable, variables_of
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import reason, strings_of
@@ -23,6 +24,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _QUESTION = {"role": "user", "content": "Hi"}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which records have reasoning; a message may have one of them."""
+MARK = "7294816305"  # no letters: a template may write them in upper case
 SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
 
 
@@ -44,7 +46,7 @@ class ChatTemplate:
         self._day = date.fromisoformat(options.template_date)
         self._next_turns: dict[bool, str] = {}
         for name in options.template_kwargs:
-            _check_variable(name, tokenizer)
+            check_variable(name, tokenizer)
 
     def prepared(self, value: Any) -> Any:
         """Messages or tools with control tokens in their texts as `special_text` says: refused or set apart."""
@@ -95,6 +97,19 @@ class ChatTemplate:
                 following |= {"name": calls[0].get("function", calls[0])["name"], "tool_call_id": calls[0].get("id")}
             self._next_turns[bool(calls)] = self._token_between([_QUESTION, answer], following, like)
         return self._next_turns[bool(calls)]
+
+    def end_of_turn(self, text: str, first: re.Match[str]) -> re.Match[str]:
+        """The end of a turn: the first control token after its content or, of several in a row, that of `plain_end`."""
+        row = [first]  # Command R7B ends a text, then the turn
+        for token in self.control.finditer(text, first.end()):
+            if text[row[-1].end() : token.start()].strip():
+                break
+            row.append(token)
+        return first if len(row) == 1 else next((token for token in row if token[0] == self.plain_end()), first)
+
+    def plain_end(self) -> str:
+        """The token that ends a reply without tool calls; an empty string if this is not known."""
+        return _plain_end(self.tokenizer, self.options, self.tokenizer.get_chat_template())
 
     def _token_between(self, finished: list[Message], following: Message, like: Any) -> str:
         try:
@@ -260,23 +275,18 @@ def _short_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(encode_text(tokenizer, text))
 
 
-def variables_of(tokenizer: Any) -> set[str]:
-    """The variables of a tokenizer's chat templates that nothing else sets."""
-    sources = tokenizer.chat_template
-    read = set().union(*map(_variables, sources.values() if isinstance(sources, dict) else [sources]))
-    return read - RESERVED - tokenizer.special_tokens_map.keys()
+@lru_cache(maxsize=16)
+def _plain_end(tokenizer: Any, options: TemplateOptions, _source: str) -> str:
+    """Eos, else the first, of the control tokens that the template writes after a reply with and without a next turn.
 
-
-def _check_variable(name: str, tokenizer: Any) -> None:
-    known = sorted(variables_of(tokenizer))
-    if name not in known:
-        names = f"use {', '.join(known)}" if known else "leave it out: the template has no variables"
-        raise ValueError(f"--template-kwargs: the chat template does not read {name!r}; {names}")
-
-
-@lru_cache(maxsize=8)
-def _variables(template: str) -> frozenset[str]:
-    from jinja2 import meta
-
-    environment = compiled(template).environment
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys())
+    Cached by the template's source too, which may be replaced.
+    """
+    template = ChatTemplate(tokenizer, options)
+    finished = [_QUESTION, {"role": "assistant", "content": MARK}]
+    try:
+        texts = [template.text(messages, None) for messages in (finished, [*finished, _QUESTION])]
+    except TemplateRefusal:
+        return ""
+    after = [template.control.findall(text.rpartition(MARK)[2]) for text in texts]
+    tokens = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*after, strict=False))]
+    return tokenizer.eos_token if tokenizer.eos_token in tokens else "".join(tokens[:1])

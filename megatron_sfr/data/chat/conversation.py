@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate, TemplateRefusal
-from megatron_sfr.data.chat.formats import detect, has_tool_turns, load_fields, turns_of
+from megatron_sfr.data.chat.formats import EMPTY, TRAINED, detect, has_tool_turns, load_fields, turns_of
 from megatron_sfr.data.chat.loss_mask import Supervised, as_rendered, each, together
 from megatron_sfr.data.chat.rendered_turns import Turns, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
-from megatron_sfr.data.chat.tool_calls import Message, call_forms
+from megatron_sfr.data.chat.tool_calls import Message, call_forms, check_calls
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
 from megatron_sfr.storage.user_files import shown, strings_of
 
 ROLES = ("system", "user", "assistant", "tool")
-TRAINED = ("train", "weight")  # fields of a turn that say whether it is trained
 GROUP_LETTERS = 1 << 18  # of rendered text that is held at a time, or one conversation
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.
 FIELDS = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
@@ -222,13 +221,17 @@ def _messages(messages: list[Any]) -> list[Message]:
         raise RecordError("the first assistant turn answers no user turn; begin with a user turn")
     # Templates test for the fields that they know: what is null or empty is as good as absent.
     return [
-        {k: v for k, v in message.items() if k == "content" or (k not in TRAINED and v not in (None, []))}
+        {k: v for k, v in message.items() if k == "content" or (k in _fields_of(message) and v not in (None, []))}
         for message in messages
     ]
 
 
+def _fields_of(message: Message) -> set[str]:
+    return {"role", "content"} | FIELDS.get(message["role"], set())
+
+
 def _is_trained(message: Message) -> bool:
-    return message.get("train") is not False and message.get("weight") != 0
+    return all(message.get(name) in (None, 1) for name in TRAINED)
 
 
 def _check_message(message: Any, number: int) -> None:
@@ -239,14 +242,14 @@ def _check_message(message: Any, number: int) -> None:
         raise RecordError(f"message {number} has the unknown role {shown(role)}; roles are {', '.join(ROLES)}")
     if role == "system" and number > 1:
         raise RecordError(f"message {number} is a system turn; a system turn comes first or not at all")
-    known = {"role", "content", *TRAINED} | FIELDS.get(role, set())
-    if extra := sorted(name for name, value in message.items() if name not in known and value is not None):
+    known = _fields_of(message) | set(TRAINED)
+    if extra := sorted(name for name, value in message.items() if name not in known and value not in EMPTY):
         raise RecordError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
     _check_trained(message, number)
     _check_reasoning(message, number)
     content, calls = message.get("content"), message.get("tool_calls")
     if calls:
-        _check_calls(calls, number)
+        check_calls(calls, number)
     for text in strings_of([calls, message.get("name"), message.get("tool_call_id")]):
         check_text(text, f"a text of message {number}")
     if not (calls and content is None):
@@ -256,15 +259,15 @@ def _check_message(message: Any, number: int) -> None:
 
 
 def _check_trained(message: Message, number: int) -> None:
-    train, weight = message.get("train"), message.get("weight")
-    if train not in (None, True, False):
-        raise RecordError(f"message {number} has train {shown(train)}; write true or false")
-    if weight is not None and weight not in (0, 1):
-        raise RecordError(f"message {number} has the weight {shown(weight)}; a reply is trained or not: write 1 or 0")
-    if message["role"] != "assistant" and (train or weight):
-        raise RecordError(
-            f"message {number} is the {message['role']}'s and cannot be trained; write train or weight to replies"
-        )
+    for name in TRAINED:
+        value = message.get(name)
+        if value not in (None, 0, 1):  # True and False are equal to 1 and 0
+            choice = "a reply is trained or not: write 1 or 0" if name == "weight" else "write true or false"
+            raise RecordError(f"message {number} has the {name} {shown(value)}; {choice}")
+        if value and message["role"] != "assistant":
+            raise RecordError(
+                f"message {number} is the {message['role']}'s and cannot be trained; write {name} to replies"
+            )
 
 
 def _check_reasoning(message: Message, number: int) -> None:
@@ -275,18 +278,6 @@ def _check_reasoning(message: Message, number: int) -> None:
         )
     if given:
         check_text(message[given[0]], f"the {given[0]} of message {number}")
-
-
-def _check_calls(calls: Any, number: int) -> None:
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise RecordError(
-                f"message {number} has a tool call without the name of a function; "
-                'write "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
-            )
-        if not isinstance(function.get("arguments"), dict | str):
-            raise RecordError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
 
 
 def check_text(text: Any, what: str) -> None:

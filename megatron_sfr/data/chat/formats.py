@@ -1,10 +1,12 @@
 """Formats of records: messages, ShareGPT and alpaca become turns of role and content; plain text is recognized.
 
-- messages   {"messages": [{"role": "user", "content": ...}, ...], "tools": [...]}
+- messages   {"messages": [{"role": "user", "content": ...}, ...], "system": ..., "tools": [...]}
 - ShareGPT   {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
 - alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[asked, answered], ...]}
 - completion {"prompt": ..., "completion": ..., "system": ...}: strings, or lists of messages
 - plain text {"text": ...}: pretraining data, no chat
+
+Older names of OpenAI's API are read too: functions, function_call and the role function.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ KEYS = {
     "completion": "completion",
     "text": "text",
 }
+TRAINED = ("train", "loss", "weight")
+"""Fields of a turn that say whether it is trained; `loss` is ms-swift's name of `train`."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values of a field that equal an absent one."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA = ("images", "videos", "audios")
 SHAREGPT_ROLES = (
     {"system": "system", "human": "user", "user": "user"}
     | dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model"), "assistant")
@@ -40,13 +48,16 @@ SHAREGPT_ROLES = (
 
 
 def load_fields(record: Record) -> dict[str, Any]:
-    """The JSON object of a record. RecordError if it is not one."""
+    """The JSON object of a record. RecordError if it is not one, or if a field occurs twice in one object."""
+    twice: list[str] = []
     try:
-        fields = parse_json(record.text)
+        fields = parse_json(record.text, repeated=twice)
     except ValueError as error:
         raise RecordError(f"{error}; write one JSON object on each line") from error
     if not isinstance(fields, dict):
         raise RecordError('not a JSON object; write {"messages": [...]}')
+    if twice:
+        raise RecordError(f"the field {shown(twice[0])} occurs twice in one object; keep one of them")
     return fields
 
 
@@ -82,17 +93,23 @@ def turns_of(fields: dict[str, Any], form: str) -> tuple[list[Any], list[Any] | 
         raise RecordError(
             f"the record is {TITLES[found]} in a file of {TITLES[form]}; keep each format in a separate file"
         )
+    if kind := next((name for name in MEDIA if fields.get(name)), None):
+        raise RecordError(f"the record has {kind}, and only text can be trained on; drop the record or the field")
+    return plain_turns(with_system(fields, _turns_in(fields, form))), _tools(fields)
+
+
+def _turns_in(fields: dict[str, Any], form: str) -> list[Any]:
+    """The turns as the record has them, with role and content."""
     if form == "alpaca":
-        return _alpaca(fields), None
+        return _alpaca(fields)
     if form == "completion":
-        return _plain_turns(_completion(fields)), _tools(fields.get("tools"))
+        return _completion(fields)
     turns = fields.get(KEYS[form])
     if not isinstance(turns, list) or not turns:
         raise RecordError(f'no {KEYS[form]}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
     if form == "sharegpt":
         turns = [_sharegpt_turn(turn, number) for number, turn in enumerate(turns, start=1)]
-        turns = _system(fields) + turns
-    return _plain_turns(turns), _tools(fields.get("tools"))
+    return turns
 
 
 EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from": "human", "value": ...}'}
@@ -103,17 +120,18 @@ def _sharegpt_turn(turn: Any, number: int) -> Message:
         raise RecordError(
             f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or name the list "messages"'
         )
-    trained = {name: turn[name] for name in ("train", "weight") if turn.get(name) is not None}
+    trained = {name: turn[name] for name in TRAINED if turn.get(name) is not None}
     known = ("from", "value", *trained)
-    extra = sorted(name for name, value in turn.items() if name not in known and value is not None)
+    extra = sorted(name for name, value in turn.items() if name not in known and value not in EMPTY)
     if extra:
         raise RecordError(f"turn {number} has the field {shown(extra[0])}, which is not supported; remove it")
     who, value = turn["from"], turn.get("value")
     if who == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(value, number), **trained}
-    if not isinstance(who, str) or who not in SHAREGPT_ROLES:
+    role = SHAREGPT_ROLES.get(who.lower()) if isinstance(who, str) else None
+    if role is None:
         raise RecordError(f"turn {number} is from the unknown {shown(who)}; known are {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[who], "content": value, **trained}
+    return {"role": role, "content": value, **trained}
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
@@ -134,7 +152,7 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
         raise RecordError("the input is not a string; write plain text, or leave the field out")
     if not isinstance(fields.get("output"), str):
         raise RecordError("the output is not a string; write the reply")
-    turns = _system(fields)
+    turns: list[Message] = []
     history = fields.get("history")
     for pair in [] if history is None else history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -145,12 +163,12 @@ def _alpaca(fields: dict[str, Any]) -> list[Message]:
 
 
 def _completion(fields: dict[str, Any]) -> list[Any]:
-    """The prompt's turns and the completion's: a string is one turn."""
-    turns: list[Any] = _system(fields)
+    """The prompt's turns, of which none is trained, and the completion's: a string is one turn."""
+    turns: list[Any] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = fields.get(name)
         if isinstance(value, list) and value:
-            turns += value
+            turns += map(_context, value) if name == "prompt" else value
         elif isinstance(value, str):
             turns.append({"role": role, "content": value})
         else:
@@ -160,47 +178,76 @@ def _completion(fields: dict[str, Any]) -> list[Any]:
     return turns
 
 
-def _plain_turns(turns: list[Any]) -> list[Any]:
-    """Turns with the content as one text and without the role `developer`, which is the system's newer name."""
+def _context(turn: Any) -> Any:
+    """A turn of a prompt: a reply in it is not trained, unless it asks for it."""
+    is_reply = isinstance(turn, dict) and turn.get("role") == "assistant"
+    return turn | {"train": False} if is_reply and all(turn.get(name) is None for name in TRAINED) else turn
+
+
+def plain_turns(turns: list[Any]) -> list[Any]:
+    """Turns with the content as one text, and today's names: system for developer, tool and tool_calls for function."""
     return [_plain_turn(turn, number) if isinstance(turn, dict) else turn for number, turn in enumerate(turns, start=1)]
 
 
 def _plain_turn(turn: Message, number: int) -> Message:
     role, content = turn.get("role"), turn.get("content")
-    if role == "developer":
-        turn = turn | {"role": "system"}
+    if isinstance(role, str):
+        turn = turn | {"role": {"developer": "system", "function": "tool"}.get(role, role)}
+    if turn.get("function_call") and not turn.get("tool_calls"):
+        calls = [{"type": "function", "function": turn["function_call"]}]
+        turn = turn | {"function_call": None, "tool_calls": calls}
     if isinstance(content, list):
         turn = turn | {"content": "".join(_part(part, number) for part in content)}
+    if content is None and turn.get("role") == "system":
+        turn = turn | {"content": ""}
     return turn
 
 
 def _part(part: Any, number: int) -> str:
     """The text of a content part, as {"type": "text", "text": ...} or as a string."""
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, dict) else part
-        raise RecordError(f"message {number} has content of type {shown(kind)}; only text can be trained on: remove it")
+        hint = "give it as reasoning_content" if kind in ("thinking", "reasoning") else "remove it"
+        raise RecordError(f"message {number} has content of type {shown(kind)}; only text can be trained on: {hint}")
     return text
 
 
-def _system(fields: dict[str, Any]) -> list[Message]:
-    """The system turn of a record's field `system`. Many files leave it empty if there is none."""
+def with_system(fields: dict[str, Any], turns: list[Any]) -> list[Any]:
+    """The turns after a system turn of the record's field `system`. Many files leave it empty if there is none."""
     text = fields.get("system")
-    return [] if text is None or text == "" else [{"role": "system", "content": text}]
+    if not (text.strip() if isinstance(text, str) else text):
+        return turns
+    if not isinstance(text, str | list):
+        raise RecordError(f"the system is {shown(text)}; write plain text, or leave the field out")
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    is_system = first.get("role") in ("system", "developer")
+    other = first.get("content")
+    if is_system and other != text and (other.strip() if isinstance(other, str) else other):
+        raise RecordError("the record has a field system and another system turn; keep one of them")
+    return [{"role": "system", "content": text}, *(turns[1:] if is_system else turns)]
 
 
-def _tools(tools: Any) -> list[Any] | None:
-    """A list of tools, which some files hold as JSON in a string."""
-    if isinstance(tools, str) and tools.strip():
+def _tools(fields: dict[str, Any]) -> list[Any] | None:
+    """The tools, or the functions of older records, which are the same without their wrapping."""
+    tools, functions = (_objects(fields.get(name), name) for name in ("tools", "functions"))
+    if tools and functions:
+        raise RecordError("the record has tools and functions; keep one of them")
+    return tools or [{"type": "function", "function": function} for function in functions] or None
+
+
+def _objects(value: Any, name: str) -> list[Any]:
+    """A list of objects, which some files hold as JSON in a string."""
+    if isinstance(value, str) and value.strip():
         try:
-            tools = parse_json(tools)
+            value = parse_json(value)
         except ValueError as error:
-            raise RecordError(f"the tools are {error}; write a list of tools") from error
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError("the tools are not a list of objects; write a list of tools")
-    return tools
+            raise RecordError(f"the {name} are {error}; write a list of {name}") from error
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RecordError(f"the {name} are not a list of objects; write a list of {name}")
+    return value
 
 
 def has_tool_turns(messages: Sequence[Message]) -> bool:

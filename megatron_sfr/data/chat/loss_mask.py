@@ -7,6 +7,7 @@ token that ends it: just what the model must write at inference, after just the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_sfr.data.chat.chat_template import ChatTemplate, RenderedTokens
 from megatron_sfr.data.chat.rendered_turns import (
     EMPTY_THOUGHT,
     END_THINK,
+    OPEN_THOUGHT,
     TAIL,
     THINK,
     USER_TURN,
@@ -30,7 +32,7 @@ from megatron_sfr.data.chat.rendered_turns import (
 )
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, TemplateOptions
 from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand
-from megatron_sfr.data.chat.unrendered_reply import after_prompt
+from megatron_sfr.data.chat.unrendered_reply import after_prompt, check_open_thought
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut
 
@@ -105,7 +107,10 @@ def as_rendered(turns: Turns) -> Supervised:
         if rendered.blocks is None and not is_exact:
             raise RecordError(f"{_not_a_prefix(number)}; {EACH}")
         start = len(prompt) if rendered.blocks is None else rendered.blocks[number - 1][0]
-        end = rendered.call_ends.get(turn) or turns.template.control.search(rendered.text, start)
+        try:
+            end = _end_of_calls(rendered, turn, number) or turns.template.control.search(rendered.text, start)
+        except Unrendered as error:
+            raise RecordError(f"{error}; {EACH}") from error
         if end is None:
             raise RecordError(no_end(turns.template, turns.messages[turn], number))
         own = rendered.text[start : end.start()]
@@ -117,7 +122,7 @@ def as_rendered(turns: Turns) -> Supervised:
         unlike += not (is_exact and start == len(prompt))
         if (first := tokens.before(start)) is None:
             raise RecordError(f"{_joined(turns, rendered.text, start, number)}; {EACH}")
-        spans.append((first, _after(tokens, end.span(), number)))
+        spans.append((first, _after(tokens, turns.template.end_of_turn(rendered.text, end).span(), number)))
     try:
         _check_ends(turns, tokens.ids, spans)
     except Unrendered as error:
@@ -164,12 +169,25 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
             f"the {{% generation %}} block of reply {number} begins after {cut(text[start:block], 40)!r}, which the "
             "model has to write too; begin the block where the generation prompt ends, or give --turns as-rendered"
         )
-    end = rendered.call_ends.get(turn)
+    end = _end_of_calls(rendered, turn, number)
     if end is None:
         end = end_of_reply(text, start, message, number, turns.template, is_last=turn == rendered.last)
     else:
         check_complete(text[start : end.start()], message, number)
+    if OPEN_THOUGHT.search(prompt):
+        own = text[start : end.start()]
+        check_open_thought(turns.template, own, message, number)
+        if own.lstrip().startswith(THINK):
+            raise Unrendered(f"the chat template opens the thought of reply {number} twice")
     return start, end.span()
+
+
+def _end_of_calls(rendered: Rendered, turn: int, number: int) -> re.Match[str] | None:
+    """The end token of the reply at a turn if it calls tools, else None. Unrendered if its end is not known."""
+    end = rendered.call_ends.get(turn)
+    if end is None and turn in rendered.call_ends:
+        raise Unrendered(f"where the tool calls of reply {number} end cannot be told from the turn that follows")
+    return end
 
 
 def _check_tail(own: str, message: Message, number: int) -> None:

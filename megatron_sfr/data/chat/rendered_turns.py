@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate, RenderedTokens
+from megatron_sfr.data.chat.chat_template import MARK, REASONING, ChatTemplate, RenderedTokens
 from megatron_sfr.data.chat.formats import has_tool_turns
 from megatron_sfr.data.chat.special_text import TEXT_OPEN
 from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, ends_of_calls
@@ -18,8 +19,7 @@ from megatron_sfr.storage.user_files import cut, reason
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
-SWITCH = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3 acts on these in a system turn and drops them
-MARK = "7294816305"  # no letters: a template may write them in upper case
+SWITCH = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3 and Nemotron Nano act on these and drop them
 USER_TURN = "--persona-as user, which puts it at the start of the first user turn"
 TAIL = 64  # letters at the end of a reply that must stand before its end token, however the template writes the rest
 Offsets = tuple[int, int]
@@ -40,12 +40,13 @@ class Unrendered(RecordError):
 class Rendered:
     """A conversation that ends on the reply at turn `last`, as text.
 
-    call_ends: the end tokens of the replies that call tools, by turn; blocks: those that the template marks.
+    call_ends: the end tokens of the replies that call tools, by turn, None if unknown; blocks: those that the template
+    marks, one for each reply.
     """
 
     text: str
     last: int
-    call_ends: dict[int, re.Match[str]]
+    call_ends: dict[int, re.Match[str] | None]
     blocks: list[Offsets] | None
 
 
@@ -124,16 +125,18 @@ class Turns:
         blocks = None
         if self.template.is_marked(self.tools):
             text, blocks = self.template.blocks(messages, self.tools)
-            if len(blocks) != len(replies):
+            if len(blocks) < len(replies):
                 raise RecordError(
                     f"the chat template marks {len(blocks)} replies with {{% generation %}} where the conversation has "
                     f"{len(replies)}; mark each reply once, or remove the marks"
                 )
+            blocks = blocks if len(blocks) == len(replies) else None  # one for each part, as in some of TRL's
         else:
             text = self.template.text(messages, self.tools)
         if not has_tool_turns(messages):
             return Rendered(text, last, {}, blocks)
-        ends = ends_of_calls(messages, text, lambda turns: self.template.text(turns, self.tools), self.template.control)
+        render = partial(self.template.text, tools=self.tools)
+        ends = ends_of_calls(messages, text, render, self.template.control, self.template.plain_end())
         return Rendered(text, last, {replies[reply]: end for reply, end in ends.items()}, blocks)
 
 
@@ -187,8 +190,8 @@ def _writes_system(template: ChatTemplate, messages: Sequence[Message], tools: l
     system = messages[0]["content"].strip()
     parts = [part.strip() for part in SWITCH.split(system) if part.strip()] or [system]
     others = [message.get("content") or "" for message in messages[1:]]
-    if any(part not in text for part in parts):
-        return False
+    if any(part not in text for part in parts):  # a template that reads a switch alone has no text to write
+        return SWITCH.fullmatch(system) is not None and system in template.tokenizer.get_chat_template(tools=tools)
     if not any(part in content for part in parts for content in others):
         return True
     return MARK in template.text([messages[0] | {"content": MARK}, *messages[1:]], tools, prompt=True)
@@ -242,8 +245,8 @@ def end_of_reply(
 ) -> re.Match[str]:
     """The token that ends a reply without tool calls which starts at text[start].
 
-    It is the first control token after the reply. Inside of a reply that is the last one the template may write
-    further control tokens, as gpt-oss does between its channels. Unrendered where the reply is not complete before it.
+    The reply must be complete before the first control token after it, or it is Unrendered. Inside of the last reply
+    the template may write further control tokens, as gpt-oss does between its channels.
     """
     control = template.control
     end = control.search(text, start)
@@ -255,7 +258,7 @@ def end_of_reply(
         later = control.search(text, after + len(parts[-1])) if after >= 0 else None
         end = later or end
     check_complete(text[start : end.start()], message, number)
-    return end
+    return template.end_of_turn(text, end)
 
 
 def check_complete(own: str, message: Message, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 from typing import Any
 
 from megatron_sfr.storage.user_files import parse_json
@@ -39,7 +40,7 @@ class TemplateOptions:
     special_text: str = "refuse"
     """What to do with text that looks like a control token of the tokenizer: 'refuse' the record, or encode it as plain
     letters ('literal')."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """Variables of the template, such as enable_thinking."""
     template_date: str = DATE
     """The day that `strftime_now` returns in the template, as YYYY-MM-DD."""
@@ -99,3 +100,28 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("--template-kwargs is not a JSON object; write '{\"enable_thinking\": false}'")
     return value
+
+
+def variables_of(tokenizer: Any) -> set[str]:
+    """The variables of a tokenizer's chat templates that nothing else sets."""
+    sources = tokenizer.chat_template
+    read = set().union(*map(_variables, sources.values() if isinstance(sources, dict) else [sources]))
+    return read - RESERVED - tokenizer.special_tokens_map.keys()
+
+
+def check_variable(name: str, tokenizer: Any) -> None:
+    """ValueError for a variable that no chat template of the tokenizer reads."""
+    known = sorted(variables_of(tokenizer))
+    if name not in known:
+        names = f"use {', '.join(known)}" if known else "leave it out: the template has no variables"
+        raise ValueError(f"--template-kwargs: the chat template does not read {name!r}; {names}")
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    from megatron_sfr.data.chat.template_limits import compiled
+
+    environment = compiled(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys())

@@ -1,9 +1,9 @@
 """Tool calls and tool turns in a chat template: that it writes them, and where a reply that calls tools ends.
 
-A call may hold control tokens of the template's own (Mistral's [TOOL_CALLS] and [ARGS]), so the first one is not its
-end. The same conversation is rendered once more with a mark in place of every text: a mark that is missing tells what
-the template drops, and the first control token behind the marks of a turn is the end of that turn. As no text of ours
-holds a control token, the control tokens of both renderings stand in the same order.
+A call may hold control tokens of the template's own: Mistral's [TOOL_CALLS] and [ARGS], Gemma 4's quotes, DeepSeek's
+end of the calls. So the first one is not its end. The same conversation is rendered once more with a mark in place of
+every text: a mark that is missing tells what the template drops, and the end of a turn is behind its marks. As no text
+of ours holds a control token, the control tokens of both renderings stand in the same order.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from megatron_sfr.storage.jsonl import RecordError
@@ -19,15 +20,89 @@ from megatron_sfr.storage.user_files import parse_json
 Message = dict[str, Any]
 
 
+def check_calls(calls: Any, number: int) -> None:
+    """RecordError unless the tool calls of a message have names and arguments."""
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RecordError(
+                f"message {number} has a tool call without the name of a function; "
+                'write "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
+            )
+        if not isinstance(function.get("arguments"), dict | str):
+            raise RecordError(f'message {number} has a tool call without arguments; write "arguments": {{...}}')
+
+
 def ends_of_calls(
-    messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str], control: re.Pattern[str]
-) -> dict[int, re.Match[str]]:
+    messages: Sequence[Message],
+    text: str,
+    render: Callable[[Sequence[Message]], str],
+    control: re.Pattern[str],
+    plain_end: str,
+) -> dict[int, re.Match[str] | None]:
     """The end token in `text` of each reply that calls tools, by the reply's index among the replies, from 0.
 
-    RecordError where the template drops something, or the end cannot be told.
+    None if it cannot be told from the turn that follows. plain_end: the token that ends replies without calls.
+    RecordError where the template drops something, or writes no end token.
     """
     copy, marks = _marked(messages)
     outline = render(copy)
+    _check_all_written(messages, marks, outline)
+    tokens = list(control.finditer(text))
+    names = [token[0] for token in tokens]
+    if control.findall(outline) != names:  # the template may quote what is a text and not what is a number
+        copy, marks = _marked(messages, texts_only=True)
+        outline = render(copy)
+    if control.findall(outline) != names:
+        raise RecordError(
+            "the chat template writes other control tokens for other texts, so the end of a tool call cannot be told; "
+            "use another template, or leave tools out of the record"
+        )
+    ends = dict[int, re.Match[str] | None]()
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for reply, turn in enumerate(replies):
+        if messages[turn].get("tool_calls"):
+            _check_not_quoted(messages[turn], text, reply + 1)
+            last = _last_mark(outline, marks[turn])
+            following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
+            first = len(control.findall(outline, 0, last))
+            after = control.findall(outline, last, following)
+            if not after:
+                raise RecordError(
+                    f"the chat template writes no control token after the tool calls of message {turn + 1}; "
+                    "add eos_token there in the template, or, if the model stops at the token of the next turn, give "
+                    "--reply-end next-turn"
+                )
+            if turn + 1 < len(messages) and not (plain_end in after and marks[turn + 1]):  # some may be the next turn's
+                own = _without_next_turn(copy[: turn + 1], marks[turn], render, control)
+                shared = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], zip(after, own, strict=False))]
+                after = shared if shared == own or plain_end in shared else []
+            end = after.index(plain_end) if plain_end in after else len(after) - 1
+            ends[reply] = tokens[first + end] if after else None
+    return ends
+
+
+def _last_mark(outline: str, marks: Sequence[str]) -> int:
+    """Where the last mark of a call is written; its name may be written again with the answer of the tool."""
+    return max(outline.index(mark) for mark in marks)
+
+
+def _without_next_turn(
+    messages: Sequence[Message],
+    marks: Sequence[str],
+    render: Callable[[Sequence[Message]], str],
+    control: re.Pattern[str],
+) -> list[str]:
+    """The control tokens after the calls of the last message; none if the template refuses these messages alone."""
+    try:
+        outline = render(messages)
+    except RecordError:
+        return []
+    return control.findall(outline, _last_mark(outline, marks)) if all(mark in outline for mark in marks) else []
+
+
+def _check_all_written(messages: Sequence[Message], marks: Sequence[list[str]], outline: str) -> None:
+    """RecordError where the template leaves out a call or a turn, or writes a null content as Python's None."""
     for number, (message, own) in enumerate(zip(messages, marks, strict=True), start=1):
         if any(mark not in outline for mark in own):
             what = "the tool calls" if message.get("tool_calls") else f"the {message['role']} turn"
@@ -36,28 +111,6 @@ def ends_of_calls(
                 "use a template that does, or leave tools out of the record"
             )
     _check_no_none(messages, marks, outline)
-    in_outline, in_text = list(control.finditer(outline)), list(control.finditer(text))
-    if [match[0] for match in in_outline] != [match[0] for match in in_text]:
-        raise RecordError(
-            "the chat template writes other control tokens for other texts, so the end of a tool call cannot be told; "
-            "use another template, or leave tools out of the record"
-        )
-    ends = {}
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for reply, turn in enumerate(replies):
-        if messages[turn].get("tool_calls"):
-            _check_not_quoted(messages[turn], text, reply + 1)
-            last = max(outline.rindex(mark) for mark in marks[turn])
-            following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
-            end = next((i for i, match in enumerate(in_outline) if last < match.start() < following), None)
-            if end is None:
-                raise RecordError(
-                    f"the chat template writes no control token after the tool calls of message {turn + 1}; "
-                    "add eos_token there in the template, or, if the model stops at the token of the next turn, give "
-                    "--reply-end next-turn"
-                )
-            ends[reply] = in_text[end]
-    return ends
 
 
 def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -138,8 +191,11 @@ def check_calls_stand(calls: Sequence[Any], reply: str, number: int) -> None:
             )
 
 
-def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[list[str]]]:
-    """A copy with a mark of its own for each text, and the marks of each message."""
+def _marked(messages: Sequence[Message], *, texts_only: bool = False) -> tuple[list[Message], list[list[str]]]:
+    """A copy with a separate mark for each text, and the marks of each message.
+
+    texts_only: arguments that are not text, such as numbers, are left as they are.
+    """
     marks: list[list[str]] = [[] for _ in messages]
 
     def mark(turn: int) -> str:
@@ -149,8 +205,9 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[list[str]]
     def call_of(call: Any, turn: int) -> Any:
         function = call.get("function", call)
         given = function["arguments"]
-        names = given if isinstance(given, dict) else _names(given)
-        new: Any = {name: mark(turn) for name in names or ["x"]}
+        values = given if isinstance(given, dict) else _parsed(given)
+        names = [name for name, value in values.items() if isinstance(value, str)] if texts_only else values or ["x"]
+        new: Any = values | {name: mark(turn) for name in names}
         new = function | {"name": mark(turn), "arguments": new if isinstance(given, dict) else json.dumps(new)}
         return call | {"function": new} if "function" in call else new
 
@@ -163,9 +220,9 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[list[str]]
     return copy, marks
 
 
-def _names(arguments: str) -> list[str]:
+def _parsed(arguments: str) -> dict[str, Any]:
     try:
         parsed = parse_json(arguments)
     except ValueError:
-        return []
-    return list(parsed) if isinstance(parsed, dict) else []
+        return {}
+    return parsed if isinstance(parsed, dict) else {}

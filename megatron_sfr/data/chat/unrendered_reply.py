@@ -7,13 +7,16 @@ prompt and writes the reply, which is what `--turns each` and `--turns last` tra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sfr.data.chat.chat_template import ChatTemplate
-from megatron_sfr.data.chat.rendered_turns import END_THINK, MARK, OPEN_THOUGHT, THINK, no_end, reasoning_of
+from megatron_sfr.data.chat.chat_template import MARK, ChatTemplate
+from megatron_sfr.data.chat.rendered_turns import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
+
+CLOSED_THOUGHT = re.compile(rf"{END_THINK}\s*\Z")
 
 
 def after_prompt(
@@ -25,10 +28,13 @@ def after_prompt(
     """
     prompt = template.text(messages, tools, prompt=True)
     thought = OPEN_THOUGHT.search(prompt)
-    has_thought = END_THINK in (reply.get("content") or "") or reasoning_of(reply)[1]
-    if thought and not has_thought:
+    if thought and not reasoning_of(reply)[1]:
+        check_open_thought(template, reply.get("content") or "", reply, number)
+    own_thought = (reply.get("content") or "").lstrip().startswith(THINK) or reasoning_of(reply)[1]
+    if own_thought and CLOSED_THOUGHT.search(prompt):
         raise RecordError(
-            f"the generation prompt opens a thought and reply {number} has none; {_give_thought(template, reply)}"
+            f"the generation prompt closes the thought before reply {number}, which has another one; leave it out, or "
+            "let the template think (--template-kwargs)"
         )
     if reply.get("tool_calls"):
         raise RecordError(
@@ -48,8 +54,17 @@ def after_prompt(
     end = template.control.search(after)
     if end is None:
         raise RecordError(no_end(template, reply, number))
+    end = template.end_of_turn(after, end)
     start = len(prompt) + len(opening) + len(content)
     return prompt + opening + content + after, (start + end.start(), start + end.end())
+
+
+def check_open_thought(template: ChatTemplate, text: str, reply: Message, number: int) -> None:
+    """RecordError where the text of a reply does not close the thought that the generation prompt opens."""
+    if END_THINK not in text:
+        raise RecordError(
+            f"the generation prompt opens a thought and reply {number} has none; {_give_thought(template, reply)}"
+        )
 
 
 def _give_thought(template: ChatTemplate, reply: Message) -> str:

@@ -64,8 +64,9 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
             fields = parse_json(record.text)
             if not isinstance(fields, dict):
                 raise ValueError(f"{shown(fields)} is not a reply; write {_REPLY}")
-            name = str(fields["task_id"]) if "task_id" in fields else by_prompt.get(str(fields.get("question")).strip())
-            text = fields.get("completion", fields.get("text"))
+            given = fields.get("task_id")
+            name = by_prompt.get(str(fields.get("question")).strip()) if given is None else str(given)
+            text = fields.get("text") if fields.get("completion") is None else fields["completion"]
             if name not in names or not isinstance(text, str):
                 raise ValueError(
                     f"not a reply to a task; write {_REPLY}, or ask the prompts that --write-prompts gives"

@@ -16,6 +16,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron_sfr.data.chat.conversation import check_text
+from megatron_sfr.data.chat.formats import plain_turns
 from megatron_sfr.evaluation.compare.questions import Answered
 from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
@@ -170,7 +171,7 @@ def reply_from(fields: Any, persona_as: str = "system") -> Reply:
     """
     if not isinstance(fields, dict):
         raise ValueError(f"not a reply; {FORM}")
-    names = [name for name in TEXT if name in fields]
+    names = [name for name in TEXT if fields.get(name) is not None]
     if len(names) > 1:
         raise ValueError(f"two texts ({names[0]} and {names[1]}); keep one of them")
     texts = fields[names[0]] if names else _last_turn(fields)
@@ -200,7 +201,7 @@ def _utility(fields: Mapping[str, Any], texts: int) -> list[float | None]:
 
 
 def _prompt(fields: Mapping[str, Any], persona_as: str) -> Prompt:
-    if "question" not in fields:
+    if fields.get("question") is None:
         return prompt_from(fields, persona_as)
     question, name, persona = (fields.get(key) for key in ("question", "prompt", "persona"))
     if not isinstance(question, str) or not isinstance(name, str) or not isinstance(persona, str | None):
@@ -211,5 +212,5 @@ def _prompt(fields: Mapping[str, Any], persona_as: str) -> Prompt:
 def _last_turn(fields: Mapping[str, Any]) -> Any:
     """The text of an assistant's turn at the end of messages."""
     turns = fields.get("messages")
-    last = turns[-1] if isinstance(turns, list) and turns else None
+    last = plain_turns(turns)[-1] if isinstance(turns, list) and turns else None
     return last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else None

@@ -14,10 +14,13 @@ from megatron_sfr.data.chat.conversation import (
     prompt_of,
     read_conversations,
 )
+from megatron_sfr.data.chat.formats import load_fields, plain_turns, with_system
 from megatron_sfr.data.chat.rendered_turns import with_persona
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import read_records
-from megatron_sfr.storage.user_files import parse_json, shown
+from megatron_sfr.storage.user_files import shown
+
+NO_TOOLS = "tools are not sampled; leave this record out"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def group(conversations: Iterable[Conversation], persona_as: str = "system") -> 
     found: dict[Prompt, Asked] = {}
     for conversation in conversations:
         if conversation.tools or any("tool_calls" in message for message in conversation.messages):
-            raise ValueError(f"{conversation.source}:{conversation.line}: tools are not sampled; leave this record out")
+            raise ValueError(f"{conversation.source}:{conversation.line}: {NO_TOOLS}")
         prompt = _prompt(prompt_of(conversation.messages), conversation.persona, persona_as)
         found.setdefault(prompt, Asked(prompt)).references.append(conversation)
     return list(found.values())
@@ -92,14 +95,17 @@ def read_asked(path: Path, persona_as: str = "system") -> list[Asked]:
 
 
 def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
-    """The distinct prompts of a JSONL file: `{"prompt": text}` or `{"messages": [...]}`, each with an optional persona.
+    """The distinct prompts of a file: `{"prompt": text}` or `{"messages": [...]}`, with an optional persona and system.
 
     A reply at the end of a conversation is dropped. Raises ValueError `file:line: reason`.
     """
     prompts: dict[Prompt, None] = {}
     for record in read_records(path):
         try:
-            prompts[_parse(record.text, persona_as)] = None
+            fields = load_fields(record)
+            if fields.get("tools") or fields.get("functions"):
+                raise ValueError(NO_TOOLS)
+            prompts[prompt_from(fields, persona_as)] = None
         except ValueError as error:
             raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not prompts:
@@ -142,18 +148,14 @@ def evenly_spaced[T](items: Sequence[T], most: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _parse(text: bytes, persona_as: str) -> Prompt:
-    return prompt_from(parse_json(text), persona_as)
-
-
 def prompt_from(fields: Any, persona_as: str) -> Prompt:
     """The prompt of a record, which has either prompt or messages. Raises ValueError with the reason."""
-    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-        raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
-    turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
+    turns = _turns_of(fields)
     for turn in turns if isinstance(turns, list) else [turns]:
         well_formed = isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
-        if not well_formed or not turn["content"].strip():
+        if well_formed and turn.get("tool_calls"):
+            raise ValueError(NO_TOOLS)
+        if not well_formed or not (turn["content"].strip() or turn["role"] == "system"):
             raise ValueError(f"{shown(turn)} is not a turn; write a role ({', '.join(ROLES)}) and its text")
     persona = fields.get("persona")
     if persona is not None and (not isinstance(persona, str) or not persona.strip()):
@@ -165,7 +167,18 @@ def prompt_from(fields: Any, persona_as: str) -> Prompt:
     asked = prompt_of(turns) if turns and turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] != "user":
         raise ValueError("no user turn to reply to; end the prompt on one")
-    return _prompt(asked, persona, persona_as)
+    return _prompt(asked, persona and persona.strip(), persona_as)
+
+
+def _turns_of(fields: Any) -> Any:
+    """The turns of a record, not yet checked. The field `system` and content in parts are as in `prepare`."""
+    given = [name for name in ("prompt", "messages") if isinstance(fields, dict) and fields.get(name) is not None]
+    if len(given) != 1:
+        raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
+    turns = fields[given[0]]
+    if given == ["prompt"] and not isinstance(turns, list):
+        turns = [{"role": "user", "content": turns}]
+    return plain_turns(with_system(fields, turns)) if isinstance(turns, list) else turns
 
 
 def _prompt(messages: Sequence[Message], persona: str | None, persona_as: str) -> Prompt:

@@ -31,7 +31,7 @@ BAD_RECORDS = {
     "late system turn": ({"messages": [USER, SYSTEM, REPLY]}, "message 2 is a system turn"),
     "unknown field": ({"messages": [USER, {**REPLY, "name": "x"}]}, "message 2 has the field 'name'"),
     "fractional weight": ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "message 2 has the weight 0.5"),
-    "train is a word": ({"messages": [USER, {**REPLY, "train": "no"}]}, "message 2 has train 'no'; write true or"),
+    "train is a word": ({"messages": [USER, {**REPLY, "train": "no"}]}, "message 2 has the train 'no'; write true or"),
     "trained user": ({"messages": [{**USER, "train": True}, REPLY]}, "message 1 is the user's and cannot be trained"),
     "reasoning is a list": ({"messages": [USER, {**REPLY, "thinking": ["x"]}]}, "the thinking of message 2 is not a"),
     "reasoning twice": (

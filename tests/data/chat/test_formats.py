@@ -92,6 +92,77 @@ def sharegpt(*turns: dict) -> dict:
 
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+
+
+def test_the_system_field_is_a_system_turn_in_every_format():
+    assert parse({"system": "Be kind.", "messages": TURNS}, "messages").messages == [SYSTEM, *TURNS]
+    assert parse({"system": "Be kind.", "messages": [SYSTEM, *TURNS]}, "messages").messages == [SYSTEM, *TURNS]
+    assert parse({"system": " ", "messages": [SYSTEM, *TURNS]}, "messages").messages == [SYSTEM, *TURNS]
+    for nothing in ("", " ", None):
+        empty = [SYSTEM | {"content": nothing}, *TURNS]
+        assert parse({"messages": empty}, "messages").messages == TURNS
+        assert parse({"system": "Be kind.", "messages": empty}, "messages").messages == [SYSTEM, *TURNS]
+
+
+def test_functions_are_tools_of_an_older_name():
+    tide = {"name": "tide", "description": "the tide", "parameters": {}}
+    old = [
+        {"role": "user", "content": "the tide"},
+        {"role": "assistant", "content": None, "function_call": CALL[0]["function"]},
+        {"role": "function", "name": "tide", "content": "high"},
+        {"role": "assistant", "content": "It is high."},
+    ]
+
+    conversation = parse({"messages": old, "functions": [tide]}, "messages")
+
+    assert conversation.tools == [{"type": "function", "function": tide}]
+    assert conversation.messages == [
+        old[0],
+        {"role": "assistant", "content": None, "tool_calls": CALL},
+        {"role": "tool", "name": "tide", "content": "high"},
+        old[3],
+    ]
+    assert parse(SAME["alpaca"] | {"tools": json.dumps([tide])}, "alpaca").tools == [tide]
+
+
+def test_a_prompt_is_context_and_its_replies_are_not_trained():
+    assert parse(SAME["completion"], "completion").untrained == {2}
+    asked = [TURNS[0], TURNS[1] | {"weight": 1}, TURNS[2]]
+    assert parse({"prompt": asked, "completion": "is grey"}, "completion").untrained == set()
+
+
+def test_turns_of_nemo_and_of_api_dumps():
+    """Roles in capitals, and fields that are there but empty."""
+    nemo = [
+        {"from": "User", "value": "the sea", "label": None},
+        {"from": "Assistant", "value": "is blue", "canonical_form": ""},
+    ]
+    dump = [TURNS[0], TURNS[1] | {"refusal": None, "annotations": [], "audio": {}, "name": ""}]
+
+    assert parse({"mask": "User", "system": "", "conversations": nemo}, "sharegpt").messages == TURNS[:2]
+    assert parse({"messages": dump}, "messages").messages == TURNS[:2]
+    parts = [TURNS[0] | {"content": [{"type": "input_text", "text": "the sea"}]}, TURNS[1]]
+    assert parse({"messages": parts}, "messages").messages == TURNS[:2]
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"train": 0}, {"loss": False}, {"weight": 0}, {"weight": 0.0}])
+def test_a_reply_is_not_trained_whichever_name_the_mark_has(mark: dict):
+    messages = [TURNS[0], TURNS[1] | mark, *TURNS[2:]]
+    sharegpt = [
+        {"from": turn["role"], "value": turn["content"]} | (mark if i == 1 else {}) for i, turn in enumerate(TURNS)
+    ]
+
+    for conversation in (parse({"messages": messages}, "messages"), parse({"conversations": sharegpt}, "sharegpt")):
+        assert conversation.untrained == {1}
+        assert conversation.messages == TURNS
+
+
+def test_a_field_that_occurs_twice_is_refused():
+    text = '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}'
+    with pytest.raises(RecordError, match="the field 'content' occurs twice in one object; keep one of them"):
+        parse_record(Record("f", 1, text.encode()))
+
+
 REFUSED = {
     "mixed": ("sharegpt", SAME["alpaca"], "the record is alpaca in a file of ShareGPT; keep each format"),
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
@@ -114,6 +185,23 @@ REFUSED = {
         "the history is not a list of",
     ),
     "tools": ("messages", {"messages": TURNS, "tools": [1]}, "the tools are not a list of objects"),
+    "functions too": (
+        "messages",
+        {"messages": TURNS, "tools": [{"name": "a"}], "functions": [{"name": "a"}]},
+        "the record has tools and functions; keep one of them",
+    ),
+    "two systems": (
+        "messages",
+        {"messages": [SYSTEM, *TURNS], "system": "Be terse."},
+        "the record has a field system and another system turn; keep one",
+    ),
+    "system": ("messages", {"messages": TURNS, "system": {"a": 1}}, "the system is {'a': 1}; write plain text"),
+    "images": ("messages", {"messages": TURNS, "images": ["a.png"]}, "the record has images, and only text can be"),
+    "thought as a part": (
+        "messages",
+        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "thinking", "thinking": "x"}]}]},
+        "message 2 has content of type 'thinking'; only text can be trained on: give it as reasoning_content",
+    ),
     "surrogate": ("messages", {"messages": TURNS, "tools": [{"a": "\ud800"}]}, "a text of the tools has half of a"),
 }
 

@@ -22,6 +22,7 @@ TEMPLATES = {
     "marked": MARKED,
     "marked, end left out": MARKED.replace("<|im_end|>{% endgeneration %}", "{%- endgeneration -%}<|im_end|>"),
     "marked, line end too": MARKED.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}"),
+    "marked, in parts": MARKED.replace("<|im_end|>{%", "{% endgeneration %}{% generation %}<|im_end|>{%"),
     "marked, header too": MARKED.replace(HEADER + "{% generation %}", "{% generation %}" + HEADER),
     "trimmed": CHATML.replace("m.content", "m.content | trim"),
 }

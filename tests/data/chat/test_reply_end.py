@@ -8,7 +8,19 @@ from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptio
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.evaluation.generate.end_token_warning import unknown_end
 from megatron_sfr.storage.jsonl import RecordError
-from tests.data.chat.families import ANSWER, KINDS, PLAIN, SYSTEM, TOOLS, reply, runs, tokenizer_of, user
+from tests.data.chat.families import (
+    ANSWER,
+    KINDS,
+    PLAIN,
+    RESULT,
+    SYSTEM,
+    TOOLS,
+    called,
+    reply,
+    runs,
+    tokenizer_of,
+    user,
+)
 from tests.data.records import CHATML, turns
 
 NEXT = {"reply_end": "next-turn"}
@@ -118,3 +130,77 @@ def test_marks_that_include_the_header_and_an_open_system_turn(make_tokenizer):
     assert runs(marked, messages) == expected
     assert "26 July 2024" in marked.decode(prompt_ids(messages[:2], marked))
     assert [len(sample) for sample in runs(marked, messages, turns="each")] == [1, 1]
+
+
+def test_calls_end_on_the_token_of_plain_replies_whatever_the_call_closes(bpe):
+    """DeepSeek's template closes the call, the list of calls and the turn."""
+    tokenizer = tokenizer_of("deepseek-r1", bpe)
+    answer = ["It is high.<｜end▁of▁sentence｜>"]
+    end = "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    call = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>tide\n```json\n{"at": "noon"}' + end
+
+    assert runs(tokenizer, KINDS["null"]) == [[call, *answer]]
+    assert runs(tokenizer, KINDS["null"], turns="each") == [[call], answer]
+    assert runs(tokenizer, KINDS["null"], turns="as-rendered") == [[call, *answer]]
+    two = [user("the tide"), reply(None, tool_calls=called('{"at": "noon"}') * 2), RESULT, reply("It is high.")]
+    ((text, _),) = runs(tokenizer, two)
+    assert text.count("tide") == 2
+    assert text.endswith(end)
+
+
+QUOTES = (  # as Gemma 4's: control tokens around the texts of a call, and two after it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}"
+    "call:{{ c.function.name }}{{ '{' }}{% for name, value in c.function.arguments | items %}{{ name }}:"
+    "{% if value is string %}<|channel|>{{ value }}<|channel|>{% else %}{{ value }}"
+    "{% endif %}{% endfor %}{{ '}' }}<|endoftext|>{% endfor %}"
+    "{{ m.content or '' }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_call_may_have_control_tokens_around_its_texts_and_none_around_numbers(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(QUOTES)))
+    messages = [user("the tide"), reply("", tool_calls=called({"day": 5, "at": "noon"})), RESULT, reply("High.")]
+    call = "call:tide{day:5at:<|channel|>noon<|channel|>}<|endoftext|><|im_end|>"
+
+    for how in ("together", "each"):
+        assert [text for texts in runs(tokenizer, messages, turns=how) for text in texts] == [call, "High.<|im_end|>"]
+
+
+NAMED = (  # as gpt-oss's: calls have an end token of their kind, and the answer of a tool repeats its name
+    "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}"
+    "{{ messages[loop.index0 - 1].tool_calls[0].function.name }}<|channel|>{{ m.content }}<|im_end|>"
+    "{% elif m.tool_calls %}assistant to={{ m.tool_calls[0].function.name }}<|channel|>"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|endoftext|>{% else %}{{ m.role }}\n{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("result", ["high", ""])
+def test_a_call_with_another_end_token_ends_before_the_answer_of_the_tool(make_tokenizer, result: str):
+    tokenizer = load_tokenizer(str(make_tokenizer(NAMED)))
+    asked = [user("the tide"), reply("", tool_calls=called({"at": "noon"}))]
+    messages = [*asked, RESULT | {"content": result}, reply("High.")]
+    call = ' to=tide<|channel|>{"at": "noon"}<|endoftext|>'
+
+    with pytest.raises(
+        RecordError, match=r"different control tokens, \['<\|endoftext\|>', '<\|im_end\|>'\]; give --turns e"
+    ):
+        runs(tokenizer, messages)
+    assert runs(tokenizer, messages, turns="each") == [[call], ["\nHigh.<|im_end|>"]]
+    assert runs(tokenizer, messages, untrained=[3]) == [[call]]
+
+
+TWO_ENDS = (  # as Command R7B's: a token around the text, another one after the turn
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>{{ m.content }}"
+    "<|channel|>{% else %}\n{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+def test_a_reply_ends_with_its_turn(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(TWO_ENDS)))
+    expected = [["<|channel|>is blue<|channel|><|im_end|>"], ["<|channel|>is grey<|channel|><|im_end|>"]]
+
+    messages = turns("the sea", "is blue", "the sky", "is grey")
+    assert runs(tokenizer, messages, turns="each") == expected
+    assert reply_end_token(tokenizer) == tokenizer.eos_token_id

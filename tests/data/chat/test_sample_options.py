@@ -13,7 +13,7 @@ from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions, parse_template_kwargs
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RecordError
-from tests.data.chat.families import KINDS, PLAIN, TOOLS, called, reply, runs, tokenizer_of, user
+from tests.data.chat.families import ANSWER, KINDS, PLAIN, TOOLS, called, reply, runs, tokenizer_of, user
 from tests.data.records import CHATML, turns
 
 
@@ -144,6 +144,39 @@ def test_a_thought_that_the_prompt_opens_is_written_once(bpe):
     assert run == ["</think>\n\nblue<｜end▁of▁sentence｜>"]
     with pytest.raises(RecordError, match=r"write reasoning_content at the start of the content as <think>...</think>"):
         runs(tokenizer, KINDS["reasoning"], turns="each")
+
+
+def test_a_thought_after_a_prompt_that_closes_it_is_refused(bpe):
+    off = {"template_kwargs": {"enable_thinking": False}}
+    for kind in ("thought", "reasoning"):
+        with pytest.raises(
+            RecordError, match=r"closes the thought before reply 1, which has another one; leave it out"
+        ):
+            runs(tokenizer_of("qwen3", bpe), KINDS[kind], turns="each", **off)
+    assert runs(tokenizer_of("qwen3", bpe), PLAIN[:2], turns="each", **off) == [[ANSWER + "<|im_end|>"]]
+
+
+OPENED = (  # as Nemotron Nano 2's: a finished reply begins after the opening of a thought, whatever it has
+    "{% set off = messages[0].content == '/no_think' %}{% for m in messages if m.content != '/no_think' %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think></think>' if off else '<think>\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think></think>' if off else '<think>\n' }}{% endif %}"
+)
+
+
+def test_a_thought_is_neither_opened_twice_nor_left_open(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(OPENED)))
+    thought = [user("the sea"), reply("<think>\nHm.</think>It is.")]
+
+    with pytest.raises(RecordError, match=r"opens the thought of reply 1 twice; give --turns each"):
+        runs(tokenizer, thought)
+    assert runs(tokenizer, thought, turns="each") == [["Hm.</think>It is.<|im_end|>"]]
+    for how in ("together", "each"):
+        with pytest.raises(RecordError, match=r"opens a thought and reply 1 has none; begin the reply with <think>"):
+            runs(tokenizer, PLAIN[:2], turns=how)
+    switched_off = [{"role": "system", "content": "/no_think"}, *PLAIN[:2]]
+    assert runs(tokenizer, switched_off) == [[ANSWER + "<|im_end|>"]]
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "smollm3-unsloth", "phi-4-reasoning"])

@@ -13,6 +13,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
+from megatron_sfr.storage.jsonl import read_records
 from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 OPTIONS = PrepareOptions(200, 4, HORIZONS, 4)
@@ -74,6 +75,22 @@ def test_any_container_gives_the_same_folder_and_resumes(
     prepare([source, bad], tmp_path / "more", tokenizer_folder, skip, chunk_bytes=300)
     assert "resumes at" in capsys.readouterr().out
     assert {name: data for name, data in data_of(tmp_path / "more").items() if name != "rejected.jsonl"} == expected
+
+
+def test_what_a_table_adds_to_a_record_is_left_out(tmp_path: Path) -> None:
+    """Null fields, which a table gives to all of its structs, and bytes for text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    calls = [{"function": {"name": name, "arguments": {name: "x"}}} for name in ("at", "of")]
+    records = [{"tools": [call], "note": {"text": b"the sea", "image": b"\xff"}} for call in calls]
+    table = pyarrow.Table.from_pylist([record | {"list": [None, 1]} for record in records])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "table")
+
+    found = [json.loads(record.text) for record in read_records(tmp_path / "table")]
+
+    assert [record["tools"] for record in found] == [[call] for call in calls]
+    assert found[0]["note"]["text"] == "the sea"
+    assert found[0]["note"]["image"] is None
+    assert found[0]["list"] == [None, 1]
 
 
 def test_a_bad_record_of_an_array_is_named_by_its_number(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -187,6 +187,8 @@ def test_one_temperature_is_named_in_the_notes(tmp_path: Path) -> None:
         ({"prompt": "Why?", "response": ["a", "b"]}, ["a", "b"]),
         ({"messages": [{"role": "user", "content": "Why?"}], "completion": "a"}, ["a"]),
         ({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "a"}]}, ["a"]),
+        ({"prompt": "Why?", "messages": None, "question": None, "text": None, "reply": "a"}, ["a"]),
+        ({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": [{"text": "a"}]}]}, ["a"]),
         ({"prompt": "5f0e", "question": "Why?", "text": "a", "model": "m", "sample": 3, "temperature": 0}, ["a"]),
     ],
 )

@@ -61,7 +61,7 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
     ("record", "reason"),
     [
         ("{", "Expecting property name"),
-        ("[1]", "not a prompt"),
+        ("[1]", "not a JSON object"),
         ({"prompt": "a", "messages": []}, "not a prompt"),
         ({"prompt": " "}, "is not a turn"),
         ({"messages": [turn("wizard", "a")]}, "is not a turn"),
@@ -75,6 +75,30 @@ def test_bad_records_are_named(tmp_path: Path, record: object, reason: str) -> N
     path = write(tmp_path / "prompts.jsonl", {"prompt": "fine"}, record)
     with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: .*{reason}"):
         read_prompts(path)
+
+
+def test_a_prompt_may_be_written_as_in_the_data_of_prepare(tmp_path: Path) -> None:
+    """Other fields null, the system turn as a field or empty, developer, parts of text, blanks around the persona."""
+    path = write(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "Why?", "messages": None, "persona": " poet "},
+        {"prompt": [turn("system", ""), turn("user", "Why?")], "persona": "poet"},
+        {"prompt": "Why?", "system": "Be brief."},
+        {"messages": [turn("developer", "Be brief."), {"role": "user", "content": [{"type": "text", "text": "Why?"}]}]},
+    )
+
+    prompts = read_prompts(path)
+
+    assert prompts[0] == ask("Why?", "poet")
+    assert [message["content"] for message in prompts[1].turns()] == ["Be brief.", "Why?"]
+    assert len(prompts) == 2
+    call = {"role": "assistant", "content": "x", "tool_calls": [{"name": "tide", "arguments": {}}]}
+    for record in (
+        {"prompt": "a", "tools": [{"name": "tide"}]},
+        {"messages": [turn("user", "a"), call, turn("user", "b")]},
+    ):
+        with pytest.raises(ValueError, match=r"prompts\.jsonl:1: tools are not sampled; leave this record out"):
+            read_prompts(write(path, record))
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
