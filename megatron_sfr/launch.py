@@ -67,7 +67,7 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, action="append", default=[])  # more recipes; later ones win
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
-    for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "split"):
+    for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "context_parallel_size", "split"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     for name in ("train_data_path", "data_path"):
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="*")
