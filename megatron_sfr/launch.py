@@ -69,7 +69,7 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     check_recipes(recipes, flags)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
-    for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "split"):
+    for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "context_parallel_size", "split"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     for name in ("train_data_path", "data_path"):
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="*")

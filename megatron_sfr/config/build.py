@@ -159,6 +159,7 @@ def forward_step(plan: RunPlan, data: DataProvider, lines: JsonLines | None = No
         lock_fork=LockFork(plan.lock_fork, plan.term.targets),
         chunk_tokens=plan.loss_chunk_tokens,
         personas=PersonaMetrics(lambda: data.groups, lines, get_wandb_writer),
+        divides_documents=plan.data.packing != "none" and args.context_parallel_size > 1,
     )
 
 

@@ -38,11 +38,22 @@ def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows
     if args.context_parallel_size == 1:
         return []
     local, what = args.transformer_impl == "local", "context_parallel_size above 1"
+    sizes = {args.micro_batch_size, args.eval_micro_batch_size} - {None, 1}
     return [
         (args.training_task == "kl-flow", f"{what} does not go with --training-task kl-flow yet: set it to 1"),
         (
-            option is not None and not local,
-            f"{what} with {option} and Transformer Engine needs conversations that are padded to equal parts, which "
-            "are not made yet: set context_parallel_size to 1",
+            option == "dataloader_inter_document_masking" and not local,
+            f"{what} with {option}: Transformer Engine divides each document into equal parts for the ranks, and "
+            f"Megatron's datasets cut documents at any token and do not pad them; leave {option} out, or set "
+            "context_parallel_size to 1",
+        ),
+        (
+            option == "sfr_packing" and sizes,
+            f"{option} with {what} takes one sequence at a time: set micro_batch_size and eval_micro_batch_size to 1",
+        ),
+        (
+            not local and args.window_size is not None and {"p2p", "a2a+p2p"} & set(args.cp_comm_type),
+            f"{what} with window_size: Transformer Engine has windows with cp_comm_type all_gather and a2a only, not "
+            "with p2p, the default: set one of them",
         ),
     ]

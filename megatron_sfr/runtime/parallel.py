@@ -52,14 +52,37 @@ def context_rank() -> int:
     return parallel_state.get_context_parallel_rank()
 
 
-def sequence_positions(count: int) -> tuple[Tensor, Tensor]:
-    """Positions in the sequence, in upstream's zigzag order: of this context-parallel rank, and of all ranks in turn.
+def zigzag(bounds: Tensor, ranks: int, rank: int) -> Tensor:
+    """Positions in the sequence of one context-parallel rank, in upstream's order: int64 [bounds[-1] / ranks].
 
-    count: positions of one rank.
+    Each text of the sequence has 2 R equal parts for R ranks, and rank r has parts r and 2 R - 1 - r of each text. This
+    is `thd_get_partitioned_indices` of Transformer Engine 2.20.2, which computes it on CUDA only.
+
+    Args:
+        bounds: where the texts start, and the end of the last one, in host memory: int [n + 1]. [0, S] divides the
+            sequence as one text.
+    Raises:
+        ValueError: a text does not have 2 R equal parts.
     """
-    ranks, part = context_size(), torch.arange(count * context_size()).chunk(2 * context_size())
-    each = [torch.cat([part[rank], part[-1 - rank]]) for rank in range(ranks)] if ranks > 1 else [torch.arange(count)]
-    return each[parallel_state.get_context_parallel_rank()], torch.cat(each)
+    bounds, length = bounds.long(), bounds.diff().long()
+    if ranks == 1:
+        return torch.arange(int(bounds[-1]))
+    if len(uneven := length[length % (2 * ranks) != 0]):
+        raise ValueError(
+            f"{ranks} context-parallel ranks cannot share a text of {int(uneven[0])} tokens: pad each text of a packed "
+            f"sequence to a multiple of {2 * ranks}"
+        )
+    local = torch.arange(int(bounds[-1]) // ranks)
+    text = torch.searchsorted(bounds // ranks, local, right=True) - 1
+    start, part = bounds[text], length[text] // (2 * ranks)
+    offset = local - start // ranks
+    return start + offset + part * torch.where(offset < part, rank, 2 * ranks - 2 - rank)
+
+
+def sequence_positions(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in the sequence of this context-parallel rank, and of all ranks in turn; see `zigzag`."""
+    each = [zigzag(bounds, context_size(), rank) for rank in range(context_size())]
+    return each[context_rank()], torch.cat(each)
 
 
 def data_rank() -> int:

@@ -1,5 +1,6 @@
-"""Attention within the documents of a packed sequence: a mask for local attention, cu_seqlens for Transformer Engine.
+"""Attention within the documents of a packed sequence: by a mask, or by cu_seqlens (THD).
 
+Transformer Engine's attention reads cu_seqlens, local attention a mask and, under context parallelism, also cu_seqlens.
 Shapes: B sequences, S positions.
 """
 
@@ -22,30 +23,55 @@ def block_mask(document_BS: Tensor) -> Tensor:
     return (later_SS | (document_BS[:, :, None] != document_BS[:, None, :]))[:, None]
 
 
-def packed_sequence(document_S: Tensor) -> PackedSeqParams:
-    """The cu_seqlens of one sequence's documents, for Transformer Engine's attention and rotary embedding (THD).
+def document_bounds(document_S: Tensor) -> Tensor:
+    """Where the documents of one sequence start, and the end of the last one: int32 [n + 1].
 
     Pass document_S in host memory, so that counting does not wait for the device.
     """
     lengths = torch.unique_consecutive(document_S, return_counts=True)[1]
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def packed_sequence(bounds: Tensor, device: torch.device | str = "cpu") -> PackedSeqParams:
+    """The cu_seqlens of documents with these bounds, for attention, rotary embedding and multi-token prediction (THD).
+
+    What pads a document counts as its last tokens, also in cu_seqlens_q: attention is causal, so no other token attends
+    to them. Upstream's multi-token prediction divides cu_seqlens_q by the number of context-parallel ranks
+    (megatron-core 0.19.2). Transformer Engine 2.20.2 has fewer kernels for padding between documents, and earlier
+    versions overlooked it at a sequence's end (NVIDIA/TransformerEngine#3331).
+    """
+    longest, bounds = int(bounds.diff().max()), bounds.to(device, non_blocking=True)
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,  # required under context parallelism
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        pad_between_seqs=False,
     )
 
 
-def document_attention(document_BS: Tensor, implementation: str, device: torch.device) -> dict[str, Any]:
-    """The arguments of the model that keep attention within documents, numbered by document_BS in host memory.
+def document_attention(document_BS: Tensor, device: torch.device, *, thd: bool) -> tuple[dict[str, Any], Tensor]:
+    """What keeps attention within documents.
 
-    Transformer Engine takes one sequence at a time: config/validation.py requires micro_batch_size 1.
+    Args:
+        document_BS: numbers the documents of a sequence in order, in host memory.
+        thd: whether attention reads cu_seqlens instead of a mask.
+    Returns:
+        Arguments of the model, and the bounds of the texts that context-parallel ranks divide: those of the documents,
+        or [0, S] with a mask.
+    Raises:
+        ValueError: cu_seqlens describe one sequence, and there are several.
     """
-    if implementation == "local":
-        mask = block_mask(document_BS.to(device, non_blocking=True))
-        if context_size() > 1:  # of this rank's queries, and of all keys in the order in which they are gathered
-            own, every = (x.to(device) for x in sequence_positions(document_BS.shape[1] // context_size()))
-            mask = mask[:, :, own][..., every]
-        return {"attention_mask": mask}
-    params = packed_sequence(document_BS[0])
-    params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.to(device, non_blocking=True)
-    return {"attention_mask": None, "packed_seq_params": params}
+    if thd:
+        if len(document_BS) > 1:
+            raise ValueError(f"packed sequences without a mask come one at a time, not {len(document_BS)}")
+        bounds = document_bounds(document_BS[0])
+        return {"attention_mask": None, "packed_seq_params": packed_sequence(bounds, device)}, bounds
+    mask, bounds = block_mask(document_BS.to(device, non_blocking=True)), torch.tensor([0, document_BS.shape[1]])
+    if context_size() > 1:  # of this rank's queries, and of all keys in the order in which they are gathered
+        own, every = (x.to(device) for x in sequence_positions(bounds))
+        mask = mask[:, :, own][..., every]
+    return {"attention_mask": mask}, bounds

@@ -36,7 +36,8 @@ def forward_step(
         sfr: options of the auxiliary loss. The model then needs a flow head (`attach_head`), and the batches the
             targets and anchors of our datasets. None trains on the token loss alone.
         schedule: the weight of the auxiliary loss.
-        resets_attention: whether attention stays within the documents that `document` [B, S] of a batch numbers.
+        resets_attention: whether attention stays within the documents that `document` [B, S] of a batch numbers. With
+            Transformer Engine B is 1, and R context-parallel ranks need documents of a multiple of 2 R positions.
         chunk_tokens: largest number of positions whose logits exist at a time. LM head and loss are computed in chunks
             of supervised positions. 0 computes all logits at once.
     Returns:

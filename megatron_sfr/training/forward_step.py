@@ -4,7 +4,7 @@ Shapes: S positions, B samples, H hidden size, V vocabulary columns of the shard
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class ForwardStep:
         lock_fork: LockFork | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         personas: PersonaMetrics | None = None,
+        divides_documents: bool = False,
     ) -> None:
         """
         Args:
@@ -81,43 +82,48 @@ class ForwardStep:
             data: where online targets come from; None if every batch contains its targets.
             chunk_tokens: number of positions whose logits exist at a time; 0: all.
             personas: metrics by persona; None: not measured.
+            divides_documents: whether context-parallel ranks divide each document also on local attention.
         """
         self.name, self.objective = name, TokenObjective(vocab_size, objective, chunk_tokens)
         self.multi_token = MultiTokenLoss(vocab_size, chunk_tokens)
-        self.term, self.schedule, self.resets_attention = term, schedule, resets_attention
-        self.data, self.lock_fork, self.personas = data, lock_fork, personas
+        self.term, self.schedule, self.data, self.lock_fork = term, schedule, data, lock_fork
+        self.personas, self.resets_attention, self.divides_documents = personas, resets_attention, divides_documents
         self.measurement = GradientMeasurement(schedule.grad_ratio, schedule.weight)
         self.reported_bound = False
         self.checked: MegatronModule | None = None  # the model that is known to take an output processor
 
     def __call__(self, data_iterator: Iterator[Batch], model: MegatronModule, context: StepContext) -> tuple[Any, Any]:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        vp_stage, device = get_attr_wrapped_model(model, "vp_stage"), next(model.parameters()).device
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
-        device = next(model.parameters()).device
         batch = next_batch(data_iterator) if first or last or self.resets_attention else {}
         more: dict[str, Any] = {"attention_mask": None}
+        bounds: Tensor | None = None
         layers = get_model_config(model).mtp_num_layers or 0 if last else 0
         batch = multi_token_labels(batch, layers) if layers else batch
         if self.resets_attention:
-            more = document_attention(batch.pop("document"), context.implementation, device)
+            thd = context.implementation != "local" or self.divides_documents
+            more, bounds = document_attention(batch.pop("document"), device, thd=thd)
         if last and self.data is not None and self.data.online is not None:
             place = batch.pop("target_store"), batch.pop("target_row")
             with record_function(TARGETS):
                 batch["target"], batch["target_wait"] = self.data.online.targets(*place, training=model.training)
         if batch and context_size() > 1:
-            batch = on_this_rank(batch)
+            batch = on_this_rank(batch, bounds)
         if last:
             batch |= self._positions(batch, context, device)
         batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-        flow = self._begin(model, context) if last and self.term is not None else None
+        flow: FlowInputs | None = None
+        reads_layer: AbstractContextManager[Any] = nullcontext()
+        if last and self.term is not None:
+            head = get_attr_wrapped_model(model, "flow_head")
+            flow = FlowInputs(head, self.term.begin(head, context.iteration, self.schedule.warmup_steps), [])
+            reads_layer = layer_output(model, self.term.options.head.layer, flow.layer)
         microbatch = Microbatch(batch, context, flow)
         if last:
             self.checked = model if model is self.checked else ensure_output_processor(model)
             more |= {"output_processor": self.losses, "output_processor_context": microbatch}
             more |= {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-        number = self.term.options.head.layer if self.term is not None else None
-        reads_layer = nullcontext() if flow is None else layer_output(model, number, flow.layer)
         with microbatch.backbone, reads_layer, predicted_states() if layers else nullcontext():
             microbatch.backbone.enter_context(record_function(BACKBONE))
             output = model(batch.get("tokens"), batch.get("position_ids"), **more)
@@ -129,12 +135,6 @@ class ForwardStep:
         found = self.multi_token.positions(batch) | ({} if index_N is None else {"logit_position": index_N})
         pins = device.type == "cuda"
         return {name: x.pin_memory() if pins and not x.is_cuda else x for name, x in found.items()}
-
-    def _begin(self, model: MegatronModule, context: StepContext) -> FlowInputs:
-        """Starts a microbatch of the auxiliary loss."""
-        assert self.term is not None
-        head = get_attr_wrapped_model(model, "flow_head")
-        return FlowInputs(head, self.term.begin(head, context.iteration, self.schedule.warmup_steps), [])
 
     def _phase(self, context: StepContext) -> Phase:
         return phase_at(context.iteration, context.train_iters, self.schedule)

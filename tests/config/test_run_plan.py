@@ -5,11 +5,14 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from megatron_sfr.config.build import forward_step
 from megatron_sfr.config.objective import ObjectiveOptions
 from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.run_plan import RunPlan, plan_run
 from megatron_sfr.config.settings import PARTS, Parser, PresetOptions
 from megatron_sfr.runtime.backend import BackendOptions
+from megatron_sfr.training.data.provider import DataProvider
+from megatron_sfr.training.forward_step import ForwardStep
 from megatron_sfr.training.timing.profile import ProfileOptions
 
 # They choose the loss, other options, Megatron's flags, the backend.
@@ -54,6 +57,16 @@ def test_a_part_refuses_its_options() -> None:
 )
 def test_it_names_the_option_that_separates_texts(flags: list[str], option: str | None) -> None:
     assert plan(*flags).separator == option
+
+
+@pytest.mark.parametrize("option", ["--sfr-packing=first_fit_decreasing", "--dataloader-inter-document-masking"])
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_ranks_divide_each_conversation_that_is_padded_for_it(option: str, ranks: str) -> None:
+    actual = plan(option, "--context-parallel-size", ranks)
+    step = forward_step(actual, DataProvider(actual.datasets))
+    assert isinstance(step, ForwardStep)
+    assert step.resets_attention
+    assert step.divides_documents == (ranks == "2" and "packing" in option)
 
 
 @pytest.mark.parametrize(

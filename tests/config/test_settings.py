@@ -70,7 +70,21 @@ def test_packing_with_transformer_engine_takes_one_row_at_a_time() -> None:
     args.micro_batch_size = 1
     assert contradiction(args) is None
     args.context_parallel_size = 2
-    assert "with sfr_packing and Transformer Engine needs conversations that are padded" in str(contradiction(args))
+    assert contradiction(args) is None
+    args.transformer_impl, args.eval_micro_batch_size = "local", 2
+    assert "set micro_batch_size and eval_micro_batch_size to 1" in str(contradiction(args))
+
+
+def test_context_parallelism_with_transformer_engine_refuses_what_its_attention_cannot_divide() -> None:
+    words = ["--train-data-path", "a", "--vocab-size", "9", "--calculate-per-token-loss", "--micro-batch-size", "1"]
+    args = flag_parser().read([*words, "--context-parallel-size", "2", "--dataloader-inter-document-masking"])
+    assert "Megatron's datasets cut documents at any token and do not pad them" in str(contradiction(args))
+    args.transformer_impl = "local"
+    assert contradiction(args) is None
+    args = flag_parser().read([*words, "--context-parallel-size", "2", "--window-size", "8,0"])
+    assert "with cp_comm_type all_gather and a2a only" in str(contradiction(args))
+    args.cp_comm_type = ["all_gather"]
+    assert contradiction(args) is None
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
 """Context parallelism changes no loss, gradient or weight: two ranks share each sequence, with and without packing.
 
-On gloo, with attention that gathers keys and values. Not exercised: Transformer Engine's attention.
+On gloo, with attention that gathers keys and values. Packed conversations are padded and divided one by one, as for
+Transformer Engine, with upstream's rotary embedding and multi-token prediction of such sequences. Not exercised:
+Transformer Engine's attention.
 """
 
 import pytest
-import torch
 
+from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import embed
-from megatron_sfr.model.gathered_attention import gathered_mask
-from megatron_sfr.runtime.cpu import _window_mask
+from megatron_sfr.training.data.packing import padded_lengths
 
 from . import test_objectives
 from .launch import read_checkpoint, read_metrics
 from .runs import Runs
-from .settings import EACH_STEP, OVERLAPPED, PP2, SHARDED_OPTIMIZER, SP, TP2, TWO_CLIPS
+from .settings import EACH_STEP, MICRO_BATCH_1, OVERLAPPED, PP2, SHARDED_OPTIMIZER, SP, TP2, TWO_CLIPS
 from .test_layouts import MOMENT, TERMS, difference, trained
 from .tiny import BLOCKS
 
@@ -30,6 +31,12 @@ ALL_ANCHORS = (
     *("--sfr-loss", "cka", "--sfr-weight", "0.01", "--sfr-mean", "microbatch", "--window-size", "8,0"),
     *test_objectives.SED,
 )
+# Where not two ranks alone share each sequence of the batch. Packed sequences come one at a time.
+DIVIDED = {
+    "packed": (4, (*CP2, *TP2, SP, *MICRO_BATCH_1)),
+    "mtp-packed": (2, (*CP2, *MICRO_BATCH_1)),
+    "mtp": (4, (*CP2, *PP2)),
+}
 PARTS = (MOMENT, "decoder.", "embedding.", "output_layer.", "flow_head.")
 
 
@@ -51,8 +58,8 @@ def test_of_packed_sequences_and_of_other_objectives(runs: Runs, name: str) -> N
     prediction. The token losses are TOFU, EAFT, cross-entropy, GEM, DFT and cross-entropy; SED is in the next test."""
     flags = test_objectives.OBJECTIVES[name]
     start = (*test_objectives.start(runs, flags), "--sfr-measure-interval", "1")
-    layout = (*CP2, *PP2) if name == "mtp" else CP2
-    divided = runs.train(f"{name}-cp2", 4 if name == "mtp" else 2, *start, *runs.with_data(flags), *layout)
+    ranks, layout = DIVIDED.get(name, (2, CP2))
+    divided = runs.train(f"{name}-cp2", ranks, *start, *runs.with_data(flags), *layout)
     both = test_objectives.trained(runs, name), divided
     single, other = (read_checkpoint(run / "iter_0000003") for run in both)
     for prefix in (MOMENT, *test_objectives.parts(name)):
@@ -78,9 +85,7 @@ def test_of_all_anchors_in_one_place_and_of_targets_that_one_rank_encodes(runs: 
     assert records[1][0]["target wait"] > 0, "the encoder was not even loaded"
 
 
-def test_a_window_of_undivided_positions_is_upstreams() -> None:
-    position = torch.arange(6)
-    expected = _window_mask(6, 6, (2, 0))
-    assert torch.equal(gathered_mask(position, position, (2, 0))[0, 0], expected)
-    own = torch.tensor([0, 5])
-    assert torch.equal(gathered_mask(own, position.flip(0), (2, 0))[0, 0], expected[own].flip(1))
+def test_the_packed_conversations_are_padded(runs: Runs) -> None:
+    """Otherwise the test above would divide texts that have equal parts without padding."""
+    lengths = PreparedData.open(runs.twenty_six).positions
+    assert (padded_lengths(lengths, 4) != lengths).sum() > 10

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_sfr.model.multi_token import predicted_states
-from megatron_sfr.training.attention_mask import packed_sequence
+from megatron_sfr.training.attention_mask import document_bounds, packed_sequence
 from megatron_sfr.training.data.multi_token_labels import multi_token_labels
 from megatron_sfr.training.lm_head import LastStage, MultiTokenLoss, MultiTokenResult
 from tests.training.test_lm_head import TOLERANCE, H, S, V, make_config, make_layer
@@ -77,7 +77,7 @@ def megatrons(batch: dict[str, Tensor], **changes: Any) -> dict[str, Tensor | No
         is_training=False,
         compute_language_model_loss=of_each_token,
         config=config,
-        packed_seq_params=packed_sequence(batch["document"][0]) if "document" in batch else None,
+        packed_seq_params=packed_sequence(document_bounds(batch["document"][0])) if "document" in batch else None,
     )
     (0 * last_SBH).sum().backward()  # the losses add their gradients to any backward pass
     return {"states": states_SBH.grad, "weight": layer.weight.grad}

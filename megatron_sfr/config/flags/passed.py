@@ -131,7 +131,7 @@ PASSED = {
         disable_symmetric_registration fsdp_manual_registration create_all_gather_group
         data_parallel_sharding_strategy outer_dp_sharding_strategy gradient_reduce_div_fusion fsdp_double_buffer
         suggested_communication_unit_size keep_fp8_transpose_cache enable_full_sharding_in_hsdp
-        num_distributed_optimizer_instances torch_fsdp2_reshard_after_forward cp_comm_type fake_process_group
+        num_distributed_optimizer_instances torch_fsdp2_reshard_after_forward fake_process_group
     """,
     "validation": """
         start_eval_at_iter skip_train test_mode

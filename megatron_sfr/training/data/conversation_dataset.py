@@ -26,7 +26,13 @@ from megatron_sfr.training.data.anchor_arrays import (
     join_anchors,
     join_streams,
 )
-from megatron_sfr.training.data.packing import PackedSequences, first_fit_decreasing, most_in_a_sequence, shuffle
+from megatron_sfr.training.data.packing import (
+    PackedSequences,
+    first_fit_decreasing,
+    most_in_a_sequence,
+    padded_lengths,
+    shuffle,
+)
 from megatron_sfr.training.data.persona_groups import group_array
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,8 @@ class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
 
     packed: bool = False
     """Whether several conversations are packed into a sequence."""
+    multiple: int = 1
+    """Tokens to a multiple of which each packed conversation is padded."""
     anchors: AnchorPlan | None = None
     """How to build the anchors' arrays; None: items have no anchors."""
     text_length: int | None = None
@@ -61,11 +69,13 @@ class PreparedDataset(MegatronDataset):
         self.anchor_sizes: AnchorSizes | None = None
         self.groups: dict[str, int] = {}
         """Numbers of the personas' groups; empty: items have no `group`."""
-        self.lengths = dataset.positions[indices] if config.packed else np.ones(len(indices), np.int64)
+        self.lengths = np.ones(len(indices), np.int64)
+        if config.packed:
+            self.lengths = padded_lengths(dataset.positions[indices], config.multiple)
         self.packed = first_fit_decreasing(self.lengths, config.sequence_length if config.packed else 1)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         if config.packed and len(indices):
-            full = self.lengths.sum() / (len(self.packed) * config.sequence_length)
+            full = dataset.positions[indices].sum() / (len(self.packed) * config.sequence_length)
             packed = f"{len(indices):,} conversations in {len(self.packed):,} packed sequences, {full:.1%} full"
             log_single_rank(logger, logging.INFO, f"> {dataset_path} ({index_split.name}): {packed}")
 
@@ -110,26 +120,27 @@ class PreparedDataset(MegatronDataset):
         """
         epoch, conversations = self.conversations(idx)
         samples = [self.dataset[int(i)] for i in conversations]
-        item: dict[str, Any] = dict(sequence_arrays(samples, self.config.sequence_length))
+        starts = sequence_starts(samples, self.config.multiple)
+        item: dict[str, Any] = dict(sequence_arrays(samples, starts, self.config.sequence_length))
         if not self.config.packed:
             del item["document"]
         if self.groups:
-            item["group"] = group_array(samples, sequence_starts(samples), self.groups, self.config.sequence_length)
+            item["group"] = group_array(samples, starts, self.groups, self.config.sequence_length)
         if self.config.text_length is not None:
             item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:
             keys = epoch * len(self.dataset) + conversations
             assert self.anchor_sizes is not None, "pad_anchors comes first"
-            item |= self.targets.arrays(self._joined(samples, keys), self.anchor_sizes)
+            item |= self.targets.arrays(self._joined(samples, keys, starts[:-1]), self.anchor_sizes)
         return item
 
     def pad_anchors(self, sizes: AnchorSizes) -> None:
         """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
         self.anchor_sizes = sizes
 
-    def _joined(self, samples: Sequence[Sample], keys: np.ndarray) -> SequenceAnchors:
+    def _joined(self, samples: Sequence[Sample], keys: np.ndarray, starts: np.ndarray) -> SequenceAnchors:
         """The anchors of a sequence's samples, by the rule of the folder."""
-        parts, starts = [sample.anchors for sample in samples], sequence_starts(samples)[:-1]
+        parts = [sample.anchors for sample in samples]
         if self.dataset.manifest.anchor_rule == "reference":
             return join_streams(parts, [sample.loss_mask for sample in samples], keys, starts)
         return join_anchors(parts, keys, starts)
@@ -146,7 +157,8 @@ class PreparedDataset(MegatronDataset):
         """Bounds on the anchors of any sequence."""
         manifest, length = self.dataset.manifest, self.config.sequence_length
         if self.config.packed:
-            targets, tokens = most_in_a_sequence(self.dataset.anchor_counts, self.dataset.positions, length), length
+            lengths = padded_lengths(self.dataset.positions, self.config.multiple)
+            targets, tokens = most_in_a_sequence(self.dataset.anchor_counts, lengths, length), length
         else:
             targets, tokens = manifest.max_anchors, manifest.max_response_tokens
         anchors_only = options.fill == "anchors_only" and not options.zero_targets
@@ -154,22 +166,27 @@ class PreparedDataset(MegatronDataset):
         return AnchorSizes(targets + options.zero_targets, entries)
 
 
-def sequence_starts(samples: Sequence[Sample]) -> np.ndarray:
-    """Start of each sample in their sequence, and the end of the last one: int64 [n + 1]."""
-    return np.cumsum([0, *(len(sample.tokens) - 1 for sample in samples)])
+def sequence_starts(samples: Sequence[Sample], multiple: int = 1) -> np.ndarray:
+    """Start of each sample in their sequence, and the end of the last one: int64 [n + 1].
 
-
-def sequence_arrays(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
-    """Joins samples into upstream's arrays [S] and `document` [S], which numbers them from 0. They must fit.
-
-    Labels are the next tokens. Padding is a separate document and masked out of the loss.
+    multiple: to which samples are padded.
     """
-    starts = sequence_starts(samples)
+    lengths = np.array([0, *(len(sample.tokens) - 1 for sample in samples)])
+    return np.cumsum(lengths + -lengths % multiple)
+
+
+def sequence_arrays(samples: Sequence[Sample], starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Joins samples with these starts into upstream's arrays [S] and `document` [S], which numbers them from 0.
+
+    Labels are the next tokens. Padding is masked out of the loss. Behind a sample it counts as part of the sample, and
+    at the end of the sequence it is a separate document.
+    """
     arrays = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "document")}
     loss_mask = np.zeros(length, np.float32)
     for number, (sample, start, end) in enumerate(zip(samples, starts[:-1], starts[1:], strict=True)):
-        arrays["tokens"][start:end], arrays["labels"][start:end] = sample.tokens[:-1], sample.tokens[1:]
-        loss_mask[start:end] = sample.loss_mask[1:]
+        tokens = slice(start, start + len(sample.tokens) - 1)
+        arrays["tokens"][tokens], arrays["labels"][tokens] = sample.tokens[:-1], sample.tokens[1:]
+        loss_mask[tokens] = sample.loss_mask[1:]
         arrays["document"][start:end], arrays["position_ids"][start:end] = number, np.arange(end - start)
     rest = length - starts[-1]
     arrays["document"][starts[-1] :], arrays["position_ids"][starts[-1] :] = len(samples), np.arange(rest)

@@ -18,7 +18,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
-from megatron_sfr.training.data.packing import first_fit_decreasing
+from megatron_sfr.training.data.packing import first_fit_decreasing, padded_lengths, padding_multiple
 
 SPLIT = "969,30,1"
 """Upstream's default of `split`, which divides data_path into training, validation and test."""
@@ -57,7 +57,11 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
     paths, weights = split_blend([blend] if isinstance(blend, str) else blend)
     share = 1.0 if options.get("train_data_path") else _training_share(options.get("split") or SPLIT)
     packed = options.get("sfr_packing") not in (None, "none")
-    sequences = {path: sequences_of(path, int(options["seq_length"]), packed=packed, share=share) for path in paths}
+    multiple = padding_multiple(_whole_number(options, "context_parallel_size", 1))
+    length = _whole_number(options, "seq_length")
+    if length % multiple:
+        raise ValueError(f"seq_length = {length}: set a multiple of {multiple}, twice context_parallel_size")
+    sequences = {path: sequences_of(path, length, packed=packed, multiple=multiple, share=share) for path in paths}
     if empty := [path for path, n in sequences.items() if not n]:
         raise ValueError(f"{empty[0]} has no sequence of {options['seq_length']} tokens to train on; add data to it")
     return Epoch(sequences, weights)
@@ -74,13 +78,26 @@ def split_blend(blend: Sequence[Any]) -> tuple[list[Path], tuple[float, ...] | N
     return [Path(path) for path in blend[1::2]], weights
 
 
-def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, share: float = 1.0) -> int:
-    """Sequences that the first `share` of a prepared folder is, in one epoch."""
+def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, multiple: int = 1, share: float = 1.0) -> int:
+    """Sequences that the first `share` of a prepared folder is, in one epoch.
+
+    packed: whether conversations share sequences, each padded to a `multiple`.
+    """
     data = open_prepared(folder)
     count = round(share * len(data))
     if isinstance(data, PreparedData):
-        return len(first_fit_decreasing(data.positions[:count], seq_length)) if packed else count
+        if not packed:
+            return count
+        return len(first_fit_decreasing(padded_lengths(data.positions[:count], multiple), seq_length))
     return max(0, (_tokens(data, count) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
+
+
+def _whole_number(options: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = options.get(name) or default
+    try:
+        return int(str(value))
+    except ValueError as error:
+        raise ValueError(f"{name} = {value}: give a whole number") from error
 
 
 def _tokens(data: PreparedDocuments, count: int) -> int:

@@ -1,7 +1,8 @@
 """Packs conversations of different lengths into sequences of one length, by first-fit decreasing (Johnson, 1973).
 
 Which lengths share a sequence depends on the lengths alone, so every epoch has the same number of sequences, equally
-full. Each epoch shuffles the order, and which conversation of a length is where.
+full. Each epoch shuffles the order, and which conversation of a length is where. Under context parallelism a
+conversation is padded, so that it has equal parts for the ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ class PackedSequences:
 
     def __getitem__(self, sequence: int) -> np.ndarray:
         return self.items[self.starts[sequence] : self.starts[sequence + 1]]
+
+
+def padding_multiple(context_parallel_size: int) -> int:
+    """What the length of a packed conversation is raised to a multiple of: each of R ranks has two of its 2 R parts."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
+
+
+def padded_lengths(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    """Lengths [n], each raised to a multiple."""
+    return lengths + -lengths % multiple
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedSequences:

@@ -22,6 +22,7 @@ from megatron_sfr.training.data.document_dataset import DocumentDataset, Documen
 from megatron_sfr.training.data.epochs import sequences_of
 from megatron_sfr.training.data.full_validation import EvenlyDivided
 from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
+from megatron_sfr.training.data.packing import padding_multiple
 from megatron_sfr.training.data.persona_groups import Group, number_groups, parts_of
 from megatron_sfr.training.data.prepared_check import prepared_folders
 
@@ -55,7 +56,8 @@ class DataOptions:
     packing: Literal["none", "first_fit_decreasing"] = "none"
     """Packing of conversations into sequences of seq_length tokens. 'none' (default): one conversation each, padded.
     'first_fit_decreasing': as many as fit; attention and positions restart with each conversation. micro_batch_size and
-    global_batch_size count sequences."""
+    global_batch_size count sequences. Under context parallelism each conversation is padded to a multiple of twice the
+    number of ranks."""
     anchors: Literal["anchors_only", "nearest"] = "anchors_only"
     """Which positions have a target. 'anchors_only' (default): the position before the target starts. 'nearest': every
     position of a reply has the target of the nearest anchor, as in the authors' code; the position may already have
@@ -125,7 +127,9 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         if args.eod_mask_loss:
             raise ValueError("eod_mask_loss is for documents; conversations have a loss mask: leave it out")
-        return PreparedDatasetConfig(**common, packed=options.packing != "none")
+        packed = options.packing != "none"
+        multiple = padding_multiple(args.context_parallel_size) if packed else 1
+        return PreparedDatasetConfig(**common, packed=packed, multiple=multiple)
     return _documents_config(plan, paths, common)
 
 
@@ -188,8 +192,11 @@ def _repeated(config: Config, samples: int | None) -> list[Any] | None:
     blends = config.blend_per_split
     if samples is None or blends is None or blends[0] is None or blends[0][1] is not None or len(blends[0][0]) == 1:
         return blends
-    packed = isinstance(config, PreparedDatasetConfig) and config.packed
-    sizes = [sequences_of(Path(path), config.sequence_length, packed=packed) for path in blends[0][0]]
+    packed, multiple = False, 1
+    if isinstance(config, PreparedDatasetConfig):
+        packed, multiple = config.packed, config.multiple
+    length = config.sequence_length
+    sizes = [sequences_of(Path(path), length, packed=packed, multiple=multiple) for path in blends[0][0]]
     return [(blends[0][0], sizes), *blends[1:]] if samples > sum(sizes) else blends
 
 

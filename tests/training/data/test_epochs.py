@@ -51,10 +51,15 @@ def options(*blend: Any, epochs: Any = 2, **changes: Any) -> dict[str, Any]:
 
 
 def test_an_epoch_is_what_upstreams_dataset_has(folders: list[Path], documents: Path) -> None:
-    for changes in ({}, PACKED):
+    sizes = []
+    for changes in ({}, {"context_parallel_size": 20}, PACKED, PACKED | {"context_parallel_size": 20}):
         train, _, _ = build(dataset_config(arguments([str(folders[1])], sfr=False, **changes)), [None, None, None])
-        packed, length = bool(changes), changes.get("seq_length", SEQ_LENGTH)
-        assert sequences_of(folders[1], length, packed=packed) == len(train) == (len(train) if packed else 10)
+        epoch = read_epoch(options(folders[1], **changes))
+        assert epoch is not None
+        assert epoch.total == len(train)
+        sizes.append(epoch.total)
+    assert sizes[0] == sizes[1] == 10
+    assert sizes[2] < sizes[3] < 10, "20 ranks pad conversations to multiples of 40 tokens"
     plan = document_arguments(documents, sfr=False, split="60,30,10", data_path=[str(documents)], train_data_path=None)
     train, _, _ = build(dataset_config(plan), [None, None, None])
     epoch = read_epoch({"data_path": [str(documents)], "split": "60,30,10", "seq_length": plan.megatron.seq_length})
@@ -86,6 +91,9 @@ def test_steps_follow_from_epochs_alone_and_in_blends(folders: list[Path]) -> No
         ({"train_data_path": None}, "needs the training data by path"),
         ({"train_epochs": 0}, "give a number above 0"),
         ({"train_epochs": "two"}, "give a number above 0"),
+        ({"context_parallel_size": "two"}, "context_parallel_size = two: give a whole number"),
+        ({"seq_length": None}, "seq_length = None: give a whole number"),
+        ({"context_parallel_size": 3}, "seq_length = 80: set a multiple of 6, twice context_parallel_size"),
         ({"train_data_path": ["nowhere"]}, "nowhere does not exist; run: megatron-sfr prepare"),
     ],
 )
@@ -109,6 +117,11 @@ def test_recipe_flags_and_launcher_agree(folders: list[Path], tmp_path: Path) ->
     assert read_settings(["--recipe", str(path)]).recipe["train_iters"] == 8  # 30 sequences, 4 a step
     assert read_run(path, []).train_iters == 8
     assert read_run(path, ["--train-epochs", "6"]).train_iters == 15
+    packing = ["--sfr-packing", "first_fit_decreasing", "--seq-length", str(3 * SEQ_LENGTH), "--train-epochs", "40"]
+    steps = [read_run(path, [*packing, "--context-parallel-size", ranks]).train_iters for ranks in ("1", "20")]
+    assert (
+        steps[0] < steps[1] == train_iters_of(options(folders[1], epochs=40, **PACKED | {"context_parallel_size": 20}))
+    )
 
 
 def test_prepare_prints_what_an_epoch_is(folders: list[Path], documents: Path, capsys: pytest.CaptureFixture) -> None:

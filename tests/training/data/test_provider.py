@@ -46,6 +46,7 @@ def arguments(train: list[Any], valid: list[Any] | None = None, **changes: Any) 
         "valid_data_path": valid,
         "seed": 1,
         "seq_length": SEQ_LENGTH,
+        "context_parallel_size": 1,
         "full_validation": False,
         "multiple_validation_sets": False,
         "num_dataset_builder_threads": 1,
@@ -117,20 +118,21 @@ def test_folders_with_different_horizons_are_refused(folders: list[Path], tmp_pa
     assert plain.anchors is None
 
 
-def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1) -> PreparedDataset:
-    packing = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH}
+def pack(folder: Path, fill: str = "anchors_only", epochs: int = 1, ranks: int = 1) -> PreparedDataset:
+    packing = {"sfr_packing": "first_fit_decreasing", "seq_length": 3 * SEQ_LENGTH, "context_parallel_size": ranks}
     dataset = whole(folder, sfr_anchors=fill, **packing)
     dataset.num_samples = epochs * len(dataset)
     return dataset
 
 
-@pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
-def test_a_packed_sequence_holds_its_conversations_in_order(folders: list[Path], fill: str):
-    dataset, data = pack(folders[1], fill, epochs=2), PreparedData.open(folders[1])
+@pytest.mark.parametrize(("fill", "ranks"), [("anchors_only", 1), ("nearest", 1), ("anchors_only", 4)])
+def test_a_packed_sequence_holds_its_conversations_in_order(folders: list[Path], fill: str, ranks: int):
+    """Under context parallelism each is padded, and its padding belongs to it."""
+    dataset, data = pack(folders[1], fill, epochs=2, ranks=ranks), PreparedData.open(folders[1])
     alone = whole(folders[1], Split.valid, sfr_anchors=fill)  # in the order of the folder
     assert len(dataset) // 2 < len(data) / 2
 
-    seen = []
+    seen, padding = [], 0
     for row in range(len(dataset)):
         item, (epoch, conversations) = dataset[row], dataset.conversations(row)
         seen += [(epoch, int(i)) for i in conversations]
@@ -139,7 +141,10 @@ def test_a_packed_sequence_holds_its_conversations_in_order(folders: list[Path],
             single, n = alone[int(index)], data.positions[index]
             for name in ("tokens", "labels", "loss_mask", "position_ids"):
                 assert (item[name][at : at + n] == single[name][:n]).all(), name
-            assert (item["document"][at : at + n] == number).all()
+            room = n + (-n % (2 * ranks) if ranks > 1 else 0)
+            assert (item["document"][at : at + room] == number).all()
+            assert (item["position_ids"][at : at + room] == np.arange(room)).all()
+            assert not item["loss_mask"][at + n : at + room].any()
             m = np.count_nonzero(single["anchor_weight"])
             mine = slice(entry, entry + m)
             assert (item["anchor_weight"][mine] == single["anchor_weight"][:m]).all()
@@ -148,11 +153,12 @@ def test_a_packed_sequence_holds_its_conversations_in_order(folders: list[Path],
             assert (item["anchor_sample"][mine] == epoch * len(data) + index).all()
             targets = (x["target"][x["anchor_row"][y]] for x, y in ((item, mine), (single, slice(m))))
             assert (next(targets) == next(targets)).all()
-            at, entry = at + n, entry + m
+            at, entry, padding = at + room, entry + m, padding + room - n
         assert (item["document"][at:] == len(conversations)).all()
         assert not item["loss_mask"][at:].any()
         assert not item["anchor_weight"][entry:].any()
     assert sorted(seen) == [(epoch, i) for epoch in (0, 1) for i in range(len(data))]
+    assert (padding > 0) == (ranks > 1)
 
 
 def test_packed_sequences_of_folders_are_collated(folders: list[Path]):
