@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from megatron_sfr.data.chat.conversation import (
 from megatron_sfr.data.chat.formats import load_fields, plain_turns, with_system
 from megatron_sfr.data.chat.rendered_turns import with_persona
 from megatron_sfr.data.chat.tool_calls import Message
-from megatron_sfr.storage.jsonl import read_records
+from megatron_sfr.storage.jsonl import Record, read_records
 from megatron_sfr.storage.user_files import shown
 
 NO_TOOLS = "tools are not sampled; leave this record out"
@@ -99,18 +99,7 @@ def read_prompts(path: Path, persona_as: str = "system") -> list[Prompt]:
 
     A reply at the end of a conversation is dropped. Raises ValueError `file:line: reason`.
     """
-    prompts: dict[Prompt, None] = {}
-    for record in read_records(path):
-        try:
-            fields = load_fields(record)
-            if fields.get("tools") or fields.get("functions"):
-                raise ValueError(NO_TOOLS)
-            prompts[prompt_from(fields, persona_as)] = None
-        except ValueError as error:
-            raise ValueError(f"{record.source}:{record.line}: {error}") from error
-    if not prompts:
-        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
-    return list(prompts)
+    return list(dict.fromkeys(prompt for _, _, prompt in _records(path, persona_as)))
 
 
 def read_questions(path: Path, persona_as: str = "system") -> list[Asked]:
@@ -120,20 +109,31 @@ def read_questions(path: Path, persona_as: str = "system") -> list[Asked]:
         ValueError: `file:line: reason`, or the file has no prompts.
     """
     found: dict[Prompt, Asked] = {}
-    for record in read_records(path):
-        try:
-            fields = parse_json(record.text)
-            prompt = prompt_from(fields, persona_as)
-        except ValueError as error:
-            raise ValueError(f"{record.source}:{record.line}: {error}") from error
+    for record, fields, prompt in _records(path, persona_as):
         entry = found.setdefault(prompt, Asked(prompt))
-        last = fields["messages"][-1] if "messages" in fields else {}
+        turns = fields.get("messages")
+        last = turns[-1] if turns else {}
         if last.get("role") == "assistant":
             messages = [*prompt.turns(), last]
             entry.references.append(Conversation(record.source, record.line, messages, prompt.persona))
-    if not found:
-        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
     return list(found.values())
+
+
+def _records(path: Path, persona_as: str) -> Iterator[tuple[Record, dict[str, Any], Prompt]]:
+    """The records of a file with their fields and prompts. ValueError if there are none."""
+    is_empty = True
+    for record in read_records(path):
+        is_empty = False
+        try:
+            fields = load_fields(record)
+            if fields.get("tools") or fields.get("functions"):
+                raise ValueError(NO_TOOLS)
+            prompt = prompt_from(fields, persona_as)
+        except ValueError as error:
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
+        yield record, fields, prompt
+    if is_empty:
+        raise ValueError(f'{path} has no prompts; write one {{"prompt": "..."}} a line')
 
 
 def limit(asked: Sequence[Asked], shared_prompts: int) -> list[Asked]:
