@@ -15,7 +15,7 @@ import pytest
 from megatron_sfr.storage.containers import Piece, read_pieces
 from megatron_sfr.storage.jsonl import Position, read_chunks, read_records
 
-RECORDS = [{"id": i, "text": f'line {i}\nof é 雪 "quoted" [{"{"} ' * (i % 5), "more": [{"a": None}]} for i in range(40)]
+RECORDS = [{"id": i, "text": f'line {i}\nof é 雪 "quoted" [{"{"} ' * (i % 5), "more": [{"a": "b"}]} for i in range(40)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 ARRAY = json.dumps(RECORDS, indent=2, ensure_ascii=False).encode()
 
