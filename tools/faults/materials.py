@@ -152,7 +152,7 @@ def make(folder: Path, run: Callable[[Callable[[], int], Path], Any]) -> None:
         COMMANDS["prepare-text"].replace("--output out", "--output documents"),
         "embed --data documents --encoder minilm --device cpu --block-rows 16",
         "convert import --hf model --output checkpoint",
-        "rank --recipe recipe.yaml",
+        "rank --recipe recipe.yaml --save-interval 1",
         "rank --recipe flow.yaml",
         COMMANDS["export head"].replace("--output out", "--output headed"),
     ]
