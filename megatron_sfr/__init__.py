@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASFT",
     "DFT",
     "EAFT",
     "GEM",
@@ -24,6 +25,7 @@ __all__ = [
     "LogitStatistics",
     "LossAndCoefficients",
     "PrepareOptions",
+    "Reference",
     "SFROptions",
     "SampleOptions",
     "SamplingOptions",
@@ -66,6 +68,8 @@ _MODULES = {
     "kernels.vocab_parallel": ["LogitStatistics", "StatisticsSpec"],
     "model.attach_head": ["attach_head"],
     "model.flow_head": ["FlowHead", "FlowHeadOptions", "FlowHeadPlan"],
+    "objectives.anchored.asft": ["ASFT"],
+    "objectives.anchored.reference": ["Reference"],
     "objectives.sfr.schedule": ["ScheduleOptions"],
     "objectives.sfr.sfr_loss": ["SFROptions", "flow_matching_loss"],
     "objectives.token.cross_entropy": ["CrossEntropy"],
@@ -100,6 +104,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec
     from megatron_sfr.model.attach_head import attach_head
     from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
+    from megatron_sfr.objectives.anchored.asft import ASFT
+    from megatron_sfr.objectives.anchored.reference import Reference
     from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
     from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, flow_matching_loss
     from megatron_sfr.objectives.token.cross_entropy import CrossEntropy

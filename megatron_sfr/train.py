@@ -109,6 +109,7 @@ def hooks(step: Any) -> dict[str, Callable[..., Any]]:
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built. Returns whether steps are left to train."""
     from megatron_sfr.config.build import check_task, dequantized_start, unknown_end
+    from megatron_sfr.config.objective import reference_store, selected_loss
     from megatron_sfr.config.resume import changed_data, check_schedule, check_targets, resumed_step
     from megatron_sfr.training.data.prepared_check import check_prepared, flow_targets, reply_end_tokens
 
@@ -127,7 +128,7 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
         if adapted := check_schedule(args, stored):
             say(adapted)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        check_prepared(args)
+        check_prepared(args, reference_store(selected_loss(args)[1]))
     args.reply_end_tokens = reply_end_tokens(args)
     data = changed_data(args, stored) if step else None
     for warning in filter(None, (*warnings, unknown_end(args), dequantized_start(args), data)):

@@ -19,6 +19,7 @@ COMMANDS = {  # command: its folder in cli/
     "inspect": "data",
     "embed": "data",
     "calibrate-sed": "training",
+    "reference": "training",
     "train": "training",
     "status": "training",
     "plan": "training",

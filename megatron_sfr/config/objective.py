@@ -6,6 +6,7 @@ from typing import Any
 
 import megatron_sfr.objectives.token  # registers the losses of this package  # noqa: F401
 from megatron_sfr.config.option_flags import options
+from megatron_sfr.objectives.anchored.asft import ASFT
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES, Registered, find_loss
 from megatron_sfr.option_names import from_arguments, option_names, required
@@ -26,9 +27,9 @@ class ObjectiveOptions:
 
     objective: str = field(default="ce", metadata={"argparse_meta": {"type": _objective, "metavar": "NAME"}})
     """Loss of each token: ce (cross-entropy, default), gem (arXiv 2408.16673), sed (SED-SFT, arXiv 2602.07464), dft
-    (arXiv 2508.05629), tofu (arXiv 2605.00195), eaft (arXiv 2601.02151), or the dotted path of your own, such as
-    my_package.my_module.MyLoss. --sfr adds the flow-matching loss to it. The log's `lm loss` is always
-    cross-entropy."""
+    (arXiv 2508.05629), asft (arXiv 2509.23753), tofu (arXiv 2605.00195), eaft (arXiv 2601.02151), or the dotted path
+    of your own, such as my_package.my_module.MyLoss. --sfr adds the flow-matching loss to it. The log's `lm loss` is
+    always cross-entropy."""
     loss_chunk_tokens: int = CHUNK_TOKENS
     """Largest number of tokens whose logits exist at a time. LM head and loss are computed in chunks of supervised
     tokens; gradients are those of the logits as a whole, up to rounding. Default 4096. 0 computes the logits of all
@@ -52,6 +53,11 @@ def selected_loss(args: argparse.Namespace) -> tuple[str, TokenLoss]:
             flag = "--" + option.replace("_", "-")
             raise ValueError(f"--objective {args.objective} needs {flag}{hint and ': '}{hint}")
     return name, options(loss, args)
+
+
+def reference_store(loss: TokenLoss) -> str | None:
+    """The folder of the reference store inside each prepared folder; None if the loss reads none."""
+    return loss.store if isinstance(loss, ASFT) else None
 
 
 def check_objective(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sfr.config.objective import ObjectiveOptions, selected_loss
+from megatron_sfr.config.objective import ObjectiveOptions, reference_store, selected_loss
 from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.settings import LoadOptions, PresetOptions
 from megatron_sfr.config.validation import separator
@@ -85,7 +85,8 @@ class RunPlan:
         """What the datasets are built from."""
         length = text_length(self.task, self.kl_flow_model, self.megatron.seq_length)
         raw_weights = self.term.sfr.mean == "microbatch"
-        return DataPlan(self.megatron, self.data, length, raw_weights, self.preset.preset == "reference")
+        store, preset = reference_store(self.token_loss), self.preset.preset
+        return DataPlan(self.megatron, self.data, length, raw_weights, preset == "reference", store)
 
 
 def plan_run(args: argparse.Namespace, backend: Literal["cpu", "cuda"]) -> RunPlan:

@@ -1,25 +1,23 @@
 """Calibrates SED's threshold tau (arXiv 2602.07464) on sample data: tokens with P_k >= tau are exempt.
 
 P_k is computed as in the loss: the same pass over the logits, in their dtype, and the same sum of the k largest.
-Shapes: B conversations of a batch, L positions, V vocabulary, T counted tokens of a batch, n counted tokens in all.
+Shapes: L positions, V vocabulary, T counted tokens of a batch, n counted tokens in all.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sfr.data.chat.tokenizer import tokenizer_sha256
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
+from megatron_sfr.evaluation.conversation_logits import check_same_tokens, chosen_logits
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.kernels import choose
 from megatron_sfr.kernels.vocab_parallel import combine
 from megatron_sfr.objectives.token.sed import check_top_k, top_mass
 
-LOGITS = 1 << 27  # logits computed at a time: 256 MiB in bf16
 ABOVE_ALL = 2.0  # larger than any probability
 
 
@@ -56,28 +54,11 @@ class Threshold:
         return self.exempt / self.n
 
 
-def check_same_tokens(model: Model, data: PreparedData, options: CalibrationOptions) -> None:
-    """Raises ValueError if the data's token ids are not the model's, or the vocabulary is smaller than top_k."""
-    manifest, vocabulary = data.manifest, model.network.config.get_text_config().vocab_size
-    if options.top_k > vocabulary:
-        raise ValueError(f"top_k is {options.top_k}, and {model.name} has {vocabulary} tokens: give at most that")
-    if (found := data.max_token_id) >= vocabulary:
-        raise ValueError(
-            f"{data.folder} has token ids up to {found}, and {model.name} has {vocabulary} tokens: prepare the data "
-            f"with --tokenizer {model.name}"
-        )
-    if tokenizer_sha256(model.tokenizer) != manifest.tokenizer_sha256:
-        raise ValueError(
-            f"{data.folder} was prepared with the tokenizer or chat template of {manifest.tokenizer}, which is not "
-            f"that of {model.name}: prepare the data with --tokenizer {model.name}"
-        )
-
-
 def top_masses(model: Model, data: PreparedData, options: CalibrationOptions, *, progress: bool = True) -> Tensor:
     """P_k at each counted token of the first samples, in no particular order: fp32 [n]."""
     from tqdm import tqdm
 
-    check_same_tokens(model, data, options)
+    check_same_tokens(model, data, options.top_k)
     samples = [data[i] for i in range(min(options.samples, len(data)))]
     if not any(_wanted(sample, options).any() for sample in samples):
         raise ValueError(f"the first {len(samples)} conversations of {data.folder} have no supervised token to count")
@@ -86,7 +67,8 @@ def top_masses(model: Model, data: PreparedData, options: CalibrationOptions, *,
     with tqdm(total=len(samples), desc="calibrate", unit="conversation", disable=not progress) as bar:
         for start in range(0, len(samples), options.batch_size):
             batch = samples[start : start + options.batch_size]
-            found += [_masses(logits_TV, options.top_k).cpu() for logits_TV in _wanted_logits(model, batch, options)]
+            wanted = [_wanted(sample, options) for sample in batch]
+            found += [_masses(logits_TV, options.top_k).cpu() for _, logits_TV in chosen_logits(model, batch, wanted)]
             bar.update(len(batch))
     return torch.cat(found)
 
@@ -125,32 +107,6 @@ def _decimal(lower: float, upper: float) -> str:
 def _wanted(sample: Sample, options: CalibrationOptions) -> np.ndarray:
     """Which inputs (all tokens but the last) predict a counted token: bool [L]."""
     return sample.loss_mask[1:] > 0 if options.tokens == "supervised" else np.ones(len(sample.tokens) - 1, dtype=bool)
-
-
-@torch.inference_mode()
-def _wanted_logits(model: Model, batch: Sequence[Sample], options: CalibrationOptions) -> Iterator[Tensor]:
-    """Logits [T, V] of the counted tokens, a few positions at a time; earlier positions are in the key-value cache.
-
-    Sequences are padded on the right, which no counted token attends to.
-    """
-    from transformers import DynamicCache
-
-    wanted = [_wanted(sample, options) for sample in batch]
-    length = max((int(row.nonzero()[0][-1]) + 1 for row in wanted if row.any()), default=0)
-    device = model.network.device
-    tokens_BL = torch.zeros(len(batch), length, dtype=torch.int64)
-    wanted_BL = torch.zeros(len(batch), length, dtype=torch.bool)
-    for b, (sample, row) in enumerate(zip(batch, wanted, strict=True)):
-        n = min(len(row), length)
-        tokens_BL[b, :n] = torch.from_numpy(sample.tokens[:n])
-        wanted_BL[b, :n] = torch.from_numpy(row[:n])
-    step = max(1, LOGITS // (len(batch) * model.network.config.get_text_config().vocab_size))
-    cache: Any = DynamicCache(config=model.network.config)
-    for start in range(0, length, step):
-        part = slice(start, start + step)
-        output = model.network(input_ids=tokens_BL[:, part].to(device), past_key_values=cache, use_cache=True)
-        if wanted_BL[:, part].any():
-            yield output.logits[wanted_BL[:, part].to(device)]
 
 
 def _masses(z_TV: Tensor, top_k: int) -> Tensor:

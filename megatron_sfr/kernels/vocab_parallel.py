@@ -1,6 +1,6 @@
 """The vocabulary axis, complete or sharded over tensor-parallel ranks, and the kernels' statistics over it.
 
-Shapes: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits.
+Shapes: T tokens, V columns of the local shard, R ranks that share the vocabulary, K largest logits, C chosen columns.
 """
 
 import importlib
@@ -66,7 +66,8 @@ class StatisticsSpec:
 class LogitStatistics(NamedTuple):
     """Statistics of each token's logits over the whole vocabulary, with x_i = z_i - m.
 
-    Without moments s = a = u and a_x = 0. A loss gets them in `ClosedFormLoss.finalize`.
+    Without moments s = a = u and a_x = 0. A loss gets them in `ClosedFormLoss.finalize`. The last two fields are for
+    losses with chosen columns (`ClosedFormLoss.columns`), for which s, a, a_x and top have no meaning.
 
     Example:
         >>> import megatron_sfr as sfr
@@ -90,6 +91,10 @@ class LogitStatistics(NamedTuple):
     """sum_i exp(x_i) x_i: [T]."""
     top: Tensor
     """The K largest logits minus m, in descending order: [T, K]."""
+    x_columns: Tensor
+    """The logits of the chosen columns minus m: [T, C]."""
+    log_rest: Tensor
+    """ln of the sum of exp(x_i) over all other columns: [T]. Exact also where it is small: nothing is subtracted."""
 
     @property
     def entropy(self) -> Tensor:
@@ -97,8 +102,14 @@ class LogitStatistics(NamedTuple):
         return self.u.log() - self.u_x / self.u
 
 
-def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
-    """Combines each shard's [m, u, s, a, a_x, z_y, u_x, top ...], whose sums are relative to the shard's own m."""
+def combine(stats_RTN: Tensor, beta: float, columns: int = 0) -> LogitStatistics:
+    """Combines each shard's [m, u, s, a, a_x, z_y, u_x, top ...], whose sums are relative to the shard's own m.
+
+    Args:
+        columns: number of chosen columns, which the sums leave out. Their logits are the last values; a shard that does
+            not hold a column has -1e30.
+    """
+    stats_RTN, z_RTC = stats_RTN.split([stats_RTN.shape[-1] - columns, columns], dim=-1)
     m_RT, u, s, a, a_x, z_y, u_x = stats_RTN[..., :7].unbind(-1)
     m_T = m_RT.amax(0)
     d_RT = m_RT - m_T
@@ -106,15 +117,34 @@ def combine(stats_RTN: Tensor, beta: float) -> LogitStatistics:
     z_y_T = z_y.amax(0)
     top_RTK = stats_RTN[..., 7:]
     top_TK = top_RTK.transpose(0, 1).flatten(1).topk(top_RTK.shape[-1], dim=-1).values
-    return LogitStatistics(
+    u_T = (u * plain).sum(0)
+    stats = LogitStatistics(
         m=m_T,
-        u=(u * plain).sum(0),
+        u=u_T,
         s=(s * tempered).sum(0),
         a=(a * tempered).sum(0),
         a_x=((a_x + d_RT * a) * tempered).sum(0),
         x_y=z_y_T - m_T,
         u_x=((u_x + d_RT * u) * plain).sum(0),
         top=top_TK - m_T[:, None],
+        x_columns=z_RTC[0],
+        log_rest=u_T.log(),
+    )
+    return _with_columns(stats, z_RTC.amax(0), z_y_T) if columns else stats
+
+
+def _with_columns(rest: LogitStatistics, z_TC: Tensor, z_y_T: Tensor) -> LogitStatistics:
+    """Adds the chosen columns to the statistics of all others, which may be none."""
+    m_T = torch.maximum(rest.m, z_TC.amax(-1))
+    x_TC, d_T = z_TC - m_T[:, None], rest.m - m_T
+    e_TC, scale_T = x_TC.exp(), d_T.exp()
+    return rest._replace(
+        m=m_T,
+        u=rest.u * scale_T + e_TC.sum(-1),
+        x_y=z_y_T - m_T,
+        u_x=(rest.u_x + d_T * rest.u) * scale_T + (e_TC * x_TC).nansum(-1),  # skips 0 * -inf of masked logits
+        x_columns=x_TC,
+        log_rest=rest.log_rest + d_T,
     )
 
 

@@ -124,14 +124,16 @@ class TokenObjective:
         """
         y_T = torch.where(batch["loss_mask"] > 0, labels, IGNORED).t().reshape(-1)
         if self.chunk_tokens:
-            return self._chunked(stage, labels, y_T, batch["logit_position"], measured, counts, weight)
+            loss, index_N = self.loss.of_batch(batch, batch["logit_position"]), batch["logit_position"]
+            return self._chunked(stage, labels, y_T, index_N, loss, measured, counts, weight)
         z_TV = stage.scale(stage.project(stage.hidden_SBH)).flatten(0, 1)
         vocab, shape = self._vocab(z_TV.shape[-1]), labels.shape[::-1]
         seen = [x.view(shape).t() for x in entropy_and_max_prob(z_TV, vocab)] if measured.entropy else [None, None]
-        power = token_power(z_TV, y_T, self.loss, vocab, stage.weight_VH) if measured.power else None
+        loss = self.loss.of_batch(batch, None)
+        power = token_power(z_TV, y_T, loss, vocab, stage.weight_VH) if measured.power else None
         if power is not None:  # it is of the scaled logits, so far
             power = stage.scale(stage.scale(power))
-        values = token_values(z_TV, y_T, self.loss, vocab, overwrite=True)
+        values = token_values(z_TV, y_T, loss, vocab, overwrite=True)
         values_BS = TokenValues(*(x_T.detach().view(shape).t() for x_T in values))
         return TokenResult(values.loss.sum(), values_BS, power, *seen)
 
@@ -141,6 +143,7 @@ class TokenObjective:
         labels: Tensor,
         y_T: Tensor,
         index_N: Tensor,
+        loss: TokenLoss,
         measured: Measured,
         counts: bool,
         weight: Tensor | float,
@@ -165,7 +168,7 @@ class TokenObjective:
             watch.see_gradient if measured.power else None,
         )
         h_TH = all_positions(stage.hidden_SBH, sharded=stage.config.sequence_parallel).flatten(0, 1)
-        total, values = chunked_loss(h_TH, index_N, y_T[index_N], self.loss, head, plan)
+        total, values = chunked_loss(h_TH, index_N, y_T[index_N], loss, head, plan)
 
         def place(x_N: Tensor) -> Tensor:
             x_T = x_N.new_zeros(len(y_T)).index_copy(0, index_N, x_N)

@@ -56,12 +56,13 @@ def loss_flags(loss: TokenLoss) -> tuple[str, ...]:
 
 
 TOFU, EAFT, DFT = (loss_flags(ALL_LOSSES[name]) for name in ("tofu", "eaft", "dft"))
-# The first setting of each loss, and further ones that are listed above. All other runs train cross-entropy.
+# The first setting of each loss, and further ones that are listed above. All other runs train cross-entropy. ASFT needs
+# a reference: test_asft.py trains it.
 TOKEN_LOSSES = {
     label: (*loss_flags(ALL_LOSSES[label]), *BESIDE_LOSSES.get(label, ()))
     for name, registered in LOSSES.items()
     for i, label in enumerate(registered.examples)
-    if name != "ce" and (i == 0 or label in BESIDE_LOSSES)
+    if name not in ("ce", "asft") and (i == 0 or label in BESIDE_LOSSES)
 }
 # Every token loss and kind of auxiliary loss in a few combinations; each with the layouts below against one process.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -25,7 +25,7 @@ from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
 from megatron_sfr.demo.world import QUESTIONS, World
-from megatron_sfr.evaluation import sed_threshold
+from megatron_sfr.evaluation import conversation_logits
 from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
 from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, threshold, top_masses
 from megatron_sfr.kernels.vocab_parallel import Vocab
@@ -114,7 +114,7 @@ def test_masses_are_those_of_the_complete_conversations(
     z_TV, _ = read_at_once(model, data, 4, tokens == "supervised")
     whole_n = z_TV.softmax(-1).topk(5).values.sum(-1).sort().values
     for batch_size, positions in ((1, 10_000), (4, 10_000), (3, 90)):
-        monkeypatch.setattr(sed_threshold, "LOGITS", positions * batch_size * z_TV.shape[1])
+        monkeypatch.setattr(conversation_logits, "LOGITS", positions * batch_size * z_TV.shape[1])
         wanted = CalibrationOptions(top_k=5, samples=4, batch_size=batch_size, tokens=tokens)
         found_n = top_masses(model, PreparedData.open(data), wanted, progress=False)
         torch.testing.assert_close(found_n.sort().values, whole_n, rtol=1e-5, atol=1e-6)

@@ -20,6 +20,8 @@ COMMANDS = {
     "calibrate-sed --model model --data absent": "absent does not exist",
     "prepare --input chats.jsonl --tokenizer org/absent --output out": "neither a folder nor in the cache",
     "prepare --input chats.jsonl --tokenizer absent/ --output out": "at absent/ (it does not exist)",
+    "reference --model empty --data empty": "empty is not a Hugging Face model",
+    "reference --model model --data absent": "absent does not exist",
     "train absent.yaml": "no such recipe",
     "train unknown.yaml": "unknown.yaml:2: unknown key 'micro_batch_sise'; did you mean micro_batch_size?",
     "train typed.yaml": "typed.yaml: argument --micro-batch-size: invalid int value: 'two'",

@@ -47,7 +47,7 @@ class Target:
 
 
 PREPARES = ("prepare", "prepare, skipping")
-READS_MODEL = ("generate", "import", "calibrate", "diagnose", "evaluate")
+READS_MODEL = ("generate", "import", "calibrate", "diagnose", "evaluate", "reference")
 READS_TOKENIZER = (*PREPARES, "prepare-text", "generate", "flow prompts", "inspect", "export")
 FILES = "[!m]*.bin"
 TARGETS = [
@@ -82,7 +82,7 @@ TARGETS = [
     Target("prepared/targets/[!cm]*.bin", damage.BYTES, ("verify", "verify", "rank"), 5, checked=True),
     Target("prepared/targets/checksums.bin", damage.BYTES, ("verify", "rank"), 2, checked=True),
     Target("prepared/targets/manifest.json", damage.JSON, ("verify", "rank", "diagnose head", "embed"), 3),
-    Target("prepared/*.bin", damage.BYTES, ("inspect", "calibrate", "diagnose"), 3),
+    Target("prepared/*.bin", damage.BYTES, ("inspect", "calibrate", "diagnose", "reference"), 3),
     Target("checkpoint/release/.metadata", damage.BYTES, ("export",), 5),
     Target("checkpoint/release/*.distcp", damage.BYTES, ("export",), 2),
     Target("checkpoint/*/metadata.json", damage.JSON, ("export",), 2),

@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "verify documents": "inspect --data documents --verify",
     "embed": EMBED,
     "calibrate": "calibrate-sed --model model --data prepared --device cpu",
+    "reference": "reference --model model --data prepared --top-k 3 --device cpu --output out",
     "dry run": "train recipe.yaml --dry-run",
     "plan": "plan recipe.yaml --gpus 1 --anchors 8 --target-dim 384",
     "plan, sweep": "plan recipe.yaml --gpus 2 --sweep --json",

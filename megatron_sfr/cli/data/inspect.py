@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare the checksums of the folder and of the target stores in it, reading every byte; shows nothing",
+        help="compare the checksums of the folder and of the stores in it, reading every byte; shows nothing",
     )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer, if it was moved")
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(data: PreparedData | PreparedDocuments) -> int:
+    from megatron_sfr.data.prepared.conversations import PreparedData
+    from megatron_sfr.data.prepared.reference_store import ReferenceStore, is_reference_store
     from megatron_sfr.data.targets.store import TargetStore, is_store
 
     data.check()
@@ -77,6 +79,10 @@ def _verify(data: PreparedData | PreparedDocuments) -> int:
         store.verify()
         state = "" if store.manifest.complete else "; not complete"
         print(f"{folder}: every target is as it was written{state}")
+    if isinstance(data, PreparedData):
+        for folder in sorted(path for path in data.folder.iterdir() if is_reference_store(path)):
+            ReferenceStore.open(folder, data).verify()
+            print(f"{folder}: every probability is as it was written")
     return 0
 
 

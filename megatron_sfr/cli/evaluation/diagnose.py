@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
     for folder in folders.values():
         check_model_folder(folder)
 
+    from megatron_sfr.evaluation.conversation_logits import check_same_tokens
     from megatron_sfr.evaluation.generate.transformers_engine import load_model
     from megatron_sfr.evaluation.lock_fork.examine import ExamineOptions, examine
     from megatron_sfr.evaluation.lock_fork.futures import FutureOptions
     from megatron_sfr.evaluation.lock_fork.labels import LabelOptions
-    from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, check_same_tokens
     from megatron_sfr.storage.lock import hold
 
     labels = LabelOptions(args.lock_entropy, args.lock_top, args.fork_entropy, args.fork_dispersion)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     def load(name: str, folder: Path):  # type: ignore[no-untyped-def]  # a Hugging Face network
         model = load_model(name, folder, device=args.device, dtype=args.dtype)
-        check_same_tokens(model, data, CalibrationOptions(top_k=1))
+        check_same_tokens(model, data, top_k=1)
         return model.network
 
     models = {name: partial(load, name, folder) for name, folder in folders.items()}

@@ -153,7 +153,7 @@ STEP = (
     Refused(
         "logits_load_dir logits_load_decode_threads logits_load_prefetch_factor logits_load_msc_prefetch_depth "
         "logits_load_kd_loss_alpha logits_load_ignore_errors",
-        "distillation is part of Megatron's own loss function, and the objectives here do not read a teacher's logits",
+        "distillation is part of Megatron's own loss function; asft reads what `megatron-sfr reference` wrote",
     ),
     Refused(
         "cross_entropy_loss_fusion cross_entropy_fusion_impl fp16_lm_cross_entropy",

@@ -144,15 +144,16 @@ def _pass(
     total_VH = (dw_VH if head.accumulator_VH is None else head.accumulator_VH) if trains else None
     chunks = max(1, math.ceil(len(index_N) / plan.chunk))
     found = []
-    for rows_C, y_C in zip(index_N.tensor_split(chunks), y_N.tensor_split(chunks), strict=True):
+    parts = index_N.tensor_split(chunks), y_N.tensor_split(chunks), loss.split(chunks)
+    for rows_C, y_C, loss_C in zip(*parts, strict=True):
         h_CH = h_TH[rows_C]
         z_CV = head.scale(head.project(h_CH))
         if plan.on_logits is not None:
             plan.on_logits(z_CV)
         if dh_TH is None:
-            found.append(token_values(z_CV, y_C, loss, head.vocab))
+            found.append(token_values(z_CV, y_C, loss_C, head.vocab))
             continue
-        found.append(loss_and_gradient(z_CV, y_C, loss, head.vocab, plan.factor))
+        found.append(loss_and_gradient(z_CV, y_C, loss_C, head.vocab, plan.factor))
         dh_CH = head.scale(z_CV @ weight)
         dh_TH.index_copy_(0, rows_C, dh_CH)
         if plan.on_gradient is not None:

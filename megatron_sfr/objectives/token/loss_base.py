@@ -1,9 +1,10 @@
 """The two forms of a token loss: any loss in plain torch, and losses whose gradient has a closed form.
 
-Shapes: T tokens, V tokens of the whole vocabulary.
+Shapes: T tokens, V tokens of the whole vocabulary, C chosen columns.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -57,6 +58,19 @@ class TokenLoss(ABC):
         """
         return {}
 
+    def of_batch(self, batch: Mapping[str, Tensor], index_N: Tensor | None) -> "TokenLoss":
+        """The loss of the positions of a microbatch, with what it reads of the batch; by default the loss itself.
+
+        Args:
+            batch: the microbatch of a training, [B, S, ...] each.
+            index_N: the positions, as indices into [S, B]; None: all.
+        """
+        return self
+
+    def split(self, chunks: int) -> Sequence["TokenLoss"]:
+        """The loss of each chunk of the tokens, divided as by `Tensor.tensor_split`; by default the same for all."""
+        return [self] * chunks
+
 
 class LossAndCoefficients(NamedTuple):
     """The loss of each token and the coefficients of its gradient with respect to the logits.
@@ -108,3 +122,15 @@ class ClosedFormLoss(TokenLoss):
     @abstractmethod
     def finalize(self, stats: LogitStatistics) -> LossAndCoefficients:
         """Loss and gradient coefficients of each token, from the statistics of its logits."""
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Tokens of the vocabulary, chosen for each token, whose gradient is not that of `LossAndCoefficients`.
+
+        int64 [T, C], or None (the default). Such a loss has the default temperature, no weights w_i and no top_k.
+        """
+        return None
+
+    def columns_gradient(self, stats: LogitStatistics) -> Tensor:
+        """dL/dz of the chosen columns, [T, C], without the term of the label, -label_coef [i = y]."""
+        raise NotImplementedError(f"{type(self).__name__} has chosen columns: define their gradient")

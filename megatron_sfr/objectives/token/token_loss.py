@@ -23,16 +23,19 @@ class _ClosedForm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         first = first_pass(z_TV, y_T, loss, vocab)
         result = first.result
-        ctx.save_for_backward(z_TV, y_T, first.stats.m, first.z_y_T, result.softmax_coef, result.label_coef)
+        coefficients = result.softmax_coef, result.label_coef, first.columns_TC
+        ctx.save_for_backward(z_TV, y_T, first.stats.m, first.z_y_T, *coefficients)
         ctx.loss, ctx.vocab, ctx.overwrite = loss, vocab, overwrite
         ctx.mark_non_differentiable(*first.values[1:])
         return tuple(first.values)
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
-        z_TV, y_T, m_T, z_y_T, softmax_coef_T, label_coef_T = ctx.saved_tensors
+        z_TV, y_T, m_T, z_y_T, softmax_coef_T, label_coef_T, columns_TC = ctx.saved_tensors
         g_TV = z_TV if ctx.overwrite else z_TV.clone()
-        write_gradient(g_TV, y_T, m_T, z_y_T, softmax_coef_T * grad_T, label_coef_T * grad_T, ctx.loss, ctx.vocab)
+        columns_TC = None if columns_TC is None else columns_TC * grad_T[:, None]
+        coefficients = softmax_coef_T * grad_T, label_coef_T * grad_T, columns_TC
+        write_gradient(g_TV, y_T, m_T, z_y_T, *coefficients, ctx.loss, ctx.vocab)
         return g_TV, None, None, None, None
 
 
@@ -168,6 +171,7 @@ def loss_and_gradient(
         write_blocks(z_TV, y_T, torch.ones_like(values.loss) * factor, loss, vocab)
         return values
     first = first_pass(z_TV, y_T, loss, vocab)
-    softmax_coef_T, label_coef_T = first.result.softmax_coef * factor, first.result.label_coef * factor
-    write_gradient(z_TV, y_T, first.stats.m, first.z_y_T, softmax_coef_T, label_coef_T, loss, vocab)
+    columns_TC = None if first.columns_TC is None else first.columns_TC * factor
+    coefficients = first.result.softmax_coef * factor, first.result.label_coef * factor, columns_TC
+    write_gradient(z_TV, y_T, first.stats.m, first.z_y_T, *coefficients, loss, vocab)
     return first.values

@@ -17,6 +17,8 @@ from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
 from megatron_sfr.data.prepared.conversations import PreparedData, Sample
+from megatron_sfr.data.prepared.reference_store import ReferenceStore
+from megatron_sfr.objectives.anchored.reference import LOG_P, TOKEN
 from megatron_sfr.training.data.anchor_arrays import (
     AnchorPlan,
     AnchorSizes,
@@ -50,6 +52,8 @@ class PreparedDatasetConfig(BlendedMegatronDatasetConfig):
     """How to build the anchors' arrays; None: items have no anchors."""
     text_length: int | None = None
     """Tokens of a text in KL-flow training; None for other training tasks."""
+    reference_store: str | None = None
+    """Name of the reference store's folder inside each prepared folder; None: items have no reference."""
 
 
 class PreparedDataset(MegatronDataset):
@@ -67,6 +71,8 @@ class PreparedDataset(MegatronDataset):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
+        store = config.reference_store
+        self.reference = ReferenceStore.open(dataset.folder / store, dataset) if store is not None else None
         self.groups: dict[str, int] = {}
         """Numbers of the personas' groups; empty: items have no `group`."""
         self.lengths = np.ones(len(indices), np.int64)
@@ -126,6 +132,8 @@ class PreparedDataset(MegatronDataset):
             del item["document"]
         if self.groups:
             item["group"] = group_array(samples, starts, self.groups, self.config.sequence_length)
+        if self.reference is not None:
+            item[TOKEN], item[LOG_P] = self.reference.arrays(conversations.tolist(), item["loss_mask"])
         if self.config.text_length is not None:
             item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:

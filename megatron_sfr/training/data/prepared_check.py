@@ -8,7 +8,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.prepared.open import horizons_of, open_prepared
+from megatron_sfr.data.prepared.open import holds_documents, horizons_of, open_prepared
+from megatron_sfr.data.prepared.reference_store import check_references
 from megatron_sfr.data.segments.segmenters import format_horizons
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.storage.arrays import map_flat
@@ -22,13 +23,19 @@ def prepared_folders(args: Any) -> list[Path]:
     return list(dict.fromkeys(Path(path) for part in parts for path in part[0]))
 
 
-def check_prepared(args: Any) -> None:
-    """Raises ValueError if a folder is damaged or has token ids beyond the model's vocabulary."""
+def check_prepared(args: Any, reference_store: str | None = None) -> None:
+    """Raises ValueError if a folder is damaged or has token ids beyond the model's vocabulary.
+
+    Args:
+        reference_store: the folder of the reference store in each prepared folder, which is checked too.
+    """
     folders = prepared_folders(args)
     for folder in folders:
         data = open_prepared(folder)
         data.check(SAMPLE_BYTES // len(folders))
         check_vocabulary(data, args.vocab_size)
+    if reference_store is not None and not any(map(holds_documents, folders)):  # documents are refused elsewhere
+        check_references(folders, reference_store, args.vocab_size)
 
 
 def check_vocabulary(data: PreparedData | PreparedDocuments, vocab_size: int) -> None:

@@ -88,13 +88,15 @@ class DataPlan:
     """Whether anchors have the weights (N - j) / N themselves, for sfr_mean = microbatch."""
     reference: bool = False
     """Whether the run has the preset `reference`, which needs data prepared with it."""
+    reference_store: str | None = None
+    """Folder of the reference store inside each prepared folder; None: the objective reads none."""
 
 
 def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
     """Upstream's configuration of the datasets for training, validation and test.
 
     Args:
-        reads_targets: whether items have anchors and targets; only the last pipeline stage needs them.
+        reads_targets: whether items have anchors, targets and references; only the last pipeline stage needs them.
     Raises:
         ValueError: the prepared folders do not go together, or not with the options.
     """
@@ -123,13 +125,14 @@ def dataset_config(plan: DataPlan, *, reads_targets: bool = True) -> Config:
         "text_length": plan.text_length,
     }
     if not any(map(holds_documents, paths)):
+        store = plan.reference_store if reads_targets else None
         if args.dataloader_inter_document_masking:
             raise ValueError("dataloader_inter_document_masking is for documents; conversations have sfr_packing")
         if args.eod_mask_loss:
             raise ValueError("eod_mask_loss is for documents; conversations have a loss mask: leave it out")
         packed = options.packing != "none"
         multiple = padding_multiple(args.context_parallel_size) if packed else 1
-        return PreparedDatasetConfig(**common, packed=packed, multiple=multiple)
+        return PreparedDatasetConfig(**common, packed=packed, multiple=multiple, reference_store=store)
     return _documents_config(plan, paths, common)
 
 
@@ -151,6 +154,11 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
     args = plan.megatron
     if chats := [path for path in paths if not holds_documents(path)]:
         raise ValueError(f"{chats[0]} holds conversations and other folders documents; train on them in two runs")
+    if plan.reference_store is not None:
+        raise ValueError(
+            "objective asft is for conversations: what a reference predicts in a document depends on where sequences "
+            "start, which training shuffles; choose another objective"
+        )
     if plan.options.packing != "none":
         raise ValueError("sfr_packing is for conversations: documents fill each sequence as it is; set it to none")
     prepared = [PreparedDocuments.open(path) for path in paths]

@@ -8,12 +8,13 @@ Shapes: B samples, S positions of the sequence, A anchors.
 import torch
 from torch import Tensor
 
+from megatron_sfr.objectives.anchored.reference import LOG_P, TOKEN
 from megatron_sfr.runtime.parallel import sequence_positions
 from megatron_sfr.training.data.multi_token_labels import LABELS, MASK
 
-OF_POSITIONS = ("tokens", "labels", "loss_mask", "position_ids", "group", LABELS, MASK)
-"""What a batch has for each position, [B, S, ...]: `group` where metrics by persona are measured, the last two for
-multi-token prediction."""
+OF_POSITIONS = ("tokens", "labels", "loss_mask", "position_ids", "group", LABELS, MASK, TOKEN, LOG_P)
+"""What a batch has for each position, [B, S, ...]: `group` where metrics by persona are measured, the next two for
+multi-token prediction, the last two for the reference of ASFT."""
 
 
 def on_this_rank(batch: dict[str, Tensor], bounds: Tensor | None = None) -> dict[str, Tensor]:

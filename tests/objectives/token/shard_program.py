@@ -14,10 +14,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.anchored.asft import ASFT
 from megatron_sfr.objectives.token.token_loss import token_values
-from tests.objectives.token.token_cases import ALL_LOSSES, labels, logits
+from tests.objectives.token.token_cases import ALL_LOSSES, labels, logits, reference
 
 TOKENS, SIZE, COLUMNS = 40, 11, 16  # of 4 shards the third has one padding column, the fourth only padding
+ANCHORED = {f"asft of {k}": ASFT(weight=0.3).at(reference(TOKENS, SIZE, k)) for k in (1, 4, SIZE)}
+TRIED = ALL_LOSSES | ANCHORED
 
 
 class Collectives(TorchDispatchMode):
@@ -45,7 +48,7 @@ def run(name: str, grid: bool, vocab: Vocab, columns: slice) -> dict[str, Any]:
     z_TV = all_logits(grid)[:, columns].clone().requires_grad_()
     weight_T = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
     with Collectives() as forward:
-        values = token_values(z_TV, labels(TOKENS, SIZE, ignored=0.2), ALL_LOSSES[name], vocab)
+        values = token_values(z_TV, labels(TOKENS, SIZE, ignored=0.2), TRIED[name], vocab)
     with Collectives() as backward:
         (values.loss * weight_T).sum().backward()
     actual = {name: value.detach() for name, value in values._asdict().items()} | {"gradient": z_TV.grad}
@@ -57,7 +60,7 @@ def main(folder: Path) -> None:
     rank, width = dist.get_rank(), COLUMNS // dist.get_world_size()
     vocab = Vocab(SIZE, rank * width, dist.group.WORLD)
     columns = slice(rank * width, (rank + 1) * width)
-    actual = {(name, grid): run(name, grid, vocab, columns) for name in ALL_LOSSES for grid in (False, True)}
+    actual = {(name, grid): run(name, grid, vocab, columns) for name in TRIED for grid in (False, True)}
     torch.save(actual, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """All registered token losses in their settings for tests, with logits and labels. `ALL_LOSSES` serves every test.
 
-Shapes: T tokens, V columns.
+Shapes: T tokens, V columns, K tokens of a reference.
 """
 
 import torch
@@ -9,14 +9,20 @@ from torch import Tensor
 import megatron_sfr.objectives.token  # registers the losses of this package  # noqa: F401
 import tests.objectives.token.focal  # a loss in plain torch  # noqa: F401
 from megatron_sfr.kernels.vocab_parallel import Vocab
+from megatron_sfr.objectives.anchored.asft import ASFT
+from megatron_sfr.objectives.anchored.reference import Reference
 from megatron_sfr.objectives.token.loss_base import IGNORED, ClosedFormLoss, TokenLoss
 from megatron_sfr.objectives.token.registry import LOSSES
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 
 
 def all_losses() -> dict[str, TokenLoss]:
-    """Every registered loss in each of its settings for tests: {label: loss}."""
-    return {label: loss for registered in LOSSES.values() for label, loss in registered.instances().items()}
+    """Every registered loss in each of its settings for tests: {label: loss}.
+
+    Not ASFT, which is a loss of tokens with a reference distribution each; it has tests/objectives/anchored.
+    """
+    found = {label: loss for registered in LOSSES.values() for label, loss in registered.instances().items()}
+    return {label: loss for label, loss in found.items() if not isinstance(loss, ASFT)}
 
 
 ALL_LOSSES = all_losses()
@@ -34,6 +40,14 @@ def labels(tokens: int, size: int, *, seed: int = 0, ignored: float = 0.0) -> Te
     g = torch.Generator().manual_seed(seed + 1)
     y_T = torch.randint(size, (tokens,), generator=g)
     return torch.where(torch.rand(tokens, generator=g) < ignored, IGNORED, y_T)
+
+
+def reference(tokens: int, size: int, k: int, *, seed: int = 0) -> Reference:
+    """The k most likely of `size` tokens by random logits, and the rest, in float64."""
+    log_p_TV = logits(tokens, size, seed=seed + 50).log_softmax(-1)
+    log_p_TK, token_TK = log_p_TV.topk(k)
+    rest_T1 = log_p_TV.scatter(1, token_TK, -torch.inf).logsumexp(-1, keepdim=True)
+    return Reference(token_TK, torch.cat([log_p_TK, rest_T1], dim=-1))
 
 
 def differentiated(
