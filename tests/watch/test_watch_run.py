@@ -175,7 +175,7 @@ def test_kills_at_any_moment_lose_nothing(made: Path, run: Path, tmp_path: Path)
     [
         (["nowhere"], "nowhere does not exist; give the --save folder of a run"),
         (["run", "--prompts", "no.jsonl"], "no.jsonl"),
-        (["run", "--prompts", "bad.jsonl"], "bad.jsonl:1: not a prompt"),
+        (["run", "--prompts", "bad.jsonl"], "bad.jsonl:1: not a JSON object"),
         (["run", "--like", "run"], "run has no config.json: give --like HF_DIR"),
         (["other"], "names no Hugging Face model: give --like HF_DIR"),
         (["run", "--samples", "0"], "samples is 0"),
