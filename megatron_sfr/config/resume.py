@@ -1,6 +1,7 @@
 """Checks before a run loads a checkpoint: that it exists, and that the run can continue with its options and data."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -190,12 +191,17 @@ def changed_model(args: argparse.Namespace, path: str, stored: Mapping[str, Any]
 
 def changed_data(args: argparse.Namespace, stored: Mapping[str, Any]) -> str | None:
     """A warning if a run that resumes reads its data in another order than before; None otherwise."""
-    changed = [key for key in DATA if key in stored and stored[key] != getattr(args, key)]
+    now = vars(args)
+    changed = [key for key in DATA if key in stored and _absolute(stored[key]) != _absolute(now[key])]
     if not changed:
         return None
-    now = vars(args)
     said = ", ".join(f"{key} is {shown(now[key])} (in the checkpoint {shown(stored[key])})" for key in changed)
     return f"{said}: sequences that were read before may be read again, and others not at all"
+
+
+def _absolute(value: Any) -> Any:
+    """A list of folders, and perhaps weights, with absolute paths; any other value as it is."""
+    return [os.path.abspath(str(item)) for item in value] if isinstance(value, list) else value
 
 
 def check_targets(args: argparse.Namespace, stored: Mapping[str, Any]) -> None:

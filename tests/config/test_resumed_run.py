@@ -190,6 +190,7 @@ def test_another_model_of_the_same_sizes_is_refused_or_said() -> None:
 def test_data_in_another_order_are_said() -> None:
     stored = STORED | {"seed": 1, "train_data_path": ["a"]}
     assert changed_data(run(seed=1, train_data_path=["a"]), stored) is None
+    assert changed_data(run(seed=1, train_data_path=[str(Path("a").resolve())]), stored) is None
     line = changed_data(run(seed=2, train_data_path=["a", "b"]), stored)
     assert line is not None
     assert line.startswith("seed is 2 (in the checkpoint 1), train_data_path is ['a', 'b'] (in the checkpoint ['a']):")
