@@ -109,7 +109,7 @@ def test_a_registered_loss_is_found_by_name_and_by_dotted_path() -> None:
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ("jem", r"invalid choice: 'jem' \(choose from asft, ce, dft, eaft, focal, gem, sed, tofu, or give the dotted path"),
+        ("jem", r"invalid choice: 'jem' \(choose from asft, ce, dft, eaft, focal, gem, sed, tofu, or give the dotted"),
         ("nowhere.at.all.Loss", r"importing nowhere.at.all failed: ModuleNotFoundError: .*is its folder on PYTHONPATH"),
         (f"{FOCAL}.Vocal", f"{FOCAL} has no Vocal"),
         (f"{FOCAL}.NotRegistered", r"NotRegistered is not a registered loss; decorate it with @register\(NAME\)"),
