@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypedDict
 from megatron_sfr.storage.atomic import replacing, sync_folder
 from megatron_sfr.storage.integrity import StoredFileError
 from megatron_sfr.storage.lock import hold
-from megatron_sfr.storage.user_files import check_fields, cut, read_json_object, shown
+from megatron_sfr.storage.user_files import check_fields, cut, read_json, read_json_object, shown
 
 NAME = "manifest.json"
 MOST = 1 << 62  # upper bound of a count or a size
@@ -70,6 +70,15 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M]) -> M:
     except ValueError as error:
         raise StoredFileError(f"{path} is damaged: {error}") from error
     return cls(**content)
+
+
+def is_of_kind(folder: Path, cls: type[Manifest]) -> bool:
+    """Whether a folder has a manifest of a class, of any version. False if it cannot be read."""
+    try:
+        manifest = read_json(folder / NAME)
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == cls.kind
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData, PreparedManif
 from megatron_sfr.data.prepared.documents import DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.segments.reference_anchors import AnchorRule
 from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, format_horizons
-from megatron_sfr.storage.manifest import NAME
-from megatron_sfr.storage.user_files import read_json
+from megatron_sfr.storage.manifest import is_of_kind
 
 
 def open_prepared(folder: str | Path) -> PreparedData | PreparedDocuments:
@@ -35,11 +34,7 @@ def open_prepared(folder: str | Path) -> PreparedData | PreparedDocuments:
 
 def holds_documents(folder: Path) -> bool:
     """Whether a prepared folder holds documents. False if its manifest cannot be read."""
-    try:
-        manifest = read_json(folder / NAME)
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == DocumentsManifest.kind
+    return is_of_kind(folder, DocumentsManifest)
 
 
 def anchor_rule_of(path: str | Path) -> AnchorRule:

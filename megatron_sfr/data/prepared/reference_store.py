@@ -32,8 +32,7 @@ from megatron_sfr.storage.integrity import (
     hint,
     refuse,
 )
-from megatron_sfr.storage.manifest import NAME, read_manifest
-from megatron_sfr.storage.user_files import read_json
+from megatron_sfr.storage.manifest import is_of_kind, read_manifest
 
 DEFAULT = "reference"
 """The folder of a store inside its prepared folder."""
@@ -146,11 +145,7 @@ class ReferenceStore:
 
 def is_reference_store(folder: Path) -> bool:
     """Whether a folder holds a complete reference store, of any version."""
-    try:
-        manifest = read_json(folder / NAME)
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == ReferenceManifest.kind
+    return is_of_kind(folder, ReferenceManifest)
 
 
 def check_references(folders: Sequence[Path], store: str, vocab_size: int) -> None:
