@@ -8,7 +8,7 @@ ARGS ?=
 PYTHON ?= $(BIN)/python
 
 help:
-	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (at most 10 minutes)"
+	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (10 minutes on two cores)"
 	@echo "make smollm2 fine-tune a pretrained 135M model with and without SFR on eight personas (25 minutes on two cores)"
 	@echo "make study   compare seven objectives on real text (several hours on two cores; a second call resumes)"
 	@echo "make test    run the tests             make check   ruff, types, layers"
