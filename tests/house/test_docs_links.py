@@ -1,8 +1,9 @@
 """Links in the documentation lead to files and headings that exist, in the repository and in the site of `make docs`.
 
-The tests need no mkdocs. They do not follow links to other hosts.
+Rows of tables have as many cells as the head. The tests need no mkdocs, and do not follow links to other hosts.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
         "# One: two\n```bash\n[not](a-link.md)\n```\n[b](b.md) [c](#one-two) [d](#three)\n"
     )
     assert broken("docs/a.md", tmp_path) == ["docs/a.md:5: b.md", "docs/a.md:5: #three"]
+
+
+def cells(row: str) -> int:
+    """Cells of a row of a table. A bar behind a backslash does not divide cells; one in code does."""
+    return row.replace("\\|", "").strip().removeprefix("|").removesuffix("|").count("|") + 1
+
+
+def uneven(text: str) -> list[str]:
+    """The rows of a page's tables that do not have as many cells as the row before, which readers would not see."""
+    lines = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text).splitlines()
+    pairs = [(before, row) for before, row in itertools.pairwise(lines) if before[:1] == row[:1] == "|"]
+    return [row for before, row in pairs if cells(before) != cells(row)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_rows_of_a_table_have_the_cells_of_its_head(page: str) -> None:
+    assert uneven((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_row_with_a_cell_too_many_is_found() -> None:
+    assert uneven("| a | b |\n|---|---|\n| `x` \\| y | |\n| 1 | 2 | 3 |\n\n| one |\n") == ["| 1 | 2 | 3 |"]
 
 
 def test_every_page_is_in_the_index() -> None:
