@@ -1,6 +1,5 @@
 """This process's pipeline stage, shards and process groups: all that the package asks upstream about the layout."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
@@ -130,26 +130,14 @@ def sum_over_tensor(x: Tensor) -> Tensor:
     return x
 
 
-class _SumForward(torch.autograd.Function):
-    """All-reduce forward, identity backward: each rank holds a part of a loss that all differentiate."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        return reduce(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def sum_parts(x: Tensor) -> Tensor:
-    """Sum over the tensor-parallel group whose backward is the identity."""
-    return _SumForward.apply(x, sum_over_tensor)
+    """Sum over the tensor-parallel group whose backward is the identity: each rank holds a part of x."""
+    return reduce_from_tensor_model_parallel_region(x.clone(), group=parallel_state.get_tensor_model_parallel_group())
 
 
 def sum_parts_over_context(x: Tensor) -> Tensor:
     """Sum over the context-parallel group whose backward is the identity."""
-    return _SumForward.apply(x, sum_over_context)
+    return reduce_from_tensor_model_parallel_region(x.clone(), group=parallel_state.get_context_parallel_group())
 
 
 def spread_rows(x: Tensor) -> Tensor:
@@ -170,23 +158,9 @@ def all_positions(h_SBH: Tensor, *, sharded: bool) -> Tensor:
     return copy_to_tensor_model_parallel_region(h_SBH, group=group)
 
 
-class _GatherOverContext(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(context_size())]
-        dist.all_gather(parts, x.contiguous(), group=parallel_state.get_context_parallel_group())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
-        return grad.chunk(context_size())[parallel_state.get_context_parallel_rank()]
-
-
 def gather_over_context(x: Tensor) -> Tensor:
     """[S, ...] of all context-parallel ranks in turn, [R S, ...]; backward sums the ranks' gradients."""
-    return _GatherOverContext.apply(x)
+    return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -202,8 +176,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
-    """x, whose gradient is multiplied by a factor: a number, or a tensor [1] that stays on the device, without
-    synchronisation. At 0 the gradient is exactly 0, also where it would be infinite or NaN."""
+    """x, whose gradient is multiplied by a factor. At 0 it is exactly 0, even where it would be NaN or infinite.
+
+    Args:
+        factor: a number, or a tensor [1] that stays on the device, so that nothing waits for it.
+    """
     if isinstance(factor, float):
         return x if factor == 1 else _ScaleGradient.apply(x, torch.full((1,), factor, device=x.device))
     return _ScaleGradient.apply(x, factor)
