@@ -7,6 +7,7 @@ folders has as many sequences as all of them together; with weights a folder is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,16 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
     """The epoch of a run with these arguments or recipe keys; None if its data are not named by path.
 
     Raises:
-        ValueError: a folder is not a prepared folder, or its training part is empty.
+        ValueError: a folder is not a prepared folder, its training part is empty, or weights or `split` divide nothing.
     """
     blend = options.get("train_data_path") or options.get("data_path")
     if not blend:
         return None
     paths, weights = split_blend([blend] if isinstance(blend, str) else blend)
-    share = 1.0 if options.get("train_data_path") else _training_share(options.get("split") or SPLIT)
+    if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"the training data have the weights {shown}: give numbers of at least 0, not all 0")
+    share = 1.0 if options.get("train_data_path") else _training_share(str(options.get("split") or SPLIT))
     packed = options.get("sfr_packing") not in (None, "none")
     multiple = padding_multiple(_whole_number(options, "context_parallel_size", 1))
     length = _whole_number(options, "seq_length")
@@ -107,7 +111,13 @@ def _tokens(data: PreparedDocuments, count: int) -> int:
 
 
 def _training_share(split: str) -> float:
-    parts = [float(part) for part in split.split(",")]
+    """The training part of `split`, read as upstream reads it: up to three numbers with anything between them."""
+    try:
+        parts = [float(part) for part in re.findall(r"[.0-9]+", split)]
+    except ValueError:  # 1.2.3
+        parts = []
+    if not sum(parts) or len(parts) > 3:
+        raise ValueError(f"split = {split}: give the shares of training, validation and test, such as {SPLIT}")
     return parts[0] / sum(parts)
 
 

@@ -60,9 +60,9 @@ def test_an_epoch_is_what_upstreams_dataset_has(folders: list[Path], documents: 
         sizes.append(epoch.total)
     assert sizes[0] == sizes[1] == 10
     assert sizes[2] < sizes[3] < 10, "20 ranks pad conversations to multiples of 40 tokens"
-    plan = document_arguments(documents, sfr=False, split="60,30,10", data_path=[str(documents)], train_data_path=None)
+    plan = document_arguments(documents, sfr=False, split="60/30/10", data_path=[str(documents)], train_data_path=None)
     train, _, _ = build(dataset_config(plan), [None, None, None])
-    epoch = read_epoch({"data_path": [str(documents)], "split": "60,30,10", "seq_length": plan.megatron.seq_length})
+    epoch = read_epoch({"data_path": [str(documents)], "split": "60/30/10", "seq_length": plan.megatron.seq_length})
     assert epoch is not None
     assert epoch.total == len(train) > 1
 
@@ -94,6 +94,10 @@ def test_steps_follow_from_epochs_alone_and_in_blends(folders: list[Path]) -> No
         ({"context_parallel_size": "two"}, "context_parallel_size = two: give a whole number"),
         ({"seq_length": None}, "seq_length = None: give a whole number"),
         ({"context_parallel_size": 3}, "seq_length = 80: set a multiple of 6, twice context_parallel_size"),
+        ({"train_data_path": None, "data_path": "x", "split": "0,0,0"}, "split = 0,0,0: give the shares of training"),
+        ({"train_data_path": None, "data_path": "x", "split": "1.2.3"}, "split = 1.2.3: give the shares of training"),
+        ({"train_data_path": [0, "x", 0, "y"]}, "the weights 0, 0: give numbers of at least 0, not all 0"),
+        ({"train_data_path": [-1, "x", 2, "y"]}, "the weights -1, 2: give numbers of at least 0, not all 0"),
         ({"train_data_path": ["nowhere"]}, "nowhere does not exist; run: megatron-sfr prepare"),
     ],
 )
