@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_sfr.runtime import lifetime
+
 ROOT = Path(__file__).parents[2]
 RANK, AGENT = (Path(__file__).with_name(name) for name in ("rank_program.py", "agent_program.py"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -71,6 +73,12 @@ def test_a_rank_that_waits_for_a_dead_one_ends_at_sigterm(tmp_path: Path) -> Non
     psutil.Process(json.loads((tmp_path / "rank-0").read_text())[0]).kill()
     assert agent.wait(30) == 0
     assert not psutil.wait_procs(started, 10)[1]
+
+
+def test_the_first_process_of_a_container_has_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    lifetime.end_with_peers()
 
 
 def test_ranks_end_with_their_agent(tmp_path: Path) -> None:
