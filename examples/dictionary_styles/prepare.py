@@ -4,11 +4,11 @@ Writes train.jsonl, validation.jsonl, prompts.jsonl and report.json; README.md t
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from examples.dictionary_styles.dictd import SOURCES, Source, check_sources, rea
 from examples.dictionary_styles.overlap import ORIGINALS, is_copied, known_runs
 from examples.dictionary_styles.selection import Books, Record, balance, prompts, sharing, split
 from examples.dictionary_styles.text import FOREIGN, Entry, Unusable, headword, reply
+from megatron_sfr.storage.atomic import replacing
 
 PARSERS: dict[str, Callable[[str], list[Entry]]] = {
     "webster": word_books.webster,
@@ -119,12 +120,11 @@ def report(
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
-    """All files under temporary names first; the names are put right when all are whole."""
+    """Writes all files under temporary names, and renames them when all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.partial").write_text(text, encoding="utf-8")
-    for name in files:
-        os.replace(folder / f"{name}.partial", folder / name)
+    with ExitStack() as written:
+        for name, text in files.items():
+            written.enter_context(replacing(folder / name)).write(text)
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Fields]:

@@ -1,7 +1,6 @@
 """One run from its training to its curve: trained, exported, asked, scored. Whatever is finished is kept."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -254,16 +253,12 @@ def rows(path: Path) -> list[dict]:
 
 
 def save(curve: Curve, path: Path) -> None:
-    """A curve as plain arrays; the file is whole or not there."""
+    """Writes a curve as plain arrays, atomically."""
     arrays = {f"score/{name}": values for name, values in curve.scores.items()}
     for kind, losses in (("loss", curve.losses), ("persona", curve.personas)):
         arrays |= {f"{kind}/{name}": np.stack([loss.nll, loss.tokens]) for name, loss in losses.items()}
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
+    with replacing(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_curve(path: Path, name: str, temperatures: Sequence[float]) -> Curve:

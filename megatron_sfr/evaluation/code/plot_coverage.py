@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_sfr.evaluation.code.score import Passes
 from megatron_sfr.evaluation.page.persona_panels import COLOURS
+from megatron_sfr.storage.atomic import replacing
 
 STYLES = {"best by utility": "--", "best by logprob": "-.", "majority": ":"}
 
@@ -35,6 +36,5 @@ def draw_coverage(scored: Sequence[Passes], path: Path) -> None:
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format="png")

@@ -7,6 +7,7 @@ from megatron_sfr.evaluation.compare.questions import shown_temperature
 from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.page.persona_panels import COLOURS
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
+from megatron_sfr.storage.atomic import replacing
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_LABELLED = 3  # with more curves, only the first one's temperatures are written; the others have the same order
@@ -32,9 +33,8 @@ def draw(report: Report, path: Path, title: str) -> None:
     columns = math.ceil(len(report.scores) / math.ceil(len(report.scores) / 6))  # rows of at most six, next to equal
     figure.legend(*curves, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format="png")
 
 
 def _curve(panel, report: Report, axes: Axes, model: str, i: int) -> None:  # type: ignore[no-untyped-def]
