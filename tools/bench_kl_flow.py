@@ -26,7 +26,7 @@ from megatron_sfr.config.settings import parse, read_settings
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.model import KLFlowModelBuilder, denoise
-from megatron_sfr.kl_flow.sampling.requests import Wanted, blank, canvas
+from megatron_sfr.kl_flow.sampling.requests import SampleSpec, blank, canvas
 from megatron_sfr.kl_flow.sampling.sampler_options import Method, SamplerOptions
 from megatron_sfr.kl_flow.sampling.samplers import Denoiser, sample
 from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
@@ -130,7 +130,7 @@ def make_arms(sizes: argparse.Namespace, name: Literal["cpu", "cuda"]) -> list[A
         )
 
     def at_once(length: int, steps: int) -> None:
-        area = canvas([Wanted(blank(length), i) for i in range(sizes.batch)], backend.device())
+        area = canvas([SampleSpec(blank(length), i) for i in range(sizes.batch)], backend.device())
         sample(denoiser, area, shard, simplex, SamplerOptions(sizes.method, steps))
 
     arms = []

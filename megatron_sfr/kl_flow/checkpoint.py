@@ -1,4 +1,4 @@
-"""A trained denoiser of KL-flow out of its checkpoint, whatever layout wrote it, in one process: for sampling."""
+"""Loads a trained denoiser of KL-flow for sampling, from a checkpoint of any parallel layout."""
 
 import argparse
 import math
@@ -94,7 +94,7 @@ def load_denoiser(path: Path, backend: Literal["cpu", "cuda"]) -> tuple[Megatron
 
 @torch.no_grad()
 def _fill(model: MegatronModule, checkpoint: Checkpoint) -> None:
-    """Reads every parameter in place, by the names and boxes under which upstream would store it."""
+    """Reads every parameter in place, from the chunks under which upstream would store it."""
     stacked = "decoder.layers.0.mlp.linear_fc2.weight" not in checkpoint.tensors
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": group, "non_homogeneous_layers": not stacked})
@@ -102,7 +102,7 @@ def _fill(model: MegatronModule, checkpoint: Checkpoint) -> None:
     for part in nested_values(sharded):
         if isinstance(part, ShardedTensor):
             if part.key not in checkpoint.tensors:
-                raise ValueError(f"{checkpoint.folder} has no {part.key}: it is of another model")
+                raise ValueError(f"{checkpoint.folder} has no {part.key}: its model has another architecture")
             _read(part, checkpoint)
 
 

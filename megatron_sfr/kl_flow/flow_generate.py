@@ -1,4 +1,4 @@
-"""What `megatron-sfr flow-generate` runs on each rank: a KL-flow checkpoint and requests in, rows of JSON out.
+"""What `megatron-sfr flow-generate` runs on each rank: samples of a KL-flow checkpoint, as JSONL.
 
 python -m megatron_sfr.kl_flow.flow_generate JOB.json, alone or under torchrun, whose ranks then share the vocabulary.
 """
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +24,7 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkp
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.sampling.requests import (
     Request,
-    Wanted,
+    SampleSpec,
     batches,
     blank,
     canvas,
@@ -120,9 +122,9 @@ def plan(job: Job) -> Plan:
 
 
 def notice(made: Plan) -> str | None:
-    """What the user may not expect of the method, in one line."""
+    """A line for the user if the hybrid method makes so few steps that it equals the basic one; else None."""
     options = made.options
-    steps = {n for request in made.requests for n in _steps([Wanted(request, 0)], options)}
+    steps = {n for request in made.requests for n in _steps([SampleSpec(request, 0)], options)}
     if options.method != "hybrid" or options.t_split >= options.t_max or any(map(options.draws_on_the_way, steps)):
         return None
     return (
@@ -132,7 +134,7 @@ def notice(made: Plan) -> str | None:
 
 
 def _positions(run: Mapping[str, Any]) -> int:
-    """Positions of text in the model's rows: the time may be a token before it."""
+    """The longest text in tokens: the time may take the first of the seq_length positions."""
     return int(run["seq_length"]) - (run["kl_flow_time"] == "token")
 
 
@@ -158,18 +160,18 @@ def _reply_to(prompt: Prompt, tokenizer: Any, positions: int, longest: int | Non
         raise ValueError(f"the prompt {shown(prompt.question)}: {error}") from error
 
 
-def record(wanted: Wanted, tokens: Sequence[int], steps: int, made: Plan) -> dict[str, object]:
-    """A sample as a row of JSONL."""
-    found, finished = wanted.request.found(tokens)
-    text, told = made.tokenizer.decode(found, skip_special_tokens=True), wanted.request.told
+def record(spec: SampleSpec, tokens: Sequence[int], steps: int, made: Plan) -> dict[str, object]:
+    """The output record of a sample."""
+    found, finished = spec.request.found(tokens)
+    text, told = made.tokenizer.decode(found, skip_special_tokens=True), spec.request.told
     gaps: dict[str, object] = {}
     if "parts" in told:  # the whole text, and each gap's
-        fills = [made.tokenizer.decode(gap.found(tokens)[0], skip_special_tokens=True) for gap in wanted.request.gaps]
+        fills = [made.tokenizer.decode(gap.found(tokens)[0], skip_special_tokens=True) for gap in spec.request.gaps]
         left = iter(fills)
         text, gaps = "".join(part if isinstance(part, str) else next(left) for part in told["parts"]), {"gaps": fills}
     return {
         **told,
-        "sample": wanted.sample,
+        "sample": spec.sample,
         "text": text,
         **gaps,
         "tokens": len(found),
@@ -191,7 +193,7 @@ def generate(job: Job, made: Plan, screen: IO[str]) -> None:
     first = tensor_rank() == 0
     with _output(job, made, found, first) as (file, done_here):
         done = int(broadcast_over_tensor(torch.tensor([done_here], device=device())))
-        left = [batch for i, batch in enumerate(found) if sum(map(len, found[:i])) >= done]
+        left = [batch for batch, end in zip(found, accumulate(map(len, found)), strict=True) if end > done]
         total = sum(max(_steps(batch, made.options)) for batch in left)
         with tqdm(total=total, unit="step", file=screen, disable=not first, dynamic_ncols=True) as bar:
             for batch in left:
@@ -200,21 +202,19 @@ def generate(job: Job, made: Plan, screen: IO[str]) -> None:
                 tokens_BS = sample(
                     denoiser, area, shard, made.simplex, made.options, lambda moment: bar.update(moment.number > 0)
                 )
-                for row in zip(batch, tokens_BS.tolist(), _steps(batch, made.options), strict=True):
-                    file.write(json.dumps(record(*row, made), ensure_ascii=False) + "\n")
+                for sampled in zip(batch, tokens_BS.tolist(), _steps(batch, made.options), strict=True):
+                    file.write(json.dumps(record(*sampled, made), ensure_ascii=False) + "\n")
                 done += len(batch)
     if job.film is not None:
         _film(job.film, made, denoiser, shard, first)
 
 
-def _steps(batch: Sequence[Wanted], options: SamplerOptions) -> list[int]:
+def _steps(batch: Sequence[SampleSpec], options: SamplerOptions) -> list[int]:
     found: list[int] = options.steps_of(canvas(batch, torch.device("cpu")).free_BS).tolist()
     return found
 
 
 def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
-    from functools import partial
-
     prepare(["--sfr-backend", job.backend])
     from megatron_sfr.kl_flow.checkpoint import load_denoiser
     from megatron_sfr.kl_flow.model import denoise
@@ -227,7 +227,7 @@ def _denoiser(job: Job, made: Plan) -> tuple[Denoiser, Shard]:
 
 
 def is_up_to_date(job: Job, made: Plan) -> bool:
-    """Whether the output is there, from the same job; ValueError where it is another one's."""
+    """Whether the same job has written the output already; ValueError if another job has."""
     return is_finished(Path(job.output), _identity(job, made))
 
 
@@ -241,8 +241,8 @@ def _identity(job: Job, made: Plan) -> dict[str, object]:
 
 
 @contextmanager
-def _output(job: Job, made: Plan, found: list[list[Wanted]], first: bool) -> Iterator[tuple[IO[str], int]]:
-    """The file that an earlier run may have begun, and its lines; the other ranks write to nowhere."""
+def _output(job: Job, made: Plan, found: list[list[SampleSpec]], first: bool) -> Iterator[tuple[IO[str], int]]:
+    """The output file, which an earlier run may have begun, and its number of lines; other ranks get os.devnull."""
     if not first:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             yield nowhere, 0
@@ -256,7 +256,7 @@ def _film(path: str, made: Plan, denoiser: Denoiser, shard: Shard, first: bool) 
     from megatron_sfr.runtime.backend import device
 
     request, recorder = made.requests[0], Recorder(shard)
-    area = canvas([Wanted(request, 0)], device())
+    area = canvas([SampleSpec(request, 0)], device())
     (tokens,) = sample(denoiser, area, shard, made.simplex, made.options, recorder).tolist()
     if first:
         title = f"KL-flow, {made.options.method}: {request.told.get('question', 'one sample as it forms')}"
@@ -265,7 +265,7 @@ def _film(path: str, made: Plan, denoiser: Denoiser, shard: Shard, first: bool) 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Megatron's own words go to stderr, the bar to what stdout was."""
+    """Runs a job. Megatron's output goes to stderr, the progress bar to stdout."""
     screen = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = Job(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))

@@ -5,7 +5,7 @@ Shapes: B samples, S positions of the text, V vocabulary columns of the shard, H
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_attr_wrapped_model, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.model.builder import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from megatron_sfr.model.gradient_fusion import fuse_layers
 from megatron_sfr.model.local_spec import local_block_spec, local_norm
@@ -220,23 +221,16 @@ class KLFlowModelBuilder(GPTModelBuilder):
 
 
 def set_time(model: nn.Module, t_B: Tensor) -> None:
-    """Tells a stage, however it is wrapped, the time that its next call is about."""
+    """Sets the time of the next call of a pipeline stage, which may be wrapped."""
     get_attr_wrapped_model(model, "flow_time").set(t_B)
 
 
 def time_positions(model: nn.Module) -> int:
-    """How many positions before the text the model gives to the time."""
+    """How many positions before the text the time takes: 1 for a time token, else 0."""
     return get_attr_wrapped_model(model, "flow_time").positions
 
 
-class Shard(Protocol):
-    """A shard of the vocabulary, as kernels/vocab_parallel.py has it."""
-
-    def real(self, z_TV: Tensor) -> Tensor:
-        """The columns [T, V] that stand for tokens."""
-
-
-def denoise(model: nn.Module, x_BSV: Tensor, t_B: Tensor, vocab: Shard) -> Tensor:
+def denoise(model: nn.Module, x_BSV: Tensor, t_B: Tensor, vocab: Vocab) -> Tensor:
     """Logits [B, S, V] of the clean tokens, of this shard, by a model of one pipeline stage; padding columns are -inf.
 
     Args: x_BSV: the shard of the points, 0 in padding columns. t_B: time in [0, 1), fp32.

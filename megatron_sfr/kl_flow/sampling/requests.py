@@ -5,8 +5,9 @@ Shapes: B sequences, S positions.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +173,19 @@ def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleSpec:
     """One sample of a request."""
 
     request: Request
     sample: int
 
 
-def batches(requests: Sequence[Request], samples: int, size: int) -> list[list[Wanted]]:
+def batches(requests: Sequence[Request], samples: int, size: int) -> list[list[SampleSpec]]:
     """Batches of all samples of all requests, short sequences first. The sequences of a batch have equal lengths."""
-    result: list[list[Wanted]] = []
+    result: list[list[SampleSpec]] = []
     for request in sorted(requests, key=lambda request: len(request.tokens)):
         for sample in range(samples):
-            spec = Wanted(request, sample)
+            spec = SampleSpec(request, sample)
             if result and len(result[-1]) < size and len(result[-1][0].request.tokens) == len(request.tokens):
                 result[-1].append(spec)
             else:
@@ -192,22 +193,12 @@ def batches(requests: Sequence[Request], samples: int, size: int) -> list[list[W
     return result
 
 
-def whole_batches(batches: Sequence[Sequence[Wanted]], lines: int) -> int:
+def whole_batches(batches: Sequence[Sequence[SampleSpec]], lines: int) -> int:
     """How many of the first `lines` output lines belong to complete batches."""
-    done = 0
-    for size in _ends(batches):
-        done = size if size <= lines else done
-    return done
+    return max((end for end in accumulate(map(len, batches)) if end <= lines), default=0)
 
 
-def _ends(batches: Sequence[Sequence[Wanted]]) -> Iterator[int]:
-    total = 0
-    for batch in batches:
-        total += len(batch)
-        yield total
-
-
-def canvas(batch: Sequence[Wanted], device: torch.device) -> Canvas:
+def canvas(batch: Sequence[SampleSpec], device: torch.device) -> Canvas:
     """The sequences of one batch as tensors."""
     tokens_BS = torch.tensor([spec.request.tokens for spec in batch], device=device)
     free_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)

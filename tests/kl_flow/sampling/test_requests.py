@@ -12,7 +12,7 @@ from megatron_sfr.kl_flow.sampling.requests import (
     KEYS,
     Gap,
     Request,
-    Wanted,
+    SampleSpec,
     batches,
     blank,
     canvas,
@@ -28,16 +28,17 @@ from tests.data.segments.tokenizers_made import tokenizer_of
 def test_a_reply_ends_before_the_end_token_and_is_padded_after_the_longest() -> None:
     request = reply([7, 8], 9, longest=4, end=3, key=5, told={})
     assert request.tokens == (7, 8, *(3,) * 7)
-    area = canvas([Wanted(request, 0)], torch.device("cpu"))
+    area = canvas([SampleSpec(request, 0)], torch.device("cpu"))
     assert area.free_BS.tolist() == [[False] * 2 + [True] * 4 + [False] * 3]
     assert request.found([7, 8, 1, 2, 3, 3, 3, 3, 3]) == ([1, 2], True)
     assert request.found([7, 8, 1, 2, 2, 1, 3, 3, 3]) == ([1, 2, 2, 1], False)
-    assert canvas([Wanted(reply([7], 9, None, 3, 5, {}), 0)], torch.device("cpu")).free_BS.sum() == 8
+    assert canvas([SampleSpec(reply([7], 9, None, 3, 5, {}), 0)], torch.device("cpu")).free_BS.sum() == 8
 
 
 def test_an_infill_is_between_its_texts_and_keeps_end_tokens() -> None:
     request = gap([1, 2], 3, [4], {})
-    assert canvas([Wanted(request, 0)], torch.device("cpu")).free_BS.tolist() == [[False] * 2 + [True] * 3 + [False]]
+    area = canvas([SampleSpec(request, 0)], torch.device("cpu"))
+    assert area.free_BS.tolist() == [[False] * 2 + [True] * 3 + [False]]
     assert request.found([1, 2, 9, 0, 9, 4]) == ([9, 0, 9], True)
 
 
@@ -50,14 +51,14 @@ def test_several_gaps_and_gaps_of_unknown_length(tmp_path: Path) -> None:
     first = len(ids("ab"))
     second = first + 2 + len(ids("c"))
     assert request.gaps == (Gap(first, first + 2), Gap(second, second + 3, end))
-    free = canvas([Wanted(request, 0)], torch.device("cpu")).free_BS[0].nonzero()[:, 0].tolist()
+    free = canvas([SampleSpec(request, 0)], torch.device("cpu")).free_BS[0].nonzero()[:, 0].tolist()
     assert free == [first, first + 1, second, second + 1, second + 2]
     x, y, z = (ids(letter)[0] for letter in "xyz")
     tokens = [*ids("ab"), x, end, *ids("c"), y, end, z]
     assert request.found(tokens) == ([x, end, y], True), "an end token ends the second gap alone"
     assert request.found([*tokens[:-2], z, z]) == ([x, end, y, z, z], False)
     made = Namespace(tokenizer=tokenizer, options=SamplerOptions())
-    row = record(Wanted(request, 0), tokens, 4, made)
+    row = record(SampleSpec(request, 0), tokens, 4, made)
     assert (row["text"], row["gaps"], row["finished"]) == ("abxcy", ["x", "y"], True)
 
 
@@ -89,13 +90,13 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_place(tmp_path: Path, fiel
 
 def test_noise_is_keyed_by_request_and_sample() -> None:
     numbers = {
-        int(canvas([Wanted(request, sample)], torch.device("cpu")).sample_B[0])
+        int(canvas([SampleSpec(request, sample)], torch.device("cpu")).sample_B[0])
         for request in (blank(4), gap([1], 2, [3], {}), gap([1], 3, [3], {}), gap([1, 3], 2, [], {}))
         for sample in range(3)
     }
     assert len(numbers) == 12
     last = Request((1,), 0, 1, key=KEYS - 1)
-    assert canvas([Wanted(last, 1)], torch.device("cpu")).sample_B.tolist() == [0]
+    assert canvas([SampleSpec(last, 1)], torch.device("cpu")).sample_B.tolist() == [0]
 
 
 def test_batches_have_sequences_of_one_length_and_resuming_keeps_complete_ones() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.kl_flow.sampling.requests import Wanted, canvas, gap
+from megatron_sfr.kl_flow.sampling.requests import SampleSpec, canvas, gap
 from megatron_sfr.kl_flow.sampling.sampler_options import SamplerOptions
 from megatron_sfr.kl_flow.sampling.samplers import sample
 from megatron_sfr.kl_flow.sampling.trajectory import MOST_FRAMES, Film, Frame, Recorder, from_json, moving, stills
@@ -67,7 +67,7 @@ def test_a_recorder_keeps_the_first_and_the_last_step_and_certainty_grows(steps:
     shard, request = Shard(Vocab(size), size), gap([1], 3, [2], {})
     recorder = Recorder(shard)
     options = SamplerOptions("basic", steps, t_max=0.8, final_top_k=0)
-    area = canvas([Wanted(request, 0)], torch.device("cpu"))
+    area = canvas([SampleSpec(request, 0)], torch.device("cpu"))
     (tokens,) = sample(toy.denoise, area, shard, Simplex(size), options, recorder).tolist()
     made = recorder.film("one", tokens, request, Words())
     assert 1 < len(made.frames) <= most
