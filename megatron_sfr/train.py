@@ -150,16 +150,15 @@ def json_lines(plan: "RunPlan", recipe: dict[str, Any]) -> "JsonLines | None":
     from megatron_sfr.training.metrics_log import JsonLines
     from megatron_sfr.training.tracking.mlflow_log import MLflowLog
 
-    args, sink = plan.megatron, None
+    args = plan.megatron
     if not args.save and plan.mlflow.experiment is not None:
         raise ValueError("mlflow_experiment needs `save`, the folder that names the run to continue: set it")
     if get_tensorboard_writer() is None or not args.save:
         return None
     save = Path(args.save)
     save.mkdir(parents=True, exist_ok=True)
-    if plan.mlflow.experiment is not None:
-        sink = MLflowLog(plan.mlflow, save, recipe)
-    return JsonLines(save / "metrics.jsonl", lambda: int(args.iteration), sink)
+    mlflow = None if plan.mlflow.experiment is None else MLflowLog(plan.mlflow, save, recipe)
+    return JsonLines(save / "metrics.jsonl", lambda: int(args.iteration), mlflow)
 
 
 def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":

@@ -34,7 +34,7 @@ from megatron_sfr.training.persona_metrics import NAMES, PersonaMetrics
 from megatron_sfr.training.step_context import StepContext
 
 if TYPE_CHECKING:
-    from megatron_sfr.training.data.online_targets import HasOnlineTargets
+    from megatron_sfr.training.data.provider import DataProvider
 
 BACKBONE, LOSS, HEAD = "sfr: backbone", "sfr: token loss", "sfr: flow head"
 """Ranges of the forward pass in a profiler's trace."""
@@ -68,7 +68,7 @@ class ForwardStep:
         term: FlowTerm | None,
         schedule: ScheduleOptions,
         resets_attention: bool,
-        data: "HasOnlineTargets | None" = None,
+        data: "DataProvider | None" = None,
         lock_fork: LockFork | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         personas: PersonaMetrics | None = None,

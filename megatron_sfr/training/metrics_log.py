@@ -5,19 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_sfr.runtime.replacements import Replacement, wrapper
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.user_files import parse_json
-
-
-class Sink(Protocol):
-    """What gets the lines too, such as MLflowLog."""
-
-    def add(self, line: dict[str, Any]) -> None: ...
-
-    def close(self, *, failed: bool = False) -> None: ...
+from megatron_sfr.training.tracking.mlflow_log import MLflowLog
 
 
 class JsonLines:
@@ -28,16 +21,16 @@ class JsonLines:
     A resumed run truncates the file to the step that it resumes from, and appends.
     """
 
-    def __init__(self, path: Path, resumed: Callable[[], int] = lambda: 0, sink: Sink | None = None) -> None:
+    def __init__(self, path: Path, resumed: Callable[[], int] = lambda: 0, mlflow: MLflowLog | None = None) -> None:
         """
         Args:
             resumed: returns the step that the run resumes from, 0 for a new run. Called at the first scalar, when no
                 other run can be writing to the folder.
-            sink: gets each line when it is appended.
+            mlflow: also gets each line when it is appended.
         """
         self._path, self._pending, self._resumed = path, path.with_name("metrics.pending.json"), resumed
         self._step, self._record, self._fresh = 0, dict[str, Any](), True
-        self._sink = sink
+        self._mlflow = mlflow
 
     def add(self, tag: str, value: Any, step: int) -> None:
         """Adds a scalar. Omits upstream's ` vs samples` duplicates, whose x-axis is not the step."""
@@ -64,15 +57,15 @@ class JsonLines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._pending.unlink(missing_ok=True)
-            if self._sink is not None:
-                self._sink.add(line)
+            if self._mlflow is not None:
+                self._mlflow.add(line)
             self._record = {}
 
     def close(self, *, failed: bool = False) -> None:
-        """Appends the last line, and ends the sink."""
+        """Appends the last line, and ends the run in MLflow."""
         self.flush()
-        if self._sink is not None:
-            self._sink.close(failed=failed)
+        if self._mlflow is not None:
+            self._mlflow.close(failed=failed)
 
     def keep(self) -> None:
         """Saves the line of the current step, which may get more scalars, in a separate file."""
@@ -158,10 +151,10 @@ def cut_back(path: Path, step: int) -> int:
 
 
 def _step(line: bytes) -> int:
-    """The step of a line; 0 if it is not ours, so that it stays."""
+    """The step of a line; 0 if it is not a line of metrics, so that it stays."""
     try:
-        row = parse_json(line)
+        record = parse_json(line)
     except ValueError:
         return 0
-    step = row.get("step") if isinstance(row, dict) else None
+    step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int else 0

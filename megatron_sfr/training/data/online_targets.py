@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -129,10 +129,3 @@ def _options(stores: Sequence[TargetStore], encoder_device: str) -> EncoderOptio
 def _encoder_of(store: TargetStore) -> EncoderIdentity:
     """The encoder alone: stores of other texts, or with other block sizes, may share it."""
     return EncoderIdentity(**{field.name: getattr(store.manifest, field.name) for field in fields(EncoderIdentity)})
-
-
-class HasOnlineTargets(Protocol):
-    """The datasets of a run; `online` is set once they are built, if their targets are encoded during training."""
-
-    @property
-    def online(self) -> OnlineTargets | None: ...

@@ -93,7 +93,7 @@ class MLflowLog:
         return run
 
     def add(self, line: dict[str, Any]) -> None:
-        """Sends a line of metrics.jsonl later."""
+        """Queues a line of metrics.jsonl to be sent."""
         self._lines.put(line)
 
     def close(self, *, failed: bool = False) -> None:
@@ -101,7 +101,7 @@ class MLflowLog:
         self._lines.put(None)
         self._thread.join(LAST_LINES_S)
         if self._thread.is_alive():
-            LOGGER.warning("warning: MLflow did not take the last lines in %g s", LAST_LINES_S)
+            LOGGER.warning("warning: the last lines could not be sent to MLflow in %g s", LAST_LINES_S)
             return
         try:
             self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
@@ -116,11 +116,11 @@ class MLflowLog:
             try:
                 self._client.log_batch(self._run, metrics=metrics)
             except Exception as error:  # the training is worth more than its log
-                LOGGER.warning("warning: MLflow has not got the metrics of step %d: %s", step, reason(error))
+                LOGGER.warning("warning: the metrics of step %d could not be sent to MLflow: %s", step, reason(error))
 
 
 def metric_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_-. /` (a persona may have others), without empty path parts."""
+    """A name that MLflow accepts: letters, digits and `_-. /`, without empty path parts. Personas may have others."""
     parts = (re.sub(r"[^\w\-. ]", "_", part).strip(".") or "_" for part in name.split("/"))
     return "/".join(parts)[:LONGEST_NAME].rstrip("/.")
 

@@ -24,8 +24,8 @@ def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def write(save: Path, *steps: int, resumed: int = 0, failed: bool = False) -> None:
     """A training of these steps, whose metrics go to metrics.jsonl and to MLflow."""
     save.mkdir(exist_ok=True)
-    sink = MLflowLog(OPTIONS, save, {"lr": 0.1, "bf16": None, "train_data_path": ["x" * 900]})
-    lines = JsonLines(save / "metrics.jsonl", lambda: resumed, sink)
+    log = MLflowLog(OPTIONS, save, {"lr": 0.1, "bf16": None, "train_data_path": ["x" * 900]})
+    lines = JsonLines(save / "metrics.jsonl", lambda: resumed, log)
     for step in steps:
         lines.add("lm loss", 1 / step, step)
         lines.add("lm loss by persona/Köchin: 7, süß", 2 / step, step)
@@ -52,13 +52,13 @@ def test_a_store_that_fails_costs_no_step(
 ) -> None:
     """A file is in the place of a metric's folder: the step is reported, and the training continues."""
     (tmp_path / "save").mkdir()
-    sink = MLflowLog(OPTIONS, tmp_path / "save", {})
+    log = MLflowLog(OPTIONS, tmp_path / "save", {})
     (folder,) = (tmp_path / "mlruns").glob("*/*/metrics")
     folder.rmdir()
     folder.write_text("")
-    sink.add({"step": 1, "time": 1.0, "lm loss": 1.0})
-    sink.close()
-    assert "MLflow has not got the metrics of step 1" in caplog.text
+    log.add({"step": 1, "time": 1.0, "lm loss": 1.0})
+    log.close()
+    assert "the metrics of step 1 could not be sent to MLflow" in caplog.text
 
 
 def test_a_server_that_cannot_be_used_is_one_line(mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
