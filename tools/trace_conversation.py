@@ -129,7 +129,7 @@ def count(folder: Path, conversations: int, model: Any, *, sfr: bool) -> Counts:
         data = PreparedDataset.build_low_level_dataset(str(prepared), config)
         dataset = PreparedDataset(data, str(prepared), np.arange(len(data)), None, Split.train, config)
         if anchors is not None:
-            dataset.pad_anchors(dataset.sizes(anchors.entries))
+            dataset.anchor_sizes = dataset.sizes(anchors.entries)
         for number in range(len(dataset)):
             batch = default_collate([dataset[number]])
             output, loss = step(StepContext(0, 1, 1, implementation="local"), iter([batch]), model)

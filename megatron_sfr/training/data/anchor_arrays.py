@@ -8,7 +8,7 @@ embedding dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +102,8 @@ def join_streams(
     parts: Sequence[Anchors], masks: Sequence[np.ndarray], samples: np.ndarray, starts: np.ndarray
 ) -> SequenceAnchors:
     """`join_anchors` for anchors of the rule 'reference'; masks: the loss mask of each conversation's tokens."""
-    counts = [len(part.position) for part in parts]
-    columns = {
-        field.name: np.concatenate([getattr(part, field.name).astype(np.int64) for part in parts])
-        for field in fields(Anchors)
-    }
-    columns["position"] += np.repeat(starts, counts)
-    columns["response"] = np.repeat(np.arange(len(parts)), counts)
+    joined = join_anchors(parts, samples, starts)
+    response = np.repeat(np.arange(len(parts)), [len(part.position) for part in parts])
     supervised = [np.flatnonzero(mask) for mask in masks]
     stream = Stream(
         position=np.concatenate([tokens + start for tokens, start in zip(supervised, starts, strict=True)]),
@@ -116,7 +111,7 @@ def join_streams(
         sample=np.asarray(samples),
         start=np.asarray(starts),
     )
-    return SequenceAnchors(Anchors(**columns), np.repeat(samples, counts), np.repeat(starts, counts), stream=stream)
+    return replace(joined, anchors=replace(joined.anchors, response=response), stream=stream)
 
 
 class TargetReader:
@@ -150,20 +145,14 @@ def anchor_arrays(sequence: SequenceAnchors, options: EntryOptions, sizes: Ancho
     """
     anchors, stream = sequence.anchors, sequence.stream
     of, ordinal = entries_at_anchors(anchors) if options.fill == "anchors_only" else entries_of_nearest(anchors)
-    response, horizon, sample, start = (
-        anchors.response[of],
-        anchors.horizon[of],
-        sequence.sample[of],
-        sequence.start[of],
-    )
-    length, target = anchors.length[of], of
+    response, horizon, length, target = anchors.response[of], anchors.horizon[of], anchors.length[of], of
+    sample, start = sequence.sample[of], sequence.start[of]
     if options.zero_targets:
         assert stream is not None
         missing = tokens_without_entry(stream, response, ordinal)
         response, ordinal = (np.concatenate(pair) for pair in zip((response, ordinal), missing, strict=True))
-        target = np.concatenate(
-            [of, np.full(len(missing[0]), sizes.targets - 1)]
-        )  # the last embedding is padding, so 0
+        # The last embedding is padding, so it is 0.
+        target = np.concatenate([of, np.full(len(missing[0]), sizes.targets - 1)])
         length, horizon = np.diff(stream.first)[response], np.zeros_like(response)
         sample, start = stream.sample[response], stream.start[response]
     if stream is not None:

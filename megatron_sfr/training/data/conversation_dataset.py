@@ -71,6 +71,7 @@ class PreparedDataset(MegatronDataset):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.targets = TargetReader(dataset, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
+        """Size of the items' anchor arrays. `provider.build` sets it when all datasets of the run are built."""
         store = config.reference_store
         self.reference = ReferenceStore.open(dataset.folder / store, dataset) if store is not None else None
         self.groups: dict[str, int] = {}
@@ -138,13 +139,9 @@ class PreparedDataset(MegatronDataset):
             item["sample"] = int(epoch * len(self.dataset) + conversations[0])
         if self.targets is not None:
             keys = epoch * len(self.dataset) + conversations
-            assert self.anchor_sizes is not None, "pad_anchors comes first"
+            assert self.anchor_sizes is not None, "provider.build sets anchor_sizes"
             item |= self.targets.arrays(self._joined(samples, keys, starts[:-1]), self.anchor_sizes)
         return item
-
-    def pad_anchors(self, sizes: AnchorSizes) -> None:
-        """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
-        self.anchor_sizes = sizes
 
     def _joined(self, samples: Sequence[Sample], keys: np.ndarray, starts: np.ndarray) -> SequenceAnchors:
         """The anchors of a sequence's samples, by the rule of the folder."""

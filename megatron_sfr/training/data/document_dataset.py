@@ -70,6 +70,7 @@ class DocumentDataset(GPTDataset):
         self.prepared = PreparedDocuments.open(Path(dataset_path))
         self.targets = TargetReader(self.prepared, config.anchors) if config.anchors is not None else None
         self.anchor_sizes: AnchorSizes | None = None
+        """Size of the items' anchor arrays. `provider.build` sets it when all datasets of the run are built."""
         self.groups: dict[str, int] = {}
         """The number of the documents' group, under ""; empty: items have no `group`."""
 
@@ -105,13 +106,9 @@ class DocumentDataset(GPTDataset):
                 item["document"] = np.searchsorted(pieces.start, place, side="right") - 1
                 item["position_ids"] = place - pieces.start[item["document"]]
             if self.targets is not None:
-                assert self.anchor_sizes is not None, "pad_anchors comes first"
+                assert self.anchor_sizes is not None, "provider.build sets anchor_sizes"
                 item |= self.targets.arrays(self._anchors(pieces, 0 if idx is None else int(idx)), self.anchor_sizes)
         return item
-
-    def pad_anchors(self, sizes: AnchorSizes) -> None:
-        """Sets the size of the items' anchor arrays. It is known only when all datasets of the run are built."""
-        self.anchor_sizes = sizes
 
     def _anchors(self, pieces: Pieces, idx: int) -> SequenceAnchors:
         """Treats each piece as a response of constant weight. Its last token has no next token to predict."""

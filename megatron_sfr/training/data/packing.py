@@ -68,14 +68,14 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedSequences:
 
 def shuffle(packed: PackedSequences, lengths: np.ndarray, rng: np.random.Generator) -> PackedSequences:
     """Shuffles the order of the sequences, and the items of each length among their positions, uniformly."""
-    anyone = rng.permutation(len(packed.items))
+    shuffled = rng.permutation(len(packed.items))
     items = np.empty_like(packed.items)
-    items[np.argsort(lengths[packed.items], kind="stable")] = anyone[np.argsort(lengths[anyone], kind="stable")]
+    items[np.argsort(lengths[packed.items], kind="stable")] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     order = rng.permutation(len(packed))
     sizes = np.diff(packed.starts)[order]
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.repeat(packed.starts[:-1][order] - starts[:-1], sizes) + np.arange(len(items))
-    return PackedSequences(items[places], starts)
+    source = np.repeat(packed.starts[:-1][order] - starts[:-1], sizes) + np.arange(len(items))
+    return PackedSequences(items[source], starts)
 
 
 def most_in_a_sequence(counts: np.ndarray, lengths: np.ndarray, capacity: int) -> int:

@@ -186,8 +186,9 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     if (plan := config.anchors) is not None:
         parts = list(parts_of(built))
         sizes = [dataset.sizes(plan.entries) for dataset in parts]
+        largest = AnchorSizes(max(size.targets for size in sizes), max(size.entries for size in sizes))
         for dataset in parts:
-            dataset.pad_anchors(AnchorSizes(max(size.targets for size in sizes), max(size.entries for size in sizes)))
+            dataset.anchor_sizes = largest
     return built
 
 

@@ -124,10 +124,9 @@ def make_batch(folder: Path, numbers: list[int], args: argparse.Namespace) -> di
     entries = EntryOptions(data.anchors, args.sfr_mean == "microbatch", data.fault_zero_targets)
     config = PreparedDatasetConfig(random_seed=1, sequence_length=SEQ_LENGTH, anchors=AnchorPlan("targets", entries))
     prepared = PreparedData.open(folder / "data")
-    dataset = PreparedDataset(
-        prepared, str(folder / "data"), np.arange(len(prepared)), None, Split.valid, config
-    )  # in the folder's order
-    dataset.pad_anchors(dataset.sizes(entries))
+    in_order = np.arange(len(prepared))
+    dataset = PreparedDataset(prepared, str(folder / "data"), in_order, None, Split.valid, config)
+    dataset.anchor_sizes = dataset.sizes(entries)
     return default_collate([dataset[i] for i in numbers])
 
 

@@ -66,7 +66,7 @@ def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedD
     """An epoch of one folder."""
     config, data = dataset_config(arguments([str(folder)], **changes)), PreparedData.open(folder)
     dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, split, config)
-    dataset.pad_anchors(dataset.sizes(config.anchors.entries))
+    dataset.anchor_sizes = dataset.sizes(config.anchors.entries)
     return dataset
 
 
