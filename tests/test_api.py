@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import megatron_sfr as sfr
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.hf.head_files import DESCRIPTION, WEIGHTS
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
@@ -85,7 +85,7 @@ def write_model(folder: Path, rows: list[dict]) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    tokenizer.save_pretrained(folder)
     from megatron.core.transformer import TransformerConfig
 
     plan = sfr.FlowHeadPlan(sfr.FlowHeadOptions(width=16), dim=384)

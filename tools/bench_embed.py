@@ -21,7 +21,7 @@ from megatron_sfr.data.targets.embed import EmbedOptions
 from megatron_sfr.data.targets.encoder_pool import EncoderPool, open_pool
 from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.data.targets.store import StoreIdentity
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from tools.bench_prefetch import processor
 from tools.bench_prepare import write_corpus
 
@@ -31,7 +31,7 @@ BILLION = 1_000_000_000
 def prepared(folder: Path, records: int) -> PreparedData:
     """The conversations, tokenized by a tokenizer that is trained on them."""
     inputs, tokenizer = write_corpus(folder, records), folder / "tokenizer"
-    save_tokenizer(train_tokenizer([inputs.read_text(encoding="utf-8")], 2000), tokenizer)
+    train_tokenizer([inputs.read_text(encoding="utf-8")], 2000).save_pretrained(tokenizer)
     prepare([inputs], folder / "data", tokenizer, PrepareOptions(seq_length=4096), progress=False)
     return PreparedData.open(folder / "data")
 

@@ -33,7 +33,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import Options, prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.storage.jsonl import read_records
 
 STEMS = "riv stone clou bird song wint summ ligh shado gent brig old new quie harb lant mead fros copp vell".split()
@@ -174,7 +174,7 @@ def main() -> None:
         inputs, tokenizer = args.input, args.tokenizer
         if inputs is None:
             inputs, tokenizer = [write_corpus(folder, args.records)], folder / "tokenizer"
-            save_tokenizer(train_tokenizer([inputs[0].read_text(encoding="utf-8")], 2000), tokenizer)
+            train_tokenizer([inputs[0].read_text(encoding="utf-8")], 2000).save_pretrained(tokenizer)
         options = PrepareOptions(seq_length=args.seq_length, too_long="truncate", skip_bad_rows=True)
         chats, documents = texts_of(inputs, tokenizer, folder, options)
         rows = measure(inputs, tokenizer, folder, options, chats, args.repeats)

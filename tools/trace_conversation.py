@@ -68,7 +68,7 @@ def files_of(counts: Counts) -> dict[str, list[str]]:
 
 def write_inputs(folder: Path, conversations: int) -> tuple[Path, Path]:
     """A file of equally long records, and a tokenizer that is the same for any number of them."""
-    from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+    from megatron_sfr.demo.train_tokenizer import train_tokenizer
 
     folder.mkdir()
     records = folder / "chats.jsonl"
@@ -77,7 +77,7 @@ def write_inputs(folder: Path, conversations: int) -> tuple[Path, Path]:
         json.dumps(record | {"messages": [question, {"role": "assistant", "content": text}]}) + "\n" for text in TEXTS
     ]
     records.write_text("".join(lines[:conversations]), encoding="utf-8")
-    save_tokenizer(train_tokenizer(lines, 400), folder / "tokenizer")
+    train_tokenizer(lines, 400).save_pretrained(folder / "tokenizer")
     return records, folder / "tokenizer"
 
 

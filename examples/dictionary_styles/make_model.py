@@ -34,14 +34,14 @@ def make_model(text: Iterable[str], output: Path, vocabulary: int = VOCABULARY) 
     """Writes tokenizer and config to a folder; ValueError for a text too short for the vocabulary."""
     from transformers import GenerationConfig, Qwen3Config
 
-    from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+    from megatron_sfr.demo.train_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(text, vocabulary)
     if len(tokenizer) != vocabulary:
         raise ValueError(f"the text gives a vocabulary of {len(tokenizer)}, not {vocabulary}: it is too short a text")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     output.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, output)
+    tokenizer.save_pretrained(output)
     Qwen3Config(vocab_size=vocabulary, architectures=["Qwen3ForCausalLM"], **SHAPE, **ends).save_pretrained(output)
     GenerationConfig(do_sample=True, **ends).save_pretrained(output)
 

@@ -1,7 +1,6 @@
 """Trains the demo's tokenizer (byte-level BPE), with a ChatML template that marks the assistant's tokens."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -40,8 +39,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the tokenizer and its template to a folder that `AutoTokenizer` reads."""
-    tokenizer.save_pretrained(folder)

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_sfr.data.chat.conversation import encode
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.evaluation.generate.prompts import group, read_asked
 
@@ -17,7 +17,7 @@ TEXTS = [record["messages"][-1]["content"] for record in World(topics=2).finetun
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     """The tokenizer after saving and loading."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(TEXTS, 2048), folder)
+    train_tokenizer(TEXTS, 2048).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 
 BLOCKS = EmbedOptions(batch_size=8, block_rows=16)  # small ones: a step needs several
 SEQ_LENGTH, VOCAB_SIZE = 80, 501
@@ -53,7 +53,7 @@ def write_prepared(
 def write_conversations(folder: Path, rows: int, horizons: tuple[tuple[int, int], ...] = ((1, 8),)) -> Path:
     """Prepared data without targets under FOLDER/prepared; the tokenizer under FOLDER/tokenizer."""
     corpus = write_corpus(folder, rows)
-    save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
+    train_tokenizer([corpus.read_text(encoding="utf-8")], 500).save_pretrained(folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=3, horizons=horizons, min_segment_length=2)
     prepare([corpus], folder / "prepared", folder / "tokenizer", options, progress=False)
     return folder / "prepared"
@@ -66,7 +66,7 @@ def write_documents(folder: Path, documents: int = 30) -> Path:
     folder.mkdir(parents=True)
     rows = folder / "texts.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    save_tokenizer(train_tokenizer(texts, 500), folder / "tokenizer")
+    train_tokenizer(texts, 500).save_pretrained(folder / "tokenizer")
     options = DocumentOptions(stride=3, horizons=((1, 8),), min_segment_length=2)
     prepare([rows], folder / "prepared", folder / "tokenizer", options, progress=False)
     embed(folder / "prepared", "minilm", BLOCKS, progress=False)

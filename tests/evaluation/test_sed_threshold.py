@@ -23,7 +23,7 @@ from megatron_sfr.config.settings import Parser, to_flags
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.evaluation import conversation_logits
 from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
@@ -181,7 +181,7 @@ def test_data_of_another_tokenizer_are_refused(
     tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other")
-    save_tokenizer(train_tokenizer(["quite another text"], 300), other)
+    train_tokenizer(["quite another text"], 300).save_pretrained(other)
     assert main(["calibrate-sed", "--model", str(other), "--data", str(data)]) == 2
     error = capsys.readouterr().err
     assert f"{data} was prepared with the tokenizer or chat template of {tiny_model}" in error

@@ -12,7 +12,7 @@ from megatron_sfr.cli import main
 from megatron_sfr.cli.evaluation.flow_generate import start
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.kl_flow.flow_generate import Job, plan
 from tests import warm
 from tests.distributed.launch import train
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two training steps, with time as a token and by adaln. Logits are almost uniform, so noise decides the text."""
     folder = tmp_path_factory.mktemp("kl-flow")
     corpus = write_corpus(folder)
-    save_tokenizer(train_tokenizer([corpus.read_text(encoding="utf-8")], 500), folder / "tokenizer")
+    train_tokenizer([corpus.read_text(encoding="utf-8")], 500).save_pretrained(folder / "tokenizer")
     prepare([corpus], folder / "prepared", folder / "tokenizer", PrepareOptions(seq_length=80), progress=False)
     given = recipe(folder / "prepared")
     plain = {key: value for key, value in given.items() if not key.startswith(("sfr", "loss_chunk"))}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.hf.import_hf import import_hf
 from tests.hf.models import save_model
 
@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer([words, *QUESTIONS, *PERSONAS], 320)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     like = save_model(root / "like", vocab_size=len(tokenizer), num_hidden_layers=2, initializer_range=0.3, **ends)
-    save_tokenizer(tokenizer, like)
+    tokenizer.save_pretrained(like)
     weights = load_file(like / "model.safetensors")
     for step, factor in CERTAINTY.items():
         sharper = root / f"model {step}"

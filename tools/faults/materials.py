@@ -206,7 +206,7 @@ def _write_model() -> int:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+    from megatron_sfr.demo.train_tokenizer import train_tokenizer
 
     torch.manual_seed(1)
     tokenizer = train_tokenizer(Path("chats.jsonl").read_text(encoding="utf-8").splitlines(), VOCABULARY)
@@ -222,5 +222,5 @@ def _write_model() -> int:
         eos_token_id=tokenizer.eos_token_id,
     )
     Qwen3ForCausalLM(config).save_pretrained("model")
-    save_tokenizer(tokenizer, Path("model"))
+    tokenizer.save_pretrained("model")
     return 0

@@ -17,7 +17,7 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.launch import command
 from megatron_sfr.training.data.packing import first_fit_decreasing
@@ -77,7 +77,7 @@ def prepare_conversations(folder: Path) -> tuple[PreparedData, int]:
     texts = [json.dumps(row) for row in itertools.islice(World(topics=1).finetuning(), ROWS)]
     corpus = folder / "corpus.jsonl"
     corpus.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    save_tokenizer(train_tokenizer(texts, VOCABULARY), folder / "tokenizer")
+    train_tokenizer(texts, VOCABULARY).save_pretrained(folder / "tokenizer")
     options = PrepareOptions(seq_length=SEQ_LENGTH, stride=16, horizons=((1, 24),), min_segment_length=8)
     prepared = folder / "prepared"
     prepare([corpus], prepared, folder / "tokenizer", options, progress=False)

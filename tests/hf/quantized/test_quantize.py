@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sfr.cli import main
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.hf.quantized.number_formats import E4M3, nvfp4_values
 from tests.distributed.tiny import write_corpus
 from tests.hf.models import save_model
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize")
     text = write_corpus(folder).read_text(encoding="utf-8")
     save_model(folder / "hf", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, head_dim=16)
-    save_tokenizer(train_tokenizer([text], 500), folder / "hf")
+    train_tokenizer([text], 500).save_pretrained(folder / "hf")
     return folder / "hf"
 
 

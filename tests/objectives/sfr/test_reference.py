@@ -28,7 +28,7 @@ from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.encoder import encoder_path
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    save_tokenizer(tokenizer, made / "tokenizer")
+    tokenizer.save_pretrained(made / "tokenizer")
     cut = PrepareOptions(seq_length=SEQ_LENGTH, anchor_rule="reference", too_long="truncate")
     prepare([made / "rows.jsonl"], made / "data", made / "tokenizer", cut, progress=False)
     embed(made / "data", "minilm", EmbedOptions(max_length=512), progress=False)

@@ -20,7 +20,7 @@ from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.demo.train_tokenizer import save_tokenizer, train_tokenizer
+from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.training.data.persona_groups import Group, number_groups
 from megatron_sfr.training.data.provider import DataPlan, build, dataset_config
 from tests.distributed.tiny import write_prepared
@@ -51,7 +51,7 @@ def write_texts(path: Path, texts: list[str] = TEXTS) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(TEXTS, 400), folder)
+    train_tokenizer(TEXTS, 400).save_pretrained(folder)
     return folder
 
 
