@@ -22,7 +22,7 @@ from megatron_sfr.data.targets.encoder_pool import EncoderPool, open_pool
 from megatron_sfr.data.targets.fill import StoreWriter
 from megatron_sfr.data.targets.store import StoreIdentity
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
-from tools.bench_prefetch import processor
+from tools.bench_overhead import processor
 from tools.bench_prepare import write_corpus
 
 BILLION = 1_000_000_000

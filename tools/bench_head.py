@@ -30,6 +30,7 @@ from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
 from megatron_sfr.objectives.token.loss_base import IGNORED
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 from tools.bench_loss import DTYPES, machine
+from tools.bench_overhead import ratios
 from tools.traffic import Traffic
 
 LEGEND = """\
@@ -58,11 +59,6 @@ class Result:
     name: str
     peak: int = 0
     seconds: list[float] = field(default_factory=list)
-
-    def times(self, base: "Result") -> list[float]:
-        """Lower quartile, median and upper quartile of this one's time over another's, step by step."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
-        return [ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]]
 
 
 def chunks(case: Case) -> None:
@@ -188,7 +184,7 @@ def table(results: list[Result], case: Case) -> list[str]:
     chunk_bytes = min(case.chunk, max(1, len(case.index_N))) * case.weight_VH[:, :1].numel() * case.h_TH.element_size()
     lines = [f"{'':34}{'peak MiB':>9}{'chunks':>8}{'ms (range)':>22}{'times all logits':>24}"]
     for result in results:
-        low, ratio, high = result.times(results[0])
+        low, ratio, high = ratios(result.seconds, results[0].seconds)
         ms = [1e3 * x for x in (statistics.median(result.seconds), min(result.seconds), max(result.seconds))]
         lines.append(
             f"{result.name:34}{result.peak / 2**20:>9.1f}{result.peak / chunk_bytes:>8.2f}"
@@ -231,7 +227,7 @@ def main() -> None:
             case = make_case(options, share, device)
             results = measure(ways, case, options.repetitions)
             print(f"{share:.0%} supervised", *table(results, case), sep="\n", flush=True)
-            cases[share] = [asdict(r) | {"times_all_logits": r.times(results[0])} for r in results]
+            cases[share] = [asdict(r) | {"times_all_logits": ratios(r.seconds, results[0].seconds)} for r in results]
         dist.destroy_process_group()
     print(LEGEND)
     if options.json:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench_overhead import quartiles
+from tools.bench_overhead import ratios
 
 SWITCH = "THP_MEM_ALLOC_ENABLE"
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -59,7 +59,7 @@ def report(pairs: Sequence[tuple[Process, Process]]) -> list[str]:
     lines = [f"{'step':26}{'without, ms':>13}{'with, ms':>11}{'ratio':>8}{'quartiles':>18}"]
     for step in pairs[0][0].ms:
         plain, huge = ([process.ms[step] for process in side] for side in zip(*pairs, strict=True))
-        low, ratio, high = quartiles([b / a for a, b in zip(plain, huge, strict=True)])
+        low, ratio, high = ratios(huge, plain)
         medians = f"{statistics.median(plain):13.1f}{statistics.median(huge):11.1f}"
         lines.append(f"{step:26}{medians}{ratio:8.3f}{f'{low:.3f} to {high:.3f}':>18}")
     without, with_them = (statistics.median(process.faults for process in side) for side in zip(*pairs, strict=True))

@@ -17,7 +17,7 @@ import torch
 
 from megatron_sfr.model.lora.options import LoRAOptions
 from megatron_sfr.runtime import backend
-from tools.bench_overhead import build_parser, count, quartiles, read_sizes, shape_of, take_turns
+from tools.bench_overhead import build_parser, count, ratios, read_sizes, shape_of, take_turns
 
 if TYPE_CHECKING:
     from tools.training_steps import Arm, Built
@@ -81,7 +81,7 @@ def row(sizes: argparse.Namespace, arm: "Arm", built: "Built", seconds: dict[str
     return {
         "step": arm.name,
         "ms": 1e3 * statistics.median(times),
-        "ratio": quartiles([a / b for a, b in zip(times, seconds["all weights"], strict=True)])[1],
+        "ratio": ratios(times, seconds["all weights"])[1],
         "tokens_per_second": tokens / statistics.median(times),
         "trained": trained,
         "calculated_trained": shape.lora_parameters(sizes.rank) if lora else shape.parameters,

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from megatron_sfr.objectives.token.gem import GEM
 from megatron_sfr.objectives.token.loss_base import TokenLoss
 from megatron_sfr.objectives.token.sed import SED
 from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
+from tools.bench_overhead import processor, ratios
 from tools.model_shapes import SHAPES
 from tools.traffic import Traffic
 
@@ -59,12 +59,6 @@ class Result:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-    def times(self, base: "Result") -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile of this loss's time over another's, step by step."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
-        quarter = len(ratios) // 4
-        return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V] and labels [T] -> the losses' sum
@@ -183,9 +177,7 @@ def machine(device: str) -> dict[str, str]:
     versions = {name: metadata.version(name) for name in ("torch", "triton", "megatron-core")}
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), **versions}
-    model = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    name = model[0] if model else platform.processor()
-    return {"device": f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores", **versions}
+    return {"device": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores", **versions}
 
 
 def table(results: list[Result], z_TV: Tensor) -> list[str]:
@@ -201,7 +193,7 @@ def table(results: list[Result], z_TV: Tensor) -> list[str]:
         sent = "" if r.collectives is None else f"{r.collectives:>13}{r.floats_per_row:>12g}"
         spread = f"{1e3 * r.median:.3g} ({1e3 * min(r.seconds):.3g}-{1e3 * max(r.seconds):.3g})"
         row = f"{r.name:36}{cells}{sent:25}{spread:>20}{T / r.median:>12.0f}"
-        low, ratio, high = r.times(results[0])
+        low, ratio, high = ratios(r.seconds, results[0].seconds)
         row += f"{f'{ratio:.3f} ({low:.3f}-{high:.3f})':>24}"
         if z_TV.is_cuda:
             rate = FLOOR * size * numel / r.median
@@ -241,7 +233,8 @@ def main() -> None:
     print(*table(results, z_TV), sep="\n")
     print(LEGEND)
     if options.json:
-        rows = [asdict(r) | {"median_seconds": r.median, "times_first": r.times(results[0])} for r in results]
+        first = results[0].seconds
+        rows = [asdict(r) | {"median_seconds": r.median, "times_first": ratios(r.seconds, first)} for r in results]
         options.json.write_text(json.dumps({"machine": about, "shape": shape, "results": rows}, indent=1) + "\n")
 
 

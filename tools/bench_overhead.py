@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,18 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
 
 
+def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratios of neighbouring steps: each step's time over that of the base beside it."""
+    return quartiles([a / b for a, b in zip(seconds, base, strict=True)])
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def row(
     sizes: argparse.Namespace, device: str | None, base: "Arm", arm: "Arm", seconds: dict[str, list[float]]
 ) -> dict:
@@ -138,7 +151,7 @@ def row(
     operations = tokens * shape_of(sizes).flops()
     highest = peak(device, FP8 if sizes.fp8 else BF16) if device and sizes.bf16 else None
     rate = operations / median / 1e12
-    low, ratio, high = quartiles([a / b for a, b in zip(seconds[arm.name], seconds[base.name], strict=True)])
+    low, ratio, high = ratios(seconds[arm.name], seconds[base.name])
     return {
         "step": arm.name,
         "ms": 1e3 * median,

@@ -13,7 +13,6 @@ be loaded, is reported separately. Median and range of the repetitions. predicte
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ from megatron_sfr.data.targets.fill import TextEncoder
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
+from tools.bench_overhead import processor
 
 RATIOS = (0.25, 0.5, 0.9, 1.1, 2.0)
 BLOCK_ROWS = (8, 32, 128)
@@ -188,12 +188,6 @@ def main() -> None:
         cells += [f"{statistics.median(arm.share):.3%}", spread, f"{predicted(arm):.1%}"]
         cells += [f"{statistics.median(arm.longest) * 1e3:.1f}"]
         print(f"| {' | '.join(map(str, cells))} |")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
