@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu_check.data import ROWS, prepare_conversations
+from tools.gpu_check.data import CONVERSATIONS, prepare_conversations
 from tools.gpu_check.plan import TE, Machine, plan
 from tools.gpu_check.steps import Comparison, Step, compare, markdown, run, run_all
 
@@ -122,6 +122,6 @@ def test_each_comparison_is_of_trainings_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_the_conversations_fit_and_packing_puts_several_in_a_row(tmp_path: Path) -> None:
-    data, rows = prepare_conversations(tmp_path / "data")
-    assert len(data) == ROWS
-    assert rows <= ROWS / 2
+    data, sequences = prepare_conversations(tmp_path / "data")
+    assert len(data) == CONVERSATIONS
+    assert sequences <= CONVERSATIONS / 2

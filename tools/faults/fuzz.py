@@ -49,7 +49,6 @@ class Target:
 PREPARES = ("prepare", "prepare, skipping")
 READS_MODEL = ("generate", "import", "calibrate", "diagnose", "evaluate", "reference")
 READS_TOKENIZER = (*PREPARES, "prepare-text", "generate", "flow prompts", "inspect", "export")
-FILES = "[!m]*.bin"
 TARGETS = [
     Target("chats.jsonl", damage.RECORDS, (*PREPARES, *PREPARES, "evaluate"), 12),
     Target("sharegpt.jsonl", damage.RECORDS, ("prepare sharegpt",), 5),

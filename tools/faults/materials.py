@@ -24,7 +24,6 @@ PREPARE = f"prepare --input chats.jsonl {CHAT}"
 EMBED = "embed --data prepared --encoder minilm --device cpu --output out --block-rows 16"
 FLOW = "flow-generate --checkpoint flow --tokenizer model --steps 3 --batch-size 2 --backend cpu"
 EVALUATE = f"evaluate --model a=model {MODEL.removeprefix('--model model ')} --temperatures 0.5 1 --data chats.jsonl"
-"""The commands that the kinds of damage are tried with, by name. `rank` is a rank of `train`, without torchrun."""
 COMMANDS: dict[str, str] = {
     "prepare": PREPARE,
     "prepare, skipping": f"{PREPARE} --skip-bad-rows",
@@ -58,6 +57,7 @@ COMMANDS: dict[str, str] = {
     "diagnose": "diagnose --model model --data prepared --device cpu --samples 2 --output out",
     "diagnose head": "diagnose --model headed --data prepared --device cpu --samples 1 --draws 4 --output out",
 }
+"""The commands that the kinds of damage are tried with, by name. `rank` is a rank of `train`, without torchrun."""
 RECIPE: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": WIDTH,

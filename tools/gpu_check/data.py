@@ -22,12 +22,8 @@ from megatron_sfr.demo.world import World
 from megatron_sfr.launch import command
 from megatron_sfr.training.data.packing import first_fit_decreasing
 
-ROWS, SEQ_LENGTH, VOCABULARY, BATCH = (
-    48,
-    512,
-    512,
-    8,
-)  # conversations have up to 171 tokens: packing puts three in a row
+CONVERSATIONS, VOCABULARY, BATCH = 48, 512, 8
+SEQ_LENGTH = 512  # conversations have up to 171 tokens: packing puts three into a sequence
 BLOCKS = EmbedOptions(batch_size=16, block_rows=16)
 RECIPE = {
     "num_layers": 4,
@@ -58,8 +54,8 @@ RECIPE = {
 
 
 def make(folder: Path) -> int:
-    """Writes FOLDER/prepared, recipe.yaml and start/; returns the number of rows that packing makes of the data."""
-    data, rows = prepare_conversations(folder)
+    """Writes FOLDER/prepared, recipe.yaml and start/; returns the number of packed sequences."""
+    data, sequences = prepare_conversations(folder)
     prepared = data.folder
     embed(prepared, "minilm", BLOCKS, progress=False)
     embed(prepared, "minilm", BLOCKS, output=prepared / "online", later=True, progress=False)
@@ -67,14 +63,15 @@ def make(folder: Path) -> int:
     recipe.write_text(yaml.safe_dump(RECIPE | {"train_data_path": [str(prepared)]}), encoding="utf-8")
     start = ["--save", str(folder / "start"), "--train-iters", "1", "--lr", "0", "--sfr-backend", "cpu"]
     subprocess.run(command(recipe, 1, start), check=True)
-    (folder / "rows.json").write_text(json.dumps({"{apart}": len(data), "{packed}": rows}), encoding="utf-8")
-    return rows
+    counts = {"{apart}": len(data), "{packed}": sequences}
+    (folder / "sequences.json").write_text(json.dumps(counts), encoding="utf-8")
+    return sequences
 
 
 def prepare_conversations(folder: Path) -> tuple[PreparedData, int]:
-    """Writes FOLDER/corpus.jsonl, tokenizer/ and prepared/; also returns the number of rows that packing makes."""
+    """Writes FOLDER/corpus.jsonl, tokenizer/ and prepared/; also returns the number of packed sequences."""
     folder.mkdir(parents=True)
-    texts = [json.dumps(row) for row in itertools.islice(World(topics=1).finetuning(), ROWS)]
+    texts = [json.dumps(record) for record in itertools.islice(World(topics=1).finetuning(), CONVERSATIONS)]
     corpus = folder / "corpus.jsonl"
     corpus.write_text("\n".join(texts) + "\n", encoding="utf-8")
     train_tokenizer(texts, VOCABULARY).save_pretrained(folder / "tokenizer")
@@ -86,4 +83,4 @@ def prepare_conversations(folder: Path) -> tuple[PreparedData, int]:
 
 
 if __name__ == "__main__":
-    print(f"{ROWS} conversations, {make(Path(sys.argv[1]))} rows when packed")
+    print(f"{CONVERSATIONS} conversations, {make(Path(sys.argv[1]))} packed sequences")

@@ -52,7 +52,7 @@ def trainings(machine: Machine) -> list[Step | Comparison]:
     """Each backend and precision from the same weights, on the same data."""
     train = machine.train
     one = (*TE, *SFR, "--train-iters", "1", "--global-batch-size")  # a step on all conversations
-    counts = machine.folder / "data" / "rows.json"
+    counts = machine.folder / "data" / "sequences.json"
     apart = replace(train("te_apart", *one, "{apart}"), values=counts)
     packed = replace(train("te_packed", *one, "{packed}", *PACKED), values=counts)
     stopped = train("te_stopped", *TE, *SFR, "--exit-interval", "3")

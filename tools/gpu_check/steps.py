@@ -33,7 +33,7 @@ class Step:
     lines: int = 1
     """How many of the last lines of its output the table shows, where there are no metrics."""
     values: Path | None = None
-    """JSON of an earlier step: words of the command, such as {rows}, and what stands in their place."""
+    """JSON file of an earlier step, which maps words of the command, such as {packed}, to their values."""
     why_not: str = ""
 
 
@@ -109,10 +109,10 @@ def losses(metrics: Path) -> dict[str, list[float]]:
     """The losses of a training by name, one for each step; empty where there is no file."""
     found: dict[str, list[float]] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        row = json.loads(line)
+        record = json.loads(line)
         for name in ("lm loss", "sfr loss"):
-            if name in row:
-                found.setdefault(name, []).append(row[name])
+            if name in record:
+                found.setdefault(name, []).append(record[name])
     return found
 
 
