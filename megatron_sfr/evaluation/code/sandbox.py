@@ -21,7 +21,7 @@ from typing import IO, Literal
 
 from megatron_sfr.evaluation.code.system_calls import seccomp_filter
 
-JAIL = Path(__file__).with_name("sandbox_child.py")
+CHILD = Path(__file__).with_name("sandbox_child.py")
 MIB = 1 << 20
 Isolation = Literal["namespaces", "audit"]
 Ending = Literal["ended", "failed", "left early", "timeout"]
@@ -124,7 +124,7 @@ def _start(
     """Starts sandbox_child.py in a new session with an empty environment, and descriptors for its settings and the
     mark."""
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(JAIL), *map(str, descriptors)],
+        [sys.executable, "-I", "-S", "-B", str(CHILD), *map(str, descriptors)],
         stdin=given,
         stdout=output,
         stderr=errors,

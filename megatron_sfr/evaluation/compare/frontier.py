@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sfr.evaluation.scores.bootstrap import Estimate, interval, resamples
+from megatron_sfr.evaluation.scores.bootstrap import NO_VALUE, Estimate, interval, resamples
 
 Line = tuple[np.ndarray, np.ndarray]  # quality [T], diversity [T]: one point per temperature
 GRID = 65  # values of q, and points per segment of a polyline
@@ -66,9 +66,8 @@ def bootstrap_gap(curve_a: Line, curve_b: Line) -> tuple[Estimate, tuple[float, 
     """
     used = ~np.isnan(np.concatenate([*curve_a, *curve_b])).any(axis=0)
     n = int(used.sum())
-    nothing = float("nan")
     if not n:
-        return Estimate(nothing, nothing, nothing, 0), (nothing, nothing)
+        return NO_VALUE, (float("nan"), float("nan"))
 
     def mean(curve: Line, rows: np.ndarray) -> Line:
         return curve[0][:, used][:, rows].mean(axis=1), curve[1][:, used][:, rows].mean(axis=1)

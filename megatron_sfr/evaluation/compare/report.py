@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer, Scores
 from megatron_sfr.evaluation.compare.frontier import Gap, bootstrap_gap
-from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate, ratio
+from megatron_sfr.evaluation.scores.bootstrap import NO_VALUE, Estimate, estimate, ratio
 from megatron_sfr.evaluation.scores.metrics import metric
 from megatron_sfr.evaluation.scores.similarity import similarity
 
@@ -147,11 +147,10 @@ def _persona_frontiers(
     diversity = _known([*(axis.diversity for axis in axes), "self-BLEU-4", "distinct-2"], curves)
     if len(entries) < 2 or diversity is None:
         return None
-    nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
 
     def of(curve: Curve, temperature: float | None, name: str | None, persona: str) -> Estimate:
         if name is None or name not in curve.entries or temperature not in curve.temperatures:
-            return nothing
+            return NO_VALUE
         return estimate(curve.entries[name][curve.temperatures.index(temperature), entries[persona]])
 
     chosen = sorted(sorted(entries, key=lambda persona: -len(entries[persona]))[:PERSONAS])

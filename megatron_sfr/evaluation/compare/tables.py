@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sfr.evaluation.compare.questions import shown_temperature
 from megatron_sfr.evaluation.compare.report import REAL, Report, verdict
-from megatron_sfr.evaluation.scores.bootstrap import Estimate
+from megatron_sfr.evaluation.scores.bootstrap import NO_VALUE, Estimate
 from megatron_sfr.evaluation.scores.metrics import METRICS, metric
 
 MARKUP = re.compile(r"[\\`*_|~$]|\](?=[(\[])")  # of GitHub's Markdown, within a line
@@ -77,8 +77,8 @@ def score_rows(report: Report, names: Sequence[str], show: Any) -> Iterator[list
     A temperature without replies of a model has no line.
     """
     if any(report.real[name].n for name in names if name in report.real):
-        nothing = Estimate(math.nan, math.nan, math.nan, 0)  # a score of models alone, such as utility_k
-        yield ["real", "-", *(show(report.real.get(name, nothing)) for name in names)]
+        # Real replies have no scores of models alone, such as utility_k.
+        yield ["real", "-", *(show(report.real.get(name, NO_VALUE)) for name in names)]
     for model, scores in report.scores.items():
         for t, temperature in enumerate(report.temperatures):
             if any(estimates[t].n for estimates in scores.values()):

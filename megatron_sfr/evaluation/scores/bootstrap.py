@@ -24,6 +24,10 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+NO_VALUE = Estimate(float("nan"), float("nan"), float("nan"), 0)
+"""The estimate of no prompts."""
+
+
 @lru_cache(maxsize=4)  # 16 kB for each of the n prompts
 def resamples(n: int) -> np.ndarray:
     """Indices [DRAWS, n] drawn with replacement; equal for equal n, so that compared models are resampled together."""
@@ -35,7 +39,7 @@ def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     used = ~np.isnan(values)
     n = int(used.sum())
     if not n:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return NO_VALUE
     value = values[used]
     weight = np.ones(n) if weights is None else weights[used]
     rows = resamples(n)
@@ -51,7 +55,7 @@ def ratio(values: np.ndarray, base: np.ndarray) -> Estimate:
     used = ~np.isnan(values) & ~np.isnan(base)
     n = int(used.sum())
     if not n or not base[used].sum():
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return NO_VALUE
     value, below = values[used], base[used]
     rows = resamples(n)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw whose base is 0 has no value
