@@ -1,4 +1,4 @@
-"""What the measurement asks for: rows of held-out text, and held-out functions of which a few lines are missing."""
+"""Held-out text for the measurement: sequences of tokens, and functions from which a few lines are removed."""
 
 import ast
 import random
@@ -12,13 +12,13 @@ SHORTEST, LONGEST = 4, 32  # tokens of a gap
 
 @dataclass(frozen=True)
 class Gap:
-    """A row of tokens that ends where a function ends; the lines at [start, stop) are missing."""
+    """A sequence of tokens that ends with a function, whose lines at [start, stop) are to be filled in."""
 
     tokens: tuple[int, ...]
     start: int
     stop: int
     function: int
-    """Where the function begins; before it stands what its module has there."""
+    """Index of the function's first token. The tokens before it are those before it in its module."""
     nested: bool
     """Whether the function is indented."""
 
@@ -28,7 +28,7 @@ class Gap:
 
 
 def is_python(source: str, nested: bool) -> bool:
-    """Whether a function's source, indented (nested) or not, is one statement that Python's own compiler takes.
+    """Whether a function's source, indented (nested) or not, is one statement that Python's compiler accepts.
 
     It is not run. The parser alone would let a line end the function too early.
     """
@@ -42,25 +42,25 @@ def is_python(source: str, nested: bool) -> bool:
 
 
 def text_rows(modules: Sequence[str], tokenizer: Any, length: int, count: int) -> list[tuple[int, ...]]:
-    """`count` rows of the modules' tokens, an end token behind each module, as training cuts them; seed 0."""
+    """`count` sequences of `length` tokens from the modules, as in training: each module ends with an end token."""
     tokens: list[int] = []
     for module in modules:
         tokens += [*tokenizer(module, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     rows = [tuple(tokens[i : i + length]) for i in range(0, len(tokens) - length, length)]
     if len(rows) < count:
-        raise ValueError(f"the held-out text has {len(rows)} rows of {length} tokens, not {count}; ask for fewer texts")
+        raise ValueError(f"the held-out text has {len(rows)} times {length} tokens, not {count}; ask for fewer texts")
     return random.Random(0).sample(rows, count)
 
 
 def gaps(modules: Sequence[str], tokenizer: Any, length: int, count: int) -> list[Gap]:
     """`count` functions with one gap each, drawn with seed 0: a statement's whole lines, of SHORTEST to LONGEST tokens.
 
-    A row has `length` tokens. Functions that are longer, or begin too early in their module to fill the row, are not
-    used, nor are functions inside of functions.
+    A sequence has `length` tokens. Functions that are longer, or begin too early in their module to fill the sequence,
+    are not used, nor are functions inside functions.
     """
     found = [gap for i, module in enumerate(modules) for gap in _of_module(module, tokenizer, length, i)]
     if len(found) < count:
-        raise ValueError(f"the held-out text has {len(found)} functions of one row, not {count}; ask for fewer gaps")
+        raise ValueError(f"the held-out text has {len(found)} such functions, not {count}; ask for fewer gaps")
     return random.Random(0).sample(found, count)
 
 
@@ -91,8 +91,8 @@ def _of_module(source: str, tokenizer: Any, length: int, seed: int) -> Iterator[
 
 
 def _cuts(source: str) -> list[int]:
-    """Where each line may be cut off: behind the last sign of the lines before it. Byte-level BPE with GPT-2's rule
-    begins a token there, so the tokens of the parts are those of the whole."""
+    """Offsets at which each line may be cut: after the last visible character before it. Byte-level BPE with GPT-2's
+    pattern begins a token there, so the parts have the same tokens as the whole."""
     lines = source.splitlines(keepends=True)
     ends = [0]
     for line in lines:
@@ -121,5 +121,5 @@ def _lines(statement: ast.stmt) -> tuple[int, int]:
 
 
 def _says(statement: ast.stmt) -> bool:
-    """A string alone, such as a docstring: anything fits in there."""
+    """Whether a statement is only a constant, such as a docstring, where any text would be valid."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -1,7 +1,9 @@
-"""What a denoiser's texts are worth beside those of an autoregressive model of its size and beside real text.
+"""Compares texts of a denoiser with those of an autoregressive model of its size and with real text.
 
-python -m examples.kl_flow.measure, after both and a judge were trained: entropy of n-grams, a judge's perplexity, and
-how often a function is valid Python once its gap is filled; as Markdown, JSON and a page. A stopped run resumes."""
+Run python -m examples.kl_flow.measure after both models and a judge are trained. It measures the entropy of n-grams,
+the judge's perplexity, and how often a function with a filled gap is valid Python, and writes Markdown, JSON and HTML.
+The same command resumes a stopped run.
+"""
 
 import argparse
 import json
@@ -42,7 +44,7 @@ NOTES = (
 
 
 def of_texts(rows: Sequence[Sequence[int]], judge: Model) -> dict[str, Estimate]:
-    """Every score of a set of texts."""
+    """All scores of a set of texts."""
     found = {f"{name} entropy, within": scores.entropy_within(rows, n) for n, name in ((1, "unigram"), (2, "bigram"))}
     found |= {
         f"{name} entropy, over all": scores.entropy_over_all(rows, n) for n, name in ((1, "unigram"), (2, "bigram"))
@@ -51,7 +53,7 @@ def of_texts(rows: Sequence[Sequence[int]], judge: Model) -> dict[str, Estimate]
 
 
 def of_gaps(asked: Sequence[Gap], found: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, Estimate]:
-    """Every score of what stands in the gaps."""
+    """All scores of the tokens that fill the gaps."""
     pairs = list(zip(asked, found, strict=True))
     valid = [is_python(tokenizer.decode(gap.filled(tokens)), gap.nested) for gap, tokens in pairs]
     same = [tuple(tokens) == gap.tokens[gap.start : gap.stop] for gap, tokens in pairs]
@@ -59,13 +61,13 @@ def of_gaps(asked: Sequence[Gap], found: Sequence[Sequence[int]], tokenizer: Any
 
 
 def references(asked: Sequence[Gap]) -> dict[str, list[tuple[int, ...]]]:
-    """What needs no model: the truth, nothing, and the lines that another gap lacks."""
+    """Fills of the gaps without a model: the original lines, nothing, and the lines of another gap."""
     real = [gap.tokens[gap.start : gap.stop] for gap in asked]
     return {REAL: real, "nothing": [()] * len(real), "another gap's lines": [*real[1:], real[0]]}
 
 
 def shuffled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """As many rows of one length, of the same tokens in any order: what a model of frequencies alone would write."""
+    """The tokens of all texts in random order, as a model of frequencies would write. The texts have one length."""
     tokens = [token for row in rows for token in row]
     random.Random(0).shuffle(tokens)
     return [tokens[i : i + len(rows[0])] for i in range(0, len(tokens), len(rows[0]))]
@@ -93,7 +95,7 @@ def measure(root: Path, output: Path, plan: Plan) -> tuple[Table, Table]:
 
 
 def cells(table: Table) -> list[list[str]]:
-    """Rows of text, the first one the head, which has n."""
+    """Cells of a table. The head names n, the number of texts or gaps."""
     first = next(iter(table.values()))
     head = ["", *(f"{name} (n={value.n})" for name, value in first.items())]
     return [head, *([name, *map(str, row.values())] for name, row in table.items())]
@@ -107,7 +109,7 @@ def markdown(tables: Mapping[str, Table]) -> str:
 
 
 def publish(output: Path, plan: Plan, tables: Mapping[str, Table]) -> None:
-    """measure.md, measure.json and measure.html."""
+    """Writes measure.md, measure.json and measure.html."""
     with whole(output / "measure.md") as file:
         file.write(markdown(tables))
     numbers = {t: {name: {k: asdict(v) for k, v in row.items()} for name, row in x.items()} for t, x in tables.items()}

@@ -1,4 +1,4 @@
-"""What is sampled for the measurement, piece by piece: a piece that is there already is not sampled again."""
+"""Samples for the measurement, in pieces that are saved: a saved piece is not sampled again."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Asked:
-    """The same for all writers."""
+    """What all models are asked for."""
 
     length: int
     starts: tuple[int, ...]
@@ -43,12 +43,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Folder:
-    """Where pieces are kept, each with what it depends on."""
+    """A folder of saved pieces, each with the options and models that it depends on."""
 
     path: Path
 
     def piece(self, name: str, depends: Any, make: Callable[..., Rows], *given: Any) -> Rows:
-        """The rows that make(*given) returned once, or returns now."""
+        """The saved result of make(*given), or its result now, which is saved."""
         file = self.path / f"{name.replace(' ', '-')}.json"
         depends = json.loads(json.dumps(depends))
         if file.exists():
@@ -65,7 +65,7 @@ class Folder:
 def sampled(
     folder: Folder, plan: Plan, asked: Asked, checkpoint: Path, baseline: Path, backend: Literal["cpu", "cuda"]
 ) -> Iterator[tuple[Kind, str, Sequence[Sequence[int]]]]:
-    """(kind, writer, rows) of every piece: whole texts, and what stands in each gap."""
+    """(kind, model, tokens) of every piece: whole texts, and the tokens that fill each gap."""
     of = {"asked": asdict(asked), "texts": plan.texts, "batch_size": plan.batch_size}
     flow = cache(lambda: Denoiser(checkpoint, backend, plan.batch_size))  # loaded when a piece is not there
     old = cache(lambda: Autoregressive(load_model("baseline", baseline), plan.batch_size))

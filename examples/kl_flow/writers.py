@@ -1,4 +1,4 @@
-"""The two kinds of models that write: a denoiser, at all positions at once, and an autoregressive model of its size."""
+"""The two kinds of models that are compared: a denoiser of KL-flow, and an autoregressive model of its size."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -39,7 +39,7 @@ class Denoiser:
         return self._write([blank(self.length)], count, method, steps)
 
     def fill(self, gaps: Sequence[Gap], method: Method, steps: int) -> Rows:
-        """What stands in each gap."""
+        """The tokens that fill each gap."""
         requests = [gap(g.tokens[: g.start], g.stop - g.start, g.tokens[g.stop :], {}) for g in gaps]
         rows = self._write(requests, 1, method, steps)
         return [row[g.start : g.stop] for row, g in zip(rows, gaps, strict=True)]
@@ -60,7 +60,7 @@ class Autoregressive:
         self.model, self.batch_size = model, batch_size
 
     def texts(self, starts: Sequence[int], length: int, temperature: float) -> Rows:
-        """Texts of `length` tokens, each after a first one that is given: nothing else says where a row begins."""
+        """Texts of `length` tokens, which begin with the given tokens: the model has no start token."""
         return [
             [first, *rest]
             for first, rest in zip(
@@ -69,13 +69,13 @@ class Autoregressive:
         ]
 
     def fill(self, gaps: Sequence[Gap], temperature: float) -> Rows:
-        """As many tokens as the gap has after what stands before it; what stands behind it is not seen."""
+        """A continuation of the tokens before each gap, of the gap's length. The tokens after it are not used."""
         prefixes = [list(g.tokens[: g.start]) for g in gaps]
         return self._continue(prefixes, [g.stop - g.start for g in gaps], temperature)
 
     @torch.inference_mode()
     def _continue(self, prefixes: Sequence[list[int]], lengths: Sequence[int], temperature: float) -> Rows:
-        """Drawn from the whole vocabulary; texts do not end early."""
+        """Samples from the whole vocabulary. End tokens do not end a text."""
         torch.manual_seed(0)
         network, rows = self.model.network, Rows()
         for i in range(0, len(prefixes), self.batch_size):

@@ -1,6 +1,10 @@
 """The study of examples/dictionary_styles: its recipes, its verdicts on curves made up to have one, its files."""
 
+import ctypes
 import json
+import os
+import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +250,17 @@ def test_wrong_calls_end_with_2_and_one_line(capsys: pytest.CaptureFixture) -> N
     assert "study: error: --controls needs all stages: leave --stages out" in capsys.readouterr().err
     assert stages.main(["--arms", "SFR", "KTO"]) == 2
     assert "study: error: KTO is not an arm: choose from CE, SFR, " in capsys.readouterr().err
+
+
+def test_a_worker_ends_with_the_study() -> None:
+    with warnings.catch_warnings(action="ignore"):  # of threads, which the child does not use
+        child = os.fork()
+    if child == 0:
+        asked = ctypes.c_int()
+        stages._begin()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+        os._exit(asked.value)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def test_chosen_arms_include_the_baseline() -> None:

@@ -1,1 +1,1 @@
-"""The study: is any objective more diverse than cross-entropy is at some temperature? docs/study.md tells."""
+"""The study: is any objective more diverse than cross-entropy is at some temperature? See docs/study.md."""

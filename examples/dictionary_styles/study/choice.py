@@ -14,8 +14,11 @@ Table = dict[str, list[dict[str, object]]]
 
 
 def choose(plan: Plan, place: Place, sed_threshold: float | None) -> tuple[dict[str, Settings], Table]:
-    """(the settings of each arm, what each that was tried scored). Of gaps to the baseline on each pair of axes the sum
-    decides, one without a value counting as nothing gained; the first of equals wins."""
+    """The settings of each arm, and a table with the gains of every setting that was tried.
+
+    The setting with the largest sum of gaps to the baseline is chosen; of equal ones, the first. A gap without a value
+    counts as 0.
+    """
     curves = [
         (run, read_curve(place.curve(run, CHOOSING, plan), run.name, plan.temperatures)) for run in candidates(plan)
     ]
@@ -37,7 +40,7 @@ def choose(plan: Plan, place: Place, sed_threshold: float | None) -> tuple[dict[
 
 
 def with_threshold(chosen: Mapping[str, Settings], sed_threshold: float | None) -> dict[str, Settings]:
-    """The settings with SED's threshold, which is calibrated on the start; None: SED is not an arm."""
+    """The settings with SED's threshold, which is calibrated on the start. None: SED is not an arm."""
     more = {} if sed_threshold is None else {"SED": {**chosen.get("SED", {}), "sed_threshold": sed_threshold}}
     return {**chosen, **more}
 

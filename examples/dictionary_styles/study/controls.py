@@ -17,8 +17,9 @@ import numpy as np
 from examples.dictionary_styles.study.plan import BASELINE, Arm, Plan, Run
 from examples.dictionary_styles.study.verdicts import Verdict
 from examples.dictionary_styles.study.work import JUDGING, Place, Task, headwords, megatron_sfr, rows
+from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE
 from megatron_sfr.evaluation.generate.engines import HuggingFace
-from megatron_sfr.evaluation.scores.likelihood import AS_AT_INFERENCE, negative_log_likelihood
+from megatron_sfr.evaluation.scores.likelihood import negative_log_likelihood
 from megatron_sfr.storage.atomic import whole
 
 EVERY = 5
@@ -45,19 +46,19 @@ class Stop:
 
 @dataclass(frozen=True)
 class Controlled:
-    """An arm's verdict against the stopped baseline, and the stop of each seed."""
+    """The verdict of an arm against the stopped baseline, and the stop of each seed."""
 
     verdict: Verdict
     stops: list[Stop]
 
 
 def kept(plan: Plan, seed: int) -> Run:
-    """The run that is the baseline's, with its weights kept every few steps."""
+    """The baseline's run once more, with a checkpoint every few steps."""
     return Run(KEPT, (("no_save_optim", True), ("save_interval", EVERY)), seed, plan.steps)
 
 
 def find_stops(run: Run, plan: Plan, place: Place) -> list[Stop]:
-    """The two stops for a run of an arm, noted in the arm's folder. ValueError if the kept run differs."""
+    """The two stops for a run of an arm, saved in its folder. Raises ValueError if the kept run's losses differ."""
     path = place.folder(run) / "stops.json"
     if not path.exists():
         source = kept(plan, run.seed)
@@ -78,7 +79,7 @@ def find_stops(run: Run, plan: Plan, place: Place) -> list[Stop]:
 
 
 def training_stop(arm: Sequence[float], baseline: Sequence[float]) -> tuple[int, tuple[float, float]]:
-    """The kept step whose training loss is nearest to the arm's last, both [steps]; with both losses."""
+    """The kept step whose mean training loss is nearest to the arm's last, and both losses. arm, baseline: [steps]."""
     target = float(np.mean(arm[-MEAN_OF:]))
     means = {end: float(np.mean(baseline[end - MEAN_OF : end])) for end in range(MEAN_OF, len(baseline) + 1, EVERY)}
     step = min(means, key=lambda step: abs(means[step] - target))
@@ -88,7 +89,7 @@ def training_stop(arm: Sequence[float], baseline: Sequence[float]) -> tuple[int,
 def held_out_stop(
     target: float, loss_at: Callable[[int], float], steps: Iterable[int]
 ) -> tuple[int, tuple[float, float]]:
-    """The first of the steps, latest first, whose held-out loss is at most the target; else that of the least."""
+    """The first of the steps whose held-out loss is at most the target, else the step with the smallest loss."""
     losses: dict[int, float] = {}
     for step in steps:
         losses[step] = loss_at(step)
@@ -118,7 +119,7 @@ def held_out_loss(model: Path, plan: Plan, place: Place) -> float:
 
 
 def place_weights(stop: Stop, plan: Plan, place: Place) -> Task:
-    """The task of the stopped baseline, its weights put where a trained run's are."""
+    """Copies the stopped baseline's weights to where a trained run has its own. Returns the task that samples it."""
     folder = place.folder(stop.control) / "hf"
     if not folder.exists():
         partial = folder.with_name("hf.partial")

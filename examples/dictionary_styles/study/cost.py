@@ -1,4 +1,4 @@
-"""What a step of each arm costs: short runs one after the other, nothing beside them, and the median time of a step."""
+"""The cost of a step of each arm: the median time of a step in short runs, one after the other."""
 
 import itertools
 import json
@@ -21,13 +21,13 @@ Costs = dict[str, list[float]]  # arm -> seconds of each step that counts
 
 
 def known(place: Place) -> Costs:
-    """What an earlier call measured; nothing if none did."""
+    """The times that an earlier call measured; empty if there are none."""
     path = place.study / "cost.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def measure(runs: Sequence[Run], place: Place) -> Costs:
-    """Times of an arm's steps, one run an arm; what an earlier call measured is kept."""
+    """Times of each arm's steps, from one run per arm, or those that an earlier call measured."""
     if costs := known(place):
         return costs
     for run in tqdm(runs, desc="cost of a step", unit="arm"):
@@ -43,9 +43,9 @@ def measure(runs: Sequence[Run], place: Place) -> Costs:
 
 
 def table(costs: Costs) -> list[list[str]]:
-    """Median and quartiles of each arm's step, and the median beside the first arm's."""
+    """Median and quartiles of each arm's step, and the ratio of its median to the first arm's."""
     base = statistics.median(next(iter(costs.values())))
-    lines = [["arm", "ms a step", "quartiles", "beside the baseline"]]
+    lines = [["arm", "ms a step", "quartiles", "ratio to the baseline"]]
     for arm, seconds in costs.items():
         low, middle, high = statistics.quantiles(seconds, n=4)
         lines.append([arm, f"{1e3 * middle:.0f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}", f"{middle / base:.3f}"])

@@ -1,4 +1,4 @@
-"""What the study stands on: dictionaries, text, tokens, targets, the common start. What is there is not made again."""
+"""Makes what the study needs: dictionaries, text, tokens, targets, the common start. Existing files are kept."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from examples.dictionary_styles.dictd import check_sources
+from examples.dictionary_styles.dictd import SOURCES, check_sources
 from examples.dictionary_styles.study.work import EXAMPLE, HERE, Place, megatron_sfr
 from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
 from megatron_sfr.hf.families.family_registry import megatron_flags
@@ -19,19 +19,16 @@ from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.storage.atomic import whole
 
 Step = tuple[str, Path, Callable[[], object]]
-"""(its name, what is there once it is done, what does it)"""
+"""(name, a file that exists once the step is done, a function that does it)"""
 
-PACKAGES = (
-    *("dict-gcide", "dict-wn", "dict-devil", "dict-jargon", "dict-foldoc", "dict-vera", "dict-elements"),
-    "fortunes",
-)
-LAST = Path("usr/share/games/fortunes/definitions")  # of the package that is unpacked last
+PACKAGES = tuple(source.package for source in SOURCES)
+LAST = Path(SOURCES[-1].file)  # of the package that is unpacked last
 LENGTHS = ("--seq-length", 128, "--stride", 16, "--horizons", "1:64", "--min-segment-length", 8, "--skip-bad-rows")
 PROMPTS = 140  # held-out headwords, those first that most dictionaries define
 
 
 def prepare(place: Place) -> None:
-    """Makes whatever is missing, in order; ValueError in one line where something cannot be had."""
+    """Makes whatever is missing, in order. Raises ValueError if a step fails."""
     claim(place)
     steps = [*texts(place), *(tokens_of_start(place) if place.start is None else []), *tokens(place)]
     steps.append(common_start(place) if place.start is None else ("the start's shape", place.shape, describe(place)))
@@ -42,7 +39,7 @@ def prepare(place: Place) -> None:
 
 
 def claim(place: Place) -> None:
-    """Notes what the study is made from; ValueError where its folder has one that was made from something else."""
+    """Records what the study is made from. Raises ValueError if its folder has a study made from something else."""
     said = {
         "start": None if place.start is None else str(place.start.resolve()),
         "recipe": "" if place.recipe is None else place.recipe.read_text(encoding="utf-8"),
@@ -102,7 +99,7 @@ def common_start(place: Place) -> Step:
 
 
 def describe(place: Place) -> Callable[[], object]:
-    """Writes what `megatron-sfr convert recipe` prints of the start."""
+    """A function that writes the start's recipe, as `megatron-sfr convert recipe` prints it."""
 
     def write() -> None:
         with whole(place.shape) as file:
@@ -112,7 +109,7 @@ def describe(place: Place) -> Callable[[], object]:
 
 
 def unpack(folder: Path) -> None:
-    """Debian's packages of the dictionaries, unpacked without root."""
+    """Downloads and unpacks Debian's packages of the dictionaries, without root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise ValueError(f"apt-get or dpkg is missing: unpack {', '.join(PACKAGES)} of Debian into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +132,7 @@ def make_model(text: Path, output: Path) -> None:
 
 
 def sed_threshold(place: Place) -> float:
-    """What `megatron-sfr calibrate-sed` finds for the common start."""
+    """The threshold that `megatron-sfr calibrate-sed` finds for the common start."""
     log = place.study / "logs" / "calibrate-sed.log"
     if not log.exists() or not _threshold(log):
         words = ("--data", place.data("train"), "--top-k", 10, "--device", place.device)

@@ -49,13 +49,13 @@ def summary(found: Found) -> str:
 
 
 def said(found: Found, *, moved: bool) -> list[str]:
-    """One sentence a verdict. One that is not there again in other replies is told among those that did not move."""
+    """One sentence per verdict. A difference that a second sampling does not confirm counts as not moved."""
     chosen = [v for v in found.verdicts if (v in found.moved) == moved]
     return [v.sentence + (" Not so in a second sampling." if v.moved and not moved else "") for v in chosen]
 
 
 def write(found: Found, place: Place) -> None:
-    """study.html, which holds everything, study.md, study.png and study.json."""
+    """Writes study.html, study.md, study.png and study.json."""
     judge = scorer(JUDGING, found.plan.temperatures, found.plan, place)
     mean = [average(arm, curves, found.plan.temperatures) for arm, curves in found.curves.items()]
     report = summarise(mean, AXES, judge.notes(), judge.real())
@@ -123,7 +123,7 @@ def average(arm: str, curves: list[Curve], temperatures: tuple[float, ...]) -> C
 
 
 def comparisons(found: Found) -> Rows:
-    """Every verdict, and beside those that moved the same in a second sampling."""
+    """Every verdict, and for those that moved also the verdict of a second sampling."""
     again = {(v.arm, v.axes): v for v in found.repeated}
     lines: Rows = [["arm", "gap", "", "seed by seed", "two seeds of the baseline", "in a second sampling", "verdict"]]
     for v in found.verdicts:
@@ -135,7 +135,7 @@ def comparisons(found: Found) -> Rows:
 
 
 def controlled(found: Found) -> Rows:
-    """Every arm beside the baseline stopped where its loss equals the arm's. Losses: the arm's, the baseline's."""
+    """Every arm against the baseline stopped at an equal loss. Losses: the arm's, the baseline's."""
     lines: Rows = [["arm", "equal loss", "gap", "", "seed by seed", "two such seeds", "stopped at (losses)", "verdict"]]
     for control in found.controls:
         v = control.verdict

@@ -76,17 +76,17 @@ def choose_arms(names: Sequence[str]) -> tuple[Arm, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. The defaults are an evening on two CPU cores."""
+    """Size of the study. The defaults take an evening on two CPU cores."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = WIDE.steps
     regime: Regime = field(default=WIDE, hash=False)
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
     between: tuple[float, ...] = (0.5, 0.7, 0.9)
-    """More temperatures of the baseline when it is judged against: a frontier bends outwards, so a broken line with few
-    points lies below it, and an arm that is but a warmer baseline could seem to win."""
+    """More temperatures of the baseline. A frontier is concave, so a line through few of its points lies below it, and
+    an arm that only equals a baseline of another temperature would seem better."""
     headwords: int = 64
-    """At most, that settings are chosen by, and that arms are judged by."""
+    """Largest number of headwords on each side: for choosing settings, and for judging arms."""
     samples: int = 4
     max_new_tokens: int = 64
     choosing_share: float = 0.25
@@ -125,19 +125,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Names its folder; another setting is another run."""
+        """Name of its folder, with its settings, steps and seed."""
         said = "".join(f"-{key.rpartition('_')[2]}{value}" for key, value in self.settings)
         return f"{self.arm.slug}{said}-{self.steps}-s{self.seed}"
 
 
 def fixed(plan: Plan) -> dict[str, Settings] | None:
-    """The settings of each arm in a regime that fixes them: the regime's, else the first that the arm would try."""
+    """The settings of each arm in a regime that fixes them: the regime's, or the arm's first. None: to be chosen."""
     known = plan.regime.settings
     return None if known is None else {arm.name: known.get(arm.name, arm.tried[0]) for arm in plan.arms}
 
 
 def candidates(plan: Plan) -> list[Run]:
-    """The runs that settings are chosen by: the baseline, and every setting of an arm that has a choice."""
+    """The runs by which settings are chosen: the baseline, and every setting of an arm with more than one."""
     if fixed(plan) is not None:
         return []
     runs = [
@@ -147,7 +147,7 @@ def candidates(plan: Plan) -> list[Run]:
 
 
 def judged(plan: Plan, chosen: Mapping[str, Settings]) -> list[Run]:
-    """The runs that count, arm by arm for each seed, so that a study that is cut off has whole seeds."""
+    """The runs that are judged: all arms of a seed before the next seed, so that a stopped study has complete seeds."""
     runs = []
     for seed in plan.seeds:
         for arm in plan.arms:

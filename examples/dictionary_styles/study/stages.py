@@ -33,6 +33,7 @@ from examples.dictionary_styles.study.plan import (
 from examples.dictionary_styles.study.verdicts import Verdict, compare
 from examples.dictionary_styles.study.work import CHOOSING, JUDGING, STAGES, Place, Task, finish, read_curve
 from megatron_sfr.evaluation.compare.curves import Curve
+from megatron_sfr.runtime.lifetime import end_with_parent
 
 DESCRIPTION = "Start or resume the study, and write its pages."
 
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, controlled: bool, timed: bool) -> None:
-    """The asked stages of the study; what earlier calls finished is kept."""
+    """Runs these stages of the study. Results of earlier calls are kept."""
     materials.prepare(place)
     settings, tried = settings_of(plan, place, processes, stages)
     runs = judged(plan, settings)
@@ -108,7 +109,7 @@ def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, 
     again = replace(plan, sampling_seed=plan.sampling_seed + 1)
     names = {verdict.arm for verdict in verdicts if verdict.moved}
     repeated: list[Verdict] = []
-    if names:  # a win counts if it is there again in other replies
+    if names:  # a difference counts if other replies show it again
         some = [run for run in runs if run.arm.name in names | {BASELINE}]
         work((Task(run, JUDGING, again, place) for run in some), processes, "sampled again")
         repeated = verdicts_of(read(some, again, place))
@@ -150,7 +151,7 @@ def control(runs: Sequence[Run], curves: Curves, plan: Plan, place: Place, proce
 
 
 def work(tasks: Iterable[Task], processes: int, title: str) -> None:
-    """Finishes the tasks that are not, some side by side, each on one thread."""
+    """Runs the tasks that are not done, in parallel processes of one thread each."""
     missing = [task for task in tasks if not task.is_done]
     if not missing:
         return
@@ -170,9 +171,10 @@ def work(tasks: Iterable[Task], processes: int, title: str) -> None:
 
 
 def _begin() -> None:
-    """Ctrl-C is told once, by the parent."""
+    """Initializes a worker: it ends with the study, and Ctrl-C ends it without a traceback."""
     import torch
 
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 

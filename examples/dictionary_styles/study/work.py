@@ -1,4 +1,4 @@
-"""One run from its training to its curve: trained, exported, asked, scored. Whatever is finished is kept."""
+"""One run of the study: training, export, sampling, scoring. Results of earlier calls are kept."""
 
 import json
 import subprocess
@@ -34,14 +34,14 @@ STAGES = ("train", "sample", "score")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the study is made, from what and on what."""
+    """Folders, start model, recipe and device of the study."""
 
     root: Path = Path("runs/dictionary_styles")
-    """Holds the text, which all studies share."""
+    """Folder of the text, which all studies share."""
     start: Path | None = None
-    """A Hugging Face model that all arms begin from; None: a small one that the study trains first."""
+    """A Hugging Face model from which all arms start; None: a small one that the study trains first."""
     recipe: Path | None = None
-    """A recipe over those of the arms, for another size or machine."""
+    """A recipe that is applied after the arms' recipes, for another model size or machine."""
     device: Literal["cpu", "cuda"] = "cpu"
     regime: Regime = WIDE
 
@@ -75,11 +75,11 @@ class Place:
         return self.root / f"text{few}" / f"{side}.jsonl"
 
     def data(self, side: str) -> Path:
-        """The same as the model's tokens."""
+        """The prepared folder of the same records."""
         return (self.root if self.start is None and self.regime == WIDE else self.study) / "text" / side
 
     def training(self, run: Run, folder: Path) -> list[object]:
-        """What follows `megatron-sfr train`."""
+        """Arguments of `megatron-sfr train` for a run."""
         arm = () if run.arm.recipe is None else (EXAMPLE / "arms" / f"{run.arm.recipe}.yaml",)
         regime = () if self.regime.recipe is None else (HERE / f"{self.regime.recipe}.yaml",)
         own = () if self.recipe is None else (self.recipe,)
@@ -101,7 +101,7 @@ class Place:
         return self.study / "runs" / run.name
 
     def curve(self, run: Run, side: str, plan: Plan) -> Path:
-        """One file for each way of asking: another number of samples is another curve."""
+        """The file of a run's curve. Its name has the sampling options, so that each choice has its own curve."""
         asked = (
             *plan.sweep(run.arm, judging=side == JUDGING),
             plan.samples,
@@ -113,7 +113,7 @@ class Place:
 
 
 def megatron_sfr(log: Path, *words: object) -> None:
-    """One of the library's commands, its output in a log; ValueError with its last line if it fails."""
+    """Runs a command of megatron-sfr, with its output in a log. Raises ValueError with the last line if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
         command = [sys.executable, "-m", "megatron_sfr.cli", *map(str, words)]
@@ -137,7 +137,7 @@ def train(run: Run, place: Place) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A run, the side of the headwords that it is asked for, and the stages to do, of STAGES."""
+    """Stages to do for a run, and the side of the headwords (CHOOSING or JUDGING) that it is sampled on."""
 
     run: Run
     side: str
@@ -164,7 +164,7 @@ class Task:
 
 
 def finish(task: Task) -> str:
-    """Does the stages of a task that are not done; returns the run's name."""
+    """Does the stages of a task that are not done. Returns the run's name."""
     if "train" in task.stages:
         train(task.run, task.place)
     if "sample" in task.stages and not task.samples.exists():
@@ -176,7 +176,7 @@ def finish(task: Task) -> str:
 
 
 def sample(task: Task) -> None:
-    """Writes the replies, and before them the losses on real replies. Needs no encoder, unlike the scores."""
+    """Writes the losses on real replies, then the sampled replies. Needs no encoder, unlike scoring."""
     plan, asked = task.plan, headwords(task.side, task.plan, task.place)
     options = sampling(plan, task.place)
     questions = Questions(
@@ -200,7 +200,7 @@ def losses_file(task: Task) -> Path:
 
 
 def read_answers(task: Task, prompts: int) -> Answered:
-    """What `sample` wrote. Raises ValueError if it is not complete."""
+    """Reads what `sample` wrote. Raises ValueError if replies are missing."""
     texts = [row["text"] for row in rows(task.samples)]
     temperatures, samples = len(task.sweep), task.plan.samples
     if len(texts) != temperatures * prompts * samples:
@@ -220,7 +220,7 @@ def sampling(plan: Plan, place: Place) -> SamplingOptions:
 
 @lru_cache(maxsize=3)
 def scorer(side: str, temperatures: tuple[float, ...], plan: Plan, place: Place) -> Scorer:
-    """What replies are held against, once for each process."""
+    """Scores replies against the held-out ones. Built once for each process."""
     held_out = headwords(side, plan, place)
     options = EvaluationOptions(
         sampling(plan, place), temperatures, embedded=plan.samples, embedded_prompts=plan.headwords
@@ -230,7 +230,7 @@ def scorer(side: str, temperatures: tuple[float, ...], plan: Plan, place: Place)
 
 
 def headwords(side: str, plan: Plan, place: Place) -> list[Asked]:
-    """The held-out headwords that settings are chosen by, or the others; replies that were trained on are left out."""
+    """The held-out headwords of one side, CHOOSING or JUDGING, without real replies that are in the training text."""
     trained = {entry["messages"][-1]["content"] for entry in rows(place.text("train"))}
     found = []
     for entry in read_asked(place.root / "wide-text" / "prompts.jsonl"):
@@ -242,7 +242,7 @@ def headwords(side: str, plan: Plan, place: Place) -> list[Asked]:
 
 
 def style_judge(place: Place) -> StyleJudge:
-    """Hears a persona as its training replies sound, which share no headword with what it judges."""
+    """A classifier of personas, trained on training replies, whose headwords are never those that it judges."""
     every = rows(place.root / "text" / "train.jsonl")[:FIDELITY_ROWS]
     return StyleJudge([Styled(r["messages"][-2]["content"], r["persona"], r["messages"][-1]["content"]) for r in every])
 
@@ -262,7 +262,7 @@ def save(curve: Curve, path: Path) -> None:
 
 
 def read_curve(path: Path, name: str, temperatures: Sequence[float]) -> Curve:
-    """A curve that `save` wrote; Raises ValueError for another file."""
+    """Reads a curve that `save` wrote. Raises ValueError for another file."""
     kinds: dict[str, dict[str, np.ndarray]] = {"score": {}, "loss": {}, "persona": {}}
     try:
         with np.load(path, allow_pickle=False) as file:
