@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Ranks over which the distributed optimizer divides the state of all parameters but the experts'."""
+        """Ranks over which the distributed optimizer divides the state of the parameters outside the experts."""
         return self.data * self.context if self.distributed_optimizer else 1
 
     @property

@@ -47,7 +47,7 @@ class Counts:
         return self.split + self.copied + self.expert
 
     def dense(self, tensor: int) -> int:
-        """Parameters of a rank that are no experts'."""
+        """Parameters of a rank outside the experts."""
         return self.split // tensor + self.copied
 
 

@@ -1,7 +1,7 @@
-"""What `watch` reads of a run: its complete checkpoints, its last step, its model and the place of its event files.
+"""What `watch` reads of a run: its complete checkpoints, its last step, its model and the folder of its event files.
 
-The training writes this folder at the same time, and deletes checkpoints in it. Nothing here writes to it. What reads
-tensors is imported late: a wrong folder is refused at once.
+The training writes to this folder at the same time and deletes checkpoints in it. Nothing here writes to it. Modules
+that read tensors are imported late, so that a wrong folder is refused at once.
 """
 
 import shutil
@@ -46,7 +46,7 @@ class RunFolder:
         return self.folder / step_folder(step)
 
     def last_step(self, newest: int) -> int | None:
-        """The step at which the run ends: that of its recipe, else the one that its newest checkpoint was to reach."""
+        """The step at which the run ends, by its recipe or else by the arguments in its newest checkpoint."""
         steps = _recipe(self.folder).get("train-iters") or self._stored_last_step(newest)
         return steps if type(steps) is int else None
 
@@ -84,7 +84,7 @@ def open_run(folder: Path, like: Path | None = None) -> RunFolder:
     like: by default the Hugging Face folder that the run started from, if its recipe names one.
 
     Raises:
-        ValueError: no model is named that its checkpoints are like.
+        ValueError: neither `like` nor the recipe names a Hugging Face folder.
     """
     recipe = _recipe(folder)
     named = like or recipe.get("sfr-hf-load") or recipe.get("lora-base")
