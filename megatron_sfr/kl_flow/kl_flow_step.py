@@ -92,8 +92,8 @@ class KLFlowStep:
         sample_B = batch["sample"]
         if "dataset_id" in batch:  # in a blend each dataset numbers its samples from 0
             sample_B = sample_B + (batch["dataset_id"] << DATASET_BITS)
-        rows = batch["tokens"], batch["labels"], batch["loss_mask"]
-        tokens_BN, free_BN = free_text(*rows, sample_B, length, self.options, self.end_token)
+        sequences = batch["tokens"], batch["labels"], batch["loss_mask"]
+        tokens_BN, free_BN = free_text(*sequences, sample_B, length, self.options, self.end_token)
         counted_BN = free_BN
         if self.options.loss == "all":  # a text without free positions has nothing to learn from
             counted_BN = free_BN.any(-1, keepdim=True).expand_as(free_BN)

@@ -1,5 +1,6 @@
-"""Upstream's GPT as the denoiser of KL-flow (Logit-KL Flow Matching, arXiv 2411.16821): points of the simplex and
-their time in, logits of the clean tokens out; every position sees every other one.
+"""Upstream's GPT as the denoiser of KL-flow (Logit-KL Flow Matching, arXiv 2411.16821), with bidirectional attention.
+
+It takes points of the simplex and their time, and returns logits of the clean tokens.
 
 Shapes: B samples, S positions of the text, V vocabulary columns of the shard, H hidden size, F numbers of a time.
 """
@@ -37,11 +38,11 @@ Way = Literal["token", "adaln"]
 @named("kl_flow_")
 @dataclass(frozen=True)
 class KLFlowModelOptions:
-    """How the denoiser of KL-flow knows the time."""
+    """How the denoiser of KL-flow is conditioned on the time."""
 
     time: Way = "token"
-    """'token': an embedding of t stands before the text, as in the paper's code, and takes one of the seq_length
-    positions; 'adaln': t scales and shifts what each layer's norms give, and the text has all positions."""
+    """'token' (default): an embedding of t precedes the text, as in the paper's code, and takes one of the seq_length
+    positions. 'adaln': t scales and shifts the output of each layer's norms, and the text has all positions."""
     time_scale: float = 1000.0
     """Factor on t before its sinusoidal embedding of base 10000. Default 1000. With 1, as in the authors' code, the
     embeddings of all times up to t_max = 0.3 are almost equal."""
@@ -53,23 +54,23 @@ class KLFlowModelOptions:
 
 @dataclass(kw_only=True)
 class KLFlowModelConfig(GPTModelConfig):
-    """A GPT that denoises."""
+    """The configuration of the denoiser."""
 
     builder: ClassVar[str] = "megatron_sfr.kl_flow.model.KLFlowModelBuilder"
     time: Way = "token"
     time_scale: float = 1000.0
     seed: int = 1234
-    """Of the initial weights of what knows the time."""
+    """Seed of the initial weights of the time embedding."""
     fuses_layers: bool = False
     """Gradient accumulation is fused in Transformer Engine's layers only (model/gradient_fusion.py)."""
 
 
 @dataclass
 class FlowTime:
-    """The time that the model's next call is about. Plain state: every stage sets its own, none is sent.
+    """The time of the model's next call. Every pipeline stage sets it itself; it is not sent between stages.
 
-    Recomputed layers would read a later microbatch's: only the embedding, which is never recomputed, may rely on it
-    there, so `adaln` goes without recomputed norms.
+    A recomputed layer would read the time of a later microbatch. The embedding is never recomputed, so 'token' works
+    with recomputation; with 'adaln' the norms must not be recomputed.
     """
 
     way: Way
@@ -78,7 +79,7 @@ class FlowTime:
 
     @property
     def positions(self) -> int:
-        """How many positions before the text are the time's."""
+        """Number of positions before the text that the time takes: 1 for 'token', else 0."""
         return 1 if self.way == "token" else 0
 
     def set(self, t_B: Tensor) -> None:
@@ -92,9 +93,9 @@ class FlowTime:
 
 
 class SimplexTable(nn.Module):
-    """x E of points x [B, S, V] and the rows E of this shard: what the shards' products are to be summed to, [S, B, H].
+    """x E of points x [B, S, V] with this rank's rows of the embedding matrix E: [S, B, H], to be summed over ranks.
 
-    Holds upstream's vocabulary-parallel weight under its own name, for tying, checkpoints and hooks.
+    The weight has upstream's name, for tying, checkpoints and hooks.
     """
 
     def __init__(self, table: VocabParallelEmbedding) -> None:
@@ -105,7 +106,7 @@ class SimplexTable(nn.Module):
         return x_BSV.to(self.weight.dtype).transpose(0, 1) @ self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """As VocabParallelEmbedding's: the vocabulary's padding may differ between layouts."""
+        """As of VocabParallelEmbedding: the padding of the vocabulary may differ between layouts."""
         sharded = make_tp_sharded_tensor_for_checkpoint(
             tensor=self.weight,
             key=f"{prefix}weight",
@@ -118,7 +119,7 @@ class SimplexTable(nn.Module):
 
 
 class SimplexEmbedding(MegatronModule):
-    """Takes the place of upstream's `embedding`: points [B, S, V] to the decoder's input [S (+ 1) (/ TP), B, H]."""
+    """Replaces upstream's `embedding`: from points [B, S, V] to the decoder's input [S (+ 1) (/ TP), B, H]."""
 
     scatter_to_sequence_parallel = True
 
@@ -157,7 +158,7 @@ class SimplexEmbedding(MegatronModule):
 
 
 class ModulatedNorm(nn.Module):
-    """(1 + scale(t)) norm(x) + shift(t), both 0 at first: adaptive norm (DiT, arXiv 2212.09748) of [S, B, H]."""
+    """Adaptive norm (DiT, arXiv 2212.09748) of x [S, B, H]: (1 + scale(t)) norm(x) + shift(t), both 0 at first."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class ModulatedNorm(nn.Module):
 
 
 def bidirectional_spec(config: KLFlowModelConfig, vp_stage: int | None = None) -> Any:
-    """The layers of upstream, local or Transformer Engine's, whose attention masks nothing."""
+    """Upstream's layers, local or Transformer Engine's, with bidirectional attention."""
     if config.transformer.transformer_impl == "local":
         spec = local_block_spec(config, vp_stage)
         layers = spec.layer_specs
@@ -190,7 +191,7 @@ def bidirectional_spec(config: KLFlowModelConfig, vp_stage: int | None = None) -
 
 
 class KLFlowModelBuilder(GPTModelBuilder):
-    """Builds upstream's model, whose embedding then reads points; `model.flow_time` holds the time of its next call."""
+    """Builds upstream's model with an embedding of points. `model.flow_time` holds the time of the next call."""
 
     def build_model(
         self,
@@ -199,12 +200,12 @@ class KLFlowModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> MegatronModule:
-        """One stage of the model; arguments as upstream's. ValueError without rotary positions."""
+        """One pipeline stage; arguments as upstream's. Raises ValueError if the positions are not rotary."""
         config: KLFlowModelConfig = self._model_config
         if config.position_embedding_type != "rope":
             raise ValueError(
-                f"position_embedding_type = {config.position_embedding_type}: attention that masks nothing learns "
-                "order from rotary positions alone; set it to rope"
+                f"position_embedding_type = {config.position_embedding_type}: bidirectional attention learns order "
+                "from rotary positions alone; set it to rope"
             )
         config.transformer_layer_spec = bidirectional_spec
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
