@@ -232,7 +232,7 @@ def verdict(gap: Gap) -> str:
         judged = "no difference beyond noise"
     else:
         higher = gap.model if gap.estimate.mean > 0 else gap.baseline
-        judged = f"{higher} lies higher, beyond sampling noise; one run of each cannot tell it from the training seed"
+        judged = f"{higher} lies higher, beyond sampling noise; with one run each the training seed may explain it"
     return (
         f"{gap.diversity}, {gap.model} against {gap.baseline} at equal {gap.quality} "
         f"({low:.2f} to {high:.2f}): {found}: {judged}."
