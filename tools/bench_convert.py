@@ -4,7 +4,7 @@ Creates a random Qwen3 model of a given size in DIR, then copies, imports and ex
 process. Prints median GB/s, CPU seconds, and the peak resident memory minus what the interpreter had before. Sources
 are in the page cache if they fit. Imports and exports flush their files to the disk, so they are compared with `cp`
 and a flush; "cp alone" has no flush. On a file system that shares blocks between copies, `cp` copies nothing. DIR needs
-room for three such models and is emptied at the end.
+room for three such models and is removed at the end.
 """
 
 import argparse
