@@ -94,6 +94,17 @@ def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
     return value
 
 
+def positive_integer(name: str, value: object) -> int:
+    """The value of an option, given as text or a number, as an integer of at least 1. Raises ValueError."""
+    try:
+        number = int(str(value))
+    except ValueError as error:
+        raise ValueError(f"{name} = {cut(str(value))}: give a whole number") from error
+    if number < 1:
+        raise ValueError(f"{name} = {number}: give at least 1")
+    return number
+
+
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value has a type: a plain one, or one made of list, dict, tuple, |, Literal and TypedDict."""
     origin, inner = get_origin(hint), get_args(hint)

@@ -18,6 +18,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
+from megatron_sfr.storage.user_files import positive_integer
 from megatron_sfr.training.data.packing import first_fit_decreasing, padded_lengths, padding_multiple
 
 SPLIT = "969,30,1"
@@ -57,8 +58,8 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
     paths, weights = split_blend([blend] if isinstance(blend, str) else blend)
     share = 1.0 if options.get("train_data_path") else _training_share(options.get("split") or SPLIT)
     packed = options.get("sfr_packing") not in (None, "none")
-    multiple = padding_multiple(_whole_number(options, "context_parallel_size", 1))
-    length = _whole_number(options, "seq_length")
+    multiple = padding_multiple(positive_integer("context_parallel_size", options.get("context_parallel_size") or 1))
+    length = positive_integer("seq_length", options.get("seq_length"))
     if length % multiple:
         raise ValueError(f"seq_length = {length}: set a multiple of {multiple}, twice context_parallel_size")
     sequences = {path: sequences_of(path, length, packed=packed, multiple=multiple, share=share) for path in paths}
@@ -90,14 +91,6 @@ def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, multipl
             return count
         return len(first_fit_decreasing(padded_lengths(data.positions[:count], multiple), seq_length))
     return max(0, (_tokens(data, count) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
-
-
-def _whole_number(options: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = options.get(name) or default
-    try:
-        return int(str(value))
-    except ValueError as error:
-        raise ValueError(f"{name} = {value}: give a whole number") from error
 
 
 def _tokens(data: PreparedDocuments, count: int) -> int:
