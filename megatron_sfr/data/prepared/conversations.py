@@ -225,9 +225,6 @@ class PreparedData:
         """Tokens of each sample, int64 [samples]."""
         return np.diff(self._offsets)
 
-    def segment_text(self, row: int) -> str:
-        return self.texts[row]
-
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedData.open, (self.folder,)

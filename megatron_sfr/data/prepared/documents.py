@@ -147,9 +147,6 @@ class PreparedDocuments:
             refuse(self.folder / "anchors.bin", f"an anchor of document {document} is out of range")
         return rows
 
-    def segment_text(self, row: int) -> str:
-        return self.texts[row]
-
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedDocuments.open, (self.folder,)

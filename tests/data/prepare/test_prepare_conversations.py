@@ -119,8 +119,8 @@ def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors
     assert 0 < inside.sum() < len(inside)
     for name in ("position", "response", "ordinal", "horizon"):
         assert getattr(sample.anchors, name).tolist() == getattr(before.anchors, name)[inside].tolist()
-    texts = [data.segment_text(row) for row in sample.anchors.segment]
-    assert texts == [full.segment_text(row) for row in before.anchors.segment[inside]], "beyond the cut as well"
+    texts = [data.texts[row] for row in sample.anchors.segment]
+    assert texts == [full.texts[row] for row in before.anchors.segment[inside]], "beyond the cut as well"
     of_last = sample.anchors.response == 1
     kept = int(sample.loss_mask.sum()) - int(sample.anchors.length[~of_last][0])
     assert set(sample.anchors.length[of_last].tolist()) == {kept}
@@ -197,7 +197,7 @@ def test_a_sample_for_each_reply_keeps_the_persona_and_the_futures_of_its_reply(
     def targets(data: PreparedData, sample: int, response: int) -> list[tuple[int, int, int, str]]:
         a = data[sample].anchors
         entries = zip(a.response, a.ordinal, a.length, a.horizon, a.segment, strict=True)
-        return [(o, n, h, data.segment_text(int(s))) for r, o, n, h, s in entries if r == response]
+        return [(o, n, h, data.texts[int(s)]) for r, o, n, h, s in entries if r == response]
 
     for number in (0, 1):  # both replies of the first conversation have the targets that they have in one sample
         assert targets(data, number, 0) == targets(together, 0, number)

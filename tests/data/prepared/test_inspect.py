@@ -51,7 +51,7 @@ def test_a_sample_is_readable_in_a_pipe(prepared: Path, capsys):
     assert f"{len(a.position)} anchors\n" in out
     where = f"before token {a.ordinal[1]} of {a.length[1]} of reply {a.response[1] + 1}"
     horizon = ":".join(map(str, HORIZONS[a.horizon[1]]))
-    assert f"  position {a.position[1]}, {where}, horizon {horizon}\n    {data.segment_text(a.segment[1])}\n" in out
+    assert f"  position {a.position[1]}, {where}, horizon {horizon}\n    {data.texts[a.segment[1]]}\n" in out
     assert f"  {len(a.position) - 2} more (--anchors {len(a.position)})\n" in out
     assert "\x1b" not in out
 

@@ -24,7 +24,7 @@ def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
 def test_each_distinct_segment_is_encoded_once_into_its_row(prepared: Path, encoded: list[str]):
     store = open_store(run(prepared), prepared)
     data = store.prepared
-    texts = [data.segment_text(row) for row in range(data.manifest.segments)]
+    texts = [data.texts[row] for row in range(data.manifest.segments)]
     rows = np.concatenate([data[i].anchors.segment for i in range(len(data))])
 
     assert sorted(encoded) == sorted(texts)

@@ -19,7 +19,7 @@ NEW = {"messages": turns("and the sky", "was it ever grey, and is the sea so blu
 
 def texts_of(prepared: Path) -> list[str]:
     data = PreparedData.open(prepared)
-    return [data.segment_text(row) for row in range(data.manifest.segments)]
+    return [data.texts[row] for row in range(data.manifest.segments)]
 
 
 def rows_by_text(store: Path, prepared: Path) -> dict[str, bytes]:

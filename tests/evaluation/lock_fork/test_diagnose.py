@@ -93,7 +93,7 @@ def test_the_page_shows_the_whole_text_once_in_colours(
     assert sorted(spans) == sorted(diagnosis.labelled.label.tolist())
     assert "dispersion" in re.search(r'class="fork" title="(.*?)"', text, flags=re.DOTALL)[1]
     assert diagnosis.labelled.rule in unescape(text)
-    segments = {store.prepared.segment_text(row) for row in range(len(store))}
+    segments = {store.prepared.texts[row] for row in range(len(store))}
     told = re.findall(r"<li>\d+: (.*?) \(-?\d\.\d\d\)</li>", text, flags=re.DOTALL)
     assert len(told) >= 3
     assert {unescape(segment) for segment in told} <= segments
