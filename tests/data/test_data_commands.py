@@ -77,7 +77,7 @@ def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, c
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu") == 0
     assert f"{data / 'targets'} is up to date" in capsys.readouterr().out
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--verify") == 0
-    assert f"0 of {manifest.segments} rows are missing or damaged" in capsys.readouterr().out
+    assert f"0 of {manifest.segments} embeddings are missing or damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ class Options[M: PreparedFolder](Protocol):
 
 
 def prepare[M: PreparedFolder](
-    inputs: Sequence[Path],
-    output: Path,
+    inputs: Sequence[str | Path],
+    output: str | Path,
     tokenizer: str | Path,
     options: Options[M],
     *,
@@ -118,7 +118,8 @@ def prepare[M: PreparedFolder](
     """Writes the prepared folder `output`, or leaves it unchanged if it holds the same already.
 
     Args:
-        inputs: files of records, or the prefix of an indexed corpus (.bin and .idx).
+        inputs: files of records, folders of them, names of datasets on the hub, or the prefix of an indexed corpus
+            (.bin and .idx).
         output: the folder. Target stores in it stay, and are checked when they are opened.
         tokenizer: folder or name of the model's tokenizer.
         options: `PrepareOptions` for conversations, `DocumentOptions` for texts and indexed corpora.

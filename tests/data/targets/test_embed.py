@@ -110,7 +110,7 @@ def test_one_flipped_bit_is_found_and_repaired(prepared: Path, name: str):
     expected = {path.name: path.read_bytes() for path in store.iterdir()}
     flip(store / name, 1)
 
-    with pytest.raises(ValueError, match=r"(row 0 missing or damaged|is not what was written) .*--verify"):
+    with pytest.raises(ValueError, match=r"(embedding 0 is missing or damaged|is not what was written) .*--verify"):
         open_store(store, prepared).verify()
     run(prepared, verify=True)
     assert {path.name: path.read_bytes() for path in store.iterdir()} == expected
