@@ -66,6 +66,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_record(path: Path) -> FileRecord:
+    """The size and the checksum that a file has now. Reads it completely."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
 def check_size(path: Path, expected: int) -> None:
     """Raises StoredFileError unless the file exists with this size."""
     size = path.stat().st_size if path.is_file() else None

@@ -24,7 +24,7 @@ from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter, is_whole_reply
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
-from megatron_sfr.storage.integrity import FileRecord, sha256_of
+from megatron_sfr.storage.integrity import FileRecord, file_record, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
 
@@ -72,8 +72,8 @@ class DocumentOptions:
         if prefixes and len(inputs) > 1:
             raise ValueError(f"{prefixes[0]} is an indexed corpus; prepare it alone")
         if prefixes:
-            return IndexedCorpus(str(prefixes[0].resolve()), self)
-        return TextRecords(record_files(inputs, self.dataset), self)
+            return IndexedCorpus(self, str(prefixes[0].resolve()))
+        return TextRecords(self, record_files(inputs, self.dataset))
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,30 @@ class DocumentOrigin:
 
 
 @dataclass(frozen=True)
-class TextRecords:
-    """Texts in files of records; their tokens become an indexed dataset in the prepared folder."""
+class _Documents:
+    """What both sources of documents have in common."""
 
-    inputs: tuple[Path, ...]
     options: DocumentOptions
 
     version = DocumentsManifest.version
     is_chat = False
+
+    def totals(self) -> DocumentTotals:
+        return DocumentTotals()
+
+    def read_manifest(self, folder: Path) -> DocumentsManifest:
+        return PreparedDocuments.open(folder).manifest
+
+    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
+        """Documents need no remark."""
+
+
+@dataclass(frozen=True)
+class TextRecords(_Documents):
+    """Texts in files of records; their tokens become an indexed dataset in the prepared folder."""
+
+    inputs: tuple[Path, ...]
+
     unit = "B"
 
     @property
@@ -119,32 +135,19 @@ class TextRecords:
     def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
         return ANCHOR_DTYPES | TEXT_DTYPES | {TOKENS: token_dtype(origin.vocab_size), LENGTHS: np.int32}
 
-    def totals(self) -> DocumentTotals:
-        return DocumentTotals()
-
     def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
         lengths = np.fromfile(folder / LENGTHS, np.int32)
         (folder / LENGTHS).unlink()
         write_index(folder / INDEX, lengths, token_dtype(values["vocab_size"]))
-        index: FileRecord = {"bytes": (folder / INDEX).stat().st_size, "sha256": sha256_of(folder / INDEX)}
-        return _manifest(values, {**_anchor_files(files), TOKENS: files[TOKENS], INDEX: index})
-
-    def read_manifest(self, folder: Path) -> DocumentsManifest:
-        return PreparedDocuments.open(folder).manifest
-
-    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
-        pass
+        return _manifest(values, {**_anchor_files(files), TOKENS: files[TOKENS], INDEX: file_record(folder / INDEX)})
 
 
 @dataclass(frozen=True)
-class IndexedCorpus:
+class IndexedCorpus(_Documents):
     """The documents of PREFIX.bin and PREFIX.idx, which stay where they are."""
 
     prefix: str
-    options: DocumentOptions
 
-    version = DocumentsManifest.version
-    is_chat = False
     unit = "token"
 
     @property
@@ -171,21 +174,9 @@ class IndexedCorpus:
     def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
         return ANCHOR_DTYPES | TEXT_DTYPES
 
-    def totals(self) -> DocumentTotals:
-        return DocumentTotals()
-
     def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
-        paths = {end: Path(f"{self.prefix}{end}") for end in (".bin", ".idx")}
-        corpus: dict[str, FileRecord] = {
-            end: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for end, path in paths.items()
-        }
+        corpus = {end: file_record(Path(f"{self.prefix}{end}")) for end in (".bin", ".idx")}
         return _manifest(values, _anchor_files(files), corpus)
-
-    def read_manifest(self, folder: Path) -> DocumentsManifest:
-        return PreparedDocuments.open(folder).manifest
-
-    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
-        pass
 
 
 def _origin(
