@@ -42,7 +42,7 @@ def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
     }
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     return [
-        *((wrong, f"{name} does not go with lora_rank yet: leave one out") for name, wrong in untried.items()),
+        *((wrong, f"{name} is not supported with lora_rank yet: leave one out") for name, wrong in untried.items()),
         (
             args.lora_base is None and args.sfr_hf_load is None,
             "lora_rank: the frozen weights are read at every start; name them as lora_base (a Megatron checkpoint) or "
@@ -65,7 +65,7 @@ def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 
 def check_adapters(args: argparse.Namespace, path: str, checkpoint: Checkpoint) -> None:
-    """Checks that both a checkpoint and the run that loads it have adapters, of equal rank, scale and targets, or neither.
+    """Checks that a checkpoint and the run that loads it both have adapters (equal rank, scale and targets), or none.
 
     If the run resumes, its frozen weights have to be the same too.
 

@@ -1,10 +1,10 @@
 """Turn JSONL conversations into memory-mapped tokens, loss masks and anchors.
 
 A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or a record of
-ShareGPT or alpaca; each file's first record tells which. A "persona" beside it becomes the system turn of a
-conversation that has none. The loss is on the assistant's turns, each with its end token, after exactly the tokens that
-the model is given at inference. The output folder appears when it is complete; the same command resumes a run that was
-killed.
+ShareGPT or alpaca; the first record of a file determines its format. The record's "persona" becomes the system turn of
+a conversation that has none. The loss is on the assistant's turns, each with its end token, after exactly the tokens
+that the model is given at inference. The output folder appears when it is complete; the same command resumes a run that
+was killed.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that are missing, or that have no effect beside the others."""
+    """Raises ValueError for arguments that are missing, or that have no effect with the others."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
     if args.processes < 1:

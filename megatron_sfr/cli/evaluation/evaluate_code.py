@@ -1,9 +1,8 @@
 """Run replies to programming tasks in a sandbox, and report pass@k for every k with its interval.
 
 Tasks are the JSONL of HumanEval, MBPP or LiveCodeBench; or of GSM8K, whose final answers are compared and voted on
-without running anything. Write their prompts with --write-prompts, sample replies with
-`generate`, then score them with --replies. Writes code.json, code.md and
-code.png, which has pass@k (coverage@k) over k.
+without running anything. Write their prompts with --write-prompts, sample replies with `generate`, then score them with
+--replies. Writes code.json, code.md and code.png, which shows pass@k (coverage@k) over k.
 """
 
 import argparse

@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         if job.film is None and is_up_to_date(job, made):
             print(f"{args.output} is up to date")
             return 0
-        if told := notice(made):
-            print(told, file=sys.stderr)
+        if text := notice(made):
+            print(text, file=sys.stderr)
         start(job, scratch / "log")
         lines = Path(job.output).read_text(encoding="utf-8").splitlines()
         if args.output is None:

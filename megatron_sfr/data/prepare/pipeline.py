@@ -62,7 +62,7 @@ class Source[M: PreparedFolder](Protocol):
         ...
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> Any:
-        """The `Origin` of a run. `say` is told what was recognized."""
+        """The `Origin` of a run. Passes lines about what was recognized to `say`."""
         ...
 
     def chunks(self, start: Position, size: int) -> Iterator[Any]:

@@ -263,5 +263,5 @@ def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
 
 
 def repair(folder: Path) -> hint:
-    """Says how a folder of conversations is made again."""
+    """A hint with the command that prepares a folder of conversations again."""
     return hint(f"run: megatron-sfr prepare --input FILE --tokenizer DIR --output {folder} --force")

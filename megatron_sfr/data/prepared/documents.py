@@ -159,5 +159,5 @@ def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
 
 
 def repair(folder: Path) -> hint:
-    """Says how a folder of documents is made again."""
+    """A hint with the command that prepares a folder of documents again."""
     return hint(f"run: megatron-sfr prepare-text --input FILE --tokenizer DIR --output {folder} --force")

@@ -183,7 +183,7 @@ def check_files(folder: Path, manifest: TargetManifest) -> None:
 
 
 def embed_hint(folder: Path, prepared: HasSegments, old: TargetManifest | None = None, flag: str = "") -> hint:
-    """Says which command makes the store: with the options of `old`, if that is known."""
+    """A hint with the command that makes the store, with the options of `old` if it is known."""
     words = ["megatron-sfr", "embed", "--data", str(prepared.folder)]
     if folder != prepared.folder / DEFAULT:
         words += ["--output", str(folder)]

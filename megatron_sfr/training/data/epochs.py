@@ -108,7 +108,7 @@ def train_iters_of(options: Mapping[str, Any]) -> int | None:
     """The steps that `train_epochs` asks for; None without it. Takes arguments or recipe keys.
 
     Raises:
-        ValueError: the option does not go with others, or the data cannot be read.
+        ValueError: the option cannot be combined with others, or the data cannot be read.
     """
     if (value := options.get("train_epochs")) is None:
         return None
@@ -119,7 +119,7 @@ def train_iters_of(options: Mapping[str, Any]) -> int | None:
     if not 0 < epochs < math.inf:
         raise ValueError(f"train_epochs = {value}: give a number above 0")
     if options.get("train_samples") or options.get("rampup_batch_size"):
-        raise ValueError("train_epochs does not go with train_samples or rampup_batch_size: leave one of them out")
+        raise ValueError("train_epochs cannot be combined with train_samples or rampup_batch_size: leave one out")
     if not size:
         raise ValueError("train_epochs needs global_batch_size, to know the steps of an epoch: set it")
     epoch = read_epoch(options)

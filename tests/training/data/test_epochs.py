@@ -86,7 +86,7 @@ def test_steps_follow_from_epochs_alone_and_in_blends(folders: list[Path]) -> No
     ("changes", "reason"),
     [
         ({"train_iters": 5}, "is 2 steps of this data, train_iters = 5: set one"),
-        ({"train_samples": 5}, "does not go with train_samples"),
+        ({"train_samples": 5}, "cannot be combined with train_samples"),
         ({"global_batch_size": None}, "needs global_batch_size"),
         ({"train_data_path": None}, "needs the training data by path"),
         ({"train_epochs": 0}, "give a number above 0"),
