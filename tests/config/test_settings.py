@@ -152,7 +152,7 @@ def test_cpu_changes_are_said(tmp_path: Path) -> None:
         (
             {"lr": date(2020, 1, 1)},
             [],
-            r"lr: datetime.date\(2020, 1, 1\) is not one value; .* in quotes where YAML",
+            r"lr: datetime.date\(2020, 1, 1\) is not one value; .* in quotes where YAML takes it for a date",
         ),
         ({"train_iters": "1e3"}, [], r"recipe.yaml: argument --train-iters: invalid int value: '1e3'"),
         ({"train_iters": "y" * 6000}, [], r"recipe.yaml: argument --train-iters: invalid int value: 'y{70,80}\.\.\.'$"),
