@@ -22,11 +22,12 @@ from megatron_sfr.data.prepared.corpus_files import open_corpus, token_dtype, wr
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS, DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
-from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter, is_whole_reply
+from megatron_sfr.data.segments.segmenters import SEGMENTERS, Horizon, Segmenter, check_horizons, is_whole_reply
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, file_record, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
+from megatron_sfr.storage.user_files import check_choice
 
 CHUNK_TOKENS = 1 << 18
 """Tokens of an indexed corpus that a worker takes at a time."""
@@ -62,7 +63,7 @@ class DocumentOptions:
         check_horizons(self.horizons)
         if any(map(is_whole_reply, self.horizons)):
             raise ValueError("horizon reply is for conversations; give documents horizons such as 1:256")
-        check_segmenter(self.segmenter)
+        check_choice("segmenter", self.segmenter, tuple(SEGMENTERS))
 
     def source(self, inputs: Sequence[Path]) -> TextRecords | IndexedCorpus:
         """Files of records, or the one prefix of a .bin and .idx. Raises ValueError where an input is neither."""

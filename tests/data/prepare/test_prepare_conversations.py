@@ -166,9 +166,9 @@ def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: 
         ({"seq_length": -1}, "seq_length is -1"),
         ({"min_segment_length": 0}, "min_segment_length is 0"),
         ({"horizons": ()}, "0 horizons; give 1 to 16"),
-        ({"format": "text"}, "format 'text' is unknown; choose messages, sharegpt, alpaca"),
-        ({"too_long": "drop"}, "too_long 'drop' is unknown; choose error or truncate"),
-        ({"segmenter": "word"}, "segmenter 'word' is unknown; choose from window, sentence, statement"),
+        ({"format": "text"}, "format is 'text'; choose messages, sharegpt, alpaca"),
+        ({"too_long": "drop"}, "too_long is 'drop'; choose error, truncate"),
+        ({"segmenter": "word"}, "segmenter is 'word'; choose window, sentence, statement"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, reason: str):
