@@ -137,7 +137,7 @@ def _write(
     from megatron_sfr.evaluation.lock_fork.lock_fork_html import page
     from megatron_sfr.evaluation.lock_fork.summary import as_json, table
     from megatron_sfr.evaluation.scores.bootstrap import estimate
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
 
     rows = table(diagnosis, estimate)
     notes = [f"{len(diagnosis.where.token):,} positions of {min(args.samples, len(data))} samples of {args.data.name}."]
@@ -149,7 +149,7 @@ def _write(
         "lock_fork.html": page(diagnosis, rows, notes, tokenizer, data, store),
         "lock_fork.json": as_json(diagnosis, rows),
     }.items():
-        with whole(args.output / name) as file:
+        with replacing(args.output / name) as file:
             file.write(text)
     print(f"{diagnosis.base}: {diagnosis.labelled.rule}")
     for row in rows:

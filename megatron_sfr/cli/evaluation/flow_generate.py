@@ -156,11 +156,11 @@ def _show(frames: Path, film: str) -> None:
 
     from megatron_sfr.kl_flow.sampling.trajectory import from_json, moving, stills
     from megatron_sfr.kl_flow.sampling.trajectory_html import page
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
 
     made = from_json(frames.read_text(encoding="utf-8"))
     if film != "-":
-        with whole(Path(film)) as file:
+        with replacing(Path(film)) as file:
             file.write(page(made))
         print(f"{film}: {len(made.frames)} frames")
     elif sys.stdout.isatty():

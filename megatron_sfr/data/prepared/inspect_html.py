@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.inspect import counts, futures_of, pieces
 from megatron_sfr.html import document
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 SAMPLES = 5
 STYLE = "pre { color: var(--quiet) } mark { background: #c9efc9; color: #063 }"
@@ -21,7 +21,7 @@ def write_page(path: Path, data: PreparedData, samples: Sequence[int], tokenizer
     """Writes the folder's counts and these samples, with supervised text marked and the anchors in a table."""
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}\n" for name, text in counts(data))
     parts = [f"<table>\n{rows}</table>", *(_sample(data, number, tokenizer) for number in samples)]
-    with whole(path) as file:
+    with replacing(path) as file:
         file.write(document(str(data.folder), parts, STYLE))
 
 
