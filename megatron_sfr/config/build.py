@@ -21,7 +21,7 @@ from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import check_imported
-from megatron_sfr.hf.megatron.tracker import newest
+from megatron_sfr.hf.megatron.tracker import newest, step_folder
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
 from megatron_sfr.kl_flow.model import KLFlowModelConfig
@@ -101,7 +101,7 @@ def check_task(args: argparse.Namespace) -> tuple[Mapping[str, Any], list[str]]:
     for path in paths if args.ckpt_format == "torch_dist" else []:
         try:
             found = newest(Path(path))
-            folder = Path(path, f"iter_{args.ckpt_step:07d}") if args.ckpt_step else found and found.folder
+            folder = Path(path, step_folder(args.ckpt_step)) if args.ckpt_step else found and found.folder
             checkpoint = Checkpoint(find_checkpoint(folder or Path(path)))
             stored = checkpoint.arguments()
         except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
