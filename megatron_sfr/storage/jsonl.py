@@ -58,7 +58,7 @@ class Position:
     record: int = 1
     """Number of the next record in the file, from 1: its line in JSONL."""
     done: int = 0
-    """How much was read of all files, in the unit of the progress bar."""
+    """Bytes that were read of all files, for the progress bar."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,6 @@ class ChatRecords:
 
     version = PreparedManifest.version
     is_chat = True
-    unit = "B"
 
     @property
     def total(self) -> int:

@@ -29,8 +29,6 @@ from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
 from megatron_sfr.storage.user_files import check_choice
 
-CHUNK_TOKENS = 1 << 18
-"""Tokens of an indexed corpus that a worker takes at a time."""
 INDEXED = "indexed dataset"
 INDEX = f"{CORPUS}.idx"
 
@@ -118,8 +116,6 @@ class TextRecords(_Documents):
 
     inputs: tuple[Path, ...]
 
-    unit = "B"
-
     @property
     def total(self) -> int:
         return sum(path.stat().st_size for path in self.inputs)
@@ -149,25 +145,24 @@ class IndexedCorpus(_Documents):
 
     prefix: str
 
-    unit = "token"
-
     @property
     def total(self) -> int:
-        return int(open_corpus(self.prefix).sequence_lengths.sum(dtype=np.int64))
+        corpus = open_corpus(self.prefix)
+        return int(corpus.sequence_lengths.sum(dtype=np.int64)) * corpus.dtype.itemsize
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> DocumentOrigin:
         return _origin(self.options, tokenizer, self.prefix, [(Path(f"{self.prefix}.idx"), INDEXED)])
 
     def chunks(self, start: Position, size: int) -> Iterator[Span]:
-        """About CHUNK_TOKENS at a time. `Position.offset` is the index of a document, `done` counts tokens."""
-        lengths = open_corpus(self.prefix).sequence_lengths
-        first, done, tokens = start.offset, start.done, 0
-        for document in range(first, len(lengths)):
-            tokens += int(lengths[document])
-            if tokens >= CHUNK_TOKENS or document == len(lengths) - 1:
-                done += tokens
+        """Documents of about `size` bytes at a time. `Position.offset` is the index of a document."""
+        corpus = open_corpus(self.prefix)
+        first, done, read = start.offset, start.done, 0
+        for document in range(first, len(corpus)):
+            read += int(corpus.sequence_lengths[document]) * corpus.dtype.itemsize
+            if read >= size or document == len(corpus) - 1:
+                done += read
                 yield Span(first, document + 1, Position(0, document + 1, document + 2, done))
-                first, tokens = document + 1, 0
+                first, read = document + 1, 0
 
     def encoder(self, tokenizer: Any, origin: DocumentOrigin) -> CorpusEncoder:
         return CorpusEncoder(tokenizer, self.prefix, _cut(origin))

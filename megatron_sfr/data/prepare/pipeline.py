@@ -52,13 +52,8 @@ class Source[M: PreparedFolder](Protocol):
         ...
 
     @property
-    def unit(self) -> str:
-        """What `Position.done` counts: "B" for bytes, or tokens."""
-        ...
-
-    @property
     def total(self) -> int:
-        """`Position.done` at the end of the source."""
+        """Bytes of the source: `Position.done` at its end."""
         ...
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> Any:
@@ -214,7 +209,7 @@ def _encode(
     if totals.rejected and not skip_bad_rows:  # by an earlier run, which skipped them
         raise ValueError(totals.first_bad)
     start, before = totals.position.done, totals.samples + totals.rejected
-    options: dict[str, Any] = {"desc": "prepare", "unit": source.unit, "unit_scale": True, "disable": not progress}
+    options: dict[str, Any] = {"desc": "prepare", "unit": "B", "unit_scale": True, "disable": not progress}
     workers = min(workers, -(-(source.total - start) // chunk_bytes) or 1)
     chunks = source.chunks(totals.position, chunk_bytes)
     encoded = ordered_map(encoder, chunks, workers) if workers > 1 else (encoder(chunk) for chunk in chunks)
