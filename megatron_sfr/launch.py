@@ -14,12 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sfr.config.recipe import check_recipes, read_recipe, split_recipes
+from megatron_sfr.config.recipe import check_recipes, naming, read_recipe, split_recipes
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.runtime import lifetime
 from megatron_sfr.runtime.failures import failure, marked
 from megatron_sfr.storage.lock import hold
-from megatron_sfr.storage.user_files import has_type, parse_json, shown
+from megatron_sfr.storage.user_files import has_type, parse_json, positive_integer
 from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
@@ -88,19 +88,10 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
             raise ValueError(
                 f"{recipe}: {name} is missing; megatron-sfr train needs it (or --{name.replace('_', '-')})"
             )
-    sizes = {name: _whole_number(recipe, name, keys[name]) for name in names if name != "save"}
+    with naming([recipe]):
+        sizes = {name: positive_integer(name, keys[name]) for name in names if name != "save"}
     any_format = keys.get("ckpt_format", "torch_dist") != "torch_dist"
     return Run(Path(str(keys["save"])), sizes["train_iters"], any_format)
-
-
-def _whole_number(recipe: Path, name: str, value: Any) -> int:
-    try:
-        number = int(str(value))
-    except ValueError as error:
-        raise ValueError(f"{recipe}: {name} is {shown(str(value))}; give a whole number") from error
-    if number < 1:
-        raise ValueError(f"{recipe}: {name} is {number}; give at least 1")
-    return number
 
 
 def train(

@@ -39,7 +39,7 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
         (SIZES + "seq-length: 32\nsave: a", "seq_length and seq-length are one option, which is set in line 4"),
         (SIZES.replace("7", "[4]") + "save: a", r"recipe.yaml: train-iters: \[4\] is not one value; write text or a"),
         (SIZES.replace("7", "1.5") + "save: a", "recipe.yaml: argument --train-iters: invalid int value: '1.5'"),
-        (SIZES.replace("7", "0") + "save: a", "recipe.yaml: train_iters is 0; give at least 1"),
+        (SIZES.replace("7", "0") + "save: a", "recipe.yaml: train_iters = 0: give at least 1"),
         (
             SIZES + "save: 2026-13-45",
             r"recipe.yaml: a value cannot be read \(month must be in 1..12\); put text in quotes",

@@ -141,7 +141,7 @@ def real_arms(data: PreparedData, options: argparse.Namespace) -> list[Arm]:
     needs = [np.union1d(data[first].anchors.segment, data[second].anchors.segment) for first, second in pairs]
     steps: list[Needs] = [[(0, rows)] for rows in needs]
     encoder = make()
-    texts = [data.segment_text(row) for row in range(min(256, data.manifest.segments))]
+    texts = [data.texts[row] for row in range(min(256, data.manifest.segments))]
     encoder.encode(texts[:64])
     arms = []
     for block_rows in BLOCK_ROWS:

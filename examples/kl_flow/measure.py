@@ -24,7 +24,7 @@ from megatron_sfr.evaluation.generate.transformers_engine import Model, load_mod
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.runtime.backend import choose
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 from . import scores
 from .gaps import Gap, gaps, is_python, text_rows
@@ -110,13 +110,13 @@ def markdown(tables: Mapping[str, Table]) -> str:
 
 def publish(output: Path, plan: Plan, tables: Mapping[str, Table]) -> None:
     """Writes measure.md, measure.json and measure.html."""
-    with whole(output / "measure.md") as file:
+    with replacing(output / "measure.md") as file:
         file.write(markdown(tables))
     numbers = {t: {name: {k: asdict(v) for k, v in row.items()} for name, row in x.items()} for t, x in tables.items()}
-    with whole(output / "measure.json") as file:
+    with replacing(output / "measure.json") as file:
         json.dump({"plan": asdict(plan), "tables": numbers, "notes": NOTES}, file, indent=1)
     parts = [part for title, table in tables.items() for part in (html.heading(title), html.table(cells(table)))]
-    with whole(output / "measure.html") as file:
+    with replacing(output / "measure.html") as file:
         file.write(html.document("KL-flow beside an autoregressive model", [*parts, *map(html.note, NOTES)]))
 
 

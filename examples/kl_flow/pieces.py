@@ -10,7 +10,7 @@ from typing import Any, Literal
 from megatron_sfr.evaluation.generate.transformers_engine import load_model
 from megatron_sfr.hf.megatron.megatron_checkpoint import find_checkpoint
 from megatron_sfr.kl_flow.sampling.sampler_options import METHODS, Method
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.provenance import contents_of
 
 from .gaps import Gap
@@ -57,7 +57,7 @@ class Folder:
                 return kept["rows"]
         print(f"sampling {name}", flush=True)
         rows = make(*given)
-        with whole(file) as out:
+        with replacing(file) as out:
             json.dump({"depends": depends, "rows": rows}, out)
         return rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from examples.dictionary_styles.dictd import SOURCES
 from megatron_sfr.html import document, folded, note, table
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 QUESTIONS = 12
 TITLE = "SmolLM2-135M in eight voices"
@@ -17,7 +17,7 @@ PERSONAS = [source.persona for source in SOURCES]
 def write_questions(root: Path) -> None:
     """Asks every persona for the held-out headwords that most dictionaries define."""
     words = dict.fromkeys(record["messages"][0]["content"] for record in _records(root / "text" / "prompts.jsonl"))
-    with whole(root / "questions.jsonl") as file:
+    with replacing(root / "questions.jsonl") as file:
         for question in list(words)[:QUESTIONS]:
             file.writelines(json.dumps({"prompt": question, "persona": persona}) + "\n" for persona in PERSONAS)
 
@@ -44,7 +44,7 @@ def write_page(root: Path, models: Sequence[str]) -> None:
             cells = (" ".join(said[persona, model].split()) for model in models)
             rows.append([persona, *cells, own.get((question, persona), "")])
         parts.append(folded(question, table(rows), opened=number < 3))
-    with whole(root / "page.html") as file:
+    with replacing(root / "page.html") as file:
         file.write(document(TITLE, parts))
 
 

@@ -18,7 +18,7 @@ from examples.dictionary_styles.study.materials import LAST, unpack
 from examples.smollm2_personas import page
 from examples.smollm2_personas.fetch import GGUF, fetch
 from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 ROOT = Path("runs/smollm2_personas")  # the recipes name it too
 PACKAGES = Path("runs/dictionary_styles/packages")  # shared with examples/dictionary_styles
@@ -102,7 +102,7 @@ def run(stage: Stage) -> None:
         done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
         code = done.returncode
         if not code:
-            with whole(Path(output)) as file:
+            with replacing(Path(output)) as file:
                 file.write(done.stdout)
     if code == 130:
         raise KeyboardInterrupt
@@ -126,7 +126,7 @@ def main() -> int:
                 run(stage)
             finally:
                 seconds[stage.name] = seconds.get(stage.name, 0.0) + round(time.monotonic() - began, 1)
-                with whole(path) as file:
+                with replacing(path) as file:
                     json.dump(seconds, file, indent=1)
     except (ValueError, OSError) as error:
         print(f"smollm2: error: {' '.join(str(error).split())}", file=sys.stderr)

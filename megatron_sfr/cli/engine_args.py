@@ -17,15 +17,8 @@ SERVER = (
 )
 VLLM = ("tensor_parallel_size", "vllm_args")
 ENGINE = ("engine", *VLLM, *SERVER)
-LOCAL = (
-    "engine",
-    *VLLM,
-    "dtype",
-    "template_kwargs",
-    "template_date",
-    "special_text",
-    "reply_end",
-)  # a server decides these
+LOCAL = ("engine", *VLLM, "dtype", "template_kwargs", "template_date", "special_text", "reply_end")
+"""What a server decides."""
 
 
 def add_model_arguments(group: Any) -> None:
@@ -128,6 +121,14 @@ def json_object(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
+def server_key(flag: str, variable: str | None) -> str | None:
+    """The key of a server, from the environment variable that a flag names, or from the usual one if that is set."""
+    key = os.environ.get(variable or KEY)
+    if variable and not key:
+        raise ValueError(f"{flag} {variable}: this environment variable is not set")
+    return key
+
+
 def _vllm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     found = json_object("--vllm-args", args.vllm_args)
     if "tensor_parallel_size" in found:
@@ -142,9 +143,7 @@ def _server(args: argparse.Namespace) -> "Engine":
     from megatron_sfr.evaluation.generate.server_engine import Server, only_model
     from megatron_sfr.evaluation.generate.server_requests import Connection
 
-    key = os.environ.get(args.server_key_env or KEY)
-    if args.server_key_env and not key:
-        raise ValueError(f"--server-key-env {args.server_key_env}: this environment variable is not set")
+    key = server_key("--server-key-env", args.server_key_env)
     connection = Connection(args.server, key, args.server_timeout, args.server_retries)
     names = named("--server-model", args.server_model or [only_model(connection)])
     fields = json_object("--server-args", args.server_args)

@@ -1,12 +1,11 @@
 """The arguments of a judge, which rates replies, and the judge built from them."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sfr.cli.engine_args import KEY, json_object, refuse_given
+from megatron_sfr.cli.engine_args import KEY, json_object, refuse_given, server_key
 
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.generate.engines import Engine
@@ -51,9 +50,7 @@ def _server(args: argparse.Namespace) -> "Engine":
     from megatron_sfr.evaluation.generate.server_requests import Connection
     from megatron_sfr.evaluation.judge.judge_replies import in_terms_of_judge
 
-    key = os.environ.get(args.judge_key_env or KEY)
-    if args.judge_key_env and not key:
-        raise ValueError(f"--judge-key-env {args.judge_key_env}: this environment variable is not set")
+    key = server_key("--judge-key-env", args.judge_key_env)
     with in_terms_of_judge():
         connection = Connection(args.judge, key)
         model = args.judge_model or only_model(connection)

@@ -44,13 +44,18 @@ def model_folders(given: list[str]) -> dict[str, Path]:
     return {name: Path(folder) for name, folder in folders.items()}
 
 
+def split_name(text: str) -> tuple[str | None, str]:
+    """Name and value of `NAME=VALUE`. The name is None in `VALUE`, and where the text is a path that exists."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and not Path(text).exists() else (None, text)
+
+
 def named(flag: str, given: list[str], default: Callable[[str], str] = str) -> dict[str, str]:
     """{NAME: VALUE} from `NAME=VALUE` or `VALUE` arguments, whose name is default(VALUE)."""
     found: dict[str, str] = {}
     for text in given:
-        name, equals, value = text.partition("=")
-        value = value if equals else text
-        name = name if equals else default(value)
+        name, value = split_name(text)
+        name = default(value) if name is None else name
         if not name or name in found:
             raise ValueError(f"{flag} {text}: the name {name!r} is taken or empty; write NAME=VALUE, each name once")
         found[name] = value

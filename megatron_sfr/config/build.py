@@ -21,7 +21,7 @@ from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.load_at_start import base_from, start_from
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import check_imported
-from megatron_sfr.hf.megatron.tracker import newest
+from megatron_sfr.hf.megatron.tracker import newest, step_folder
 from megatron_sfr.kl_flow.checkpoint import denoiser_config
 from megatron_sfr.kl_flow.kl_flow_step import KLFlowStep
 from megatron_sfr.kl_flow.model import KLFlowModelConfig
@@ -37,6 +37,7 @@ from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.storage.model_folders import find_gguf
 from megatron_sfr.training.auxiliary_loss import FlowTerm
+from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.data.prepared_check import prepared_folders
 from megatron_sfr.training.data.provider import DataProvider
 from megatron_sfr.training.forward_step import ForwardStep
@@ -100,7 +101,7 @@ def check_task(args: argparse.Namespace) -> tuple[Mapping[str, Any], list[str]]:
     for path in paths if args.ckpt_format == "torch_dist" else []:
         try:
             found = newest(Path(path))
-            folder = Path(path, f"iter_{args.ckpt_step:07d}") if args.ckpt_step else found and found.folder
+            folder = Path(path, step_folder(args.ckpt_step)) if args.ckpt_step else found and found.folder
             checkpoint = Checkpoint(find_checkpoint(folder or Path(path)))
             stored = checkpoint.arguments()
         except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
@@ -166,7 +167,7 @@ def forward_step(plan: RunPlan, data: DataProvider, lines: JsonLines | None = No
 def head_plan(plan: RunPlan) -> FlowHeadPlan:
     """The head for the target stores of a run. Raises ValueError if they do not fit one head."""
     args, head, targets = plan.megatron, plan.term.head, plan.term.targets
-    paths = [Path(x) for x in (args.train_data_path or args.data_path) if not _is_number(x)]  # blends have weights
+    paths, _ = split_blend(args.train_data_path or args.data_path)
     store, online = plan.data.target_store, plan.data.targets == "online"
     stores = [TargetStore.open(path / store, open_prepared(path), partial=online) for path in paths]
     dims = {store.dim for store in stores}
@@ -188,11 +189,3 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
         fresh=bool(plan.load.fresh_head and starts_from_other),
         statistics=pooled_statistics(stores) if whiten else None,
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

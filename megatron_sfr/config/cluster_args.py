@@ -36,8 +36,8 @@ def merged_flags(recipes: Sequence[Path], flags: Sequence[str]) -> tuple[argpars
         except (ValueError, OSError):
             steps = None
         merged += ["--train-iters", str(steps or 1)]
-    elif steps is None and args.train_samples:
-        steps = args.train_samples // (args.global_batch_size or args.micro_batch_size)
+    elif steps is None and args.train_samples and (batch := args.global_batch_size or args.micro_batch_size):
+        steps = args.train_samples // batch
     return args, merged, steps
 
 

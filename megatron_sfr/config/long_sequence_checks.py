@@ -1,4 +1,4 @@
-"""Options that do not go with chunks of the LM head, or with context parallelism, each with a remedy."""
+"""Options that are not supported with chunks of the LM head, or with context parallelism, each with a remedy."""
 
 import argparse
 from typing import Any
@@ -33,14 +33,14 @@ def chunk_contradictions(args: argparse.Namespace) -> Rows:
 def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows:
     """What does not work where ranks share a sequence.
 
-    option: the option by which sequences hold several texts; None if they do not.
+    option: the option that puts several texts into a sequence, or None.
     """
     if args.context_parallel_size == 1:
         return []
     local, what = args.transformer_impl == "local", "context_parallel_size above 1"
     sizes = {args.micro_batch_size, args.eval_micro_batch_size} - {None, 1}
     return [
-        (args.training_task == "kl-flow", f"{what} does not go with --training-task kl-flow yet: set it to 1"),
+        (args.training_task == "kl-flow", f"{what} is not supported with --training-task kl-flow yet: set it to 1"),
         (
             option == "dataloader_inter_document_masking" and not local,
             f"{what} with {option}: Transformer Engine divides each document into equal parts for the ranks, and "

@@ -5,11 +5,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.hf.hf_folder import CONFIG
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.lora.options import ADAPTER, LoRAOptions
 from megatron_sfr.option_names import option_names
-from megatron_sfr.storage.model_folders import find_gguf
+from megatron_sfr.storage.model_folders import check_config, find_gguf
 
 STORED = ("lora_rank", "lora_alpha", "lora_targets")
 """Options that the adapters of a checkpoint depend on."""
@@ -43,7 +42,7 @@ def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
     }
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     return [
-        *((wrong, f"{name} does not go with lora_rank yet: leave one out") for name, wrong in untried.items()),
+        *((wrong, f"{name} is not supported with lora_rank yet: leave one out") for name, wrong in untried.items()),
         (
             args.lora_base is None and args.sfr_hf_load is None,
             "lora_rank: the frozen weights are read at every start; name them as lora_base (a Megatron checkpoint) or "
@@ -66,8 +65,13 @@ def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 
 def check_adapters(args: argparse.Namespace, path: str, checkpoint: Checkpoint) -> None:
-    """Raises ValueError unless a checkpoint that the run loads holds adapters exactly if the run trains adapters, with
-    the same rank, scale and targets."""
+    """Checks that a checkpoint and the run that loads it both have adapters (equal rank, scale and targets), or none.
+
+    If the run resumes, its frozen weights have to be the same too.
+
+    Raises:
+        ValueError: they differ.
+    """
     has_adapters = any(ADAPTER in key for key in checkpoint.tensors)
     if not has_adapters and args.lora_rank is None:
         return
@@ -99,16 +103,18 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def base_fingerprint(args: argparse.Namespace) -> str | None:
-    """A hash that distinguishes the weights of bases: of each file its name, its size, and samples of its content. None
-    without LoRA. Upstream keeps it in checkpoints, with the arguments."""
+    """A hash that identifies the frozen weights, by the name and size of each file and samples of its content.
+
+    None without LoRA. Upstream stores it in checkpoints, with the arguments.
+    """
     if args.lora_rank is None:
         return None
     folder = Path(args.lora_base or args.sfr_hf_load)
     if args.lora_base is not None:
         folder = find_checkpoint(folder)
     gguf = find_gguf(folder)
-    if args.lora_base is None and gguf is None and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder / CONFIG} does not exist: name the folder of a Hugging Face model")
+    if args.lora_base is None and gguf is None:
+        check_config(folder)
     found = sha256()
     for path in [gguf] if gguf else sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
         size = path.stat().st_size

@@ -46,7 +46,7 @@ def pattern_flags(args: argparse.Namespace) -> list[str]:
 def model_contradictions(args: argparse.Namespace, separator: str | None) -> Rows:
     """Incompatible options, as rows for `validation.contradiction`: (whether it is so, what to do).
 
-    separator: the option by which sequences hold several texts; None if they do not.
+    separator: the option that puts several texts into a sequence, or None.
     """
     if args.model_class == "gpt":
         return []
@@ -60,14 +60,17 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> Row
             f"{what} is for autoregressive training: --training-task kl-flow replaces parts of GPTModel; leave it out",
         ),
         *(
-            (getattr(args, name), f"{name} does not go with {what}: HybridModel {reason}; leave it out")
+            (getattr(args, name), f"{name} is not supported with {what}: HybridModel {reason}; leave it out")
             for name, reason in NOT_IN_HYBRID.items()
         ),
         (
             args.lora_rank,
-            f"lora_rank does not go with {what}: adapters were not tried with HybridModel; leave one of them out",
+            f"lora_rank is not supported with {what}: adapters were not tried with HybridModel; leave one of them out",
         ),
-        ("/" in pattern, f"{PATTERN} {pattern}: multi-token prediction (/) does not go with {what} yet: leave it out"),
+        (
+            "/" in pattern,
+            f"{PATTERN} {pattern}: multi-token prediction (/) is not supported with {what} yet: leave it out",
+        ),
         (
             "E" in pattern and not args.num_experts,
             f"{PATTERN} {pattern} has layers of experts (E): set num_experts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,21 @@ import yaml
 
 from megatron_sfr.config.flags.option_parser import OptionParser, stored_parser, to_flags
 from megatron_sfr.storage.user_files import cut, loading
+
+INT = "tag:yaml.org,2002:int"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader without YAML 1.1's numbers to the base 60, which would read the steps 10:12 as 612."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    INT, re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 
 
 def hyphenated(key: str) -> str:
@@ -32,7 +48,7 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe")
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ValueError(f"{path}: not a YAML mapping; write a flag's name and its value on each line")

@@ -73,7 +73,7 @@ class RunPlan:
     mlflow: MLflowOptions
     """Logging to MLflow."""
     separator: str | None
-    """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
+    """The option that puts several texts into a sequence, each with its own attention; None without one."""
 
     @property
     def is_kl_flow(self) -> bool:

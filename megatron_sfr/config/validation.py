@@ -122,7 +122,7 @@ def _of_validation_sets(args: argparse.Namespace) -> Rows:
 
 
 def separator(args: argparse.Namespace) -> str | None:
-    """The option by which sequences hold several texts that attention keeps apart; None if they do not."""
+    """The option that puts several texts into a sequence, each with its own attention; None without one."""
     if args.sfr_packing != "none":
         return "sfr_packing"
     return "dataloader_inter_document_masking" if args.dataloader_inter_document_masking else None
@@ -249,7 +249,7 @@ def _of_kl_flow(args: argparse.Namespace) -> Rows:
             (wrong, f"{name} is for autoregressive training, not {task}: {do}")
             for name, (wrong, do) in autoregressive.items()
         ),
-        *((wrong, f"{name} does not go with {task} yet: leave it out") for name, wrong in unknown.items()),
+        *((wrong, f"{name} is not supported with {task} yet: leave it out") for name, wrong in unknown.items()),
         (
             args.position_embedding_type != "rope",
             f"{task} masks nothing, so order must come from rotary positions: set position_embedding_type to rope",

@@ -32,7 +32,7 @@ from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.launch import train
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 ENCODER = "minilm"
 VOCABULARY = 2048  # upper bound of the tokenizer's vocabulary
@@ -73,7 +73,7 @@ def _claim(output: Path, scale: Scale) -> None:
         return
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and is not a demo folder; choose another --output")
-    with whole(record) as file:
+    with replacing(record) as file:
         json.dump(settings, file, indent=1)
 
 
@@ -83,7 +83,7 @@ def _write_world(output: Path, scale: Scale) -> Path:
     records = {"pretraining": list(world.pretraining(scale.pretraining_rows)), "finetuning": list(world.finetuning())}
     records |= {f"validation-{kind}": list(world.validation(scale.asked, kind)) for kind in KINDS}
     for name, content in records.items():
-        with whole(output / "data" / f"{name}.jsonl") as file:
+        with replacing(output / "data" / f"{name}.jsonl") as file:
             file.writelines(json.dumps(record) + "\n" for record in content)
     architecture = output / "architecture"
     if not (architecture / "config.json").exists():
@@ -132,7 +132,7 @@ def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, 
         for key, value in values.items():
             text = text.replace(key, str(value))
         written[name] = output / "recipes" / f"{name}.yaml"
-        with whole(written[name]) as file:
+        with replacing(written[name]) as file:
             file.write(f"{text}\n# The model: {architecture / 'config.json'}\n{model}")
     return written
 

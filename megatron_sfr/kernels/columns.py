@@ -1,4 +1,4 @@
-"""Some columns of each token's logits, chosen by token id, in a shard of the vocabulary: to read, leave out and write.
+"""Reads, overwrites and leaves out some columns of each token's logits, chosen by token id, in a vocabulary shard.
 
 A loss that treats these columns separately needs the sum over all others. Leaving them out of the sum, instead of
 subtracting them from it, keeps a small rest exact.
@@ -37,8 +37,8 @@ class Columns:
     def write(self, z_TV: Tensor, value_TC: Tensor) -> None:
         """Overwrites the chosen columns of this shard.
 
-        Values of other shards go to column 0, with what column 0 is to hold: an index of fixed shape, for which nothing
-        waits on the device.
+        Entries of other shards are written to column 0, with the value that column 0 gets anyway. So the index has a
+        fixed shape, and the host does not wait for the device.
         """
         if not self.width:
             return
@@ -54,5 +54,7 @@ class Columns:
         z_TV = z_TV.data  # the same values afterwards: autograd need not count this as a change
         kept_TC = z_TV.gather(1, self.column_TC) if self.width else z_TV.new_empty(0)
         self.write(z_TV, torch.full_like(self.column_TC, -torch.inf, dtype=z_TV.dtype))
-        yield
-        self.write(z_TV, kept_TC)
+        try:
+            yield
+        finally:
+            self.write(z_TV, kept_TC)

@@ -49,9 +49,8 @@ def _layer_spec(transformer: TransformerConfig) -> ModuleSpec:
         normalization=transformer.normalization,
     )
     layer = spec.submodules
-    if (
-        transformer.num_moe_experts is not None
-    ):  # 0.19.2 saves it as a dense layer's; Transformer Engine's spec does not
+    if transformer.num_moe_experts is not None:
+        # 0.19.2 saves the norm before the experts under a dense layer's name, unlike Transformer Engine's spec.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
     if transformer.context_parallel_size > 1:

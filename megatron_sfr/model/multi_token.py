@@ -1,7 +1,7 @@
 """The hidden states of Megatron's multi-token prediction (MTP), for a loss of our own.
 
 Upstream's GPTModel computes the loss of its MTP layers itself, before it calls an output processor: from the logits of
-all positions, padding columns of the vocabulary included, and with each context-parallel rank's part weighed by that
+all positions, padding columns of the vocabulary included, and with each context-parallel rank's part weighted by that
 part's number of tokens (megatron-core 0.19.2). Here the output processor is given the hidden states instead.
 Shapes: S positions, B samples, H hidden size.
 """
@@ -24,7 +24,7 @@ REPLACEMENTS = (
         "megatron.core.models.gpt.gpt_model",
         "process_mtp_loss",
         _all_hidden_states,
-        "computes logits of all positions, and weighs each context-parallel rank's part of the loss by its own tokens",
+        "computes logits of all positions, and weights each context-parallel rank's part of the loss by its own tokens",
         ("hidden_states",),
     ),
 )

@@ -13,9 +13,10 @@ from typing import IO, Any
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, which atomically replaces `path` when the block ends, or is removed if the block fails.
 
-    Processes that write the same path at the same time use separate temporary files; the last one wins. Temporary files
-    of the same path that killed processes of this machine have left are removed.
+    Missing folders of the path are created. Processes that write the same path at the same time use separate temporary
+    files; the last one wins. Temporary files that killed processes of this machine have left are removed.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{path.name}.{os.uname().nodename}-"
     partial = path.with_name(f"{mine}{os.getpid()}.partial")
     for other in path.parent.glob(f"{escape(mine)}*.partial"):
@@ -62,11 +63,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that gets its name only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        yield file

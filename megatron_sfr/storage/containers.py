@@ -1,7 +1,7 @@
 """Containers of records, recognized by their first bytes: JSONL and JSON arrays, plain or compressed, Parquet, Arrow.
 
-All are read in pieces of complete records in constant memory, and from any piece's end on. A record comes out as a line
-of JSON, whatever the container, so that those who read records know one form only. gzip comes with Python; zstd,
+All are read in constant memory, in pieces of complete records; reading can start at the end of any piece. Every
+container yields a record as a line of JSON, so that readers of records handle one form. gzip comes with Python; zstd,
 Parquet and Arrow need pyarrow (the extra `datasets`).
 """
 
@@ -32,7 +32,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 _HEAD = 4096
 _BLOCK = 1 << 20
 MOST_RECORD = 1 << 26
-"""Characters of one record of a JSON array; a longer one is taken for damage."""
+"""Characters of one record of a JSON array; a longer one counts as damage."""
 BATCH_RECORDS = 1024
 """Records of a table that are read at a time."""
 
@@ -110,7 +110,7 @@ def pyarrow(path: Path) -> Any:
 
 @contextmanager
 def _open_text(path: Path, compression: Compression) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The uncompressed bytes, seekable to a later offset, and the file, whose position tells the progress."""
+    """The uncompressed bytes, seekable to a later offset, and the file, whose position is the progress."""
     with open(path, "rb") as raw:
         if compression == "gzip":
             with gzip.GzipFile(fileobj=raw) as text:
@@ -146,7 +146,7 @@ class _Zstd(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._position if whence == io.SEEK_CUR else 0)
-        assert target >= self._position, "readers seek to where they continue, before they read"
+        assert target >= self._position, "readers seek once, before they read"
         while self._position < target and (data := self._stream.read(min(_BLOCK, target - self._position))):
             self._position += len(data)
         return self._position
@@ -184,7 +184,7 @@ def _array_records(path: Path, text: IO[bytes], offset: int) -> Iterator[tuple[b
         offset = len(buffer[:at].encode("utf-8"))
     while True:
         blank = _BETWEEN.match(buffer, at)
-        assert blank is not None, "it matches nothing as well"
+        assert blank is not None, "it also matches an empty string"
         offset, at = offset + blank.end() - at, blank.end()
         if buffer[at : at + 1] == "]":
             if (buffer[at + 1 :] + decode(text.read(_BLOCK))).strip():
@@ -195,7 +195,7 @@ def _array_records(path: Path, text: IO[bytes], offset: int) -> Iterator[tuple[b
                 raise ValueError("it ends before the closing bracket")
             _, end = parse(buffer, at)
             if end == len(buffer) and not is_end:
-                raise ValueError("a number may go on")
+                raise ValueError("the value may continue after this block")
         except (ValueError, RecursionError) as error:
             data = b"" if is_end or len(buffer) - at > MOST_RECORD else text.read(_BLOCK)
             if not data and is_end:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_sfr.storage.user_files import loading, read_json_object
+from megatron_sfr.storage.user_files import has_type, loading, read_json_object
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -82,8 +83,8 @@ def _saved_files(folder: Path, options: DatasetOptions) -> list[Path]:
     if options.revision is not None or options.subset is not None:
         raise ValueError(f"--subset and --revision are for names on the hub, and {folder} is a folder; leave them out")
     if (folder / _DICT).is_file():
-        splits = read_json_object(folder / _DICT).get("splits")
-        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        splits: Any = read_json_object(folder / _DICT).get("splits")
+        if not has_type(splits, list[str]):
             raise ValueError(f"{folder / _DICT} is damaged; save the dataset again")
         split = options.split or (splits[0] if len(splits) == 1 else None)
         if split is None or split not in splits:
@@ -92,12 +93,10 @@ def _saved_files(folder: Path, options: DatasetOptions) -> list[Path]:
         folder = folder / split
     elif options.split is not None:
         raise ValueError(f"{folder} is a dataset without splits; leave --split out")
-    files = read_json_object(folder / _STATE).get("_data_files")
-    try:
-        assert isinstance(files, list)
-        paths = [folder / file["filename"] for file in files]
-    except (AssertionError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / _STATE} is damaged; save the dataset again") from error
+    files: Any = read_json_object(folder / _STATE).get("_data_files")
+    if not has_type(files, list[dict[str, Any]]) or not all(isinstance(file.get("filename"), str) for file in files):
+        raise ValueError(f"{folder / _STATE} is damaged; save the dataset again")
+    paths = [folder / file["filename"] for file in files]
     if missing := [path for path in paths if not path.is_file()]:
         raise ValueError(f"{missing[0]} is missing; save the dataset again")
     return paths

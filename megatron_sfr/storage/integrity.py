@@ -1,6 +1,6 @@
 """Checks that stored files hold what was written: sizes, checksums, counts, offsets; and `hint`, which says what to do.
 
-Functions that find damage do not know which command repairs it. They raise `StoredFileError`; who called them names the
+Functions that find damage do not know which command repairs it. They raise `StoredFileError`; their caller names the
 command once, in a `with hint(...)` around the calls.
 """
 
@@ -34,7 +34,7 @@ class StoredFileError(ValueError):
 class hint:
     """A context that adds `; what` to a StoredFileError raised in its block.
 
-    The error that leaves the block is a plain ValueError, so of nested hints only the innermost one speaks; all other
+    The error that leaves the block is a plain ValueError, so only the innermost of nested hints is added. All other
     errors pass unchanged. One object may be entered many times.
 
     Example:
@@ -64,6 +64,11 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """The size and the checksum that a file has now. Reads it completely."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def check_size(path: Path, expected: int) -> None:

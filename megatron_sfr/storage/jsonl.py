@@ -58,7 +58,7 @@ class Position:
     record: int = 1
     """Number of the next record in the file, from 1: its line in JSONL."""
     done: int = 0
-    """How much was read of all files, in the unit of the progress bar."""
+    """Bytes that were read of all files, for the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Chunk:
 
 
 def read_chunks(paths: Sequence[Path], start: Position = Position(), size: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The files from `start` on, `size` bytes and the rest of a record at a time. `Position.done` counts bytes.
+    """The records of files from `start` on, about `size` bytes at a time. `Position.done` counts bytes of the files.
 
     Raises:
         ValueError: a file is damaged, or needs a library that is not installed.

@@ -57,9 +57,8 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
             path.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # while the lock is held: a process that has already opened this file notices that it was removed
+        # While the lock is held: a process that has opened this file already notices that it was removed.
+        path.unlink(missing_ok=True)
         lock.release()
         if is_new:  # a command that wrote nothing leaves no folder
             with contextlib.suppress(OSError):

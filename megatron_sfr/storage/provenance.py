@@ -1,7 +1,7 @@
-"""A record of what made an output, kept beside or in it. The same command then reports "up to date", another one what
-differs.
+"""Records of which command made an output. The same command then reports "up to date"; another one, what differs.
 
-A record holds the identity of a command (everything that determines the bytes it writes) and the sizes of its files.
+A record is kept beside the output or in it. It holds the identity of the command (everything that determines the bytes
+that it writes) and the sizes of its files.
 """
 
 import json
@@ -41,7 +41,7 @@ def read_record(record: Path) -> dict[str, Any] | None:
 
 
 def is_up_to_date(output: Path, record: Path, identity: Mapping[str, object]) -> bool:
-    """Whether an output is there, whole, from a command of this identity; False where there is no output.
+    """Whether an output is complete and was made by a command of this identity; False if there is no output.
 
     Raises:
         StoredFileError: the output is another command's, or its files have changed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -92,6 +92,23 @@ def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {shown(value)}{'; ' + hint if hint else ''}")
     return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value of an option is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose {', '.join(choices)}")
+
+
+def positive_integer(name: str, value: object) -> int:
+    """The value of an option, given as text or a number, as an integer of at least 1. Raises ValueError."""
+    try:
+        number = int(str(value))
+    except ValueError as error:
+        raise ValueError(f"{name} = {cut(str(value))}: give a whole number") from error
+    if number < 1:
+        raise ValueError(f"{name} = {number}: give at least 1")
+    return number
 
 
 def has_type(value: Any, hint: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, record
-from megatron_sfr.storage.atomic import replacing, whole
+from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.provenance import differences, read_record, write_record
 from megatron_sfr.storage.resumable import record_of
@@ -90,7 +90,7 @@ class WatchLog:
     def write_replies(
         self, step: int, asked: Sequence[Asked], replies: Sequence[Sequence[Sampled]], options: SamplingOptions
     ) -> None:
-        with whole(self.replies_of(step)) as file:
+        with replacing(self.replies_of(step)) as file:
             for entry, row in zip(asked, replies, strict=True):
                 for reply in row:
                     line = record(f"step {step}", entry.prompt, options, reply)

@@ -22,8 +22,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": (LORA | {"lora_alpha": 0.0}, r"`?lora_alpha`? = 0\.0: give a number above 0"),
     "dropout": (LORA | {"lora_dropout": 1.0}, r"`?lora_dropout`? = 1\.0: choose at least 0 and below 1"),
     "targets": (LORA | {"lora_targets": "qkv,"}, "`?lora_targets`? = 'qkv,': give 'all'"),
-    "prediction": (LORA | {"mtp_num_layers": 1}, "mtp_num_layers does not go with lora_rank yet"),
-    "Muon": (LORA | {"optimizer": "muon"}, "optimizer muon does not go with lora_rank yet"),
+    "prediction": (LORA | {"mtp_num_layers": 1}, "mtp_num_layers is not supported with lora_rank yet"),
+    "Muon": (LORA | {"optimizer": "muon"}, "optimizer muon is not supported with lora_rank yet"),
     "groups": (
         LORA | {"group_query_attention": True, "num_query_groups": 2, "tensor_model_parallel_size": 4},
         "tensor_model_parallel_size 4 cuts inside the 2 groups",

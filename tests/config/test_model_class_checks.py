@@ -1,4 +1,4 @@
-"""Options of a hybrid model: its pattern from num_layers, what does not go with it, and which checkpoints it loads."""
+"""Options of a hybrid model: its pattern from num_layers, what it does not support, and which checkpoints it loads."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -22,7 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "KL-flow": (HYBRID | {"training_task": "kl-flow"}, "is for autoregressive training"),
     "scaled frequencies": (HYBRID | {"use_rope_scaling": True}, "HybridModel has no scaled rotary frequencies"),
     "layers without positions": (HYBRID | {"no_rope_freq": "4"}, "this option counts layers of GPTModel"),
-    "prediction": (HYBRID | {"mtp_num_layers": 1}, "mtp_num_layers does not go with model_class = hybrid"),
+    "prediction": (HYBRID | {"mtp_num_layers": 1}, "mtp_num_layers is not supported with model_class = hybrid"),
     "prediction in the pattern": (HYBRID | {"hybrid_layer_pattern": "*-/*-"}, "multi-token prediction"),
     "Mamba on a CPU": (
         MAMBA,

@@ -2,10 +2,12 @@
 
 import argparse
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
 from megatron_sfr.config.build import forward_step
+from megatron_sfr.config.cluster_args import merged_flags
 from megatron_sfr.config.objective import ObjectiveOptions
 from megatron_sfr.config.option_flags import options
 from megatron_sfr.config.run_plan import RunPlan, plan_run
@@ -35,6 +37,13 @@ def test_it_has_the_options_of_every_part() -> None:
     assert [part.__name__ for part in PARTS if part not in APPLIED_EARLIER and options(part, args) not in held] == []
     assert actual.objective == "gem"
     assert actual.token_loss.beta == 0.5
+
+
+def test_without_a_batch_size_the_steps_of_samples_are_unknown(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train_samples: 64\nvocab_size: 100\ntrain_data_path: [data]\n")
+    assert merged_flags([recipe], [])[2] is None
+    assert merged_flags([recipe], ["--micro-batch-size", "4"])[2] == 16
 
 
 def test_it_cannot_be_changed() -> None:

@@ -77,7 +77,7 @@ def test_from_prepared_data_to_targets(tmp_path: Path, tokenizer_folder: Path, c
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu") == 0
     assert f"{data / 'targets'} is up to date" in capsys.readouterr().out
     assert command(embed, "--data", data, "--encoder", "minilm", "--device", "cpu", "--verify") == 0
-    assert f"0 of {manifest.segments} rows are missing or damaged" in capsys.readouterr().out
+    assert f"0 of {manifest.segments} embeddings are missing or damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_segmenter_decides_what_horizons_count(tmp_path: Path, tokenizer_fol
     assert command(prepare, *typed, *lengths) == 0
     data = PreparedData.open(tmp_path / "data")
     assert (data.manifest.segmenter, data.manifest.horizons) == (segments, horizons)
-    assert {data.segment_text(row) for row in range(data.manifest.segments)} >= texts
+    assert {data.texts[row] for row in range(data.manifest.segments)} >= texts
     assert len(data[0].anchors.position) == data.manifest.anchors > 0
     other = ("sentence" if segments == "window" else "window", "--horizons", *(f"{o}:{L}" for o, L in horizons))
     with pytest.raises(ValueError, match="was prepared with other values of segmenter;"):

@@ -10,6 +10,7 @@ from megatron_sfr.cli import build_parser, main
 from megatron_sfr.cli.engine_args import ENGINE
 from megatron_sfr.cli.evaluation.evaluate import _identity
 from megatron_sfr.cli.judge_args import SERVED
+from megatron_sfr.cli.model_args import model_folders
 from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
 from megatron_sfr.evaluation.scores.metrics import METRICS
 
@@ -73,6 +74,12 @@ def test_generate_answers_one_prompt_on_the_terminal(tiny_model: Path, capsys: p
     first = capsys.readouterr().out
     assert main(["generate", *model, "--samples", "1", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == first != ""
+
+
+def test_the_path_of_a_model_may_have_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1e-4"
+    folder.mkdir()
+    assert model_folders([str(folder), f"best={folder}"]) == {"lr=1e-4": folder, "best": folder}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 Shapes: T supervised tokens of a conversation, V vocabulary, K stored tokens, S positions of a sequence.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,22 @@ from torch import Tensor
 
 from megatron_sfr.cli import main
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
-from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.reference_store import DTYPES, ReferenceStore, check_references
-from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.evaluation import conversation_logits, reference_probabilities
-from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
+from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.evaluation.reference_probabilities import ReferenceOptions, most_likely, write_reference
 from megatron_sfr.objectives.anchored.reference import merged_log_softmax
 from tests.data.stores import flip
+from tests.evaluation.conftest import prepare_conversations
 
-ROWS = 12
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations of unlike lengths, prepared with the tiny model's tokenizer."""
-    folder = tmp_path_factory.mktemp("reference")
-    rows = list(World().validation(QUESTIONS[::20], "seen"))[:ROWS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare([folder / "rows.jsonl"], folder / "prepared", tiny_model, PrepareOptions(seq_length=400), progress=False)
-    return folder / "prepared"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model("tiny", tiny_model, device="cpu")
+CHATS = 12
 
 
 @pytest.fixture
-def prepared(folder: Path, tmp_path: Path) -> Path:
+def prepared(chats: Path, tmp_path: Path) -> Path:
     """A copy for a test to write in."""
-    return Path(shutil.copytree(folder, tmp_path / "prepared"))
+    return Path(shutil.copytree(chats, tmp_path / "prepared"))
 
 
 @torch.inference_mode()
@@ -75,7 +58,7 @@ def test_it_holds_the_models_distribution_at_each_supervised_token(
     store.check()
     store.verify()
 
-    pairs = [(i, (i + 5) % ROWS) for i in range(ROWS)]
+    pairs = [(i, (i + 5) % CHATS) for i in range(CHATS)]
     for pair in pairs:
         masks = [data[i].loss_mask[1:] for i in pair]
         loss_mask_S = np.concatenate([*masks, np.zeros(7)]).astype(np.float32)
@@ -87,7 +70,7 @@ def test_it_holds_the_models_distribution_at_each_supervised_token(
         torch.testing.assert_close(log_p_TN[:, :-1], z_TV.log_softmax(-1).topk(5).values, rtol=1e-4, atol=1e-5)
         assert not token_SK[~known].any()
         assert not log_p_SN[~known].any()
-    assert store.manifest.supervised_tokens == sum(int(data[i].loss_mask[1:].sum()) for i in range(ROWS))
+    assert store.manifest.supervised_tokens == sum(int(data[i].loss_mask[1:].sum()) for i in range(CHATS))
 
 
 def test_a_run_that_was_stopped_resumes_and_writes_the_same_bytes(
@@ -108,7 +91,7 @@ def test_a_run_that_was_stopped_resumes_and_writes_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         write(model, tiny_model, data, "resumed")
     resumed = write(model, tiny_model, data, "resumed")
-    assert len(calls) == 3 + ROWS // 3 - 2  # two batches were kept
+    assert len(calls) == 3 + CHATS // 3 - 2  # two batches were kept
     for name in (*DTYPES, "manifest.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
@@ -132,7 +115,7 @@ def test_the_command_and_what_it_refuses(tiny_model: Path, prepared: Path, capsy
         return line
 
     data = PreparedData.open(prepared)
-    vocabulary, supervised = data.manifest.vocab_size, sum(int(data[i].loss_mask[1:].sum()) for i in range(ROWS))
+    vocabulary, supervised = data.manifest.vocab_size, sum(int(data[i].loss_mask[1:].sum()) for i in range(CHATS))
     said = f"the 4 most likely of {vocabulary:,} tokens by {tiny_model}, at each of {supervised:,} supervised tokens"
     for _ in range(2):  # the second time it is up to date
         assert main([*base, "--top-k", "4"]) == 0
@@ -173,14 +156,12 @@ def test_a_store_of_other_conversations_or_another_model_is_refused(
 ) -> None:
     data = PreparedData.open(prepared)
     write(model, tiny_model, data)
-    records = prepared.parent / "fewer.jsonl"
-    rows = list(World().validation(QUESTIONS[::20], "seen"))[: ROWS - 1]
-    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare([records], tmp_path / "fewer", tiny_model, PrepareOptions(seq_length=400), progress=False)
-    fewer = PreparedData.open(tmp_path / "fewer")
-    shutil.copytree(prepared / "reference", tmp_path / "fewer" / "reference")
+    (tmp_path / "fewer").mkdir()
+    folder = prepare_conversations(tmp_path / "fewer", tiny_model, PrepareOptions(seq_length=400), CHATS - 1)
+    fewer = PreparedData.open(folder)
+    shutil.copytree(prepared / "reference", folder / "reference")
     with pytest.raises(ValueError, match=r"is stale: .* other conversations, or another tokenizer"):
-        ReferenceStore.open(tmp_path / "fewer" / "reference", fewer)
+        ReferenceStore.open(folder / "reference", fewer)
     write(model, tiny_model, fewer, top_k=4, force=True)
     with pytest.raises(ValueError, match="different models or numbers of tokens"):
-        check_references([prepared, tmp_path / "fewer"], "reference", data.manifest.vocab_size)
+        check_references([prepared, folder], "reference", data.manifest.vocab_size)

@@ -3,7 +3,6 @@
 Shapes: T tokens, V vocabulary, n counted tokens.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,10 @@ from megatron_sfr.cli import main
 from megatron_sfr.config.objective import selected_loss
 from megatron_sfr.config.recipe import read_recipe
 from megatron_sfr.config.settings import Parser, to_flags
-from megatron_sfr.data.prepare.chat_source import PrepareOptions
-from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
-from megatron_sfr.demo.world import QUESTIONS, World
 from megatron_sfr.evaluation import conversation_logits
-from megatron_sfr.evaluation.generate.transformers_engine import Model, load_model
+from megatron_sfr.evaluation.generate.transformers_engine import Model
 from megatron_sfr.evaluation.sed_threshold import CalibrationOptions, threshold, top_masses
 from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.objectives.token.sed import SED
@@ -35,26 +31,11 @@ from megatron_sfr.objectives.token.token_loss import vocab_parallel_loss
 shares = st.floats(0.01, 0.99)
 
 
-@pytest.fixture(scope="module")
-def data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 conversations of unlike lengths, prepared with the tiny model's tokenizer."""
-    folder = tmp_path_factory.mktemp("calibration")
-    rows = list(World().validation(QUESTIONS[::20], "seen"))[:12]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare([folder / "rows.jsonl"], folder / "prepared", tiny_model, PrepareOptions(seq_length=400), progress=False)
-    return folder / "prepared"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model("tiny", tiny_model, device="cpu")
-
-
 @torch.inference_mode()
-def read_at_once(model: Model, data: Path, samples: int, supervised: bool) -> tuple[Tensor, Tensor]:
+def read_at_once(model: Model, chats: Path, samples: int, supervised: bool) -> tuple[Tensor, Tensor]:
     """Logits [T, V] and labels [T] of the counted tokens, each conversation whole and on its own."""
     logits, found = [], []
-    for sample in map(PreparedData.open(data).__getitem__, range(samples)):
+    for sample in map(PreparedData.open(chats).__getitem__, range(samples)):
         tokens = torch.from_numpy(sample.tokens).long()
         wanted = torch.from_numpy(sample.loss_mask[1:]) > 0 if supervised else torch.ones(len(tokens) - 1).bool()
         logits.append(model.network(input_ids=tokens[None, :-1]).logits[0, wanted])
@@ -108,32 +89,32 @@ def test_the_threshold_is_short_and_away_from_both_values() -> None:
 
 @pytest.mark.parametrize("tokens", ["supervised", "all"])
 def test_masses_are_those_of_the_complete_conversations(
-    model: Model, data: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
+    model: Model, chats: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many conversations and positions are read at a time."""
-    z_TV, _ = read_at_once(model, data, 4, tokens == "supervised")
+    z_TV, _ = read_at_once(model, chats, 4, tokens == "supervised")
     whole_n = z_TV.softmax(-1).topk(5).values.sum(-1).sort().values
     for batch_size, positions in ((1, 10_000), (4, 10_000), (3, 90)):
         monkeypatch.setattr(conversation_logits, "LOGITS", positions * batch_size * z_TV.shape[1])
         wanted = CalibrationOptions(top_k=5, samples=4, batch_size=batch_size, tokens=tokens)
-        found_n = top_masses(model, PreparedData.open(data), wanted, progress=False)
+        found_n = top_masses(model, PreparedData.open(chats), wanted, progress=False)
         torch.testing.assert_close(found_n.sort().values, whole_n, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("tokens", "k", "exempt"), [("supervised", 10, 0.7), ("supervised", 2, 0.3), ("all", 4, 0.5)])
 def test_s6_s7_the_printed_recipe_holds_back_the_printed_share(
-    tiny_model: Path, model: Model, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, tokens, k, exempt
+    tiny_model: Path, model: Model, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture, tokens, k, exempt
 ) -> None:
     """Both ways: the recipe carries k, and the loss that reads it holds back just the tokens that were counted so."""
     flags = ["--top-k", str(k), "--exempt", str(exempt), "--tokens", tokens, "--samples", "6", "--device", "cpu"]
-    assert main(["calibrate-sed", "--model", str(tiny_model), "--data", str(data), *flags]) == 0
+    assert main(["calibrate-sed", "--model", str(tiny_model), "--data", str(chats), *flags]) == 0
     printed = capsys.readouterr()
     assert "calibrate" in printed.err  # the bar
     (tmp_path / "recipe.yaml").write_text(printed.out)
     assert read_recipe(tmp_path / "recipe.yaml").keys() == {"objective", "sed-top-k", "sed-threshold"}
     objective = objective_of(tmp_path / "recipe.yaml")
     assert objective.statistics.top_k == k
-    z_TV, y_T = read_at_once(model, data, 6, tokens == "supervised")
+    z_TV, y_T = read_at_once(model, chats, 6, tokens == "supervised")
     n = len(y_T)
     count = n - held_back(objective, z_TV, y_T)
     assert f"# {n:,} " in printed.out
@@ -144,15 +125,15 @@ def test_s6_s7_the_printed_recipe_holds_back_the_printed_share(
     assert held_back(objective_of(tmp_path / "recipe.yaml"), z_TV, y_T) < n - count
 
 
-def test_ties_are_told(tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ties_are_told(tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A model that answers 0 to everything gives all tokens the same mass."""
     even = shutil.copytree(tiny_model, tmp_path / "even")
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     network.model.norm.weight.data.zero_()
     network.save_pretrained(even)
     flags = ["--samples", "2", "--top-k", "2"]
-    assert main(["calibrate-sed", "--model", str(even), "--data", str(data), *flags]) == 0
-    n = sum(int(PreparedData.open(data)[i].loss_mask[1:].sum()) for i in (0, 1))
+    assert main(["calibrate-sed", "--model", str(even), "--data", str(chats), *flags]) == 0
+    n = sum(int(PreparedData.open(chats)[i].loss_mask[1:].sum()) for i in (0, 1))
     assert f"# no threshold is nearer to 0.7: {n:,} tokens have the same P_2\n" in capsys.readouterr().out
 
 
@@ -169,34 +150,34 @@ def test_ties_are_told(tiny_model: Path, data: Path, tmp_path: Path, capsys: pyt
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    tiny_model: Path, data: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture
+    tiny_model: Path, chats: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["calibrate-sed", *(flag.format(model=tiny_model, data=data) for flag in flags)]) == 2
+    assert main(["calibrate-sed", *(flag.format(model=tiny_model, data=chats) for flag in flags)]) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
 
 
 def test_data_of_another_tokenizer_are_refused(
-    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other")
     train_tokenizer(["quite another text"], 300).save_pretrained(other)
-    assert main(["calibrate-sed", "--model", str(other), "--data", str(data)]) == 2
+    assert main(["calibrate-sed", "--model", str(other), "--data", str(chats)]) == 2
     error = capsys.readouterr().err
-    assert f"{data} was prepared with the tokenizer or chat template of {tiny_model}" in error
+    assert f"{chats} was prepared with the tokenizer or chat template of {tiny_model}" in error
     assert f"--tokenizer {other}" in error
 
 
-def test_more_probabilities_than_the_model_has_are_refused(model: Model, data: Path) -> None:
+def test_more_probabilities_than_the_model_has_are_refused(model: Model, chats: Path) -> None:
     size = {"vocab_size": 50}
     small = AutoModelForCausalLM.from_config(type(model.network.config)(**model.network.config.to_dict() | size))
     with pytest.raises(ValueError, match="top_k is 100, and tiny has 50 tokens"):
-        top_masses(replace(model, network=small), PreparedData.open(data), CalibrationOptions(top_k=100))
+        top_masses(replace(model, network=small), PreparedData.open(chats), CalibrationOptions(top_k=100))
 
 
-def test_samples_without_a_supervised_token_are_refused(model: Model, data: Path, tmp_path: Path) -> None:
-    blank = PreparedData.open(shutil.copytree(data, tmp_path / "blank"))
+def test_samples_without_a_supervised_token_are_refused(model: Model, chats: Path, tmp_path: Path) -> None:
+    blank = PreparedData.open(shutil.copytree(chats, tmp_path / "blank"))
     mask = tmp_path / "blank" / "mask.bin"
     mask.write_bytes(bytes(mask.stat().st_size))
     with pytest.raises(ValueError, match=r"the first 12 conversations of .* have no supervised token"):

@@ -27,7 +27,7 @@ COMMANDS = {
     "train typed.yaml": "typed.yaml: argument --micro-batch-size: invalid int value: 'two'",
     "train recipe.yaml --recipe switch.yaml": "recipe.yaml + switch.yaml: sfr: 'maybe' is neither true nor false",
     "train recipe.yaml --dry-run --sfr-wieght 2": "unknown flag --sfr-wieght; did you mean --sfr-weight?",
-    "status empty": "empty holds no run",
+    "status empty": "empty is not the folder of a run",
     "plan broken.yaml": "not YAML",
     "plan --recipe absent.yaml recipe.yaml": "no such recipe",
     "plan unknown.yaml": "unknown.yaml:2: unknown key 'micro_batch_sise'; did you mean micro_batch_size?",

@@ -8,7 +8,7 @@ from examples.dictionary_styles.study.plan import AXES, BASELINE, CHOOSING_SEED,
 from examples.dictionary_styles.study.verdicts import mean_gap
 from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve
 from megatron_sfr.evaluation.compare.curves import Curve
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 Table = dict[str, list[dict[str, object]]]
 
@@ -34,7 +34,7 @@ def choose(plan: Plan, place: Place, sed_threshold: float | None) -> tuple[dict[
             table[arm.name] = [{"settings": dict(run.settings), "gains": g, "chosen": run == best} for run, g in scored]
     chosen = with_threshold(chosen, sed_threshold)
     content = {"seed": CHOOSING_SEED, "chosen": chosen, "tried": table}
-    with whole(place.study / "choice.json") as file:
+    with replacing(place.study / "choice.json") as file:
         json.dump(content, file, indent=1)
     return chosen, table
 

@@ -20,7 +20,7 @@ from examples.dictionary_styles.study.work import JUDGING, Place, Task, headword
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE
 from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.scores.likelihood import negative_log_likelihood
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 EVERY = 5
 MEAN_OF = 10  # steps whose training loss is averaged: a step's loss depends on its batch
@@ -73,7 +73,7 @@ def find_stops(run: Run, plan: Plan, place: Place) -> list[Stop]:
             return held_out_loss(export(step, run.seed, plan, place), plan, place)
 
         found.append(("held-out", *held_out_stop(target, loss_at, steps)))
-        with whole(path) as file:
+        with replacing(path) as file:
             json.dump(found, file)
     return [Stop(run, kind, step, tuple(losses)) for kind, step, losses in json.loads(path.read_text(encoding="utf-8"))]
 

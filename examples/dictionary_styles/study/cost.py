@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from examples.dictionary_styles.study.plan import Run
 from examples.dictionary_styles.study.work import Place, megatron_sfr, rows
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 STEPS, WARM = 25, 5
 # From the second step on all that an arm does in its long run: the head's gradient reaches the model, and is measured.
@@ -37,7 +37,7 @@ def measure(runs: Sequence[Run], place: Place) -> Costs:
         megatron_sfr(place.study / "logs" / "cost.log", "train", *place.training(run, folder), *SHORT, *head)
         times = [row["time"] for row in rows(folder / "metrics.jsonl") if "lm loss" in row]
         costs[run.arm.name] = [after - before for before, after in itertools.pairwise(times)][WARM:]
-    with whole(place.study / "cost.json") as file:
+    with replacing(place.study / "cost.json") as file:
         json.dump(costs, file)
     return costs
 

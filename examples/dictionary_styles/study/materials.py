@@ -16,7 +16,7 @@ from examples.dictionary_styles.study.work import EXAMPLE, HERE, Place, megatron
 from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 Step = tuple[str, Path, Callable[[], object]]
 """(name, a file that exists once the step is done, a function that does it)"""
@@ -49,7 +49,7 @@ def claim(place: Place) -> None:
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != said:
         changed = " and ".join(key for key in said if before.get(key) != said[key])
         raise ValueError(f"{place.study} was begun with another {changed}: move that folder, or ask for the same")
-    with whole(path) as file:
+    with replacing(path) as file:
         json.dump(said, file)
 
 
@@ -102,7 +102,7 @@ def describe(place: Place) -> Callable[[], object]:
     """A function that writes the start's recipe, as `megatron-sfr convert recipe` prints it."""
 
     def write() -> None:
-        with whole(place.shape) as file:
+        with replacing(place.shape) as file:
             yaml.safe_dump(megatron_flags(read_config(place.base)), file, sort_keys=False)
 
     return write

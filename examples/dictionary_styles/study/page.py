@@ -17,7 +17,7 @@ from megatron_sfr.evaluation.compare.plot import draw
 from megatron_sfr.evaluation.compare.report import Report, summarise
 from megatron_sfr.evaluation.compare.tables import columns, heads, markdown_table, score_rows
 from megatron_sfr.html import bullets, document, heading, image, note, table
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 TITLE = "Dictionary styles: objectives from one start"
 SAMPLE_PROMPTS = 6
@@ -197,5 +197,5 @@ def samples(found: Found, place: Place) -> Rows:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole(path) as file:
+    with replacing(path) as file:
         file.write(text)

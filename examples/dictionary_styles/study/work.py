@@ -22,7 +22,7 @@ from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
-from megatron_sfr.storage.atomic import replacing, whole
+from megatron_sfr.storage.atomic import replacing
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent
@@ -188,7 +188,7 @@ def sample(task: Task) -> None:
     (answered,) = answers(engine, questions)
     with replacing(losses_file(task), "wb") as file:
         np.save(file, np.stack(answered.losses[HELD_OUT]))
-    with whole(task.samples) as file:
+    with replacing(task.samples) as file:
         for some, replies in zip(questions.sweep, answered.replies, strict=True):
             for prompt, row in zip(questions.prompts, replies, strict=True):
                 lines = (record(answered.model, prompt, some, reply) for reply in row)

@@ -31,15 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N", help="seed of random samples (default: different ones each time)"
     )
     parser.add_argument("--anchors", type=int, default=8, metavar="N", help="anchors to show (default: %(default)s)")
-    parser.add_argument("--counts", action="store_true", help="show only the counts")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--counts", action="store_true", help="show only the counts")
+    what.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead")
+    what.add_argument(
         "--verify",
         action="store_true",
         help="compare the checksums of the folder and of the stores in it, reading every byte; shows nothing",
     )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer, if it was moved")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a few samples instead")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,23 +1,22 @@
 """Turn JSONL conversations into memory-mapped tokens, loss masks and anchors.
 
 A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or a record of
-ShareGPT or alpaca; each file's first record tells which. A "persona" beside it becomes the system turn of a
-conversation that has none. The loss is on the assistant's turns, each with its end token, after exactly the tokens that
-the model is given at inference. The output folder appears when it is complete; the same command resumes a run that was
-killed.
+ShareGPT or alpaca; the first record of a file determines its format. The record's "persona" becomes the system turn of
+a conversation that has none. The loss is on the assistant's turns, each with its end token, after exactly the tokens
+that the model is given at inference. The output folder appears when it is complete; the same command resumes a run that
+was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sfr.cli.template_args import add_template_arguments, template_options
 
 if TYPE_CHECKING:
     from megatron_sfr.data.prepared.conversations import PreparedManifest
-    from megatron_sfr.storage.input_files import DatasetOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,11 +103,19 @@ def add_cut_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dataset_options(args: argparse.Namespace) -> DatasetOptions:
-    """The options of inputs that are datasets, shared with `prepare-text`."""
+def cut_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that `add_cut_arguments` sets, by the names that they have in PrepareOptions and DocumentOptions."""
+    from megatron_sfr.data.segments.segmenters import DEFAULTS, parse_horizons
     from megatron_sfr.storage.input_files import DatasetOptions
 
-    return DatasetOptions(split=args.split, subset=args.subset, revision=args.revision)
+    return {
+        "stride": args.stride,
+        "horizons": parse_horizons(args.horizons) if args.horizons else (DEFAULTS[args.segments],),
+        "min_segment_length": args.min_segment_length,
+        "segmenter": args.segments,
+        "skip_bad_rows": args.skip_bad_rows,
+        "dataset": DatasetOptions(split=args.split, subset=args.subset, revision=args.revision),
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,21 +123,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
-    from megatron_sfr.data.segments.segmenters import DEFAULTS, parse_horizons
 
     options = PrepareOptions(
         seq_length=args.seq_length,
-        stride=args.stride,
-        horizons=parse_horizons(args.horizons) if args.horizons else (DEFAULTS[args.segments],),
-        min_segment_length=args.min_segment_length,
-        segmenter=args.segments,
-        skip_bad_rows=args.skip_bad_rows,
         format=args.format,
         persona_key=args.persona_key,
         too_long=args.too_long,
         chat=SampleOptions(turns=args.turns, train_on=args.train_on, **template_options(args)),
-        dataset=dataset_options(args),
         anchor_rule=args.preset or "replies",
+        **cut_options(args),
     )
     workers = default_workers() if args.workers is None else args.workers
     _report(prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers), args.output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sfr.cli.data.prepare import add_cut_arguments, dataset_options
+from megatron_sfr.cli.data.prepare import add_cut_arguments, cut_options
 
 EXAMPLE_LENGTH = 4096
 """The seq_length at which an epoch is printed: training chooses its own."""
@@ -38,19 +38,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sfr.data.prepare.document_source import DocumentOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepare.worker_pool import default_workers
-    from megatron_sfr.data.segments.segmenters import DEFAULTS, parse_horizons
     from megatron_sfr.training.data.epochs import sequences_of
 
-    options = DocumentOptions(
-        stride=args.stride,
-        horizons=parse_horizons(args.horizons) if args.horizons else (DEFAULTS[args.segments],),
-        min_segment_length=args.min_segment_length,
-        segmenter=args.segments,
-        text_key=args.text_key,
-        eod_token=args.eod_token,
-        skip_bad_rows=args.skip_bad_rows,
-        dataset=dataset_options(args),
-    )
+    options = DocumentOptions(text_key=args.text_key, eod_token=args.eod_token, **cut_options(args))
     workers = default_workers() if args.workers is None else args.workers
     result = prepare(args.input, args.output, args.tokenizer, options, force=args.force, workers=workers)
     print(

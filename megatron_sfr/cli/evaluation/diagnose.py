@@ -9,11 +9,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sfr.cli.engine_args import refuse_given
+
 if TYPE_CHECKING:
     from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.data.targets.store import TargetStore
     from megatron_sfr.evaluation.lock_fork.examine import Head
     from megatron_sfr.evaluation.lock_fork.summary import Diagnosis
+
+FUTURES = ("targets", "draws", "steps", "method", "horizon", "fork_dispersion")
+"""Arguments about the futures that are drawn from a flow head."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[Head | None, TargetStore | None]":
-    """The flow head and its target store; (None, None) if no head was requested and the base has none."""
+    """The flow head and its target store; (None, None) if none was requested and the base has none.
+
+    Raises ValueError for arguments that have no effect without a head.
+    """
     import torch
 
     from megatron_sfr.data.targets.store import DEFAULT, TargetStore
@@ -95,6 +103,7 @@ def _head(args: argparse.Namespace, base: Path, data: "PreparedData") -> "tuple[
 
     folder = args.head or base
     if args.head is None and not (base / DESCRIPTION).is_file():
+        refuse_given(args, add_arguments, FUTURES, f"goes with a flow head, which {base} does not have")
         return None, None
     head = load_head(folder)
     said = read_description(folder)
@@ -128,7 +137,7 @@ def _write(
     from megatron_sfr.evaluation.lock_fork.lock_fork_html import page
     from megatron_sfr.evaluation.lock_fork.summary import as_json, table
     from megatron_sfr.evaluation.scores.bootstrap import estimate
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
 
     rows = table(diagnosis, estimate)
     notes = [f"{len(diagnosis.where.token):,} positions of {min(args.samples, len(data))} samples of {args.data.name}."]
@@ -140,7 +149,7 @@ def _write(
         "lock_fork.html": page(diagnosis, rows, notes, tokenizer, data, store),
         "lock_fork.json": as_json(diagnosis, rows),
     }.items():
-        with whole(args.output / name) as file:
+        with replacing(args.output / name) as file:
             file.write(text)
     print(f"{diagnosis.base}: {diagnosis.labelled.rule}")
     for row in rows:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.engine_args import ENGINE, add_engine_arguments, add_model_arguments, engine_of, refuse_given
 from megatron_sfr.cli.judge_args import add_judge_arguments, judge_of
-from megatron_sfr.cli.model_args import SAMPLING, TEMPLATE, add_sampling_arguments, sampling_options
+from megatron_sfr.cli.model_args import SAMPLING, TEMPLATE, add_sampling_arguments, sampling_options, split_name
 
 if TYPE_CHECKING:
     from megatron_sfr.evaluation.judge.judge_replies import Judge
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that are missing, or that have no effect beside the others."""
+    """Raises ValueError for arguments that are missing, or that have no effect with the others."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least one prompt is needed")
     if args.processes < 1:
@@ -120,13 +120,12 @@ def _reply_files(args: argparse.Namespace) -> dict[Path, str | None]:
     """{file: name of its model, or None} of --replies."""
     files: dict[Path, str | None] = {}
     for text in args.replies:
-        name, equals, path = text.partition("=")
-        if equals and not name:
+        name, path = split_name(text)
+        if name == "":
             raise ValueError(f"--replies {text}: the name is empty; write NAME=FILE or FILE")
-        file = Path(path) if equals else Path(text)
-        if file in files:
-            raise ValueError(f"--replies: {file} is given twice")
-        files[file] = name if equals else None
+        if Path(path) in files:
+            raise ValueError(f"--replies: {path} is given twice")
+        files[Path(path)] = name
     return files
 
 

@@ -1,9 +1,8 @@
 """Run replies to programming tasks in a sandbox, and report pass@k for every k with its interval.
 
 Tasks are the JSONL of HumanEval, MBPP or LiveCodeBench; or of GSM8K, whose final answers are compared and voted on
-without running anything. Write their prompts with --write-prompts, sample replies with
-`generate`, then score them with --replies. Writes code.json, code.md and
-code.png, which has pass@k (coverage@k) over k.
+without running anything. Write their prompts with --write-prompts, sample replies with `generate`, then score them with
+--replies. Writes code.json, code.md and code.png, which shows pass@k (coverage@k) over k.
 """
 
 import argparse
@@ -41,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_sfr.evaluation.code.tasks import read_tasks
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
     from megatron_sfr.storage.lock import hold
 
     tasks = read_tasks(args.tasks)
     if args.write_prompts is not None:
-        with whole(args.write_prompts) as file:
+        with replacing(args.write_prompts) as file:
             file.writelines(json.dumps({"prompt": task.prompt}, ensure_ascii=False) + "\n" for task in tasks)
         print(f"{args.write_prompts}: {len(tasks):,} prompts")
         return 0
@@ -62,7 +61,7 @@ def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
     from megatron_sfr.evaluation.code.plot_coverage import draw_coverage
     from megatron_sfr.evaluation.code.sandbox import MIB, Limits, isolation_here
     from megatron_sfr.evaluation.code.score import as_json, as_markdown, read_replies, score
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
 
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: give at least 1")
@@ -85,6 +84,6 @@ def _score(args: argparse.Namespace, tasks: "list[Task]") -> None:
         )
     draw_coverage(scored, args.output / "code.png")
     for name, text in (("code.json", as_json(scored, notes)), ("code.md", as_markdown(scored, notes))):
-        with whole(args.output / name) as file:
+        with replacing(args.output / name) as file:
             file.write(text)
     print(as_markdown(scored, notes))

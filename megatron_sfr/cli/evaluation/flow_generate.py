@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         if job.film is None and is_up_to_date(job, made):
             print(f"{args.output} is up to date")
             return 0
-        if told := notice(made):
-            print(told, file=sys.stderr)
+        if text := notice(made):
+            print(text, file=sys.stderr)
         start(job, scratch / "log")
         lines = Path(job.output).read_text(encoding="utf-8").splitlines()
         if args.output is None:
@@ -156,11 +156,11 @@ def _show(frames: Path, film: str) -> None:
 
     from megatron_sfr.kl_flow.sampling.trajectory import from_json, moving, stills
     from megatron_sfr.kl_flow.sampling.trajectory_html import page
-    from megatron_sfr.storage.atomic import whole
+    from megatron_sfr.storage.atomic import replacing
 
     made = from_json(frames.read_text(encoding="utf-8"))
     if film != "-":
-        with whole(Path(film)) as file:
+        with replacing(Path(film)) as file:
             file.write(page(made))
         print(f"{film}: {len(made.frames)} frames")
     elif sys.stdout.isatty():

@@ -7,6 +7,7 @@ Megatron's and take precedence over the recipe.
 import argparse
 import json
 import logging
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -108,12 +109,11 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _least_nodes(options: argparse.Namespace, gpus: int) -> int:
-    """As many machines as hold one replica of the model."""
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    ranks = 1
-    for name in sizes:
-        ranks *= getattr(options, name)
-    return -(-ranks // gpus)
+    """The fewest machines that hold one replica of the model, its experts included."""
+    tensor = options.tensor_model_parallel_size
+    experts = options.expert_model_parallel_size * (options.expert_tensor_parallel_size or tensor)
+    ranks = options.pipeline_model_parallel_size * math.lcm(tensor * options.context_parallel_size, experts)
+    return math.ceil(ranks / gpus)
 
 
 def _head(args: argparse.Namespace, data: Any) -> "HeadSizes | None":

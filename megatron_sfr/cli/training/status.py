@@ -67,9 +67,7 @@ def read_status(folder: Path, now: float) -> Status:
 
     recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
     if not recipe_file.is_file():
-        raise ValueError(
-            f"{folder} holds no run, as it is without recipe.yaml: give the folder that the recipe sets as save"
-        )
+        raise ValueError(f"{folder} is not the folder of a run (no recipe.yaml): give the one that the recipe saves to")
     recipe = read_recipe(recipe_file)
     records = list(last_records(metrics))
     last = next((record for record in records if record.keys() & set(FIRST)), {})
@@ -112,7 +110,7 @@ def read_status(folder: Path, now: float) -> Status:
 
 
 def last_records(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The records at the end of a file of metrics, the last one first. Lines that are no records are left out."""
+    """The records at the end of a file of metrics, the last one first. Other lines are skipped."""
     from megatron_sfr.storage.user_files import has_type, parse_json
 
     if not metrics.is_file():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatron_sfr.config.flags.passed import PASSED
 from megatron_sfr.config.flags.refused import DATA, MODEL, REFUSED, STEP
 from megatron_sfr.config.flags.used import USED
+from megatron_sfr.storage.user_files import cut
 
 Status = Literal["refused", "used", "passed on"]
 INTRODUCTION = """# Megatron's flags
@@ -42,7 +43,7 @@ def table() -> dict[str, Status]:
     refused = (name for entry in REFUSED for name in entry.names.split())
     for status, names in (("passed on", passed), ("used", used), ("refused", refused)):
         for name in names:
-            assert name not in found, f"{name} stands twice in the table"
+            assert name not in found, f"{name} is in the table twice"
             found[name] = status  # type: ignore[assignment]
     return found
 
@@ -53,13 +54,8 @@ def refusal(args: argparse.Namespace, defaults: Mapping[str, Any]) -> str | None
         for name in entry.names.split():
             value = getattr(args, name, defaults.get(name))
             if value != defaults.get(name) and (entry.when is None or entry.when(value, args)):
-                return f"{name} = {_short(value)}: {entry.reason}; {entry.remedy}"
+                return f"{name} = {cut(str(value), 40)}: {entry.reason}; {entry.remedy}"
     return None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def page() -> str:

@@ -10,7 +10,7 @@ import enum
 import json
 import re
 from collections.abc import Iterable, Sequence
-from datetime import date
+from datetime import date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,9 +75,10 @@ def to_flags(recipe: dict[str, Any], parser: OptionParser) -> list[str]:
                 flags.append(flag or action.option_strings[0])
         else:
             values = value if isinstance(value, list) and action.nargs is not None else [value]
-            if wrong := [v for v in values if not isinstance(v, str | int | float)]:
+            if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, str | int | float)]:
                 expected = "a value or a list of values" if action.nargs is not None else "one value"
-                quote = ", in quotes where YAML takes it for a date" if isinstance(wrong[0], date) else ""
+                kind = {bool: "true or false", date: "a date", datetime: "a date"}.get(type(wrong[0]))
+                quote = f", in quotes where YAML takes it for {kind}" if kind else ""
                 raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
             flags += [flag or action.option_strings[0], *(str(v) for v in values)]
     return flags

@@ -7,7 +7,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from megatron_sfr.storage.user_files import parse_json
+from megatron_sfr.storage.user_files import check_choice, parse_json
 
 PERSONA_AS = ("system", "user", "field")
 SPECIAL_TEXT = ("refuse", "literal")
@@ -16,11 +16,6 @@ TRAIN_ON = ("all", "last")
 REPLY_END = ("template", "next-turn")
 DATE = "2024-07-26"  # what Llama 3's templates write where they have no clock
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,9 @@ class TemplateOptions:
     (GLM)."""
 
     def __post_init__(self) -> None:
-        _check_choice("persona_as", self.persona_as, PERSONA_AS)
-        _check_choice("special_text", self.special_text, SPECIAL_TEXT)
-        _check_choice("reply_end", self.reply_end, REPLY_END)
+        check_choice("persona_as", self.persona_as, PERSONA_AS)
+        check_choice("special_text", self.special_text, SPECIAL_TEXT)
+        check_choice("reply_end", self.reply_end, REPLY_END)
         if taken := sorted(RESERVED & self.template_kwargs.keys()):
             raise ValueError(f"template_kwargs: {taken[0]} is set for each conversation; leave it out")
         try:
@@ -81,8 +76,8 @@ class SampleOptions(TemplateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("turns", self.turns, TURNS)
-        _check_choice("train_on", self.train_on, TRAIN_ON)
+        check_choice("turns", self.turns, TURNS)
+        check_choice("train_on", self.train_on, TRAIN_ON)
 
 
 AS_AT_INFERENCE = TemplateOptions()  # the defaults

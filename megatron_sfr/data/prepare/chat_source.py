@@ -21,11 +21,12 @@ from megatron_sfr.data.prepare.encode_conversations import SAMPLE_DIGESTS, TOO_L
 from megatron_sfr.data.prepared.conversations import DTYPES, PreparedData, PreparedManifest
 from megatron_sfr.data.segments.anchors import Cut
 from megatron_sfr.data.segments.reference_anchors import AnchorRule
-from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter
+from megatron_sfr.data.segments.segmenters import SEGMENTERS, Horizon, Segmenter, check_horizons
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
 from megatron_sfr.storage.integrity import FileRecord, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
+from megatron_sfr.storage.user_files import check_choice
 
 MOST_NAMED = 8
 """Files whose formats are printed one by one."""
@@ -71,11 +72,10 @@ class PrepareOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         check_horizons(self.horizons)
-        check_segmenter(self.segmenter)
-        if self.format not in (None, *FORMATS):
-            raise ValueError(f"format {self.format!r} is unknown; choose {', '.join(FORMATS)}")
-        if self.too_long not in TOO_LONG:
-            raise ValueError(f"too_long {self.too_long!r} is unknown; choose {' or '.join(TOO_LONG)}")
+        check_choice("segmenter", self.segmenter, tuple(SEGMENTERS))
+        if self.format is not None:
+            check_choice("format", self.format, FORMATS)
+        check_choice("too_long", self.too_long, TOO_LONG)
         if self.anchor_rule == "reference" and self.segmenter != "window":
             raise ValueError(f"segmenter {self.segmenter}: the reference preset counts tokens; set it to window")
 
@@ -113,7 +113,6 @@ class ChatRecords:
 
     version = PreparedManifest.version
     is_chat = True
-    unit = "B"
 
     @property
     def total(self) -> int:

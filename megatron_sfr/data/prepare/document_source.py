@@ -22,14 +22,13 @@ from megatron_sfr.data.prepared.corpus_files import open_corpus, token_dtype, wr
 from megatron_sfr.data.prepared.documents import ANCHOR_DTYPES, CORPUS, DocumentsManifest, PreparedDocuments
 from megatron_sfr.data.prepared.segment_texts import DTYPES as TEXT_DTYPES
 from megatron_sfr.data.segments.anchors import Cut
-from megatron_sfr.data.segments.segmenters import Horizon, Segmenter, check_horizons, check_segmenter, is_whole_reply
+from megatron_sfr.data.segments.segmenters import SEGMENTERS, Horizon, Segmenter, check_horizons, is_whole_reply
 from megatron_sfr.storage.input_files import DatasetOptions, record_files
-from megatron_sfr.storage.integrity import FileRecord, sha256_of
+from megatron_sfr.storage.integrity import FileRecord, file_record, sha256_of
 from megatron_sfr.storage.jsonl import Chunk, Position, read_chunks
 from megatron_sfr.storage.manifest import InputRecord
+from megatron_sfr.storage.user_files import check_choice
 
-CHUNK_TOKENS = 1 << 18
-"""Tokens of an indexed corpus that a worker takes at a time."""
 INDEXED = "indexed dataset"
 INDEX = f"{CORPUS}.idx"
 
@@ -62,7 +61,7 @@ class DocumentOptions:
         check_horizons(self.horizons)
         if any(map(is_whole_reply, self.horizons)):
             raise ValueError("horizon reply is for conversations; give documents horizons such as 1:256")
-        check_segmenter(self.segmenter)
+        check_choice("segmenter", self.segmenter, tuple(SEGMENTERS))
 
     def source(self, inputs: Sequence[Path]) -> TextRecords | IndexedCorpus:
         """Files of records, or the one prefix of a .bin and .idx. Raises ValueError where an input is neither."""
@@ -72,8 +71,8 @@ class DocumentOptions:
         if prefixes and len(inputs) > 1:
             raise ValueError(f"{prefixes[0]} is an indexed corpus; prepare it alone")
         if prefixes:
-            return IndexedCorpus(str(prefixes[0].resolve()), self)
-        return TextRecords(record_files(inputs, self.dataset), self)
+            return IndexedCorpus(self, str(prefixes[0].resolve()))
+        return TextRecords(self, record_files(inputs, self.dataset))
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,29 @@ class DocumentOrigin:
 
 
 @dataclass(frozen=True)
-class TextRecords:
-    """Texts in files of records; their tokens become an indexed dataset in the prepared folder."""
+class _Documents:
+    """What both sources of documents have in common."""
 
-    inputs: tuple[Path, ...]
     options: DocumentOptions
 
     version = DocumentsManifest.version
     is_chat = False
-    unit = "B"
+
+    def totals(self) -> DocumentTotals:
+        return DocumentTotals()
+
+    def read_manifest(self, folder: Path) -> DocumentsManifest:
+        return PreparedDocuments.open(folder).manifest
+
+    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
+        """Documents need no remark."""
+
+
+@dataclass(frozen=True)
+class TextRecords(_Documents):
+    """Texts in files of records; their tokens become an indexed dataset in the prepared folder."""
+
+    inputs: tuple[Path, ...]
 
     @property
     def total(self) -> int:
@@ -119,51 +132,37 @@ class TextRecords:
     def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
         return ANCHOR_DTYPES | TEXT_DTYPES | {TOKENS: token_dtype(origin.vocab_size), LENGTHS: np.int32}
 
-    def totals(self) -> DocumentTotals:
-        return DocumentTotals()
-
     def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
         lengths = np.fromfile(folder / LENGTHS, np.int32)
         (folder / LENGTHS).unlink()
         write_index(folder / INDEX, lengths, token_dtype(values["vocab_size"]))
-        index: FileRecord = {"bytes": (folder / INDEX).stat().st_size, "sha256": sha256_of(folder / INDEX)}
-        return _manifest(values, {**_anchor_files(files), TOKENS: files[TOKENS], INDEX: index})
-
-    def read_manifest(self, folder: Path) -> DocumentsManifest:
-        return PreparedDocuments.open(folder).manifest
-
-    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
-        pass
+        return _manifest(values, {**_anchor_files(files), TOKENS: files[TOKENS], INDEX: file_record(folder / INDEX)})
 
 
 @dataclass(frozen=True)
-class IndexedCorpus:
+class IndexedCorpus(_Documents):
     """The documents of PREFIX.bin and PREFIX.idx, which stay where they are."""
 
     prefix: str
-    options: DocumentOptions
-
-    version = DocumentsManifest.version
-    is_chat = False
-    unit = "token"
 
     @property
     def total(self) -> int:
-        return int(open_corpus(self.prefix).sequence_lengths.sum(dtype=np.int64))
+        corpus = open_corpus(self.prefix)
+        return int(corpus.sequence_lengths.sum(dtype=np.int64)) * corpus.dtype.itemsize
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> DocumentOrigin:
         return _origin(self.options, tokenizer, self.prefix, [(Path(f"{self.prefix}.idx"), INDEXED)])
 
     def chunks(self, start: Position, size: int) -> Iterator[Span]:
-        """About CHUNK_TOKENS at a time. `Position.offset` is the index of a document, `done` counts tokens."""
-        lengths = open_corpus(self.prefix).sequence_lengths
-        first, done, tokens = start.offset, start.done, 0
-        for document in range(first, len(lengths)):
-            tokens += int(lengths[document])
-            if tokens >= CHUNK_TOKENS or document == len(lengths) - 1:
-                done += tokens
+        """Documents of about `size` bytes at a time. `Position.offset` is the index of a document."""
+        corpus = open_corpus(self.prefix)
+        first, done, read = start.offset, start.done, 0
+        for document in range(first, len(corpus)):
+            read += int(corpus.sequence_lengths[document]) * corpus.dtype.itemsize
+            if read >= size or document == len(corpus) - 1:
+                done += read
                 yield Span(first, document + 1, Position(0, document + 1, document + 2, done))
-                first, tokens = document + 1, 0
+                first, read = document + 1, 0
 
     def encoder(self, tokenizer: Any, origin: DocumentOrigin) -> CorpusEncoder:
         return CorpusEncoder(tokenizer, self.prefix, _cut(origin))
@@ -171,21 +170,9 @@ class IndexedCorpus:
     def dtypes(self, origin: DocumentOrigin) -> Mapping[str, type[np.generic]]:
         return ANCHOR_DTYPES | TEXT_DTYPES
 
-    def totals(self) -> DocumentTotals:
-        return DocumentTotals()
-
     def manifest(self, folder: Path, values: Mapping[str, Any], files: dict[str, FileRecord]) -> DocumentsManifest:
-        paths = {end: Path(f"{self.prefix}{end}") for end in (".bin", ".idx")}
-        corpus: dict[str, FileRecord] = {
-            end: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for end, path in paths.items()
-        }
+        corpus = {end: file_record(Path(f"{self.prefix}{end}")) for end in (".bin", ".idx")}
         return _manifest(values, _anchor_files(files), corpus)
-
-    def read_manifest(self, folder: Path) -> DocumentsManifest:
-        return PreparedDocuments.open(folder).manifest
-
-    def report(self, manifest: DocumentsManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
-        pass
 
 
 def _origin(

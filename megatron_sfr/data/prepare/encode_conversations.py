@@ -195,7 +195,7 @@ class _Samples:
 
 
 def _token_digest(tokens: np.ndarray) -> int:
-    """64 bits: enough to count equal conversations by (two unlike ones in 10^8 agree with probability 3e-4)."""
+    """64 bits: enough to count equal conversations by (two different ones among 10^8 agree with probability 3e-4)."""
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
 
 

@@ -52,17 +52,12 @@ class Source[M: PreparedFolder](Protocol):
         ...
 
     @property
-    def unit(self) -> str:
-        """What `Position.done` counts: "B" for bytes, or tokens."""
-        ...
-
-    @property
     def total(self) -> int:
-        """`Position.done` at the end of the source."""
+        """Bytes of the source: `Position.done` at its end."""
         ...
 
     def origin(self, tokenizer: Any, say: Callable[[str], None]) -> Any:
-        """The `Origin` of a run. `say` is told what was recognized."""
+        """The `Origin` of a run. Passes lines about what was recognized to `say`."""
         ...
 
     def chunks(self, start: Position, size: int) -> Iterator[Any]:
@@ -105,8 +100,8 @@ class Options[M: PreparedFolder](Protocol):
 
 
 def prepare[M: PreparedFolder](
-    inputs: Sequence[Path],
-    output: Path,
+    inputs: Sequence[str | Path],
+    output: str | Path,
     tokenizer: str | Path,
     options: Options[M],
     *,
@@ -118,7 +113,8 @@ def prepare[M: PreparedFolder](
     """Writes the prepared folder `output`, or leaves it unchanged if it holds the same already.
 
     Args:
-        inputs: files of records, or the prefix of an indexed corpus (.bin and .idx).
+        inputs: files of records, folders of them, names of datasets on the hub, or the prefix of an indexed corpus
+            (.bin and .idx).
         output: the folder. Target stores in it stay, and are checked when they are opened.
         tokenizer: folder or name of the model's tokenizer.
         options: `PrepareOptions` for conversations, `DocumentOptions` for texts and indexed corpora.
@@ -213,7 +209,7 @@ def _encode(
     if totals.rejected and not skip_bad_rows:  # by an earlier run, which skipped them
         raise ValueError(totals.first_bad)
     start, before = totals.position.done, totals.samples + totals.rejected
-    options: dict[str, Any] = {"desc": "prepare", "unit": source.unit, "unit_scale": True, "disable": not progress}
+    options: dict[str, Any] = {"desc": "prepare", "unit": "B", "unit_scale": True, "disable": not progress}
     workers = min(workers, -(-(source.total - start) // chunk_bytes) or 1)
     chunks = source.chunks(totals.position, chunk_bytes)
     encoded = ordered_map(encoder, chunks, workers) if workers > 1 else (encoder(chunk) for chunk in chunks)

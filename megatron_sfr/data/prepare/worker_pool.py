@@ -43,7 +43,7 @@ def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) 
         stack.callback(threads.shutdown, cancel_futures=True)
         try:
             for item in items:
-                waiting.append(threads.submit(_ask, idle, item))
+                waiting.append(threads.submit(_call, idle, item))
                 if len(waiting) == AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -67,7 +67,7 @@ def _start(work: Callable[[Any], Any], stack: ExitStack) -> Connection:
     return ours
 
 
-def _ask(idle: SimpleQueue[Connection], item: Any) -> Any:
+def _call(idle: SimpleQueue[Connection], item: Any) -> Any:
     """The result of an idle worker. Raises what it raised; EOFError or ConnectionError if it died."""
     worker = idle.get()
     try:

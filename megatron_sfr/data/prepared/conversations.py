@@ -225,9 +225,6 @@ class PreparedData:
         """Tokens of each sample, int64 [samples]."""
         return np.diff(self._offsets)
 
-    def segment_text(self, row: int) -> str:
-        return self.texts[row]
-
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedData.open, (self.folder,)
@@ -266,5 +263,5 @@ def _bytes_of(manifest: PreparedManifest) -> dict[str, int]:
 
 
 def repair(folder: Path) -> hint:
-    """Says how a folder of conversations is made again."""
+    """A hint with the command that prepares a folder of conversations again."""
     return hint(f"run: megatron-sfr prepare --input FILE --tokenizer DIR --output {folder} --force")

@@ -1,6 +1,6 @@
-"""Megatron's indexed datasets, PREFIX.bin and PREFIX.idx: read with checks, and the index of a new one written.
+"""Reads Megatron's indexed datasets, PREFIX.bin and PREFIX.idx, with checks, and writes the index of a new one.
 
-The format of megatron-core 0.19.2, read here without importing it: `prepare-text` and its workers need nothing else of
+The format is that of megatron-core 0.19.2, which is not imported: `prepare-text` and its workers need nothing else of
 it. The .bin holds tokens; the .idx their dtype, the length and byte offset of each sequence, and the documents.
 """
 
@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from megatron_sfr.storage.arrays import map_flat
 
 HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the tokens' dtype, number of sequences, number of document boundaries."""
@@ -42,7 +44,7 @@ class Corpus:
         bin_path, path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         if not (bin_path.is_file() and path.is_file()):
             raise ValueError(f"{prefix}.bin or {prefix}.idx is missing; give the path without its extension")
-        data = _map(path)
+        data = map_flat(path, np.uint8)
         if len(data) < HEADER.size:
             raise ValueError(f"{path} is damaged: it has {len(data)} bytes; {HINT}")
         magic, version, code, sequences, documents = HEADER.unpack(data[: HEADER.size].tobytes())
@@ -61,7 +63,7 @@ class Corpus:
         self.sequence_lengths = lengths
         """int32 [sequences], in tokens."""
         self._starts = starts
-        self._tokens = _map(bin_path)
+        self._tokens = map_flat(bin_path, np.uint8)
         for first in range(0, max(sequences, documents), CHUNK):
             part = slice(first, first + CHUNK)
             length, start = lengths[part].astype(np.int64), starts[part]
@@ -100,8 +102,3 @@ def write_index(path: Path, lengths: np.ndarray, dtype: type[np.generic]) -> Non
         file.write(lengths.astype(np.int32).tobytes())
         file.write(np.concatenate([[0], ends])[:-1].astype(np.int64).tobytes())
         file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-
-
-def _map(path: Path) -> np.ndarray:
-    """The bytes of a file; the system maps no empty file."""
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)

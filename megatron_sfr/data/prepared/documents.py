@@ -147,9 +147,6 @@ class PreparedDocuments:
             refuse(self.folder / "anchors.bin", f"an anchor of document {document} is out of range")
         return rows
 
-    def segment_text(self, row: int) -> str:
-        return self.texts[row]
-
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling would copy the memory maps.
         return PreparedDocuments.open, (self.folder,)
@@ -162,5 +159,5 @@ def _bytes_of(manifest: DocumentsManifest) -> dict[str, int]:
 
 
 def repair(folder: Path) -> hint:
-    """Says how a folder of documents is made again."""
+    """A hint with the command that prepares a folder of documents again."""
     return hint(f"run: megatron-sfr prepare-text --input FILE --tokenizer DIR --output {folder} --force")

@@ -81,7 +81,7 @@ def futures_of(data: PreparedData, sample: Sample) -> Iterator[Future]:
             ordinal=int(a.ordinal[i]),
             length=int(a.length[i]),
             horizon=format_horizons([data.manifest.horizons[a.horizon[i]]]),
-            text=data.segment_text(int(a.segment[i])),
+            text=data.texts[int(a.segment[i])],
         )
 
 
@@ -141,7 +141,7 @@ def document_counts(data: PreparedDocuments) -> list[tuple[str, str]]:
 def futures_of_document(data: PreparedDocuments, number: int) -> Iterator[tuple[int, str, str]]:
     """The anchors of a document, in order: position, horizon and the text to predict."""
     for position, segment, horizon in zip(*data.anchors(number), strict=True):
-        yield int(position), format_horizons([data.manifest.horizons[horizon]]), data.segment_text(int(segment))
+        yield int(position), format_horizons([data.manifest.horizons[horizon]]), data.texts[int(segment)]
 
 
 def _personas(personas: dict[str, int]) -> str:

@@ -9,26 +9,20 @@ from typing import Any
 
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.inspect import counts, futures_of, pieces
+from megatron_sfr.html import document
+from megatron_sfr.storage.atomic import replacing
 
 SAMPLES = 5
-HEAD = """<!doctype html>
-<meta charset="utf-8">
-<title>Prepared samples</title>
-<style>
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; color: #777 }
-mark { background: #c9efc9; color: #063 }
-td { vertical-align: top; padding: .2em 1em .2em 0 }
-</style>
-"""
+STYLE = "pre { color: var(--quiet) } mark { background: #c9efc9; color: #063 }"
+"""Beside that of all pages."""
 
 
 def write_page(path: Path, data: PreparedData, samples: Sequence[int], tokenizer: Any) -> None:
     """Writes the folder's counts and these samples, with supervised text marked and the anchors in a table."""
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}\n" for name, text in counts(data))
-    body = [f"<h1>{escape(str(data.folder))}</h1>\n<table>\n{rows}</table>\n"]
-    body += [_sample(data, number, tokenizer) for number in samples]
-    path.write_text(HEAD + "".join(body), encoding="utf-8")
+    parts = [f"<table>\n{rows}</table>", *(_sample(data, number, tokenizer) for number in samples)]
+    with replacing(path) as file:
+        file.write(document(str(data.folder), parts, STYLE))
 
 
 def _sample(data: PreparedData, number: int, tokenizer: Any) -> str:

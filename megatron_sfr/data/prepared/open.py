@@ -56,7 +56,7 @@ def check_anchor_rules(paths: Sequence[str | Path]) -> None:
 def horizons_of(paths: Sequence[str | Path]) -> tuple[Horizon, ...]:
     """The horizons that all these prepared folders have; ValueError where they, or what they count, differ.
 
-    One head has one meaning for each of its horizons. Strides may differ: they say where anchors stand.
+    One head has one meaning for each of its horizons. Strides may differ: they only decide where anchors are.
     """
     check_anchor_rules(paths)
     found: dict[tuple[Horizon, ...], str] = {}  # and the first folder that has them

@@ -168,7 +168,7 @@ def check_references(folders: Sequence[Path], store: str, vocab_size: int) -> No
 
 
 def reference_hint(folder: Path, prepared: PreparedData, old: ReferenceManifest | None = None) -> hint:
-    """Says which command makes the store: of the model and the number of tokens of `old`, if these are known."""
+    """A hint with the command that makes the store, with the model and the number of tokens of `old` if it is known."""
     words = ["megatron-sfr", "reference", "--data", str(prepared.folder), "--model", old.model if old else "HF_DIR"]
     words += ["--output", str(folder)] if folder != prepared.folder / DEFAULT else []
     words += ["--top-k", str(old.top_k), "--force"] if old else []

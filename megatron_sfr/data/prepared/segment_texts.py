@@ -44,11 +44,10 @@ class HasSegments(Protocol):
     def manifest(self) -> SegmentManifest: ...
     @property
     def texts(self) -> SegmentTexts: ...
-    def segment_text(self, row: int) -> str: ...
 
 
 class SegmentTexts:
-    """The texts of a folder, read on use."""
+    """The distinct texts of a folder by index, each read from the disk when it is used."""
 
     def __init__(self, folder: Path, repair: hint) -> None:
         """repair: what to run if they are damaged."""
@@ -59,22 +58,22 @@ class SegmentTexts:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, row: int) -> str:
-        if not 0 <= row < len(self):
-            raise IndexError(f"segment {row} of {len(self)}")
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"segment {index} of {len(self)}")
         with self._repair:
-            return self._text(row)
+            return self._text(index)
 
-    def _text(self, row: int) -> str:
-        start, end = self._offsets[row : row + 2].tolist()
+    def _text(self, index: int) -> str:
+        start, end = self._offsets[index : index + 2].tolist()
         if not 0 <= start < end <= len(self._lines):
-            refuse(self._folder / "segment_offsets.bin", f"segment {row} runs from {start} to {end}")
+            refuse(self._folder / "segment_offsets.bin", f"segment {index} runs from {start} to {end}")
         try:
             text = json.loads(self._lines[start:end].tobytes())
         except ValueError:
             text = None
         if not isinstance(text, str):
-            refuse(self._folder / "segments.jsonl", f"segment {row} is not a JSON string")
+            refuse(self._folder / "segments.jsonl", f"segment {index} is not a JSON string")
         return text
 
     def check(self, files: Mapping[str, FileRecord]) -> None:

@@ -1,6 +1,6 @@
 """Anchors and their future segments: what a position has to predict (SFR, arXiv 2605.27971).
 
-A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors stand at the
+A reply is the supervised tokens y_0 ... y_{N-1} of one assistant turn, its end token last. Its anchors are at the
 ordinals j = 0, stride, 2 stride, ...: the condition is the hidden state at the input position just before y_j (the last
 prompt position for j = 0). After an empty thought, which some templates have a model write, the ordinals start at the
 token that follows it. The target of an anchor at the horizon (o, L) is the embedding of the text of L units of the

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -139,12 +139,6 @@ def check_horizons(horizons: Sequence[Horizon]) -> None:
 def is_whole_reply(horizon: Sequence[int]) -> bool:
     """Whether a horizon is the whole reply."""
     return tuple(horizon) == WHOLE_REPLY
-
-
-def check_segmenter(segmenter: str) -> None:
-    """ValueError for an unknown segmenter."""
-    if segmenter not in get_args(Segmenter):
-        raise ValueError(f"segmenter {segmenter!r} is unknown; choose from {', '.join(get_args(Segmenter))}")
 
 
 def format_horizons(horizons: Iterable[Sequence[int]]) -> str:

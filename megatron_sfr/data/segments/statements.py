@@ -23,13 +23,13 @@ LINE = re.compile(
 def statements(text: str) -> tuple[list[int], list[int]]:
     """The index of the first character of each statement, ascending, and of the first one after it.
 
-    A statement is a line with all lines that belong to it. It starts at the start of a line that is not blank, and ends
-    before the first later line, blank ones apart, that
+    A statement is a line with all lines that belong to it. It starts where a line that is not blank starts, and ends
+    before the next such line that
 
-    - is indented less than it, or
-    - is indented as it is and does not continue it. A line continues the one above of its indentation if it begins with
-      a closing bracket, is an opening brace alone, begins with else, elif, except, finally, catch, end or the like, or
-      is the fence that closes a block of Markdown.
+    - has less indentation, or
+    - has the same indentation and does not continue it. A line continues the last one of its indentation if it begins
+      with a closing bracket, is a single opening brace, begins with else, elif, except, finally, catch, end or the
+      like, or is the fence that closes a block of Markdown.
 
     Every other line starts a statement, within another one if it is indented more, except the line after a leading one:
     decorators (@name, @name(...), #[...]) and the fence that opens a block of Markdown are one statement with the next

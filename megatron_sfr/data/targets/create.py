@@ -50,7 +50,7 @@ def create_store(
         identity: encoder and batches.
         reuse: other stores of the same encoder to copy embeddings from.
         force: replace a store of another encoder.
-        say: is told how many embeddings were copied from where.
+        say: takes lines about how many embeddings were copied from where.
     Raises:
         ValueError: `folder` is something else, or a store of another encoder.
     """

@@ -46,12 +46,12 @@ class EmbedOptions(EncoderOptions):
 
 
 def embed(
-    prepared: Path,
+    prepared: str | Path,
     encoder: str,
     options: EmbedOptions,
     *,
-    output: Path | None = None,
-    reuse: Sequence[Path] = (),
+    output: str | Path | None = None,
+    reuse: Sequence[str | Path] = (),
     verify: bool = False,
     later: bool = False,
     force: bool = False,
@@ -67,7 +67,7 @@ def embed(
         options: how segments are encoded, and by how many processes.
         output: the store. Default: PREPARED/targets.
         reuse: stores of the same encoder from which embeddings of equal texts are copied, besides the replaced one.
-        verify: read every embedding, and encode again what is damaged.
+        verify: read every embedding, and encode damaged ones again.
         later: create the store and leave the encoding to a run with online targets, or to the next call.
         force: replace a store of another encoder.
         progress: show a progress bar and messages.
@@ -87,11 +87,11 @@ def embed(
     devices = (options.devices or (options.device,)) * options.workers
     with closing(open_pool(encoder, options, devices)) as pool:
         identity = StoreIdentity(**asdict(pool.identity), batch_size=options.batch_size, block_rows=options.block_rows)
-        create_store(folder, data, identity, reuse=reuse, force=force, say=say)
+        create_store(folder, data, identity, reuse=[Path(store) for store in reuse], force=force, say=say)
         if verify:
             data.texts.check(data.manifest.files)
             damaged = reopen_if_damaged(folder, data)
-            say(f"{folder}: {damaged:,} of {data.manifest.segments:,} rows are missing or damaged")
+            say(f"{folder}: {damaged:,} of {data.manifest.segments:,} embeddings are missing or damaged")
         manifest = TargetStore.open(folder, data, partial=True).manifest
         if later:
             return manifest

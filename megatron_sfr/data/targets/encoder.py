@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sfr.data.targets.store import EncoderIdentity
 from megatron_sfr.storage.model_folders import absent
-from megatron_sfr.storage.user_files import loading, shown
+from megatron_sfr.storage.user_files import check_choice, loading, shown
 
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # ours: sentence-transformers'
 NORMALIZE = ("unit", "none")
@@ -46,12 +46,9 @@ class EncoderOptions:
     """Whether code that comes with the encoder may run."""
 
     def __post_init__(self) -> None:
-        if self.pooling not in (*POOLINGS, "own"):
-            raise ValueError(f"pooling {self.pooling!r} is unknown; choose {', '.join(POOLINGS)} or own")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"encoder dtype {self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
-        if self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize {self.normalize!r} is unknown; choose {' or '.join(NORMALIZE)}")
+        check_choice("pooling", self.pooling, (*POOLINGS, "own"))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("normalize", self.normalize, NORMALIZE)
         if self.prompt is not None and self.prompt_name is not None:
             raise ValueError("give a prompt or the name of one, not both")
         if self.max_length is not None and self.max_length < 3:

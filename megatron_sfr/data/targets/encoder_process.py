@@ -152,13 +152,13 @@ def _serve(connection: Connection, make_encoder: Callable[[], TextEncoder], thre
             torch.set_num_threads(threads)
         encoder = make_encoder()
         connection.send(encoder.identity)
-        _fill_as_told(connection, queue, encoder)
+        _answer(connection, queue, encoder)
     except Exception as error:
         with suppress(OSError):  # the parent has ended
             connection.send(Failed(_one_line(error)))
 
 
-def _fill_as_told(connection: Connection, queue: Queue, encoder: TextEncoder) -> None:
+def _answer(connection: Connection, queue: Queue, encoder: TextEncoder) -> None:
     stores: dict[int, StoreWriter] = {}
     unfinished: dict[int, StoreWriter] = {}  # to be completed
     while True:

@@ -116,7 +116,7 @@ class StoreWriter:
 
     def _text(self, row: int) -> str:
         """The text of a segment. Raises ValueError if it is not the text that the store was made for."""
-        text = self.store.prepared.segment_text(row)
+        text = self.store.prepared.texts[row]
         if text_digest(text) != self._digests[row].tobytes():
             prepared = self.store.prepared
             with hint(f"run: megatron-sfr inspect --verify --data {prepared.folder}"):

@@ -50,7 +50,7 @@ class Prefetcher:
         self._stores, self._lookahead = list(stores), lookahead
         self._position = 0  # the caller's step, among those that are followed
         self._changed = threading.Condition()  # guards what follows
-        self._asked: set[Task] = set()  # requested, and not yet done
+        self._requested: set[Task] = set()  # requested, and not yet done
         self._incomplete = {i for i, store in enumerate(self._stores) if not store.manifest.complete}
         self._failure: str | None = None
         self._closed = False
@@ -73,10 +73,10 @@ class Prefetcher:
         The iterable is walked in a separate thread, no further than `lookahead` steps ahead.
         """
         if self._lookahead:
-            threading.Thread(target=self._ask_ahead, args=(steps,), name="targets: ahead", daemon=True).start()
+            threading.Thread(target=self._request_ahead, args=(steps,), name="targets: ahead", daemon=True).start()
 
     def advance(self) -> None:
-        """Tells that the caller is at the next step."""
+        """Moves the caller to its next step."""
         with self._changed:
             self._position += 1
             self._changed.notify_all()
@@ -95,8 +95,8 @@ class Prefetcher:
             wanted = {Task(store, block, URGENT) for block in self._blocks(store, rows[~there])}
             with self._changed:
                 if store in self._incomplete:
-                    self._ask(wanted)
-                self._changed.wait_for(lambda: self._is_answered(store, wanted))
+                    self._request(wanted)
+                self._changed.wait_for(lambda: self._is_done(store, wanted))
                 if self._closed or self._failure is not None:
                     reason = "the prefetcher is closed" if self._closed else self._failure
                     raise RuntimeError(f"{reason}; the targets encoded so far are kept in {self._stores[store].folder}")
@@ -105,7 +105,7 @@ class Prefetcher:
         return self._stores[store][rows]
 
     def close(self) -> None:
-        """Ends the process, if need be in the middle of a block, which the next process encodes again."""
+        """Ends the process, also in the middle of a block, which the next process encodes again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -116,14 +116,14 @@ class Prefetcher:
     def _blocks(self, store: int, rows: np.ndarray) -> list[int]:
         return np.unique(rows // self._stores[store].manifest.block_rows).tolist()
 
-    def _ask(self, tasks: Iterable[Task]) -> None:
+    def _request(self, tasks: Iterable[Task]) -> None:
         """Requests tasks that are not requested yet. The caller holds the lock."""
         for task in tasks:
-            if task not in self._asked:
-                self._asked.add(task)
+            if task not in self._requested:
+                self._requested.add(task)
                 self._process.give(task)
 
-    def _ask_ahead(self, steps: Iterable[Needs]) -> None:
+    def _request_ahead(self, steps: Iterable[Needs]) -> None:
         try:
             for needs in self._in_reach(steps):
                 tasks = [
@@ -132,7 +132,7 @@ class Prefetcher:
                     for block in self._blocks(store, rows[~self._stores[store].embeddings.begun(rows)])
                 ]
                 with self._changed:
-                    self._ask(tasks)
+                    self._request(tasks)
         except Exception as error:  # in the caller's iterable: `fetch` raises it
             self._fail(f"{type(error).__name__}: {error}")
 
@@ -155,15 +155,15 @@ class Prefetcher:
             while self._incomplete:
                 message = self._process.receive()
                 with self._changed:
-                    self._hear(message)
+                    self._handle(message)
                     self._changed.notify_all()
             self._process.kill()
         except (RuntimeError, ValueError) as error:
             self._fail(str(error))
 
-    def _hear(self, message: EncoderIdentity | Task | Completed) -> None:
+    def _handle(self, message: EncoderIdentity | Task | Completed) -> None:
         if isinstance(message, Task):
-            self._asked.discard(message)
+            self._requested.discard(message)
         elif isinstance(message, Completed):
             self._incomplete.discard(message.store)
         else:
@@ -174,9 +174,9 @@ class Prefetcher:
                         "this run has; name another store, or embed it again with --force"
                     )
 
-    def _is_answered(self, store: int, wanted: set[Task]) -> bool:
+    def _is_done(self, store: int, wanted: set[Task]) -> bool:
         """Whether there is nothing to wait for: everything is encoded, or nothing more will be."""
-        done = store not in self._incomplete or not wanted & self._asked
+        done = store not in self._incomplete or not wanted & self._requested
         return done or self._closed or self._failure is not None
 
     def _fail(self, reason: str) -> None:

@@ -20,8 +20,7 @@ import numpy as np
 from megatron_sfr.data.prepared.segment_texts import HasSegments
 from megatron_sfr.data.targets.vectors import VECTORS, Embeddings, row_sizes
 from megatron_sfr.storage.integrity import FileRecord, StoredFileError, check_contents, check_size, check_sizes, hint
-from megatron_sfr.storage.manifest import NAME, read_manifest
-from megatron_sfr.storage.user_files import read_json
+from megatron_sfr.storage.manifest import NAME, is_of_kind, read_manifest
 
 DEFAULT = "targets"  # the folder of a store inside its prepared folder
 DIGESTS = "segment_digests.bin"  # the same name as in prepared folders
@@ -158,8 +157,8 @@ class TargetStore:
 
     def _refuse(self, rows: np.ndarray) -> None:
         if len(rows):
-            count = f"row {rows[0]}" if len(rows) == 1 else f"row {rows[0]} and {len(rows) - 1:,} more"
-            raise StoredFileError(f"{self.folder}: {count} missing or damaged (the checksum differs)")
+            more = f" and {len(rows) - 1:,} more are" if len(rows) > 1 else " is"
+            raise StoredFileError(f"{self.folder}: embedding {rows[0]}{more} missing or damaged (the checksum differs)")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again: pickling a memory map would copy all of it.
@@ -172,11 +171,7 @@ def _open(folder: Path, prepared: HasSegments, partial: bool) -> TargetStore:
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a target store, of any version and in any state."""
-    try:
-        manifest = read_json(folder / NAME)
-    except (OSError, ValueError):
-        return (folder / VECTORS).exists()
-    return isinstance(manifest, dict) and manifest.get("kind") == TargetManifest.kind
+    return is_of_kind(folder, TargetManifest) or (folder / VECTORS).exists()
 
 
 def check_files(folder: Path, manifest: TargetManifest) -> None:
@@ -188,7 +183,7 @@ def check_files(folder: Path, manifest: TargetManifest) -> None:
 
 
 def embed_hint(folder: Path, prepared: HasSegments, old: TargetManifest | None = None, flag: str = "") -> hint:
-    """Says which command makes the store: with the options of `old`, if that is known."""
+    """A hint with the command that makes the store, with the options of `old` if it is known."""
     words = ["megatron-sfr", "embed", "--data", str(prepared.folder)]
     if folder != prepared.folder / DEFAULT:
         words += ["--output", str(folder)]

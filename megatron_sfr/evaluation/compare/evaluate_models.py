@@ -14,7 +14,7 @@ from megatron_sfr.evaluation.generate.engines import Engine, HuggingFace
 from megatron_sfr.evaluation.generate.prompts import limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.judge.judge_replies import Judge
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 
 def evaluate(
@@ -130,7 +130,7 @@ def sample_and_write(
     if engine.shares_randomness:
         drawn += "; random numbers are shared"
     answered = answers(engine, questions, processes)
-    with whole(output / "samples.jsonl") as file:
+    with replacing(output / "samples.jsonl") as file:
         for model in answered:
             for options, rows in zip(questions.sweep, model.replies, strict=True):
                 for prompt, row in zip(questions.prompts, rows, strict=True):

@@ -12,7 +12,7 @@ from megatron_sfr.evaluation.compare.tables import as_json, markdown, terminal
 from megatron_sfr.evaluation.generate.prompts import Asked
 from megatron_sfr.evaluation.judge.judge_replies import Judge, Judged
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 
 def write_report(
@@ -54,11 +54,11 @@ def write_report(
         "report.html": page(report, title, plot, explorer),
     }
     for name, text in pages.items():
-        with whole(output / name) as file:
+        with replacing(output / name) as file:
             file.write(text)
     names = [*([samples] if samples else []), *([picture] if axes else []), *pages]
     sizes = {name: (output / name).stat().st_size for name in names}
-    with whole(output / "evaluation.json") as file:
+    with replacing(output / "evaluation.json") as file:
         file.write(as_json(report, {"identity": identity, "files": sizes} if identity else {}))
     if show:
         print(terminal(report), flush=True)

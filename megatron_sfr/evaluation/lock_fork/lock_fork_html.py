@@ -85,5 +85,5 @@ def _forks(diagnosis: Diagnosis, found: Futures, index: int, store: TargetStore,
         place, drawn = diagnosis.where.place[n] + 1, len(found.groups[n])
         yield note(f"Fork before {token!r} (token {place}): real segments nearest to its {drawn} futures, by cluster")
         order = np.argsort(-count, kind="stable")
-        texts = [store.prepared.segment_text(int(row[i])) for i in order]
+        texts = [store.prepared.texts[int(row[i])] for i in order]
         yield bullets([f"{count[i]}: {text} ({cosine[i]:.2f})" for i, text in zip(order, texts, strict=True)])

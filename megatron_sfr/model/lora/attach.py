@@ -132,7 +132,7 @@ class _WithAdapterAfterNorm(_WithAdapter):
     """For a layer that normalises its input first: the adapter reads the normalised input.
 
     Transformer Engine returns it with return_layernorm_output: (y, norm), or (y, bias, norm) if it returns the bias;
-    Megatron's layer appends None for a bias that it has not.
+    Megatron's layer appends None for a bias that it does not have.
     """
 
     te_return_bias: bool

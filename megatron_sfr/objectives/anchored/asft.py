@@ -115,7 +115,7 @@ class AnchoredDFT(ClosedFormLoss):
         return LossAndCoefficients(loss, (p_y + self.weight * (1 - ratio)) / stats.u, p_y)
 
     def columns_gradient(self, stats: LogitStatistics) -> Tensor:
-        """(p_y + lambda) p_i - lambda r_i; the label's term comes apart."""
+        """(p_y + lambda) p_i - lambda r_i, without the label's term."""
         p_TK, r_TK = stats.x_columns.exp() / stats.u[:, None], self.reference.log_p[:, :-1].exp()
         p_y = stats.x_y.exp() / stats.u
         return (p_y + self.weight)[:, None] * p_TK - self.weight * r_TK

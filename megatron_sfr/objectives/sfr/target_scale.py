@@ -52,7 +52,9 @@ def batch_moments(x_1: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([w.sum()[None], w @ x, w @ x.square()])
 
 
-def running_statistics(moments: Tensor, mean_D: Tensor, std_D: Tensor, seen: Tensor, decay: float) -> tuple:
+def running_statistics(
+    moments: Tensor, mean_D: Tensor, std_D: Tensor, seen: Tensor, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, std, seen) after one more batch: an EMA of mean and variance, decay old + (1 - decay) new.
 
     The first batch replaces the initial values. `seen` counts batches; a batch of weight 0 changes nothing.

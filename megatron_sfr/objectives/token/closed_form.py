@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_sfr.kernels import choose
 from megatron_sfr.kernels.columns import Columns
-from megatron_sfr.kernels.vocab_parallel import LogitStatistics, Vocab, combine
+from megatron_sfr.kernels.vocab_parallel import LogitStatistics, StatisticsSpec, Vocab, combine
 from megatron_sfr.objectives.token.loss_base import ClosedFormLoss, LossAndCoefficients
 
 
@@ -53,6 +53,9 @@ def first_pass(z_TV: Tensor, y_T: Tensor, loss: ClosedFormLoss, vocab: Vocab) ->
     """Loss, gradient coefficients and reported values of each token from a shard's logits."""
     z_TV = vocab.real(z_TV)
     spec, width = loss.statistics, z_TV.shape[-1]
+    if loss.columns is not None and spec != StatisticsSpec():
+        name = type(loss).__name__
+        raise ValueError(f"{name} has chosen columns: its statistics must be StatisticsSpec(), not {spec}")
     z_y_T = z_TV.new_zeros(len(y_T), dtype=sum_dtype(z_TV))
     if spec.c:  # the weights need the label's logit before the pass: one more collective of one float per token
         y_local_T = vocab.local(y_T, width)

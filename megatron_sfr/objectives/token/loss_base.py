@@ -51,7 +51,8 @@ class TokenLoss(ABC):
         """Further values of each token, whose means over the supervised tokens are logged under these names.
 
         Args:
-            loss: the loss of each token, and cross_entropy: both as computed for training, any shape.
+            loss: the loss of each token, as computed for training, in any shape.
+            cross_entropy: its cross-entropy, in the same shape.
 
         Returns:
             Tensors of that shape; by default none.
@@ -127,7 +128,7 @@ class ClosedFormLoss(TokenLoss):
     def columns(self) -> Tensor | None:
         """Tokens of the vocabulary, chosen for each token, whose gradient is not that of `LossAndCoefficients`.
 
-        int64 [T, C], or None (the default). Such a loss has the default temperature, no weights w_i and no top_k.
+        int64 [T, C], or None (the default). The statistics of such a loss must be `StatisticsSpec()`.
         """
         return None
 

@@ -56,8 +56,8 @@ class SED(ClosedFormLoss):
     down: its probability converges to (1 + sqrt(1 + 8 / lambda)) / 4."""
     top_k: int = 10
     """Number k of the largest probabilities that P_k sums; use the same k as in `megatron-sfr calibrate-sed`. Default
-    10, with which the authors' script calibrates the threshold. Their loss has 2 unless it is told otherwise, and the
-    script does not tell it."""
+    10, with which the authors' script calibrates the threshold. Their loss uses 2, because the script does not pass k
+    on."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:

@@ -59,7 +59,7 @@ class _AutogradForm(torch.autograd.Function):
 
 
 def token_values(z_TV: Tensor, y_T: Tensor, loss: TokenLoss, vocab: Vocab, *, overwrite: bool = False) -> TokenValues:
-    """The loss of each token, with what else the same pass over the logits knows about it (not differentiable).
+    """The loss of each token, and other values that the same pass over the logits computes (not differentiable).
 
     Args:
         z_TV: logits of this shard, any floating dtype.
@@ -97,7 +97,7 @@ def token_loss(
             the columns from r V on.
         labels: int64 token ids in the whole vocabulary, [...]. Tokens with a negative label are ignored: their loss and
             gradient are exactly 0.
-        loss: `CrossEntropy()`, `GEM(...)`, `SED(...)`, `DFT()` or your own `TokenLoss`.
+        loss: a loss of this package, such as `GEM(beta=0.7)`, or your own `TokenLoss`.
         group: the tensor-parallel group that shares the vocabulary. Default: this rank has all columns.
         vocab_size: number of tokens without padding; columns from there on are never read. Default: all columns.
         overwrite: whether backward writes the gradient over the logits, to save memory. Nothing else may read the

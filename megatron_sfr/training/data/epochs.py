@@ -19,6 +19,7 @@ from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
 from megatron_sfr.data.prepared.open import open_prepared
+from megatron_sfr.storage.user_files import positive_integer
 from megatron_sfr.training.data.packing import first_fit_decreasing, padded_lengths, padding_multiple
 
 SPLIT = "969,30,1"
@@ -61,8 +62,8 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
         raise ValueError(f"the training data have the weights {shown}: give numbers of at least 0, not all 0")
     share = 1.0 if options.get("train_data_path") else _training_share(str(options.get("split") or SPLIT))
     packed = options.get("sfr_packing") not in (None, "none")
-    multiple = padding_multiple(_whole_number(options, "context_parallel_size", 1))
-    length = _whole_number(options, "seq_length")
+    multiple = padding_multiple(positive_integer("context_parallel_size", options.get("context_parallel_size") or 1))
+    length = positive_integer("seq_length", options.get("seq_length"))
     if length % multiple:
         raise ValueError(f"seq_length = {length}: set a multiple of {multiple}, twice context_parallel_size")
     sequences = {path: sequences_of(path, length, packed=packed, multiple=multiple, share=share) for path in paths}
@@ -96,14 +97,6 @@ def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, multipl
     return max(0, (_tokens(data, count) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
 
 
-def _whole_number(options: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = options.get(name) or default
-    try:
-        return int(str(value))
-    except ValueError as error:
-        raise ValueError(f"{name} = {value}: give a whole number") from error
-
-
 def _tokens(data: PreparedDocuments, count: int) -> int:
     if count == len(data):
         return data.manifest.tokens
@@ -125,7 +118,7 @@ def train_iters_of(options: Mapping[str, Any]) -> int | None:
     """The steps that `train_epochs` asks for; None without it. Takes arguments or recipe keys.
 
     Raises:
-        ValueError: the option does not go with others, or the data cannot be read.
+        ValueError: the option cannot be combined with others, or the data cannot be read.
     """
     if (value := options.get("train_epochs")) is None:
         return None
@@ -136,7 +129,7 @@ def train_iters_of(options: Mapping[str, Any]) -> int | None:
     if not 0 < epochs < math.inf:
         raise ValueError(f"train_epochs = {value}: give a number above 0")
     if options.get("train_samples") or options.get("rampup_batch_size"):
-        raise ValueError("train_epochs does not go with train_samples or rampup_batch_size: leave one of them out")
+        raise ValueError("train_epochs cannot be combined with train_samples or rampup_batch_size: leave one out")
     if not size:
         raise ValueError("train_epochs needs global_batch_size, to know the steps of an epoch: set it")
     epoch = read_epoch(options)

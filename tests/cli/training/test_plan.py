@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sfr.cli import main
+from megatron_sfr.cli.training.plan import _least_nodes
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,6 +67,24 @@ def test_a_given_utilisation_and_rate_give_hours() -> None:
     half, whole = (json_plan(CODER, "--mfu", mfu)["work"] for mfu in ("0.2", "0.4"))
     assert half["hours"] == pytest.approx(2 * whole["hours"])
     assert 0 < half["head_share"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "expert", "expert_tensor", "machines"),
+    [(2, 2, 1, None, 1), (4, 2, 1, None, 2), (2, 1, 8, 1, 2), (1, 1, 8, None, 2), (2, 1, 8, None, 4)],
+)
+def test_the_fewest_machines_hold_experts_too(
+    tensor: int, context: int, expert: int, expert_tensor: int | None, machines: int
+) -> None:
+    """With two pipeline stages and 8 GPUs a machine."""
+    options = Namespace(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=2,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+    assert _least_nodes(options, 8) == machines
 
 
 @pytest.mark.parametrize(

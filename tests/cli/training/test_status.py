@@ -76,7 +76,7 @@ def test_a_finished_run_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
 
 def test_another_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
-    assert "without recipe.yaml" in capsys.readouterr().err
+    assert "(no recipe.yaml)" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_megatron_is_imported(run: Path) -> None:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_sfr.cli import main
@@ -13,7 +14,8 @@ from megatron_sfr.data.prepare.chat_source import PrepareOptions
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
-from megatron_sfr.storage.jsonl import read_records
+from megatron_sfr.data.prepared.corpus_files import write_index
+from megatron_sfr.storage.jsonl import Position, read_records
 from tests.data.records import HORIZONS, RECORDS, files_of, turns, write_records
 
 OPTIONS = PrepareOptions(200, 4, HORIZONS, 4)
@@ -169,3 +171,12 @@ def test_the_commands_name_an_invalid_input(tmp_path: Path, tokenizer_folder: Pa
     records = write_records(tmp_path / "records.jsonl", RECORDS)
     assert main(["prepare", "--input", str(records), "--split", "train", *how]) == 2
     assert "no input is one; leave them out" in capsys.readouterr().err
+
+
+def test_an_indexed_corpus_is_read_in_chunks_of_the_given_bytes(tmp_path: Path) -> None:
+    """Of 10 tokens of two bytes in four documents. More workers than chunks are not started."""
+    np.arange(10, dtype=np.uint16).tofile(tmp_path / "corpus.bin")
+    write_index(tmp_path / "corpus.idx", np.array([3, 0, 5, 2], np.int32), np.uint16)
+    source = DocumentOptions().source([tmp_path / "corpus"])
+    assert source.total == 20
+    assert [(x.first, x.last, x.end.done) for x in source.chunks(Position(), 8)] == [(0, 3, 16), (3, 4, 20)]

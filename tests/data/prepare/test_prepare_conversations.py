@@ -119,8 +119,8 @@ def test_a_truncated_conversation_keeps_its_start_and_the_futures_of_its_anchors
     assert 0 < inside.sum() < len(inside)
     for name in ("position", "response", "ordinal", "horizon"):
         assert getattr(sample.anchors, name).tolist() == getattr(before.anchors, name)[inside].tolist()
-    texts = [data.segment_text(row) for row in sample.anchors.segment]
-    assert texts == [full.segment_text(row) for row in before.anchors.segment[inside]], "beyond the cut as well"
+    texts = [data.texts[row] for row in sample.anchors.segment]
+    assert texts == [full.texts[row] for row in before.anchors.segment[inside]], "beyond the cut as well"
     of_last = sample.anchors.response == 1
     kept = int(sample.loss_mask.sum()) - int(sample.anchors.length[~of_last][0])
     assert set(sample.anchors.length[of_last].tolist()) == {kept}
@@ -166,9 +166,9 @@ def test_a_horizon_without_text_has_no_target(tmp_path: Path, tokenizer_folder: 
         ({"seq_length": -1}, "seq_length is -1"),
         ({"min_segment_length": 0}, "min_segment_length is 0"),
         ({"horizons": ()}, "0 horizons; give 1 to 16"),
-        ({"format": "text"}, "format 'text' is unknown; choose messages, sharegpt, alpaca"),
-        ({"too_long": "drop"}, "too_long 'drop' is unknown; choose error or truncate"),
-        ({"segmenter": "word"}, "segmenter 'word' is unknown; choose from window, sentence, statement"),
+        ({"format": "text"}, "format is 'text'; choose messages, sharegpt, alpaca"),
+        ({"too_long": "drop"}, "too_long is 'drop'; choose error, truncate"),
+        ({"segmenter": "word"}, "segmenter is 'word'; choose window, sentence, statement"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, reason: str):
@@ -197,7 +197,7 @@ def test_a_sample_for_each_reply_keeps_the_persona_and_the_futures_of_its_reply(
     def targets(data: PreparedData, sample: int, response: int) -> list[tuple[int, int, int, str]]:
         a = data[sample].anchors
         entries = zip(a.response, a.ordinal, a.length, a.horizon, a.segment, strict=True)
-        return [(o, n, h, data.segment_text(int(s))) for r, o, n, h, s in entries if r == response]
+        return [(o, n, h, data.texts[int(s)]) for r, o, n, h, s in entries if r == response]
 
     for number in (0, 1):  # both replies of the first conversation have the targets that they have in one sample
         assert targets(data, number, 0) == targets(together, 0, number)

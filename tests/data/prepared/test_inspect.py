@@ -51,7 +51,7 @@ def test_a_sample_is_readable_in_a_pipe(prepared: Path, capsys):
     assert f"{len(a.position)} anchors\n" in out
     where = f"before token {a.ordinal[1]} of {a.length[1]} of reply {a.response[1] + 1}"
     horizon = ":".join(map(str, HORIZONS[a.horizon[1]]))
-    assert f"  position {a.position[1]}, {where}, horizon {horizon}\n    {data.segment_text(a.segment[1])}\n" in out
+    assert f"  position {a.position[1]}, {where}, horizon {horizon}\n    {data.texts[a.segment[1]]}\n" in out
     assert f"  {len(a.position) - 2} more (--anchors {len(a.position)})\n" in out
     assert "\x1b" not in out
 
@@ -122,10 +122,14 @@ def test_letters_of_several_tokens_are_not_cut(tokenizer_folder: Path):
 
 
 def test_the_page_shows_a_few_samples_and_stands_alone(prepared: Path, tmp_path: Path, capsys):
-    assert run("--data", prepared, "--html", tmp_path / "page.html", "--seed", 0) == 0
-    page = (tmp_path / "page.html").read_text()
-    assert len(re.findall(r"<h2>Sample \d", page)) == 5
-    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    path = tmp_path / "new" / "page.html"
+    assert run("--data", prepared, "--html", path, "--seed", 0) == 0
+    assert len(re.findall(r"<h2>Sample \d", path.read_text())) == 5
+    assert str(path) in capsys.readouterr().out
+    for other in ("--counts", "--verify"):
+        with pytest.raises(SystemExit):
+            run("--data", prepared, "--html", path, other)
+        assert "not allowed with argument" in capsys.readouterr().err
 
     run("--data", prepared, "--html", tmp_path / "page.html", "--sample", 5)
     page = (tmp_path / "page.html").read_text()

@@ -38,7 +38,7 @@ def test_samples_come_back_as_they_were_encoded(prepared: Path, tokenizer_folder
         assert anchors.ordinal.tolist() == [s.ordinal for s in segments]
         assert anchors.length.tolist() == [s.length for s in segments]
         assert anchors.horizon.tolist() == [s.horizon for s in segments]
-        assert [data.segment_text(row) for row in anchors.segment] == [text for _, text in found]
+        assert [data.texts[row] for row in anchors.segment] == [text for _, text in found]
         assert (sample.loss_mask[anchors.position + 1] == 1).all()
     assert len(data) == len(RECORDS)
     with pytest.raises(IndexError):
@@ -80,7 +80,7 @@ def test_the_token_that_ends_replies_is_recorded_and_printed_if_engines_would_no
 
 def test_equal_segments_are_stored_once(prepared: Path):
     data = PreparedData.open(prepared)
-    texts = [data.segment_text(row) for row in range(data.manifest.segments)]
+    texts = [data.texts[row] for row in range(data.manifest.segments)]
     digests = b"".join(text_digest(text) for text in texts)
     assert (prepared / "segment_digests.bin").read_bytes() == digests
 
@@ -88,7 +88,7 @@ def test_equal_segments_are_stored_once(prepared: Path):
     assert (data[0].anchors.segment == data[2].anchors.segment).all(), "one reply under two prompts"
     assert len(data[0].anchors.segment) > 1
     with pytest.raises(IndexError):
-        data.segment_text(len(texts))
+        data.texts[len(texts)]
 
 
 def test_a_reply_that_is_too_short_has_no_anchor(prepared: Path):

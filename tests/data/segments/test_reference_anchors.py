@@ -82,7 +82,7 @@ def test_a_truncated_conversation_has_no_target_beyond_the_cut(tmp_path: Path, t
     N = int(sample.loss_mask.sum())
     assert set(sample.anchors.length.tolist()) == {N}
     kept = sample.tokens[:40][sample.loss_mask[:40] == 1]
-    texts = [data.segment_text(int(record)) for record in sample.anchors.segment]
+    texts = [data.texts[int(record)] for record in sample.anchors.segment]
     decoded = [tokenizer_text(tokenizer_folder, kept[t + 1 :]) for t in sample.anchors.ordinal.tolist()]
     assert texts == decoded
 

@@ -24,7 +24,7 @@ def prepared(tmp_path: Path, tokenizer_folder: Path) -> Path:
 def test_each_distinct_segment_is_encoded_once_into_its_row(prepared: Path, encoded: list[str]):
     store = open_store(run(prepared), prepared)
     data = store.prepared
-    texts = [data.segment_text(row) for row in range(data.manifest.segments)]
+    texts = [data.texts[row] for row in range(data.manifest.segments)]
     rows = np.concatenate([data[i].anchors.segment for i in range(len(data))])
 
     assert sorted(encoded) == sorted(texts)
@@ -110,7 +110,7 @@ def test_one_flipped_bit_is_found_and_repaired(prepared: Path, name: str):
     expected = {path.name: path.read_bytes() for path in store.iterdir()}
     flip(store / name, 1)
 
-    with pytest.raises(ValueError, match=r"(row 0 missing or damaged|is not what was written) .*--verify"):
+    with pytest.raises(ValueError, match=r"(embedding 0 is missing or damaged|is not what was written) .*--verify"):
         open_store(store, prepared).verify()
     run(prepared, verify=True)
     assert {path.name: path.read_bytes() for path in store.iterdir()} == expected

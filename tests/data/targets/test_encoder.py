@@ -187,9 +187,9 @@ def test_code_that_comes_with_an_encoder_runs_only_on_request(bert: Path, tmp_pa
     [
         ({"max_length": 65}, "max length 65 is above the 64 positions"),
         ({"max_length": 2}, "max length 2 leaves no room"),
-        ({"pooling": "max"}, "pooling 'max' is unknown; choose mean, cls, last or own"),
-        ({"dtype": "int8"}, "encoder dtype 'int8' is unknown"),
-        ({"normalize": "l1"}, "normalize 'l1' is unknown; choose unit or none"),
+        ({"pooling": "max"}, "pooling is 'max'; choose mean, cls, last, own"),
+        ({"dtype": "int8"}, "dtype is 'int8'; choose float32"),
+        ({"normalize": "l1"}, "normalize is 'l1'; choose unit, none"),
     ],
 )
 def test_options_it_cannot_follow_are_refused(bert: Path, options: dict, reason: str):

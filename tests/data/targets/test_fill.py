@@ -114,7 +114,7 @@ def test_a_killed_run_leaves_an_incomplete_store_and_resumes(
         open_store(store, prepared)
     partial = open_store(store, prepared, partial=True)
     assert (partial[np.arange(6)] == open_store(whole, prepared)[np.arange(6)]).all()
-    with pytest.raises(ValueError, match="row 6 and 1 more missing"):
+    with pytest.raises(ValueError, match="embedding 6 and 1 more are missing or damaged"):
         partial[np.array([5, 6, 7])]
     with pytest.raises(ValueError, match="no statistics before it is complete"):
         _ = partial.mean
@@ -162,12 +162,12 @@ def test_damage_is_found_where_it_is_read_and_only_its_block_is_encoded_again(
     opened = open_store(store, prepared)
 
     assert (opened[np.array([3, 5, 11])] == open_store(whole, prepared)[np.array([3, 5, 11])]).all()
-    with pytest.raises(ValueError, match=rf"^{store}: row 4 missing or damaged .*; run: megatron-sfr .*--verify$"):
+    with pytest.raises(ValueError, match=rf"^{store}: embedding 4 is missing .*; run: megatron-sfr .*--verify$"):
         opened[np.array([3, 4])]
     run(prepared, output=store)
     assert not encoded, "nobody asked for every row to be read"
     run(prepared, output=store, verify=True, progress=True)
-    assert f"{store}: 2 of 12 rows are missing or damaged" in capsys.readouterr().out
+    assert f"{store}: 2 of 12 embeddings are missing or damaged" in capsys.readouterr().out
     assert len(encoded) == 2 * BLOCKS.block_rows
     assert content(store) == content(whole)
 

@@ -19,7 +19,7 @@ NEW = {"messages": turns("and the sky", "was it ever grey, and is the sea so blu
 
 def texts_of(prepared: Path) -> list[str]:
     data = PreparedData.open(prepared)
-    return [data.segment_text(row) for row in range(data.manifest.segments)]
+    return [data.texts[row] for row in range(data.manifest.segments)]
 
 
 def rows_by_text(store: Path, prepared: Path) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def test_other_stores_give_their_rows(old, tmp_path, tokenizer_folder, encoded, 
     both = write_prepared(tmp_path / "both", tokenizer_folder, [NEW, *RECORDS])
     encoded.clear()
 
-    run(both, reuse=[old / "targets", more / "targets"], progress=True)
+    run(both, reuse=[str(old / "targets"), more / "targets"], progress=True)
     assert not encoded
     new = set(texts_of(more)) - set(texts_of(old))
     total = len(texts_of(both))

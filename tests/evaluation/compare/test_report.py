@@ -22,7 +22,7 @@ from megatron_sfr.evaluation.compare.tables import as_json, columns, escaped, ma
 from megatron_sfr.evaluation.page.reply_explorer import Explorer, ShownReply
 from megatron_sfr.evaluation.scores.bootstrap import Estimate
 from megatron_sfr.html import download, table
-from megatron_sfr.storage.atomic import whole
+from megatron_sfr.storage.atomic import replacing
 
 VOID = r"(?<=\w|\") (open|hidden)(?=>)|<meta[^>]*>|<!doctype html>|<img[^>]*>|<input[^>]*>|<script>.*?</script>"
 GAP = Gap("CE", "SFR", "precision", "coverage", Estimate(0.02, 0.01, 0.03, 20), (0.5, 0.9))
@@ -125,9 +125,9 @@ def test_the_picture_has_a_panel_for_each_pair_of_axes(report: Report, tmp_path:
 
 def test_a_file_is_complete_or_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
-    with whole(path) as file:
+    with replacing(path) as file:
         file.write("first")
-    with pytest.raises(TypeError), whole(path) as file:
+    with pytest.raises(TypeError), replacing(path) as file:
         file.writelines(["half of the sec", None])
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]

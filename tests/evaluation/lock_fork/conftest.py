@@ -1,6 +1,5 @@
 """A tiny model with random weights, conversations prepared with its tokenizer, and their MiniLM targets."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_sfr.data.prepare.chat_source import PrepareOptions
-from megatron_sfr.data.prepare.pipeline import prepare
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import PERSONAS, QUESTIONS, World
+from tests.evaluation.conftest import prepare_conversations
 
 WIDTH = 32
 
@@ -37,10 +36,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """12 conversations with targets."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = list(World().validation(QUESTIONS[::20], "seen"))[:12]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = PrepareOptions(seq_length=400, stride=8, horizons=((1, 24),), min_segment_length=4)
-    prepare([folder / "rows.jsonl"], folder / "prepared", tiny_model, options, progress=False)
-    embed(folder / "prepared", "minilm", EmbedOptions(), progress=False)
-    return PreparedData.open(folder / "prepared")
+    prepared = prepare_conversations(tmp_path_factory.mktemp("data"), tiny_model, options)
+    embed(prepared, "minilm", EmbedOptions(), progress=False)
+    return PreparedData.open(prepared)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sfr.kernels.columns import Columns
-from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.objectives.anchored.asft import ASFT
+from megatron_sfr.kernels.vocab_parallel import StatisticsSpec, Vocab
+from megatron_sfr.objectives.anchored.asft import ASFT, AnchoredDFT
 from megatron_sfr.objectives.anchored.reference import LOG_P, TOKEN, Reference, merged_kl, merged_log_softmax
 from megatron_sfr.objectives.token.chunked_head import ChunkPlan, chunked_loss
 from megatron_sfr.objectives.token.dft import DFT
@@ -115,6 +115,26 @@ def test_columns_of_other_shards_are_neither_read_nor_written() -> None:
     assert torch.equal(read_TC, torch.tensor([[0, 3, -1e30], [11, -1e30, -1e30]]))
     columns.write(z_TV, torch.tensor([[100.0, 101, 102], [103, 104, 105]]))
     assert z_TV.tolist() == [[100, 1, 2, 101, 4, 5], [6, 7, 8, 9, 10, 103]]
+
+
+def test_an_error_while_columns_are_left_out_leaves_the_logits_as_they_were() -> None:
+    z_TV = torch.arange(12.0).view(2, 6)
+    with pytest.raises(RuntimeError), Columns(torch.tensor([[1], [4]]), Vocab(6), 6).left_out(z_TV):
+        raise RuntimeError
+    assert torch.equal(z_TV, torch.arange(12.0).view(2, 6))
+
+
+class WithTop(AnchoredDFT):
+    """Asks for a statistic that leaves out the chosen columns."""
+
+    @property
+    def statistics(self) -> StatisticsSpec:
+        return StatisticsSpec(top_k=2)
+
+
+def test_statistics_without_the_chosen_columns_are_refused() -> None:
+    with pytest.raises(ValueError, match="WithTop has chosen columns: its statistics must be StatisticsSpec"):
+        token_loss(Z_TV, Y_T, WithTop(0.3, reference(50, SIZE, 4)))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

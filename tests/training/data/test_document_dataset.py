@@ -101,7 +101,7 @@ def test_an_anchor_has_the_text_that_follows_it_in_its_document(folder: Path, to
             offset, length = OPTIONS.horizons[h]
             future = fast.decode(corpus[document][i + offset : i + offset + length], skip_special_tokens=True)
             if "\ufffd" not in future:  # the slice does not cut a character
-                assert prepared.segment_text(row) == future
+                assert prepared.texts[row] == future
                 seen += 1
     assert seen > 50
 
@@ -249,6 +249,6 @@ def test_inspect_shows_counts_and_futures(folder: Path, capsys: pytest.CaptureFi
     assert f"{len(TEXTS)}; 0 rejected" in out
     assert f"document 1: {len(position)} anchors" in out
     for row in segment[:2]:
-        assert f"    {prepared.segment_text(row).strip()}" in out
+        assert f"    {prepared.texts[row].strip()}" in out
     assert f"{len(position) - 2} more" in out
     assert main(["inspect", "--data", str(folder), "--html", "x.html"]) == 2

@@ -9,7 +9,9 @@ import pytest
 from megatron.core.datasets.utils import Split
 from torch.utils.data import default_collate
 
-from megatron_sfr.config.run_plan import text_length
+from megatron_sfr.config.build import head_plan
+from megatron_sfr.config.run_plan import plan_run, text_length
+from megatron_sfr.config.settings import Parser
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.kl_flow.kl_flow_step import TaskOptions
@@ -68,6 +70,13 @@ def whole(folder: Path, split: Split = Split.train, **changes: Any) -> PreparedD
     dataset = PreparedDataset(data, str(folder), np.arange(len(data)), None, split, config)
     dataset.anchor_sizes = dataset.sizes(config.anchors.entries)
     return dataset
+
+
+def test_the_name_of_a_folder_may_be_a_number(folders: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """It is not taken for a weight: those stand before every folder of a blend."""
+    monkeypatch.chdir(folders[0].parent)
+    args = Parser().read(["--seq-length", str(SEQ_LENGTH), "--sfr", "--train-data-path", folders[0].name])
+    assert head_plan(plan_run(args, "cpu")).dim == 384
 
 
 @pytest.mark.parametrize("fill", ["anchors_only", "nearest"])
