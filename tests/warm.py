@@ -128,6 +128,11 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
+def torchrun() -> dict[str, str]:
+    """Environment variables with which torchrun's ranks are forks of the server."""
+    return {"PYTHON_EXEC": str(Path(__file__).with_name("warm_rank.py")), "WARM_SOCKET": str(server()[0])}
+
+
 def popen(*command: str) -> Warm:
     """Starts `python COMMAND`."""
     return Warm(command, [environment()])
