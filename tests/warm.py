@@ -5,22 +5,25 @@ itself does is not exercised here: tests that are about torchrun, launchers and 
 changes of PYTHONPATH reach a fork.
 """
 
+import fcntl
 import functools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
+
+from filelock import FileLock
+
+from tests.warm_server import USERS
 
 ROOT = Path(__file__).parents[1]
 START_S = 900  # for the imports, on a busy machine
@@ -34,7 +37,7 @@ class Warm:
         self.returncode: int | None = None
         self.cpu_s = 0.0
         self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(str(server()[1]))
+        self.connection.connect(str(server()[0]))
         self.received = b""
         self.files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115, closed in __exit__
         request = {"command": command, "environments": environments, "folder": os.getcwd()}
@@ -89,27 +92,26 @@ class Warm:
             resource.close()
 
 
-@functools.cache  # one for all tests of this process, and it ends with this process
-def server() -> tuple[subprocess.Popen, Path]:
-    """The server, and its socket."""
-    path = Path(tempfile.mkdtemp(prefix="warm-"), "socket")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.warm_server", str(path)], env=environment)
-    end = time.monotonic() + START_S
-    while not path.exists():
-        assert process.poll() is None, "the server of warm processes failed; its error is above"
-        assert time.monotonic() < end, f"no server of warm processes in {START_S} seconds"
-        time.sleep(0.02)
-    return process, path
+@functools.cache  # one for all tests of this process
+def server() -> tuple[Path, IO[bytes]]:
+    """The socket of the server, which all processes of a test session share, and the file that keeps it alive."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    path = Path(tempfile.gettempdir(), f"warm-{session}", "socket")
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_name("start")):
+        users = path.with_name(USERS).open("wb")
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if not path.exists():
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-W", "ignore", "-m", "tests.warm_server", str(path)]
+            subprocess.run(command, env=environment, check=True, timeout=START_S)
+    return path, users
 
 
 def stop() -> None:
-    """Ends the server if there is one."""
+    """Lets the server end, once no process of the session uses it."""
     if server.cache_info().currsize:
-        process, path = server()
-        process.kill()
-        process.wait()
-        shutil.rmtree(path.parent)
+        server()[1].close()
         server.cache_clear()
 
 
@@ -124,6 +126,11 @@ def held_port() -> Iterator[int]:
 
 def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+def torchrun() -> dict[str, str]:
+    """Environment variables with which torchrun's ranks are forks of the server."""
+    return {"PYTHON_EXEC": str(Path(__file__).with_name("warm_rank.py")), "WARM_SOCKET": str(server()[0])}
 
 
 def popen(*command: str) -> Warm:

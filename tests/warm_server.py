@@ -1,21 +1,25 @@
 """A process that has imported what commands need, and forks itself for each of them: a start takes 0.1 s, not 10.
 
-argv: the path of a Unix socket. A client (warm.py) sends one request on a connection, with files for output and errors.
-A supervisor, itself a fork, then starts the command's processes as torchrun starts ranks: each leads a session, runs
-the command as __main__, and is killed when another one fails or when the supervisor ends.
+argv: the path of a Unix socket. The program ends when its fork, the server, accepts connections. The server ends when
+no process holds a lock on the file USERS beside the socket. A client (warm.py) sends one request on a connection, with
+files for output and errors. A supervisor, itself a fork, then starts the command's processes as torchrun starts ranks:
+each leads a session, runs the command as __main__, and is killed when another one fails or when the supervisor ends.
 """
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 IMPORTED = """
@@ -23,12 +27,12 @@ IMPORTED = """
     megatron_sfr.config.build megatron_sfr.config.resume megatron_sfr.runtime.durable megatron_sfr.runtime.resharding
     multiprocessing.managers torch.utils.tensorboard
 """.split()
+USERS = "users"
+POLL_S = 1.0  # how often the server looks for users
 
 
-def serve(path: str) -> NoReturn:
-    """Accepts connections for as long as the client lives."""
-    from megatron_sfr.runtime.lifetime import end_with_parent
-
+def serve(path: Path) -> NoReturn:
+    """Forks the server, which accepts connections for as long as there are users, and ends."""
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{path}.partial")
@@ -36,9 +40,27 @@ def serve(path: str) -> NoReturn:
     os.rename(f"{path}.partial", path)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
+    if os.fork() == 0:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):  # they are a test process's
+            os.dup2(nowhere, number)
+        listening.settimeout(POLL_S)
+        accept(listening, path.with_name(USERS))
+    os._exit(0)
+
+
+def accept(listening: socket.socket, users: Path) -> NoReturn:
+    """Forks a supervisor for each connection."""
+    from megatron_sfr.runtime.lifetime import end_with_parent
+
     server = os.getpid()
     while True:
-        connection, _ = listening.accept()
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            end_without_users(users)
+            continue
         with contextlib.suppress(ChildProcessError):  # there are none
             while os.waitpid(-1, os.WNOHANG) != (0, 0):  # earlier supervisors: their CPU time counts as the server's
                 pass
@@ -46,6 +68,14 @@ def serve(path: str) -> NoReturn:
             end_with_parent(server)
             supervise(connection)
         connection.close()
+
+
+def end_without_users(users: Path) -> None:
+    """Ends the server if no process holds a lock on the file."""
+    with users.open("rb") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(users.parent)
+        os._exit(0)
 
 
 def supervise(connection: socket.socket) -> NoReturn:
@@ -136,8 +166,5 @@ def import_megatron() -> None:
 
 
 if __name__ == "__main__":
-    from megatron_sfr.runtime.lifetime import end_with_parent
-
-    end_with_parent(os.getppid())
     import_megatron()
-    serve(sys.argv[1])
+    serve(Path(sys.argv[1]))

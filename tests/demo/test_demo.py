@@ -7,12 +7,17 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
+from tests import warm
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ranks of its torchrun are forks; test_first_steps.py and `make test-recovery` start them as users do."""
     folder = tmp_path_factory.mktemp("demo") / "output"
-    assert main(["demo", "--tiny", "--output", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in warm.torchrun().items():
+            patch.setenv(name, value)
+        assert main(["demo", "--tiny", "--output", str(folder)]) == 0
     return folder
 
 

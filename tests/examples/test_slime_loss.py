@@ -1,7 +1,7 @@
 """The loss for slime, on two tensor-parallel ranks with gloo, equals one process in value and gradient.
 
-slime is not installed here, since it is not on PyPI. `get_responses` below has the signature that it has in slime at
-00c2d6d, and its division by the rollout's temperature.
+The ranks run this file as a program. slime is not installed here, since it is not on PyPI. `get_responses` below has
+the signature that it has in slime at 00c2d6d, and its division by the rollout's temperature.
 Shapes: T tokens of the batch, V columns, R response tokens.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_sfr.objectives.token.gem import GEM
+from tests import warm
 
 T, V, SIZE = 11, 8, 7
 ARGS = Namespace(rollout_temperature=0.5, vocab_size=SIZE)
@@ -43,7 +43,7 @@ def get_responses(
         yield logits[end - response - 1 : end - 1], tokens[-response:]
 
 
-def run_rank(rank: int, folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     """Loss, cross-entropy and the gradient of this rank's half of the columns."""
     from megatron.core import parallel_state
 
@@ -54,8 +54,8 @@ def run_rank(rank: int, folder: Path) -> None:
         sys.modules[name] = types.ModuleType(name)
     from examples.slime_loss.gem_loss import loss
 
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, create_gloo_process_groups=False)
     logits_1TV = LOGITS_1TV.chunk(2, dim=-1)[rank].clone().requires_grad_()
     total, log = loss(ARGS, BATCH, logits_1TV, torch.sum)
@@ -66,7 +66,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_equal_one_process_at_temperature_1(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (tmp_path,), nprocs=2)
+    warm.run(__file__, str(tmp_path), ranks=2, check=True)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     z_RV = LOGITS_1TV[0, RESPONSE_R, :SIZE].clone().requires_grad_()
     y_R = torch.cat([TOKENS[0][-2:], TOKENS[1][-3:]])
@@ -80,3 +80,7 @@ def test_two_ranks_equal_one_process_at_temperature_1(tmp_path: Path) -> None:
     torch.testing.assert_close(gradient_TV[RESPONSE_R, :SIZE], z_RV.grad)
     gradient_TV[RESPONSE_R, :SIZE] = 0
     assert not gradient_TV.any()
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

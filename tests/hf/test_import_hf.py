@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from megatron_sfr.hf.import_hf import check_import, import_hf
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.hf.megatron.megatron_model import check_imported
 from megatron_sfr.hf.megatron.tracker import TRACKER
+from tests import warm
 from tests.hf.models import CASES, save_model
 
 
@@ -87,10 +86,10 @@ def test_existing_output_of_unknown_origin_is_refused_and_kept(imported, untied,
 
 def test_two_at_once_write_one_whole_checkpoint(untied, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "megatron_sfr.cli", "convert", "import", "--hf", str(untied), "--output"]
-    both = [subprocess.Popen([*command, str(output)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    codes = [process.returncode for process in both]
+    command = ["-m", "megatron_sfr.cli", "convert", "import", "--hf", str(untied), "--output", str(output)]
+    with warm.popen(*command) as first, warm.popen(*command) as second:
+        errors = [process.communicate()[1] for process in (first, second)]
+    codes = [first.returncode, second.returncode]
     assert 0 in codes, errors  # the other was refused, or came late and found it up to date
     assert all(code == 0 or "is being written by process" in said for code, said in zip(codes, errors, strict=True))
     check_import(output / "release", read_config(untied), Weights(untied), progress=False)

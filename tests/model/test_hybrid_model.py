@@ -5,24 +5,16 @@ Transformer Engine's specification, which needs a GPU.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import warm
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    command = [sys.executable, "-m", "tests.model.hybrid_program"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = warm.run("-m", "tests.model.hybrid_program", ranks=1, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -2,7 +2,8 @@
 
 `flags ARGV`: CUDA is reported present, upstream validates the flags and builds the model, which takes a step of bf16 on
 a CPU that answers for the GPU. `fusion`: upstream's DDP over a layer that adds to `main_grad` itself, as Transformer
-Engine's do, beside upstream's own output layer. What this does not exercise: any CUDA kernel.
+Engine's do, beside upstream's own output layer. `adam`: the modules of what repairs torch's Adam. What this does not
+exercise: any CUDA kernel.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_sfr.runtime import cpu
+from megatron_sfr.runtime import backend, cpu
 
 
 def flags(argv: list[str]) -> dict[str, Any]:
@@ -114,12 +115,19 @@ def fusion() -> dict[str, Any]:
     return {"switched": switched, "norms": [g.norm().item() for g in gradients[0]], "differences": differences}
 
 
-if __name__ == "__main__":
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+def adam() -> list[str]:
+    """The modules that upstream's names of TORCH_ADAM are from, once a run with CUDA has started."""
+    backend.start("cuda")
+    return [entry.original().__module__ for entry in cpu.TORCH_ADAM]
+
+
+def on_one_rank(argv: list[str]) -> dict[str, Any]:
+    """`flags` or `fusion` as the only rank of a run."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     cpu.install()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        print(json.dumps(fusion() if sys.argv[1] == "fusion" else flags(sys.argv[2:])))
-    except ValueError as error:
-        print(json.dumps({"error": str(error)}))
+    return fusion() if argv[0] == "fusion" else flags(argv[1:])
+
+
+if __name__ == "__main__":
+    print(json.dumps(adam() if sys.argv[1] == "adam" else on_one_rank(sys.argv[1:])))

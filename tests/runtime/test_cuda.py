@@ -18,6 +18,7 @@ from megatron_sfr.config.settings import Parser
 from megatron_sfr.model.gradient_fusion import SWITCH
 from megatron_sfr.runtime import backend
 from megatron_sfr.runtime.cpu import HIDDEN_PACKAGES, TORCH_ADAM
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -48,8 +49,9 @@ def run(*command: str, **variables: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def program(*arguments: str) -> dict[str, Any]:
-    return json.loads(run("-m", "tests.runtime.cuda_program", *arguments))
+def program(*arguments: str) -> Any:
+    done = warm.run("-m", "tests.runtime.cuda_program", *arguments, ranks=1, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def has_distribution(name: str) -> bool:
@@ -155,36 +157,36 @@ def packages(tmp_path: Path) -> dict[str, str]:
 
 LOOK = """
 import sys
-from megatron_sfr.runtime import backend
-backend.prepare(sys.argv[1:])
+from megatron_sfr.train import main
+try:
+    main(["--recipe", sys.argv[1], "--no-such-flag"])
+except ValueError as error:
+    print(error)
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, clip_grads
-print(USING_PYTORCH_OPTIMIZER, clip_grads.l2_norm_impl.__module__)
+print(sys.modules["transformer_engine"], USING_PYTORCH_OPTIMIZER, clip_grads.l2_norm_impl.__module__)
 """
 
 
-def test_the_cpu_backend_never_takes_a_cuda_package(packages: dict[str, str], tmp_path: Path) -> None:
+def test_training_on_cpu_imports_no_cuda_package_with_megatron(packages: dict[str, str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sfr_backend: cpu\n")
-    assert run("-c", LOOK, "--recipe", str(recipe), **packages) == "True megatron.core.utils"
+    assert run("-c", LOOK, str(recipe), **packages) == "None True megatron.core.utils"
     taken = "from transformer_engine.pytorch.optimizers import FusedAdam\nimport amp_C, apex.optimizers\nprint('taken')"
     assert run("-c", taken, **packages) == "taken"  # what upstream does otherwise
 
 
-def test_training_chooses_its_backend_before_megatron_is_imported(packages: dict[str, str]) -> None:
-    look = (
-        "import sys\nfrom megatron_sfr.train import main\n"
-        "try:\n    main(['--sfr-backend', 'cpu', '--no-such-flag'])\n"
-        "except ValueError as error:\n    print(error, sys.modules['transformer_engine'])"
-    )
-    assert run("-c", look, **packages).endswith("None")
+@pytest.mark.parametrize(("flags", "hidden"), [(("--sfr-backend", "cpu"), True), (("--sfr-backend", "cuda"), False)])
+def test_the_backend_of_the_flags_hides_cuda_packages(
+    flags: tuple[str, ...], hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in HIDDEN_PACKAGES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    backend.prepare(flags)
+    assert [name in sys.modules for name in HIDDEN_PACKAGES] == [hidden] * len(HIDDEN_PACKAGES)
 
 
 def test_torch_s_adam_is_repaired_on_cuda_too() -> None:
-    look = (
-        "from megatron_sfr.runtime import backend, cpu\nbackend.start('cuda')\n"
-        "print([entry.original().__module__ for entry in cpu.TORCH_ADAM])"
-    )
-    assert run("-c", look) == str(["megatron_sfr.runtime.cpu"] * len(TORCH_ADAM))
+    assert program("adam") == ["megatron_sfr.runtime.cpu"] * len(TORCH_ADAM)
 
 
 @pytest.mark.skipif(not has_distribution("transformer-engine"), reason="needs Transformer Engine")

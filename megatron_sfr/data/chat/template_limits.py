@@ -238,7 +238,7 @@ def _in_bounded_memory(work: Callable[[], Any]) -> Any:
             return work()
     except MemoryError:
         pass  # raised below, not as the cause: the machine itself has memory left
-    raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory")
+    raise TemplateLimitError(f"it needs more than {MOST_BYTES / (1 << 30):g} GiB of memory")
 
 
 class _Size:
