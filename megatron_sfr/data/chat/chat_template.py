@@ -25,7 +25,7 @@ _QUESTION = {"role": "user", "content": "Hi"}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which records have reasoning; a message may have one of them."""
 MARK = "7294816305"  # no letters: a template may write them in upper case
-SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
+SHORT = 200  # characters of a text whose tokens are remembered: the headers of turns
 
 
 class TemplateRefusal(RecordError):
@@ -133,8 +133,8 @@ class ChatTemplate:
             return encode_literally(text, self.tokenizer, self.control, self.control_ids)
         return list(_short_ids(self.tokenizer, text)) if len(text) <= SHORT else encode_text(self.tokenizer, text)
 
-    def letters_joined_at(self, text: str, offset: int) -> tuple[str, str]:
-        """The letters of one token on both sides of an offset in rendered text; two empty strings for none."""
+    def characters_joined_at(self, text: str, offset: int) -> tuple[str, str]:
+        """The characters of one token on both sides of an offset in rendered text; two empty strings for none."""
         if TEXT_OPEN not in text:
             for start, end in self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets:
                 if start < offset < end:
@@ -213,7 +213,7 @@ class RenderedTokens:
         controls = list(template.control.finditer(text))
         known = frozenset(template.control_ids.values())
         places = [place for place, id in enumerate(self.ids) if id in known]
-        # They differ where the tokenizer writes a special token by itself, such as one for unknown letters.
+        # They differ where the tokenizer writes a special token by itself, such as one for unknown characters.
         alike = [self.ids[place] for place in places] == [template.control_ids[found[0]] for found in controls]
         self._starts = [found.start() for found in controls] if alike else []
         self._places = places if alike else []

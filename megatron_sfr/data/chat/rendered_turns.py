@@ -21,7 +21,7 @@ EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 SWITCH = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3 and Nemotron Nano act on these and drop them
 USER_TURN = "--persona-as user, which puts it at the start of the first user turn"
-TAIL = 64  # letters at the end of a reply that must stand before its end token, however the template writes the rest
+TAIL = 64  # characters at the end of a reply that must stand before its end token, however the template writes the rest
 Offsets = tuple[int, int]
 
 
@@ -98,7 +98,7 @@ class Turns:
         return self._rendered[last]
 
     def render(self, *, each: bool) -> int:
-        """Renders what samples need: one of each trained reply, or one of all. Returns the number of letters.
+        """Renders what samples need: one of each trained reply, or one of all. Returns the number of characters.
 
         What the template refuses is left out here; the sample that asks for it reports the error.
         """

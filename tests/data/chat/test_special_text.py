@@ -19,7 +19,7 @@ def chatml(make_tokenizer):
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Pieces as sentencepiece writes them: the control tokens are pieces too, blanks are letters."""
+    """Pieces as sentencepiece writes them: the control tokens are pieces too, blanks are characters."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(letter, -3.0) for letter in "▁<>/sabcdegiklt:\n"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
