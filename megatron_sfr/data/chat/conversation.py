@@ -246,7 +246,7 @@ def _check_message(message: Any, number: int) -> None:
     if extra := sorted(name for name, value in message.items() if name not in known and value not in EMPTY):
         raise RecordError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
     _check_trained(message, number)
-    _check_reasoning(message, number)
+    check_reasoning(message, number)
     content, calls = message.get("content"), message.get("tool_calls")
     if calls:
         check_calls(calls, number)
@@ -270,7 +270,8 @@ def _check_trained(message: Message, number: int) -> None:
             )
 
 
-def _check_reasoning(message: Message, number: int) -> None:
+def check_reasoning(message: Message, number: int) -> None:
+    """RecordError if a message has reasoning under two names, or one that is not text."""
     given = [name for name in REASONING if message.get(name) is not None]
     if len(given) > 1:
         raise RecordError(
