@@ -31,6 +31,13 @@ def test_files_and_folders_of_shards_are_read_in_order(tmp_path: Path) -> None:
     assert record_files([*first, tmp_path / "shards"]) == (*first, *shards)
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    inside, outside = touch(tmp_path / "shards", "a.jsonl", "c.JSONL"), touch(tmp_path / "disk", "b.jsonl")
+    (tmp_path / "shards" / "b").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "shards")
+    assert record_files([tmp_path / "shards"]) == (inside[0], tmp_path / "shards" / "b" / outside[0].name, inside[1])
+
+
 def test_a_saved_dataset_is_its_arrow_files_by_split(tmp_path: Path) -> None:
     train = save_state(tmp_path / "d" / "train", "data-00001-of-00002.arrow", "data-00000-of-00002.arrow")
     test = save_state(tmp_path / "d" / "test", "data-00000-of-00001.arrow")

@@ -174,8 +174,12 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
         end = end_of_reply(text, start, message, number, turns.template, is_last=turn == rendered.last)
     else:
         check_complete(text[start : end.start()], message, number)
+    own = text[start : end.start()]
+    if (ending := turns.template.plain_end()) and ending in own:
+        raise Unrendered(f"the chat template writes {ending}, which ends replies, inside of reply {number}")
+    if (empty := EMPTY_THOUGHT.match(own)) and own.startswith(THINK, empty.end()):
+        raise Unrendered(f"the chat template writes an empty thought before that of reply {number}")
     if OPEN_THOUGHT.search(prompt):
-        own = text[start : end.start()]
         check_open_thought(turns.template, own, message, number)
         if own.lstrip().startswith(THINK):
             raise Unrendered(f"the chat template opens the thought of reply {number} twice")
