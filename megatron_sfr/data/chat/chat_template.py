@@ -120,8 +120,10 @@ class ChatTemplate:
             longer, _ = self._render([*finished, following], None, like)
         except TemplateRefusal:
             return ""
-        *_, last = [0, *(found.end() for found in self.control.finditer(text))]
-        has_own_end = not text[last:].strip()
+        if not longer.startswith(text):  # GLM-5.1 writes thoughts of earlier turns in another way
+            text, longer = (written.rpartition(finished[-1]["content"])[2] for written in (text, longer))
+        ends = [found.end() for found in self.control.finditer(text)]
+        has_own_end = bool(ends) and not text[ends[-1] :].strip()
         token = self.control.match(longer, len(text)) if longer.startswith(text) else None
         return token[0] if token and not has_own_end else ""
 

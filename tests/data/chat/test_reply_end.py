@@ -63,6 +63,18 @@ def test_the_refusal_names_the_token_and_its_remedy_works(bpe):
         runs(tokenizer_of("glm-4.5", bpe), KINDS["tools"][:2], tools=TOOLS)
 
 
+def test_the_next_turn_is_found_although_the_reply_before_it_is_written_in_another_way(make_tokenizer):
+    """As GLM-5.1 does: it closes the thought of an earlier reply, and opens and closes that of the last one."""
+    thought = (
+        "{% if m.role == 'assistant' %}{{ '<think></think>' if loop.last else '</think>' }}{% endif %}{{ m.content"
+    )
+    tokenizer = load_tokenizer(str(make_tokenizer(NO_END.replace("{{ m.content", thought))))
+    messages = turns("the sea", "is blue", "the sky", "is grey")
+
+    expected = [["<think></think>is blue\n<|im_start|>"], ["<think></think>is grey\n<|im_start|>"]]
+    assert runs(tokenizer, messages, turns="each", **NEXT) == expected
+
+
 def test_a_reply_that_another_follows_does_not_end_on_its_header(bpe):
     tokenizer = tokenizer_of("glm-4-0414", bpe)
     messages = [user("the sea"), reply("Blue."), reply("It is blue.")]
