@@ -17,6 +17,7 @@ COMPRESSED = (".gz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"[\w.-]+")
 _STATE, _DICT = "state.json", "dataset_dict.json"
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # describe files beside them: of `datasets`, of LLaMA-Factory
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def record_files(inputs: Sequence[Path], options: DatasetOptions = DatasetOption
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = [path for path in sorted(_files_in(folder, set())) if _is_record_file(path.relative_to(folder))]
+    files = sorted(_files_in(folder, set()))
+    if saved := next((path.parent for path in files if path.name in (_STATE, _DICT)), None):
+        raise ValueError(f"{folder} has a saved dataset inside; give {saved} as a separate input")
+    found = [path for path in files if _is_record_file(path.relative_to(folder))]
     if not found:
         raise ValueError(f"{folder} has no file whose name ends in {', '.join(SUFFIXES)}, .gz or .zst; add one")
     return found
@@ -82,7 +86,7 @@ def _files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
 def _is_record_file(path: Path) -> bool:
     name = path.with_suffix("").name if path.suffix in COMPRESSED else path.name
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return name.lower().endswith(SUFFIXES) and not hidden
+    return name.lower().endswith(SUFFIXES) and not hidden and name not in _ABOUT
 
 
 def _saved_files(folder: Path, options: DatasetOptions) -> list[Path]:

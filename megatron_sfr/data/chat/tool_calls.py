@@ -29,12 +29,13 @@ def tools_of(fields: dict[str, Any]) -> list[Any] | None:
 
 
 def objects_of(value: Any, name: str) -> list[Any]:
-    """A list of objects, which some files hold as JSON in a string."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise RecordError(f"the {name} are {error}; write a list") from error
+    """A list of objects. Some files hold it, or each object of it, as JSON in a string."""
+    try:
+        value = parse_json(value) if isinstance(value, str) and value.strip() else value
+        if isinstance(value, list):
+            value = [parse_json(item) if isinstance(item, str) else item for item in value]
+    except ValueError as error:
+        raise RecordError(f"the {name} are {error}; write a list") from error
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):

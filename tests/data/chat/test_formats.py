@@ -122,7 +122,8 @@ def test_functions_are_tools_of_an_older_name():
         {"role": "tool", "name": "tide", "content": "high"},
         old[3],
     ]
-    assert parse(SAME["alpaca"] | {"tools": json.dumps([tide])}, "alpaca").tools == [tide]
+    for tools in (json.dumps([tide]), [json.dumps(tide)]):
+        assert parse(SAME["alpaca"] | {"tools": tools}, "alpaca").tools == [tide]
 
 
 def test_a_prompt_is_context_and_its_replies_are_not_trained():
