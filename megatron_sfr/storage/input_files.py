@@ -6,7 +6,7 @@ A dataset that `datasets` has saved or downloaded is a list of Arrow files; they
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ COMPRESSED = (".gz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"[\w.-]+")
 _STATE, _DICT = "state.json", "dataset_dict.json"
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # describe files beside them: of `datasets`, of LLaMA-Factory
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,27 @@ def record_files(inputs: Sequence[Path], options: DatasetOptions = DatasetOption
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_record_file(path.relative_to(folder))]
+    files = sorted(_files_in(folder, set()))
+    if saved := next((path.parent for path in files if path.name in (_STATE, _DICT)), None):
+        raise ValueError(f"{folder} has a saved dataset inside; give {saved} as a separate input")
+    found = [path for path in files if _is_record_file(path.relative_to(folder))]
     if not found:
         raise ValueError(f"{folder} has no file whose name ends in {', '.join(SUFFIXES)}, .gz or .zst; add one")
     return found
 
 
+def _files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files of a folder and of those in it, also of links to folders, each folder once."""
+    if (real := folder.resolve()) not in seen:
+        seen.add(real)
+        for path in sorted(folder.iterdir()):
+            yield from _files_in(path, seen) if path.is_dir() else [path]
+
+
 def _is_record_file(path: Path) -> bool:
     name = path.with_suffix("").name if path.suffix in COMPRESSED else path.name
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return name.endswith(SUFFIXES) and not hidden
+    return name.lower().endswith(SUFFIXES) and not hidden and name not in _ABOUT
 
 
 def _saved_files(folder: Path, options: DatasetOptions) -> list[Path]:

@@ -27,8 +27,23 @@ def save_state(folder: Path, *names: str) -> list[Path]:
 def test_files_and_folders_of_shards_are_read_in_order(tmp_path: Path) -> None:
     first = touch(tmp_path, "first.txt")
     shards = touch(tmp_path / "shards", "00.jsonl", "01.jsonl.gz", "02.parquet", "deep/a.json.zst", "deep/b.arrow")
-    touch(tmp_path / "shards", "README.md", ".hidden.jsonl", ".cache/x.jsonl", "_temporary/y.jsonl", "image.gz")
+    touch(
+        tmp_path / "shards",
+        "README.md",
+        "dataset_info.json",
+        ".hidden.jsonl",
+        ".cache/x.jsonl",
+        "_temporary/y.jsonl",
+        "image.gz",
+    )
     assert record_files([*first, tmp_path / "shards"]) == (*first, *shards)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    inside, outside = touch(tmp_path / "shards", "a.jsonl", "c.JSONL"), touch(tmp_path / "disk", "b.jsonl")
+    (tmp_path / "shards" / "b").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "shards")
+    assert record_files([tmp_path / "shards"]) == (inside[0], tmp_path / "shards" / "b" / outside[0].name, inside[1])
 
 
 def test_a_saved_dataset_is_its_arrow_files_by_split(tmp_path: Path) -> None:
@@ -41,6 +56,8 @@ def test_a_saved_dataset_is_its_arrow_files_by_split(tmp_path: Path) -> None:
         record_files([tmp_path / "d"])
     with pytest.raises(ValueError, match=r"has the splits train, test and no dev; choose one"):
         record_files([tmp_path / "d"], DatasetOptions("dev"))
+    with pytest.raises(ValueError, match=rf"has a saved dataset inside; give {tmp_path / 'd'} as a separate input"):
+        record_files([tmp_path])
     with pytest.raises(ValueError, match="is a dataset without splits; leave --split out"):
         record_files([tmp_path / "d" / "train"], DatasetOptions("train"))
     test[0].unlink()

@@ -13,9 +13,9 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from megatron_sfr.data.chat.special_text import TEXT_OPEN, encode_literally, with_placeholders
+from megatron_sfr.data.chat.special_text import TEXT_OPEN, THOUGHT_MARKS, encode_literally, with_placeholders
 from megatron_sfr.data.chat.template_limits import check_output, compiled, render_bounded
-from megatron_sfr.data.chat.template_options import TemplateOptions, check_variable, variables_of
+from megatron_sfr.data.chat.template_options import TemplateOptions, check_variable
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import reason, strings_of
@@ -25,7 +25,7 @@ _QUESTION = {"role": "user", "content": "Hi"}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which records have reasoning; a message may have one of them."""
 MARK = "7294816305"  # no letters: a template may write them in upper case
-SHORT = 200  # letters of a text whose tokens are remembered: the headers of turns
+SHORT = 200  # characters of a text whose tokens are remembered: the headers of turns
 
 
 class TemplateRefusal(RecordError):
@@ -99,17 +99,20 @@ class ChatTemplate:
         return self._next_turns[bool(calls)]
 
     def end_of_turn(self, text: str, first: re.Match[str]) -> re.Match[str]:
-        """The end of a turn: the first control token after its content or, of several in a row, that of `plain_end`."""
-        row = [first]  # Command R7B ends a text, then the turn
-        for token in self.control.finditer(text, first.end()):
-            if text[row[-1].end() : token.start()].strip():
-                break
-            row.append(token)
-        return first if len(row) == 1 else next((token for token in row if token[0] == self.plain_end()), first)
+        """The end of a turn, whose first control token after its content is given.
+
+        Command R7B ends a text, then the turn; Kimi K3 closes tags, with their names between control tokens.
+        """
+        closing = _closing(self.tokenizer, self.options, self.tokenizer.get_chat_template())
+        if not closing or not text.startswith(closing, first.start()):
+            return first
+        *_, last = self.control.finditer(text, first.start(), first.start() + len(closing))
+        return last
 
     def plain_end(self) -> str:
         """The token that ends a reply without tool calls; an empty string if this is not known."""
-        return _plain_end(self.tokenizer, self.options, self.tokenizer.get_chat_template())
+        closing = _closing(self.tokenizer, self.options, self.tokenizer.get_chat_template())
+        return (self.control.findall(closing) or [""])[-1]
 
     def _token_between(self, finished: list[Message], following: Message, like: Any) -> str:
         try:
@@ -117,8 +120,10 @@ class ChatTemplate:
             longer, _ = self._render([*finished, following], None, like)
         except TemplateRefusal:
             return ""
-        *_, last = [0, *(found.end() for found in self.control.finditer(text))]
-        has_own_end = not text[last:].strip()
+        if not longer.startswith(text):  # GLM-5.1 writes thoughts of earlier turns in another way
+            text, longer = (written.rpartition(finished[-1]["content"])[2] for written in (text, longer))
+        ends = [found.end() for found in self.control.finditer(text)]
+        has_own_end = bool(ends) and not text[ends[-1] :].strip()
         token = self.control.match(longer, len(text)) if longer.startswith(text) else None
         return token[0] if token and not has_own_end else ""
 
@@ -133,17 +138,13 @@ class ChatTemplate:
             return encode_literally(text, self.tokenizer, self.control, self.control_ids)
         return list(_short_ids(self.tokenizer, text)) if len(text) <= SHORT else encode_text(self.tokenizer, text)
 
-    def letters_joined_at(self, text: str, offset: int) -> tuple[str, str]:
-        """The letters of one token on both sides of an offset in rendered text; two empty strings for none."""
+    def characters_joined_at(self, text: str, offset: int) -> tuple[str, str]:
+        """The characters of one token on both sides of an offset in rendered text; two empty strings for none."""
         if TEXT_OPEN not in text:
             for start, end in self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets:
                 if start < offset < end:
                     return text[start:offset], text[offset:end]
         return "", ""
-
-    def variables(self) -> set[str]:
-        """The variables that can be set in `template_kwargs`."""
-        return variables_of(self.tokenizer)
 
     def _render(
         self,
@@ -213,7 +214,7 @@ class RenderedTokens:
         controls = list(template.control.finditer(text))
         known = frozenset(template.control_ids.values())
         places = [place for place, id in enumerate(self.ids) if id in known]
-        # They differ where the tokenizer writes a special token by itself, such as one for unknown letters.
+        # They differ where the tokenizer writes a special token by itself, such as one for unknown characters.
         alike = [self.ids[place] for place in places] == [template.control_ids[found[0]] for found in controls]
         self._starts = [found.start() for found in controls] if alike else []
         self._places = places if alike else []
@@ -248,7 +249,7 @@ def system_in_user_turn(messages: Sequence[Message]) -> list[Message]:
 
 
 def control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], dict[str, int]]:
-    """A pattern that finds any special token in text (the longest one first), and the ids of these tokens."""
+    """A pattern that finds any special token in text but THOUGHT_MARKS (the longest one first), and their ids."""
     return _control_tokens(tokenizer, len(tokenizer))
 
 
@@ -257,6 +258,8 @@ def _control_tokens(tokenizer: Any, _size: int) -> tuple[re.Pattern[str], dict[s
     """Cached by the vocabulary's size too, which changes when tokens are added."""
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for mark in THOUGHT_MARKS:
+        special.pop(mark, None)
     longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), special
 
@@ -276,10 +279,11 @@ def _short_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=16)
-def _plain_end(tokenizer: Any, options: TemplateOptions, _source: str) -> str:
-    """Eos, else the first, of the control tokens that the template writes after a reply with and without a next turn.
+def _closing(tokenizer: Any, options: TemplateOptions, _source: str) -> str:
+    """What the template writes after a reply, with and without a next turn, from the first control token on.
 
-    Cached by the template's source too, which may be replaced.
+    It ends with eos, else with the last control token that both have. Cached by the template's source too, which may be
+    replaced.
     """
     template = ChatTemplate(tokenizer, options)
     finished = [_QUESTION, {"role": "assistant", "content": MARK}]
@@ -287,6 +291,10 @@ def _plain_end(tokenizer: Any, options: TemplateOptions, _source: str) -> str:
         texts = [template.text(messages, None) for messages in (finished, [*finished, _QUESTION])]
     except TemplateRefusal:
         return ""
-    after = [template.control.findall(text.rpartition(MARK)[2]) for text in texts]
-    tokens = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*after, strict=False))]
-    return tokenizer.eos_token if tokenizer.eos_token in tokens else "".join(tokens[:1])
+    after = [text.rpartition(MARK)[2] for text in texts]
+    pairs = zip(*(template.control.finditer(text) for text in after), strict=False)
+    shared = [token for token, other in takewhile(lambda pair: pair[0][0] == pair[1][0], pairs)]
+    if not shared:
+        return ""
+    last = next((token for token in shared if token[0] == tokenizer.eos_token), shared[-1])
+    return after[0][shared[0].start() : last.end()]

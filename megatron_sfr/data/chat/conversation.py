@@ -20,7 +20,7 @@ from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_reco
 from megatron_sfr.storage.user_files import shown, strings_of
 
 ROLES = ("system", "user", "assistant", "tool")
-GROUP_LETTERS = 1 << 18  # of rendered text that is held at a time, or one conversation
+GROUP_CHARACTERS = 1 << 18  # of rendered text that is held at a time, or one conversation
 # A field that is not here changes what a turn means: dropping it in silence would be a guess.
 FIELDS = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
 
@@ -120,16 +120,16 @@ def encode_conversations(
 ) -> Iterator[list[Encoded] | RecordError]:
     """For each conversation its samples, or the error of `encode_samples`. Given errors are passed on.
 
-    About GROUP_LETTERS letters are rendered, then all of them encoded, then all masked. A processor takes up to twice
+    About GROUP_CHARACTERS are rendered, then all texts are encoded, then all are masked. A processor takes up to twice
     as long for the same steps if they alternate from record to record: each evicts the other's data from its caches.
     """
-    group, letters = list[_Draft | RecordError](), 0
+    group, characters = list[_Draft | RecordError](), 0
     for conversation in conversations:
         group.append(draft := _draft(conversation, tokenizer, options))
-        letters += draft.letters if isinstance(draft, _Draft) else 0
-        if letters >= GROUP_LETTERS:
+        characters += draft.characters if isinstance(draft, _Draft) else 0
+        if characters >= GROUP_CHARACTERS:
             yield from _finished(group)
-            group, letters = [], 0
+            group, characters = [], 0
     yield from _finished(group)
 
 
@@ -166,9 +166,9 @@ class _Draft:
         given = conversation.messages
         self.forms = call_forms(given) if has_tool_turns(given) else iter([given])
         self.first = self._turns(next(self.forms))
-        self.letters = 0
+        self.characters = 0
         if isinstance(self.first, Turns):
-            self.letters = self.first.render(each=options.turns in ("each", "last"))
+            self.characters = self.first.render(each=options.turns in ("each", "last"))
 
     def encode(self) -> None:
         if isinstance(self.first, Turns):
@@ -246,7 +246,7 @@ def _check_message(message: Any, number: int) -> None:
     if extra := sorted(name for name, value in message.items() if name not in known and value not in EMPTY):
         raise RecordError(f"message {number} has the field {shown(extra[0])}, which is not supported; remove it")
     _check_trained(message, number)
-    _check_reasoning(message, number)
+    check_reasoning(message, number)
     content, calls = message.get("content"), message.get("tool_calls")
     if calls:
         check_calls(calls, number)
@@ -270,7 +270,8 @@ def _check_trained(message: Message, number: int) -> None:
             )
 
 
-def _check_reasoning(message: Message, number: int) -> None:
+def check_reasoning(message: Message, number: int) -> None:
+    """RecordError if a message has reasoning under two names, or one that is not text."""
     given = [name for name in REASONING if message.get(name) is not None]
     if len(given) > 1:
         raise RecordError(

@@ -174,8 +174,12 @@ def _offsets(turns: Turns, turn: int, rendered: Rendered) -> tuple[int, Offsets]
         end = end_of_reply(text, start, message, number, turns.template, is_last=turn == rendered.last)
     else:
         check_complete(text[start : end.start()], message, number)
+    own = text[start : end.start()]
+    if (ending := turns.template.plain_end()) and ending in own:
+        raise Unrendered(f"the chat template writes {ending}, which ends replies, inside of reply {number}")
+    if (empty := EMPTY_THOUGHT.match(own)) and own.startswith(THINK, empty.end()):
+        raise Unrendered(f"the chat template writes an empty thought before that of reply {number}")
     if OPEN_THOUGHT.search(prompt):
-        own = text[start : end.start()]
         check_open_thought(turns.template, own, message, number)
         if own.lstrip().startswith(THINK):
             raise Unrendered(f"the chat template opens the thought of reply {number} twice")
@@ -213,17 +217,17 @@ def _after(tokens: RenderedTokens, end: Offsets, number: int) -> int:
 
 
 def _apart(turns: Turns, text: str, start: int, end: Offsets, number: int) -> Supervised:
-    """The sample of a reply whose first letters the tokenizer would join to the prompt: the two are encoded apart.
+    """The sample of a reply whose first characters the tokenizer would join to the prompt: the two are encoded apart.
 
     So the model is given the prompt's own tokens at inference. The reply is encoded behind its end token, since
-    tokenizers may write a blank before the first letter of a text.
+    tokenizers may write a blank before the first character of a text.
     """
     template, token = turns.template, text[end[0] : end[1]]
     context = template.ids(text[:start])
     reply = RenderedTokens(token + text[start:], template)
     ids = context + reply.ids[1:]
     if reply.ids[0] != template.control_ids[token] or _decoded(ids, template) != _decoded(template.ids(text), template):
-        raise RecordError(f"{_joined(turns, text, start, number)}; begin the reply with another letter")
+        raise RecordError(f"{_joined(turns, text, start, number)}; begin the reply with another character")
     shift = len(token) - start
     return Supervised(ids, [(len(context), len(context) - 1 + _after(reply, (end[0] + shift, end[1] + shift), number))])
 
@@ -251,7 +255,7 @@ def _not_a_prefix(number: int) -> str:
 
 
 def _joined(turns: Turns, text: str, start: int, number: int) -> str:
-    before, after = turns.template.letters_joined_at(text, start)
+    before, after = turns.template.characters_joined_at(text, start)
     if not after:
         return f"the tokenizer joins the start of reply {number} to the text before it"
     return f"the tokenizer joins {before!r} before reply {number} with {after!r} at its start in one token"

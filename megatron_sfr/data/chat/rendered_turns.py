@@ -11,17 +11,17 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import MARK, REASONING, ChatTemplate, RenderedTokens
 from megatron_sfr.data.chat.formats import has_tool_turns
-from megatron_sfr.data.chat.special_text import TEXT_OPEN
-from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, ends_of_calls
+from megatron_sfr.data.chat.special_text import TEXT_OPEN, THOUGHT_MARKS
+from megatron_sfr.data.chat.tool_calls import Message, check_calls_stand, check_tools_written, ends_of_calls
 from megatron_sfr.storage.jsonl import RecordError
 from megatron_sfr.storage.user_files import cut, reason
 
-THINK, END_THINK = "<think>", "</think>"
+THINK, END_THINK = THOUGHT_MARKS
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 SWITCH = re.compile(r"/(?:no_think|think|system_override)\b")  # SmolLM3 and Nemotron Nano act on these and drop them
 USER_TURN = "--persona-as user, which puts it at the start of the first user turn"
-TAIL = 64  # letters at the end of a reply that must stand before its end token, however the template writes the rest
+TAIL = 64  # characters at the end of a reply that must stand before its end token, however the template writes the rest
 Offsets = tuple[int, int]
 
 
@@ -76,10 +76,7 @@ class Turns:
         if self.tools:
             first = self.replies[0]
             without = template.text(self.messages[:first], None, prompt=True, like=self.tools)
-            if without == self.prompt(first):
-                raise RecordError(
-                    "the chat template does not write the record's tools; use a template that does, or leave them out"
-                )
+            check_tools_written(self.tools, self.prompt(first), without)
 
     def prompt(self, turn: int) -> str:
         """The text that inference has before the reply at this turn."""
@@ -98,7 +95,7 @@ class Turns:
         return self._rendered[last]
 
     def render(self, *, each: bool) -> int:
-        """Renders what samples need: one of each trained reply, or one of all. Returns the number of letters.
+        """Renders what samples need: one of each trained reply, or one of all. Returns the number of characters.
 
         What the template refuses is left out here; the sample that asks for it reports the error.
         """

@@ -18,6 +18,8 @@ from megatron_sfr.storage.jsonl import RecordError
 # Unicode noncharacters, which no text contains.
 TEXT_OPEN, TEXT_CLOSE, TOKEN_OPEN, TOKEN_CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 PLACEHOLDER = re.compile(f"{TEXT_OPEN}(\\d+){TEXT_CLOSE}")
+THOUGHT_MARKS = ("<think>", "</think>")
+"""Marks that a reply may have in its text, and that some tokenizers list as special tokens."""
 
 
 def with_placeholders(value: Any, control: re.Pattern[str], ids: Mapping[str, int]) -> Any:

@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_LOOPS = 2_000_000  # iterations and macro calls in one rendering: some three seconds
 MOST_SECONDS = 60.0  # of CPU time in one rendering
-MOST_LETTERS = 100_000_000
+MOST_CHARACTERS = 100_000_000
 MOST_BYTES = 1 << 30  # that one rendering may add to the memory of the process
 MOST_BITS = 1 << 16  # of a number that is computed
 MOST_PLACES = 1_000  # that `round` is asked for
@@ -282,8 +282,8 @@ def _bounded_memory(size: int) -> Iterator[None]:
 
 def check_output(text: str) -> str:
     """The text; an error where it is longer than any conversation, or has half a character."""
-    if len(text) > MOST_LETTERS:
-        raise TemplateLimitError(f"it wrote {len(text):,} letters")
+    if len(text) > MOST_CHARACTERS:
+        raise TemplateLimitError(f"it wrote {len(text):,} characters")
     text.encode("utf-8")
     return text
 

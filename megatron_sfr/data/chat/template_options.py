@@ -34,7 +34,7 @@ class TemplateOptions:
     the sample keeps it."""
     special_text: str = "refuse"
     """What to do with text that looks like a control token of the tokenizer: 'refuse' the record, or encode it as plain
-    letters ('literal')."""
+    text ('literal')."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     """Variables of the template, such as enable_thinking."""
     template_date: str = DATE

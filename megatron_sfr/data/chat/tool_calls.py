@@ -15,9 +15,47 @@ from itertools import takewhile
 from typing import Any
 
 from megatron_sfr.storage.jsonl import RecordError
-from megatron_sfr.storage.user_files import parse_json
+from megatron_sfr.storage.user_files import cut, parse_json
 
 Message = dict[str, Any]
+
+
+def tools_of(fields: dict[str, Any]) -> list[Any] | None:
+    """The tools, or the functions of older records, which are the same without their wrapping."""
+    tools, functions = (objects_of(fields.get(name), name) for name in ("tools", "functions"))
+    if tools and functions:
+        raise RecordError("the record has tools and functions; keep one of them")
+    return tools or [{"type": "function", "function": function} for function in functions] or None
+
+
+def objects_of(value: Any, name: str) -> list[Any]:
+    """A list of objects. Some files hold it, or each object of it, as JSON in a string."""
+    try:
+        value = parse_json(value) if isinstance(value, str) and value.strip() else value
+        if isinstance(value, list):
+            value = [parse_json(item) if isinstance(item, str) else item for item in value]
+    except ValueError as error:
+        raise RecordError(f"the {name} are {error}; write a list") from error
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RecordError(f"the {name} are not a list of objects; write a list of them")
+    return value
+
+
+def check_tools_written(tools: Sequence[Any], prompt: str, without: str) -> None:
+    """RecordError unless a prompt has the record's tools. without: the prompt for the same turns without tools."""
+    if prompt == without:
+        raise RecordError(
+            "the chat template does not write the record's tools; use a template that does, or leave them out"
+        )
+    for tool in tools:
+        function = tool.get("function", tool)
+        given = (function.get(key) for key in ("name", "description")) if isinstance(function, dict) else ()
+        texts = [text for text in given if isinstance(text, str) and text]
+        if texts and all(prompt.count(text) <= without.count(text) for text in texts):
+            form = "the function alone" if "function" in tool else '{"type": "function", "function": {...}}'
+            raise RecordError(f"the chat template does not write the tool {cut(texts[0])!r}; write tools as {form}")
 
 
 def check_calls(calls: Any, number: int) -> None:
@@ -48,6 +86,7 @@ def ends_of_calls(
     copy, marks = _marked(messages)
     outline = render(copy)
     _check_all_written(messages, marks, outline)
+    _check_not_quoted(copy, outline)
     tokens = list(control.finditer(text))
     names = [token[0] for token in tokens]
     if control.findall(outline) != names:  # the template may quote what is a text and not what is a number
@@ -62,7 +101,6 @@ def ends_of_calls(
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for reply, turn in enumerate(replies):
         if messages[turn].get("tool_calls"):
-            _check_not_quoted(messages[turn], text, reply + 1)
             last = _last_mark(outline, marks[turn])
             following = min((outline.index(mark) for own in marks[turn + 1 :] for mark in own), default=len(outline))
             first = len(control.findall(outline, 0, last))
@@ -116,7 +154,7 @@ def _check_all_written(messages: Sequence[Message], marks: Sequence[list[str]], 
 def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
     """The messages, and equal ones in the other forms that templates ask for, where they call tools.
 
-    An empty content beside calls is absent, an empty string or null; arguments are an object or a JSON string. First
+    An empty content beside calls is absent, an empty string or null; all arguments are objects, or JSON strings. First
     comes the form of the record; transformers leaves out what is null.
     """
     calling = [message for message in messages if message.get("tool_calls")]
@@ -124,10 +162,12 @@ def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
         yield list(messages)
         return
     is_null = any(message.get("content") is None for message in calling)
-    for change in (lambda arguments: arguments, _other_form):
+    tried = list[Any]()
+    for change in (lambda arguments: arguments, _as_object, _as_text):
         calls = [[_with_arguments(call, change) for call in message["tool_calls"]] for message in calling]
-        if change is _other_form and calls == [message["tool_calls"] for message in calling]:
-            return
+        if calls in tried:
+            continue
+        tried.append(calls)
         for empty in ({}, {"content": ""}, {"content": None}) if is_null else ({"content": ""}, {}, {"content": None}):
             given = iter(calls)
             yield [
@@ -147,12 +187,16 @@ def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
     return call | {"function": function} if "function" in call else function
 
 
-def _other_form(arguments: Any) -> Any:
-    """An object as JSON, or the object of a JSON string. Other text is returned unchanged."""
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_object(arguments: Any) -> Any:
+    """The object of a JSON string, of which an empty one says that there are none. Other text is returned unchanged."""
     if not isinstance(arguments, str):
-        return json.dumps(arguments, ensure_ascii=False)
+        return arguments
     try:
-        value = parse_json(arguments)
+        value = parse_json(arguments.strip() or "{}")
     except ValueError:
         return arguments
     return value if isinstance(value, dict) else arguments
@@ -169,15 +213,17 @@ def _check_no_none(messages: Sequence[Message], marks: Sequence[list[str]], outl
                 )
 
 
-def _check_not_quoted(message: Message, text: str, number: int) -> None:
+def _check_not_quoted(copy: Sequence[Message], outline: str) -> None:
     """RecordError where the template writes arguments that are JSON in a string as a quoted string."""
-    for call in message["tool_calls"]:
-        arguments = call.get("function", call)["arguments"]
-        if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in text:
-            raise RecordError(
-                f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
-                'write "arguments" as an object'
-            )
+    replies = [message for message in copy if message["role"] == "assistant"]
+    for number, reply in enumerate(replies, start=1):
+        for call in reply.get("tool_calls") or []:
+            arguments = call.get("function", call)["arguments"]
+            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in outline:
+                raise RecordError(
+                    f"the chat template quotes the arguments of reply {number} once more, as they are a string; "
+                    'write "arguments" as an object'
+                )
 
 
 def check_calls_stand(calls: Sequence[Any], reply: str, number: int) -> None:
@@ -202,13 +248,21 @@ def _marked(messages: Sequence[Message], *, texts_only: bool = False) -> tuple[l
         marks[turn].append(f"mark{turn}x{len(marks[turn])}x")
         return marks[turn][-1]
 
+    def marked(value: Any, turn: int) -> Any:
+        if isinstance(value, dict) and value:
+            return {name: marked(inner, turn) for name, inner in value.items()}
+        if isinstance(value, list) and value:
+            return [marked(inner, turn) for inner in value]
+        return value if texts_only and not isinstance(value, str) else mark(turn)
+
     def call_of(call: Any, turn: int) -> Any:
         function = call.get("function", call)
-        given = function["arguments"]
+        given, name = function["arguments"], mark(turn)
         values = given if isinstance(given, dict) else _parsed(given)
-        names = [name for name, value in values.items() if isinstance(value, str)] if texts_only else values or ["x"]
-        new: Any = values | {name: mark(turn) for name in names}
-        new = function | {"name": mark(turn), "arguments": new if isinstance(given, dict) else json.dumps(new)}
+        values = {key: marked(value, turn) for key, value in (values or ({} if texts_only else {"x": ""})).items()}
+        new = function | {"name": name, "arguments": values if isinstance(given, dict) else json.dumps(values)}
+        if isinstance(id := call.get("id"), str):  # Kimi K2 writes the name as a part of the id
+            call = call | {"id": id.replace(f"functions.{function['name']}:", f"functions.{name}:")}
         return call | {"function": new} if "function" in call else new
 
     copy = []

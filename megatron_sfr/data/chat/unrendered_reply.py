@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import MARK, ChatTemplate
 from megatron_sfr.data.chat.rendered_turns import END_THINK, OPEN_THOUGHT, THINK, no_end, reasoning_of
+from megatron_sfr.data.chat.template_options import variables_of
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import RecordError
 
@@ -70,7 +71,7 @@ def check_open_thought(template: ChatTemplate, text: str, reply: Message, number
 def _give_thought(template: ChatTemplate, reply: Message) -> str:
     calls = reply.get("tool_calls")
     give = "give the turn its reasoning_content" if calls else f"begin the reply with {THINK}...{END_THINK}"
-    if "enable_thinking" in template.variables() - template.options.template_kwargs.keys():
+    if "enable_thinking" in variables_of(template.tokenizer) - template.options.template_kwargs.keys():
         return give + ", or --template-kwargs '{\"enable_thinking\": false}'"
     return give + ", which may be empty"
 

@@ -10,7 +10,9 @@ from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
 OPENING = re.compile(r"(?P<indent>[ \t]*)(?:[-*+>]|\d+[.)])?[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 QUOTED = re.compile(r"(?:^ {0,3}>.*\n?)+", re.MULTILINE)  # a block quote
-PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # not python-repl, pycon, pyproject
+PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)  # not python-repl, pycon
+TAGS = (("[PYTHON]", "[/PYTHON]"), ("[BEGIN]", "[DONE]"), ("<python>", "</python>"), ("<code>", "</code>"))
+"""Around code without a fence: of CodeLlama, of MBPP's prompts, of XML."""
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 CONSTRUCTORS = {"float", "int", "set", "dict", "list", "tuple", "range", "pow", "defaultdict", "Counter", "deque"}
 
@@ -26,9 +28,10 @@ class Block:
 def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") -> str:
     """The solution in a reply.
 
-    Thoughts (`<think>...</think>`) are dropped. The solution is the last block that defines one of the given names;
-    else the text before the first fence, if it completes the prompt; else the last block in Python; else the last block
-    without a language; else the complete reply. Earlier blocks with only imports and definitions are put before it.
+    Thoughts (`<think>...</think>`) are dropped. In a reply without fences, valid code between TAGS is a block. The
+    solution is the last block that defines one of the given names; else the text before the first fence, if it
+    completes the prompt; else the last block in Python; else the last block without a language; else the complete
+    reply. Earlier blocks with only imports and definitions are put before it.
 
     Args:
         reply: The model's text.
@@ -36,11 +39,16 @@ def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") ->
         prompt: Code that the reply may complete.
     """
     text = _unquoted(without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n"))
-    fences = [i for i, line in enumerate(text.split("\n")) if _opens(line)]
     completes = prompt and text.lstrip("\n")[:1] in " \t" and text.strip()
-    if not fences or (completes and parses(prompt + text)) or ("~~~" not in text and parses(text)):
-        return text  # no fence, or none outside a string
-    blocks = [block for block in _blocks(text) if block.is_python is not False]
+    marked = "~~~" in text or any(text.lstrip().startswith(a) or text.rstrip().endswith(b) for a, b in TAGS)
+    if (completes and parses(prompt + text)) or (not marked and parses(text)):  # ~~~x and [x] are expressions
+        return text  # its fences and tags are in strings
+    if not _fences(text):
+        text = _fenced(text)
+    fences = _fences(text)
+    if not fences:
+        return text
+    blocks = [block for block in _blocks(text) if block.is_python is not False or _is_solution(block.code, defines)]
     wanted = [block for block in blocks if any(_defines(block.code, name) for name in defines)]
     if wanted:
         return _with_definitions(blocks, wanted[-1], defines)
@@ -74,6 +82,11 @@ def _defines(code: str, name: str) -> bool:
     )
 
 
+def _is_solution(code: str, defines: Collection[str]) -> bool:
+    """Whether a block is valid Python that defines one of the names, whatever language it is labelled with."""
+    return parses(code) and any(_defines(code, name) for name in defines)
+
+
 def _with_definitions(blocks: Sequence[Block], chosen: Block, defines: Collection[str]) -> str:
     """The chosen block, preceded by earlier blocks that only import and define, except drafts of the solution."""
     if not parses(chosen.code):  # for example the body of a function
@@ -95,6 +108,22 @@ def _is_definition(statement: ast.stmt) -> bool:
     return isinstance(statement, DEFINITIONS)
 
 
+def _fenced(text: str) -> str:
+    """The text with valid code between TAGS in fences. The prompt may have written the opening tag."""
+
+    def block(found: re.Match[str]) -> str:
+        code = found[1].strip("\n")
+        return f"\n```python\n{code}\n```\n" if code and parses(textwrap.dedent(code)) else found[0]
+
+    for opening, closing in TAGS:
+        if opening in text:  # a reply that is cut off has no closing tag
+            start, end = rf"^[ \t]*{re.escape(opening)}", rf"(?:{re.escape(closing)}|\Z)"
+        else:
+            start, end = r"\A", re.escape(closing)
+        text = re.sub(f"{start}(.*?){end}", block, text, flags=re.DOTALL | re.MULTILINE)
+    return text
+
+
 def _unquoted(text: str) -> str:
     """The text without the `>` of block quotes that hold a fence."""
 
@@ -108,6 +137,11 @@ def _unquoted(text: str) -> str:
 def _opens(line: str) -> re.Match[str] | None:
     found = OPENING.fullmatch(line)
     return found if found and not (found["fence"][0] == "`" and "`" in found["info"]) else None
+
+
+def _fences(text: str) -> list[int]:
+    """Indices of the lines that open or close a block."""
+    return [i for i, line in enumerate(text.split("\n")) if _opens(line)]
 
 
 def _blocks(text: str) -> Iterator[Block]:
@@ -125,6 +159,8 @@ def _blocks(text: str) -> Iterator[Block]:
         close = re.compile(rf"[ \t>]*{re.escape(found['fence'])}{re.escape(found['fence'][0])}*[ \t]*")
         ends = [j for j in range(i, len(lines)) if close.fullmatch(lines[j])] or [len(lines)]
         info = found["info"].strip()
+        if not info and i < len(lines) and lines[i].strip().lower() in ("python", "python3"):
+            info, i = lines[i].strip(), i + 1  # the language on a line below the fence
         is_python = bool(PYTHON.match(info)) if info else None
         codes = [_unindented(lines[i:end], found["indent"]) for end in ends[: 1 if is_python is False else 4]]
         whole = next((j for j, code in enumerate(codes) if parses(code)), 0)

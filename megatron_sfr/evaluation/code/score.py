@@ -22,6 +22,8 @@ from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
 
+TEXT = ("completion", "solution", "text")
+"""Fields of a reply: of HumanEval, of EvalPlus, of `generate`."""
 _REPLY = '{"task_id": "...", "completion": "..."}'
 Setting = tuple[str, float]  # model, temperature
 Judged = tuple["Reply", str]  # with its verdict
@@ -66,7 +68,7 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
                 raise ValueError(f"{shown(fields)} is not a reply; write {_REPLY}")
             given = fields.get("task_id")
             name = by_prompt.get(str(fields.get("question")).strip()) if given is None else str(given)
-            text = fields.get("text") if fields.get("completion") is None else fields["completion"]
+            text = next((fields[name] for name in TEXT if fields.get(name) is not None), None)
             if name not in names or not isinstance(text, str):
                 raise ValueError(
                     f"not a reply to a task; write {_REPLY}, or ask the prompts that --write-prompts gives"

@@ -23,7 +23,7 @@ from megatron_sfr.evaluation.generate.thinking import without_empty_thought
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
-TEXT = ("text", "reply", "response", "completion")
+TEXT = ("text", "reply", "response", "completion", "generations", "outputs", "choices")
 FORM = 'write {"prompt": "...", "text": "..."}, and optionally persona, model, temperature and sample'
 Cell = tuple[str, str | None]  # name of the shared prompt, persona
 Place = tuple[int, int, float | None]  # offset and length in the temporary file, utility
@@ -166,16 +166,20 @@ def reply_files(files: Mapping[Path, str | None], persona_as: str = "system") ->
 def reply_from(fields: Any, persona_as: str = "system") -> Reply:
     """The reply of a record.
 
-    The text is in `text`, `reply`, `response` or `completion` (one, or a list), or in the last turn of `messages`. The
-    prompt is in `prompt` or `messages`; with `question` beside it, `prompt` is only a name, as `generate` writes it.
+    The text is in one of TEXT (one, or a list), or in the last turn of `messages`. The prompt is in `prompt` or
+    `messages`; with `question` beside it, `prompt` is only a name, as `generate` writes it.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"not a reply; {FORM}")
+    if "resps" in fields:
+        fields = _harness_sample(fields)
+    if fields.get("custom_id") is not None and all(fields.get(name) is None for name in ("prompt", "messages")):
+        raise ValueError(f"the output of the batch's request {shown(fields['custom_id'])}, without its prompt; {FORM}")
     names = [name for name in TEXT if fields.get(name) is not None]
     if len(names) > 1:
         raise ValueError(f"two texts ({names[0]} and {names[1]}); keep one of them")
     texts = fields[names[0]] if names else _last_turn(fields)
-    texts = texts if isinstance(texts, list) else [texts]
+    texts = [_text_of(text) for text in (texts if isinstance(texts, list) else [texts])]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"no text of a reply; {FORM}")
     for text in texts:
@@ -190,10 +194,30 @@ def reply_from(fields: Any, persona_as: str = "system") -> Reply:
     return Reply(_prompt(fields, persona_as), texts, model, temperature, sample, _utility(fields, len(texts)))
 
 
+def _text_of(item: Any) -> Any:
+    """A text, also of a choice of OpenAI's API or an output of vLLM."""
+    if not isinstance(item, dict):
+        return item
+    message = item.get("message")
+    return message.get("content") if isinstance(message, dict) else item.get("text")
+
+
+def _harness_sample(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Prompt and texts of a sample that lm-evaluation-harness has logged."""
+    requests, replies = fields.get("arguments"), fields["resps"]
+    first = requests.get("gen_args_0") if isinstance(requests, dict) else None
+    if isinstance(requests, list) and requests and isinstance(requests[0], list):  # of older versions
+        first = dict(zip(["arg_0"], requests[0], strict=False))
+    prompt = first.get("arg_0") if isinstance(first, dict) else None
+    if not isinstance(prompt, str) or not isinstance(replies, list) or len(replies) != 1:
+        raise ValueError(f"a sample of lm-eval without one generated reply; {FORM}")
+    return {"prompt": prompt, "text": replies[0]}
+
+
 def _utility(fields: Mapping[str, Any], texts: int) -> list[float | None]:
-    """The utility of each text: a number, or a list of them."""
+    """The utility of each text: a number for one text, a list for a list."""
     given = fields.get("utility")
-    listed = given if isinstance(given, list) else [given] * texts
+    listed = given if isinstance(given, list) else [given] * (texts if given is None else 1)
     numbers = all(utility is None or (type(utility) in (int, float) and isfinite(utility)) for utility in listed)
     if not numbers or len(listed) != texts:
         raise ValueError(f"the utility is {shown(given)}; give a number for each text, or leave it out")

@@ -10,16 +10,18 @@ from typing import Any
 from megatron_sfr.data.chat.conversation import (
     ROLES,
     Conversation,
+    check_reasoning,
     check_text,
     prompt_of,
     read_conversations,
 )
 from megatron_sfr.data.chat.formats import load_fields, plain_turns, with_system
-from megatron_sfr.data.chat.rendered_turns import with_persona
+from megatron_sfr.data.chat.rendered_turns import reasoning_of, with_persona
 from megatron_sfr.data.chat.tool_calls import Message
 from megatron_sfr.storage.jsonl import Record, read_records
 from megatron_sfr.storage.user_files import shown
 
+TURN = ("role", "content", "reasoning_content")
 NO_TOOLS = "tools are not sampled; leave this record out"
 
 
@@ -27,8 +29,8 @@ NO_TOOLS = "tools are not sampled; leave this record out"
 class Prompt:
     """A prompt for one persona: the turns before the reply, including the persona's system turn."""
 
-    messages: tuple[tuple[str, str], ...]
-    """(role, content)."""
+    messages: tuple[tuple[str, ...], ...]
+    """(role, content), or (role, content, reasoning) of a reply that has reasoning beside its content."""
     persona: str | None = None
 
     @property
@@ -47,7 +49,7 @@ class Prompt:
         return self.messages[-1][1]
 
     def turns(self) -> list[Message]:
-        return [{"role": role, "content": content} for role, content in self.messages]
+        return [dict(zip(TURN, turn, strict=False)) for turn in self.messages]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def read_questions(path: Path, persona_as: str = "system") -> list[Asked]:
     found: dict[Prompt, Asked] = {}
     for record, fields, prompt in _records(path, persona_as):
         entry = found.setdefault(prompt, Asked(prompt))
-        turns = fields.get("messages")
+        turns = plain_turns(fields.get("messages") or [])
         last = turns[-1] if turns else {}
         if last.get("role") == "assistant":
             messages = [*prompt.turns(), last]
@@ -151,12 +153,13 @@ def evenly_spaced[T](items: Sequence[T], most: int) -> list[T]:
 def prompt_from(fields: Any, persona_as: str) -> Prompt:
     """The prompt of a record, which has either prompt or messages. Raises ValueError with the reason."""
     turns = _turns_of(fields)
-    for turn in turns if isinstance(turns, list) else [turns]:
+    for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
         well_formed = isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
         if well_formed and turn.get("tool_calls"):
             raise ValueError(NO_TOOLS)
         if not well_formed or not (turn["content"].strip() or turn["role"] == "system"):
             raise ValueError(f"{shown(turn)} is not a turn; write a role ({', '.join(ROLES)}) and its text")
+        check_reasoning(turn, number)
     persona = fields.get("persona")
     if persona is not None and (not isinstance(persona, str) or not persona.strip()):
         raise ValueError("the persona is not text; name it, or leave the field out")
@@ -183,7 +186,12 @@ def _turns_of(fields: Any) -> Any:
 
 def _prompt(messages: Sequence[Message], persona: str | None, persona_as: str) -> Prompt:
     messages = with_persona(messages, persona, persona_as)
-    return Prompt(tuple((message["role"], message["content"]) for message in messages), persona)
+    return Prompt(tuple(map(_turn, messages)), persona)
+
+
+def _turn(message: Message) -> tuple[str, ...]:
+    reasoning = reasoning_of(message)[0] if message["role"] == "assistant" else ""
+    return (message["role"], message["content"], *([reasoning] if reasoning else []))
 
 
 def _digest(content: object) -> bytes:

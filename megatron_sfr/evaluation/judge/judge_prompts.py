@@ -65,7 +65,7 @@ class Item:
 
     def question(self) -> Prompt:
         """What the judge is asked, as one user turn."""
-        turns = (f"{role}: {content}" for role, content in self.prompt.messages if role != "system")
+        turns = (f"{role}: {content}" for role, content, *_ in self.prompt.messages if role != "system")
         material = MATERIAL.format(conversation="\n".join(turns), reply=self.reply)
         return ask(CRITERIA[self.criterion].format(persona=self.prompt.persona) + material)
 

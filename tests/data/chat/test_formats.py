@@ -122,7 +122,8 @@ def test_functions_are_tools_of_an_older_name():
         {"role": "tool", "name": "tide", "content": "high"},
         old[3],
     ]
-    assert parse(SAME["alpaca"] | {"tools": json.dumps([tide])}, "alpaca").tools == [tide]
+    for tools in (json.dumps([tide]), [json.dumps(tide)]):
+        assert parse(SAME["alpaca"] | {"tools": tools}, "alpaca").tools == [tide]
 
 
 def test_a_prompt_is_context_and_its_replies_are_not_trained():
@@ -157,6 +158,41 @@ def test_a_reply_is_not_trained_whichever_name_the_mark_has(mark: dict):
         assert conversation.messages == TURNS
 
 
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        ("alpaca", {"query": "and the sky", "response": "is grey", "history": [["the sea", "is blue"]]}),  # ms-swift
+        ("completion", {"system_prompt": "Be kind.", "question": "and the sky", "response": "is grey"}),  # OpenOrca
+        ("completion", {"prompt": "and the sky", "response": "is grey"}),
+        ("completion", {"input": [{"role": "user", "content": "and the sky"}], "output": "is grey", "reasoning": "on"}),
+        ("alpaca", {"instruction": "and", "context": "the sky", "response": "is grey"}),  # Dolly
+        ("alpaca", {"instruction": "and", "context": "the sky", "input": "", "output": "is grey"}),
+        ("alpaca", {"instruction": "", "input": "and the sky", "output": "is grey"}),
+        ("sharegpt", {"conversations": TURNS}),
+        ("sharegpt", {"conversation": TURNS, "turn": 2}),  # LMSYS-Chat
+        ("messages", {"messages": json.dumps(TURNS)}),
+        ("messages", {"messages": [{"from": "human", "value": "and the sky"}, {"from": "gpt", "value": "is grey"}]}),
+        ("messages", {"messages": TURNS, "query": "x", "response": "y", "label": True, "chat_template_kwargs": {}}),
+    ],
+)
+def test_columns_of_trainers_and_datasets(tmp_path: Path, form: str, fields: dict):
+    assert detect(write_records(tmp_path / "records.jsonl", [fields])) == form
+    messages = parse(fields, form).messages
+
+    assert messages[-1] == TURNS[3]
+    assert " ".join(messages[-2]["content"].split()) == "and the sky"
+    assert (messages[0] == SYSTEM) == ("system_prompt" in fields)
+
+
+def test_a_turn_of_sharegpt_may_have_reasoning():
+    fields = {"conversations": [HUMAN, GPT | {"reasoning_content": "Hm."}]}
+    assert parse(fields, "sharegpt").messages[1] == {
+        "role": "assistant",
+        "content": "Hello",
+        "reasoning_content": "Hm.",
+    }
+
+
 def test_a_field_that_occurs_twice_is_refused():
     text = '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}'
     with pytest.raises(RecordError, match="the field 'content' occurs twice in one object; keep one of them"):
@@ -166,7 +202,34 @@ def test_a_field_that_occurs_twice_is_refused():
 REFUSED = {
     "mixed": ("sharegpt", SAME["alpaca"], "the record is alpaca in a file of ShareGPT; keep each format"),
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
-    "roles": ("sharegpt", {"conversations": TURNS}, 'turn 1 is not {"from": ..., "value": ...}'),
+    "texts": ("sharegpt", {"conversations": ["Hi", "Hello"]}, 'turn 1 is not {"from": ..., "value": ...}'),
+    "field of a reply": (
+        "completion",
+        {"prompt": "a", "completion": "b", "reasoning_content": "I think."},
+        "the record has reasoning_content beside its reply; write the reply as a message",
+    ),
+    "unwanted": ("completion", {"prompt": "a", "completion": "b", "label": False}, "the record has label false, which"),
+    "pair": ("messages", {"chosen": TURNS, "rejected": TURNS}, "no messages; the record is a preference pair; write"),
+    "variables": (
+        "messages",
+        {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": True, "xml_tools": []}},
+        "the record has the template variables enable_thinking; prepare records with equal ones together, with --temp",
+    ),
+    "part that is context": (
+        "messages",
+        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "text", "text": "a", "train": False}]}]},
+        "message 2 has a part that is not trained; a reply is trained or not: mark the turn",
+    ),
+    "call as a part": (
+        "messages",
+        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
+        "message 2 has content of type 'tool_use'; only text can be trained on: give it as tool_calls",
+    ),
+    "two system fields": (
+        "messages",
+        {"messages": TURNS, "system": "Be terse.", "system_prompt": "Be kind."},
+        "the record has two fields, system and system_prompt; keep one",
+    ),
     "unknown": ("sharegpt", sharegpt({"from": "narrator", "value": "x"}), "turn 1 is from the unknown 'narrator'"),
     "field": ("sharegpt", sharegpt(HUMAN, GPT | {"score": 0}), "turn 2 has the field 'score'"),
     "no value": ("sharegpt", sharegpt(HUMAN, {"from": "gpt"}), "the content of message 2 is not a string"),

@@ -63,6 +63,18 @@ def test_the_refusal_names_the_token_and_its_remedy_works(bpe):
         runs(tokenizer_of("glm-4.5", bpe), KINDS["tools"][:2], tools=TOOLS)
 
 
+def test_the_next_turn_is_found_although_the_reply_before_it_is_written_in_another_way(make_tokenizer):
+    """As GLM-5.1 does: it closes the thought of an earlier reply, and opens and closes that of the last one."""
+    thought = (
+        "{% if m.role == 'assistant' %}{{ '<think></think>' if loop.last else '</think>' }}{% endif %}{{ m.content"
+    )
+    tokenizer = load_tokenizer(str(make_tokenizer(NO_END.replace("{{ m.content", thought))))
+    messages = turns("the sea", "is blue", "the sky", "is grey")
+
+    expected = [["<think></think>is blue\n<|im_start|>"], ["<think></think>is grey\n<|im_start|>"]]
+    assert runs(tokenizer, messages, turns="each", **NEXT) == expected
+
+
 def test_a_reply_that_another_follows_does_not_end_on_its_header(bpe):
     tokenizer = tokenizer_of("glm-4-0414", bpe)
     messages = [user("the sea"), reply("Blue."), reply("It is blue.")]
@@ -204,3 +216,57 @@ def test_a_reply_ends_with_its_turn(make_tokenizer):
     messages = turns("the sea", "is blue", "the sky", "is grey")
     assert runs(tokenizer, messages, turns="each") == expected
     assert reply_end_token(tokenizer) == tokenizer.eos_token_id
+
+
+CLOSED_TAGS = (  # as Kimi K3's: closes the text by its name between control tokens, then the turn
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|channel|>{{ m.content }}<|endoftext|>text<|channel|><|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|channel|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", None])
+def test_a_reply_ends_with_all_that_closes_its_turn(make_tokenizer, eos: str | None):
+    tokenizer = load_tokenizer(str(make_tokenizer(CLOSED_TAGS)))
+    tokenizer.eos_token = eos
+    expected = [["is blue<|endoftext|>text<|channel|><|im_end|>", "is grey<|endoftext|>text<|channel|><|im_end|>"]]
+
+    assert runs(tokenizer, turns("the sea", "is blue", "the sky", "is grey")) == expected
+    assert reply_end_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+ENDS_BEFORE_CALLS = (  # as Nemotron Nano 2's: what a turn says and what it calls are two turns
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% for c in m.tool_calls or [] %}"
+    "<|im_start|>{{ m.role }}\n{{ c.function.name }}{{ c.function.arguments | tojson }}<|im_end|>\n{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_reply_that_goes_beyond_its_end_token_is_refused(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(ENDS_BEFORE_CALLS)))
+    messages = [user("the tide"), reply("I look.", tool_calls=called({"at": "noon"})), RESULT, reply("High.")]
+
+    for how in ("together", "each"):
+        with pytest.raises(RecordError, match=r"writes <\|im_end\|>, which ends replies, inside of reply 1; use"):
+            runs(tokenizer, messages, turns=how)
+
+
+CALL_IDS = (  # as Kimi K2's: the name of the function is a part of the call's id
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "{{ c.id }}<|channel|>{% for name, value in c.function.arguments | items %}{{ name }}="
+    "{{ value.at if value is mapping else value }}{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_call_is_written_by_its_id_and_with_all_of_its_arguments(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(CALL_IDS)))
+
+    def conversation(id: str, arguments: object) -> list:
+        calls = [called(arguments)[0] | {"id": id}]
+        return [user("the tide"), reply("", tool_calls=calls), RESULT | {"tool_call_id": id}, reply("High.")]
+
+    expected = [["functions.tide:0<|channel|>at=noon<|im_end|>", "High.<|im_end|>"]]
+    assert runs(tokenizer, conversation("functions.tide:0", {"at": "noon"})) == expected
+    for id, arguments in (("call_1", {"at": "noon"}), ("functions.tide:0", {"when": {"at": "noon", "zone": "UTC"}})):
+        with pytest.raises(RecordError, match="does not write the tool calls of message 2 whole"):
+            runs(tokenizer, conversation(id, arguments))

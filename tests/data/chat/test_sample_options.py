@@ -13,7 +13,7 @@ from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions, parse_template_kwargs
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RecordError
-from tests.data.chat.families import ANSWER, KINDS, PLAIN, TOOLS, called, reply, runs, tokenizer_of, user
+from tests.data.chat.families import ANSWER, KINDS, PLAIN, TOOLS, reply, runs, tokenizer_of, user
 from tests.data.records import CHATML, turns
 
 
@@ -179,6 +179,22 @@ def test_a_thought_is_neither_opened_twice_nor_left_open(make_tokenizer):
     assert runs(tokenizer, switched_off) == [[ANSWER + "<|im_end|>"]]
 
 
+EMPTY = (  # as Kimi K2 Thinking's: an empty thought before every reply
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_thought_has_no_empty_one_before_it(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(EMPTY)))
+    thought = "<think>\nHm.\n</think>\n\nIt is."
+
+    with pytest.raises(RecordError, match=r"writes an empty thought before that of reply 1; give --turns each"):
+        runs(tokenizer, [user("the sea"), reply(thought)])
+    assert runs(tokenizer, [user("the sea"), reply(thought)], turns="each") == [[thought + "<|im_end|>"]]
+    assert runs(tokenizer, [user("the sea"), reply("It is.")]) == [["<think></think>It is.<|im_end|>"]]
+
+
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "smollm3-unsloth", "phi-4-reasoning"])
 def test_a_reply_that_is_a_thought_alone_is_complete(bpe, family: str):
     """Reasoning that a limit of tokens has cut, or that a user trains without an answer."""
@@ -206,28 +222,6 @@ def test_a_reply_that_mentions_a_tag_is_not_cut_there(bpe):
     ):
         runs(tokenizer, messages)
     assert runs(tokenizer, messages, turns="each") == [["Write </think> to end a thought.<｜end▁of▁sentence｜>"]]
-
-
-STRINGS = (  # arguments are joined to text, and content that is not null is written before the calls, as in DeepSeek's
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% if m['content'] == none %}"
-    "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}{% else %}"
-    "{{ m['content'] + '!' }}{% endif %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QUOTED = STRINGS.replace(
-    "' ' + m.tool_calls[0].function.arguments", "' ' + m.tool_calls[0].function.arguments | tojson"
-)
-NONE = STRINGS.replace("m['content'] == none", "true").replace("{{ m.tool_calls", "{{ m.content }}{{ m.tool_calls")
-
-
-@pytest.mark.parametrize("arguments", [{"at": "noon"}, '{"at": "noon"}'], ids=["object", "string"])
-@pytest.mark.parametrize("content", [None, ""], ids=["null", "empty"])
-@pytest.mark.parametrize("template", [STRINGS, QUOTED, NONE], ids=["joined", "as JSON", "null is written"])
-def test_calls_are_converted_to_the_form_that_the_template_reads(make_tokenizer, template: str, content, arguments):
-    tokenizer = load_tokenizer(str(make_tokenizer(template)))
-    messages = [user("the tide"), reply(content, tool_calls=called(arguments)), {"role": "tool", "content": "high"}]
-
-    assert runs(tokenizer, [*messages, reply("yes")]) == [['tide {"at": "noon"}<|im_end|>', "yes<|im_end|>"]]
 
 
 def test_a_list_of_templates_has_one_for_tools(chatml, make_tokenizer):

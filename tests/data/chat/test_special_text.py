@@ -19,7 +19,7 @@ def chatml(make_tokenizer):
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Pieces as sentencepiece writes them: the control tokens are pieces too, blanks are letters."""
+    """Pieces as sentencepiece writes them: the control tokens are pieces too, blanks are characters."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(letter, -3.0) for letter in "▁<>/sabcdegiklt:\n"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -55,3 +55,18 @@ def test_text_like_a_control_token_is_refused_or_plain_text(chatml, kind: str):
     (plain,) = encode_samples(Conversation("f", 1, other, None), tokenizer, SampleOptions())
     (literal,) = encode_samples(Conversation("f", 1, other, None), tokenizer, SampleOptions(special_text="literal"))
     assert literal.tokens.tolist() == plain.tokens.tolist()
+
+
+@pytest.mark.parametrize("special_text", ["refuse", "literal"])
+def test_marks_of_thoughts_are_not_control_tokens(make_tokenizer, special_text: str):
+    tokenizer = load_tokenizer(str(make_tokenizer(CHATML)))
+    marks = ["<think>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|channel|>", *marks]})
+    thought = "<think>\nHm.\n</think>\n\nIt is."
+
+    messages = [user("the sea"), reply(thought), user("the sky"), reply(thought)]
+
+    assert runs(tokenizer, messages, special_text=special_text) == [[thought + "<|im_end|>"] * 2]
+    options = SampleOptions(special_text=special_text)
+    (sample,) = encode_samples(Conversation("f", 1, messages, None), tokenizer, options)
+    assert all(sample.tokens.tolist().count(id) == 2 for id in tokenizer.convert_tokens_to_ids(marks))

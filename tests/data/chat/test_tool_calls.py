@@ -12,6 +12,7 @@ from megatron_sfr.data.chat.conversation import Conversation, encode
 from megatron_sfr.data.chat.rendered_turns import persona_turn
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.storage.jsonl import RecordError
+from tests.data.chat.families import called, reply, runs, user
 from tests.data.records import CHATML, turns
 
 TOOLS = [{"type": "function", "function": {"name": "tide", "description": "the tide", "parameters": {}}}]
@@ -170,6 +171,12 @@ REFUSED = {
         "not write the tool turn of message 3",
     ),
     "tools dropped": (CHATML, turns("hi", "yes"), TOOLS, "does not write the record's tools"),
+    "names of tools dropped": (
+        "{% for t in tools or [] %}{{ t.name }}: {{ t.description }};{% endfor %}" + CHATML,
+        turns("the tide", "yes"),
+        TOOLS,
+        "does not write the tool 'tide'; write tools as the function alone",
+    ),
     "system dropped": (NO_SYSTEM, [persona_turn("calm"), *turns("hi", "yes")], None, "does not write the system turn"),
     "quoted twice": (LLAMA3, with_tools(call("tide", '"at 1"')), None, "quotes the arguments of reply 1 once more"),
     "two calls": (LLAMA3, with_tools(NOON, NOON), None, "refuses the conversation (one call a turn)"),
@@ -204,3 +211,42 @@ def test_what_is_not_exact_is_refused_with_its_remedy(tokenizer_of, template, me
     with pytest.raises(RecordError, match=re.escape(reason)) as caught:
         encode(Conversation("f", 1, messages, None, tools), tokenizer_of(template))
     assert ";" in str(caught.value) or "change its turns" in str(caught.value)
+
+
+STRINGS = (  # arguments are joined to text, and content that is not null is written before the calls, as in DeepSeek's
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% if m['content'] == none %}"
+    "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}{% else %}"
+    "{{ m['content'] + '!' }}{% endif %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUOTED = STRINGS.replace(
+    "' ' + m.tool_calls[0].function.arguments", "' ' + m.tool_calls[0].function.arguments | tojson"
+)
+NONE = STRINGS.replace("m['content'] == none", "true").replace("{{ m.tool_calls", "{{ m.content }}{{ m.tool_calls")
+
+
+@pytest.mark.parametrize("arguments", [{"at": "noon"}, '{"at": "noon"}'], ids=["object", "string"])
+@pytest.mark.parametrize("content", [None, ""], ids=["null", "empty"])
+@pytest.mark.parametrize("template", [STRINGS, QUOTED, NONE], ids=["joined", "as JSON", "null is written"])
+def test_calls_are_converted_to_the_form_that_the_template_reads(make_tokenizer, template: str, content, arguments):
+    tokenizer = load_tokenizer(str(make_tokenizer(template)))
+    messages = [user("the tide"), reply(content, tool_calls=called(arguments)), {"role": "tool", "content": "high"}]
+
+    assert runs(tokenizer, [*messages, reply("yes")]) == [['tide {"at": "noon"}<|im_end|>', "yes<|im_end|>"]]
+
+
+def test_calls_of_both_forms_are_converted_to_one(make_tokenizer):
+    tokenizer = load_tokenizer(str(make_tokenizer(QUOTED)))
+    both = [user("the tide"), reply(None, tool_calls=called('{"at": "noon"}')), {"role": "tool", "content": "high"}]
+    both += [reply(None, tool_calls=called({"at": "six"})), {"role": "tool", "content": "low"}, reply("yes")]
+
+    expected = [['tide {"at": "noon"}<|im_end|>', 'tide {"at": "six"}<|im_end|>', "yes<|im_end|>"]]
+    assert runs(tokenizer, both) == expected
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", " ", ""])
+def test_a_call_without_arguments_is_not_quoted(make_tokenizer, arguments):
+    tokenizer = load_tokenizer(str(make_tokenizer(QUOTED)))
+    messages = [user("the tide"), reply(None, tool_calls=called(arguments)), {"role": "tool", "content": "high"}]
+
+    assert runs(tokenizer, [*messages, reply("yes")]) == [["tide {}<|im_end|>", "yes<|im_end|>"]]

@@ -57,8 +57,8 @@ def test_a_conversation_is_the_same_in_a_group_and_alone(monkeypatch, bpe, famil
     expected = [alone(given, tokenizer, options) for given in parsed(MIXED)]
     kinds = set(map(type, expected))
     assert kinds == {str, list}  # some records have samples, some a reason
-    for letters in (1, 300, 1 << 18):
-        monkeypatch.setattr(conversation, "GROUP_LETTERS", letters)
+    for characters in (1, 300, 1 << 18):
+        monkeypatch.setattr(conversation, "GROUP_CHARACTERS", characters)
         assert [outcome(made) for made in encode_conversations(parsed(MIXED), tokenizer, options)] == expected
 
 
@@ -82,9 +82,9 @@ def test_texts_are_rendered_once_and_encoded_once_after_the_last_rendering_of_th
     assert steps == ["render"] * renderings * len(LONG) + ["encode"] * encoded * len(LONG)
 
 
-def test_a_group_ends_with_the_letters_that_it_may_hold(monkeypatch, bpe):
+def test_a_group_ends_with_the_characters_that_it_may_hold(monkeypatch, bpe):
     """So memory does not grow with the number of records: a second group is read once the first is taken."""
-    monkeypatch.setattr(conversation, "GROUP_LETTERS", 1)
+    monkeypatch.setattr(conversation, "GROUP_CHARACTERS", 1)
     read = []
     given = (read.append(line) or made for line, made in enumerate(parsed(LONG)))
     samples = encode_conversations(given, tokenizer_of("qwen2.5", bpe))

@@ -47,6 +47,17 @@ def fenced(code: str, info: str = "python", fence: str = "```") -> str:
         "> Write `add`.\n\n" + fenced(ADD),
         fenced("    " + ADD.replace("\n", "\n    ").rstrip(" ")),
         fenced(">>> add(1, 2)\n3\n", "python-repl") + fenced(ADD),
+        fenced(ADD, "add.py"),
+        fenced(ADD, "code"),
+        fenced("python\n" + ADD, ""),
+        f"[PYTHON]\n{ADD}[/PYTHON]",
+        f"Sure:\n\n[PYTHON]\n{DRAFT}[/PYTHON]\nNo.\n[PYTHON]\n{ADD}[/PYTHON]\n[TESTS]\nassert add(1, 2) == 3\n[/TESTS]",
+        f"[PYTHON]\n{fenced(ADD)}[/PYTHON]",
+        f"[PYTHON]\n{ADD}",  # cut off
+        f"[BEGIN]\n{ADD}[DONE]\n",
+        f"{ADD}[DONE]\n\nNow write a function that",  # the prompt had opened the tag
+        f"So:\n<code>\n{ADD}</code>\nDone.",
+        f"<python>{ADD}</python>",
     ],
 )
 def test_the_block_that_defines_the_function_is_found(reply: str) -> None:
@@ -72,11 +83,19 @@ def test_a_docstring_may_hold_fences() -> None:
     assert extract_code(code, ("add",)) == code
 
 
+def test_tags_in_the_code_are_code() -> None:
+    for line in ("x = '[DONE]'\n", "# [PYTHON]\n", '"""\n<code>\nx\n</code>\n"""\n'):
+        assert extract_code(ADD + line, ("add",)) == ADD + line
+        assert extract_code("So:\n" + fenced(ADD + line) + "Done.", ("add",)) == ADD + line
+        assert extract_code(f"    {line}", ("add",), PROMPT) == f"    {line}"
+
+
 @pytest.mark.parametrize("body", ["    return a + b\n", "\n    c = a + b\n    return c\n"])
 def test_a_reply_may_continue_the_prompt(body: str) -> None:
     assert extract_code(body, ("add",), PROMPT) == body
     assert extract_code(f"{body}```\n\nThis adds.\n", ("add",), PROMPT) == body  # the prompt had opened a fence
     assert extract_code("Here:\n" + fenced(body), ("add",), PROMPT) == body
+    assert extract_code(f"[PYTHON]\n{body}[/PYTHON]\nDone.", ("add",), PROMPT).strip("\n") == body.strip("\n")
     assert extract_code("<think>\n\n</think>\n\n    return 1", ("add",), PROMPT) == "    return 1"
 
 

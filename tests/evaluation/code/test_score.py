@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sfr.cli import main
 from megatron_sfr.evaluation.code.sandbox import Limits, isolation_here
-from megatron_sfr.evaluation.code.score import verdict_of
+from megatron_sfr.evaluation.code.score import read_replies, verdict_of
 from megatron_sfr.evaluation.code.tasks import Task, agrees, read_tasks
 
 HUMAN_EVAL = {
@@ -207,6 +207,20 @@ def test_a_record_that_is_not_a_task_is_refused_by_line(row: dict, reason: str, 
     with pytest.raises(ValueError, match=r"tasks.jsonl:2: .*") as error:
         read_tasks(path)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task_id": "a", "completion": "x"},
+        {"task_id": "a", "solution": "x", "completion": None},
+        {"question": "Do it. ", "text": "x"},
+    ],
+)
+def test_fields_of_a_reply(tmp_path: Path, fields: dict) -> None:
+    (tmp_path / "replies.jsonl").write_text(json.dumps(fields))
+    (reply,) = read_replies(tmp_path / "replies.jsonl", [Task("a", "Do it.")])
+    assert (reply.task, reply.text) == ("a", "x")
 
 
 @pytest.mark.parametrize(

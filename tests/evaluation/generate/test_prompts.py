@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sfr.evaluation.generate.prompts import ask, limit, read_asked, read_prompts
+from megatron_sfr.evaluation.generate.prompts import ask, limit, read_asked, read_prompts, read_questions
+from megatron_sfr.evaluation.generate.verbalized import with_instructions
+from megatron_sfr.evaluation.judge.judge_prompts import CRITERIA, Item
 
 
 def write(path: Path, *records: object) -> Path:
@@ -98,6 +100,26 @@ def test_a_prompt_may_be_written_as_in_the_data_of_prepare(tmp_path: Path) -> No
         {"messages": [turn("user", "a"), call, turn("user", "b")]},
     ):
         with pytest.raises(ValueError, match=r"prompts\.jsonl:1: tools are not sampled; leave this record out"):
+            read_prompts(write(path, record))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_an_earlier_reply_is_part_of_the_prompt(tmp_path: Path, name: str) -> None:
+    earlier = turn("assistant", "Ho") | {name: "Hm."}
+    last = {"role": "assistant", "content": [{"type": "text", "text": "So."}], name: "Well."}
+    path = write(tmp_path / "data.jsonl", {"messages": [turn("user", "Hi"), earlier, turn("user", "And?"), last]})
+    expected = [turn("user", "Hi"), turn("assistant", "Ho") | {"reasoning_content": "Hm."}, turn("user", "And?")]
+
+    (asked,), (question,), (prompt,) = read_asked(path), read_questions(path), read_prompts(path)
+
+    assert asked.prompt == question.prompt == prompt
+    assert prompt.turns() == expected
+    assert asked.texts == question.texts == ["So."]
+    assert with_instructions(prompt, 2).turns()[:-1] == expected[:-1]
+    assert "assistant: Ho\n" in Item(next(iter(CRITERIA)), prompt, "So.").question().question
+    for wrong in ({name: ["Hm."]}, {"reasoning": "Hm.", "thinking": "Hm."}):
+        record = {"messages": [turn("user", "Hi"), turn("assistant", "Ho") | wrong, turn("user", "And?")]}
+        with pytest.raises(ValueError, match=r"data\.jsonl:1: (the \w+ of )?message 2"):
             read_prompts(write(path, record))
 
 
