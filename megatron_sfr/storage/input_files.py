@@ -17,6 +17,8 @@ COMPRESSED = (".gz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"[\w.-]+")
 _STATE, _DICT = "state.json", "dataset_dict.json"
+_OF_PREPARED = "segment_offsets.bin"
+"""A file that every prepared folder has."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ def record_files(inputs: Sequence[Path], options: DatasetOptions = DatasetOption
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_record_file(path.relative_to(folder))]
+    """The files of records in a folder, but for those of prepared folders in it: an output may stand in its input."""
+    prepared = {path.parent for path in folder.rglob(_OF_PREPARED)}
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and _is_record_file(path.relative_to(folder)) and not prepared & set(path.parents)
+    ]
     if not found:
         raise ValueError(f"{folder} has no file whose name ends in {', '.join(SUFFIXES)}, .gz or .zst; add one")
     return found
