@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def train(
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     if not verbose:
         print(f"{title}: {run.train_iters} steps on {nproc} processes; Megatron's output: {log}", flush=True)
+    tell = _warnings(log, title)
     with log.open("wb") as sink:
         process = subprocess.Popen(
             lifetime.tied(command(recipe, nproc, flags, max_restarts)),
@@ -135,15 +136,27 @@ def train(
             env={"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | variables(max_restarts) | os.environ,
             start_new_session=True,  # the terminal's Ctrl-C reaches the workers once, through us
         )
-        stopped = _wait(process, None if verbose else _bar(run, title))
+        stopped = _wait(process, None if verbose else _bar(run, title, tell))
     if not verbose:
-        for warning in marked(log, WARNING):
-            print(f"{title}: warning: {warning}", flush=True)
+        tell()
     if stopped:
         print(f"{title}: stopped; the same command resumes from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
     if code := process.returncode:
         raise ValueError(f"training failed with exit code {code}" if verbose else failure(log, ERROR, returncode=code))
+
+
+def _warnings(log: Path, title: str) -> Callable[[], None]:
+    """A function that prints the warnings in the log of a run, each once."""
+    told: set[str] = set()
+
+    def tell() -> None:
+        for warning in marked(log, WARNING):
+            if warning not in told:
+                told.add(warning)
+                tqdm.write(f"{title}: warning: {warning}")
+
+    return tell
 
 
 def _is_finished(run: Run, title: str) -> bool:
@@ -190,8 +203,11 @@ def _wait(process: subprocess.Popen, bar: Iterator[None] | None) -> bool:
     return bool(received)
 
 
-def _bar(run: Run, title: str) -> Iterator[None]:
-    """A generator that reads new lines of the run's metrics each time, and draws the bar."""
+def _bar(run: Run, title: str, begun: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A generator that reads new lines of the run's metrics each time, and draws the bar.
+
+    begun: called at the first step.
+    """
     speed: dict[str, str] = {}
     with tqdm(total=run.train_iters, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
         started = False
@@ -202,6 +218,7 @@ def _bar(run: Run, title: str) -> Iterator[None]:
                 if not started:  # a resumed run starts at its current step
                     bar.initial = bar.n = row["step"] - 1
                     started = True
+                    begun()
                 losses = {name: f"{row[name]:.3f}" for name in LOSSES if name in row}
                 speed |= {label: f"{row[name]:{form}}" for name, (label, form) in SPEED.items() if name in row}
                 bar.set_postfix(losses | speed, refresh=False)

@@ -60,12 +60,14 @@ def _train(settings: "Settings", first: bool) -> None:
     from megatron_sfr.training.data.epochs import describe
     from megatron_sfr.training.data.provider import DataProvider
     from megatron_sfr.training.step_context import for_megatron
+    from megatron_sfr.training.tracking import wandb_guard
 
     say: Callable[[str], None] = partial(print, flush=True) if first else lambda line: None
     backend.start(settings.backend, settings.recipe.get("distributed_timeout_minutes", 10))
     say("\n  ".join([f"backend: {settings.backend}", *settings.changes]))
     for line in repair_trackers(settings.recipe):
         say(line)
+    os.environ |= {name: value for name, value in wandb_guard.FINISH.items() if name not in os.environ}
     args = parse(settings)
     if not _is_ready(args, say):
         return
@@ -108,10 +110,10 @@ def hooks(step: Any) -> dict[str, Callable[..., Any]]:
 
 def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
     """Checks data and checkpoint of a run before anything is built. Returns whether steps are left to train."""
-    from megatron_sfr.config.build import check_task, dequantized_start, unknown_end
+    from megatron_sfr.config.build import check_task, dequantized_start, other_tokenizer, unknown_end
     from megatron_sfr.config.objective import reference_store, selected_loss
     from megatron_sfr.config.resume import changed_data, check_schedule, check_targets, resumed_step
-    from megatron_sfr.training.data.prepared_check import check_prepared, flow_targets, reply_end_tokens
+    from megatron_sfr.training.data.prepared_check import check_prepared, data_warnings, flow_targets, reply_end_tokens
 
     if args.lr is None and not args.skip_train:
         raise ValueError("lr is missing: set the largest learning rate of the schedule")
@@ -131,7 +133,11 @@ def _is_ready(args: Any, say: Callable[[str], None]) -> bool:
         check_prepared(args, reference_store(selected_loss(args)[1]))
     args.reply_end_tokens = reply_end_tokens(args)
     data = changed_data(args, stored) if step else None
-    for warning in filter(None, (*warnings, unknown_end(args), dequantized_start(args), data)):
+    if args.lr == 0 and not args.skip_train:
+        warnings.append("lr is 0: no weight will change")
+    warnings += data_warnings(args)
+    of_start = other_tokenizer(args), unknown_end(args), dequantized_start(args)
+    for warning in filter(None, (*warnings, *of_start, data)):
         say(f"{WARNING} {warning}")
     return True
 
@@ -173,13 +179,18 @@ def speed_log(backend: Literal["cpu", "cuda"]) -> "SpeedLog":
 
 def replacements(plan: "RunPlan", lines: "JsonLines | None", speed: "SpeedLog") -> "list[Replacement]":
     """The names of upstream that are replaced while it trains, on any backend."""
+    from megatron.training.global_vars import get_wandb_writer
+
     from megatron_sfr.hf.megatron import disk_room, finite_weights, retention
     from megatron_sfr.runtime import durable, resharding, synchronous_save
     from megatron_sfr.training import head_optimizer, metrics_log
     from megatron_sfr.training.timing import profile, step_speed
+    from megatron_sfr.training.tracking import wandb_guard
 
     table = [*durable.REPLACEMENTS, *resharding.REPLACEMENTS, *synchronous_save.REPLACEMENTS]
     table += step_speed.replacements(speed)
+    if get_wandb_writer() is not None:
+        table += wandb_guard.replacements()
     if plan.megatron.profile:
         table += profile.replacements()
     if plan.data.sfr:

@@ -12,8 +12,9 @@ from torch.distributed.launcher.api import LaunchConfig
 from megatron_sfr import cli, launch
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
-from megatron_sfr.launch import SHUTDOWN_S, Run, _bar, command, new_rows, read_run, variables
+from megatron_sfr.launch import SHUTDOWN_S, Run, _bar, _warnings, command, new_rows, read_run, variables
 from megatron_sfr.storage.lock import hold
+from megatron_sfr.train import WARNING
 from megatron_sfr.training.metrics_log import cut_back
 
 SIZES = "train-iters: 7\nmicro_batch_size: 2\nglobal_batch_size: 8\nseq_length: 16\n"
@@ -69,6 +70,22 @@ def test_the_bar_moves_with_the_steps_of_either_task(tmp_path: Path, loss: str, 
     assert "2/7" in shown
     assert f"{loss}=0.500" in shown
     assert "tokens/s=1,234, MFU=40%" in shown
+
+
+def test_warnings_are_printed_at_the_first_step_and_each_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"backend: cpu\n{WARNING} the data are odd\n")
+    tell = _warnings(log, "ce")
+    bar = _bar(Run(tmp_path, 7), "ce", tell)
+    next(bar)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "lm loss": 2.0}\n')
+    next(bar)
+    bar.close()  # type: ignore[attr-defined]
+    assert capsys.readouterr().out == "ce: warning: the data are odd\n"
+    log.write_text(f"{log.read_text()}{WARNING} the end is odd\n")
+    tell()
+    assert capsys.readouterr().out == "ce: warning: the end is odd\n"
 
 
 def test_torchrun_waits_for_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sfr.runtime.lifetime import tied
 from tools.bench_overhead import ratios
 
 SWITCH = "THP_MEM_ALLOC_ENABLE"
@@ -41,7 +42,8 @@ def measure(flags: Sequence[str], *, huge: bool) -> Process:
     before = _faults()
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder, "numbers.json")
-        command = [sys.executable, "-W", "ignore", "-m", "tools.bench_overhead", *flags, "--json", str(numbers)]
+        program = [sys.executable, "-W", "ignore", "-m", "tools.bench_overhead", *flags, "--json", str(numbers)]
+        command = tied(program)  # ends with this process
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])

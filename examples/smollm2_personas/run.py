@@ -18,6 +18,7 @@ from examples.dictionary_styles.study.materials import LAST, unpack
 from examples.smollm2_personas import page
 from examples.smollm2_personas.fetch import GGUF, fetch
 from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
+from megatron_sfr.runtime.lifetime import tied
 from megatron_sfr.storage.atomic import replacing
 
 ROOT = Path("runs/smollm2_personas")  # the recipes name it too
@@ -97,9 +98,9 @@ def run(stage: Stage) -> None:
     program, *rest = shlex.split(command)
     words = [sys.executable, *(["-m", "megatron_sfr.cli"] if program == "megatron-sfr" else []), *rest]
     if not output:
-        code = subprocess.run(words, check=False).returncode
+        code = subprocess.run(tied(words), check=False).returncode
     else:
-        done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(tied(words), check=False, stdout=subprocess.PIPE, text=True)
         code = done.returncode
         if not code:
             with replacing(Path(output)) as file:

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}")
     args.flags = rest
     try:
-        return args.run(args)
+        code = args.run(args)
+        _flush()
+        return code
     except BrokenPipeError:  # the reader of the output has ended; Python's flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -83,6 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 130
+
+
+def _flush() -> None:
+    """Writes what is left of standard output. Raises OSError if that fails, and then drops it: Python flushes again."""
+    if sys.stdout is None:  # it was closed before the command started
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, f"standard output: {error.strerror}") from error
 
 
 def _failed(command: str, why: str) -> int:

@@ -35,7 +35,7 @@ from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.local_spec import local_block_spec, local_hybrid_spec
 from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
-from megatron_sfr.storage.model_folders import find_gguf
+from megatron_sfr.storage.model_folders import find_gguf, vocabulary_of
 from megatron_sfr.training.auxiliary_loss import FlowTerm
 from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.data.prepared_check import prepared_folders
@@ -130,8 +130,8 @@ def dequantized_start(args: argparse.Namespace) -> str | None:
 
 def unknown_end(args: argparse.Namespace) -> str | None:
     """A warning if replies of the data end with tokens that the starting model does not stop at; None otherwise."""
-    start = args.sfr_hf_load or args.lora_base or args.pretrained_checkpoint or args.load
-    known = end_tokens_of(Path(start)) if start else ()
+    start = _start(args)
+    known = end_tokens_of(start) if start else ()
     if not known or not (unknown := [id for id in args.reply_end_tokens if id not in known]):
         return None
     return (
@@ -139,6 +139,27 @@ def unknown_end(args: argparse.Namespace) -> str | None:
         f"{', '.join(map(str, known))} alone: `megatron-sfr convert export` adds it to generation_config.json; other "
         "ways to save the model have to do the same"
     )
+
+
+def other_tokenizer(args: argparse.Namespace) -> str | None:
+    """A warning if data were prepared with another tokenizer than the starting model has; None otherwise.
+
+    That is, if both have a tokenizer.json, and these have different vocabularies.
+    """
+    start = _start(args)
+    if start is None or (known := vocabulary_of(start)) is None:
+        return None
+    for folder in prepared_folders(args):
+        given = Path(open_prepared(folder).manifest.tokenizer)
+        if vocabulary_of(given) not in (None, known):
+            return f"{folder} was prepared with the tokenizer in {given}, whose vocabulary is not that of {start}"
+    return None
+
+
+def _start(args: argparse.Namespace) -> Path | None:
+    """The folder from which a run starts; None if it starts from random weights."""
+    start = args.sfr_hf_load or args.lora_base or args.pretrained_checkpoint or args.load
+    return Path(start) if start else None
 
 
 def forward_step(plan: RunPlan, data: DataProvider, lines: JsonLines | None = None) -> ForwardStep | KLFlowStep:

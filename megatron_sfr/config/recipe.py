@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def hyphenated(key: str) -> str:
 
 
 def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dict[str, Any]:
-    """The options of a recipe, their names hyphenated.
+    """The options of a recipe, their names hyphenated, and ~/ at the start of a value expanded.
 
     Args:
         path: a YAML file.
@@ -61,7 +62,14 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
         raise ValueError(f"{path}: not YAML: {cut(str(error), 240)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply; recipes are flat") from error
-    return {hyphenated(str(key)): value for key, value in recipe.items()}
+    return {hyphenated(str(key)): _at_home(value) for key, value in recipe.items()}
+
+
+def _at_home(value: Any) -> Any:
+    """A value in which a leading ~/ is the home folder, as a shell reads it on the command line."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _check_keys(path: Path, mapping: yaml.MappingNode, option_of: Callable[[str], str]) -> None:

@@ -33,7 +33,7 @@ from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.objectives.token.registry import LOSSES, find_loss
-from megatron_sfr.option_names import named
+from megatron_sfr.option_names import named, option_names
 from megatron_sfr.runtime.backend import BackendOptions, adapt_flags, choose
 from megatron_sfr.storage.user_files import one_line
 from megatron_sfr.training.data.epochs import train_iters_of
@@ -196,7 +196,20 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
     if found := refusal(args, vars(parser.read([]))):
         raise ValueError(found)
     check(args)
-    return Settings(flags, resolved(args, parser), backend, changes)
+    saved = resolved(args, parser)
+    if "sfr" in recipe:  # false is a statement too
+        saved.setdefault("sfr", False)
+    elif not args.sfr and (given := [name for name in _term_options() if name in saved]):
+        raise ValueError(
+            f"{', '.join(given)}: without effect, as the run trains without SFR: set sfr: true, or sfr: false to say so"
+        )
+    return Settings(flags, saved, backend, changes)
+
+
+def _term_options() -> list[str]:
+    """The options that only a run with SFR reads."""
+    parts = (PresetOptions, SFROptions, TargetOptions, ScheduleOptions, GateOptions, FlowHeadOptions)
+    return [name for part in (*parts, HeadOptimizerOptions) for name in option_names(part).values()]
 
 
 def check(args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from megatron_sfr.training.lm_head import CHUNK_TOKENS
 
 Rows = list[tuple[Any, str]]
 RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+NOT_NEGATIVE = (*RATES, "weight_decay", "clip_grad", "adam_eps")
+BETAS = ("adam_beta1", "adam_beta2")
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
@@ -28,8 +30,16 @@ def contradiction(args: argparse.Namespace) -> str | None:
 def _of_the_run(args: argparse.Namespace) -> Rows:
     numbers = {name: value for name, value in vars(args).items() if isinstance(value, float)}
     wrong = [name for name, x in numbers.items() if math.isnan(x) or (name in RATES and math.isinf(x))]
+    negative = [name for name in NOT_NEGATIVE if numbers.get(name, 0) < 0]
+    betas = [name for name in BETAS if not 0 <= numbers.get(name, 0) < 1]
     return [
         (wrong, f"{', '.join(wrong)}: not a finite number; give one"),
+        (negative, f"{', '.join(negative)}: below 0; give at least 0"),
+        (betas, f"{', '.join(betas)}: give at least 0 and less than 1"),
+        (
+            args.lr is not None and args.min_lr > args.lr,
+            f"min_lr = {args.min_lr:g} is above lr = {args.lr}: lower it, or raise lr",
+        ),
         (
             args.train_iters is not None and args.train_iters < 1,
             f"train_iters = {args.train_iters}: give at least 1",

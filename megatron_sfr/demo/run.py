@@ -1,6 +1,7 @@
 """The demo's pipeline: world, data, training, export, sampling, comparison. A rerun skips finished steps."""
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator
@@ -127,10 +128,10 @@ def _write_recipes(output: Path, scale: Scale, architecture: Path) -> dict[str, 
     written = {}
     for name, steps in (("base", scale.pretraining_steps), *((name, scale.finetuning_steps) for name in ("ce", "sfr"))):
         text = (files("megatron_sfr.demo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-        values = {"OUTPUT": output, "STEPS": steps, "SEQ_LENGTH": PREPARE.seq_length}
-        values |= {"WARMUP": scale.warmup, "MEASURE": scale.measure}
+        values = {"STEPS": steps, "SEQ_LENGTH": PREPARE.seq_length, "WARMUP": scale.warmup, "MEASURE": scale.measure}
         for key, value in values.items():
             text = text.replace(key, str(value))
+        text = re.sub(r"OUTPUT([\w/]*)", lambda path: json.dumps(f"{output}{path[1]}"), text)  # any path, last
         written[name] = output / "recipes" / f"{name}.yaml"
         with replacing(written[name]) as file:
             file.write(f"{text}\n# The model: {architecture / 'config.json'}\n{model}")

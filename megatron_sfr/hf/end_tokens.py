@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sfr.hf.gguf.gguf_file import read_header
 from megatron_sfr.hf.hf_folder import CONFIG
-from megatron_sfr.storage.model_folders import find_gguf
+from megatron_sfr.storage.model_folders import TOKENIZER, find_gguf
 from megatron_sfr.storage.user_files import read_json_object, shown
 
 GENERATION = "generation_config.json"
@@ -29,9 +29,11 @@ def end_tokens_of(folder: Path) -> tuple[int, ...]:
     return () if gguf is None else read_header(gguf).end_tokens
 
 
-def keep_end_tokens(source: Path, folder: Path) -> None:
-    """Keeps the end tokens of an HF folder beside a checkpoint, so that `megatron_sfr.train` can compare them with the
-    data's."""
+def keep_tokens(source: Path, folder: Path) -> None:
+    """Keeps the end tokens and the tokenizer of an HF folder beside a checkpoint, so that `megatron_sfr.train` can
+    compare them with the data's."""
+    if (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
     elif ids := end_tokens_of(source):

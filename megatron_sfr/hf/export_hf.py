@@ -34,8 +34,9 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*",
     "LICENSE*",
+    "*.py",
 )
-"""Files copied with the config: tokenizer, chat template, generation config, licence."""
+"""Files copied with the config: tokenizer, chat template, generation config, licence, code that auto_map names."""
 SHARD_BYTES = 5 * 10**9
 Model = StoredModel | MergedModel
 
@@ -112,7 +113,7 @@ def export_hf(
     identity = _identity(model, like, {"dtype": str(dtype), "shard_bytes": shard_bytes, "head": head})
     end_tokens: tuple[int, ...] = ()
     if not (done := is_up_to_date(output, identity, force=force)):
-        with new_folder(output, mark=CONFIG, force=force, size=size, identity=identity) as folder:
+        with new_folder(output, force=force, size=size, identity=identity) as folder:
             copy_companions(like, folder)
             end_tokens = _write_config(config, dtypes, model.checkpoint, folder)
             with tqdm(total=size, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:

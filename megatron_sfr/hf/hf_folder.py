@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.storage import model_folders, provenance
-from megatron_sfr.storage.atomic import sync_files, sync_folder
+from megatron_sfr.storage.atomic import link_target, sync_files, sync_folder
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import read_json_object, shown
@@ -98,27 +98,25 @@ def is_up_to_date(output: Path, identity: Mapping[str, object], *, force: bool) 
 
 
 @contextmanager
-def new_folder(
-    output: Path, *, mark: str, force: bool, size: int = 0, identity: Mapping[str, object] | None = None
-) -> Iterator[Path]:
+def new_folder(output: Path, *, force: bool, identity: Mapping[str, object], size: int = 0) -> Iterator[Path]:
     """A folder to fill, which becomes `output` on success and is removed on failure; for one process at a time.
 
     All of it is on the disk before it gets its name, so that a crash of the machine leaves no half-written output.
 
     Args:
-        output: the folder to write. An existing one is refused.
-        mark: a file that every folder written by this conversion has.
-        force: replace an existing folder that has the mark (a mistyped path then deletes no other folder).
+        output: the folder to write, or a link to it. An existing one is refused.
+        force: replace an existing folder that a conversion has written (a mistyped path deletes no other folder).
+        identity: everything that determines the bytes, stored for `is_up_to_date` and `force`.
         size: bytes to be written, for which there must be room.
-        identity: everything that determines the bytes, stored for `is_up_to_date`.
     """
+    output = link_target(output)
     partial = output.with_name(f".{output.name}.partial")
     replaced = output.with_name(f".{output.name}.replaced")
     try:
         with hold(output):
             if replaced.exists() and not output.exists():
                 replaced.rename(output)  # an earlier call was killed between the two renames below
-            _check_replaceable(output, mark, force)
+            _check_replaceable(output, force)
             try:
                 for leftover in (partial, replaced):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -128,8 +126,7 @@ def new_folder(
                     )
                 partial.mkdir()
                 yield partial
-                if identity is not None:
-                    provenance.write_record(partial / RECORD, identity, provenance.sizes_of(partial))
+                provenance.write_record(partial / RECORD, identity, provenance.sizes_of(partial))
                 sync_files(partial)
                 if output.exists():
                     output.rename(replaced)
@@ -139,17 +136,26 @@ def new_folder(
                 for leftover in (partial, replaced):
                     shutil.rmtree(leftover, ignore_errors=True)
     except OSError as e:
-        if e.errno not in _NOT_WRITTEN:
+        if e.errno not in _NOT_WRITTEN or not _concerns(output, e):
             raise
         raise ValueError(f"{output} was not written and nothing is left of it; {_NOT_WRITTEN[e.errno]} ({e})") from e
 
 
-def _check_replaceable(output: Path, mark: str, force: bool) -> None:
-    if output.exists() or output.is_symlink():
+def _concerns(output: Path, error: OSError) -> bool:
+    """Whether an error is about the output, a temporary name of it or a folder above it, and not about an input."""
+    if error.filename is None:
+        return True
+    failed, folder = Path(error.filename).absolute(), output.absolute()
+    temporary = f"{folder.parent / f'.{folder.name}'}."
+    return folder.is_relative_to(failed) or str(failed).startswith(temporary)
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    if output.exists():
         if not force:
             raise ValueError(f"{output} exists: {_OTHER}")
-        if not (output / mark).is_file():
-            raise ValueError(f"{output} has no {mark}: --force replaces only folders that a conversion has written")
+        if not (output / RECORD).is_file():
+            raise ValueError(f"{output} has no {RECORD}: --force replaces only folders that a conversion has written")
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -1,9 +1,11 @@
 """A complete model in an HF folder or GGUF file: checks config against weights by name, and reads any chunk in the form
 of Megatron."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -17,6 +19,10 @@ from megatron_sfr.hf.mappings import Dimensions, Entry, Family, entries
 from megatron_sfr.storage.model_folders import find_gguf
 
 ROTARY_BUFFER = "rotary_emb.inv_freq"
+_OF_QUANTIZED = re.compile(
+    r"\.(weight_(scale(_inv|_2)?|packed|zero_point)|input_scale|qweight|qzeros|scales|biases|g_idx|absmax|quant_map)$"
+)
+"""Names of tensors beside quantized weights. config.json may not mention these (MLX, Model Optimizer)."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,21 @@ class Source:
     def read(self, entry: Entry, start: int, stop: int) -> Tensor:
         """start..stop of Megatron's tensor along its tensor-parallel axis (the first axis if it has none).
 
-        Both are multiples of the mapping's grain.
+        Both are multiples of the mapping's grain. Raises ValueError if a value is NaN or infinite: a run that starts
+        from it may train, but can never save.
         """
         axis, d = entry.mapping.tp_dim or 0, self.dimensions
         parts = []
         for name, spans in zip(entry.names, entry.mapping.spans(start, stop, d), strict=True):
             found = [self.weights.part(name, axis, *span) for span in spans]
             parts.append(found[0] if len(found) == 1 else torch.cat(found, dim=axis))
-        return entry.mapping.join(tuple(parts), d)
+        tensor = entry.mapping.join(tuple(parts), d)
+        if tensor.numel() and not all(isfinite(x) for x in tensor.aminmax()):
+            raise ValueError(
+                f"{self.weights.folder}: {', '.join(entry.names)}: values are NaN or infinite; copy the model again, "
+                "or repair what wrote it"
+            )
+        return tensor
 
 
 def open_source(folder: Path) -> Source:
@@ -89,6 +102,13 @@ def _check_names(weights: Weights | GGUFWeights, todo: list[Entry], family: Fami
                 f"{weights.folder}: {copy} is not {original}, but config.json has tie_word_embeddings: true"
             )
         unknown.remove(copy)
+    if missing == [copy]:
+        raise ValueError(
+            f"{weights.folder}: missing {copy}: copy the model again, or set tie_word_embeddings: true in config.json "
+            f"if it is {original}"
+        )
+    if any(_OF_QUANTIZED.search(name) for name in unknown):
+        raise ValueError(f"{weights.folder}: {unknown[0]}: the weights are quantised; start from the unquantised model")
     if missing:
         raise ValueError(f"{weights.folder}: missing {', '.join(missing)}, which config.json implies")
     if unknown:
@@ -102,7 +122,10 @@ def _check_entry(weights: Weights | GGUFWeights, entry: Entry, d: Dimensions) ->
             raise ValueError(f"{weights.folder}: {said}: config and weights belong to different models")
     dtypes = {weights.dtype(name) for name in entry.names}
     if len(dtypes) > 1:
-        raise ValueError(f"{weights.folder}: {', '.join(entry.names)} differ in dtype, but are one tensor in Megatron")
+        raise ValueError(
+            f"{weights.folder}: {', '.join(entry.names)} differ in dtype, but are one tensor in Megatron: "
+            "save the model in one dtype"
+        )
     return dtypes.pop()
 
 
@@ -112,7 +135,10 @@ def _check_stacks(source: Path, dtypes: dict[Entry, torch.dtype]) -> None:
         stacks[entry.stacked].add(dtype)
     for key, found in stacks.items():
         if len(found) > 1:
-            raise ValueError(f"{source}: the layers of {key} differ in dtype, but are one tensor in Megatron")
+            raise ValueError(
+                f"{source}: the layers of {key} differ in dtype, but are one tensor in Megatron: save the model in one "
+                "dtype"
+            )
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sfr.hf.config_values import Config
-from megatron_sfr.hf.end_tokens import keep_end_tokens
+from megatron_sfr.hf.end_tokens import keep_tokens
 from megatron_sfr.hf.gguf.gguf_file import GGUFHeader, GGUFWeights, model_contents
 from megatron_sfr.hf.hf_folder import WEIGHT_FILES, Weights, is_up_to_date, new_folder
 from megatron_sfr.hf.hf_model import Source, bits, open_source
@@ -97,11 +97,11 @@ def _write(
     force: bool,
     progress: bool,
 ) -> None:
-    with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
+    with new_folder(output, force=force, size=size, identity=identity) as folder:
         with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             chunks = (chunk for entry in model.dtypes for chunk in _chunks(model, entry, bar))
             write_checkpoint(folder / RELEASE, chunks, _objects(model))
-        keep_end_tokens(source, folder)
+        keep_tokens(source, folder)
         (folder / TRACKER).write_text(RELEASE)
         if check:
             check_import(folder / RELEASE, model.config, model.weights, progress=progress)

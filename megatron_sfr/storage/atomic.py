@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def link_target(path: Path) -> Path:
+    """The path itself, or the one that a symbolic link names, so that what is written keeps the link."""
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, which atomically replaces `path` when the block ends, or is removed if the block fails.
@@ -16,6 +21,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Missing folders of the path are created. Processes that write the same path at the same time use separate temporary
     files; the last one wins. Temporary files that killed processes of this machine have left are removed.
     """
+    path = link_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{path.name}.{os.uname().nodename}-"
     partial = path.with_name(f"{mine}{os.getpid()}.partial")

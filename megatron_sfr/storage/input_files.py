@@ -19,6 +19,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"[\w.-]+")
 _STATE, _DICT = "state.json", "dataset_dict.json"
 _ABOUT = ("dataset_info.json", "dataset_infos.json")  # describe files beside them: of `datasets`, of LLaMA-Factory
+_OF_PREPARED = "segment_offsets.bin"
+"""A file that every prepared folder has."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def record_files(inputs: Sequence[Path], options: DatasetOptions = DatasetOption
 
 
 def _shards(folder: Path) -> list[Path]:
+    """The files of records in a folder, but for those of prepared folders in it: an output may be inside its input."""
     files = sorted(_files_in(folder, set()))
     if saved := next((path.parent for path in files if path.name in (_STATE, _DICT)), None):
         raise ValueError(f"{folder} has a saved dataset inside; give {saved} as a separate input")
-    found = [path for path in files if _is_record_file(path.relative_to(folder))]
+    prepared = {path.parent for path in files if path.name == _OF_PREPARED}
+    found = [path for path in files if _is_record_file(path.relative_to(folder)) and not prepared & set(path.parents)]
     if not found:
         raise ValueError(f"{folder} has no file whose name ends in {', '.join(SUFFIXES)}, .gz or .zst; add one")
     return found

@@ -24,7 +24,8 @@ _POLL_S = 0.1
 
 def lock_file(output: Path, *, inside: bool = False) -> Path:
     """Path of an output's lock: `.NAME.lock` beside it, or `.lock` in a folder that is written in place."""
-    return output / ".lock" if inside else output.absolute().with_name(f".{output.absolute().name}.lock")
+    path = output.resolve()  # one lock, whichever links lead to the output
+    return path / ".lock" if inside else path.with_name(f".{path.name}.lock")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
-from megatron_sfr.storage.atomic import replacing, sync_folder
+from megatron_sfr.storage.atomic import link_target, replacing, sync_folder
 from megatron_sfr.storage.integrity import StoredFileError
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import check_fields, cut, read_json, read_json_object, shown
@@ -87,6 +87,7 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
 
     The block must move it away with `publish`. After an error it is removed, or kept for a later run (`keep`).
     """
+    output = link_target(output)
     folder = output.parent / f".{output.name}.partial"
     with hold(output):
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,7 @@ def staging(output: Path, *, keep: bool) -> Iterator[Path]:
 
 def publish(folder: Path, output: Path) -> None:
     """Moves the finished files of `folder` to `output`, the manifest last. Other files in `output` remain."""
+    output = link_target(output)
     if not output.exists():
         folder.rename(output)
     else:

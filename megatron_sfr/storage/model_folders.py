@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from megatron_sfr.storage.user_files import cut
+from megatron_sfr.storage.user_files import cut, read_json_object
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER, TOKENIZER = "adapter_config.json", "tokenizer.json"
 GGUF = ".gguf"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
@@ -20,8 +21,20 @@ def check_config(folder: Path) -> Path:
     """The path of a Hugging Face folder's config.json. Raises ValueError if it does not exist."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: name the folder of a Hugging Face model")
+        hint = "name the folder of a Hugging Face model"
+        if (folder / ADAPTER).is_file():
+            hint = f"{folder} holds an adapter: name its base model here, and {folder} in --adapter"
+        raise ValueError(f"{path} does not exist: {hint}")
     return path
+
+
+def vocabulary_of(folder: Path) -> object:
+    """The vocabulary in a folder's tokenizer.json, without added tokens; None if it is missing or cannot be read."""
+    try:
+        model = read_json_object(folder / TOKENIZER).get("model")
+    except (OSError, ValueError):
+        return None
+    return model.get("vocab") if isinstance(model, dict) else None
 
 
 def find_gguf(source: Path) -> Path | None:

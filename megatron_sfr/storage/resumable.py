@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megatron_sfr.storage.atomic import sync_folder
+from megatron_sfr.storage.atomic import link_target, sync_folder
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.provenance import differences, is_up_to_date, read_record, write_record
@@ -15,6 +15,7 @@ from megatron_sfr.storage.provenance import differences, is_up_to_date, read_rec
 
 def record_of(path: Path) -> Path:
     """Path of a file's record: the command that writes it, and its size once it is complete."""
+    path = link_target(path)
     return path.with_name(f".{path.name}.identity.json")
 
 
@@ -36,6 +37,7 @@ def resumable(
     Raises:
         ValueError: the file or its partial form has another identity, or another process is writing it.
     """
+    path = link_target(path)
     partial, record = path.with_name(f".{path.name}.partial"), record_of(path)
     with hold(path):
         is_finished(path, identity)

@@ -27,6 +27,9 @@ STORED: dict[str, Any] = {
     "lr": 1e-3,
     "min_lr": 1e-5,
     "adam_beta2": 0.95,
+    "muon_momentum": 0.95,
+    "lion_beta1": 0.9,
+    "lion_beta2": 0.98,
     "lr_decay_style": "cosine",
     "lr_decay_iters": 4,  # upstream fills it in from train_iters
     "lr_decay_samples": None,
@@ -144,7 +147,7 @@ def test_a_changed_schedule_is_refused_with_the_key_both_values_and_the_remedy(
         assert check_schedule(run(**changes, **{chosen: True}), STORED) is None
 
 
-@pytest.mark.parametrize("key", ["lr", "min_lr", "adam_beta2"])
+@pytest.mark.parametrize("key", ["lr", "min_lr", "adam_beta2", "muon_momentum", "lion_beta1", "lion_beta2"])
 def test_what_the_optimizers_state_holds_cannot_be_changed(key: str) -> None:
     said = rf"{key} is 0.0005, but the run in run has {STORED[key]}.*pretrained_checkpoint: run"
     with pytest.raises(ValueError, match=said):

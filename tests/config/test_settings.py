@@ -32,9 +32,9 @@ def write(folder: Path, **changes: Any) -> list[str]:
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_our_defaults(tmp_path: Path) -> None:
-    recipe = read_settings([*write(tmp_path, **{"sfr-weight": 2.0, "hidden_dropout": 0.2}), "--sfr-weight", "3"]).recipe
-    assert recipe["sfr_weight"] == 3.0
-    assert recipe["hidden_dropout"] == 0.2
+    given = {"sfr": True, "sfr-weight": 2.0, "hidden_dropout": 0.2}
+    recipe = read_settings([*write(tmp_path, **given), "--sfr-weight", "3"]).recipe
+    assert (recipe["sfr_weight"], recipe["hidden_dropout"]) == (3.0, 0.2)
     assert recipe["attention_dropout"] == DEFAULTS["attention-dropout"]
 
 

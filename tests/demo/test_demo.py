@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_sfr.cli import main
+from megatron_sfr.demo.run import _write_recipes
+from megatron_sfr.demo.scale import TINY
 from tests import warm
+from tests.hf.models import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,15 @@ def test_the_model_generates(output: Path, capsys: pytest.CaptureFixture) -> Non
     command = ["generate", "--model", str(output / "models" / "sfr"), "--prompt", "Why?", "--persona", "poet"]
     assert main([*command, "--samples", "2", "--max-new-tokens", "8"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_the_recipes_name_the_folder_whatever_it_is_called(tmp_path: Path) -> None:
+    output, architecture = tmp_path / "STEPS: a, [b] #1 é\n", tmp_path / "model"
+    config = tiny_config("Qwen3ForCausalLM")
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(architecture)
+    for name, path in _write_recipes(output, TINY, architecture).items():
+        assert yaml.safe_load(path.read_text())["save"] == f"{output}/runs/{name}"
 
 
 def test_a_folder_with_other_content_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -127,6 +127,31 @@ def test_missing_tensor(folder):
     refused(folder, r"missing model\.layers\.2\.mlp\.up_proj\.weight")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(folder, value):
+    """In a row of the vocabulary that training may never use: it would run, and could not save."""
+    change_tensors(folder, lambda x: x["model.embed_tokens.weight"][500].fill_(value))
+    refused(folder, r"model\.embed_tokens\.weight: values are NaN or infinite; copy the model again")
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "qweight", "scales", "absmax"])
+def test_weights_that_only_their_names_show_to_be_quantized(folder, end):
+    """As in folders of MLX or Model Optimizer, whose config.json may not say it."""
+    change_tensors(folder, lambda x: x.update({f"model.layers.0.mlp.up_proj.{end}": torch.zeros(3)}))
+    refused(folder, f"up_proj\\.{end}: the weights are quantised; start from the unquantised model")
+
+
+def test_a_head_that_is_missing_may_be_tied(folder):
+    change_tensors(folder, lambda x: x.pop("lm_head.weight"))
+    refused(folder, r"missing lm_head\.weight: .* tie_word_embeddings: true .* if it is model\.embed_tokens\.weight")
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter: name its base model here, and .* in --adapter"):
+        import_hf(tmp_path, tmp_path / "out", progress=False)
+
+
 def test_unknown_tensor(folder):
     change_tensors(folder, lambda x: x.update({"model.layers.0.self_attn.sinks": torch.zeros(6)}))
     refused(folder, r"model\.layers\.0\.self_attn\.sinks: no weight of config\.json's architecture")

@@ -30,14 +30,30 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         main(["inspect", "--data", "x"])
 
 
-def test_a_reader_that_ends_early_causes_no_traceback() -> None:
+def printing(characters: int, stdout: int) -> subprocess.CompletedProcess[str]:
+    """A command that prints lines of so many characters to a file descriptor."""
     program = (
         "import sys; from megatron_sfr import cli; from megatron_sfr.cli.data import inspect;"
-        "inspect.run = lambda args: [print('x' * 99999) for _ in range(99)];"
+        f"inspect.run = lambda args: [print('x' * {characters}) for _ in range(9)] and 0;"
         "sys.exit(cli.main(['inspect', '--data', 'x']))"
     )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
+
+
+@pytest.mark.parametrize("characters", [9, 99999])
+def test_a_reader_that_ends_early_causes_no_traceback(characters: int) -> None:
+    """Short output is written only when the command ends."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = printing(characters, write)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_output_that_a_full_disk_does_not_take_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = printing(9, full.fileno())
+    said = "megatron-sfr inspect: error: [Errno 28] standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -12,6 +12,7 @@ from megatron_sfr.runtime import cpu, durable, resharding, synchronous_save
 from megatron_sfr.runtime.replacements import Replacement, replaced
 from megatron_sfr.training import head_optimizer, metrics_log
 from megatron_sfr.training.timing import profile, step_speed
+from megatron_sfr.training.tracking import wandb_guard
 
 IN_A_RUN = (
     *durable.REPLACEMENTS,
@@ -26,9 +27,10 @@ IN_A_RUN = (
     *metrics_log.replacements(metrics_log.JsonLines(Path("metrics.jsonl"))),
     *step_speed.replacements(step_speed.SpeedLog(None)),
     *profile.replacements(),
+    *wandb_guard.replacements(),
 )
 EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN, synchronous_save.QUEUE)
-NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS")
+NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS", "_GLOBAL_WANDB_WRITER")
 
 
 def label(entry: Replacement) -> str:

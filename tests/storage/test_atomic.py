@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.manifest import NAME, publish, staging
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -38,6 +39,31 @@ def test_files_of_running_processes_and_of_other_machines_stay(tmp_path: Path) -
     with replacing(tmp_path / "a.json") as file:
         file.write("new")
     assert {found.name for found in tmp_path.iterdir()} == {*names, "a.json"}
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    """As of an output on another disk: a rename would fail between disks, or put a file in the place of the link."""
+    target, link = tmp_path / "disk/a.json", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("old", "new"):
+        with replacing(link) as file:
+            assert Path(file.name).parent == target.parent
+            file.write(text)
+        assert (link.is_symlink(), target.read_text()) == (True, text)
+
+
+def test_a_link_to_a_folder_is_published_where_it_points(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk/out", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("old", "new"):
+        with staging(link, keep=True) as folder:
+            assert folder.parent == target.parent
+            (folder / NAME).write_text(text)
+            publish(folder, link)
+        assert (link.is_symlink(), (target / NAME).read_text()) == (True, text)
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert record_files([tmp_path / "shards"]) == (inside[0], tmp_path / "shards" / "b" / outside[0].name, inside[1])
 
 
+def test_a_prepared_folder_among_the_shards_is_no_input(tmp_path: Path) -> None:
+    """`prepare --input d --output d/prepared`, called again, has to find the same inputs."""
+    shards = touch(tmp_path, "00.jsonl", "p/01.jsonl")
+    touch(tmp_path / "p/prepared", "segment_offsets.bin", "segments.jsonl", "manifest.json", "targets/manifest.json")
+    assert record_files([tmp_path]) == tuple(shards)
+    with pytest.raises(ValueError, match="prepared has no file whose name ends in"):
+        record_files([tmp_path / "p/prepared"])
+
+
 def test_a_saved_dataset_is_its_arrow_files_by_split(tmp_path: Path) -> None:
     train = save_state(tmp_path / "d" / "train", "data-00001-of-00002.arrow", "data-00000-of-00002.arrow")
     test = save_state(tmp_path / "d" / "test", "data-00000-of-00001.arrow")

@@ -51,6 +51,17 @@ def test_a_kill_releases_it_though_a_child_lives_on(tmp_path: Path, holder: subp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for inside in (False, True):
+        with (
+            hold(tmp_path / "out", inside=inside),
+            pytest.raises(ValueError, match="is being written"),
+            hold(tmp_path / "link", inside=inside),
+        ):
+            raise AssertionError("not reached")
+
+
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     for _ in range(2):
         with hold(tmp_path / "deep" / "out"):

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_sfr.model.multi_token import predicted_states
+from megatron_sfr.objectives.anchored.asft import ASFT
+from megatron_sfr.objectives.anchored.reference import LOG_P, TOKEN, Reference
 from megatron_sfr.training.attention_mask import document_bounds, packed_sequence
 from megatron_sfr.training.data.multi_token_labels import multi_token_labels
-from megatron_sfr.training.lm_head import LastStage, MultiTokenLoss, MultiTokenResult
+from megatron_sfr.training.lm_head import LastStage, Measured, MultiTokenLoss, MultiTokenResult, TokenObjective
+from tests.objectives.token.token_cases import reference
 from tests.training.test_lm_head import TOLERANCE, H, S, V, make_config, make_layer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -133,6 +136,25 @@ def test_without_labels_or_weight_gradients_are_zero(chunk: int, nothing: str) -
     assert result.total == 0
     assert not found["states"].any()
     assert found["weight"] is None or not found["weight"].any()
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_beside_asft_only_the_main_loss_reads_the_reference(chunk: int) -> None:
+    batch, r = make_batch(), reference(2 * S, V, 3)
+    given = batch | {TOKEN: r.token.view(2, S, 3).int(), LOG_P: r.log_p.view(2, S, 4).float()}
+    torch.testing.assert_close(ours(given, chunk)[0], ours(batch, chunk)[0], rtol=0, atol=0)
+
+    layer, _ = make_layer(make_config_with_layers())
+    objective, labelled = TokenObjective(V, ASFT(weight=0.3), chunk), multi_token_labels(given, K)
+    if (index := objective.positions(labelled, False)) is not None:
+        labelled |= {"logit_position": index}
+    last_SBH, *_ = make_states(2).chunk(1 + K)
+    stage = LastStage(last_SBH, layer, None, None, lambda x: x, layer.config)
+    found = objective(stage, labelled["labels"], labelled, Measured(), counts=True)
+    known = batch["loss_mask"].flatten() > 0
+    z_TV = (last_SBH.transpose(0, 1).flatten(0, 1) @ layer.weight.t())[known]
+    loss = ASFT(weight=0.3).at(Reference(r.token[known], r.log_p[known].float()))
+    torch.testing.assert_close(found.total, loss.loss(z_TV, batch["labels"].flatten()[known]).sum(), **TOLERANCE)
 
 
 def test_a_model_returns_all_hidden_states_within_the_context_only() -> None:

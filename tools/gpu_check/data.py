@@ -20,6 +20,7 @@ from megatron_sfr.data.targets.embed import EmbedOptions, embed
 from megatron_sfr.demo.train_tokenizer import train_tokenizer
 from megatron_sfr.demo.world import World
 from megatron_sfr.launch import command
+from megatron_sfr.runtime.lifetime import tied
 from megatron_sfr.training.data.packing import first_fit_decreasing
 
 CONVERSATIONS, VOCABULARY, BATCH = 48, 512, 8
@@ -62,7 +63,7 @@ def make(folder: Path) -> int:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"train_data_path": [str(prepared)]}), encoding="utf-8")
     start = ["--save", str(folder / "start"), "--train-iters", "1", "--lr", "0", "--sfr-backend", "cpu"]
-    subprocess.run(command(recipe, 1, start), check=True)
+    subprocess.run(tied(command(recipe, 1, start)), check=True)
     counts = {"{apart}": len(data), "{packed}": sequences}
     (folder / "sequences.json").write_text(json.dumps(counts), encoding="utf-8")
     return sequences

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_sfr.runtime.lifetime import tied
+
 Mark = Literal["ok", "FAIL", "skipped"]
 TIMED_OUT = 124  # the exit code of timeout(1)
 
@@ -69,7 +71,7 @@ def run(step: Step, logs: Path, *, slow: float = 1.0) -> Result:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
         process = subprocess.Popen(
-            command,
+            tied(command),
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=os.environ | step.environment,

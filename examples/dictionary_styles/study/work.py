@@ -22,6 +22,7 @@ from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
+from megatron_sfr.runtime.lifetime import tied
 from megatron_sfr.storage.atomic import replacing
 
 HERE = Path(__file__).parent
@@ -117,7 +118,7 @@ def megatron_sfr(log: Path, *words: object) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
         command = [sys.executable, "-m", "megatron_sfr.cli", *map(str, words)]
-        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(tied(command), stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), "it said nothing")

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     tasks = read_tasks(args.tasks)
     if args.write_prompts is not None:
+        if args.write_prompts.resolve() == args.tasks.resolve():
+            raise ValueError(f"--write-prompts {args.write_prompts} is the file of --tasks; name another one")
         with replacing(args.write_prompts) as file:
             file.writelines(json.dumps({"prompt": task.prompt}, ensure_ascii=False) + "\n" for task in tasks)
         print(f"{args.write_prompts}: {len(tasks):,} prompts")

@@ -167,7 +167,10 @@ class ChatRecords:
         return PreparedData.open(folder).manifest
 
     def report(self, manifest: PreparedManifest, tokenizer: Any, say: Callable[[str], None]) -> None:
-        """Names the tokens that end replies, if engines do not stop at them by default."""
+        """Warns of tokens that end replies but do not stop engines, and of a field of personas that no record has."""
+        key = self.options.persona_key
+        if key != PrepareOptions.persona_key and manifest.personas.keys() == {""}:
+            say(f"warning: no record has the field {key}, which --persona-key names: there are no personas")
         others = [id for id in manifest.reply_end_tokens or () if id != tokenizer.eos_token_id]
         if others:
             names = ", ".join(tokenizer.convert_ids_to_tokens(others))

@@ -68,7 +68,7 @@ def export_adapter(
     if not (done := is_up_to_date(output, identity, force=force)):
         dropout = float(adapter.checkpoint.arguments().get("lora_dropout", 0.0))
         config = peft_folder.config_of(adapter.rank, adapter.alpha, dropout, str(like), ranks)
-        with new_folder(output, mark=peft_folder.CONFIG, force=force, size=size, identity=identity) as folder:
+        with new_folder(output, force=force, size=size, identity=identity) as folder:
             peft_folder.write_config(folder, config)
             with ShardWriter(folder, Shard(peft_folder.WEIGHTS, headers)) as writer:
                 for entry in adapter.entries:

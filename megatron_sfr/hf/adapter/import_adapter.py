@@ -53,7 +53,7 @@ def import_adapter(adapter: str | Path, output: str | Path, *, hf: str | Path, f
     inputs = {"adapter": contents_of(adapter, (CONFIG, WEIGHTS)), "hf": contents_of(hf, ("config.json",))}
     identity = {"command": "convert import --adapter", **inputs}
     if not (done := is_up_to_date(output, identity, force=force)):
-        with new_folder(output, mark=TRACKER, force=force, size=size, identity=identity) as folder:
+        with new_folder(output, force=force, size=size, identity=identity) as folder:
             write_checkpoint(folder / RELEASE, chunks, {COMMON: {**COMMON_STATE, "lora": options}})
             (folder / TRACKER).write_text(RELEASE)
     return AdapterReport(output, output / RELEASE, len(found.matrices), size, found.rank, found.alpha, targets, done)

@@ -16,6 +16,17 @@ from megatron_sfr.storage.user_files import read_json_object, shown
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """PEFT's wrapper of the model, in the names of all tensors."""
+_WITHOUT_EFFECT = frozenset(
+    (
+        "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
+        "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights eva_config "
+        "loftq_config corda_config lora_ga_config runtime_config megatron_core megatron_config qalora_group_size "
+        "ensure_weight_tying"
+    ).split()
+)
+"""Keys of adapter_config.json that do not change what the matrices of a trained adapter compute."""
+_KEEPS_BASE = ("gaussian", "orthogonal", "eva")
+"""Starts of an adapter by name that leave the base model's weights as they are."""
 _NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
 
@@ -77,14 +88,15 @@ def read_peft(folder: Path) -> PeftAdapter:
     config = read_json_object(folder / CONFIG, "name the folder that PEFT's save_pretrained wrote")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type {shown(config.get('peft_type'))}: only LORA is converted")
-    plain = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none"}
-    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"):
-        plain[key] = None
-    for key in ("trainable_token_indices", "use_qalora", "use_bdlora"):
-        plain[key] = None
-    for key, value in plain.items():
-        if config.get(key) and config[key] != value:
-            raise ValueError(f"{folder / CONFIG}: {key} {shown(config[key])}: only plain LoRA of one rank is converted")
+    for key, value in config.items():
+        if value and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
+            raise ValueError(f"{folder / CONFIG}: {key} {shown(value)}: only plain LoRA of one rank is converted")
+    if config.get("init_lora_weights") not in (None, True, False, *_KEEPS_BASE):
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights {shown(config['init_lora_weights'])}: it changes the base model's "
+            "weights too; let PEFT's save_pretrained convert the adapter to plain LoRA "
+            "(path_initial_model_for_weight_conversion)"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
         raise ValueError(
@@ -98,6 +110,8 @@ def read_peft(folder: Path) -> PeftAdapter:
         raise ValueError(f"{folder / WEIGHTS}: damaged or cut off ({e}): copy it again") from e
     if not tensors:
         raise ValueError(f"{folder / WEIGHTS} holds no matrix: save the adapter again")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder / WEIGHTS}: {first(wrong)}: values are NaN or infinite; copy the adapter again")
     return PeftAdapter(rank, float(alpha), {_parse(folder, name): tensor for name, tensor in tensors.items()})
 
 

@@ -143,7 +143,51 @@ def shape_flags(config: Config, d: Dimensions) -> dict[str, object]:
     }
 
 
+_OF_OTHER_FAMILIES: dict[str, object] = {
+    "alibi": False,
+    "attention_chunk_size": None,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "attn_temperature_tuning": False,
+    "clip_qkv": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "rotary_pct": 1,
+    "routed_scaling_factor": 1,
+    "router_jitter_noise": 0,
+    "scale_depth": None,
+    "scale_emb": 1,
+    "scoring_func": "softmax",
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "use_parallel_residual": False,
+}
+"""Keys by which other families compute something else that no weight shows, and the values without effect."""
+_SCALED_ROPE = (
+    *("attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor"),
+    *("mscale", "mscale_all_dim", "short_factor"),
+)
+"""Keys of scaled rotary frequencies, which the type `default` does not have."""
+
+
 def _refuse(config: Config, partial_rotary: bool) -> None:
+    for key, neutral in _OF_OTHER_FAMILIES.items():
+        if (value := config.get(key)) not in (None, False, neutral):
+            raise ValueError(
+                f"config.json: {key} is {shown(value)}, which models of this family do not compute: correct "
+                "architectures and model_type, or remove it"
+            )
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"config.json: layer_types is {shown(kinds)}; it has to be a list")
+    if other := [kind for kind in kinds if kind != "full_attention"]:
+        raise ValueError(
+            f"layer_types: {shown(other[0])}: layers with a sliding window or of other kinds are not converted"
+        )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(
@@ -179,10 +223,7 @@ def refuse_attention_bias(config: Config) -> None:
 
 def refuse_sliding_layers(config: Config) -> None:
     """For families in which `use_sliding_window` adds a window to some of the layers."""
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list):
-        raise ValueError(f"config.json: layer_types is {shown(kinds)}; it has to be a list")
-    if is_true(config, "use_sliding_window") or "sliding_attention" in kinds:
+    if is_true(config, "use_sliding_window"):
         raise ValueError("use_sliding_window: true: layers with a sliding window are not converted")
 
 
@@ -207,6 +248,11 @@ def rope_type(config: Config, known: Sequence[str] = ("default",)) -> str:
     if kind not in known:
         raise ValueError(
             f"rope_scaling: {cut(kind)}: for this family only frequencies of type {' and '.join(known)} are converted"
+        )
+    if kind == "default" and (scaled := [key for key in _SCALED_ROPE if rope.get(key) not in (None, 1)]):
+        raise ValueError(
+            f"rope_scaling: {scaled[0]} is {shown(rope[scaled[0]])} without a rope_type, and transformers does not "
+            "scale: name the type, or remove it"
         )
     return kind
 

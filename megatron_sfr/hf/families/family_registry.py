@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_sfr.hf.config_values import Config
+from megatron_sfr.hf.config_values import Config, mapping
 from megatron_sfr.hf.families import glm, llama, mistral, phi3, qwen2, qwen3, seed_oss, smollm3
 from megatron_sfr.hf.families.hybrid import nemotron_h
 from megatron_sfr.hf.families.moe import mixtral, qwen2_moe, qwen3_moe
@@ -24,6 +24,8 @@ FAMILIES: dict[str, Family] = {
     "SeedOssForCausalLM": seed_oss.FAMILY,
     "SmolLM3ForCausalLM": smollm3.FAMILY,
 }
+COPIED_CODE = frozenset(["NemotronHForCausalLM", "Phi3ForCausalLM"])
+"""Families whose published folders hold a copy of the code that transformers has (`auto_map`)."""
 
 
 def family_of(config: Config) -> Family:
@@ -33,9 +35,33 @@ def family_of(config: Config) -> Family:
         raise ValueError(f"config.json: architectures is {shown(architectures)}; it has to be a list of names")
     for name in architectures:
         if name in FAMILIES:
+            _check_class(config, name)
             return FAMILIES[name]
     said = cut(", ".join(architectures)) or f"model_type {shown(config.get('model_type'))}"
     raise ValueError(f"architecture {said}: not converted; known: {', '.join(FAMILIES)}")
+
+
+def _check_class(config: Config, architecture: str) -> None:
+    """Raises ValueError if transformers would build another class from config.json than `architecture` names."""
+    kind, family = config.get("model_type"), architecture.removesuffix("ForCausalLM")
+    if kind is not None and str(kind).replace("_", "").lower() != family.lower():
+        raise ValueError(
+            f"config.json: model_type is {shown(kind)}, but architectures names {architecture}: transformers goes by "
+            "model_type; correct the one that is wrong"
+        )
+    code = mapping(config, "auto_map").get("AutoModelForCausalLM")
+    if code is not None and architecture not in COPIED_CODE:
+        raise ValueError(
+            f"config.json: auto_map: the model is computed by {shown(code)}, code of its own, which is not converted; "
+            f"remove auto_map if transformers' {architecture} computes the same"
+        )
+    theta = config.get("rope_theta")
+    inner = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}.get("rope_theta")
+    if None not in (theta, inner) and theta != inner:
+        raise ValueError(
+            f"config.json: rope_theta is {shown(theta)}, and {shown(inner)} in rope_parameters: versions of "
+            "transformers read one or the other; remove the wrong one"
+        )
 
 
 def megatron_flags(config: Config) -> dict[str, object]:

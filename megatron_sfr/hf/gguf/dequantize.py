@@ -48,7 +48,7 @@ def dequantize_gguf(source: Path, output: Path, *, force: bool = False) -> Dequa
     headers = {name: Header(weights.shape(name), weights.dtype(name)) for name in weights.files}
     size = sum(x.bytes for x in headers.values())
     if not (done := is_up_to_date(output, identity, force=force)):
-        with new_folder(output, mark=CONFIG, force=force, size=size, identity=identity) as folder:
+        with new_folder(output, force=force, size=size, identity=identity) as folder:
             _write(folder, config, header, weights, headers)
     return DequantizeReport(output, header, len(headers), size, done)
 

@@ -25,6 +25,7 @@ from megatron_sfr.hf.hf_folder import CONFIG, new_folder, read_config
 from megatron_sfr.hf.quantized.accuracy import Accuracy, accuracy, logits_of
 from megatron_sfr.hf.quantized.engine_folder import WeightErrors, linear_layers, load_folder, write_config
 from megatron_sfr.hf.quantized.layer_format import FORMATS, Format, Name
+from megatron_sfr.storage.provenance import contents_of
 from megatron_sfr.storage.user_files import loading
 
 STATE = "modelopt_state.pth"
@@ -73,7 +74,8 @@ def quantize_hf(
     held, used = rows[::8], [row for i, row in enumerate(rows) if i % 8]
     if simulated:
         mto.enable_huggingface_checkpointing()
-    with new_folder(output, mark=CONFIG, force=force) as folder:
+    identity = {"command": "convert quantize", "hf": contents_of(source), "format": format, "simulated": simulated}
+    with new_folder(output, force=force, identity=identity) as folder:
         model = _load(source)
         _check_widths(source, model, kind)
         originals = [logits_of(model, row) for row in held]

@@ -14,6 +14,7 @@ from megatron_sfr.data.segments.segmenters import format_horizons
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.storage.arrays import map_flat
 from megatron_sfr.storage.integrity import SAMPLE_BYTES, largest
+from megatron_sfr.training.data.epochs import split_blend
 
 
 def prepared_folders(args: Any) -> list[Path]:
@@ -73,20 +74,56 @@ def flow_targets(args: Any) -> dict[str, str] | None:
     """What the targets of a run are embeddings of, and by which encoder; None without SFR.
 
     Raises:
-        ValueError: a target store is missing or damaged, or the folders have other horizons than each other.
+        ValueError: a target store is missing or damaged, or the folders differ in horizons or encoder.
     """
     if not args.sfr:
         return None
     folders = prepared_folders(args)
     online = args.sfr_targets == "online"
-    data = open_prepared(folders[0])
-    encoder = TargetStore.open(folders[0] / args.sfr_target_store, data, partial=online).manifest
-    return {
-        "encoder": encoder.encoder_sha256,
-        "pooling": encoder.pooling,
-        "normalize": encoder.normalize,
-        "prompt": encoder.prompt,
-        "max_length": str(encoder.max_length),
+    data = [open_prepared(folder) for folder in folders]
+    stores = [TargetStore.open(x.folder / args.sfr_target_store, x, partial=online) for x in data]
+    encoder = _encoder(stores[0])
+    for store in stores:
+        if changed := [key for key, value in _encoder(store).items() if value != encoder[key]]:
+            raise ValueError(
+                f"{store.folder} was made with other values of {', '.join(changed)} than {stores[0].folder}: one head "
+                "predicts the embeddings of one encoder; embed all folders of a run with the same options"
+            )
+    return encoder | {
         "horizons": format_horizons(horizons_of(folders)),
-        "segments": data.manifest.segmenter,
+        "segments": data[0].manifest.segmenter,
     }
+
+
+def _encoder(store: TargetStore) -> dict[str, str]:
+    """What determines the embeddings of a store, but for rounding."""
+    manifest = store.manifest
+    return {
+        "encoder": manifest.encoder_sha256,
+        "pooling": manifest.pooling,
+        "normalize": manifest.normalize,
+        "prompt": manifest.prompt,
+        "max_length": str(manifest.max_length),
+    }
+
+
+def data_warnings(args: Any) -> list[str]:
+    """Warnings about data that a run can be trained on, though hardly as it was meant.
+
+    That is, folders of different tokenizers, and validation data that are training data too.
+    """
+    warnings = []
+    tokenizers = {open_prepared(folder).manifest.tokenizer_sha256: folder for folder in prepared_folders(args)}
+    if len(tokenizers) > 1:
+        named = " and ".join(str(folder) for folder in list(tokenizers.values())[:2])
+        warnings.append(f"{named} were prepared with different tokenizers or chat templates")
+    train, valid = (split_blend(blend or [])[0] for blend in (args.train_data_path, args.valid_data_path))
+    contents = {_contents(folder): folder for folder in train}
+    if equal := [folder for folder in valid if _contents(folder) in contents]:
+        warnings.append(f"{equal[0]} is training and validation data: its loss says nothing about other text")
+    return warnings
+
+
+def _contents(folder: Path) -> frozenset[tuple[str, str]]:
+    """The checksums of a prepared folder's files, by which equal ones are recognized."""
+    return frozenset((name, record["sha256"]) for name, record in open_prepared(folder).manifest.files.items())

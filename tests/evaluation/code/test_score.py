@@ -153,6 +153,7 @@ def test_outputs_are_compared_as_live_code_bench_does(found: str, expected: str,
 def test_prompts_are_written_and_replies_scored(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     prompts, replies = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl"
     assert main(["evaluate-code", "--tasks", str(path), "--write-prompts", str(prompts)]) == 0
+    assert main(["evaluate-code", "--tasks", str(path), "--write-prompts", str(path)]) == 2, "they stay"
     asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
     assert len(asked) == 4
     right = {"HumanEval/x": "    return a * b // gcd(a, b)", "7": "def twice(x): return x + x", "sum": SUM}

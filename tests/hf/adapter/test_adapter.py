@@ -134,6 +134,9 @@ def test_vllm_answers_with_the_adapter_as_peft_does(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "alora": ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens \[1, 2\]: only plain LoRA"),
+    "of a newer PEFT": ({"use_something": True}, "use_something True: only plain LoRA"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': it changes the base model's weights too"),
     "use_dora": ({"use_dora": True}, "use_dora True: only plain LoRA of one rank is converted"),
     "rank_pattern": ({"rank_pattern": {"q_proj": 7}}, "rank_pattern .*only plain LoRA of one rank"),
     "another kind": ({"peft_type": "IA3"}, "peft_type 'IA3': only LORA is converted"),
@@ -162,6 +165,10 @@ def test_what_megatron_does_not_adapt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight has no lora_B: the adapter is not comp"
     ):
+        import_adapter(folder / "peft", folder / "megatron", hf=folder / "hf")
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, folder / "peft" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"lora_[AB]\.weight: values are NaN or infinite; copy the adapter again"):
         import_adapter(folder / "peft", folder / "megatron", hf=folder / "hf")
     save_file({}, folder / "peft" / WEIGHTS)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors holds no matrix"):

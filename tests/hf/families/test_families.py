@@ -161,6 +161,13 @@ def rope(**changes):
         (rope(rope_type="yarn", factor=4.0), "rope_scaling: yarn: for this family only"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: linear"),
         (rope(rope_type="dynamic", factor=2.0), "rope_scaling: dynamic"),
+        (rope(factor=4.0), r"rope_scaling: factor is 4\.0 without a rope_type"),
+        (rope() | {"rope_theta": 1e6}, r"rope_theta is 1000000\.0, and 10000\.0 in rope_parameters"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0, which models of this family do not"),
+        ({"embedding_multiplier": 12.0}, r"embedding_multiplier is 12\.0"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2', but architectures names"),
         (rope(rope_theta=1000.5), r"rope_theta: 1000\.5: Megatron's --rotary-base is a whole number"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling and rope_parameters differ"),
         ({"rope_parameters": {"full_attention": rope()["rope_parameters"]}}, "rope_parameters: full_attention: sep"),
@@ -173,6 +180,22 @@ def rope(**changes):
 def test_what_megatron_computes_otherwise_is_refused(architecture, changes, reason):
     with pytest.raises(ValueError, match=reason):
         megatron_flags(config(architecture, **changes))
+
+
+@pytest.mark.parametrize("architecture", EQUAL_LAYERS)
+def test_keys_of_other_families_without_effect_are_accepted(architecture):
+    neutral = {"logit_scale": 1.0, "clip_qkv": None, "alibi": False, "router_jitter_noise": 0.0, "use_logn_attn": False}
+    assert megatron_flags(config(architecture, **neutral)) == megatron_flags(config(architecture))
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_code_of_a_models_own_is_converted_only_where_it_is_a_copy_of_transformers(architecture):
+    own = config(architecture, auto_map={"AutoModelForCausalLM": "modeling.Own", "AutoTokenizer": [None, "own.T"]})
+    if architecture in (PHI3, NEMOTRON_H):
+        assert megatron_flags(own)
+        return
+    with pytest.raises(ValueError, match=r"auto_map: the model is computed by 'modeling\.Own', code of its own"):
+        megatron_flags(own)
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - {GLM, PHI3, NEMOTRON_H}))

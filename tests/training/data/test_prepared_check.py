@@ -1,22 +1,26 @@
 """A run's checks of its prepared folders before the first step: token ids, damage, the ends of replies."""
 
 import json
+import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_sfr.config.build import unknown_end
+from megatron_sfr.config.build import other_tokenizer, unknown_end
 from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.data.prepared.open import open_prepared
 from megatron_sfr.training.data.prepared_check import (
     check_prepared,
     check_vocabulary,
+    data_warnings,
     flow_targets,
     max_token_id,
     reply_end_tokens,
 )
+from megatron_sfr.training.data.provider import dataset_config
 from tests import warm
 from tests.data.stores import flip
 from tests.distributed.tiny import write_documents, write_prepared, write_recipe
@@ -112,6 +116,25 @@ def test_a_run_warns_of_a_start_that_does_not_stop_where_replies_end(tmp_path: P
     assert warning(2) is None, "a run from scratch"
 
 
+def test_a_run_warns_of_data_of_another_tokenizer_than_the_model_has(conversations: Path, tmp_path: Path) -> None:
+    theirs = conversations.parent / "tokenizer"
+    args = run(conversations, vocab_size=600)
+    args.lora_base = args.pretrained_checkpoint = args.load = None
+    for name, change, known in (("same", {}, True), ("other", {"vocab": {"a": 0}}, False), ("none", None, True)):
+        model = tmp_path / name
+        model.mkdir()
+        if change is not None:
+            content = json.loads((theirs / "tokenizer.json").read_text())
+            content["model"] |= change
+            content["added_tokens"] = []  # a chat model has more of them than its base
+            (model / "tokenizer.json").write_text(json.dumps(content))
+        args.sfr_hf_load = str(model)
+        said = f"{conversations} was prepared with the tokenizer in {theirs}, whose vocabulary is not that of {model}"
+        assert other_tokenizer(args) == (None if known else said)
+    args.sfr_hf_load = None
+    assert other_tokenizer(args) is None
+
+
 def test_a_run_refuses_foreign_ids_before_its_first_step(tmp_path: Path) -> None:
     prepared = write_prepared(tmp_path / "data", rows=6)
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save=str(tmp_path / "run"), train_iters=1, sfr=False)
@@ -122,13 +145,46 @@ def test_a_run_refuses_foreign_ids_before_its_first_step(tmp_path: Path) -> None
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_what_the_targets_are_is_known_before_the_first_step(conversations: Path) -> None:
+def test_asft_is_refused_on_documents(documents: Path) -> None:
+    plan = replace(arguments([str(documents)], sfr=False), reference_store="reference")
+    with pytest.raises(ValueError, match=r"objective asft is for conversations: .* choose another objective"):
+        dataset_config(plan)
+
+
+def changed_copy(folder: Path, to: Path, part: str = ".", **values: object) -> Path:
+    """A copy of a prepared folder with other values in the manifest of it or of a store in it."""
+    shutil.copytree(folder, to)
+    path = to / part / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return to
+
+
+def test_a_run_warns_of_validation_data_that_it_trains_on_and_of_two_tokenizers(
+    conversations: Path, documents: Path, tmp_path: Path
+) -> None:
+    copy = changed_copy(conversations, tmp_path / "copy")
+    assert data_warnings(run(conversations, vocab_size=600)) == []
+    assert data_warnings(run(conversations, vocab_size=600, valid_data_path=["1", str(copy)])) == [
+        f"{copy} is training and validation data: its loss says nothing about other text"
+    ]
+    assert len(data_warnings(run(documents, vocab_size=600, valid_data_path=[str(documents)]))) == 1
+    other = changed_copy(conversations, tmp_path / "other", tokenizer_sha256="0" * 64)
+    (found,) = data_warnings(run(conversations, other, vocab_size=600))
+    assert found.endswith("were prepared with different tokenizers or chat templates")
+
+
+def test_what_the_targets_are_is_known_before_the_first_step(conversations: Path, tmp_path: Path) -> None:
     args = run(conversations, vocab_size=1000)
     args.sfr, args.sfr_targets, args.sfr_target_store = True, "stored", "targets"
     found = flow_targets(args)
     assert found is not None
     assert {"encoder", "pooling", "prompt", "horizons", "segments"} < found.keys()
     assert (found["pooling"], len(found["encoder"])) == ("mean", 64)
+    other = changed_copy(conversations, tmp_path / "other", "targets", encoder_sha256="0" * 64, pooling="cls")
+    both = run(conversations, other, vocab_size=1000)
+    both.sfr, both.sfr_targets, both.sfr_target_store = True, "stored", "targets"
+    with pytest.raises(ValueError, match=f"{other}/targets was made with other values of encoder, pooling than"):
+        flow_targets(both)
     args.sfr_target_store = "others"
     with pytest.raises(ValueError, match="others does not exist; run: megatron-sfr embed"):
         flow_targets(args)

@@ -1,7 +1,9 @@
 """Metrics in MLflow, through the package itself and its store of files; skipped where it is not installed."""
 
 import os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -67,6 +69,31 @@ def test_a_server_that_cannot_be_used_is_one_line(mlflow: Any, tmp_path: Path, m
         with pytest.raises(ValueError, match=r"mlflow_experiment personas: .*; correct MLFLOW_TRACKING_URI"):
             MLflowLog(OPTIONS, tmp_path, {})
     assert os.environ.keys() >= PATIENCE.keys()
+
+
+def test_a_server_that_fails_is_asked_a_few_times_only(
+    mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    for name in PATIENCE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ValueError, match=r"mlflow_experiment personas: .*; correct MLFLOW_TRACKING_URI"):
+            MLflowLog(OPTIONS, tmp_path, {})
+        server.shutdown()
+    assert len(asked) == 1 + int(PATIENCE["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""What is wrong with a recipe though each option is known: SFR without `sfr`, rates below 0; and paths below home."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sfr.config.resume import DATA, HALF, LAYOUT, SCHEDULE, STATE
+from megatron_sfr.config.settings import flag_parser, read_settings
+from tests.config.test_settings import write
+
+
+def test_options_of_sfr_need_a_run_that_says_whether_it_trains_with_sfr(tmp_path: Path) -> None:
+    """Otherwise a recipe without its `sfr: true` would train with cross-entropy alone, without a word."""
+    given = {"sfr_weight": 0.5, "sfr_warmup_steps": 2, "sfr_fresh_head": False}
+    with pytest.raises(ValueError, match=r"sfr_weight, sfr_warmup_steps: without effect, .* sfr: false to say so"):
+        read_settings(write(tmp_path, **given))
+    with pytest.raises(ValueError, match=r"sfr_preset, .*without effect"):
+        read_settings(write(tmp_path, sfr_preset="reference"))
+    assert read_settings(write(tmp_path, **given, sfr=True)).recipe["sfr"] is True
+    saved = read_settings(write(tmp_path, **given, sfr=False)).recipe
+    assert (saved["sfr"], saved["sfr_weight"]) == (False, 0.5)
+    assert read_settings(write(tmp_path, **saved)).recipe == saved
+    assert read_settings([*write(tmp_path, **given), "--sfr"]).recipe["sfr"] is True
+
+
+def test_a_path_below_home_is_what_a_shell_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = read_settings(write(tmp_path, save="~/run", train_data_path=["0.5", "~/a", "0.5", "b~/c"])).recipe
+    assert recipe["save"] == "/home/me/run"
+    assert recipe["train_data_path"] == ["0.5", "/home/me/a", "0.5", "b~/c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1e-4}, "lr: below 0; give at least 0"),
+        ({"clip_grad": -1.0}, "clip_grad: below 0"),
+        ({"adam_beta2": 1.0}, "adam_beta2: give at least 0 and less than 1"),
+        ({"min_lr": 0.01}, r"min_lr = 0\.01 is above lr = 0\.001: lower it"),
+    ],
+)
+def test_numbers_that_an_optimizer_on_a_gpu_would_take_are_refused(
+    tmp_path: Path, changes: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings(write(tmp_path, **changes))
+
+
+def test_what_a_resumed_run_compares_is_among_the_options() -> None:
+    assert vars(flag_parser().read([])).keys() >= {*SCHEDULE, *STATE, *DATA, *LAYOUT, *HALF}
