@@ -20,28 +20,22 @@ NO_EFFECT = "no difference beyond noise"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """An arm against the baseline on one pair of axes.
+class Difference:
+    """An arm minus the baseline in one measure, with its interval over seeds and headwords.
 
-    by_seed: a seed against the same seed. noise: the largest |gap| between two seeds of the baseline.
+    by_seed: a seed minus the same seed. noise: the largest |difference| between two seeds of the baseline.
     """
 
-    arm: str
-    axes: Axes
     estimate: Estimate
     by_seed: tuple[float, ...]
     noise: float
 
     @property
     def moved(self) -> bool:
-        """The interval leaves 0 out, the seeds agree on the side, and the baseline's own lie nearer together."""
+        """The interval excludes 0, the seeds agree on the sign, and two seeds of the baseline differ by less."""
         sign = np.sign(self.estimate.mean)
         excluded = self.estimate.low > 0 or self.estimate.high < 0
         return bool(excluded and all(np.sign(g) == sign for g in self.by_seed) and abs(self.estimate.mean) > self.noise)
-
-    @property
-    def measure(self) -> str:
-        return f"{self.axes.label} at equal {self.axes.quality}"
 
     @property
     def gap(self) -> str:
@@ -50,6 +44,18 @@ class Verdict:
     @property
     def seeds(self) -> str:
         return ", ".join(f"{g:+.3f}" for g in self.by_seed)
+
+
+@dataclass(frozen=True)
+class Verdict(Difference):
+    """An arm against the baseline on one pair of axes: the gap between their frontiers."""
+
+    arm: str
+    axes: Axes
+
+    @property
+    def measure(self) -> str:
+        return f"{self.axes.label} at equal {self.axes.quality}"
 
     @property
     def judged(self) -> str:
@@ -78,7 +84,7 @@ def compare(arm: str, curves: Sequence[Curve], baseline: Sequence[Curve], axes: 
     by_seed = tuple(_gap(x[None], y[None], everything) for x, y in zip(a, b, strict=True))
     noise = max(abs(_gap(x[None], y[None], everything)) for x, y in combinations(a, 2))
     estimate = Estimate(_gap(a, b, everything), *interval(np.array(drawn)), n)
-    return Verdict(arm, axes, estimate, by_seed, noise)
+    return Verdict(estimate, by_seed, noise, arm, axes)
 
 
 def mean_gap(axes: Axes, curves: Sequence[Curve], baseline: Sequence[Curve]) -> float:
