@@ -197,11 +197,12 @@ def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Setti
         raise ValueError(found)
     check(args)
     saved = resolved(args, parser)
-    if "sfr" in recipe:  # false is a statement too
+    if "sfr" in recipe:  # false tells that the options are meant to be unused
         saved.setdefault("sfr", False)
     elif not args.sfr and (given := [name for name in _term_options() if name in saved]):
         raise ValueError(
-            f"{', '.join(given)}: without effect, as the run trains without SFR: set sfr: true, or sfr: false to say so"
+            f"{', '.join(given)}: no effect without SFR; set sfr: true to train with it, or sfr: false to keep them "
+            "unused"
         )
     return Settings(flags, saved, backend, changes)
 

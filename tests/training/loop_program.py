@@ -6,6 +6,7 @@ It prints JSON. Shapes: B samples, S positions, A anchors, D embedding dimension
 import copy
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -122,11 +123,16 @@ def as_upstreams_loop_calls_it(weights: dict[str, Tensor], head: Any) -> list[di
     from megatron_sfr.model.builder import SFRModelBuilder
     from megatron_sfr.training.step_context import for_megatron
 
-    settings = read_settings([word for k, v in FLAGS.items() for word in (f"--{k}", str(v))] + list(SWITCHES))
+    # Without SFR, which would open the data: a recipe has to say that the options of SFR are not used.
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as recipe:
+        recipe.write("sfr: false\n")
+        recipe.flush()
+        flags = [word for k, v in FLAGS.items() for word in (f"--{k}", str(v))]
+        settings = read_settings(["--recipe", recipe.name, *flags, *SWITCHES])
     args = parse(settings)
     training.initialize_megatron()
     plan = plan_run(args, "cpu")
-    config = model_config(plan)  # without --sfr, which would open the data
+    config = model_config(plan)
     config.head = head
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SFRModelBuilder(config).build_model(groups, pre_process=True, post_process=True)

@@ -91,9 +91,13 @@ def section(panels: Panels) -> list[str]:
 
 
 def axis(values: Sequence[float]) -> Axis:
-    """A range that holds the values with some room, and two to six round values in it."""
+    """A range that holds the values with some room, and two to six round values in it.
+
+    Values that differ by less than a billionth count as equal: labels could not tell them apart.
+    """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    room = 0.05 * (high - low) or 0.05
+    differ = high - low > 1e-9 * max(1.0, abs(low), abs(high))
+    room = 0.05 * (high - low) if differ else 0.05
     low, high = low - room, high + room
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(s * power for s in (0.2, 0.25, 0.5, 1, 2) if (high - low) / (s * power) <= 5)

@@ -7,7 +7,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_sfr.evaluation.page.persona_panels import COLOURS, DARK, SHAPES, Panels, Point, axis, section
@@ -35,6 +35,7 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)
 
 
 @given(VALUES)
+@example([0.0, 1e-133])
 def test_an_axis_holds_its_values_between_round_numbers(values: list[float]) -> None:
     found = axis(values)
     assert found.low < min(values) <= max(values) < found.high
