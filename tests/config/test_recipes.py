@@ -14,7 +14,7 @@ def test_options_of_sfr_need_a_run_that_says_whether_it_trains_with_sfr(tmp_path
     given = {"sfr_weight": 0.5, "sfr_warmup_steps": 2, "sfr_fresh_head": False}
     with pytest.raises(ValueError, match=r"sfr_weight, sfr_warmup_steps: no effect without SFR; .* sfr: false"):
         read_settings(write(tmp_path, **given))
-    with pytest.raises(ValueError, match="sfr_preset, .*no effect without SFR"):
+    with pytest.raises(ValueError, match=r"sfr_preset, .*no effect without SFR"):
         read_settings(write(tmp_path, sfr_preset="reference"))
     assert read_settings(write(tmp_path, **given, sfr=True)).recipe["sfr"] is True
     saved = read_settings(write(tmp_path, **given, sfr=False)).recipe
