@@ -31,7 +31,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 
 
 def printing(characters: int, stdout: int) -> subprocess.CompletedProcess[str]:
-    """A command that prints lines of so many characters to a file descriptor."""
+    """A command that prints lines of this many characters to a file descriptor."""
     program = (
         "import sys; from megatron_sfr import cli; from megatron_sfr.cli.data import inspect;"
         f"inspect.run = lambda args: [print('x' * {characters}) for _ in range(9)] and 0;"

@@ -52,7 +52,7 @@ def _check_class(config: Config, architecture: str) -> None:
     code = mapping(config, "auto_map").get("AutoModelForCausalLM")
     if code is not None and architecture not in COPIED_CODE:
         raise ValueError(
-            f"config.json: auto_map: the model is computed by {shown(code)}, code of its own, which is not converted; "
+            f"config.json: auto_map: the model is computed by custom code, {shown(code)}, which is not converted; "
             f"remove auto_map if transformers' {architecture} computes the same"
         )
     theta = config.get("rope_theta")
