@@ -147,7 +147,7 @@ def test_a_head_that_is_missing_may_be_tied(folder):
     refused(folder, r"missing lm_head\.weight: .* tie_word_embeddings: true .* if it is model\.embed_tokens\.weight")
 
 
-def test_an_adapter_is_refused_as_a_model(tmp_path):
+def test_an_adapter_is_not_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds an adapter: name its base model here, and .* in --adapter"):
         import_hf(tmp_path, tmp_path / "out", progress=False)

@@ -46,7 +46,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert record_files([tmp_path / "shards"]) == (inside[0], tmp_path / "shards" / "b" / outside[0].name, inside[1])
 
 
-def test_a_prepared_folder_among_the_shards_is_not_read(tmp_path: Path) -> None:
+def test_a_prepared_folder_among_the_shards_is_not_an_input(tmp_path: Path) -> None:
     """`prepare --input d --output d/prepared`, called again, has to find the same inputs."""
     shards = touch(tmp_path, "00.jsonl", "p/01.jsonl")
     touch(tmp_path / "p/prepared", "segment_offsets.bin", "segments.jsonl", "manifest.json", "targets/manifest.json")

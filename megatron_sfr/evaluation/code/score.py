@@ -17,7 +17,7 @@ from megatron_sfr.evaluation.code.exact_answers import final_answer
 from megatron_sfr.evaluation.code.pass_at_k import pass_at_k
 from megatron_sfr.evaluation.code.sandbox import Isolation, Limits, run_program
 from megatron_sfr.evaluation.code.tasks import Task, agrees
-from megatron_sfr.evaluation.compare.tables import escaped, markdown_table
+from megatron_sfr.evaluation.compare.tables import markdown_table
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown
@@ -186,22 +186,21 @@ def _passes(setting: Setting, by_task: Mapping[str, Sequence[Judged]], tasks: Ma
 def as_markdown(scored: Sequence[Passes], notes: Sequence[str]) -> str:
     """pass@1, 2, 5, 10, 20, 50, 100 ... up to the number of replies, and the outcomes of the replies."""
     largest = min(len(passes.pass_at) for passes in scored)
-    shown = [k for power in range(6) for k in (10**power, 2 * 10**power, 5 * 10**power) if k < largest] + [largest]
+    columns = [k for power in range(6) for k in (10**power, 2 * 10**power, 5 * 10**power) if k < largest] + [largest]
     endings = sorted({name for passes in scored for name in passes.outcomes})
-    head = ["model", "temperature", "tasks", *(f"pass@{k}" for k in shown), *endings]
-    lines = ["# pass@k", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    table = [["model", "temperature", "tasks", *(f"pass@{k}" for k in columns), *endings]]
     for passes in scored:
-        numbers = [str(passes.pass_at[k - 1]) for k in shown]
+        numbers = [str(passes.pass_at[k - 1]) for k in columns]
         counts = [str(passes.outcomes.get(name, 0)) for name in endings]
-        row = [passes.model, f"{passes.temperature:g}", str(len(passes.tasks)), *numbers, *counts]
-        lines.append(f"| {' | '.join(map(escaped, row))} |")
+        table.append([passes.model, f"{passes.temperature:g}", str(len(passes.tasks)), *numbers, *counts])
+    lines = ["# pass@k", "", *markdown_table(table)]
     for name in dict.fromkeys(name for passes in scored for name in passes.selected):
         rows = [
-            [passes.model, f"{passes.temperature:g}", *(str(passes.selected[name][k - 1]) for k in shown)]
+            [passes.model, f"{passes.temperature:g}", *(str(passes.selected[name][k - 1]) for k in columns)]
             for passes in scored
             if name in passes.selected
         ]
-        lines += ["", f"## {name} of k", "", *markdown_table([["model", "temperature", *map(str, shown)], *rows])]
+        lines += ["", f"## {name} of k", "", *markdown_table([["model", "temperature", *map(str, columns)], *rows])]
     return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
 
 

@@ -1,6 +1,6 @@
 """What every model is asked, how much of its answers the scores use, and what they read of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,3 +83,8 @@ class Answered:
 def shown_temperature(temperature: float | None) -> str:
     """The temperature in a table; a dash if it is unknown."""
     return "-" if temperature is None else f"{temperature:g}"
+
+
+def sorted_temperatures(temperatures: Iterable[float | None]) -> list[float | None]:
+    """Each temperature once, in increasing order; an unknown one comes first."""
+    return sorted(set(temperatures), key=lambda temperature: -1.0 if temperature is None else temperature)

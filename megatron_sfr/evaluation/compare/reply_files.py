@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.data.chat.formats import plain_turns
-from megatron_sfr.evaluation.compare.questions import Answered
+from megatron_sfr.evaluation.compare.questions import Answered, sorted_temperatures
 from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
 from megatron_sfr.storage.jsonl import read_records
@@ -120,7 +120,7 @@ class ReplyFiles:
         cells = [(entry.prompt.shared, entry.prompt.persona) for entry in asked]
         models = []
         for name, sweep in self._places.items():
-            temperatures = sorted(sweep, key=lambda t: -1.0 if t is None else t)
+            temperatures = sorted_temperatures(sweep)
             places = [[sweep[t].get(cell, []) for cell in cells] for t in temperatures]
             replies = [_Texts(self._texts, rows) for rows in places]
             models.append(Answered(name, tuple(temperatures), replies, utilities=_utilities(places)))

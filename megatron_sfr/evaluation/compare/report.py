@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer, Scores
 from megatron_sfr.evaluation.compare.frontier import Gap, bootstrap_gap
+from megatron_sfr.evaluation.compare.questions import sorted_temperatures
 from megatron_sfr.evaluation.scores.bootstrap import NO_VALUE, Estimate, estimate, ratio
 from megatron_sfr.evaluation.scores.metrics import metric
 from megatron_sfr.evaluation.scores.similarity import similarity
@@ -108,7 +109,7 @@ def summarise(
     """
     first = curves[0]
     prompts = next(iter(first.scores.values())).shape[1]
-    temperatures = sorted({t for curve in curves for t in curve.temperatures}, key=lambda t: -1.0 if t is None else t)
+    temperatures = sorted_temperatures(t for curve in curves for t in curve.temperatures)
     return Report(
         prompts=prompts,
         temperatures=tuple(temperatures),
@@ -177,8 +178,7 @@ def similarities(curves: Sequence[Curve], scorer: Scorer) -> list[Similarity]:
     Models may share random numbers, so samples of the same index are not compared.
     """
     found = []
-    temperatures = {t for curve in curves for t in curve.temperatures}
-    for temperature in sorted(temperatures, key=lambda t: -1.0 if t is None else t):
+    for temperature in sorted_temperatures(t for curve in curves for t in curve.temperatures):
         at = {
             curve.model: curve.vectors[curve.temperatures.index(temperature)]
             for curve in curves

@@ -52,8 +52,8 @@ def _check_class(config: Config, architecture: str) -> None:
     code = mapping(config, "auto_map").get("AutoModelForCausalLM")
     if code is not None and architecture not in COPIED_CODE:
         raise ValueError(
-            f"config.json: auto_map: the model is computed by {shown(code)}, code in the folder, which is not "
-            f"converted; remove auto_map if transformers' {architecture} computes the same"
+            f"config.json: auto_map: the model is computed by custom code, {shown(code)}, which is not converted; "
+            f"remove auto_map if transformers' {architecture} computes the same"
         )
     theta = config.get("rope_theta")
     inner = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}.get("rope_theta")

@@ -194,7 +194,7 @@ def test_code_of_a_models_own_is_converted_only_where_it_is_a_copy_of_transforme
     if architecture in (PHI3, NEMOTRON_H):
         assert megatron_flags(own)
         return
-    with pytest.raises(ValueError, match=r"auto_map: the model is computed by 'modeling\.Own', code in the folder"):
+    with pytest.raises(ValueError, match=r"auto_map: the model is computed by custom code, 'modeling\.Own'"):
         megatron_flags(own)
 
 
