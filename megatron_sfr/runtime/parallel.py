@@ -202,6 +202,14 @@ def sum_of_all(value: float) -> float:
     return x.item()
 
 
+def union_over_stages(names: set[str]) -> set[str]:
+    """The names of this rank and of the other stages of its pipeline."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    found: list[set[str]] = [set()] * dist.get_world_size(group)
+    dist.all_gather_object(found, names, group=group)
+    return set().union(*found)
+
+
 def print_on_last_rank(line: str) -> None:
     """Prints a line on the rank whose output has Megatron's losses."""
     if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:

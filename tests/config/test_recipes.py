@@ -1,9 +1,10 @@
-"""What is wrong with a recipe though each option is known: SFR without `sfr`, rates below 0; and paths below home."""
+"""How a recipe is read: numbers, text, paths below home; and what is wrong with it though each option is known."""
 
 from pathlib import Path
 
 import pytest
 
+from megatron_sfr.config.recipe import check_recipes, read_recipe
 from megatron_sfr.config.resume import DATA, HALF, LAYOUT, SCHEDULE, STATE
 from megatron_sfr.config.settings import flag_parser, read_settings
 from tests.config.test_settings import write
@@ -48,3 +49,15 @@ def test_numbers_that_an_optimizer_on_a_gpu_would_take_are_refused(
 
 def test_what_a_resumed_run_compares_is_among_the_options() -> None:
     assert vars(flag_parser().read([])).keys() >= {*SCHEDULE, *STATE, *DATA, *LAYOUT, *HALF}
+
+
+def test_a_range_of_steps_is_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("profile_steps: 10:12\nseed: 7\nlr: 1.5\nsave: [-3, 0x10, 1_000]\n")
+    expected = {"profile-steps": "10:12", "seed": 7, "lr": 1.5, "save": [-3, 16, 1000]}
+    assert read_recipe(tmp_path / "recipe.yaml") == expected
+
+
+def test_a_truth_value_is_not_taken_for_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("save: no\n")
+    with pytest.raises(ValueError, match=r"save: False is not one value; .* in quotes where YAML takes it for true or"):
+        check_recipes([tmp_path / "recipe.yaml"], [])

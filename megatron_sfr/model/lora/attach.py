@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_sfr.model.lora.adapter import AdaptedLayer, Adapter
 from megatron_sfr.model.lora.options import ADAPTER, KINDS, LoRAOptions
+from megatron_sfr.runtime.parallel import union_over_stages
 
 HEAD = "flow_head."
 """Start of the names of the flow head's parameters, which are trained and saved too."""
@@ -41,24 +42,29 @@ def attach_adapters(options: LoRAOptions, seed: int) -> Callable[[list[MegatronM
     """
 
     def attach(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        names: set[str] = set()
         for chunk in chunks:
             for name, p in chunk.named_parameters():
                 if not name.startswith(HEAD):
                     p.requires_grad_(False)
-            _adapt(chunk, options, seed)
+            names |= _adapt(chunk, options, seed)
             if chunk.pre_process and chunk.config.recompute_granularity is not None:
                 chunk.embedding.register_forward_hook(_require_grad)
             chunk.__class__ = _without_base(chunk.__class__)
             chunk.register_load_state_dict_pre_hook(_keep_base)
+        _check_targets(options, union_over_stages(names))
         if not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
-            raise ValueError("a pipeline stage has no layer to adapt: give every stage at least one decoder layer")
+            raise ValueError(
+                "lora_targets match no layer of a pipeline stage: name layers that every stage has, and give every "
+                "stage at least one decoder layer"
+            )
         return chunks
 
     return attach
 
 
-def _adapt(chunk: MegatronModule, options: LoRAOptions, seed: int) -> None:
-    """Adapts the layers of a chunk that the options name."""
+def _adapt(chunk: MegatronModule, options: LoRAOptions, seed: int) -> set[str]:
+    """Adapts the layers of a chunk that the options name. Returns the names of all that can be adapted."""
     names: set[str] = set()
     for block in chunk.decoder.layers:
         for path, linear in _linears(block):
@@ -71,7 +77,12 @@ def _adapt(chunk: MegatronModule, options: LoRAOptions, seed: int) -> None:
                 if issubclass(linear.__class__, FUSED_NORM):
                     linear.return_layernorm_output = True
                 linear.__class__ = _with_adapter(linear.__class__)
-    if names and (unknown := [p for p in options.patterns if not any(map(LoRAOptions(targets=p).adapts, names))]):
+    return names
+
+
+def _check_targets(options: LoRAOptions, names: set[str]) -> None:
+    """Raises ValueError for a target that matches none of the model's layers, given by name."""
+    if unknown := [p for p in options.patterns if not any(map(LoRAOptions(targets=p).adapts, names))]:
         raise ValueError(f"lora_targets: {unknown[0]} matches none of this model's layers: {', '.join(sorted(names))}")
 
 
