@@ -1,10 +1,11 @@
-"""Removes thoughts, `<think>...</think>`, from replies before scoring."""
+"""Removes thoughts, `<think>...</think>` and in other marks, from replies before scoring."""
 
 import re
 
 from megatron_sfr.data.chat.rendered_turns import EMPTY_THOUGHT
 
-CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
+MARKS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
+"""Of most models, of Seed-OSS, of Magistral."""
 
 
 def without_empty_thought(reply: str) -> str:
@@ -21,6 +22,8 @@ def without_thoughts(reply: str) -> str:
 
     A closing tag without an opening one ends a thought that began in the prompt.
     """
-    text = CLOSED.sub("", reply)
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = reply
+    for opening, closing in MARKS:
+        text = re.sub(f"{re.escape(opening)}.*?{re.escape(closing)}", "", text, flags=re.DOTALL)
+        text = text.rpartition(closing)[2].partition(opening)[0]
     return re.sub(r"\A(?:[ \t]*\n)+", "", text) if text != reply else text

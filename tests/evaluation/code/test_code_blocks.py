@@ -37,6 +37,8 @@ def fenced(code: str, info: str = "python", fence: str = "```") -> str:
         fenced(DRAFT) + "Wrong. Again:\n" + fenced(ADD),
         fenced(ADD, "") + fenced("print(1)\n"),  # it defines the function
         f"<think>maybe\n{fenced(DRAFT)}no</think>\n{fenced(ADD)}",
+        f"[THINK]maybe\n{fenced(DRAFT)}no[/THINK]{fenced(ADD)}",
+        f"<seed:think>{fenced(DRAFT)}no</seed:think>{fenced(ADD)}<seed:think>{fenced(DRAFT)}",
         f"maybe\n{fenced(DRAFT)}no</think>\n\n{fenced(ADD)}",  # the prompt had opened the thought
         f"<think>a</think>{fenced(ADD)}<think>{fenced(DRAFT)}",
         "1. First:\n   " + fenced(ADD).replace("\n", "\n   "),
