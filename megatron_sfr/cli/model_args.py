@@ -1,6 +1,7 @@
 """Arguments shared by the commands that sample from models, and the options built from them."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, device: str | None =
 
 def model_folders(given: list[str]) -> dict[str, Path]:
     """{NAME: DIR} from `NAME=DIR` or `DIR` arguments. Raises ValueError for a repeated name."""
-    folders = named("--model", given, lambda folder: Path(folder).resolve().name)
+    folders = named("--model", given, lambda folder: os.path.basename(os.path.realpath(folder)))
     return {name: Path(folder) for name, folder in folders.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_sfr.config.flags.option_parser import OptionParser, stored_parser, to_flags
-from megatron_sfr.storage.user_files import cut, loading
+from megatron_sfr.storage.user_files import cut, loading, with_path
 
 INT = "tag:yaml.org,2002:int"
 
@@ -49,7 +49,8 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe")
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        with with_path(path):
+            loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ValueError(f"{path}: not a YAML mapping; write a flag's name and its value on each line")

@@ -188,3 +188,7 @@ def _safe_open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as e:
         raise ValueError(f"{path}: damaged or cut off ({e}): download it again") from e
+    except OSError as e:
+        if e.errno is not None:
+            raise
+        raise ValueError(f"{path}: cannot be read ({e}): is its disk sound?") from e  # safetensors names no file

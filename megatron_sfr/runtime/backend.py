@@ -54,6 +54,8 @@ def prepare(argv: Sequence[str]) -> None:
 
 
 def _backend_in(recipe: Path) -> str | None:
+    if not recipe.is_file():  # to read a pipe would wait
+        return None
     try:
         keys = yaml.load(recipe.read_text(encoding="utf-8"), yaml.BaseLoader)  # every value is text
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 def link_target(path: Path) -> Path:
     """The path itself, or the one that a symbolic link names, so that what is written keeps the link."""
-    return path.resolve() if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if path.is_symlink() else path  # of links in a loop it returns one of them
 
 
 @contextmanager

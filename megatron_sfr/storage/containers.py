@@ -57,7 +57,10 @@ def read_pieces(path: Path, offset: int = 0, size: int = _BLOCK) -> Iterator[Pie
     Raises:
         ValueError: the file is damaged, or needs a library that is not installed.
     """
-    head = _head(path)
+    if path.exists() and not path.is_file():  # it is read more than once
+        raise ValueError(f"{path} is not a regular file; write the records to one, and name it")
+    with _reading(path):
+        head = _head(path)
     table = next((container for magic, container in _TABLES.items() if head.startswith(magic)), None)
     if table is not None:
         pyarrow(path)
@@ -93,6 +96,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({cut(str(error))}); make or download it again") from error
     except OSError as error:
         if error.errno is not None:  # of the system, not of pyarrow
+            error.filename = error.filename or str(path)
             raise
         raise ValueError(f"{path} is damaged ({cut(str(error))}); make or download it again") from error
 

@@ -24,7 +24,7 @@ _POLL_S = 0.1
 
 def lock_file(output: Path, *, inside: bool = False) -> Path:
     """Path of an output's lock: `.NAME.lock` beside it, or `.lock` in a folder that is written in place."""
-    path = output.resolve()  # one lock, whichever links lead to the output
+    path = Path(os.path.realpath(output))  # one lock, whichever links lead to the output
     return path / ".lock" if inside else path.with_name(f".{path.name}.lock")
 
 
@@ -41,8 +41,13 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
         ValueError: another process holds the lock; the message names it.
     """
     path = lock_file(output, inside=inside)
-    is_new = inside and not output.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        is_new = inside and not output.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not inside:
+            raise
+        raise ValueError(f"{output} cannot be a folder to write ({error.strerror}); choose another one") from error
     lock = UnixFileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed holder
     try:
         lock.acquire(timeout=wait, poll_interval=_POLL_S)

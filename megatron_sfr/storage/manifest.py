@@ -50,8 +50,9 @@ def read_manifest[M: Manifest](folder: Path, cls: type[M]) -> M:
     try:
         content = read_json_object(path)
         kind, version = content.pop("kind"), content.pop("version")
-    except FileNotFoundError as error:
-        missing = "has no manifest.json: it is incomplete" if folder.is_dir() else "does not exist"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = "is a file, not a folder" if folder.is_file() else "does not exist"
+        missing = "has no manifest.json: it is incomplete" if folder.is_dir() else missing
         raise StoredFileError(f"{folder} {missing}") from error
     except (ValueError, KeyError) as error:
         raise StoredFileError(f"{path} is damaged") from error

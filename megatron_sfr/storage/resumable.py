@@ -49,10 +49,16 @@ def resumable(
             )
         done = _keep(partial, boundary) if known is not None else 0
         write_record(record, identity, {})
-        with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # line-buffered
-            yield file, done
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(partial, "a" if done else "w", encoding="utf-8", buffering=1) as file:  # line-buffered
+                yield file, done
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            if not partial.stat().st_size:  # nothing to resume, and another command may follow
+                partial.unlink()
+                record.unlink()
+            raise
         write_record(record, identity, {path.name: partial.stat().st_size})
         partial.replace(path)
         sync_folder(path.parent)

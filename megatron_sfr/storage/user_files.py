@@ -78,10 +78,22 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+@contextmanager
+def with_path(path: Path) -> Iterator[None]:
+    """Adds the path to an error of the system that names no file, as those of a damaged disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def read_json(path: Path, hint: str = "") -> Any:
     """The value of a JSON file. Raises ValueError `path: reason; hint`, or OSError if the file cannot be opened."""
     try:
-        return parse_json(path.read_bytes())
+        with with_path(path):
+            return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}{'; ' + hint if hint else ''}") from error
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.manifest import NAME, publish, staging
+from megatron_sfr.storage.resumable import resumable
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -64,6 +65,23 @@ def test_a_link_to_a_folder_is_published_where_it_points(tmp_path: Path) -> None
             publish(folder, link)
         assert (link.is_symlink(), (target / NAME).read_text()) == (True, text)
     assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_command_that_fails_before_its_first_line_does_not_stand_in_the_way_of_another(tmp_path: Path) -> None:
+    def fail(seed: int, lines: int) -> None:
+        with resumable(tmp_path / "out.jsonl", {"seed": seed}, lambda done: done) as (file, _):
+            file.write("line\n" * lines)
+            raise RuntimeError
+
+    for seed, lines in ((1, 0), (2, 1)):
+        with pytest.raises(RuntimeError):
+            fail(seed, lines)
+        assert bool(list(tmp_path.iterdir())) == bool(lines)
+    with (
+        pytest.raises(ValueError, match="was begun by another command, with other values of seed"),
+        resumable(tmp_path / "out.jsonl", {"seed": 3}, lambda done: done),
+    ):
+        raise AssertionError("not reached")
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_sfr.storage.containers import Piece, read_pieces
 from megatron_sfr.storage.jsonl import Position, read_chunks, read_records
+from megatron_sfr.storage.user_files import read_json
 
 RECORDS = [{"id": i, "text": f'line {i}\nof é 雪 "quoted" [{"{"} ' * (i % 5), "more": [{"a": "b"}]} for i in range(40)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
@@ -98,6 +100,23 @@ def test_other_archives_are_named(tmp_path: Path, data: bytes, name: str) -> Non
     (tmp_path / "data").write_bytes(data)
     with pytest.raises(ValueError, match=rf"data holds {name} data where text is expected; unpack it"):
         list(read_pieces(tmp_path / "data"))
+
+
+def test_what_cannot_be_read_twice_is_named(tmp_path: Path) -> None:
+    """A pipe, as of a shell's <(...), would lose its first bytes, or wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=f"{path} is not a regular file; write the records to one"):
+            list(read_pieces(path))
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    """The memory of this process is a file whose first page cannot be read."""
+    path = tmp_path / "data.json"
+    path.symlink_to("/proc/self/mem")
+    for read in (lambda: list(read_pieces(path)), lambda: read_json(path)):
+        with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+            read()
 
 
 def test_chunks_run_through_files_of_different_containers(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
             raise AssertionError("not reached")
 
 
+def test_what_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for output in (tmp_path / "file", tmp_path / "file/out", tmp_path / ("x" * 300), tmp_path / "loop"):
+        with pytest.raises(ValueError, match="cannot be a folder to write"), hold(output, inside=True):
+            raise AssertionError("not reached")
+
+
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     for _ in range(2):
         with hold(tmp_path / "deep" / "out"):

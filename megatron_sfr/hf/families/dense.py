@@ -124,6 +124,8 @@ def shape_flags(config: Config, d: Dimensions) -> dict[str, object]:
     """Megatron's flags for embedding, attention and MLP, without their number, the activation and the positions."""
     if config.get("quantization_config"):
         raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
+    if config.get("is_causal") is False:
+        raise ValueError("is_causal: false: the model reads later tokens, as encoders do, and is not one that writes")
     return {
         "hidden_size": d.hidden,
         "ffn_hidden_size": d.ffn,
@@ -162,6 +164,7 @@ _OF_OTHER_FAMILIES: dict[str, object] = {
     "scale_depth": None,
     "scale_emb": 1,
     "scoring_func": "softmax",
+    "use_bidirectional_attention": False,
     "use_dynamic_ntk": False,
     "use_logn_attn": False,
     "use_parallel_residual": False,

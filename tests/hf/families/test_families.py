@@ -172,6 +172,7 @@ def rope(**changes):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling and rope_parameters differ"),
         ({"rope_parameters": {"full_attention": rope()["rope_parameters"]}}, "rope_parameters: full_attention: sep"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
+        ({"is_causal": False}, "is_causal: false"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
         ({"max_position_embeddings": None}, "config.json has no 'max_position_embeddings'"),
