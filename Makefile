@@ -10,7 +10,7 @@ PYTHON ?= $(BIN)/python
 help:
 	@echo "make demo    train a small model with SFR over two pipeline stages, export it, compare it (10 minutes on two cores)"
 	@echo "make smollm2 fine-tune a pretrained 135M model with and without SFR on eight personas (25 minutes on two cores)"
-	@echo "make study   compare seven objectives on real text (several hours on two cores; a second call resumes)"
+	@echo "make study   compare eight objectives on real text (several hours on two cores; a second call resumes)"
 	@echo "make test    run the tests             make check   ruff, types, layers"
 	@echo "make test-recovery   run those that kill trainings under real launchers, torchrun and Slurm"
 	@echo "make docs    write the documentation's site to build/site"

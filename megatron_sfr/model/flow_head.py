@@ -23,7 +23,13 @@ GRADIENT_NORM_GROUP = "sfr_head"
 """Upstream's optimizer clips the parameters of this group separately (see training/head_optimizer.py)."""
 
 
-@named("sfr_", architecture="sfr_head", width="sfr_head_width", depth="sfr_head_depth")
+@named(
+    "sfr_",
+    architecture="sfr_head",
+    width="sfr_head_width",
+    depth="sfr_head_depth",
+    precondition="sfr_head_precondition",
+)
 @dataclass(frozen=True)
 class FlowHeadOptions:
     """The flow head.
@@ -44,6 +50,12 @@ class FlowHeadOptions:
     time_scale: float = 1000.0
     """Factor on t in [0, 1] before its sinusoidal embedding of base 10000. Default 1000. With the authors' 1 the
     embeddings of nearby t are almost equal."""
+    precondition: bool = False
+    """Whether the network F learns only what the noise does not tell: v = a(t) x_t + b(t) F(b(t) x_t, t, h), with
+    b(t) = (t^2 + (1 - t)^2)^(-1/2) and a(t) = (2t - 1) b(t)^2. Its input and what it has to predict then have unit
+    variance for targets of unit variance (`sfr_target_scale` sqrt_d or whiten), and a new head starts from the velocity
+    of N(0, I) instead of 0. EDM's preconditioning (arXiv 2206.00364) for the linear path. Default: off, as in the
+    authors' code."""
     layer: int | None = None
     """Layer whose output the head reads, from 1, as in Hugging Face's `hidden_states`. It must be on the last pipeline
     stage. Default: the last layer, after the final norm."""
@@ -138,6 +150,7 @@ class FlowHead(MegatronModule):
         super().__init__(config)
         options = plan.options
         self.dim, self.fresh, self.decay = plan.dim, plan.fresh, options.ema_decay
+        self.precondition = options.precondition
         self.net: nn.Module | None = None
         self.ema: nn.Module | None = None
         if plan.has_network:
@@ -182,7 +195,10 @@ class FlowHead(MegatronModule):
         net = self.ema if averaged else self.net
         assert net is not None
         with torch.autocast(h.device.type, h.dtype, enabled=h.dtype in (torch.bfloat16, torch.float16)):
-            return net(x_t, t, h, horizon_BA)
+            if not self.precondition:
+                return net(x_t, t, h, horizon_BA)
+            scale = (t.square() + (1 - t).square()).rsqrt()
+            return (2 * t - 1) * scale.square() * x_t + scale * net(scale * x_t, t, h, horizon_BA)
 
     @torch.no_grad()
     def average(self, first: bool) -> None:

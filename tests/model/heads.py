@@ -16,12 +16,14 @@ def make_head(
     ema: str = "none",
     order: str = "after_step",
     decay: float = 0.75,
+    precondition: bool = False,
     **plan: object,
 ) -> FlowHead:
     """A new head; plan: fields of FlowHeadPlan."""
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=2, cuda_graph_modules=[])
+    averages = {"ema": ema, "ema_order": order, "ema_decay": decay}
     options = FlowHeadOptions(
-        architecture=kind, width=W, depth=depth, ema=ema, ema_order=order, ema_decay=decay, time_scale=10.0
+        architecture=kind, width=W, depth=depth, precondition=precondition, time_scale=10.0, **averages
     )
     return FlowHead(config, FlowHeadPlan(options, dim=D, **plan))
 

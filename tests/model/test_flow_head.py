@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_sfr.flow.information import gaussian_velocity
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise
 
@@ -22,6 +23,34 @@ def test_P1_the_loss_of_a_new_head_is_exactly_mean_v_squared(kind: str, horizons
     h, x_1 = torch.randn(B, A, H, generator=g), torch.randn(B, A, D, generator=g)
     error, _ = anchor_errors(lambda x, t, h: head(x, t, h, horizon), h, x_1, torch.ones(B, A), x_0, t, options)
     assert torch.equal(error, (x_1[:, :, None] - x_0).square().mean(-1))
+
+
+@KINDS
+def test_a_new_preconditioned_head_has_the_velocity_of_independent_standard_normals(kind: str) -> None:
+    x_t, t, h, horizon = inputs()
+    expected = gaussian_velocity(torch.zeros(D), torch.ones(D))(x_t, t)
+    torch.testing.assert_close(make_head(kind, precondition=True)(x_t, t, h, horizon), expected)
+
+
+def test_a_preconditioned_network_reads_and_predicts_unit_variance() -> None:
+    """In float64, over the joint distribution of noise and standard normal targets, at each of 9 times."""
+    g = torch.Generator().manual_seed(2)
+    x_0, x_1 = torch.randn(2, 9, 1, 200_000, 1, dtype=torch.float64, generator=g)
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)[:, None, None, None]
+    seen: list[torch.Tensor] = []
+
+    def network(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    head = make_head(precondition=True)
+    head.net = None
+    object.__setattr__(head, "net", network)
+    mean = head((1 - t) * x_0 + t * x_1, t, torch.zeros(1), torch.zeros(1))
+    residual = (x_1 - x_0 - mean) * (t.square() + (1 - t).square()).sqrt()
+    for unit in (seen[0], residual):
+        torch.testing.assert_close(unit.square().mean(2), torch.ones(9, 1, 1, dtype=torch.float64), rtol=0.02, atol=0)
+    assert abs((seen[0] * residual).mean()) < 0.01  # x_t tells nothing more
 
 
 @KINDS

@@ -59,6 +59,7 @@ REGIMES = (
 ARMS = (
     Arm(BASELINE, baseline=True),
     Arm("SFR", "sfr", tuple({"sfr_grad_ratio": ratio} for ratio in (0.1, 0.3, 1.0))),
+    Arm("SFR-pre", "sfr_precondition", like=("SFR",)),
     Arm("SFR-mse", "sfr_mse", like=("SFR",)),
     Arm("MTP", "mtp", tuple({"mtp_loss_scaling_factor": share} for share in (0.1, 0.3))),
     Arm("GEM", "gem", tuple({"gem_beta": beta} for beta in (0.7, 0.85))),
