@@ -21,7 +21,6 @@ from .tiny import BLOCKS
 pytestmark = pytest.mark.distributed
 CP2 = ("--context-parallel-size", "2")
 LAYOUTS = {
-    "cp2": (2, CP2),
     "cp2-tp2-sp": (4, (*CP2, *TP2, SP)),
     "cp2-pp2": (4, (*CP2, *PP2)),
     "cp2-dp2": (4, (*CP2, *SHARDED_OPTIMIZER, *OVERLAPPED)),

@@ -29,9 +29,7 @@ MODELS = {
 }
 RUNS = {  # name: model, layout of four processes, whether a head is trained beside it
     "TP2 PP2": ("untied", TP2 | PP2 | HEAD),
-    "TP2 PP2 without a head": ("untied", TP2 | PP2 | NO_HEAD),
     "VPP DP2, distributed optimizer": ("untied", VPP | DISTRIBUTED | HEAD),
-    "TP2 PP2, tied": ("tied", TP2 | PP2 | HEAD),
     "TP2 DP2, tied, bf16, distributed optimizer": ("tied bf16", TP2 | DISTRIBUTED | NO_HEAD | {"bf16": True}),
     "TP2 PP2, Qwen2, tied": ("Qwen2, tied", TP2 | PP2 | HEAD),
     "TP2 PP2, Llama 3": ("Llama 3", TP2 | PP2 | HEAD),

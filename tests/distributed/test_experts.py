@@ -19,9 +19,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 WHOLE = ("--expert-tensor-parallel-size", "1")
 LAYOUTS = {  # name: processes, flags
     "single": (1, ()),
-    "EP2": (2, EP2),
     "EP2, distributed optimizer": (2, (*EP2, *SHARDED_OPTIMIZER)),
-    "PP2": (2, PP2),
     "TP2, SP": (2, (*TP2, SP)),
     "PP2 EP2": (4, (*PP2, *EP2)),
     "TP2 EP2, SP": (4, (*TP2, SP, *EP2, *WHOLE)),

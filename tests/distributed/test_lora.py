@@ -22,8 +22,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lr": 0.05, "adam_eps": 1e-2, "train_
 EP2 = ("--expert-model-parallel-size", "2")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {  # name: processes, flags
     "single": (1, ()),
-    "recompute": (1, RECOMPUTE),
-    "tp2-sp": (2, (*TP2, SP)),
+    "tp2": (2, TP2),
     "pp2": (2, PP2),
     "pp2-vpp-recompute": (2, (*PP2, *VPP, *RECOMPUTE)),
     "dp2-sharded": (2, (*SHARDED_OPTIMIZER, *OVERLAPPED)),

@@ -9,6 +9,7 @@ A box is an offset and a size along each axis of a tensor.
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +29,8 @@ from megatron_sfr.hf.megatron.file_ranges import FileRange, read_at, reading
 
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which tensors are assembled; they stay in a processor's cache."""
+SMALL_BYTES = 1 << 16
+"""Archives of at most this size are read at once: looking for the position of the values takes longer."""
 Piece = FileRange | Tensor
 """Consecutive values of a tensor, in row-major order."""
 
@@ -138,7 +141,8 @@ class StoredChunks:
 
     def _read(self, key: str, overlap: Overlap, out: Tensor) -> None:
         """Reads what a box and a chunk have in common into `out`, that part of the box."""
-        if (raw := self._raw(key, overlap.chunk)) is None:
+        small = self._infos[MetadataIndex(key, overlap.chunk.offsets)].length <= SMALL_BYTES
+        if small or (raw := self._raw(key, overlap.chunk)) is None:
             index = tuple(slice(a, a + n) for a, n in zip(overlap.in_chunk, overlap.size, strict=True))
             out.copy_(self._load(key, overlap.chunk, "cpu")[index])
             return
@@ -167,9 +171,8 @@ class StoredChunks:
 
     def _find(self, key: str, chunk: ChunkStorageMetadata) -> FileRange | None:
         info = self._infos[MetadataIndex(key, chunk.offsets)]
-        path = self._folder / info.relative_path
         try:
-            with path.open("rb") as file, ZipFile(part_of(file, info.offset, info.length)) as archive:
+            with self._archive(info) as file, ZipFile(file) as archive:
                 orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
         except BadZipFile:
             return None  # torch's format from before 1.6
@@ -182,19 +185,26 @@ class StoredChunks:
             return None
         if start + tensor.nbytes > info.length or skipped + tensor.nbytes > storage.nbytes():
             raise ValueError(f"a chunk of {key} is longer than its archive")
-        return FileRange(path, info.offset + start, tensor.nbytes)
+        return FileRange(self._folder / info.relative_path, info.offset + start, tensor.nbytes)
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, device: str) -> Any:
         """The tensor of a chunk; on the device "meta" without its data."""
         info = self._infos[MetadataIndex(key, chunk.offsets)]
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{key} is stored through {', '.join(info.transform_descriptors)}, which is not read")
-        with (self._folder / info.relative_path).open("rb") as file:
-            tensor = torch.load(part_of(file, info.offset, info.length), map_location=device, weights_only=True)
+        with self._archive(info) as file:
+            tensor = torch.load(file, map_location=device, weights_only=True)
         wanted = chunk.sizes, self._tensors[key].properties.dtype
         if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != wanted:
             raise ValueError(f"a chunk of {key} is not {list(chunk.sizes)} of {wanted[1]}, as the metadata says")
         return tensor
+
+    @contextmanager
+    def _archive(self, info: Any) -> Iterator[IO[bytes]]:
+        """The archive of a chunk."""
+        with (self._folder / info.relative_path).open("rb") as file:
+            part = part_of(file, info.offset, info.length)
+            yield io.BytesIO(part.read()) if info.length <= SMALL_BYTES else part
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

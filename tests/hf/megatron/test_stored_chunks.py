@@ -31,6 +31,14 @@ def cut(key, rows, columns, dtype=torch.float32):
                 yield Chunk(key, tuple(WHOLE.shape), dtype, (layer, a, c), tuple(box.shape), lambda box=box: box)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def large():
+    """No archive is small. test_megatron_checkpoint.py reads small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_chunks, "SMALL_BYTES", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("save") / "iter_0000003"
