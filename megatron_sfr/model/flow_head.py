@@ -51,7 +51,7 @@ class FlowHeadOptions:
     """Factor on t in [0, 1] before its sinusoidal embedding of base 10000. Default 1000. With the authors' 1 the
     embeddings of nearby t are almost equal."""
     precondition: bool = False
-    """Whether the network F learns only what the noise does not tell: v = a(t) x_t + b(t) F(b(t) x_t, t, h), with
+    """Whether the network F learns only what x_t and t do not determine: v = a(t) x_t + b(t) F(b(t) x_t, t, h), with
     b(t) = (t^2 + (1 - t)^2)^(-1/2) and a(t) = (2t - 1) b(t)^2. Its input and what it has to predict then have unit
     variance for targets of unit variance (`sfr_target_scale` sqrt_d or whiten), and a new head starts from the velocity
     of N(0, I) instead of 0. EDM's preconditioning (arXiv 2206.00364) for the linear path. Default: off, as in the

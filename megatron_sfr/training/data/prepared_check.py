@@ -118,7 +118,7 @@ def data_warnings(args: Any) -> list[str]:
         named = " and ".join(str(folder) for folder in list(tokenizers.values())[:2])
         warnings.append(f"{named} were prepared with different tokenizers or chat templates")
     train, valid = (split_blend(blend or [])[0] for blend in (args.train_data_path, args.valid_data_path))
-    contents = {_contents(folder): folder for folder in train}
+    contents = {_contents(folder) for folder in train}
     if equal := [folder for folder in valid if _contents(folder) in contents]:
         warnings.append(f"{equal[0]} is training and validation data: its loss says nothing about other text")
     return warnings
