@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
     backend.prepare(argv)
     gc.disable()  # importing Megatron makes many objects and no garbage, and collecting takes a seventh of its time
+    backend.import_megatron()
     from megatron_sfr.config.settings import read_settings
 
     gc.freeze()

@@ -30,7 +30,7 @@ IN_A_RUN = (
     *wandb_guard.replacements(),
 )
 EVERYTHING = (*cpu.REPLACEMENTS, *IN_A_RUN, synchronous_save.QUEUE)
-NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS", "_GLOBAL_WANDB_WRITER")
+NOT_CALLED = ("maybe_msc", "SEPARATE_GRAD_NORM_GROUPS", "_GLOBAL_WANDB_WRITER", "wandb")
 
 
 def label(entry: Replacement) -> str:

@@ -53,9 +53,17 @@ class GuardedWandb:
 
 def replacements() -> tuple[Replacement, ...]:
     """The names of upstream that are replaced on the rank that has a W&B writer."""
+    from megatron.training.global_vars import get_wandb_writer
+
     why = "lets an exception of W&B end the training"
     return (
         Replacement("megatron.training.global_vars", "_GLOBAL_WANDB_WRITER", wrapper(GuardedWandb), why),
+        Replacement(
+            "megatron.core.timers",
+            "wandb",
+            wrapper(lambda _: get_wandb_writer()),
+            "logs times to a writer that equals this module: the guard is not equal, and the module was not imported",
+        ),
         Replacement("megatron.training.wandb_utils", "on_save_checkpoint_success", wrapper(_guarded), why),
     )
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from megatron.core.timers import Timers
 from megatron.training import global_vars, wandb_utils
 
 from megatron_sfr.runtime.replacements import replaced
@@ -52,3 +53,13 @@ def test_a_failure_is_one_warning_and_the_rest_is_dropped(
     assert len(service.calls) == 3
     (record,) = caplog.records
     assert "W&B fails, and gets nothing more of this run (ConnectionResetError: Connection lost)" in record.message
+
+
+def test_upstreams_timers_reach_the_guarded_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", service)
+    timers = Timers(log_level=0, log_option="max")
+    monkeypatch.setattr(timers, "_get_global_min_max_time", lambda *_: {"step": (1.0, 2.0)})  # needs a process group
+    with replaced(replacements()):
+        timers.write(["step"], global_vars.get_wandb_writer(), 7)
+    assert service.calls == ["log 7"]
