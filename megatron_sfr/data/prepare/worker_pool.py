@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Any
 
+from megatron_sfr.runtime.failures import killed_workers
 from megatron_sfr.runtime.lifetime import end_with_parent
 
 MOST_BY_DEFAULT = 8
 AHEAD = 2  # chunks for each worker, waiting or done
+_WORK: list[Callable[[Any], Any]] = []
+"""In a worker process: its work."""
 
 
 def default_workers() -> int:
@@ -35,64 +34,26 @@ def ordered_map[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) 
         ValueError: a worker died.
     """
     waiting: deque[Future[R]] = deque()
-    with ExitStack() as stack:
-        idle: SimpleQueue[Connection] = SimpleQueue()
-        for _ in range(workers):
-            idle.put(_start(work, stack))
-        threads = ThreadPoolExecutor(workers)  # a thread for each worker, which only waits for it
-        stack.callback(threads.shutdown, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,))
+    with killed_workers(f"run it again with fewer --workers than {workers}: the same command resumes it"):
         try:
             for item in items:
-                waiting.append(threads.submit(_call, idle, item))
+                waiting.append(pool.submit(_call, item))
                 if len(waiting) == AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except (EOFError, ConnectionError) as error:
-            raise ValueError(
-                "a worker process died, most likely because memory ran out; "
-                f"run it again with fewer --workers than {workers}: the same command resumes it"
-            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _start(work: Callable[[Any], Any], stack: ExitStack) -> Connection:
-    """The connection to a new worker process, which ends with `stack`."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    process.start()
-    theirs.close()  # only the worker holds it, so that a dead worker is noticed
-    stack.callback(process.join)
-    stack.callback(ours.close)  # first: the worker ends once it is closed
-    return ours
-
-
-def _call(idle: SimpleQueue[Connection], item: Any) -> Any:
-    """The result of an idle worker. Raises what it raised; EOFError or ConnectionError if it died."""
-    worker = idle.get()
-    try:
-        worker.send(item)
-        result, error = worker.recv()
-    finally:
-        idle.put(worker)
-    if error is not None:
-        raise error
-    return result
-
-
-def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
-    """A worker process: answers with (result, None) or (None, error) until the connection is closed."""
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Makes a process a worker."""
     end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
-    while True:
-        try:
-            item = connection.recv()
-        except EOFError:
-            return
-        try:
-            result, error = work(item), None
-        except Exception as failure:
-            failure.add_note(traceback.format_exc())
-            result, error = None, failure
-        connection.send((result, error))
+    _WORK.append(work)
+
+
+def _call(item: Any) -> Any:
+    return _WORK[0](item)
