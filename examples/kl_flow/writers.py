@@ -12,7 +12,7 @@ from megatron_sfr.kernels.vocab_parallel import Vocab
 from megatron_sfr.kl_flow.checkpoint import load_denoiser
 from megatron_sfr.kl_flow.flow_generate import SPLIT
 from megatron_sfr.kl_flow.model import denoise, time_positions
-from megatron_sfr.kl_flow.sampling.requests import Request, batches, blank, canvas, gap
+from megatron_sfr.kl_flow.sampling import requests
 from megatron_sfr.kl_flow.sampling.sampler_options import Method, SamplerOptions
 from megatron_sfr.kl_flow.sampling.samplers import sample
 from megatron_sfr.kl_flow.sampling.vocab_shard import Shard
@@ -36,19 +36,19 @@ class Denoiser:
         self.parameters = sum(p.numel() for p in model.parameters())
 
     def texts(self, count: int, method: Method, steps: int) -> Rows:
-        return self._write([blank(self.length)], count, method, steps)
+        return self._write([requests.blank(self.length)], count, method, steps)
 
     def fill(self, gaps: Sequence[Gap], method: Method, steps: int) -> Rows:
         """The tokens that fill each gap."""
-        requests = [gap(g.tokens[: g.start], g.stop - g.start, g.tokens[g.stop :], {}) for g in gaps]
-        rows = self._write(requests, 1, method, steps)
+        parts = [(g.tokens[: g.start], requests.Gap(0, g.stop - g.start), g.tokens[g.stop :]) for g in gaps]
+        rows = self._write([requests.infill(each, {}) for each in parts], 1, method, steps)
         return [row[g.start : g.stop] for row, g in zip(rows, gaps, strict=True)]
 
-    def _write(self, requests: Sequence[Request], samples: int, method: Method, steps: int) -> Rows:
+    def _write(self, asked: Sequence[requests.Request], samples: int, method: Method, steps: int) -> Rows:
         options = SamplerOptions(method, steps, t_max=self.t_max, t_split=SPLIT * self.t_max)
         rows: Rows = []
-        for batch in batches(requests, samples, self.batch_size):
-            area = canvas(batch, device())
+        for batch in requests.batches(asked, samples, self.batch_size):
+            area = requests.canvas(batch, device())
             rows += sample(self.call, area, self.shard, self.simplex, options).tolist()
         return rows
 

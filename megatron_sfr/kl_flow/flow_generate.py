@@ -116,7 +116,7 @@ def plan(job: Job) -> Plan:
         seed=job.seed,
     )
     requests = _requests(job, tokenizer, _positions(run))
-    if job.film is not None and requests[0].more:
+    if job.film is not None and len(requests[0].gaps) > 1:
         raise ValueError("--film shows a text with one gap: leave it out, or let the first record have one")
     return Plan(folder, tokenizer, requests, options, Simplex(run["vocab_size"], run["kl_flow_smoothing"]))
 

@@ -43,21 +43,12 @@ class Request:
     """A sequence of tokens with one or several gaps; the tokens there are ignored."""
 
     tokens: tuple[int, ...]
-    start: int
-    stop: int
+    gaps: tuple[Gap, ...]
+    """In order."""
     key: int = 0
     """Key of the noise of the first sample; sample s has key + s."""
-    end: int | None = None
-    """Of the first gap, as in Gap."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """Fields that are copied to the request's output records."""
-    more: tuple[Gap, ...] = ()
-    """Gaps after the first."""
-
-    @property
-    def gaps(self) -> tuple[Gap, ...]:
-        """All gaps, in order."""
-        return (Gap(self.start, self.stop, self.end), *self.more)
 
     def found(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
         """The generated tokens of all gaps, one after another, and whether every end token was found."""
@@ -67,7 +58,7 @@ class Request:
 
 def blank(length: int) -> Request:
     """An unconditional request: every position is free."""
-    return Request((0,) * length, 0, length)
+    return Request((0,) * length, (Gap(0, length),))
 
 
 def reply(prompt: Sequence[int], positions: int, longest: int | None, end: int, key: int, told: Any) -> Request:
@@ -80,15 +71,8 @@ def reply(prompt: Sequence[int], positions: int, longest: int | None, end: int, 
         raise ValueError(
             f"the prompt has {len(prompt)} tokens and the model {positions} positions: none are left for the reply"
         )
-    free = min(room, longest or room)
-    return Request((*prompt, *(end,) * room), len(prompt), len(prompt) + free, key, end, told)
-
-
-def gap(prefix: Sequence[int], length: int, suffix: Sequence[int], told: Any) -> Request:
-    """Infill: `length` tokens between two texts."""
-    tokens = (*prefix, *(0,) * length, *suffix)
-    digest = hashlib.sha256(json.dumps([list(prefix), length, list(suffix)]).encode()).digest()
-    return Request(tokens, len(prefix), len(prefix) + length, int.from_bytes(digest[:6]), told=told)
+    gap = Gap(len(prompt), len(prompt) + min(room, longest or room), end)
+    return Request((*prompt, *(end,) * room), (gap,), key, told)
 
 
 def infill(parts: Sequence[Sequence[int] | Gap], told: Any) -> Request:
@@ -99,16 +83,17 @@ def infill(parts: Sequence[Sequence[int] | Gap], told: Any) -> Request:
     """
     tokens: list[int] = []
     gaps: list[Gap] = []
+    about: list[Any] = []
     for part in parts:
         if isinstance(part, Gap):
             gaps.append(Gap(len(tokens), len(tokens) + part.stop, part.end))
             tokens += [0] * part.stop
+            about.append(part.stop if part.end is None else [part.stop, part.end])
         else:
             tokens += part
-    about = [[part.stop, part.end] if isinstance(part, Gap) else list(part) for part in parts]
+            about.append(list(part))
     digest = hashlib.sha256(json.dumps(about).encode()).digest()
-    first, *more = gaps
-    return Request(tuple(tokens), first.start, first.stop, int.from_bytes(digest[:6]), first.end, told, tuple(more))
+    return Request(tuple(tokens), tuple(gaps), int.from_bytes(digest[:6]), told)
 
 
 def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
@@ -121,7 +106,10 @@ def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
     requests = []
     for record in read_records(path):
         try:
-            requests.append(_gap_of(record.text, tokenizer, positions))
+            parts, told = _parts_of(parse_json(record.text))
+            requests.append(infill([_part_of(part, tokenizer) for part in parts], told))
+            if (total := len(requests[-1].tokens)) > positions:
+                raise RecordError(f"texts and gaps have {total} tokens in all; the model has {positions} positions")
         except ValueError as error:
             raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not requests:
@@ -129,47 +117,37 @@ def read_gaps(path: Path, tokenizer: Any, positions: int) -> list[Request]:
     return requests
 
 
-def _gap_of(text: bytes, tokenizer: Any, positions: int) -> Request:
-    fields = parse_json(text)
+def _parts_of(fields: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The texts and gaps of a record, and the fields that its output records repeat."""
     if isinstance(fields, dict) and fields.keys() == {"parts"}:
-        return _infill_of(fields["parts"], tokenizer, positions)
+        parts = fields["parts"]
+        if not isinstance(parts, list) or not any(isinstance(part, int | dict) for part in parts):
+            raise RecordError('parts must be a list of texts and gaps, such as ["def f(x):", 12, "return y"]')
+        return parts, fields
     if not isinstance(fields, dict) or "length" not in fields or fields.keys() - {"prefix", "suffix", "length"}:
         raise RecordError('not an infill record; write {"prefix": "...", "suffix": "...", "length": 8}')
-    length, texts = fields["length"], [fields.get(side, "") for side in ("prefix", "suffix")]
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise RecordError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
-    if not all(isinstance(side, str) for side in texts) or not any(texts):
+    told = {side: fields.get(side, "") for side in ("prefix", "suffix")}
+    if not all(isinstance(text, str) for text in told.values()) or not any(told.values()):
         raise RecordError("prefix and suffix must be strings, and at least one must not be empty")
-    for side, name in zip(texts, ("prefix", "suffix"), strict=True):
-        check_text(side, f"the {name}")
-    prefix, suffix = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in texts)
-    if (total := len(prefix) + length + len(suffix)) > positions:
-        raise RecordError(f"prefix, length and suffix have {total} tokens in all; the model has {positions} positions")
-    return gap(prefix, length, suffix, {"prefix": texts[0], "suffix": texts[1]})
+    if not isinstance(fields["length"], int):
+        raise RecordError(f"length is {shown(fields['length'])}; give the number of tokens between prefix and suffix")
+    return [told["prefix"], fields["length"], told["suffix"]], told
 
 
-def _infill_of(parts: Any, tokenizer: Any, positions: int) -> Request:
-    """A request of texts and gaps."""
-    if not isinstance(parts, list) or not any(isinstance(part, int | dict) for part in parts):
-        raise RecordError('parts must be a list of texts and gaps, such as ["def f(x):", 12, "return y"]')
-    made: list[Sequence[int] | Gap] = []
-    for part in parts:
-        length = part["at_most"] if isinstance(part, dict) and part.keys() == {"at_most"} else part
-        if isinstance(part, str):
-            check_text(part, "a text of the parts")
-            made.append(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [])
-        elif not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise RecordError(
-                f'{shown(part)} is neither a text nor a gap; a gap is its number of tokens, or {{"at_most": 8}}'
-            )
-        elif isinstance(part, dict) and tokenizer.eos_token_id is None:
-            raise RecordError("at_most needs an end token; set eos_token in the tokenizer's tokenizer_config.json")
-        else:
-            made.append(Gap(0, length, tokenizer.eos_token_id if isinstance(part, dict) else None))
-    total = sum(part.stop if isinstance(part, Gap) else len(part) for part in made)
-    if total > positions:
-        raise RecordError(f"the parts have {total} tokens in all; the model has {positions} positions")
-    return infill(made, {"parts": parts})
+def _part_of(part: Any, tokenizer: Any) -> Sequence[int] | Gap:
+    """The tokens of a text, or a gap that starts at 0."""
+    if isinstance(part, str):
+        check_text(part, "a text")
+        return tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
+    open_end = isinstance(part, dict) and part.keys() == {"at_most"}
+    length = part["at_most"] if open_end else part
+    if type(length) is not int or length < 1:
+        raise RecordError(
+            f'{shown(part)} is neither a text nor a gap; a gap is its number of tokens, or {{"at_most": 8}}'
+        )
+    if open_end and tokenizer.eos_token_id is None:
+        raise RecordError("at_most needs an end token; set eos_token in the tokenizer's tokenizer_config.json")
+    return Gap(0, length, tokenizer.eos_token_id if open_end else None)
 
 
 @dataclass(frozen=True)

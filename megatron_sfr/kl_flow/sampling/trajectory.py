@@ -76,11 +76,12 @@ class Recorder:
 
     def film(self, title: str, tokens: Sequence[int], request: Request, tokenizer: Any) -> Film:
         """The recorded film; `tokens` is the final sequence, and replaces the most likely tokens of the last frame."""
-        last, final = self.frames[-1], tuple(tokens[request.start : request.stop])
+        last, gap = self.frames[-1], request.gaps[0]
+        final = tuple(tokens[gap.start : gap.stop])
         frames = [*self.frames[:-1], Frame(last.step, last.t, final, last.percent)]
         ids = {*tokens, *(token for frame in frames for token in frame.tokens)}
         texts = {token: tokenizer.decode([token]) for token in sorted(ids)}
-        return Film(title, tuple(tokens), request.start, request.stop, tuple(frames), texts, request.end)
+        return Film(title, tuple(tokens), gap.start, gap.stop, tuple(frames), texts, gap.end)
 
 
 def stills(film: Film) -> Iterator[str]:

@@ -16,7 +16,7 @@ from megatron_sfr.kl_flow.sampling.requests import (
     batches,
     blank,
     canvas,
-    gap,
+    infill,
     read_gaps,
     reply,
     whole_batches,
@@ -35,8 +35,12 @@ def test_a_reply_ends_before_the_end_token_and_is_padded_after_the_longest() -> 
     assert canvas([SampleSpec(reply([7], 9, None, 3, 5, {}), 0)], torch.device("cpu")).free_BS.sum() == 8
 
 
+def gap(prefix: list[int], length: int, suffix: list[int]) -> Request:
+    return infill([prefix, Gap(0, length), suffix], {})
+
+
 def test_an_infill_is_between_its_texts_and_keeps_end_tokens() -> None:
-    request = gap([1, 2], 3, [4], {})
+    request = gap([1, 2], 3, [4])
     area = canvas([SampleSpec(request, 0)], torch.device("cpu"))
     assert area.free_BS.tolist() == [[False] * 2 + [True] * 3 + [False]]
     assert request.found([1, 2, 9, 0, 9, 4]) == ([9, 0, 9], True)
@@ -71,7 +75,7 @@ def test_several_gaps_and_gaps_of_unknown_length(tmp_path: Path) -> None:
         (["a", {"at_most": True}], "a gap is its number of tokens"),
         (["a", {"length": 3}], "a gap is its number of tokens"),
         (["a", 99], "the model has 9 positions"),
-        (["a\ud800", 2], "a text of the parts has half of a surrogate pair"),
+        (["a\ud800", 2], "a text has half of a surrogate pair"),
     ],
 )
 def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None:
@@ -81,21 +85,24 @@ def test_bad_parts_are_named(tmp_path: Path, parts: object, reason: str) -> None
         read_gaps(path, tokenizer_of("byte_level"), 9)
 
 
-@pytest.mark.parametrize("field", ["prefix", "suffix"])
-def test_half_of_a_surrogate_pair_is_refused_with_its_place(tmp_path: Path, field: str) -> None:
-    (tmp_path / "gaps.jsonl").write_text(f'{{"{field}": "a\\ud800", "length": 2}}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"gaps.jsonl:1: the {field} has half of a surrogate pair"):
-        read_gaps(tmp_path / "gaps.jsonl", tokenizer_of("byte_level"), 9)
+def test_prefix_and_suffix_are_parts(tmp_path: Path) -> None:
+    tokenizer, path = tokenizer_of("byte_level"), tmp_path / "gaps.jsonl"
+    rows = {"prefix": "ab", "suffix": "c", "length": 2}, {"parts": ["ab", 2, "c"]}, {"suffix": "c", "length": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pair, parts, suffix = read_gaps(path, tokenizer, 9)
+    assert (pair.tokens, pair.gaps, pair.key) == (parts.tokens, parts.gaps, parts.key), "the same samples"
+    assert (pair.told, suffix.told) == ({"prefix": "ab", "suffix": "c"}, {"prefix": "", "suffix": "c"})
+    assert suffix.gaps == (Gap(0, 1),)
 
 
 def test_noise_is_keyed_by_request_and_sample() -> None:
     numbers = {
         int(canvas([SampleSpec(request, sample)], torch.device("cpu")).sample_B[0])
-        for request in (blank(4), gap([1], 2, [3], {}), gap([1], 3, [3], {}), gap([1, 3], 2, [], {}))
+        for request in (blank(4), gap([1], 2, [3]), gap([1], 3, [3]), gap([1, 3], 2, []))
         for sample in range(3)
     }
     assert len(numbers) == 12
-    last = Request((1,), 0, 1, key=KEYS - 1)
+    last = Request((1,), (Gap(0, 1),), key=KEYS - 1)
     assert canvas([SampleSpec(last, 1)], torch.device("cpu")).sample_B.tolist() == [0]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sfr.kernels.vocab_parallel import Vocab
-from megatron_sfr.kl_flow.sampling.requests import SampleSpec, canvas, gap
+from megatron_sfr.kl_flow.sampling.requests import Gap, SampleSpec, canvas, infill
 from megatron_sfr.kl_flow.sampling.sampler_options import SamplerOptions
 from megatron_sfr.kl_flow.sampling.samplers import sample
 from megatron_sfr.kl_flow.sampling.trajectory import MOST_FRAMES, Film, Frame, Recorder, from_json, moving, stills
@@ -64,7 +64,7 @@ def test_a_film_is_read_back_from_json(film: Film) -> None:
 @pytest.mark.parametrize(("steps", "most"), [(4, 5), (1000, MOST_FRAMES)])
 def test_a_recorder_keeps_the_first_and_the_last_step_and_certainty_grows(steps: int, most: int) -> None:
     toy, size = language(size=5), 5
-    shard, request = Shard(Vocab(size), size), gap([1], 3, [2], {})
+    shard, request = Shard(Vocab(size), size), infill([[1], Gap(0, 3), [2]], {})
     recorder = Recorder(shard)
     options = SamplerOptions("basic", steps, t_max=0.8, final_top_k=0)
     area = canvas([SampleSpec(request, 0)], torch.device("cpu"))
