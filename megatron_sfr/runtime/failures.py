@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 from megatron_sfr.storage.user_files import one_line
@@ -20,6 +21,8 @@ _RAISED_BARE = rf"^{_RANK} +(\S.*)\n(?:{_RANK}[ ~^]+\n)?{_RANK}({_KIND})$"
 """An exception without a message, below the line of source that raised it."""
 _NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+)[^\n]*?message='([^'\n]*)"
 _LONGEST = 300
+END_BYTES = 1 << 24
+"""Of a log that are searched for a failure: its end, because the log of a long run may be larger than memory."""
 
 
 def reason(error: BaseException) -> str:
@@ -49,13 +52,15 @@ def failure(log: Path, mark: str, what: str = "training", returncode: int | None
 
 
 def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None:
-    """The failure that the log of a run records, in one line; None if it records none. Arguments as of `failure`."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    """The failure that the end of a log records, in one line; None if it records none. Arguments as of `failure`."""
+    with log.open("rb") as file, TextIOWrapper(file, "utf-8", "replace") as stream:
+        file.seek(max(0, log.stat().st_size - END_BYTES))
+        text = stream.read()
     # First what explains the rest: a rank that ends closes the connections of the others, who then say only that.
     if why := _killed(text) or _disk_full(text) or _not_finite(text):
         return f"{what} {why}; see {log}"
-    if given := _marked(text, mark):
-        return _explained(given[0])
+    if given := re.search(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE):
+        return _explained(given[1])
     raised = {m.end(): m[1] for m in re.finditer(_RAISED, text, flags=re.MULTILINE)}
     raised |= {m.end(): f"{m[2]}: {m[1]}" for m in re.finditer(_RAISED_BARE, text, flags=re.MULTILINE)}
     first = next((raised[end] for end in sorted(raised) if not _is_cause(text[end:])), None)
@@ -73,11 +78,8 @@ def killed_workers(hint: str) -> Iterator[None]:
 
 def marked(log: Path, mark: str) -> list[str]:
     """The texts that follow a mark in a log, without duplicates."""
-    return list(dict.fromkeys(_marked(log.read_text(encoding="utf-8", errors="replace"), mark)))
-
-
-def _marked(text: str, mark: str) -> list[str]:
-    return re.findall(rf"^.*{re.escape(mark)} (.*)$", text, flags=re.MULTILINE)
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return list(dict.fromkeys(line.rpartition(f"{mark} ")[2].rstrip("\n") for line in lines if f"{mark} " in line))
 
 
 def _is_cause(following: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sfr.runtime.failures import failure, killed_workers, reason
+from megatron_sfr.runtime.failures import END_BYTES, failure, killed_workers, reason
 
 MARK = "megatron-sfr train: error:"
 OUT_OF_MEMORY = "training failed: rank 3 was ended by SIGKILL: out of memory is the usual reason"
@@ -132,6 +132,17 @@ def test_the_reason_in_a_log(tmp_path: Path, log: str, said: str) -> None:
     assert line.startswith(said)
     assert "\n" not in line
     assert len(line) < 600
+
+
+def test_of_a_large_log_the_end_is_read(tmp_path: Path) -> None:
+    """The log is sparse, so that it is large and quick to write."""
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        file.write(f"{MARK} of an earlier attempt\n".encode())
+        file.truncate(2 * END_BYTES)
+        file.seek(0, os.SEEK_END)
+        file.write(f"\n{MARK} no such file\n".encode())
+    assert failure(path, MARK) == "no such file"
 
 
 def test_a_killed_process_of_a_pool_is_reported_in_one_line() -> None:
