@@ -10,6 +10,8 @@ from megatron_sfr.storage.user_files import loading
 
 TOLERANCE = 1e-5
 """Largest accepted difference relative to the largest logit: allows for rounding in fp32 only."""
+SHAPE = (4, 32)
+"""Sequences and tokens of each that are compared."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,12 @@ class CheckReport:
     logits: int
 
 
-def check_logits(
-    folder: Path, reference: Path, *, tolerance: float = TOLERANCE, sequences: int = 4, length: int = 32, seed: int = 0
-) -> CheckReport:
+def check_logits(folder: Path, reference: Path, *, tolerance: float = TOLERANCE) -> CheckReport:
     """Compares `folder` with `reference`. Raises ValueError if they differ by more than tolerance * the largest logit.
 
     Both are computed in fp32, whatever their dtype, one after the other, so only one model is in memory at a time.
     """
-    wanted = _logits(reference, sequences, length, seed)
-    found = _logits(folder, sequences, length, seed)
+    wanted, found = _logits(reference), _logits(folder)
     if found.shape != wanted.shape:
         raise ValueError(f"{folder} has {found.shape[-1]} logits a token, {reference} has {wanted.shape[-1]}")
     report = CheckReport((found - wanted).abs().max().item(), wanted.abs().max().item(), wanted.numel())
@@ -42,12 +41,12 @@ def check_logits(
 
 
 @torch.no_grad()
-def _logits(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
+def _logits(folder: Path) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, SHAPE, generator=generator)
     logits: Tensor = model(tokens).logits
     return logits

@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_sfr.runtime.backend import device
 
 
-def is_first_stage(vp_stage: int | None = None) -> bool:
+def is_first_stage(vp_stage: int | None) -> bool:
     """Whether this chunk of the model embeds tokens."""
     return parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
-def is_last_stage(vp_stage: int | None = None) -> bool:
+def is_last_stage(vp_stage: int | None) -> bool:
     """Whether this chunk of the model (or, without a chunk named, any chunk of this rank) computes the loss."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 

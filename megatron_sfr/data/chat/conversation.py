@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -54,19 +54,14 @@ class Encoded:
     unlike_inference: int = 0
 
 
-def read_conversations(
-    path: Path, on_bad: Callable[[BadRecord], None] | None = None, *, persona_as: str = "system"
-) -> Iterator[Conversation]:
-    """The conversations of a file. A bad record raises ValueError `file:line: reason`, or goes to `on_bad`."""
+def read_conversations(path: Path, *, persona_as: str = "system") -> Iterator[Conversation]:
+    """The conversations of a file. A bad record raises ValueError `file:line: reason`."""
     form = detect(path)
     for record in read_records(path):
         try:
             yield parse_record(record, form, persona_as=persona_as)
         except RecordError as error:
-            bad = BadRecord(record, str(error))
-            if on_bad is None:
-                raise ValueError(str(bad)) from error
-            on_bad(bad)
+            raise ValueError(str(BadRecord(record, str(error)))) from error
 
 
 def parse_record(

@@ -30,7 +30,7 @@ def best_of_k(scores: Sequence[float], passed: Sequence[bool]) -> np.ndarray:
     return result
 
 
-def majority_at_k(answers: Sequence[str | None], right: str, seed: int = 0) -> np.ndarray:
+def majority_at_k(answers: Sequence[str | None], right: str) -> np.ndarray:
     """Probability that the most frequent answer of k samples is right, for k = 1 ... n, float64 [n].
 
     Self-consistency (Wang et al., arXiv 2203.11171). The mean over `DRAWS` random orders, whose first k samples vote;
@@ -43,7 +43,7 @@ def majority_at_k(answers: Sequence[str | None], right: str, seed: int = 0) -> n
     for i, answer in enumerate(answers):
         if answer is not None:
             votes_NA[i, index[answer]] = 1
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     total = np.zeros(n)
     for _ in range(DRAWS):
         count_KA = votes_NA[rng.permutation(n)].cumsum(axis=0)

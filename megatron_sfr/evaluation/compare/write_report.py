@@ -25,9 +25,9 @@ def write_report(
     picture: str,
     drawn: str,
     samples: str | None = None,
-    judge: Judge | None = None,
-    identity: Mapping[str, object] | None = None,
-    show: bool = True,
+    judge: Judge | None,
+    identity: Mapping[str, object] | None,
+    show: bool,
 ) -> Report:
     """Scores every model's replies, of which the first model is the baseline. Writes the files.
 

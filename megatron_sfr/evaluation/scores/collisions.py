@@ -74,18 +74,18 @@ def semantic_entropy(vectors: np.ndarray, threshold: float = THRESHOLD) -> float
     return float(-np.sum(q * np.log(q) / (1 - (1 - q) ** n)))
 
 
-def squared_mmd(vectors: np.ndarray, references: np.ndarray, bandwidth: float = 1.0) -> float:
+def squared_mmd(vectors: np.ndarray, references: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy of texts [n, dim] and real replies [m, dim]; NaN for n or m < 2.
 
-    Gretton et al. (JMLR 2012), kernel exp(-|x - y|^2 / (2 bandwidth^2)). 0 in expectation if both have the same
-    distribution, so single values may be negative.
+    Gretton et al. (JMLR 2012), kernel exp(-|x - y|^2 / 2). 0 in expectation if both have the same distribution,
+    so single values may be negative.
     """
     n, m = len(vectors), len(references)
     if n < 2 or m < 2:
         return float("nan")
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.exp(-(1 - x.astype(np.float64) @ y.T.astype(np.float64)) / bandwidth**2)  # |x - y|^2 = 2 - 2 cos
+        return np.exp(-(1 - x.astype(np.float64) @ y.T.astype(np.float64)))  # |x - y|^2 = 2 - 2 cos
 
     xx, yy = kernel(vectors, vectors), kernel(references, references)
     within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))

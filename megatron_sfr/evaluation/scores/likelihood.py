@@ -9,14 +9,12 @@ from megatron_sfr.data.chat.conversation import Conversation, Encoded, encode_sa
 from megatron_sfr.data.chat.template_options import AS_AT_INFERENCE, SampleOptions, TemplateOptions
 from megatron_sfr.evaluation.generate.transformers_engine import Model
 
+BATCH_SIZE = 32  # samples
+
 
 @torch.inference_mode()
 def negative_log_likelihood(
-    model: Model,
-    conversations: Sequence[Conversation],
-    template: TemplateOptions = AS_AT_INFERENCE,
-    *,
-    batch_size: int = 32,
+    model: Model, conversations: Sequence[Conversation], template: TemplateOptions = AS_AT_INFERENCE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of -ln p over the supervised tokens of each conversation, and their number: two arrays [conversations].
 
@@ -31,8 +29,8 @@ def negative_log_likelihood(
         owners += [number] * len(samples)
     total, tokens = np.zeros(len(conversations)), np.zeros(len(conversations))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for start in range(0, len(order), BATCH_SIZE):
+        chosen = order[start : start + BATCH_SIZE]
         nll, counts = _nll_of_batch(model, [rows[i] for i in chosen])
         np.add.at(total, [owners[i] for i in chosen], nll)
         np.add.at(tokens, [owners[i] for i in chosen], counts)

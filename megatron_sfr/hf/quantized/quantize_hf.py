@@ -53,10 +53,10 @@ def quantize_hf(
     *,
     format: Name,
     calibration: Path,
-    samples: int = 256,
-    length: int = 512,
-    simulated: bool = False,
-    force: bool = False,
+    samples: int,
+    length: int,
+    simulated: bool,
+    force: bool,
 ) -> QuantizeReport:
     """Writes `output`, reads it back and compares it with the original. Keeps nothing if it is not as it has to be.
 
