@@ -90,7 +90,7 @@ def check_task(args: argparse.Namespace) -> tuple[Mapping[str, Any], list[str]]:
     Upstream would load whatever fits of another task's model.
 
     Returns:
-        The arguments of the run that wrote the checkpoint in --load (empty if there is none), and warnings.
+        The arguments of the run that wrote the checkpoint in --load (empty if it cannot be read), and warnings.
     Raises:
         ValueError: a checkpoint was written by another task, or has other layers or adapters.
     """
@@ -104,7 +104,8 @@ def check_task(args: argparse.Namespace) -> tuple[Mapping[str, Any], list[str]]:
             folder = Path(path, step_folder(args.ckpt_step)) if args.ckpt_step else found and found.folder
             checkpoint = Checkpoint(find_checkpoint(folder or Path(path)))
             stored = checkpoint.arguments()
-        except ValueError:  # of a format that upstream reads and we do not: upstream reports it, or continues
+        except ValueError as error:  # of another format, or damaged: upstream loads it, or ends there
+            warnings.append(f"{path} was not compared with the task and the model of this run ({error})")
             continue
         check_adapters(args, path, checkpoint)
         if check_stored_model(args, path, stored) and (args.finetune or not checkpoint_exists(args.load)):

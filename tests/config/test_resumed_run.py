@@ -10,6 +10,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sfr.config.build import check_task
 from megatron_sfr.config.resume import (
     changed_data,
     changed_model,
@@ -107,6 +108,16 @@ def test_a_step_without_a_checkpoint_is_named(save: Path) -> None:
     args = argparse.Namespace(load=str(save), finetune=False, ckpt_step=3, ckpt_format="torch_dist")
     with pytest.raises(ValueError, match=r"ckpt_step: .*iter_0000003 does not exist; newest: .*iter_0000004"):
         resumed_step(args)
+
+
+def test_a_checkpoint_that_only_megatron_reads_is_named_in_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / TRACKER).write_text("4")
+    options = {"load": None, "pretrained_checkpoint": str(tmp_path), "ckpt_format": "torch_dist", "ckpt_step": None}
+    stored, warnings = check_task(argparse.Namespace(**options, lora_rank=None))
+    assert stored == {}
+    assert len(warnings) == 1
+    assert f"{tmp_path} was not compared with the task and the model of this run ({tmp_path}" in warnings[0]
 
 
 def test_a_run_without_a_learning_rate_is_refused_before_anything_is_read() -> None:
