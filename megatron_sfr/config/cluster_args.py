@@ -10,9 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sfr.config.flags.option_parser import to_flags
-from megatron_sfr.config.recipe import read_recipes
-from megatron_sfr.config.settings import DEFAULTS, PRESETS, Settings, check, flag_parser, parse
+from megatron_sfr.config.recipe import naming
+from megatron_sfr.config.settings import Settings, check, flag_parser, merge, parse
 from megatron_sfr.runtime import cpu
 from megatron_sfr.runtime.devices import gpus
 from megatron_sfr.training.data.epochs import train_iters_of
@@ -23,12 +22,10 @@ def merged_flags(recipes: Sequence[Path], flags: Sequence[str]) -> tuple[argpars
 
     The steps are None where they are given as epochs of data that are not on this machine.
     """
-    parser = flag_parser()
-    recipe = DEFAULTS | read_recipes(recipes, parser)
-    args = parser.read([*to_flags(recipe, parser), *flags])
-    merged = [*to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser), *flags]
-    args = parser.read(merged)
-    check(args)
+    _, merged = merge(recipes, flags)
+    args = flag_parser().read(merged)
+    with naming(recipes):
+        check(args)
     steps = args.train_iters
     if args.train_epochs is not None:
         try:

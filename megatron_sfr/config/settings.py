@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -163,24 +164,35 @@ class Settings:
     changes: list[str]
 
 
-def read_settings(argv: Sequence[str]) -> Settings:
-    """Merges defaults, a preset, each --recipe in turn and flags, and adapts them. ValueError names the recipes."""
-    recipes, flags = split_recipes(argv)
+def merge(recipes: Sequence[Path], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Several recipes as one, and all flags of a run: of defaults, a preset, each recipe in turn, the command line.
+
+    Raises:
+        ValueError: an option is unknown or has a wrong value. The message names the recipes.
+    """
     for path, name in dotted_losses(recipes, flags):  # the parser has their options once they are imported
         with naming([path] if path else []):
             find_loss(name)
     parser = flag_parser()
     recipe = read_recipes(recipes, parser)
     with naming(recipes):
-        return _settings(recipe, flags, parser)
+        args = parser.read([*to_flags(DEFAULTS | recipe, parser), *flags])
+        merged = [*to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser), *flags]
+        return recipe, [*merged, *pattern_flags(parser.read(merged))]
 
 
-def _settings(recipe: dict[str, Any], flags: list[str], parser: Parser) -> Settings:
-    """The settings of one merged recipe and the flags that take precedence over it."""
-    args = parser.read(to_flags(DEFAULTS | recipe, parser) + flags)
-    flags = to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser) + flags
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Merges recipes and flags, and adapts them to this machine. ValueError names the recipes."""
+    recipes, flags = split_recipes(argv)
+    recipe, flags = merge(recipes, flags)
+    with naming(recipes):
+        return _settings(recipe, flags)
+
+
+def _settings(recipe: dict[str, Any], flags: list[str]) -> Settings:
+    """The settings of one merged recipe and all flags of its run."""
+    parser = flag_parser()
     args = parser.read(flags)
-    flags += pattern_flags(args)
     if (steps := train_iters_of(vars(args))) is not None:
         flags += ["--train-iters", str(steps)]
     if args.save and not args.load:  # a run that is started again resumes

@@ -46,6 +46,16 @@ def test_without_a_batch_size_the_steps_of_samples_are_unknown(tmp_path: Path) -
     assert merged_flags([recipe], ["--micro-batch-size", "4"])[2] == 16
 
 
+def test_the_options_of_an_own_loss_are_known(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "objective: tests.objectives.token.focal.Focal\nfocal_gamma: 1.5\nvocab_size: 100\ntrain_data_path: [data]\n"
+    )
+    args, flags, _ = merged_flags([recipe], ["--micro-batch-size", "4"])
+    assert args.focal_gamma == 1.5
+    assert "--focal-gamma" in flags
+
+
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         plan().separator = "sfr_packing"  # type: ignore[misc]
