@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 SHOWN = 80
 DEEPEST = 100  # levels of JSON: far more than any record has, and within Python's recursion limit
@@ -141,6 +142,11 @@ def has_type(value: Any, hint: Any) -> bool:
         known = isinstance(value, dict) and value.keys() == parts.keys()
         return known and all(has_type(value[name], part) for name, part in parts.items())
     return type(value) is hint or (hint is float and type(value) is int)
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number that a float holds, and neither NaN nor infinite."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def check_fields(content: dict[str, Any], cls: type) -> None:

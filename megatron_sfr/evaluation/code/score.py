@@ -1,7 +1,6 @@
 """Scores replies to tasks with a checker: pass@k, the best of k by a score, and the majority, with their intervals."""
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,10 @@ from megatron_sfr.evaluation.code.pass_at_k import pass_at_k
 from megatron_sfr.evaluation.code.sandbox import Isolation, Limits, run_program
 from megatron_sfr.evaluation.code.tasks import Task, agrees
 from megatron_sfr.evaluation.compare.tables import markdown_table
+from megatron_sfr.evaluation.generate.sampling import setting_of
 from megatron_sfr.evaluation.scores.bootstrap import Estimate, estimate
 from megatron_sfr.storage.jsonl import read_records
-from megatron_sfr.storage.user_files import cut, parse_json, shown
+from megatron_sfr.storage.user_files import cut, is_finite, parse_json, shown
 
 TEXT = ("completion", "solution", "text")
 """Fields of a reply: of HumanEval, of EvalPlus, of `generate`."""
@@ -73,7 +73,9 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
                 raise ValueError(
                     f"not a reply to a task; write {_REPLY}, or ask the prompts that --write-prompts gives"
                 )
-            replies.append(Reply(_setting(fields), name, text, _scores(fields)))
+            model, temperature = setting_of(fields)
+            setting = model or "model", 1.0 if temperature is None else float(temperature)
+            replies.append(Reply(setting, name, text, _scores(fields)))
         except ValueError as error:
             raise ValueError(f"{record.source}:{record.line}: {error}") from error
     if not replies:
@@ -81,27 +83,15 @@ def read_replies(path: Path, tasks: Sequence[Task]) -> list[Reply]:
     return replies
 
 
-def _setting(fields: Mapping[str, Any]) -> Setting:
-    """The model and temperature of a reply; null means missing."""
-    model, temperature = fields.get("model"), fields.get("temperature")
-    if not isinstance(model, str | None):
-        raise ValueError(f"the model is {shown(model)}; write its name, or leave the field out")
-    if temperature is None:
-        return model or "model", 1.0
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        raise ValueError(f"the temperature is {shown(temperature)}; write a number, or leave the field out")
-    return model or "model", float(temperature)
-
-
 def _scores(fields: Mapping[str, Any]) -> dict[str, float]:
     """Raises ValueError for a utility that is not a number."""
     utility, logprob, tokens = (fields.get(name) for name in ("utility", "logprob", "tokens"))
     found = {}
     if utility is not None:
-        if type(utility) not in (int, float) or not math.isfinite(utility):
+        if not is_finite(utility):
             raise ValueError(f"the utility is {shown(utility)}; write a number, or leave the field out")
         found["utility"] = float(utility)
-    if isinstance(logprob, int | float) and isinstance(tokens, int) and tokens > 0:
+    if is_finite(logprob) and is_finite(tokens) and tokens > 0:
         found["logprob"] = logprob / tokens
     return found
 

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +18,10 @@ from megatron_sfr.data.chat.conversation import check_text
 from megatron_sfr.data.chat.formats import plain_turns
 from megatron_sfr.evaluation.compare.questions import Answered, sorted_temperatures
 from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
+from megatron_sfr.evaluation.generate.sampling import setting_of
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought
 from megatron_sfr.storage.jsonl import read_records
-from megatron_sfr.storage.user_files import parse_json, shown
+from megatron_sfr.storage.user_files import is_finite, parse_json, shown
 
 TEXT = ("text", "reply", "response", "completion", "generations", "outputs", "choices")
 FORM = 'write {"prompt": "...", "text": "..."}, and optionally persona, model, temperature and sample'
@@ -184,11 +184,7 @@ def reply_from(fields: Any, persona_as: str = "system") -> Reply:
         raise ValueError(f"no text of a reply; {FORM}")
     for text in texts:
         check_text(text, "the reply")
-    model, temperature, sample = (fields.get(name) for name in ("model", "temperature", "sample"))
-    if model is not None and (not isinstance(model, str) or not model):
-        raise ValueError(f"the model is {shown(model)}; give its name")
-    if temperature is not None and (type(temperature) not in (int, float) or not 0 <= temperature < float("inf")):
-        raise ValueError(f"the temperature is {shown(temperature)}; give a number of at least 0, or leave it out")
+    (model, temperature), sample = setting_of(fields), fields.get("sample")
     if sample is not None and type(sample) is not int:
         raise ValueError(f"the sample is {shown(sample)}; give a whole number, or leave it out")
     return Reply(_prompt(fields, persona_as), texts, model, temperature, sample, _utility(fields, len(texts)))
@@ -218,8 +214,7 @@ def _utility(fields: Mapping[str, Any], texts: int) -> list[float | None]:
     """The utility of each text: a number for one text, a list for a list."""
     given = fields.get("utility")
     listed = given if isinstance(given, list) else [given] * (texts if given is None else 1)
-    numbers = all(utility is None or (type(utility) in (int, float) and isfinite(utility)) for utility in listed)
-    if not numbers or len(listed) != texts:
+    if len(listed) != texts or not all(utility is None or is_finite(utility) for utility in listed):
         raise ValueError(f"the utility is {shown(given)}; give a number for each text, or leave it out")
     return listed
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt
+from megatron_sfr.storage.user_files import is_finite, shown
 
 MAX_SAMPLES = 4096  # the generator's counter gives the sample twelve bits
 
@@ -95,6 +97,16 @@ def seed_of(seed: int, prompt: Prompt, sample: int) -> int:
     """The seed of one reply, below 2^31: a function of the command's seed, the prompt and the sample index only."""
     digest = hashlib.sha256(f"{seed} {prompt.key} {sample}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
+
+
+def setting_of(fields: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Model and temperature of a reply's record; None where it has none. Raises ValueError if they are not such."""
+    model, temperature = fields.get("model"), fields.get("temperature")
+    if model is not None and (not isinstance(model, str) or not model):
+        raise ValueError(f"the model is {shown(model)}; give its name, or leave it out")
+    if temperature is not None and not (is_finite(temperature) and temperature >= 0):
+        raise ValueError(f"the temperature is {shown(temperature)}; give a number of at least 0, or leave it out")
+    return model, temperature
 
 
 def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:

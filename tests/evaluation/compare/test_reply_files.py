@@ -213,6 +213,8 @@ def test_forms_of_a_record(record: dict[str, Any], texts: list[str]) -> None:
         ({"prompt": "Why?", "text": "a", "reply": "a"}, "two texts"),
         ({"prompt": "Why?", "text": "a", "temperature": "hot"}, "the temperature is 'hot'"),
         ({"prompt": "Why?", "text": "a", "temperature": float("nan")}, "the temperature is nan"),
+        ({"prompt": "Why?", "text": "a", "temperature": 10**400}, "the temperature is 1000"),
+        ({"prompt": "Why?", "text": "a", "utility": 10**400}, "the utility is 1000"),
         ({"prompt": "Why?", "text": "a", "sample": True}, "the sample is True"),
         ({"prompt": "Why?", "text": "a", "model": 1}, "the model is 1"),
         ({"prompt": "Why?", "text": ["a", "b"], "utility": [1]}, "a number for each text"),
