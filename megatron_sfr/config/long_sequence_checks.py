@@ -3,10 +3,8 @@
 import argparse
 from typing import Any
 
-Rows = list[tuple[Any, str]]
 
-
-def chunk_contradictions(args: argparse.Namespace) -> Rows:
+def chunk_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
     """Options with which the chunked LM head cannot find the output layer's weight, or where its gradient goes."""
     if not args.loss_chunk_tokens or args.training_task == "kl-flow":
         return []
@@ -30,7 +28,7 @@ def chunk_contradictions(args: argparse.Namespace) -> Rows:
     ]
 
 
-def context_contradictions(args: argparse.Namespace, option: str | None) -> Rows:
+def context_contradictions(args: argparse.Namespace, option: str | None) -> list[tuple[Any, str]]:
     """What does not work where ranks share a sequence.
 
     option: the option that puts several texts into a sequence, or None.

@@ -10,7 +10,6 @@ from megatron.core.dist_checkpointing.gpt_checkpoint_interop import gpt_compatib
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN
 from megatron_sfr.storage.user_files import cut
 
-Rows = list[tuple[Any, str]]
 LAYER_SYMBOLS = "*-|"
 """Attention, MLP and the ends of pipeline stages: what the local specification builds."""
 KERNELS = {
@@ -43,7 +42,7 @@ def pattern_flags(args: argparse.Namespace) -> list[str]:
     return ["--hybrid-layer-pattern", "|".join([stage] * stages)]
 
 
-def model_contradictions(args: argparse.Namespace, separator: str | None) -> Rows:
+def model_contradictions(args: argparse.Namespace, separator: str | None) -> list[tuple[Any, str]]:
     """Incompatible options, as rows for `validation.contradiction`: (whether it is so, what to do).
 
     separator: the option that puts several texts into a sequence, or None.
