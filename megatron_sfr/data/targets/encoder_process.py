@@ -110,19 +110,6 @@ class EncodingProcess:
         self.connection.close()
 
 
-def identity_of(make_encoder: Callable[[], TextEncoder]) -> EncoderIdentity:
-    """The identity of an encoder, which is loaded for that in a separate process."""
-    process = EncodingProcess(make_encoder)
-    try:
-        identity = process.receive()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-    finally:
-        process.close()
-    assert isinstance(identity, EncoderIdentity), "it comes first"
-    return identity
-
-
 class Queued:
     """A message of the parent, ordered by priority and then by time."""
 

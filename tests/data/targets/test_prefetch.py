@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.create import create_store
-from megatron_sfr.data.targets.encoder_process import identity_of
+from megatron_sfr.data.targets.encoder_process import EncodingProcess
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
 from tests.data.stores import BLOCKS, damage_row, open_store, run, write_prepared
@@ -42,7 +43,8 @@ def whole(prepared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def identity(tmp_path_factory: pytest.TempPathFactory) -> EncoderIdentity:
-    return identity_of(partial(Logged, tmp_path_factory.mktemp("log") / "log"))
+    with closing(EncodingProcess(partial(Logged, tmp_path_factory.mktemp("log") / "log"))) as process:
+        return process.receive()
 
 
 @pytest.fixture
