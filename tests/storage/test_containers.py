@@ -147,7 +147,10 @@ def test_a_file_that_was_cut_is_one_line(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1}, {"a" 2}]', '[{"a": 1}]\n[{"a": 2}]', '[{"a": 1}, nothing]'])
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1}, {"a" 2}]', '[{"a": 1}]\n[{"a": 2}]', '[{"a": 1}, nothing]', '[{"a": 1},\u00a0{"a": 2}]'],
+)
 def test_what_is_not_one_json_array_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(ValueError, match=r"data\.json: (not a JSON array after byte|text follows the JSON array)"):
