@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_sfr.runtime.replacements import Replacement, replaced
@@ -36,11 +35,6 @@ def predicted_states() -> AbstractContextManager[None]:
     """Context in which a model with MTP layers gives its output processor the hidden states [S, B, H] of the decoder
     and of each MTP layer, one after another along the first dimension."""
     return replaced(REPLACEMENTS)
-
-
-def has_layers(model: MegatronModule) -> bool:
-    """Whether a model chunk has MTP layers, which embed the batch's tokens on any stage."""
-    return bool(get_model_config(model).mtp_num_layers and get_attr_wrapped_model(model, "mtp_process"))
 
 
 def drop_unused_output_weight(model: MegatronModule) -> None:

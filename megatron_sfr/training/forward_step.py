@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from megatron_sfr.model.attach_head import FlowInputs, layer_output
 from megatron_sfr.model.model_class import ensure_output_processor
-from megatron_sfr.model.multi_token import has_layers, predicted_states
+from megatron_sfr.model.multi_token import predicted_states
 from megatron_sfr.model.state import StepStart
 from megatron_sfr.objectives.sfr.schedule import Phase, ScheduleOptions, phase_at
 from megatron_sfr.objectives.token.loss_base import TokenLoss
@@ -96,7 +96,7 @@ class ForwardStep:
         """One microbatch: the stage's output and, on the last stage, the function that turns it into losses."""
         vp_stage, device = get_attr_wrapped_model(model, "vp_stage"), next(model.parameters()).device
         first, last = is_first_stage(vp_stage), is_last_stage(vp_stage)
-        batch = next_batch(data_iterator) if first or last or self.resets_attention or has_layers(model) else {}
+        batch = next_batch(data_iterator) if first or last or self.resets_attention else {}
         more: dict[str, Any] = {"attention_mask": None}
         bounds: Tensor | None = None
         layers = get_model_config(model).mtp_num_layers or 0 if last else 0
