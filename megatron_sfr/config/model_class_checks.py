@@ -48,7 +48,15 @@ def model_contradictions(args: argparse.Namespace, separator: str | None) -> lis
     separator: the option that puts several texts into a sequence, or None.
     """
     if args.model_class == "gpt":
-        return []
+        layout = args.pipeline_model_parallel_layout or "m"
+        apart = args.mtp_num_layers and "m" not in layout.rpartition("|")[2]
+        return [
+            (
+                apart,
+                f"pipeline_model_parallel_layout = {layout}: multi-token prediction is supported in the stage of the "
+                "loss only; put m before L in the last stage",
+            )
+        ]
     pattern, what = args.hybrid_layer_pattern or "", "model_class = hybrid"
     recurrent = sorted(set(pattern) & KERNELS.keys())
     local = sorted(set(pattern) - set(LAYER_SYMBOLS) - KERNELS.keys())

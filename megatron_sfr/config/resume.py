@@ -31,7 +31,8 @@ STATE = (
 """Those that the optimizer state depends on. Megatron cannot load it with other rates, and silently keeps its betas."""
 DATA = ("seed", "train_data_path", "data_path", "split", "seq_length", "sfr_packing", "dataloader_type")
 """Those that decide which sequence is read at which step."""
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+EXPERTS = "expert_model_parallel_size"
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", EXPERTS, "expert_tensor_parallel_size")
 HALF = ("bf16", "fp16")
 _OTHER_PARAMETERS = (
     "is that of other parameters than this run trains: set the options of model, head and optimizer as they were, or "
@@ -163,6 +164,12 @@ def _check_optimizer(args: argparse.Namespace, stored: Mapping[str, Any]) -> Non
             "distributed optimizer for this layout only: continue in that layout, with "
             "dist_ckpt_optim_fully_reshardable: true until its next checkpoint, or set no_load_optim: true to start "
             "from the weights with a new optimizer"
+        )
+    if EXPERTS in stored and (stored[EXPERTS] > 1) != (now[EXPERTS] > 1):  # megatron-core 0.19.2 ends with a KeyError
+        raise ValueError(
+            f"{EXPERTS} is {now[EXPERTS]}, but the run in {args.load} has {stored[EXPERTS]}: Megatron has a second "
+            f"optimizer for experts only where it is above 1; set it to {stored[EXPERTS]} to continue, or "
+            "no_load_optim: true to start from the weights with a new optimizer"
         )
 
 

@@ -18,6 +18,7 @@ from megatron_sfr.model import local_spec
 from megatron_sfr.model.attach_head import attach_head
 from megatron_sfr.model.flow_head import FlowHeadPlan
 from megatron_sfr.model.gradient_fusion import fuse_layers
+from megatron_sfr.model.multi_token import drop_unused_output_weight
 from megatron_sfr.runtime.replacements import replaced
 
 __all__ = [
@@ -69,6 +70,7 @@ class _BuildsWithHead:
         build: Callable[..., MegatronModule] = super().build_model  # type: ignore[misc]
         with replaced(local_spec.REPLACEMENTS):
             model = build(pg_collection, pre_process, post_process, vp_stage)
+        drop_unused_output_weight(model)
         if self._model_config.fuses_layers:
             fuse_layers(model)
         if self._model_config.head is not None:

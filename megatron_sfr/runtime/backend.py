@@ -166,6 +166,11 @@ CPU_CHANGES: tuple[Change, ...] = (
     Change("bias_gelu_fusion", False, ("--no-bias-gelu-fusion",)),
     Change("bias_dropout_fusion", False, ("--no-bias-dropout-fusion",)),
 )
+NORMS = Refusal(
+    "recompute_modules",
+    lambda x: "layernorm" not in (x or ()),
+    "recomputed norms ask Transformer Engine about FP8; leave layernorm out",
+)
 CPU_REFUSALS = (
     Refusal("fp8", lambda x: not x, "FP8 needs Transformer Engine on CUDA; leave --fp8-format out"),
     Refusal("fp4", lambda x: not x, "FP4 needs Transformer Engine on CUDA; leave --fp4-format out"),
@@ -176,14 +181,15 @@ CPU_REFUSALS = (
     Refusal(
         "use_torch_fsdp2", lambda x: not x, "torch FSDP 2 is not wired for gloo here; use the distributed optimizer"
     ),
+    NORMS,
 )
-
 
 NEEDS_TRANSFORMER_ENGINE = (
     Refusal("fp8", lambda x: not x, "FP8 needs it; leave --fp8-format out"),
     Refusal("fp4", lambda x: not x, "FP4 needs it; leave --fp4-format out"),
     Refusal("context_parallel_size", lambda x: x == 1, "context parallelism needs it"),
     Refusal("tp_comm_overlap", lambda x: not x, "overlapped tensor-parallel communication needs it"),
+    NORMS,
 )
 SOFTMAX_KERNELS = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
 GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"

@@ -167,6 +167,7 @@ def test_what_the_optimizers_state_holds_cannot_be_changed(key: str) -> None:
 
 
 FP32 = {"bf16": False, "fp16": False}
+EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 SHARDED = {"use_distributed_optimizer": True, "tensor_model_parallel_size": 2}
 
 
@@ -179,6 +180,9 @@ SHARDED = {"use_distributed_optimizer": True, "tensor_model_parallel_size": 2}
         (SHARDED | {"tensor_model_parallel_size": 1}, SHARDED, "for this layout only.*dist_ckpt_optim_fully_reshard"),
         (SHARDED | {"tensor_model_parallel_size": 1}, SHARDED | {"dist_ckpt_optim_fully_reshardable": True}, None),
         (FP32 | {"bf16": True}, FP32 | {"fp16": True}, None),
+        (SHARDED | EP2, SHARDED | EP4, "expert_model_parallel_size is 2.*for this layout only"),
+        (EP2, EP4, None),
+        (EP2, {"expert_model_parallel_size": 1}, "expert_model_parallel_size is 2.*a second optimizer.*set it to 1"),
     ],
 )
 def test_an_optimizer_with_other_state_is_refused(now: dict[str, Any], then: dict[str, Any], said: str | None) -> None:

@@ -67,6 +67,16 @@ def test_experts_cut_both_ways_are_refused() -> None:
     adapt_flags("cpu", Parser().read([*flags, "--expert-tensor-parallel-size", "1"]))
 
 
+def test_recomputed_norms_are_refused() -> None:
+    """Upstream's recomputation of them reads a name that it imports from Transformer Engine."""
+    from megatron_sfr.config.settings import Parser
+
+    flags = ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]
+    adapt_flags("cpu", Parser().read(flags))
+    with pytest.raises(ValueError, match=r"^--recompute-modules cannot work on CPU: .* leave layernorm out$"):
+        adapt_flags("cpu", Parser().read([*flags, "layernorm"]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is there")
 def test_cuda_that_is_not_there_is_refused_in_one_line() -> None:
     assert choose("auto") == "cpu"
