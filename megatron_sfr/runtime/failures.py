@@ -30,8 +30,6 @@ _RAISED_BARE = rf"^{_RANK} +(\S.*)\n(?:{_RANK}[ ~^]+\n)?{_RANK}({_KIND})$"
 _NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+)[^\n]*?message='([^'\n]*)"
 _LONGEST = 300
 _RECORD = "failures.jsonl"
-_LOST = "connection"
-"""In the message of a rank whose peer has ended."""
 
 
 def reason(error: BaseException) -> str:
@@ -113,13 +111,21 @@ def _record(file: Path, error: BaseException) -> None:
 
 def first_recorded(save: Path) -> tuple[str, float] | None:
     """The first failure that a rank recorded since the run was last started, in one line, and its time; else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        line = (save / _RECORD).read_bytes().partition(b"\n")[0]
-        record = parse_json(line)
-        what = f"rank {record['rank']} on {record['host']}: {_explained(record['error'])}"
-        lost = "; another rank may have ended first" if _LOST in what.lower() else ""
-        return f"training failed: {what}{lost}; see the log of the job", float(record["time"])
-    return None
+    try:
+        records = [parse_json(line) for line in (save / _RECORD).read_bytes().splitlines()]
+        # A rank that ends closes the connections of the others, who then say only that.
+        record = next((each for each in records if not _is_lost(each["error"])), records[0])
+        why = (
+            "lost its connection to a rank that had ended" if _is_lost(record["error"]) else _explained(record["error"])
+        )
+        what = f"training failed: rank {record['rank']} on {record['host']}: {why}; see the log of the job"
+        return what, float(record["time"])
+    except (OSError, ValueError, LookupError, TypeError):  # none, or a line that a kill cut short
+        return None
+
+
+def _is_lost(error: str) -> bool:
+    return "connection closed by peer" in error.lower() or "connection reset by peer" in error.lower()
 
 
 @contextmanager

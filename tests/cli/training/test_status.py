@@ -69,7 +69,7 @@ def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
 
 
 def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
-    for why in ("out of memory", "Connection closed by peer"):  # the first one explains the others
+    for why in ("Connection closed by peer [::1]", "out of memory", "of another"):  # what explains the rest
         with suppress(RuntimeError), recording(run, first=False):
             raise RuntimeError(why)
     found = read_status(run, time.time())
@@ -77,6 +77,9 @@ def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
     assert found.error is not None
     assert found.error.startswith("training failed: rank 0 on ")
     assert ": RuntimeError: out of memory; see" in found.error
+    lost = (run / "failures.jsonl").read_text().splitlines()[0]
+    (run / "failures.jsonl").write_text(lost + "\n")
+    assert "lost its connection to a rank that had ended; see" in (read_status(run, time.time()).error or "")
 
 
 @pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt(), None])
