@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from megatron_sfr.runtime import lifetime
+from megatron_sfr.runtime.failures import recording
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.lock import hold
 
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
     gc.freeze()
     gc.enable()
     settings = read_settings(argv)
-    save = settings.recipe.get("save")
+    save = Path(str(settings.recipe["save"])) if settings.recipe.get("save") else None
     first = int(os.environ.get("RANK", "0")) == 0
-    with hold(Path(save), inside=True, wait=LOCK_WAIT_S) if first and save else nullcontext():
+    lock = hold(save, inside=True, wait=LOCK_WAIT_S) if first and save else nullcontext()
+    with lock, recording(save, first=first):
         _train(settings, first)
 
 

@@ -20,7 +20,7 @@ from megatron_sfr.doctor.node_comparison import (
     clock_findings,
     folder_findings,
     link_findings,
-    ranges,
+    named_ranks,
     software_findings,
     speed_findings,
 )
@@ -138,7 +138,7 @@ def _join(job: Job, report: Report) -> None:
     if job.place.rank:
         return
     one_each = list({node.host: node for node in reversed(nodes)}.values())[::-1]
-    where = [f"{node.host} (ranks {ranges(_ranks(job.hosts, node.host))})" for node in one_each]
+    where = [f"{node.host} ({named_ranks(_ranks(job.hosts, node.host))})" for node in one_each]
     report.add(
         Finding("ok", f"{_count(len(nodes), 'process', 'es')} on {_count(len(one_each), 'host')}: {', '.join(where)}")
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from megatron_sfr.doctor.node_comparison import ranges
+from megatron_sfr.doctor.node_comparison import named_ranks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -229,8 +229,7 @@ class Job:
         hosts = self._read("host")
         parts = []
         for host in dict.fromkeys(hosts[rank] for rank in ranks):
-            own = ranges([rank for rank in ranks if hosts[rank] == host])
-            which = f"{'rank' if own.isdigit() else 'ranks'} {own}"
+            which = named_ranks([rank for rank in ranks if hosts[rank] == host])
             parts.append(f"{host} ({which})" if host else f"{which}, which never joined,")
         return ", ".join(parts)
 

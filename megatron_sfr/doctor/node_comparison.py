@@ -57,15 +57,15 @@ class FolderCheck:
     """Ranks whose file it did not see, or saw with other contents."""
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 8` for the sorted numbers 0, 1, 2, 3, 8."""
+def named_ranks(numbers: Sequence[int]) -> str:
+    """`ranks 0-3, 8` for 0, 1, 2, 3, 8; `rank 8` for one."""
     parts: list[list[int]] = []
     for n in sorted(numbers):
         if parts and n == parts[-1][-1] + 1:
             parts[-1][-1:] = [n] if len(parts[-1]) > 1 else [parts[-1][0], n]
         else:
             parts.append([n])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+    return f"rank{'s' if len(numbers) > 1 else ''} " + ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def odd_ones(values: Mapping[str, str]) -> str | None:

@@ -1,14 +1,23 @@
-"""Why a run failed, in one line: from the exception in the process itself, or from the log of all its processes."""
+"""Why a run failed, in one line: from the exception in the process itself, or from the log of all its processes.
 
+Each rank that fails adds a line to a file in the run's folder, for runs whose log is elsewhere, as under Slurm.
+"""
+
+import contextlib
+import json
+import os
 import re
 import signal
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 
-from megatron_sfr.storage.user_files import one_line
+from megatron_sfr.storage.user_files import one_line, parse_json
 
 _ENDS = {
     signal.SIGKILL: "out of memory is the usual reason (see the kernel's log: dmesg)",
@@ -23,6 +32,7 @@ _NOT_FINITE = r"Unexpected result (-?nan|-?inf) on rank (\d+) at iteration #(\d+
 _LONGEST = 300
 END_BYTES = 1 << 24
 """Of a log that are searched for a failure: its end, because the log of a long run may be larger than memory."""
+_RECORD = "failures.jsonl"
 
 
 def reason(error: BaseException) -> str:
@@ -65,6 +75,62 @@ def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None
     raised |= {m.end(): f"{m[2]}: {m[1]}" for m in re.finditer(_RAISED_BARE, text, flags=re.MULTILINE)}
     first = next((raised[end] for end in sorted(raised) if not _is_cause(text[end:])), None)
     return f"{what} failed: {_explained(first[:_LONGEST])}; see {log}" if first else None
+
+
+@contextmanager
+def recording(save: Path | None, *, first: bool) -> Iterator[None]:
+    """Adds the exception that ends the block to SAVE/failures.jsonl, as one line, if the run has begun there.
+
+    first: whether this is the rank that holds the run's lock. It removes the file when it starts, and when the run ends
+    or is stopped, so that the file has the failures of the last start.
+    """
+    record = save / _RECORD if save is not None else None
+    if first and record is not None:
+        record.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        if record is not None and not _is_end(error):
+            with contextlib.suppress(OSError):
+                _record(record, error)
+        raise
+    finally:
+        if first and record is not None and _is_end(sys.exception()):
+            record.unlink(missing_ok=True)
+
+
+def _is_end(error: BaseException | None) -> bool:
+    """Whether a run that ends so has finished or was stopped."""
+    return error is None or isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
+
+
+def _record(file: Path, error: BaseException) -> None:
+    if not (file.parent / "recipe.yaml").is_file():  # a run that was refused leaves no folder
+        return
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    rank, text = int(os.environ.get("RANK", "0")), f"{name}{reason(error)}"[:_LONGEST]
+    line = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "error": text}
+    with file.open("a", encoding="utf-8") as failures:
+        failures.write(json.dumps(line) + "\n")
+
+
+def first_recorded(save: Path) -> tuple[str, float] | None:
+    """The first failure that a rank recorded since the run was last started, in one line, and its time; else None."""
+    try:
+        records = [parse_json(line) for line in (save / _RECORD).read_bytes().splitlines()]
+        # A rank that ends closes the connections of the others, who then say only that.
+        record = next((each for each in records if not _is_lost(each["error"])), records[0])
+        why = (
+            "lost its connection to a rank that had ended" if _is_lost(record["error"]) else _explained(record["error"])
+        )
+        what = f"training failed: rank {record['rank']} on {record['host']}: {why}; see the log of the job"
+        return what, float(record["time"])
+    except (OSError, ValueError, LookupError, TypeError):  # none, or a line that a kill cut short
+        return None
+
+
+def _is_lost(error: str) -> bool:
+    return "connection closed by peer" in error.lower() or "connection reset by peer" in error.lower()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sfr.storage.model_folders import offline
 from megatron_sfr.storage.user_files import has_type, loading, read_json_object
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
@@ -120,6 +121,7 @@ def _saved_files(folder: Path, options: DatasetOptions) -> list[Path]:
 
 def _hub_files(name: str, options: DatasetOptions) -> list[Path]:
     """The Arrow files of a dataset in the cache of `datasets`, which downloads and converts what is missing."""
+    why = offline()  # before datasets copies HF_HUB_OFFLINE
     try:
         import datasets
     except ImportError as error:
@@ -128,6 +130,8 @@ def _hub_files(name: str, options: DatasetOptions) -> list[Path]:
             "installed; run: pip install 'megatron-sfr[datasets]'"
         ) from error
     hint = "give the name of a dataset on the hub, and its --subset, --split and --revision"
+    if why is not None:
+        hint = f"{why}: give files, or a folder that datasets has saved"
     with loading(f"cannot load the dataset {name}", hint):
         loaded = datasets.load_dataset(name, options.subset, split=options.split or "train", revision=options.revision)
     return [Path(file["filename"]) for file in loaded.cache_files]

@@ -89,6 +89,12 @@ def holder(output: Path, *, inside: bool = False) -> str | None:
     return None
 
 
+def killed_holder(output: Path, *, inside: bool = False) -> str | None:
+    """The process that left the lock file of an output without holding it, so that it was killed; None if none did."""
+    path = lock_file(output, inside=inside)
+    return _holder(path) if path.is_file() and holder(output, inside=inside) is None else None
+
+
 def _this_process() -> dict[str, object]:
     return {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 

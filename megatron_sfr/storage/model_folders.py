@@ -1,5 +1,6 @@
 """Whether a path or name can be a Hugging Face model, checked without torch: commands refuse a wrong one at once."""
 
+import os
 import re
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def find_gguf(source: Path) -> Path | None:
 
 
 def absent(name: str, cache: str | None = None) -> str | None:
-    """Why there is no folder of this path or name on the hub, if that can be said without the network; None otherwise.
+    """Why there is no folder of this path or name on the hub, if that can be said without a download; None otherwise.
 
     cache: the folder of downloads. Default: the hub's.
     """
@@ -62,7 +63,28 @@ def absent(name: str, cache: str | None = None) -> str | None:
         return "it does not exist"
     from huggingface_hub import constants
 
-    cache = cache or constants.HF_HUB_CACHE
-    if not constants.HF_HUB_OFFLINE or (Path(cache) / f"models--{name.replace('/', '--')}").is_dir():
+    cache, why = cache or constants.HF_HUB_CACHE, offline()
+    if why is None or (Path(cache) / f"models--{name.replace('/', '--')}").is_dir():
         return None
-    return f"it is neither a folder nor in the cache {cache}, and HF_HUB_OFFLINE is set"
+    return f"it is neither a folder nor in the cache {cache}, and {why}"
+
+
+def offline() -> str | None:
+    """Why nothing can be downloaded from the hub; None if it answers, with whatever status.
+
+    The hub's libraries try each file of a model six times, for minutes where there is no network. So the hub is asked
+    once, for at most HF_HUB_ETAG_TIMEOUT seconds (10). If it does not answer, HF_HUB_OFFLINE is set for this process
+    and its children: the libraries then read their caches at once.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        if all(kind.__name__ != "TransportError" for kind in type(error).__mro__):  # of httpx or httpx2, by version
+            raise
+        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+        return f"{constants.ENDPOINT} cannot be reached ({error})"
+    return None

@@ -14,8 +14,8 @@ from megatron_sfr.doctor.node_comparison import (
     clock_findings,
     folder_findings,
     link_findings,
+    named_ranks,
     odd_ones,
-    ranges,
     software_findings,
     speed_findings,
 )
@@ -31,9 +31,11 @@ def texts(findings) -> list[str]:
     return [str(finding) for finding in findings]
 
 
-@pytest.mark.parametrize(("numbers", "text"), [([0, 1, 2, 3, 8], "0-3, 8"), ([5], "5"), ([2, 0, 4, 5], "0, 2, 4-5")])
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([0, 1, 2, 3, 8], "ranks 0-3, 8"), ([5], "rank 5"), ([2, 0, 4, 5], "ranks 0, 2, 4-5")]
+)
 def test_ranks_are_shortened(numbers: list[int], text: str) -> None:
-    assert ranges(numbers) == text
+    assert named_ranks(numbers) == text
 
 
 def test_the_odd_value_is_named_with_its_host() -> None:

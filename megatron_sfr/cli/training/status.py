@@ -1,6 +1,7 @@
 """Show where a run is, from its folder alone, while it runs or after: step, checkpoint, losses, speed, time left.
 
-Reads SAVE/recipe.yaml, metrics.jsonl, the checkpoints, the lock and the newest log. Imports neither torch nor Megatron.
+Reads SAVE/recipe.yaml, metrics.jsonl, failures.jsonl, the checkpoints, the lock and the newest log. Imports neither
+torch nor Megatron.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Status:
     """The last metrics of the validation data, and their step."""
     speed: dict[str, float]
     error: str | None
-    """The failure that the newest log records, if the run has ended before its last step."""
+    """Why the run failed, if it did."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,10 @@ def read_status(folder: Path, now: float) -> Status:
 
     recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
     if not recipe_file.is_file():
-        raise ValueError(f"{folder} is not the folder of a run (no recipe.yaml): give the one that the recipe saves to")
+        raise ValueError(
+            f"{folder} is not the folder of a run (no recipe.yaml, which a run writes when it starts): "
+            "give the one that the recipe saves to"
+        )
     recipe = read_recipe(recipe_file)
     records = list(last_records(metrics))
     last = next((record for record in records if record.keys() & set(FIRST)), {})
@@ -136,14 +140,22 @@ def _total(recipe: dict[str, Any]) -> int | None:
 
 
 def _error(folder: Path, last_record: float) -> str | None:
-    """The failure in the newest log of `megatron-sfr train`, unless steps were logged after the log's end."""
-    from megatron_sfr.runtime.failures import recorded_failure
+    """Why the run failed: by the newest log of `megatron-sfr train`, what a rank recorded, or the lock it left.
+
+    A log counts unless steps were logged, or a rank failed, after its end.
+    """
+    from megatron_sfr.runtime.failures import first_recorded, recorded_failure
+    from megatron_sfr.storage.lock import killed_holder
     from megatron_sfr.train import ERROR
 
-    logs = sorted((folder / "logs").glob("train-*.log"))
-    if not logs or logs[-1].stat().st_mtime < last_record - 1:
-        return None
-    return recorded_failure(logs[-1], ERROR)
+    recorded, logs = first_recorded(folder), sorted((folder / "logs").glob("train-*.log"))
+    newest = max(last_record, recorded[1] if recorded else 0.0)
+    if logs and logs[-1].stat().st_mtime >= newest - 1 and (found := recorded_failure(logs[-1], ERROR)):
+        return found
+    if recorded:
+        return recorded[0]
+    killed = killed_holder(folder, inside=True)
+    return f"training failed: {killed} was killed; see the log of the job" if killed else None
 
 
 def _plain(x: Any) -> bool:

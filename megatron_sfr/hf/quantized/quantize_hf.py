@@ -128,6 +128,11 @@ def _check(source: Path, output: Path, format: Name, simulated: bool) -> None:
             f"--format {format}: engines load no {format} folder of Model Optimizer; add --simulated to evaluate the "
             "format, or choose fp8 or nvfp4"
         )
+    if simulated and format == "nvfp4":
+        raise ValueError(
+            "--format nvfp4 --simulated: Model Optimizer rounds to NVFP4 only in a CUDA kernel, and the model is on "
+            "the CPU; leave --simulated out, or choose fp8 or int8"
+        )
     if (found := _quantized_as(source, config)) is not None:
         raise ValueError(f"{source} is quantized already ({found}): {_UNQUANTIZED}")
     if output.resolve() == source.resolve():

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sfr.cli import main
 from megatron_sfr.cli.training.plan import _least_nodes
+from megatron_sfr.cli.training.plan_table import _rounded
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,6 +40,11 @@ def test_the_tables_of_the_examples_come_from_the_command_beside_them(example: s
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) > 7
     assert "\n".join(table) in readme, out
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0.0"), (2345.67, "2,345.7"), (0.06, "0.1"), (0.0123, "0.012")])
+def test_small_numbers_are_not_shown_as_zero(value: float, text: str) -> None:
+    assert _rounded(value, 1) == text
 
 
 def test_what_does_not_fit_is_told_with_flags_that_make_it_fit() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_sfr.cli import main
 from megatron_sfr.cli.training.status import duration, read_status
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import TRACKER
+from megatron_sfr.runtime.failures import recording
 from megatron_sfr.storage.lock import hold
 
 SPEED = {"speed/tokens per second": 1234.0, "speed/step seconds": 0.5, "speed/seconds left": 120.0}
@@ -37,7 +39,7 @@ def test_a_run_that_trains_names_its_process(run: Path, capsys: pytest.CaptureFi
         assert main(["status", str(run)]) == 0
     first, step, checkpoint, left, speed, losses, validation = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run}: training, process ")
-    assert step.startswith("step        4 of 10 (40%), logged 0 s ago")
+    assert step.startswith("step        4 of 10 (40%), logged ")
     assert checkpoint == f"checkpoint  {run}/iter_0000003, complete"
     assert left.startswith("time left   2 min 0 s, until 20") or left.startswith("time left   1 min 5")
     assert speed == "speed       1,234 tokens/s, 0.5 s a step"
@@ -45,12 +47,13 @@ def test_a_run_that_trains_names_its_process(run: Path, capsys: pytest.CaptureFi
     assert validation == "validation  at step 3: lm loss validation 2.5"
 
 
-def test_a_lock_file_that_a_killed_run_left_names_nobody(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_file_without_a_holder_is_that_of_a_killed_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / ".lock").write_text('{"process": 1, "host": "here", "since": "then"}')
     assert main(["status", "--json", str(run)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["process"], found["seconds_left"]) == ("stopped", None, None)
-    assert (found["step"], found["checkpoint_step"], found["error"]) == (4, 3, None)
+    assert (found["state"], found["process"], found["seconds_left"]) == ("failed", None, None)
+    assert (found["step"], found["checkpoint_step"]) == (4, 3)
+    assert found["error"] == "training failed: process 1 on here since then was killed; see the log of the job"
     assert found["losses"] == {"lm loss": 0.75, "grad-norm": 1.0}
 
 
@@ -65,6 +68,39 @@ def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
     assert "train-2.log" in found.error
 
 
+def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
+    for why in ("Connection closed by peer [::1]", "out of memory", "of another"):  # what explains the rest
+        with suppress(RuntimeError), recording(run, first=False):
+            raise RuntimeError(why)
+    found = read_status(run, time.time())
+    assert found.state == "failed"
+    assert found.error is not None
+    assert found.error.startswith("training failed: rank 0 on ")
+    assert ": RuntimeError: out of memory; see" in found.error
+    lost = (run / "failures.jsonl").read_text().splitlines()[0]
+    (run / "failures.jsonl").write_text(lost + "\n")
+    assert "lost its connection to a rank that had ended; see" in (read_status(run, time.time()).error or "")
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt(), None])
+def test_a_run_that_is_stopped_after_a_failure_is_stopped(run: Path, end: BaseException | None) -> None:
+    with suppress(RuntimeError), recording(run, first=False):
+        raise RuntimeError("of the last start")
+    with suppress(SystemExit, KeyboardInterrupt), recording(run, first=True):
+        with suppress(RuntimeError), recording(run, first=False):
+            raise RuntimeError("of a rank that was refused")
+        if end is not None:
+            raise end
+    assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    with pytest.raises(ValueError, match="no data"), hold(new, inside=True), recording(new, first=True):
+        raise ValueError("no data")
+    assert not new.exists()
+
+
 def test_a_finished_run_and_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(run / "iter_0000010", [], {COMMON: {"iteration": 10}})
     (run / TRACKER).write_text("10")
@@ -76,7 +112,7 @@ def test_a_finished_run_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
 
 def test_another_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
-    assert "(no recipe.yaml)" in capsys.readouterr().err
+    assert "(no recipe.yaml, " in capsys.readouterr().err
 
 
 def test_neither_torch_nor_megatron_is_imported(run: Path) -> None:

@@ -76,6 +76,7 @@ def test_other_inputs_are_one_line(model: Path, tmp_path: Path, capsys: pytest.C
         return line
 
     assert "add --simulated to evaluate the format" in refused(model, "int8")
+    assert "leave --simulated out, or choose fp8 or int8" in refused(model, "nvfp4", "--simulated")
     assert "is quantized already (NVFP4): start from" in refused(quantized_copy(model, tmp_path / "again"), "fp8")
     simulated = shutil.copytree(model, tmp_path / "simulated")
     (simulated / "modelopt_state.pth").write_bytes(b"")
