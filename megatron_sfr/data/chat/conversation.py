@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sfr.data.chat.chat_template import REASONING, ChatTemplate, TemplateRefusal
-from megatron_sfr.data.chat.formats import EMPTY, TRAINED, detect, has_tool_turns, load_fields, turns_of
+from megatron_sfr.data.chat.formats import detect, has_tool_turns, load_fields, turns_of
 from megatron_sfr.data.chat.loss_mask import Supervised, as_rendered, each, together
 from megatron_sfr.data.chat.rendered_turns import Turns, with_persona
 from megatron_sfr.data.chat.template_options import ALL_TOGETHER, SampleOptions
 from megatron_sfr.data.chat.tool_calls import Message, call_forms, check_calls
+from megatron_sfr.data.chat.turn_forms import EMPTY, TRAINED, is_trained
 from megatron_sfr.storage.jsonl import BadRecord, Record, RecordError, read_records
 from megatron_sfr.storage.user_files import shown, strings_of
 
@@ -71,7 +72,7 @@ def parse_record(
     fields = load_fields(record)
     turns, tools = turns_of(fields, form)
     messages = _messages(turns)
-    untrained = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not _is_trained(turn)}
+    untrained = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not is_trained(turn)}
     for text in strings_of(tools):
         check_text(text, "a text of the tools")
     persona = fields.get(persona_key)
@@ -223,10 +224,6 @@ def _messages(messages: list[Any]) -> list[Message]:
 
 def _fields_of(message: Message) -> set[str]:
     return {"role", "content"} | FIELDS.get(message["role"], set())
-
-
-def _is_trained(message: Message) -> bool:
-    return all(message.get(name) in (None, 1) for name in TRAINED)
 
 
 def _check_message(message: Any, number: int) -> None:

@@ -4,10 +4,10 @@
 - ShareGPT   {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
 - alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[asked, answered], ...]}
 - completion {"prompt": ..., "completion": ..., "system": ...}: strings, or lists of messages
+- xLAM       {"query": ..., "answers": [call, ...], "tools": [...]}: messages
 - plain text {"text": ...}: pretraining data, no chat
 
-The columns of some trainers and datasets have other names (RENAMED). Older names of OpenAI's API are read too:
-functions, function_call and the role function.
+The columns of some trainers and datasets have other names (RENAMED). turn_forms.py reads the turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import REASONING
 from megatron_sfr.data.chat.tool_calls import Message, objects_of, tools_of
+from megatron_sfr.data.chat.turn_forms import EMPTY, TRAINED, calls_of, named_turns, plain_turns
 from megatron_sfr.storage.jsonl import Record, RecordError, read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
@@ -44,26 +45,17 @@ RENAMED: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "response": "completion"},
     {"question": "prompt", "response": "completion"},  # OpenOrca
     {"input": "prompt", "output": "completion"},  # NeMo
+    {"question": "prompt", "answer": "completion"},  # GSM8K
+    {"query": "prompt", "answer": "completion"},  # CodeFeedback
+    {"problem": "prompt", "generated_solution": "completion"},  # OpenMathReasoning
+    {"problem": "prompt", "solution": "completion"},  # NuminaMath, Magicoder
 )
 """Columns of other formats, and their names here. A record has the format if it has the first two columns."""
+XLAM = ("query", "answers", "tools")
 SYSTEM = ("system", "system_prompt")
-TRAINED = ("train", "loss", "weight")
-"""Fields of a turn that say whether it is trained; `loss` is ms-swift's name of `train`."""
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values of a field that equal an absent one."""
-TEXT_PARTS = ("text", "input_text", "output_text")
-PART_HINTS = {
-    "thinking": "give it as reasoning_content",
-    "reasoning": "give it as reasoning_content",
-    "tool_use": "give it as tool_calls",
-    "tool_result": "give it as a turn of the role tool",
-}
-MEDIA = ("images", "videos", "audios")
-SHAREGPT_ROLES = (
-    {"system": "system", "human": "user", "user": "user"}
-    | dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model"), "assistant")
-    | dict.fromkeys(("tool", "observation", "function", "function_response"), "tool")
-)
+BESIDE = ("context", "passage", "choices", "options")
+"""Columns that belong to a question, as of SQuAD and MMLU."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def load_fields(record: Record) -> dict[str, Any]:
@@ -90,9 +82,26 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record, and those of other formats under the names that they have here."""
     if any(fields.get(KEYS[form]) is not None for form in ("messages", "sharegpt", "completion")):
         return fields
-    names = next((n for n in RENAMED if all(fields.get(name) is not None for name in list(n)[:2])), {})
+    if all(fields.get(name) is not None for name in XLAM):
+        return fields | _xlam(fields)
+    known = [names for names in RENAMED if all(fields.get(name) is not None for name in list(names)[:2])]
+    written = [names for names in known if not _is_blank(fields[list(names)[:2][-1]])]
+    replies = list(dict.fromkeys(list(names)[:2][-1] for names in written))
+    if any(fields[reply] != fields[replies[0]] for reply in replies):
+        raise RecordError(f"the record has several replies, {' and '.join(replies)}; keep one of them")
+    names = (written or known or [{}])[0]
     new = {names[name]: fields[name] for name in names if name in fields and _is_blank(fields.get(names[name]))}
     return fields | new
+
+
+def _xlam(fields: dict[str, Any]) -> dict[str, Any]:
+    """A query and the calls that answer it, as messages and tools."""
+    calls = calls_of(fields["answers"], "the answers")
+    if not calls:
+        raise RecordError("the answers are empty; write the reply, or drop the record")
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools_of(fields) or []]
+    reply = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [{"role": "user", "content": fields["query"]}, reply], "tools": tools}
 
 
 def detect(path: Path) -> str:
@@ -102,9 +111,15 @@ def detect(path: Path) -> str:
     """
     for record in read_records(path):
         try:
-            found = format_of(load_fields(record))
+            fields = load_fields(record)
+            found = format_of(fields)
         except RecordError:
             continue
+        if found == "text" and "parent_id" in fields:
+            raise ValueError(
+                f"{path} holds the messages of trees (OASST), one in each record; write a record "
+                '{"messages": [...]} for each path from a root to a reply'
+            )
         if found == "text":
             raise ValueError(
                 f"{path} holds plain text, which is pretraining data and no chat; "
@@ -127,7 +142,17 @@ def turns_of(fields: dict[str, Any], form: str) -> tuple[list[Any], list[Any] | 
         raise RecordError(f"the record has {kind}, and only text can be trained on; drop the record or the field")
     _check_meaning(fields, form)
     tools = tools_of(fields) if fields.get("tools") or fields.get("functions") else None
-    return plain_turns(with_system(fields, _turns_in(fields, form))), tools
+    turns = plain_turns(with_system(fields, _turns_in(fields, form)))
+    return turns, None if _has_tools(turns, tools or []) else tools
+
+
+def _has_tools(turns: Sequence[Any], tools: Sequence[dict[str, Any]]) -> bool:
+    """Whether the system turn has the record's tools in <tools>, as Hermes's have: a template would repeat them."""
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    text = first.get("content") if first.get("role") == "system" else None
+    names = [tool.get("function", tool) for tool in tools]
+    names = [tool.get("name") if isinstance(tool, dict) else None for tool in names]
+    return isinstance(text, str) and "<tools>" in text and all(isinstance(n, str) and n in text for n in names)
 
 
 def _check_meaning(fields: dict[str, Any], form: str) -> None:
@@ -143,11 +168,25 @@ def _check_meaning(fields: dict[str, Any], form: str) -> None:
             f"the record has {name} false, which marks an unwanted reply (KTO); leave the record out, or remove the "
             "field if it means something else"
         )
+    if form == "completion" and (name := next((name for name in BESIDE if fields.get(name) not in EMPTY), None)):
+        raise RecordError(f"the record has {name} beside its question; write it in the question, or remove the field")
+    marks = {"weight": (None, 1), "train": (None, True), "loss": (None, True)}
+    for name, trained in marks.items():  # a column "loss" may be a number that somebody has measured
+        if fields.get(name) not in trained and (name == "weight" or fields.get(name) is False):
+            raise RecordError(
+                f"the record has {name} {shown(fields[name])}, and all records are trained equally; leave the record "
+                f"out, write {name} to its replies, or remove the field"
+            )
+    check_variables(fields)
+
+
+def check_variables(fields: dict[str, Any]) -> None:
+    """RecordError for a record with variables of the template, which are the same for all records."""
     variables = fields.get("chat_template_kwargs")
     if isinstance(variables, dict) and (given := [name for name, value in variables.items() if value not in EMPTY]):
         raise RecordError(
-            f"the record has the template variables {', '.join(given)}; prepare records with equal ones together, with "
-            "--template-kwargs instead of the field chat_template_kwargs"
+            f"the record has the template variables {', '.join(given)}; keep records with equal ones in one file, and "
+            "give --template-kwargs instead of the field chat_template_kwargs"
         )
 
 
@@ -162,44 +201,10 @@ def _turns_in(fields: dict[str, Any], form: str) -> list[Any]:
     if not isinstance(turns, list) or not turns:
         pair = "; the record is a preference pair" if fields.get("chosen") is not None else ""
         raise RecordError(f'no {KEYS[form]}{pair}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
-    return [_named(turn, number, form) for number, turn in enumerate(turns, start=1)]
-
-
-def _named(turn: Any, number: int, form: str) -> Any:
-    """A turn with role and content, whatever the list of turns is called."""
-    if isinstance(turn, dict) and "from" in turn:
-        return _sharegpt_turn(turn, number)
-    if form == "sharegpt" and not (isinstance(turn, dict) and "role" in turn):
-        raise RecordError(f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or with role and content')
-    return turn
+    return named_turns(turns, form)
 
 
 EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from": "human", "value": ...}'}
-
-
-def _sharegpt_turn(turn: Message, number: int) -> Message:
-    kept = {name: turn[name] for name in (*TRAINED, *REASONING) if turn.get(name) is not None}
-    known = ("from", "value", *kept)
-    extra = sorted(name for name, value in turn.items() if name not in known and value not in EMPTY)
-    if extra:
-        raise RecordError(f"turn {number} has the field {shown(extra[0])}, which is not supported; remove it")
-    who, value = turn["from"], turn.get("value")
-    if who == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, number), **kept}
-    role = SHAREGPT_ROLES.get(who.lower()) if isinstance(who, str) else None
-    if role is None:
-        raise RecordError(f"turn {number} is from the unknown {shown(who)}; known are {', '.join(SHAREGPT_ROLES)}")
-    return {"role": role, "content": value, **kept}
-
-
-def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    try:
-        calls = parse_json(value if isinstance(value, str) else "")
-    except ValueError as error:
-        raise RecordError(
-            f'the call of turn {number} is not JSON; write "value": "{{\\"name\\": ..., \\"arguments\\": {{...}}}}"'
-        ) from error
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def _alpaca(fields: dict[str, Any]) -> list[Message]:
@@ -240,37 +245,6 @@ def _context(turn: Any) -> Any:
     """A turn of a prompt: a reply in it is not trained, unless it asks for it."""
     is_reply = isinstance(turn, dict) and turn.get("role") == "assistant"
     return turn | {"train": False} if is_reply and all(turn.get(name) is None for name in TRAINED) else turn
-
-
-def plain_turns(turns: list[Any]) -> list[Any]:
-    """Turns with the content as one text, and today's names: system for developer, tool and tool_calls for function."""
-    return [_plain_turn(turn, number) if isinstance(turn, dict) else turn for number, turn in enumerate(turns, start=1)]
-
-
-def _plain_turn(turn: Message, number: int) -> Message:
-    role, content = turn.get("role"), turn.get("content")
-    if isinstance(role, str):
-        turn = turn | {"role": {"developer": "system", "function": "tool"}.get(role, role)}
-    if turn.get("function_call") and not turn.get("tool_calls"):
-        calls = [{"type": "function", "function": turn["function_call"]}]
-        turn = turn | {"function_call": None, "tool_calls": calls}
-    if isinstance(content, list):
-        turn = turn | {"content": "".join(_part(part, number) for part in content)}
-    if content is None and turn.get("role") == "system":
-        turn = turn | {"content": ""}
-    return turn
-
-
-def _part(part: Any, number: int) -> str:
-    """The text of a content part, as {"type": "text", "text": ...} or as a string."""
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS else part
-    if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, dict) else part
-        hint = PART_HINTS.get(kind, "remove it") if isinstance(kind, str) else "remove it"
-        raise RecordError(f"message {number} has content of type {shown(kind)}; only text can be trained on: {hint}")
-    if isinstance(part, dict) and any(part.get(name) not in (None, 1) for name in TRAINED):
-        raise RecordError(f"message {number} has a part that is not trained; a reply is trained or not: mark the turn")
-    return text
 
 
 def with_system(fields: dict[str, Any], turns: list[Any]) -> list[Any]:

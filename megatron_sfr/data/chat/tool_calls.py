@@ -21,11 +21,18 @@ Message = dict[str, Any]
 
 
 def tools_of(fields: dict[str, Any]) -> list[Any] | None:
-    """The tools, or the functions of older records, which are the same without their wrapping."""
+    """The tools, Anthropic's in OpenAI's form, or the functions of older records, which are tools without wrapping."""
     tools, functions = (objects_of(fields.get(name), name) for name in ("tools", "functions"))
+    tools = [_of_anthropic(tool) if "input_schema" in tool else tool for tool in tools]
     if tools and functions:
         raise RecordError("the record has tools and functions; keep one of them")
     return tools or [{"type": "function", "function": function} for function in functions] or None
+
+
+def _of_anthropic(tool: dict[str, Any]) -> dict[str, Any]:
+    own = {name: tool[name] for name in ("name", "description") if name in tool} | {"parameters": tool["input_schema"]}
+    more = {name: value for name, value in tool.items() if name not in ("type", "cache_control", "input_schema")}
+    return {"type": "function", "function": own | more}
 
 
 def objects_of(value: Any, name: str) -> list[Any]:

@@ -1,37 +1,56 @@
-"""Extracts the solution from a reply of a chat or base model: one of its fenced blocks, or its text."""
+"""Extracts the solution from a reply of a chat or base model: one of its blocks of code, or code in its prose."""
 
-import ast
+import html
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_sfr.evaluation.code.definitions import (
+    attempt,
+    definitions_in,
+    is_incomplete,
+    only_defines,
+    parses,
+    solves,
+    typed,
+)
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
 OPENING = re.compile(r"(?P<indent>[ \t]*)(?:[-*+>]|\d+[.)])?[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 QUOTED = re.compile(r"(?:^ {0,3}>.*\n?)+", re.MULTILINE)  # a block quote
 PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)  # not python-repl, pycon
-TAGS = (("[PYTHON]", "[/PYTHON]"), ("[BEGIN]", "[DONE]"), ("<python>", "</python>"), ("<code>", "</code>"))
-"""Around code without a fence: of CodeLlama, of MBPP's prompts, of XML."""
-DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-CONSTRUCTORS = {"float", "int", "set", "dict", "list", "tuple", "range", "pow", "defaultdict", "Counter", "deque"}
+TAGS = (
+    (r"\[PYTHON\]", r"\[/PYTHON\]"),
+    (r"\[BEGIN\]", r"\[DONE\]"),
+    (r"<python>", r"</python>"),
+    (r"(?:<pre\b[^>\n]*>)?\s*<code\b[^>\n]*>", r"</code>"),
+    (r"<pre\b[^>\n]*>", r"</pre>"),
+    (r"\\begin\{(?:python|code|lstlisting|minted|verbatim)\}(?:\[[^\]\n]*\]|\{\w+\})*", r"\\end\{\w+\}"),
+)
+"""Around code without a fence: of CodeLlama, of MBPP's prompts, of XML and HTML, of LaTeX."""
+BARE = re.compile(r"<|&(?!#?\w+;)")  # what HTML has to escape
+CONTROL = re.compile(r"\A\s*(?:<\|\w+\|>\s*)+|(?:\s*(?:<\|\w+\|>|</s>|<end_of_turn>))+\s*\Z")
+"""Control tokens around a reply, which some servers leave there."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. is_python: whether its language is Python; None without a language."""
+    """A block of code. is_python: whether its language is Python; None without a language. is_closed: by a fence."""
 
     code: str
     is_python: bool | None
+    is_closed: bool = True
 
 
 def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") -> str:
     """The solution in a reply.
 
     Thoughts (`<think>...</think>`) are dropped. In a reply without fences, valid code between TAGS is a block. The
-    solution is the last block that defines one of the given names; else the text before the first fence, if it
-    completes the prompt; else the last block in Python; else the last block without a language; else the complete
-    reply. Earlier blocks with only imports and definitions are put before it.
+    solution is the last block that defines one of the given names; else the beginning of the text, if it completes the
+    prompt; else the last run of definitions in the text that defines one of the names; else the last block in Python;
+    else the last block without a language; else the complete reply. Earlier blocks, or runs, with only imports and
+    definitions are put before it.
 
     Args:
         reply: The model's text.
@@ -40,72 +59,65 @@ def extract_code(reply: str, defines: Collection[str] = (), prompt: str = "") ->
     """
     text = _unquoted(without_thoughts(reply).replace("\r\n", "\n").replace("\r", "\n"))
     completes = prompt and text.lstrip("\n")[:1] in " \t" and text.strip()
-    marked = "~~~" in text or any(text.lstrip().startswith(a) or text.rstrip().endswith(b) for a, b in TAGS)
-    if (completes and parses(prompt + text)) or (not marked and parses(text)):  # ~~~x and [x] are expressions
+    marked = "~~~" in text or any(re.search(rf"(?i)\A\s*{a}|{b}\s*\Z", text) for a, b in TAGS)
+    if completes and parses(prompt + text):
         return text  # its fences and tags are in strings
+    if not marked and parses(text) and (not defines or solves(text, defines)):  # ~~~x and [x] are expressions
+        return text
+    text = CONTROL.sub("\n", text)
     if not _fences(text):
         text = _fenced(text)
-    fences = _fences(text)
-    if not fences:
-        return text
-    blocks = [block for block in _blocks(text) if block.is_python is not False or _is_solution(block.code, defines)]
-    wanted = [block for block in blocks if any(_defines(block.code, name) for name in defines)]
-    if wanted:
-        return _with_definitions(blocks, wanted[-1], defines)
-    before = "".join(line + "\n" for line in text.split("\n")[: fences[0]])
-    if completes and before.strip() and parses(prompt + before):
-        return before
-    named = [block for block in blocks if block.is_python]
-    if named:
+    blocks = [_without_prose(block, defines) for block in _blocks(text)]
+    blocks = [block for block in blocks if block.is_python is not False or solves(block.code, defines)]
+    if wanted := [block for block in blocks if attempt(block.code, defines)]:
+        last = wanted[-1] if wanted[-1].is_closed or parses(wanted[-1].code) else wanted[-2:][0]  # else it is cut off
+        return _with_definitions(blocks, last, defines)
+    if solution := (completes and _beginning(text, prompt)) or _in_prose(text, defines):
+        return solution
+    if named := [block for block in blocks if block.is_python]:
         return _with_definitions(blocks, named[-1], defines)
     unnamed = [block for block in blocks if parses(block.code)] or blocks
     return unnamed[-1].code if unnamed else text
 
 
-def parses(code: str) -> bool:
-    """Whether the code is valid Python."""
-    return _tree(code) is not None
+def _without_prose(block: Block, defines: Collection[str]) -> Block:
+    """The block, of whose code only definitions are kept if it is not valid but has the solution."""
+    return block if parses(block.code) else replace(block, code=_in_prose(block.code, defines) or block.code)
 
 
-def _tree(code: str) -> ast.Module | None:
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, deep nesting
-        return None
+def _in_prose(text: str, defines: Collection[str]) -> str | None:
+    """The last run of definitions in a text, or in a session with Python in it, that defines one of the names.
+
+    None if a definition that is not valid follows, unless the end of the text cuts it off.
+    """
+    for prose in (text, typed(text)):
+        found = definitions_in(prose)
+        pieces = [Block(code, True) for code, _ in found]
+        if wanted := [i for i, piece in enumerate(pieces) if solves(piece.code, defines)]:
+            rest = prose.split("\n")[found[wanted[-1]][1] :]
+            later = attempt("\n".join(rest), defines)
+            is_last = later is None or is_incomplete(later.rstrip("\n"))
+            return _with_definitions(pieces, pieces[wanted[-1]], defines) if is_last else None
+    return None
 
 
-def _defines(code: str, name: str) -> bool:
-    """Whether code, valid or not, defines a function, class or variable of this name at the left margin."""
-    return (
-        re.search(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=[^=]", code, re.M)
-        is not None
-    )
-
-
-def _is_solution(code: str, defines: Collection[str]) -> bool:
-    """Whether a block is valid Python that defines one of the names, whatever language it is labelled with."""
-    return parses(code) and any(_defines(code, name) for name in defines)
+def _beginning(text: str, prompt: str) -> str | None:
+    """The first lines of a text that complete the prompt, up to a line that is not indented, or a fence."""
+    lines = text.split("\n")
+    for end in range(1, len(lines) + 1):
+        if end == len(lines) or lines[end][:1].strip() or _opens(lines[end]):
+            beginning = "".join(f"{line}\n" for line in lines[:end])
+            if beginning.strip() and parses(prompt + beginning):
+                return beginning
+    return None
 
 
 def _with_definitions(blocks: Sequence[Block], chosen: Block, defines: Collection[str]) -> str:
     """The chosen block, preceded by earlier blocks that only import and define, except drafts of the solution."""
     if not parses(chosen.code):  # for example the body of a function
         return chosen.code
-    earlier = [block.code for block in blocks[: blocks.index(chosen)] if _only_defines(block.code)]
-    return "".join(code for code in earlier if not any(_defines(code, name) for name in defines)) + chosen.code
-
-
-def _only_defines(code: str) -> bool:
-    tree = _tree(code)
-    return tree is not None and all(map(_is_definition, tree.body))
-
-
-def _is_definition(statement: ast.stmt) -> bool:
-    """Whether a statement is an import, a function, a class or a constant, which runs no part of the program."""
-    if isinstance(statement, ast.Assign | ast.AnnAssign):
-        calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
-        return all(isinstance(call, ast.Name) and call.id in CONSTRUCTORS for call in calls)
-    return isinstance(statement, DEFINITIONS)
+    earlier = [block.code for block in blocks[: blocks.index(chosen)] if only_defines(block.code)]
+    return "".join(code for code in earlier if not solves(code, defines)) + chosen.code
 
 
 def _fenced(text: str) -> str:
@@ -113,14 +125,16 @@ def _fenced(text: str) -> str:
 
     def block(found: re.Match[str]) -> str:
         code = found[1].strip("\n")
+        if found[0].lstrip()[:1] == "<" and not BARE.search(code):
+            code = html.unescape(code)
         return f"\n```python\n{code}\n```\n" if code and parses(textwrap.dedent(code)) else found[0]
 
     for opening, closing in TAGS:
-        if opening in text:  # a reply that is cut off has no closing tag
-            start, end = rf"^[ \t]*{re.escape(opening)}", rf"(?:{re.escape(closing)}|\Z)"
+        if re.search(opening, text, re.IGNORECASE):  # a reply that is cut off has no closing tag
+            start, end = rf"(?:^[ \t]*{opening}|{opening}[ \t]*$)", rf"(?:{closing}|\Z)"
         else:
-            start, end = r"\A", re.escape(closing)
-        text = re.sub(f"{start}(.*?){end}", block, text, flags=re.DOTALL | re.MULTILINE)
+            start, end = r"\A", closing
+        text = re.sub(f"{start}(.*?){end}", block, text, flags=re.DOTALL | re.MULTILINE | re.IGNORECASE)
     return text
 
 
@@ -164,7 +178,7 @@ def _blocks(text: str) -> Iterator[Block]:
         is_python = bool(PYTHON.match(info)) if info else None
         codes = [_unindented(lines[i:end], found["indent"]) for end in ends[: 1 if is_python is False else 4]]
         whole = next((j for j, code in enumerate(codes) if parses(code)), 0)
-        yield Block(codes[whole], is_python)
+        yield Block(codes[whole], is_python, ends[whole] < len(lines))
         i = ends[whole] + 1
 
 

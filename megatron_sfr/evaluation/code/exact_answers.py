@@ -12,7 +12,7 @@ from fractions import Fraction
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
 HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-PHRASE = re.compile(r"\banswer(?: is\b:?|:)[ \t]*(\S[^\n]*?)(?=\.?(?:\s*\n|\s*\Z|\.\s))", re.IGNORECASE)
+PHRASE = re.compile(r"\banswer(?: is\b:?|:)[ \t]*([^\s:][^\n]*?)(?=\.?(?:\s*\n|\s*\Z|\.\s))", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.,/])[-−+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/]|[.,]\d)")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
 NOISE = re.compile(r"\\[!,;: ]|\\\(|\\\)|\\left|\\right|[$*`]|\\%|%")

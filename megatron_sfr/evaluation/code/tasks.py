@@ -21,7 +21,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from megatron_sfr.evaluation.code.code_blocks import extract_code, parses
+from megatron_sfr.evaluation.code.code_blocks import extract_code
+from megatron_sfr.evaluation.code.definitions import parses
 from megatron_sfr.evaluation.code.exact_answers import reference_answer
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.user_files import cut, parse_json, shown

@@ -15,7 +15,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron_sfr.data.chat.conversation import check_text
-from megatron_sfr.data.chat.formats import plain_turns
+from megatron_sfr.data.chat.turn_forms import plain_turns
 from megatron_sfr.evaluation.compare.questions import Answered, sorted_temperatures
 from megatron_sfr.evaluation.generate.prompts import Asked, NamedPrompt, Prompt, prompt_from
 from megatron_sfr.evaluation.generate.sampling import setting_of

@@ -15,9 +15,10 @@ from megatron_sfr.data.chat.conversation import (
     prompt_of,
     read_conversations,
 )
-from megatron_sfr.data.chat.formats import load_fields, plain_turns, with_system
+from megatron_sfr.data.chat.formats import check_variables, load_fields, with_system
 from megatron_sfr.data.chat.rendered_turns import reasoning_of, with_persona
 from megatron_sfr.data.chat.tool_calls import Message
+from megatron_sfr.data.chat.turn_forms import plain_turns
 from megatron_sfr.storage.jsonl import Record, read_records
 from megatron_sfr.storage.user_files import shown
 
@@ -130,6 +131,7 @@ def _records(path: Path, persona_as: str) -> Iterator[tuple[Record, dict[str, An
             fields = load_fields(record)
             if fields.get("tools") or fields.get("functions"):
                 raise ValueError(NO_TOOLS)
+            check_variables(fields)
             prompt = prompt_from(fields, persona_as)
         except ValueError as error:
             raise ValueError(f"{record.source}:{record.line}: {error}") from error
@@ -176,7 +178,9 @@ def prompt_from(fields: Any, persona_as: str) -> Prompt:
 def _turns_of(fields: Any) -> Any:
     """The turns of a record, not yet checked. The field `system` and content in parts are as in `prepare`."""
     given = [name for name in ("prompt", "messages") if isinstance(fields, dict) and fields.get(name) is not None]
-    if len(given) != 1:
+    if len(given) == 2:
+        raise ValueError("the record has prompt and messages; keep one of them")
+    if not given:
         raise ValueError('not a prompt; write {"prompt": "..."} or {"messages": [...]}')
     turns = fields[given[0]]
     if given == ["prompt"] and not isinstance(turns, list):

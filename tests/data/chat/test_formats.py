@@ -156,32 +156,6 @@ def test_a_reply_is_not_trained_whichever_name_the_mark_has(mark: dict):
         assert conversation.messages == TURNS
 
 
-@pytest.mark.parametrize(
-    ("form", "fields"),
-    [
-        ("alpaca", {"query": "and the sky", "response": "is grey", "history": [["the sea", "is blue"]]}),  # ms-swift
-        ("completion", {"system_prompt": "Be kind.", "question": "and the sky", "response": "is grey"}),  # OpenOrca
-        ("completion", {"prompt": "and the sky", "response": "is grey"}),
-        ("completion", {"input": [{"role": "user", "content": "and the sky"}], "output": "is grey", "reasoning": "on"}),
-        ("alpaca", {"instruction": "and", "context": "the sky", "response": "is grey"}),  # Dolly
-        ("alpaca", {"instruction": "and", "context": "the sky", "input": "", "output": "is grey"}),
-        ("alpaca", {"instruction": "", "input": "and the sky", "output": "is grey"}),
-        ("sharegpt", {"conversations": TURNS}),
-        ("sharegpt", {"conversation": TURNS, "turn": 2}),  # LMSYS-Chat
-        ("messages", {"messages": json.dumps(TURNS)}),
-        ("messages", {"messages": [{"from": "human", "value": "and the sky"}, {"from": "gpt", "value": "is grey"}]}),
-        ("messages", {"messages": TURNS, "query": "x", "response": "y", "label": True, "chat_template_kwargs": {}}),
-    ],
-)
-def test_columns_of_trainers_and_datasets(tmp_path: Path, form: str, fields: dict):
-    assert detect(write_records(tmp_path / "records.jsonl", [fields])) == form
-    messages = parse(fields, form).messages
-
-    assert messages[-1] == TURNS[3]
-    assert " ".join(messages[-2]["content"].split()) == "and the sky"
-    assert (messages[0] == SYSTEM) == ("system_prompt" in fields)
-
-
 def test_a_turn_of_sharegpt_may_have_reasoning():
     fields = {"conversations": [HUMAN, GPT | {"reasoning_content": "Hm."}]}
     assert parse(fields, "sharegpt").messages[1] == {
@@ -200,7 +174,32 @@ def test_a_field_that_occurs_twice_is_refused():
 REFUSED = {
     "mixed": ("sharegpt", SAME["alpaca"], "the record is alpaca in a file of ShareGPT; keep each format"),
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
-    "texts": ("sharegpt", {"conversations": ["Hi", "Hello"]}, 'turn 1 is not {"from": ..., "value": ...}'),
+    "texts": ("sharegpt", {"conversations": ["Hi", 1]}, 'turn 1 is not {"from": ..., "value": ...}'),
+    "a question alone": ("sharegpt", {"conversations": ["Hi"]}, "the last turn is the user"),
+    "pair with more": (
+        "sharegpt",
+        {"conversation": [{"human": "a", "assistant": "b", "score": 1}]},
+        "turn 1 has the field 'score', which is not supported; remove it",
+    ),
+    "several replies": (
+        "alpaca",
+        {"instruction": "a", "output": "b", "response": "c"},
+        "the record has several replies, output and response; keep one of them",
+    ),
+    "context": (
+        "completion",
+        {"question": "a", "answer": "b", "context": "c"},
+        "the record has context beside its question; write it in the question, or remove the field",
+    ),
+    "choices": ("completion", {"question": "a", "answer": "b", "choices": ["b"]}, "the record has choices beside"),
+    "no calls": ("messages", {"query": "a", "answers": "[]", "tools": "[]"}, "the answers are empty; write the reply"),
+    "answers": ("messages", {"query": "a", "answers": "f(1)", "tools": "[]"}, "the answers is not JSON; write"),
+    "weight": (
+        "messages",
+        {"messages": TURNS, "weight": 0.5},
+        "the record has weight 0.5, and all records are trained equally; leave the record out,",
+    ),
+    "not trained": ("alpaca", SAME["alpaca"] | {"train": False}, "the record has train False, and all records"),
     "field of a reply": (
         "completion",
         {"prompt": "a", "completion": "b", "reasoning_content": "I think."},
@@ -211,7 +210,7 @@ REFUSED = {
     "variables": (
         "messages",
         {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": True, "xml_tools": []}},
-        "the record has the template variables enable_thinking; prepare records with equal ones together, with --temp",
+        "the record has the template variables enable_thinking; keep records with equal ones in one file, and give --t",
     ),
     "part that is context": (
         "messages",
@@ -220,8 +219,8 @@ REFUSED = {
     ),
     "call as a part": (
         "messages",
-        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
-        "message 2 has content of type 'tool_use'; only text can be trained on: give it as tool_calls",
+        {"messages": [TURNS[0] | {"content": [{"type": "tool_use", "name": "f", "input": {}}]}, TURNS[1]]},
+        "message 1 has content of type 'tool_use'; only text can be trained on: give it in a turn of the assistant",
     ),
     "two system fields": (
         "messages",
@@ -258,10 +257,11 @@ REFUSED = {
     ),
     "system": ("messages", {"messages": TURNS, "system": {"a": 1}}, "the system is {'a': 1}; write plain text"),
     "images": ("messages", {"messages": TURNS, "images": ["a.png"]}, "the record has images, and only text can be"),
+    "image": ("sharegpt", sharegpt(HUMAN, GPT) | {"image": "a.png"}, "the record has image, and only text can be"),
     "thought as a part": (
         "messages",
-        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "thinking", "thinking": "x"}]}]},
-        "message 2 has content of type 'thinking'; only text can be trained on: give it as reasoning_content",
+        {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "reasoning", "text": "x"}]}]},
+        "message 2 has content of type 'reasoning'; only text can be trained on: give it as reasoning_content",
     ),
     "surrogate": ("messages", {"messages": TURNS, "tools": [{"a": "\ud800"}]}, "a text of the tools has half of a"),
 }

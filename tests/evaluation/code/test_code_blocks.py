@@ -60,17 +60,84 @@ def fenced(code: str, info: str = "python", fence: str = "```") -> str:
         f"{ADD}[DONE]\n\nNow write a function that",  # the prompt had opened the tag
         f"So:\n<code>\n{ADD}</code>\nDone.",
         f"<python>{ADD}</python>",
+        f"Sure. [PYTHON]\n{ADD}[/PYTHON] Done.",
+        f"[python]\n{ADD}[/python]",
+        f'So:\n<pre><code class="language-python">{ADD}</code></pre>\nDone.',
+        f"<pre>\n{ADD}</pre>",
+        f"\\begin{{python}}\n{ADD}\\end{{python}}\nDone.",
+        f"So:\n\\begin{{lstlisting}}[language=Python]\n{ADD}\\end{{lstlisting}}",
+        f"\\begin{{minted}}{{python}}\n{ADD}\\end{{minted}}",
+        f"Here is the code:\n\n{ADD}\nThis adds the numbers.",
+        "To add them:\n\n    " + ADD.replace("\n", "\n    ") + "\n\nThis adds the numbers.",
+        f"<solution>\n{ADD}</solution>",
+        f"```python\n{ADD}\nThis adds the numbers.",  # the fence is not closed
+        f"{ADD}```\nThis adds the numbers.",  # it was opened in the prompt
+        f"Here: ```python\n{ADD}```",
+        fenced(DRAFT) + f"Wrong. Again:\n```python\n{ADD}\nThis adds the numbers.",
+        fenced(ADD) + f"Or with a lambda:\n```python\n{ADD}    return (lambda: a +",  # cut off
+        f"First:\n\n{DRAFT}\nWrong. Again:\n\n{ADD}\nprint(add(1, 2))\n\nDone.",
+        fenced(">>> def add(a, b):\n...     return a + b\n...\n>>> add(1, 2)\n3\n", "pycon"),
+        ">>> def add(a, b):\n...     return a + b\n...\n>>> add(1, 2)\n3\n",
+        "'''python\n" + ADD + "'''",
+        f"{ADD}<|im_end|>\n",
+        fenced(ADD).rstrip() + "<|im_end|>",
+        f"<|python_tag|>{ADD}<|eom_id|>",
     ],
 )
 def test_the_block_that_defines_the_function_is_found(reply: str) -> None:
-    assert extract_code(reply, ("add",), PROMPT) == ADD
-    assert extract_code(reply, ("add",)) == ADD  # MBPP: nothing to continue
+    for prompt in (PROMPT, ""):  # MBPP: nothing to continue
+        assert extract_code(reply, ("add",), prompt).rstrip() == ADD.rstrip()
 
 
 def test_imports_and_definitions_of_earlier_blocks_stay_with_it() -> None:
     needed = "import math\nLIMIT = float('inf')\n", "def helper():\n    return 1\n"
     reply = fenced(needed[0]) + fenced("x = add(1, 2)\n") + fenced(DRAFT) + fenced(needed[1]) + fenced(ADD)
     assert extract_code(reply, ("add",)) == "".join(needed) + ADD
+
+
+def test_in_prose_they_stay_with_it_too():
+    needed = 'import math\n\n\ndef helper(\n    x,\n):\n    """Help.\n\n1. Return it.\n"""\n    return x\n'
+    code = f"{needed}\n# The solution\n@helper\n{ADD}"
+    assert extract_code(f"It needs a helper:\n\n{code}\nprint(add(1, 2))\n\nDone.", ("add",)) == code.replace(
+        "# The solution\n", ""
+    )
+    parts = f"First import.\n\nimport math\n\nThen:\n\nLIMIT = 3\n\nThen:\n\n{DRAFT}\nNo:\n\n{ADD}\nDone."
+    assert extract_code(parts, ("add",)) == f"import math\nLIMIT = 3\n{ADD}"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "It is:\n\ndef add(a, b):\n    if a:\n        return a + b\n    retu rn b\n\nDone.",  # valid up to there
+        "It is:\n\ndef add(a, b):\n    if a:\n        return a + b\n    return (b +",  # cut off
+        "It is:\n\ndef outer(x):\n    def add(a, b):\n        return a + b\n\n    retu rn add\n",
+        "It is:\n\nclass Adder\n    def add(a, b):\n        return a + b\n",
+        "It is:\n\nif True\n    def add(a, b):\n        return a + b\n",
+        f"It is:\n\n{ADD}\nNo:\n\ndef add(a, b):\n    retu rn a + b\n\nDone.",  # the last one is the solution
+        "In Ruby:\n\ndef add(a, b)\n    a + b\nend\n",
+        "Call `add = sum` or so. The function is def add(a, b): return a + b in short.",
+        "add = make_adder(2)\nThis is the function.",
+    ],
+)
+def test_code_that_is_cut_off_invalid_or_inside_other_code_is_not_a_solution(reply: str) -> None:
+    after_draft = fenced(ADD) + fenced(f"{reply}\n") if "\ndef add(a, b):\n" in reply else reply
+    for text in (reply, fenced(f"{reply}\n"), after_draft):
+        code = extract_code(text, ("add",))
+        assert code.strip() in text
+        with pytest.raises(SyntaxError):
+            compile(code, "", "exec")
+
+
+def test_html_in_a_block_is_read_as_html_only_if_all_of_it_is_escaped() -> None:
+    code = "def add(a, b):\n    return b + a if a &lt; b &amp;&amp; 1 else a + b\n".replace(" &amp;&amp; 1", "")
+    assert extract_code(f"<pre><code>{code}</code></pre>", ("add",)) == code.replace("&lt;", "<")
+    code = "def add(a, b):\n    return a.replace('<', '&lt;')\n"
+    assert extract_code(f"<pre><code>{code}</code></pre>", ("add",)) == code
+
+
+@pytest.mark.parametrize("line", ["def add(\n", "x = '''\n", "import math\n", "def add(a, b):\n", "x = [\n1,\n"])
+def test_a_reply_that_repeats_itself_takes_no_time(line: str) -> None:
+    assert extract_code("It is:\n" + 500 * line + "so.", ("add",))
 
 
 def test_a_program_is_the_last_block_in_python() -> None:
@@ -96,6 +163,9 @@ def test_tags_in_the_code_are_code() -> None:
 def test_a_reply_may_continue_the_prompt(body: str) -> None:
     assert extract_code(body, ("add",), PROMPT) == body
     assert extract_code(f"{body}```\n\nThis adds.\n", ("add",), PROMPT) == body  # the prompt had opened a fence
+    assert extract_code(f"{body}\nThis adds the numbers.", ("add",), PROMPT).rstrip() == body.rstrip()
+    assert extract_code(f"{body}\n\ndef test():\n    assert add(1, 2) == (", ("add",), PROMPT).rstrip() == body.rstrip()
+    assert extract_code(f"{body}<|endoftext|>", ("add",), PROMPT).rstrip() == body.rstrip()
     assert extract_code("Here:\n" + fenced(body), ("add",), PROMPT) == body
     assert extract_code(f"[PYTHON]\n{body}[/PYTHON]\nDone.", ("add",), PROMPT).strip("\n") == body.strip("\n")
     assert extract_code("<think>\n\n</think>\n\n    return 1", ("add",), PROMPT) == "    return 1"

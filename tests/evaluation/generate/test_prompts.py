@@ -64,7 +64,9 @@ def test_prompts_come_in_two_shapes_and_lose_their_reply(tmp_path: Path) -> None
     [
         ("{", "Expecting property name"),
         ("[1]", "not a JSON object"),
-        ({"prompt": "a", "messages": []}, "not a prompt"),
+        ({"text": "a"}, "not a prompt"),
+        ({"prompt": "a", "messages": []}, "has prompt and messages; keep one"),
+        ({"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}}, "template variables enable_thinking"),
         ({"prompt": " "}, "is not a turn"),
         ({"messages": [turn("wizard", "a")]}, "is not a turn"),
         ({"messages": "a"}, "is not a turn"),
