@@ -82,7 +82,7 @@ def offline() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # of httpx or httpx2, by version; a status of any kind is none
+    except Exception as error:  # of httpx or httpx2, by version; a status never raises
         constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
         return f"{constants.ENDPOINT} cannot be reached ({error})"
     return None
