@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from megatron_sfr.storage.user_files import one_line, parse_json
 
@@ -33,6 +34,7 @@ _LONGEST = 300
 END_BYTES = 1 << 24
 """Of a log that are searched for a failure: its end, because the log of a long run may be larger than memory."""
 _RECORD = "failures.jsonl"
+_LOST = ("connection closed by peer", "connection reset by peer", "remote process exited")
 
 
 def reason(error: BaseException) -> str:
@@ -117,20 +119,33 @@ def _record(file: Path, error: BaseException) -> None:
 def first_recorded(save: Path) -> tuple[str, float] | None:
     """The first failure that a rank recorded since the run was last started, in one line, and its time; else None."""
     try:
-        records = [parse_json(line) for line in (save / _RECORD).read_bytes().splitlines()]
-        # A rank that ends closes the connections of the others, who then say only that.
-        record = next((each for each in records if not _is_lost(each["error"])), records[0])
-        why = (
-            "lost its connection to a rank that had ended" if _is_lost(record["error"]) else _explained(record["error"])
-        )
-        what = f"training failed: rank {record['rank']} on {record['host']}: {why}; see the log of the job"
-        return what, float(record["time"])
-    except (OSError, ValueError, LookupError, TypeError):  # none, or a line that a kill cut short
+        lines = (save / _RECORD).read_bytes().splitlines()
+    except OSError:
         return None
+    records = [record for line in lines if (record := _read(line)) is not None]
+    if not records:
+        return None
+    # A rank that ends closes the connections of the others, who then say only that.
+    record = next((each for each in records if not _is_lost(each["error"])), records[0])
+    why = "lost its connection to a rank that had ended" if _is_lost(record["error"]) else _explained(record["error"])
+    what = f"training failed: rank {record['rank']} on {record['host']}: {why}; see the log of the job"
+    return what, record["time"]
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """A line of _record; None for one that a kill cut short, or that a rank of another node overwrote, as on NFS."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    kinds = {"time": float, "rank": int, "host": str, "error": str}
+    is_whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    return record if is_whole else None
 
 
 def _is_lost(error: str) -> bool:
-    return "connection closed by peer" in error.lower() or "connection reset by peer" in error.lower()
+    """Whether an error of gloo or NCCL says that another rank has ended."""
+    return any(said in error.lower() for said in _LOST)
 
 
 @contextmanager

@@ -74,25 +74,30 @@ def hold(output: Path, *, inside: bool = False, wait: float = 0.0) -> Iterator[N
 def holder(output: Path, *, inside: bool = False) -> str | None:
     """The process that holds the lock of an output, as text; None if no process does, as far as this machine knows."""
     path = lock_file(output, inside=inside)
+    return _holder(path) if _is_held(path) else None
+
+
+def killed_holder(output: Path, *, inside: bool = False) -> str | None:
+    """The process that left the lock file of an output without holding it, so that it was killed; None if none did."""
+    path = lock_file(output, inside=inside)
+    return _holder(path) if _is_held(path) is False else None
+
+
+def _is_held(path: Path) -> bool | None:
+    """Whether a process holds this lock file; None if there is no such file, or if its file system has no locks."""
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment; `hold` would wait for it and try again
+        return False if os.fstat(file).st_nlink else None  # removed: its holder has just ended
     except BlockingIOError:
-        return _holder(path)
-    except OSError:  # a file system without locks
+        return True
+    except OSError:
         return None
     finally:
         os.close(file)
-    return None
-
-
-def killed_holder(output: Path, *, inside: bool = False) -> str | None:
-    """The process that left the lock file of an output without holding it, so that it was killed; None if none did."""
-    path = lock_file(output, inside=inside)
-    return _holder(path) if path.is_file() and holder(output, inside=inside) is None else None
 
 
 def _this_process() -> dict[str, object]:

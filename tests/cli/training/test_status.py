@@ -1,5 +1,6 @@
 """`megatron-sfr status` on folders of runs in each state, and on a run that Megatron has made."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -57,6 +58,17 @@ def test_a_lock_file_without_a_holder_is_that_of_a_killed_run(run: Path, capsys:
     assert found["losses"] == {"lm loss": 0.75, "grad-norm": 1.0}
 
 
+def test_a_lock_file_without_locks_is_not_that_of_a_killed_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some parallel file systems; a run may train there."""
+    (run / ".lock").write_text('{"process": 1, "host": "here", "since": "then"}')
+
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert read_status(run, time.time()).state == "stopped"
+
+
 def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
     (run / "logs").mkdir()
     (run / "logs/train-1.log").write_text("ValueError: of an earlier start\n")
@@ -77,7 +89,10 @@ def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
     assert found.error is not None
     assert found.error.startswith("training failed: rank 0 on ")
     assert ": RuntimeError: out of memory; see" in found.error
-    lost = (run / "failures.jsonl").read_text().splitlines()[0]
+    lines = (run / "failures.jsonl").read_text().splitlines()
+    (run / "failures.jsonl").write_text("\n".join([lines[0][9:], "3", *lines]))
+    assert read_status(run, time.time()).error == found.error, "lines that another node has cut"
+    lost = lines[0].replace("Connection closed by peer", "remote process exited or there was a network error")
     (run / "failures.jsonl").write_text(lost + "\n")
     assert "lost its connection to a rank that had ended; see" in (read_status(run, time.time()).error or "")
 
