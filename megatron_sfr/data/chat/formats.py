@@ -96,7 +96,7 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _xlam(fields: dict[str, Any]) -> dict[str, Any]:
     """A query and the calls that answer it, as messages and tools."""
-    calls = calls_of(fields["answers"], "the answers")
+    calls = calls_of(fields["answers"], "the field answers")
     if not calls:
         raise RecordError("the answers are empty; write the reply, or drop the record")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools_of(fields) or []]

@@ -175,7 +175,8 @@ def _reply(turn: Message, parts: Sequence[Any], kinds: Sequence[Any], number: in
     for part in thought:
         text = part.get("thinking")
         new["reasoning_content"] = text_of(text, number) if isinstance(text, list) else text
-    if twice := [name for name in ("tool_calls", *REASONING) if turn.get(name) and (name in new or thought)]:
+    named = [name for name, parts in (("tool_calls", calls), *((name, thought) for name in REASONING)) if parts]
+    if twice := [name for name in named if turn.get(name)]:
         raise RecordError(f"message {number} has {twice[0]} beside its content that holds such parts; keep one of them")
     return turn | new
 

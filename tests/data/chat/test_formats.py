@@ -193,7 +193,7 @@ REFUSED = {
     ),
     "choices": ("completion", {"question": "a", "answer": "b", "choices": ["b"]}, "the record has choices beside"),
     "no calls": ("messages", {"query": "a", "answers": "[]", "tools": "[]"}, "the answers are empty; write the reply"),
-    "answers": ("messages", {"query": "a", "answers": "f(1)", "tools": "[]"}, "the answers is not JSON; write"),
+    "answers": ("messages", {"query": "a", "answers": "f(1)", "tools": "[]"}, "the field answers is not JSON; write"),
     "weight": (
         "messages",
         {"messages": TURNS, "weight": 0.5},

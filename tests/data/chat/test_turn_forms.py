@@ -143,11 +143,13 @@ def test_tools_that_the_system_turn_has_are_not_written_again(tokenizer):
 def test_a_thought_of_anthropic_is_reasoning(tokenizer):
     thought = {"type": "thinking", "thinking": "is it high", "signature": "x"}
     asked = {"role": "user", "content": ASKED}
-    for content, reply in (
-        ([thought, TEXT], {"content": LOOK}),
-        ([thought, *blocks(NOON)], {"content": "", "tool_calls": CALLS[:1]}),
+    calls = {"tool_calls": CALLS[:1]}
+    for content, beside, reply in (
+        ([thought, TEXT], {}, {"content": LOOK}),
+        ([thought, *blocks(NOON)], {}, {"content": "", **calls}),
+        ([thought, TEXT], calls, {"content": LOOK, **calls}),  # Mistral's
     ):
-        given = {"messages": [asked, {"role": "assistant", "content": content}], "tools": TOOLS}
+        given = {"messages": [asked, {"role": "assistant", "content": content, **beside}], "tools": TOOLS}
         expected = {"role": "assistant", "reasoning_content": "is it high", **reply}
         assert samples(given, tokenizer) == samples({"messages": [asked, expected], "tools": TOOLS}, tokenizer)
 
