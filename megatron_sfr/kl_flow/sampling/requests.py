@@ -89,7 +89,7 @@ def infill(parts: Sequence[Sequence[int] | Gap], told: Any) -> Request:
             gaps.append(Gap(len(tokens), len(tokens) + part.stop, part.end))
             tokens += [0] * part.stop
             about.append(part.stop if part.end is None else [part.stop, part.end])
-        else:
+        elif part:
             tokens += part
             about.append(list(part))
     digest = hashlib.sha256(json.dumps(about).encode()).digest()

@@ -92,7 +92,7 @@ def test_prefix_and_suffix_are_parts(tmp_path: Path) -> None:
     pair, parts, suffix = read_gaps(path, tokenizer, 9)
     assert (pair.tokens, pair.gaps, pair.key) == (parts.tokens, parts.gaps, parts.key), "the same samples"
     assert (pair.told, suffix.told) == ({"prefix": "ab", "suffix": "c"}, {"prefix": "", "suffix": "c"})
-    assert suffix.gaps == (Gap(0, 1),)
+    assert (suffix.gaps, suffix.key) == ((Gap(0, 1),), infill([Gap(0, 1), suffix.tokens[1:]], {}).key)
 
 
 def test_noise_is_keyed_by_request_and_sample() -> None:
