@@ -1,10 +1,11 @@
 """Whether a path or name can be a Hugging Face model, checked without torch: commands refuse a wrong one at once."""
 
+import functools
 import os
 import re
 from pathlib import Path
 
-from megatron_sfr.storage.user_files import cut, read_json_object
+from megatron_sfr.storage.user_files import cut, read_json_object, reason
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER, TOKENIZER = "adapter_config.json", "tokenizer.json"
@@ -69,12 +70,13 @@ def absent(name: str, cache: str | None = None) -> str | None:
     return f"it is neither a folder nor in the cache {cache}, and {why}"
 
 
+@functools.cache
 def offline() -> str | None:
     """Why nothing can be downloaded from the hub; None if it answers, with whatever status.
 
     The hub's libraries try each file of a model six times, for minutes where there is no network. So the hub is asked
-    once, for at most HF_HUB_ETAG_TIMEOUT seconds (10). If it does not answer, HF_HUB_OFFLINE is set for this process
-    and its children: the libraries then read their caches at once.
+    once in a process, with a timeout of HF_HUB_ETAG_TIMEOUT seconds (10). If it does not answer, HF_HUB_OFFLINE is set
+    for this process and its children: the libraries then read their caches at once.
     """
     from huggingface_hub import constants, get_session
 
@@ -84,5 +86,5 @@ def offline() -> str | None:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of httpx or httpx2, by version; a status never raises
         constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
-        return f"{constants.ENDPOINT} cannot be reached ({error})"
+        return f"{constants.ENDPOINT} cannot be reached ({reason(error)})"
     return None

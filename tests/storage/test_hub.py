@@ -38,8 +38,9 @@ def test_a_name_in_the_cache_is_loaded_offline(tmp_path: Path) -> None:
     (tmp_path / "hub/models--some--model").mkdir(parents=True)
     program = (
         "import os; from megatron_sfr.storage.model_folders import absent; from huggingface_hub import constants;"
-        "print(absent('some/model'), constants.HF_HUB_OFFLINE, os.environ['HF_HUB_OFFLINE'])"
+        "print(absent('some/model'), constants.HF_HUB_OFFLINE, os.environ['HF_HUB_OFFLINE']);"
+        "print('127.0.0.1:1 cannot be reached (ConnectError: ' in absent('some/other'))"
     )
     variables = NO_HUB | {"HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("None True 1\n", "")
+    assert (done.stdout, done.stderr) == ("None True 1\nTrue\n", ""), "the reason stays the one that the hub gave"
