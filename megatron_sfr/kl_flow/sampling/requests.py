@@ -129,9 +129,10 @@ def _parts_of(fields: Any) -> tuple[list[Any], dict[str, Any]]:
     told = {side: fields.get(side, "") for side in ("prefix", "suffix")}
     if not all(isinstance(text, str) for text in told.values()) or not any(told.values()):
         raise RecordError("prefix and suffix must be strings, and at least one must not be empty")
-    if not isinstance(fields["length"], int):
-        raise RecordError(f"length is {shown(fields['length'])}; give the number of tokens between prefix and suffix")
-    return [told["prefix"], fields["length"], told["suffix"]], told
+    length = fields["length"]
+    if type(length) is not int or length < 1:
+        raise RecordError(f"length is {shown(length)}; give the number of tokens between prefix and suffix, at least 1")
+    return [told["prefix"], length, told["suffix"]], told
 
 
 def _part_of(part: Any, tokenizer: Any) -> Sequence[int] | Gap:
