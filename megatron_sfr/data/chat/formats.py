@@ -152,7 +152,9 @@ def _has_tools(turns: Sequence[Any], tools: Sequence[dict[str, Any]]) -> bool:
     text = first.get("content") if first.get("role") == "system" else None
     names = [tool.get("function", tool) for tool in tools]
     names = [tool.get("name") if isinstance(tool, dict) else None for tool in names]
-    return isinstance(text, str) and "<tools>" in text and all(isinstance(n, str) and n in text for n in names)
+    if not isinstance(text, str) or "<tools>" not in text:
+        return False
+    return all(isinstance(name, str) and (f'"{name}"' in text or f"'{name}'" in text) for name in names)
 
 
 def _check_meaning(fields: dict[str, Any], form: str) -> None:
@@ -170,13 +172,13 @@ def _check_meaning(fields: dict[str, Any], form: str) -> None:
         )
     if form == "completion" and (name := next((name for name in BESIDE if fields.get(name) not in EMPTY), None)):
         raise RecordError(f"the record has {name} beside its question; write it in the question, or remove the field")
-    marks = {"weight": (None, 1), "train": (None, True), "loss": (None, True)}
-    for name, trained in marks.items():  # a column "loss" may be a number that somebody has measured
-        if fields.get(name) not in trained and (name == "weight" or fields.get(name) is False):
-            raise RecordError(
-                f"the record has {name} {shown(fields[name])}, and all records are trained equally; leave the record "
-                f"out, write {name} to its replies, or remove the field"
-            )
+    weight, train, loss = (fields.get(name) for name in ("weight", "train", "loss"))
+    marks = {"weight": weight not in (None, 1), "train": train == 0, "loss": loss is False}  # 0 is a loss too
+    if name := next((name for name, excludes in marks.items() if excludes), None):
+        raise RecordError(
+            f"the record has {name} {shown(fields[name])}, and all records are trained equally; leave the record "
+            f"out, write {name} to its replies, or remove the field"
+        )
     check_variables(fields)
 
 

@@ -200,6 +200,7 @@ REFUSED = {
         "the record has weight 0.5, and all records are trained equally; leave the record out,",
     ),
     "not trained": ("alpaca", SAME["alpaca"] | {"train": False}, "the record has train False, and all records"),
+    "train 0": ("alpaca", SAME["alpaca"] | {"train": 0}, "the record has train 0, and all records"),
     "field of a reply": (
         "completion",
         {"prompt": "a", "completion": "b", "reasoning_content": "I think."},

@@ -135,7 +135,8 @@ def test_tools_that_the_system_turn_has_are_not_written_again(tokenizer):
     assert samples({"messages": turns, "tools": json.dumps(TOOLS)}, tokenizer) == samples(
         {"messages": turns}, tokenizer
     )
-    for system in ("Use <tools>", f"Use {BARE}"):
+    longer = str(BARE).replace("tide", "tide_table")
+    for system in ("Use <tools>", f"Use {BARE}", f"Use <tools> {longer} </tools>"):
         given = [{"role": "system", "content": system}, *turns[1:]]
         assert parsed({"messages": given, "tools": TOOLS}).tools == TOOLS
 
