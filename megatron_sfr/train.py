@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ WARNING = "megatron-sfr train: warning:"
 
 def main(argv: Sequence[str]) -> None:
     """Runs a training. Raises ValueError for what the user can correct."""
+    started = time.time()
     from megatron_sfr.runtime import backend
 
     backend.prepare(argv)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     save = Path(str(settings.recipe["save"])) if settings.recipe.get("save") else None
     first = int(os.environ.get("RANK", "0")) == 0
     lock = hold(save, inside=True, wait=LOCK_WAIT_S) if first and save else nullcontext()
-    with lock, recording(save, first=first):
+    with lock, recording(save, first=first, started=started):
         _train(settings, first)
 
 

@@ -80,14 +80,15 @@ def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None
 
 
 @contextmanager
-def recording(save: Path | None, *, first: bool) -> Iterator[None]:
+def recording(save: Path | None, *, first: bool, started: float) -> Iterator[None]:
     """Adds the exception that ends the block to SAVE/failures.jsonl, as one line, if the run has begun there.
 
-    first: whether this is the rank that holds the run's lock. It removes the file when it starts, and when the run ends
-    or is stopped, so that the file has the failures of the last start.
+    The file has the failures since the run was last started. first: whether this is the rank that holds the run's lock.
+    It removes the file of an earlier start, and its own when the run ends or is stopped. started: when this rank
+    started, by time.time(). Another one may have failed since then.
     """
     record = save / _RECORD if save is not None else None
-    if first and record is not None:
+    if first and record is not None and record.exists() and record.stat().st_mtime < started:
         record.unlink(missing_ok=True)
     try:
         yield

@@ -82,7 +82,7 @@ def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
 
 def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
     for why in ("Connection closed by peer [::1]", "out of memory", "of another"):  # what explains the rest
-        with suppress(RuntimeError), recording(run, first=False):
+        with suppress(RuntimeError), recording(run, first=False, started=0.0):
             raise RuntimeError(why)
     found = read_status(run, time.time())
     assert found.state == "failed"
@@ -99,19 +99,32 @@ def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
 
 @pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt(), None])
 def test_a_run_that_is_stopped_after_a_failure_is_stopped(run: Path, end: BaseException | None) -> None:
-    with suppress(RuntimeError), recording(run, first=False):
+    with suppress(RuntimeError), recording(run, first=False, started=0.0):
         raise RuntimeError("of the last start")
-    with suppress(SystemExit, KeyboardInterrupt), recording(run, first=True):
-        with suppress(RuntimeError), recording(run, first=False):
+    with suppress(SystemExit, KeyboardInterrupt), recording(run, first=True, started=time.time()):
+        with suppress(RuntimeError), recording(run, first=False, started=0.0):
             raise RuntimeError("of a rank that was refused")
         if end is not None:
             raise end
     assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
 
 
+def test_the_first_rank_keeps_what_another_one_recorded_since_it_started(run: Path) -> None:
+    with suppress(RuntimeError), recording(run, first=False, started=0.0):
+        raise RuntimeError("no GPU")
+    for started, kept in ((time.time() - 60, True), (time.time() + 60, False)):
+        with suppress(RuntimeError), recording(run, first=True, started=started):
+            raise RuntimeError("stopped by the agent")
+        assert ("no GPU" in (read_status(run, time.time()).error or "")) is kept
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     new = tmp_path / "new"
-    with pytest.raises(ValueError, match="no data"), hold(new, inside=True), recording(new, first=True):
+    with (
+        pytest.raises(ValueError, match="no data"),
+        hold(new, inside=True),
+        recording(new, first=True, started=time.time()),
+    ):
         raise ValueError("no data")
     assert not new.exists()
 
