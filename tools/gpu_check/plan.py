@@ -32,6 +32,8 @@ class Machine:
     dry_run: bool
     why_not_cuda: str = ""
     why_not_engine: str = ""
+    encoder: str = "minilm"
+    """Of the targets: a sentence-transformers folder or name."""
 
     def train(self, name: str, *flags: str, engine: bool = True, save: str | None = None, limit_s: float = 120) -> Step:
         """A training of six steps. engine: with Transformer Engine; in a dry run everything is local and on the CPU."""
@@ -116,7 +118,7 @@ def plan(machine: Machine) -> list[Step | Comparison]:
             "doctor", (*PYTHON, "megatron_sfr.cli", "doctor", "--deep", "--folder", str(machine.folder)), 120, lines=20
         ),
         Step("tests_gpu", pytest, 300, lines=3, why_not=machine.rest()),
-        Step("data", (*PYTHON, "tools.gpu_check.data", str(machine.folder / "data")), 240),
+        Step("data", (*PYTHON, "tools.gpu_check.data", str(machine.folder / "data"), machine.encoder), 240),
         *trainings(machine),
         *benchmarks(machine),
     ]
