@@ -179,13 +179,15 @@ def test_training_on_cpu_imports_no_cuda_package_with_megatron(packages: dict[st
 
 
 @pytest.mark.parametrize(("flags", "hidden"), [(("--sfr-backend", "cpu"), True), (("--sfr-backend", "cuda"), False)])
-def test_the_backend_of_the_flags_hides_cuda_packages(
+def test_the_backend_of_the_flags_hides_cuda(
     flags: tuple[str, ...], hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in HIDDEN_PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     backend.prepare(flags)
     assert [name in sys.modules for name in HIDDEN_PACKAGES] == [hidden] * len(HIDDEN_PACKAGES)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
 
 
 def test_torch_s_adam_is_repaired_on_cuda_too() -> None:
