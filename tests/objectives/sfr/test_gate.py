@@ -1,11 +1,8 @@
 """The gradient gate: its two modes, its baselines in bins of t, and why a single bin reacts to the drawn times."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sfr.objectives.sfr.gate import GateOptions, decide, sums_by_time
 from tests.objectives.closed_forms import gaussian_loss
@@ -18,26 +15,6 @@ def dynamic(**changes: object) -> GateOptions:
 def sums(errors: list[float], weights: list[float]) -> Tensor:
     e, w = torch.tensor(errors), torch.tensor(weights)
     return torch.stack([w * e, w])
-
-
-class _Names(TorchDispatchMode):
-    """Collects the names of the operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_gate_is_reproducible_on_cuda() -> None:
-    """CUDA adds by atomic operations, in another order in each run, in these."""
-    with _Names() as names:
-        sums_by_time(torch.rand(2, 3, 4), torch.ones(()), torch.rand(2, 3, 4), 8)
-    assert names.found
-    assert not names.found & {"index_add", "index_add_", "scatter_add", "scatter_add_", "bincount", "histc"}
 
 
 def test_sums_by_time_equal_a_loop() -> None:
