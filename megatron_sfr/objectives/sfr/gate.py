@@ -15,7 +15,13 @@ from megatron_sfr.option_names import named
 @named("sfr_gate_", kind="sfr_gate")
 @dataclass(frozen=True)
 class GateOptions:
-    """When the gate keeps the auxiliary loss's gradient from the backbone."""
+    """When the gate keeps the auxiliary loss's gradient from the backbone.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.GateOptions(kind="static", threshold=0.2).bins
+        8
+    """
 
     kind: Literal["none", "static", "dynamic"] = "none"
     """Whether a low SFR loss closes the gate for the next step, so that only the head learns. 'none' (default): never.
