@@ -80,7 +80,9 @@ def to_flags(recipe: dict[str, Any], parser: OptionParser) -> list[str]:
                 kind = {bool: "true or false", date: "a date", datetime: "a date"}.get(type(wrong[0]))
                 quote = f", in quotes where YAML takes it for {kind}" if kind else ""
                 raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
-            flags += [flag or action.option_strings[0], *(str(v) for v in values)]
+            name, texts = flag or action.option_strings[0], [str(v) for v in values]
+            dashed = action.nargs is None and texts[0].startswith("-")  # argparse would take it for an option
+            flags += [f"{name}={texts[0]}"] if dashed else [name, *texts]
     return flags
 
 
