@@ -278,6 +278,7 @@ def test_biases_of_q_k_and_v(architecture, bias, expected):
         (MISTRAL, {"sliding_window": 0}, "sliding_window: 0"),
         (MOE, {"mlp_only_layers": [1]}, "layers without experts"),
         (MOE, {"decoder_sparse_step": 2}, "layers without experts"),
+        (MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok: 1: its weight is always 1"),
         (MOE, {"moe_intermediate_size": None}, "config.json has no 'moe_intermediate_size'"),
         (MISTRAL, {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ],
