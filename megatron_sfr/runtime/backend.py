@@ -260,14 +260,11 @@ def _refuse(refusals: Sequence[Refusal], args: Any, why: str) -> None:
 
 
 def adapt_config(backend: Literal["cpu", "cuda"], config: Any) -> None:
-    """Changes settings of a model's config that no flag reaches; its `transformer` is Megatron's config.
+    """Changes a setting of a model's config that no flag reaches; its `transformer` is Megatron's config.
 
-    On CPU gloo's asynchronous sends read a stage's output after upstream would have freed it. On CUDA without Apex's
-    extension the output layer cannot fuse gradient accumulation; Transformer Engine's layers still do, by their own
-    kernels (model/gradient_fusion.py).
+    On CUDA without Apex's extension the output layer cannot fuse gradient accumulation; Transformer Engine's layers
+    still do, by their own kernels (model/gradient_fusion.py).
     """
-    if backend == "cpu":
-        config.transformer.deallocate_pipeline_outputs = False
-    elif config.transformer.gradient_accumulation_fusion and not is_importable(GRADIENT_KERNEL):
+    if backend == "cuda" and config.transformer.gradient_accumulation_fusion and not is_importable(GRADIENT_KERNEL):
         config.transformer.gradient_accumulation_fusion = False
         config.fuses_layers = True

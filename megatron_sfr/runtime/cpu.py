@@ -105,6 +105,16 @@ def _state_without_step(set_states: Any) -> Any:
     return without_step
 
 
+@wrapper
+def _freed_after_backward(free: Any) -> Any:
+    def keep(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        if isinstance(out, torch.Tensor) and out.grad_fn is not None:
+            out.grad_fn.metadata["data"] = out.data  # lives as long as the graph
+        free(out, deallocate_pipeline_outputs)
+
+    return keep
+
+
 @functools.lru_cache(maxsize=32)
 def _causal_mask(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -204,14 +214,15 @@ TORCH_ADAM = (
 MEGATRON = (
     Replacement(RANDOM, "_get_cuda_rng_state", _rng_state, "reads the CUDA generator itself"),
     Replacement(RANDOM, "_set_cuda_rng_state", _set_rng_state, "writes the CUDA generator itself"),
-    Replacement(
-        TRAINING,
-        "initialize_megatron",
-        _no_cuda_needed,
-        "asserts CUDA unless allow_no_cuda is passed",
-        ("allow_no_cuda",),
-    ),
+    Replacement(TRAINING, "initialize_megatron", _no_cuda_needed, "asserts CUDA by default", ("allow_no_cuda",)),
     Replacement(TRAINING, "set_jit_fusion_options", _nothing, "warms up compiled kernels that are disabled on CPU"),
+    Replacement(
+        "megatron.core.pipeline_parallel.schedules",
+        "deallocate_output_tensor",
+        _freed_after_backward,
+        "frees the memory of a stage's output, which gloo's asynchronous sends still read",
+        ("out", "deallocate_pipeline_outputs"),
+    ),
     Replacement(
         "megatron.core.fusions.fused_softmax",
         "get_default_causal_mask",

@@ -48,6 +48,22 @@ def test_the_mask_of_a_window_is_upstreams(window: tuple[int, int]) -> None:
     assert torch.equal(cpu._window_mask(7, 7, window), wanted)
 
 
+def test_the_memory_of_an_output_lives_until_its_backward_pass() -> None:
+    """As on CUDA upstream replaces the output by one number; gloo's sends still read what it was."""
+    from megatron.core.pipeline_parallel import schedules
+
+    free = cpu._freed_after_backward(schedules.deallocate_output_tensor)
+    x = torch.ones(3, requires_grad=True)
+    out = x * 2
+    free(out, True)
+    assert out.shape == (1,)
+    assert out.grad_fn.metadata["data"].tolist() == [2, 2, 2]
+    schedules.custom_backward(out, torch.ones(3))
+    assert x.grad.tolist() == [2, 2, 2]
+    with pytest.raises(AssertionError, match="view"):  # our losses must not be views either
+        free((x * 2).view(3, 1), True)
+
+
 def test_changes_and_refusals_name_arguments_that_exist() -> None:
     from megatron_sfr.config.settings import Parser
 
