@@ -70,9 +70,9 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
     for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "context_parallel_size", "split"):
-        parser.add_argument(f"--{name.replace('_', '-')}")
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}")
     for name in ("train_data_path", "data_path"):
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs="*")
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="*")
     given = vars(parser.parse_known_args(flags)[0])
     keys: dict[str, Any] = {}
     for path in recipes:  # later ones take precedence

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_sfr.config.flags.option_parser import OptionParser, stored_parser, to_flags
-from megatron_sfr.storage.user_files import cut, loading, with_path
+from megatron_sfr.storage.user_files import cut, loading, shown, with_path
 
 INT = "tag:yaml.org,2002:int"
 
@@ -37,14 +37,15 @@ def hyphenated(key: str) -> str:
 
 
 def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dict[str, Any]:
-    """The options of a recipe, their names hyphenated, and ~/ at the start of a value expanded.
+    """The options of a recipe, their names hyphenated, and ~/ or $NAME/ at the start of a value expanded.
 
     Args:
         path: a YAML file.
         option_of: names the option that a key sets; ValueError for an unknown key. By default the key itself.
 
     Raises:
-        ValueError: the file is missing, is not a flat YAML mapping, or sets one option twice.
+        ValueError: the file is missing, is not a flat YAML mapping, sets one option twice, or names a variable of the
+            environment that is not set.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe")
@@ -63,14 +64,19 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
         raise ValueError(f"{path}: not YAML: {cut(str(error), 240)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply; recipes are flat") from error
-    return {hyphenated(str(key)): _at_home(value) for key, value in recipe.items()}
+    with naming([path]):
+        return {hyphenated(str(key)): _expanded(value) for key, value in recipe.items()}
 
 
-def _at_home(value: Any) -> Any:
-    """A value in which a leading ~/ is the home folder, as a shell reads it on the command line."""
+def _expanded(value: Any) -> Any:
+    """A value in which a leading ~/ or $NAME/ is a folder, as a shell reads it on the command line."""
     if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+        return [_expanded(item) for item in value]
+    if not isinstance(value, str) or not value.startswith(("~/", "$")):
+        return value
+    if os.path.expandvars(value).startswith("$"):
+        raise ValueError(f"{shown(value)}: this variable of the environment is not set; set it, or write the path")
+    return os.path.expanduser(os.path.expandvars(value))
 
 
 def _check_keys(path: Path, mapping: yaml.MappingNode, option_of: Callable[[str], str]) -> None:
@@ -128,6 +134,7 @@ def check_recipes(recipes: Sequence[Path], flags: Sequence[str]) -> None:
     if losses or parser is None:
         return
     recipe = read_recipes(recipes, parser)
+    parser.read(flags := parser.spelled(flags))  # a wrong flag is not the recipes' fault
     with naming(recipes):
         parser.read([*to_flags(recipe, parser), *flags])
 

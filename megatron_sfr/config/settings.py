@@ -168,13 +168,14 @@ def merge(recipes: Sequence[Path], flags: Sequence[str]) -> tuple[dict[str, Any]
     """Several recipes as one, and all flags of a run: of defaults, a preset, each recipe in turn, the command line.
 
     Raises:
-        ValueError: an option is unknown or has a wrong value. The message names the recipes.
+        ValueError: an option is unknown or has a wrong value. The message names the recipes, unless it is a flag's.
     """
     for path, name in dotted_losses(recipes, flags):  # the parser has their options once they are imported
         with naming([path] if path else []):
             find_loss(name)
     parser = flag_parser()
     recipe = read_recipes(recipes, parser)
+    parser.read(flags := parser.spelled(flags))  # a wrong flag is not the recipes' fault
     with naming(recipes):
         args = parser.read([*to_flags(DEFAULTS | recipe, parser), *flags])
         merged = [*to_flags(DEFAULTS | PRESETS.get(args.sfr_preset, {}) | recipe, parser), *flags]

@@ -44,7 +44,7 @@ def prepare(argv: Sequence[str]) -> None:
     rest.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--sfr-backend")
+    parser.add_argument("--sfr-backend", "--sfr_backend")
     parser.add_argument("--recipe", type=Path, action="append", default=[])
     given = parser.parse_known_args(list(argv))[0]
     name = given.sfr_backend

@@ -31,6 +31,45 @@ def test_a_path_below_home_is_what_a_shell_makes_of_it(tmp_path: Path, monkeypat
     assert recipe["train_data_path"] == ["0.5", "/home/me/a", "0.5", "b~/c"]
 
 
+def test_a_variable_of_the_environment_is_what_a_shell_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word, $SCRATCH/run would be a folder of this name in the current one."""
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    recipe = read_settings(write(tmp_path, save="$SCRATCH/run", train_data_path=["${SCRATCH}/a", "b$SCRATCH"])).recipe
+    assert recipe["save"] == "/scratch/run"
+    assert recipe["train_data_path"] == ["/scratch/a", "b$SCRATCH"]
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(ValueError, match=r"recipe.yaml: '\$SCRATCH/run': this variable of the environment is not set"):
+        read_settings(write(tmp_path, save="$SCRATCH/run"))
+
+
+def test_flags_may_be_spelled_as_recipes_spell_them(tmp_path: Path) -> None:
+    flags = ["--global_batch_size", "8", "--sfr_warmup=detached", "--override_opt_param_scheduler", "--sfr"]
+    recipe = read_settings([*write(tmp_path), *flags]).recipe
+    assert (recipe["global_batch_size"], recipe["sfr_warmup"]) == (8, "detached")
+    assert recipe["override_opt_param_scheduler"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning-rate", "1"], r"^unknown flag --learning-rate; did you mean --lr\?$"),
+        (["--tp=2"], r"^unknown flag --tp; did you mean --tensor-model-parallel-size\?$"),
+        (["--no-sfr"], r"^unknown flag --no-sfr: to turn sfr off, set `sfr: false` in a later recipe$"),
+        (["--sfr", "true"], r"^'true' belongs to no flag: give options as --name value; a switch takes no value$"),
+        (["--sfr=yes"], r"^argument --sfr: a switch takes no value, and this one has 'yes'$"),
+        (["lr=1e-4"], r"^'lr' belongs to no flag: give options as --name value"),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_what_to_write_and_without_the_recipe(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 7\n")
+    with pytest.raises(ValueError, match=message):
+        check_recipes([tmp_path / "recipe.yaml"], flags)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -96,11 +96,12 @@ WRONG = {
 def test_the_quick_check_says_what_the_parser_says(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"recipe\.yaml") as quick:
+    with pytest.raises(ValueError, match=r".") as quick:
         check_recipes([recipe], WRONG[text])
-    with pytest.raises(ValueError, match=r"recipe\.yaml") as complete:
+    with pytest.raises(ValueError, match=r".") as complete:
         read_settings(["--recipe", str(recipe), *WRONG[text]])
     assert str(quick.value) == str(complete.value)
+    assert ("recipe.yaml" in str(quick.value)) == (not WRONG[text])  # a wrong flag is not the recipe's fault
 
 
 def test_a_loss_by_its_path_brings_options_that_are_checked_later(tmp_path: Path) -> None:

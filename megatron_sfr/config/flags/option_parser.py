@@ -22,6 +22,21 @@ STORED = Path(__file__).with_name("options.json")
 ENGINE = "megatron-core"
 """The distribution whose version the copy belongs to."""
 _TYPES: dict[str, type] = {"int": int, "float": float}
+NAMES_ELSEWHERE = {
+    "batch-size": "micro-batch-size",
+    "cp": "context-parallel-size",
+    "epochs": "train-epochs",
+    "ep": "expert-model-parallel-size",
+    "learning-rate": "lr",
+    "max-steps": "train-iters",
+    "num-train-epochs": "train-epochs",
+    "output-dir": "save",
+    "per-device-train-batch-size": "micro-batch-size",
+    "pp": "pipeline-model-parallel-size",
+    "tp": "tensor-model-parallel-size",
+    "warmup-steps": "lr-warmup-iters",
+}
+"""What other trainers call Megatron's options."""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -31,15 +46,34 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(prog="megatron_sfr.train", allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "a switch takes no value, and this one has")
         raise ValueError(LONG_VALUE.sub(lambda found: f"{cut(found[0], 79)}'", message))
 
     def read(self, flags: Sequence[str]) -> argparse.Namespace:
         """Parses flags. ValueError for the first unknown flag."""
         args, unknown = self.parse_known_args(list(flags))
         if unknown:
-            wrong = unknown[0].split("=")[0]
-            raise ValueError(f"unknown flag {wrong}{nearest(wrong, self._option_string_actions)}")
+            raise ValueError(self._unknown(unknown[0].split("=")[0]))
         return args
+
+    def spelled(self, flags: Sequence[str]) -> list[str]:
+        """Flags in Megatron's spelling: --num_layers means --num-layers, as in a recipe."""
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        return [self._spelled(flag, known) if flag.startswith("--") else flag for flag in flags]
+
+    def _spelled(self, flag: str, known: dict[str, str]) -> str:
+        name, equals, value = flag.partition("=")
+        return known.get(name.replace("_", "-"), name) + equals + value
+
+    def _unknown(self, wrong: str) -> str:
+        """The message for a word that belongs to no flag."""
+        if not wrong.startswith("-"):
+            return f"{shown(wrong)} belongs to no flag: give options as --name value; a switch takes no value"
+        on = self._option_string_actions.get(f"--{wrong.removeprefix('--no-')}")
+        if wrong.startswith("--no-") and on is not None and on.nargs == 0:
+            key = wrong.removeprefix("--no-").replace("-", "_")
+            return f"unknown flag {wrong}: to turn {key} off, set `{key}: false` in a later recipe"
+        return f"unknown flag {wrong}{nearest(wrong, self._option_string_actions)}"
 
     def named(self, key: str) -> tuple[argparse.Action, str | None]:
         """The action that a recipe key means and, where the key is itself a flag's name, that flag."""
@@ -55,7 +89,11 @@ class OptionParser(argparse.ArgumentParser):
 
 def nearest(wrong: str, names: Iterable[str]) -> str:
     """'; did you mean X?', or an empty string if no name is similar."""
-    close = difflib.get_close_matches(wrong, list(names), n=1)
+    names, name = list(names), wrong.removeprefix("--").replace("_", "-")
+    if (here := NAMES_ELSEWHERE.get(name)) is not None:
+        close = ["--" + here if wrong.startswith("--") else here.replace("-", "_")]
+    else:
+        close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
