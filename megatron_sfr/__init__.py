@@ -17,6 +17,7 @@ __all__ = [
     "TOFU",
     "ClosedFormLoss",
     "CrossEntropy",
+    "DocumentOptions",
     "EmbedOptions",
     "EvaluationOptions",
     "FlowHead",
@@ -26,6 +27,7 @@ __all__ = [
     "LogitStatistics",
     "LossAndCoefficients",
     "PrepareOptions",
+    "Prompt",
     "Reference",
     "SFROptions",
     "SampleOptions",
@@ -34,6 +36,7 @@ __all__ = [
     "StatisticsSpec",
     "StepContext",
     "TargetOptions",
+    "TargetStore",
     "TemplateOptions",
     "TermOptions",
     "TokenLoss",
@@ -59,13 +62,16 @@ __all__ = [
 _MODULES = {
     "data.chat.template_options": ["SampleOptions", "TemplateOptions"],
     "data.prepare.chat_source": ["PrepareOptions"],
+    "data.prepare.document_source": ["DocumentOptions"],
     "data.prepare.pipeline": ["prepare"],
     "data.prepared.open": ["open_prepared"],
     "data.targets.embed": ["EmbedOptions", "embed"],
+    "data.targets.store": ["TargetStore"],
     "evaluation.compare.questions": ["EvaluationOptions"],
     "evaluation.compare.evaluate_models": ["evaluate"],
     "evaluation.compare.evaluate_replies": ["evaluate_replies"],
     "evaluation.generate.generate_replies": ["generate"],
+    "evaluation.generate.prompts": ["Prompt"],
     "evaluation.generate.sampling": ["SamplingOptions"],
     "hf.export_hf": ["export_hf"],
     "hf.head_files": ["load_head"],
@@ -98,13 +104,16 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items()
 if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.data.chat.template_options import SampleOptions, TemplateOptions
     from megatron_sfr.data.prepare.chat_source import PrepareOptions
+    from megatron_sfr.data.prepare.document_source import DocumentOptions
     from megatron_sfr.data.prepare.pipeline import prepare
     from megatron_sfr.data.prepared.open import open_prepared
     from megatron_sfr.data.targets.embed import EmbedOptions, embed
+    from megatron_sfr.data.targets.store import TargetStore
     from megatron_sfr.evaluation.compare.evaluate_models import evaluate
     from megatron_sfr.evaluation.compare.evaluate_replies import evaluate_replies
     from megatron_sfr.evaluation.compare.questions import EvaluationOptions
     from megatron_sfr.evaluation.generate.generate_replies import generate
+    from megatron_sfr.evaluation.generate.prompts import Prompt
     from megatron_sfr.evaluation.generate.sampling import SamplingOptions
     from megatron_sfr.hf.export_hf import export_hf
     from megatron_sfr.hf.head_files import load_head

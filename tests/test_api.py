@@ -121,3 +121,18 @@ def test_the_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert example is not None, f"{name} has no docstring"
         assert example.examples, f"{name} has no example"
         assert runner.run(example).failed == 0, f"the example of {name} fails"
+
+
+def test_one_input_needs_no_list(folder: Path) -> None:
+    """Python takes a text for a sequence of letters, each of them an input."""
+    options = sfr.PrepareOptions(seq_length=256)
+    assert (
+        sfr.prepare(str(folder / "chats.jsonl"), folder / "one", folder / "model", options, progress=False).samples
+        == 18
+    )
+    assert len(sfr.generate(folder / "model", "How was your day?", max_new_tokens=2)) == 1
+
+
+def test_an_encoder_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^the encoder is a function: give a folder of sentence-transformers, a name"):
+        sfr.embed(folder, lambda texts: texts, sfr.EmbedOptions())  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from megatron.bridge.training.config import ConfigContainer, DatasetBuildContext
 from megatron.bridge.training.pretrain import pretrain
 
 import megatron_sfr as sfr
-from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan
 from megatron_sfr.training.data.conversation_dataset import PreparedDatasetConfig
 from megatron_sfr.training.data.provider import build
@@ -35,7 +34,7 @@ def finetune_with_sfr(config: ConfigContainer, folder: Path, vocab_size: int, op
     model = config.model
     config.dataset = Conversations(folder=str(folder), seq_length=model.seq_length)
     getattr(model, "transformer", model).calculate_per_token_loss = True
-    dim = TargetStore.open(folder / "targets", sfr.open_prepared(folder)).dim
+    dim = sfr.TargetStore.open(folder / "targets", sfr.open_prepared(folder)).dim
     schedule = sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100)
     hook = sfr.attach_head(sfr.flow_head_plan(dim, options, schedule))
     if hasattr(model, "register_pre_wrap_hook"):  # a provider

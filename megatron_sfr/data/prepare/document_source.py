@@ -35,7 +35,13 @@ INDEX = f"{CORPUS}.idx"
 
 @dataclass(frozen=True)
 class DocumentOptions:
-    """How documents are read and cut into segments. Lengths count tokens, horizons units of the segmenter."""
+    """How documents are read and cut into segments. Lengths count tokens, horizons units of the segmenter.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.DocumentOptions(segmenter="statement", horizons=((1, 1),)).text_key
+        'text'
+    """
 
     stride: int = 32
     """Distance of the anchors in a document."""

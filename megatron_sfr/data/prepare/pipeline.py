@@ -100,7 +100,7 @@ class Options[M: PreparedFolder](Protocol):
 
 
 def prepare[M: PreparedFolder](
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     tokenizer: str | Path,
     options: Options[M],
@@ -114,7 +114,7 @@ def prepare[M: PreparedFolder](
 
     Args:
         inputs: files of records, folders of them, names of datasets on the hub, or the prefix of an indexed corpus
-            (.bin and .idx).
+            (.bin and .idx): one or several.
         output: the folder. Target stores in it stay, and are checked when they are opened.
         tokenizer: folder or name of the model's tokenizer.
         options: `PrepareOptions` for conversations, `DocumentOptions` for texts and indexed corpora.
@@ -134,7 +134,8 @@ def prepare[M: PreparedFolder](
         18
     """
     output, say = Path(output), (print if progress else lambda line: None)
-    source = options.source([Path(path) for path in inputs])
+    paths = [inputs] if isinstance(inputs, str | Path) else inputs
+    source = options.source([Path(path) for path in paths])
     if workers < 1:
         raise ValueError(f"{workers} workers; give at least 1")
     check_output(output)

@@ -47,7 +47,7 @@ class EmbedOptions(EncoderOptions):
 
 def embed(
     prepared: str | Path,
-    encoder: str,
+    encoder: str | Path,
     options: EmbedOptions,
     *,
     output: str | Path | None = None,
@@ -81,7 +81,12 @@ def embed(
         >>> manifest.dim
         384
     """
-    data = open_prepared(prepared)
+    if not isinstance(encoder, str | Path):
+        raise ValueError(
+            f"the encoder is a {type(encoder).__name__}: give a folder of sentence-transformers, a name on the hub, or "
+            "minilm"
+        )
+    encoder, data = str(encoder), open_prepared(prepared)
     folder = Path(output) if output is not None else data.folder / DEFAULT
     say: Say = print if progress else lambda line: None
     devices = (options.devices or (options.device,)) * options.workers

@@ -79,7 +79,16 @@ def differences(old: EncoderIdentity, new: EncoderIdentity) -> list[str]:
 
 
 class TargetStore:
-    """Embeddings by segment. `open` checks the manifest and sizes, every read its embeddings, `verify` all bytes."""
+    """Embeddings by segment. `open` checks the manifest and sizes, every read its embeddings, `verify` all bytes.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> data = sfr.open_prepared("prepared")
+        >>> store = sfr.TargetStore.open("prepared/targets", data)
+        >>> vectors = store[data[0].anchors.segment]  # those of a sample's anchors: fp16 [A, D]
+        >>> vectors.shape == (len(data[0].anchors.segment), store.dim)
+        True
+    """
 
     def __init__(self, folder: Path, prepared: HasSegments, manifest: TargetManifest) -> None:
         self.folder = folder
@@ -94,7 +103,7 @@ class TargetStore:
             self._statistics.flags.writeable = False
 
     @classmethod
-    def open(cls, folder: Path, prepared: HasSegments, *, partial: bool = False) -> TargetStore:
+    def open(cls, folder: str | Path, prepared: HasSegments, *, partial: bool = False) -> TargetStore:
         """Opens a store.
 
         Args:

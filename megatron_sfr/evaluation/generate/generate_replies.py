@@ -12,7 +12,7 @@ from megatron_sfr.evaluation.generate.transformers_engine import load_model, sam
 
 def generate(
     model: str | Path,
-    prompts: Sequence[str | Prompt],
+    prompts: str | Sequence[str | Prompt],
     *,
     persona: str | None = None,
     samples: int = 1,
@@ -32,7 +32,7 @@ def generate(
 
     Args:
         model: a folder such as `export_hf` writes. None of its code is run.
-        prompts: user turns, or `Prompt`s of several turns.
+        prompts: user turns, or `Prompt`s of several turns; or one user turn.
         persona: who answers the prompts that are text; it becomes the system turn.
         samples: replies to each prompt.
         temperature: 0 takes the most likely token.
@@ -58,6 +58,7 @@ def generate(
         (1, 2)
     """
     place = template.persona_as
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     asked = [ask(prompt, persona, place) if isinstance(prompt, str) else prompt for prompt in prompts]
     options = SamplingOptions(samples, temperature, top_k, top_p, max_new_tokens, seed, batch_size, template)
     loaded = load_model(Path(model).name, Path(model), device=device, dtype=dtype)

@@ -28,11 +28,18 @@ NO_TOOLS = "tools are not sampled; leave this record out"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt for one persona: the turns before the reply, including the persona's system turn."""
+    """A prompt for one persona: the turns before the reply, including the persona's system turn.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.Prompt((("system", "You are a poet."), ("user", "How was your day?")), persona="poet").question
+        'How was your day?'
+    """
 
     messages: tuple[tuple[str, ...], ...]
     """(role, content), or (role, content, reasoning) of a reply that has reasoning beside its content."""
     persona: str | None = None
+    """Who answers. It is a key of the random numbers; the turns have to name it themselves."""
 
     @property
     def shared(self) -> str:
