@@ -29,7 +29,7 @@ def test_options_are_built_from_arguments_and_become_arguments_again() -> None:
     assert required(Options) == {"x_limit": "measure it"}
 
 
-def test_a_value_that_is_no_choice_is_refused() -> None:
+def test_a_value_other_than_the_choices_is_refused() -> None:
     """Python accepts any value for a field of type Literal."""
 
     @named("y_")

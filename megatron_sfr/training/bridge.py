@@ -177,7 +177,7 @@ def check_batch(
 
 
 def check_labels(labels: torch.Tensor, loss_mask: torch.Tensor, vocab_size: int) -> None:
-    """ValueError for a supervised label that is no token, such as -100."""
+    """ValueError for a supervised label outside the vocabulary, such as -100."""
     wrong = labels[(loss_mask > 0) & ((labels < 0) | (labels >= vocab_size))]
     if len(wrong):
         raise ValueError(
