@@ -109,7 +109,7 @@ def _state_without_step(set_states: Any) -> Any:
 def _freed_after_backward(free: Any) -> Any:
     def keep(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
         if isinstance(out, torch.Tensor) and out.grad_fn is not None:
-            out.grad_fn.metadata["data"] = out.data  # lives as long as the graph
+            out.grad_fn.metadata["data"] = out.data  # type: ignore[index]  # lives as long as the graph
         free(out, deallocate_pipeline_outputs)
 
     return keep
