@@ -25,9 +25,7 @@ LENGTH = 200
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_have_the_positions_of_transformer_engine(ranks: int) -> None:
-    pytest.importorskip(
-        "transformer_engine.pytorch"
-    )  # which loads its extension: a wheel has it in a folder of its own
+    pytest.importorskip("transformer_engine.pytorch")  # which loads its extension: a wheel has it in a separate folder
     import transformer_engine_torch as tex
 
     bounds = torch.tensor([0, *TEXTS]).cumsum(0).to(torch.int32)
