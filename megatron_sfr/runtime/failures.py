@@ -85,9 +85,9 @@ def recording(save: Path | None, *, first: bool, started: float) -> Iterator[Non
     """Adds the exception that ends the block to SAVE/failures.jsonl, as one line, if the run has begun there.
 
     The file has the failures since the run was last started. first: whether this is the rank that holds the run's lock.
-    It removes those of an earlier start. When the run finishes or is stopped, it replaces the file by a line that says
-    so, because other ranks may fail while they end. started: when this rank started, by time.time(). Another one may
-    have failed since then.
+    It removes those of an earlier start. When the run finishes or is stopped, it replaces the file by a line that
+    reports it, because other ranks may fail while they end. started: when this rank started, by time.time(). Another
+    one may have failed since then.
     """
     record = save / _RECORD if save is not None else None
     if first and record is not None and record.exists():
