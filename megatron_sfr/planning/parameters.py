@@ -14,6 +14,7 @@ UNKNOWN: dict[str, Any] = {  # argument: the only value that is counted
     "multi_latent_attention": False,
     "experimental_attention_variant": None,
     "mtp_num_layers": None,
+    "model_class": "gpt",
     "hybrid_layer_pattern": None,
     "moe_latent_size": None,
     "pipeline_model_parallel_layout": None,

@@ -25,6 +25,7 @@ _ENDS = {
     signal.SIGBUS: "a full /dev/shm is the usual reason",
     signal.SIGABRT: "a library aborted; its last lines in the log explain why",
 }
+_EARLY = "its last lines in the output say why, or it was killed, as when memory runs out (see the kernel's log: dmesg)"
 _RANK, _KIND = r"(?:\[rank\d+\]: )?", r"(?:\w+\.)*\w*(?:Error|Exception)"
 _RAISED = rf"^{_RANK}({_KIND}\b: .*)$"
 _RAISED_BARE = rf"^{_RANK} +(\S.*)\n(?:{_RANK}[ ~^]+\n)?{_RANK}({_KIND})$"
@@ -84,12 +85,13 @@ def recording(save: Path | None, *, first: bool, started: float) -> Iterator[Non
     """Adds the exception that ends the block to SAVE/failures.jsonl, as one line, if the run has begun there.
 
     The file has the failures since the run was last started. first: whether this is the rank that holds the run's lock.
-    It removes the file of an earlier start, and its own when the run ends or is stopped. started: when this rank
-    started, by time.time(). Another one may have failed since then.
+    It removes those of an earlier start. When the run finishes or is stopped, it replaces the file by a line that
+    reports it, because other ranks may fail while they end. started: when this rank started, by time.time(). Another
+    one may have failed since then.
     """
     record = save / _RECORD if save is not None else None
-    if first and record is not None and record.exists() and record.stat().st_mtime < started:
-        record.unlink(missing_ok=True)
+    if first and record is not None and record.exists():
+        record.write_bytes(b"".join(line for line in _lines(record) if _time(line) >= started))
     try:
         yield
     except BaseException as error:
@@ -98,8 +100,8 @@ def recording(save: Path | None, *, first: bool, started: float) -> Iterator[Non
                 _record(record, error)
         raise
     finally:
-        if first and record is not None and _is_end(sys.exception()):
-            record.unlink(missing_ok=True)
+        if first and record is not None and record.parent.is_dir() and _is_end(sys.exception()):
+            record.write_text(json.dumps({"time": time.time(), "ended": True}) + "\n")
 
 
 def _is_end(error: BaseException | None) -> bool:
@@ -117,13 +119,14 @@ def _record(file: Path, error: BaseException) -> None:
         failures.write(json.dumps(line) + "\n")
 
 
+def has_ended(save: Path) -> bool:
+    """Whether the first rank recorded that the run, as last started, finished or was stopped."""
+    return any(_object(line).get("ended") is True for line in _lines(save / _RECORD))
+
+
 def first_recorded(save: Path) -> tuple[str, float] | None:
     """The first failure that a rank recorded since the run was last started, in one line, and its time; else None."""
-    try:
-        lines = (save / _RECORD).read_bytes().splitlines()
-    except OSError:
-        return None
-    records = [record for line in lines if (record := _read(line)) is not None]
+    records = [record for line in _lines(save / _RECORD) if (record := _read(line)) is not None]
     if not records:
         return None
     # A rank that ends closes the connections of the others, who then say only that.
@@ -133,15 +136,32 @@ def first_recorded(save: Path) -> tuple[str, float] | None:
     return what, record["time"]
 
 
-def _read(line: bytes) -> dict[str, Any] | None:
-    """A line of _record; None for one that a kill cut short, or that a rank of another node overwrote, as on NFS."""
+def _lines(record: Path) -> list[bytes]:
+    try:
+        return record.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The object of a line; an empty one if a kill cut the line, or a rank of another node overwrote it, as on NFS."""
     try:
         record = parse_json(line)
     except ValueError:
-        return None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _time(line: bytes) -> float:
+    at = _object(line).get("time")
+    return at if isinstance(at, float) else 0.0
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """A line of _record; None for another one, or one that is damaged."""
+    record = _object(line)
     kinds = {"time": float, "rank": int, "host": str, "error": str}
-    is_whole = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
-    return record if is_whole else None
+    return record if all(type(record.get(name)) is kind for name, kind in kinds.items()) else None
 
 
 def _is_lost(error: str) -> bool:
@@ -151,11 +171,14 @@ def _is_lost(error: str) -> bool:
 
 @contextmanager
 def killed_workers(hint: str) -> Iterator[None]:
-    """For a block that waits for a process pool: ValueError, ending in the hint, where a process of it was killed."""
+    """For a block that waits for a process pool: ValueError, ending in the hint, where a process of it ended early.
+
+    The pool does not say how it ended: it was killed, or failed before its work, for example while it was started.
+    """
     try:
         yield
     except BrokenProcessPool as error:
-        raise ValueError(f"a process of this command was killed; {_ENDS[signal.SIGKILL]}: {hint}") from error
+        raise ValueError(f"a process of this command ended early; {_EARLY}: {hint}") from error
 
 
 def marked(log: Path, mark: str) -> list[str]:
@@ -185,9 +208,12 @@ def _not_finite(text: str) -> str | None:
 
 
 def _explained(line: str) -> str:
-    """Adds the usual reason to the message about a killed DataLoader worker."""
-    killed = "DataLoader worker" in line and ("signal: Killed" in line or line.rstrip().endswith("exited unexpectedly"))
-    return f"{line.rstrip().removesuffix('.')}; {_ENDS[signal.SIGKILL]}" if killed else line
+    """Adds the usual reason to the message about a DataLoader worker that was killed, or that ended early."""
+    line = line.rstrip()
+    if "DataLoader worker" not in line:
+        return line
+    killed, early = "signal: Killed" in line, line.endswith("exited unexpectedly")
+    return f"{line.removesuffix('.')}; {_ENDS[signal.SIGKILL] if killed else _EARLY}" if killed or early else line
 
 
 def _killed(text: str) -> str | None:

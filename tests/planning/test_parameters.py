@@ -30,8 +30,8 @@ def test_megatron_counts_the_same_parameters(recipe: str, processes: int) -> Non
 
 def test_layers_of_a_hybrid_model_are_not_counted() -> None:
     """Their number would be taken for GPTModel's, which are an attention and an MLP each."""
-    with pytest.raises(ValueError, match=r"hybrid_layer_pattern = \*-\*-: `megatron-sfr plan` does not count"):
-        check_known(Namespace(**UNKNOWN | {"hybrid_layer_pattern": "*-*-"}))
+    with pytest.raises(ValueError, match="model_class = hybrid: `megatron-sfr plan` does not count"):
+        check_known(Namespace(**UNKNOWN | {"model_class": "hybrid"}))
 
 
 def test_adapters_are_those_of_the_benchmark() -> None:

@@ -117,7 +117,7 @@ def test_any_other_exception_is_said_as_it_is() -> None:
             "ConnectionRefusedError: [Errno 111] Connection refused\n\n"
             "The above exception was the direct cause of the following exception:\n\n"
             "RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly\n",
-            "training failed: RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly; out of memory is the",
+            "training failed: RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly; its last lines in the",
         ),
         (BARE, "training failed: AssertionError: assert self.max_lr >= self.min_lr; see"),
         (BARE.replace("\n", "\n[rank1]: "), "training failed: AssertionError: assert self.max_lr >= self.min_lr; see"),
@@ -145,9 +145,9 @@ def test_of_a_large_log_the_end_is_read(tmp_path: Path) -> None:
     assert failure(path, MARK) == "no such file"
 
 
-def test_a_killed_process_of_a_pool_is_reported_in_one_line() -> None:
+def test_a_process_of_a_pool_that_ended_is_reported_in_one_line() -> None:
     with (
-        pytest.raises(ValueError, match=r"^a process of this command was killed; out of memory is .*: try less$"),
+        pytest.raises(ValueError, match=r"^a process of this command ended early; its last lines .*: try less$"),
         killed_workers("try less"),
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):

@@ -142,12 +142,15 @@ def _total(recipe: dict[str, Any]) -> int | None:
 def _error(folder: Path, last_record: float) -> str | None:
     """Why the run failed: by the newest log of `megatron-sfr train`, what a rank recorded, or the lock it left.
 
-    A log counts unless steps were logged, or a rank failed, after its end.
+    A log counts unless steps were logged, or a rank failed, after its end. None if the first rank recorded its end:
+    what fails later is a rank that was ending too.
     """
-    from megatron_sfr.runtime.failures import first_recorded, recorded_failure
+    from megatron_sfr.runtime.failures import first_recorded, has_ended, recorded_failure
     from megatron_sfr.storage.lock import killed_holder
     from megatron_sfr.train import ERROR
 
+    if has_ended(folder):
+        return None
     recorded, logs = first_recorded(folder), sorted((folder / "logs").glob("train-*.log"))
     newest = max(last_record, recorded[1] if recorded else 0.0)
     if logs and logs[-1].stat().st_mtime >= newest - 1 and (found := recorded_failure(logs[-1], ERROR)):

@@ -18,7 +18,17 @@ from typing import Any
 
 from megatron_sfr.data.chat.chat_template import REASONING
 from megatron_sfr.data.chat.tool_calls import Message, objects_of, tools_of
-from megatron_sfr.data.chat.turn_forms import EMPTY, TRAINED, calls_of, named_turns, plain_turns
+from megatron_sfr.data.chat.turn_forms import (
+    EMPTY,
+    TRAINED,
+    calls_of,
+    excludes,
+    gemini_turns,
+    is_texts,
+    known_form,
+    named_turns,
+    plain_turns,
+)
 from megatron_sfr.storage.jsonl import Record, RecordError, read_records
 from megatron_sfr.storage.user_files import parse_json, shown
 
@@ -45,6 +55,7 @@ RENAMED: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "response": "completion"},
     {"question": "prompt", "response": "completion"},  # OpenOrca
     {"input": "prompt", "output": "completion"},  # NeMo
+    {"input_text": "prompt", "output_text": "completion"},  # Vertex AI
     {"question": "prompt", "answer": "completion"},  # GSM8K
     {"query": "prompt", "answer": "completion"},  # CodeFeedback
     {"problem": "prompt", "generated_solution": "completion"},  # OpenMathReasoning
@@ -84,6 +95,10 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     if all(fields.get(name) is not None for name in XLAM):
         return fields | _xlam(fields)
+    if isinstance(fields.get("contents"), list):
+        return fields | {"messages": gemini_turns(fields)}
+    if "id" in fields and is_texts(fields.get("data")):  # UltraChat
+        return fields | {"conversations": fields["data"]}
     known = [names for names in RENAMED if all(fields.get(name) is not None for name in list(names)[:2])]
     written = [names for names in known if not _is_blank(fields[list(names)[:2][-1]])]
     replies = list(dict.fromkeys(list(names)[:2][-1] for names in written))
@@ -172,12 +187,12 @@ def _check_meaning(fields: dict[str, Any], form: str) -> None:
         )
     if form == "completion" and (name := next((name for name in BESIDE if fields.get(name) not in EMPTY), None)):
         raise RecordError(f"the record has {name} beside its question; write it in the question, or remove the field")
-    weight, train, loss = (fields.get(name) for name in ("weight", "train", "loss"))
-    marks = {"weight": weight not in (None, 1), "train": train == 0, "loss": loss is False}  # 0 is a loss too
-    if name := next((name for name, excludes in marks.items() if excludes), None):
+    marks = {"weight": fields.get("weight") not in (None, 1), "loss_mask": fields.get("loss_mask") not in EMPTY}
+    marks |= {name: excludes(fields.get(name)) for name in ("train", "loss")}  # a loss may also be a measured number
+    if name := next((name for name, is_excluded in marks.items() if is_excluded), None):
         raise RecordError(
             f"the record has {name} {shown(fields[name])}, and all records are trained equally; leave the record "
-            f"out, write {name} to its replies, or remove the field"
+            f"out, write {name if name in TRAINED else 'train'} to its replies, or remove the field"
         )
     check_variables(fields)
 
@@ -201,8 +216,7 @@ def _turns_in(fields: dict[str, Any], form: str) -> list[Any]:
     turns = fields.get(KEYS[form])
     turns = objects_of(turns, KEYS[form]) if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns:
-        pair = "; the record is a preference pair" if fields.get("chosen") is not None else ""
-        raise RecordError(f'no {KEYS[form]}{pair}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
+        raise RecordError(f'no {KEYS[form]}{known_form(fields)}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
     return named_turns(turns, form)
 
 

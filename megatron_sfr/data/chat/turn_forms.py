@@ -4,6 +4,9 @@
 - ms-swift   the roles tool_call, whose content is a call as JSON, and tool_response
 - Anthropic  content in blocks: thinking, text, tool_use and tool_result
 - OpenAI     content in parts; the older function_call and role function
+- Gemini     contents of roles user and model, in parts
+
+KNOWN names the forms of records that are not read, because they leave a choice.
 """
 
 from __future__ import annotations
@@ -37,6 +40,65 @@ SHAREGPT_ROLES = (
 )
 PAIRS = (("human", "assistant"), ("input", "output"))
 """Names of a question and its answer in one object: of ms-swift; of Capybara and XTuner."""
+
+KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("chosen",), "the record is a preference pair"),
+    (
+        ("preferred_output",),
+        "the record is a preference pair of OpenAI's: take the messages of input and preferred_output",
+    ),
+    (
+        ("question", "thinking_trajectories"),
+        "the record is s1K's: choose a thought (reasoning_content) and an attempt (content) for the reply",
+    ),
+    (
+        ("question", "deepseek_thinking_trajectory"),
+        "the record is s1K's: choose a thought (reasoning_content) and an attempt (content) for the reply",
+    ),
+    (("system", "chat"), "the record is Glaive's, all turns in one text: take them apart, calls as tool_calls"),
+    (("prompt", "message_tree_id"), "the record is a tree of messages (OASST): write one for each path to a reply"),
+    (("input_ids",), "the record holds tokens of another tokenizer or template: give the text"),
+)
+"""Columns by which a form is known, and what it is."""
+
+
+def known_form(fields: dict[str, Any]) -> str:
+    """What a record that has no known format is, as part of a sentence; empty if that is not known either."""
+    found = (what for columns, what in KNOWN if all(fields.get(name) is not None for name in columns))
+    return "".join(f"; {what}" for what in list(found)[:1])
+
+
+def excludes(value: Any) -> bool:
+    """Whether a field such as `train` or `loss` says that a record, or a part of it, is not trained."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("0", "false", "no")
+    return isinstance(value, list | dict) or (value is not None and value == 0)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def gemini_turns(fields: dict[str, Any]) -> list[Message]:
+    """The turns of Gemini's `contents`, as in Vertex AI's files, after its `systemInstruction`."""
+    if fields.get("tools"):
+        raise RecordError("the record has tools in Gemini's form, which is not read; write messages as OpenAI's")
+    given = [fields[name] for name in ("systemInstruction", "system_instruction") if fields.get(name)]
+    turns = [_of_gemini(content, number) for number, content in enumerate(fields["contents"], start=1)]
+    return [{"role": "system", "content": _of_gemini(system, 0)["content"]} for system in given] + turns
+
+
+def _of_gemini(content: Any, number: int) -> Message:
+    parts = content.get("parts") if isinstance(content, dict) else None
+    what = f"content {number}" if number else "systemInstruction"
+    if not isinstance(parts, list) or not parts:
+        raise RecordError(f'{what} has no parts; write {{"role": ..., "parts": [{{"text": ...}}]}}')
+    for part in parts:
+        if not isinstance(part, dict) or {name for name, value in part.items() if value not in EMPTY} - {"text"}:
+            raise RecordError(f"{what} has the part {shown(part)}, and only text is read; write messages as OpenAI's")
+    role = content.get("role")
+    return {"role": "assistant" if role == "model" else role, "content": text_of(parts, number)}
 
 
 def named_turns(turns: Sequence[Any], form: str) -> list[Any]:

@@ -21,7 +21,7 @@ PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 STEP = re.compile(r"\d+[.)][ \t]+\S")
-"""The beginning of a step in a list, which is no answer."""
+"""The beginning of a step in a list, not an answer."""
 MOST_WORDS = 3
 """Of an answer below its mark. A longer line is a sentence of the explanation."""
 NUMBER = re.compile(r"(?<![\w.,/])[-−+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/]|[.,]\d)")

@@ -107,6 +107,15 @@ def test_a_run_that_is_stopped_after_a_failure_is_stopped(run: Path, end: BaseEx
         if end is not None:
             raise end
     assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
+    with suppress(RuntimeError), recording(run, first=False, started=0.0):
+        raise RuntimeError("of a rank that was ending")
+    (run / "logs").mkdir()
+    (run / "logs/train-1.log").write_text("RuntimeError: of a rank that was ending\n")
+    assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
+    (run / "logs/train-1.log").unlink()
+    with suppress(RuntimeError), recording(run, first=True, started=time.time()):
+        raise RuntimeError("of the next start")
+    assert "of the next start" in (read_status(run, time.time()).error or "")
 
 
 def test_the_first_rank_keeps_what_another_one_recorded_since_it_started(run: Path) -> None:

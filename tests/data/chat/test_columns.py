@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sfr.data.chat.formats import detect
+from megatron_sfr.storage.jsonl import RecordError
 from tests.data.chat.test_formats import SYSTEM, TURNS, parse
 from tests.data.records import write_records
 
@@ -27,7 +28,9 @@ PAIR = {"human": "and the sky", "assistant": "is grey"}
         ("completion", {"problem": "and the sky", "generated_solution": "is grey", "expected_answer": "x"}),
         ("completion", {"problem": "and the sky", "solution": "is grey", "weight": 1, "loss": 2.3, "train": None}),
         ("alpaca", {"instruction": "and the sky", "output": "is grey", "response": ""}),
+        ("completion", {"input_text": "and the sky", "output_text": "is grey"}),  # Vertex AI
         ("sharegpt", {"conversations": [turn["content"] for turn in TURNS]}),  # LIMA
+        ("sharegpt", {"id": "0", "data": [turn["content"] for turn in TURNS]}),  # UltraChat
         ("sharegpt", {"conversation": [{"human": "the sea", "assistant": "is blue"}, PAIR]}),  # ms-swift
         (
             "sharegpt",
@@ -47,6 +50,58 @@ def test_columns_of_trainers_and_datasets(tmp_path: Path, form: str, fields: dic
     assert messages[-1] == TURNS[3]
     assert " ".join(messages[-2]["content"].split()) == "and the sky"
     assert (messages[0] == SYSTEM) == ("system_prompt" in fields)
+
+
+LEFT_OUT = ", and all records are trained equally; leave the record out, write {} to its replies, or remove the field"
+TREE = {"text": "Why?", "role": "prompter", "replies": []}
+PAIR_OF_OPENAI = {"input": {"messages": TURNS[:3]}, "preferred_output": TURNS[3:], "non_preferred_output": TURNS[3:]}
+REFUSED = {
+    "s1K": (
+        {"question": "a", "solution": "b", "thinking_trajectories": ["c"], "attempt": "d"},
+        "no messages; the record is s1K's: choose a thought (reasoning_content) and an attempt",
+    ),
+    "s1K-1.1": (
+        {"question": "a", "solution": "b", "deepseek_thinking_trajectory": "c", "deepseek_attempt": "d"},
+        "no messages; the record is s1K's: choose a thought (reasoning_content) and an attempt",
+    ),
+    "Glaive": (
+        {"system": "SYSTEM: Be kind.", "chat": "USER: a ASSISTANT: b <|endoftext|>"},
+        "no messages; the record is Glaive's, all turns in one text: take them apart, calls as tool_calls; write",
+    ),
+    "OpenAI": (PAIR_OF_OPENAI, "no messages; the record is a preference pair of OpenAI's: take the messages of input"),
+    "tree": (
+        {"message_tree_id": "a", "tree_state": "b", "prompt": TREE},
+        "no messages; the record is a tree of messages (OASST): write one for each path to a reply; write",
+    ),
+    "tokens": ({"input_ids": [1], "labels": [-100]}, "no messages; the record holds tokens of another tokenizer or"),
+    "Gemini, a call": (
+        {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f"}}]}]},
+        "content 1 has the part {'functionCall': {'name': 'f'}}, and only text is read; write messages as OpenAI's",
+    ),
+    "Gemini, a thought": (
+        {"contents": [{"role": "model", "parts": [{"text": "a", "thought": True}]}]},
+        "content 1 has the part {'text': 'a', 'thought': True}, and only text is read; write messages as OpenAI's",
+    ),
+    "Gemini, tools": ({"contents": [], "tools": [{}]}, "the record has tools in Gemini's form, which is not read; wr"),
+    "Gemini, no parts": ({"contents": ["a"]}, 'content 1 has no parts; write {"role": ..., "parts": [{"text": ...}]}'),
+    "loss 0": ({"messages": TURNS, "loss": 0}, "the record has loss 0" + LEFT_OUT.format("loss")),
+    "loss as text": ({"messages": TURNS, "loss": "False"}, "the record has loss 'False'" + LEFT_OUT.format("loss")),
+    "losses": ({"messages": TURNS, "loss": [0, 1]}, "the record has loss [0, 1]" + LEFT_OUT.format("loss")),
+    "train as text": ({"messages": TURNS, "train": "no"}, "the record has train 'no'" + LEFT_OUT.format("train")),
+    "mask": ({"messages": TURNS, "loss_mask": [0, 1]}, "the record has loss_mask [0, 1]" + LEFT_OUT.format("train")),
+}
+
+
+@pytest.mark.parametrize(("fields", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_a_record_cannot_say_here_is_named(fields: dict, reason: str):
+    with pytest.raises(RecordError) as refused:
+        parse(fields, "messages")
+    assert str(refused.value).startswith(reason)
+
+
+@pytest.mark.parametrize("fields", [{"loss": 1}, {"loss": True}, {"loss": 1.37}, {"train": "train"}, {"loss_mask": []}])
+def test_a_measured_loss_and_a_split_exclude_nothing(fields: dict):
+    assert parse({"messages": TURNS} | fields, "messages").messages == TURNS
 
 
 def test_messages_of_trees_are_named(tmp_path: Path):

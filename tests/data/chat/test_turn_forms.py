@@ -129,6 +129,33 @@ def test_queries_and_answers_of_xlam_are_calls(tokenizer):
     assert format_of({"query": "a", "answers": ["b"], "passages": []}) is None  # MS MARCO
 
 
+TEXTS = [("user", ASKED), ("assistant", LOOK), ("user", "and the sea"), ("assistant", "is grey")]
+PLAIN = [SYSTEM, *({"role": role, "content": text} for role, text in TEXTS)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {  # Gemini
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be kind."}]},
+            "contents": [
+                {"role": role.replace("assistant", "model"), "parts": [{"text": text[:5]}, {"text": text[5:]}]}
+                for role, text in TEXTS
+            ],
+            "generationConfig": {"temperature": 1},
+        },
+        {  # Bedrock
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": [{"text": "Be kind."}],
+            "messages": [{"role": role, "content": [{"text": text}]} for role, text in TEXTS],
+        },
+        {"id": "0", "system": "Be kind.", "data": [text for _, text in TEXTS]},  # UltraChat
+    ],
+)
+def test_texts_of_other_apis_make_the_same_samples(fields: dict, tokenizer):
+    assert samples(fields, tokenizer) == samples({"messages": PLAIN}, tokenizer)
+
+
 def test_tools_that_the_system_turn_has_are_not_written_again(tokenizer):
     """Hermes's records have them in both places."""
     turns = [{"role": "system", "content": f"Use <tools> {BARE} </tools>"}, MESSAGES[1], MESSAGES[9]]

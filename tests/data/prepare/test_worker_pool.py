@@ -44,7 +44,9 @@ def test_results_are_in_order_and_reading_ahead_is_bounded():
 
 
 def test_a_dead_worker_is_reported_in_one_line():
-    with pytest.raises(ValueError, match=r"^a process .* killed; .*fewer --workers than 2: the same command resumes"):
+    with pytest.raises(
+        ValueError, match=r"^a process .* ended early; .*fewer --workers than 2: the same command resumes"
+    ):
         list(ordered_map(die, range(9), 2))
 
 
