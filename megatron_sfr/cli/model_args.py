@@ -33,10 +33,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, device: str | None =
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply, in tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="replies sampled together (%(default)s)")
+    add_device_arguments(parser, device)
+    add_template_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, device: str | None = None) -> None:
+    """Adds the arguments of every command that runs a model: where, and in which dtype. device: --device's default."""
     usual = device or "a GPU if there is one, else cpu"
     parser.add_argument("--device", default=device, help=f"torch device (default: {usual})")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
-    add_template_arguments(parser)
 
 
 def model_folders(given: list[str]) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from megatron_sfr.data.prepared.reference_store import (
     ReferenceIdentity,
     ReferenceManifest,
     ReferenceStore,
-    contents_of,
+    supervised_sha256,
 )
 from megatron_sfr.evaluation.conversation_logits import check_same_tokens, chosen_logits, vocabulary_of
 from megatron_sfr.evaluation.generate.transformers_engine import Model
@@ -69,7 +69,7 @@ def write_reference(
         model_sha256=_sha256(folder),
         dtype=str(model.network.dtype).removeprefix("torch."),
         vocab_size=vocabulary_of(model),
-        data_sha256=contents_of(data.manifest),
+        data_sha256=supervised_sha256(data.manifest),
         **asdict(options),
     )
     if not force and (output / NAME).exists():

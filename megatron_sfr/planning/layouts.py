@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_sfr.planning.layout import Layout
 from megatron_sfr.planning.memory import HeadSizes, MemoryPlan, plan_memory
@@ -85,17 +86,14 @@ def resized(args: argparse.Namespace, layout: Layout, tensor: int, pipeline: int
 def sweep(args: argparse.Namespace, layout: Layout, head: HeadSizes | None, memory: int, most: int) -> list[Candidate]:
     """The layouts of as many GPUs that fit, the fastest first: by recomputation and bubble, then by TP and PP."""
     found = []
-    for tensor in (1, 2, 4, 8):
-        for pipeline in range(1, layout.world + 1):
-            for micro_batch in (1, 2, 4):
-                for recompute in ("none", "full"):
-                    start = replace(layout, micro_batch=micro_batch, recompute=recompute, recompute_method="uniform")
-                    start = replace(start, recompute_layers=1, distributed_optimizer=True)
-                    change = resized(args, start, tensor, pipeline, most)
-                    if change is None or change.microbatches(args.global_batch_size) < pipeline:
-                        continue
-                    plan = plan_memory(args, change, head)
-                    if plan.fits(memory):
-                        bubble = change.bubble(change.microbatches(args.global_batch_size))
-                        found.append(Candidate(plan, (1 + recomputed_share(change)) / (1 - bubble)))
+    common = replace(layout, recompute_method="uniform", recompute_layers=1, distributed_optimizer=True)
+    sizes = product((1, 2, 4, 8), range(1, layout.world + 1), (1, 2, 4), ("none", "full"))
+    for tensor, pipeline, micro_batch, recompute in sizes:
+        start = replace(common, micro_batch=micro_batch, recompute=recompute)
+        change = resized(args, start, tensor, pipeline, most)
+        if change is None or (microbatches := change.microbatches(args.global_batch_size)) < pipeline:
+            continue
+        plan = plan_memory(args, change, head)
+        if plan.fits(memory):
+            found.append(Candidate(plan, (1 + recomputed_share(change)) / (1 - change.bubble(microbatches))))
     return sorted(found, key=lambda each: (round(each.time, 3), each.memory.layout.tensor, each.memory.layout.pipeline))

@@ -9,7 +9,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -33,6 +33,12 @@ def cut(text: str, characters: int = SHOWN) -> str:
     """The text in one line, truncated if it is longer than `characters`."""
     text = " ".join(text[: 8 * characters].split())
     return text if len(text) <= characters else f"{text[: characters - 3]}..."
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first names in alphabetical order for a message, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(text: str) -> str:

@@ -7,7 +7,6 @@ import pytest
 
 from megatron_sfr.runtime.devices import BF16, FP8, peak
 from tests import warm
-from tools.bench_huge_pages import Process, report
 from tools.bench_overhead import quartiles, ratios, read_sizes, shape_of
 from tools.model_shapes import SHAPES
 
@@ -65,14 +64,3 @@ def test_only_devices_of_the_table_have_a_peak() -> None:
 def test_ratios_are_of_neighbouring_steps() -> None:
     assert ratios([2.0, 4.0, 8.0, 24.0], [1.0, 2.0, 4.0, 8.0]) == (2.0, 2.0, 2.0)
     assert quartiles([4.0, 1.0, 3.0, 2.0]) == (2.0, 2.5, 3.0)
-
-
-def test_huge_pages_are_compared_within_pairs() -> None:
-    pairs = [
-        (Process({"ce": 2.0}, 30), Process({"ce": 1.0}, 3)),
-        (Process({"ce": 4.0}, 10), Process({"ce": 4.0}, 1)),
-        (Process({"ce": 8.0}, 20), Process({"ce": 4.0}, 2)),
-    ]
-    _, step, faults = report(pairs)
-    assert step.split() == ["ce", "4.0", "4.0", "0.500", "0.500", "to", "1.000"]
-    assert faults == "page faults of a process: 20 without, 2 with"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sfr.cli.engine_args import refuse_given
+from megatron_sfr.cli.model_args import add_device_arguments, model_folders
 
 if TYPE_CHECKING:
     from megatron_sfr.data.prepared.conversations import PreparedData
@@ -47,15 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=16, help="steps of the solver (%(default)s)")
     parser.add_argument("--method", choices=("euler", "heun"), default="heun", help="the solver (%(default)s)")
     parser.add_argument("--horizon", type=int, default=0, help="index of the head's horizon, from 0 (%(default)s)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    add_device_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from megatron_sfr.cli.model_args import model_folders
     from megatron_sfr.data.prepared.conversations import PreparedData
     from megatron_sfr.storage.model_folders import check_model_folder
 

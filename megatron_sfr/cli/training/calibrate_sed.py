@@ -9,6 +9,8 @@ the model that training starts from.
 import argparse
 from pathlib import Path
 
+from megatron_sfr.cli.model_args import add_device_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of the Hugging Face model")
@@ -29,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="supervised",
         help="tokens to count: those that are trained on, or all, prompts included, as the authors do (%(default)s)",
     )
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ The same command resumes a run that was stopped.
 import argparse
 from pathlib import Path
 
+from megatron_sfr.cli.model_args import add_device_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=32, help="tokens to store separately at each position (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="conversations per batch (default: %(default)s)")
-    parser.add_argument("--device", help="torch device (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    add_device_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace a store that was made with other values")
 
 

@@ -64,26 +64,31 @@ def to_flags(recipe: dict[str, Any], parser: OptionParser) -> list[str]:
     flags: list[str] = []
     for key, value in recipe.items():
         action, flag = parser.named(key)
-        if value is None:
-            continue
-        if action.nargs == 0:  # a switch: its flag turns it on or, for --no-x and --disable-x, off
-            if not isinstance(value, bool):
-                raise ValueError(f"{key}: {shown(value)} is neither true nor false")
-            if isinstance(action, argparse.BooleanOptionalAction):
-                flags.append(action.option_strings[0 if value else -1])
-            elif value == (getattr(action, "const", True) if flag is None else True):
-                flags.append(flag or action.option_strings[0])
-        else:
-            values = value if isinstance(value, list) and action.nargs is not None else [value]
-            if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, str | int | float)]:
-                expected = "a value or a list of values" if action.nargs is not None else "one value"
-                kind = {bool: "true or false", date: "a date", datetime: "a date"}.get(type(wrong[0]))
-                quote = f", in quotes where YAML takes it for {kind}" if kind else ""
-                raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
-            name, texts = flag or action.option_strings[0], [str(v) for v in values]
-            dashed = action.nargs is None and texts[0].startswith("-")  # argparse would take it for an option
-            flags += [f"{name}={texts[0]}"] if dashed else [name, *texts]
+        if value is not None:
+            flags += (_switch if action.nargs == 0 else _with_values)(key, value, action, flag)
     return flags
+
+
+def _switch(key: str, value: Any, action: argparse.Action, flag: str | None) -> list[str]:
+    """The flag of an option without values: it turns something on or, for --no-x and --disable-x, off."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}: {shown(value)} is neither true nor false")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [action.option_strings[0 if value else -1]]
+    turns = True if flag else getattr(action, "const", True)
+    return [flag or action.option_strings[0]] if value == turns else []
+
+
+def _with_values(key: str, value: Any, action: argparse.Action, flag: str | None) -> list[str]:
+    values = value if isinstance(value, list) and action.nargs is not None else [value]
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, str | int | float)]:
+        expected = "a value or a list of values" if action.nargs is not None else "one value"
+        kind = {bool: "true or false", date: "a date", datetime: "a date"}.get(type(wrong[0]))
+        quote = f", in quotes where YAML takes it for {kind}" if kind else ""
+        raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
+    name, texts = flag or action.option_strings[0], [str(v) for v in values]
+    dashed = action.nargs is None and texts[0].startswith("-")  # argparse would take it for an option
+    return [f"{name}={texts[0]}"] if dashed else [name, *texts]
 
 
 def stored_parser() -> OptionParser | None:

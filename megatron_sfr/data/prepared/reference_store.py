@@ -57,7 +57,7 @@ class ReferenceIdentity:
     vocab_size: int
     """Columns of the model's logits."""
     data_sha256: dict[str, str]
-    """Of the prepared folder's files that decide the supervised tokens; see `contents_of`."""
+    """Of the prepared folder's files that decide the supervised tokens; see `supervised_sha256`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ReferenceManifest(ReferenceIdentity):
     files: dict[str, FileRecord]
 
 
-def contents_of(manifest: PreparedManifest) -> dict[str, str]:
+def supervised_sha256(manifest: PreparedManifest) -> dict[str, str]:
     """The checksums of the files of a prepared folder that decide its supervised tokens and what precedes them."""
     return {name: manifest.files[name]["sha256"] for name in ("tokens.bin", "mask.bin", "offsets.bin")}
 
@@ -94,7 +94,7 @@ class ReferenceStore:
         with reference_hint(folder, prepared):
             manifest = read_manifest(folder, ReferenceManifest)
         with reference_hint(folder, prepared, manifest):
-            if manifest.data_sha256 != contents_of(prepared.manifest):
+            if manifest.data_sha256 != supervised_sha256(prepared.manifest):
                 raise StoredFileError(
                     f"{folder} is stale: it was made for other conversations, or another tokenizer, than "
                     f"{prepared.folder} holds now (prepared again since?)"

@@ -1,9 +1,11 @@
 """The adapters of a Megatron checkpoint -> PEFT's folder."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_sfr.hf.adapter import peft_folder
 from megatron_sfr.hf.adapter.stored_adapter import StoredAdapter
@@ -56,12 +58,10 @@ def export_adapter(
             "adapt one by one: export with --merge"
         )
     headers, ranks = {}, {}
-    for entry in adapter.entries:
-        for name, pair in zip(entry.names, adapter.read(entry), strict=True):
-            ranks[name] = len(pair.a)
-            for matrix, tensor in (("A", pair.a), ("B", pair.b)):
-                kind = dtype or adapter.dtype(entry)
-                headers[peft_folder.tensor_name(name, matrix)] = Header(tuple(tensor.shape), kind)
+    for name, matrix, tensor in _matrices(adapter):
+        headers[peft_folder.tensor_name(name, matrix)] = Header(tuple(tensor.shape), dtype or tensor.dtype)
+        if matrix == "A":
+            ranks[name] = len(tensor)
     size = sum(x.bytes for x in headers.values())
     inputs = {"checkpoint": contents_of(adapter.checkpoint.folder), "like": contents_of(like, (CONFIG,))}
     identity = {"command": "convert export --adapter", **inputs, "options": {"dtype": str(dtype)}}
@@ -71,12 +71,18 @@ def export_adapter(
         with new_folder(output, force=force, size=size, identity=identity) as folder:
             peft_folder.write_config(folder, config)
             with ShardWriter(folder, Shard(peft_folder.WEIGHTS, headers)) as writer:
-                for entry in adapter.entries:
-                    for name, pair in zip(entry.names, adapter.read(entry), strict=True):
-                        for matrix, tensor in (("A", pair.a), ("B", pair.b)):
-                            key = peft_folder.tensor_name(name, matrix)
-                            writer.write(key, tensor.to(headers[key].dtype))
+                for name, matrix, tensor in _matrices(adapter):
+                    key = peft_folder.tensor_name(name, matrix)
+                    writer.write(key, tensor.to(headers[key].dtype))
     targets = str(adapter.checkpoint.arguments()["lora_targets"])
     return AdapterReport(
         output, adapter.checkpoint.folder, len(headers), size, adapter.rank, adapter.alpha, targets, done
     )
+
+
+def _matrices(adapter: StoredAdapter) -> Iterator[tuple[str, str, Tensor]]:
+    """(HF weight, "A" or "B", the matrix), each read when it is asked for."""
+    for entry in adapter.entries:
+        for name, pair in zip(entry.names, adapter.read(entry), strict=True):
+            yield name, "A", pair.a
+            yield name, "B", pair.b

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sfr.hf.adapter.export_adapter import AdapterReport
-from megatron_sfr.hf.adapter.peft_folder import CONFIG, WEIGHTS, PeftAdapter, first, read_peft
+from megatron_sfr.hf.adapter.peft_folder import CONFIG, WEIGHTS, PeftAdapter, read_peft
 from megatron_sfr.hf.adapter.stored_adapter import WEIGHT, A, B, adaptable, part_rows
 from megatron_sfr.hf.families.family_registry import family_of
 from megatron_sfr.hf.hf_folder import is_up_to_date, new_folder, read_config
@@ -22,6 +22,7 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, Chunk, write_ch
 from megatron_sfr.hf.megatron.tracker import RELEASE, TRACKER
 from megatron_sfr.model.lora.options import KINDS
 from megatron_sfr.storage.provenance import contents_of
+from megatron_sfr.storage.user_files import listed
 
 
 def import_adapter(adapter: str | Path, output: str | Path, *, hf: str | Path, force: bool = False) -> AdapterReport:
@@ -44,7 +45,7 @@ def import_adapter(adapter: str | Path, output: str | Path, *, hf: str | Path, f
     todo = [x for x in todo if x.stacked in adapted]
     known = {(name, matrix) for x in todo for name in x.names for matrix in "AB"}
     if unknown := {name for name, _ in found.matrices.keys() - known}:
-        raise ValueError(f"{adapter / WEIGHTS}: {first(unknown)}: LoRA here adapts linear layers of attention and MLP")
+        raise ValueError(f"{adapter / WEIGHTS}: {listed(unknown)}: LoRA here adapts linear layers of attention and MLP")
     chunks = [chunk for entry in todo for chunk in _chunks(found, entry, d)]
     chunks = [_of_one_dtype(chunk, chunks[0].dtype) for chunk in chunks]
     targets = ",".join(kind for kind, name in KINDS.items() if any(x.endswith(name + WEIGHT) for x in adapted))
@@ -78,12 +79,7 @@ def _chunks(found: PeftAdapter, entry: Entry, d: Dimensions) -> Iterator[Chunk]:
     for name, tensor in ((A, a), (B, b)):
         key, counts, shape = entry.stacked.removesuffix(WEIGHT) + name, entry.counts(d), tuple(tensor.shape)
         offset, size = (*entry.index, 0, 0), (*(1 for _ in counts), *shape)
-        made = tensor.reshape(size)
-        yield Chunk(key, (*counts, *shape), tensor.dtype, offset, size, partial(_made, made))
-
-
-def _made(tensor: Tensor) -> Tensor:
-    return tensor
+        yield Chunk(key, (*counts, *shape), tensor.dtype, offset, size, partial(tensor.reshape, size))
 
 
 def _pair(found: PeftAdapter, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_sfr.storage.user_files import read_json_object, shown
+from megatron_sfr.storage.user_files import listed, read_json_object, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -111,7 +111,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     if not tensors:
         raise ValueError(f"{folder / WEIGHTS} holds no matrix: save the adapter again")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{folder / WEIGHTS}: {first(wrong)}: values are NaN or infinite; copy the adapter again")
+        raise ValueError(f"{folder / WEIGHTS}: {listed(wrong)}: values are NaN or infinite; copy the adapter again")
     return PeftAdapter(rank, float(alpha), {_parse(folder, name): tensor for name, tensor in tensors.items()})
 
 
@@ -119,9 +119,3 @@ def _parse(folder: Path, name: str) -> tuple[str, str]:
     if (found := _NAME.fullmatch(name)) is None:
         raise ValueError(f"{folder / WEIGHTS}: {name} is not a matrix of LoRA on a linear layer of the model")
     return f"{found[1]}.weight", found[2]
-
-
-def first(names: Iterable[str]) -> str:
-    """The first names of a list, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

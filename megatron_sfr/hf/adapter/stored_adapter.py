@@ -7,7 +7,6 @@ which each part's rows of B are zero outside its own columns: the product is the
 Shapes: L layers, P parts, R rank, I input features, O output features.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from megatron_sfr.hf.mappings import Dimensions, Entry, ParameterMapping, entrie
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 from megatron_sfr.hf.megatron.megatron_model import AUXILIARY, TRAINING_STATE, disagreement
 from megatron_sfr.model.lora.options import ADAPTER, KINDS
+from megatron_sfr.storage.user_files import listed
 
 WEIGHT, A, B = ".weight", f"{ADAPTER}lora_A", f"{ADAPTER}lora_B"
 
@@ -81,11 +81,6 @@ class StoredAdapter:
         (fused,) = parts
         return (Pair(a, torch.block_diag(*fused.split(rows))),)
 
-    def dtype(self, entry: Entry) -> torch.dtype:
-        key = self._key(entry, A)
-        assert key is not None
-        return self.checkpoint.tensors[key].properties.dtype
-
     def _key(self, entry: Entry, name: str) -> str | None:
         """The stored tensor with a matrix of an entry, None if the entry is not adapted."""
         keys = (x.removesuffix(WEIGHT) + name for x in (entry.single, entry.stacked))
@@ -102,8 +97,8 @@ class StoredAdapter:
         """Raises ValueError for matrices of other sizes than the config's, and for tensors that no entry reads."""
         known = {key for entry in self.entries for name in (A, B) if (key := self._key(entry, name))}
         rest = (key for key in self.checkpoint.tensors if key not in known and not key.startswith(AUXILIARY))
-        if unknown := sorted(key for key in rest if not TRAINING_STATE.match(key)):
-            raise ValueError(f"{self.checkpoint.folder}: {_first(unknown)}: not an adapter of this architecture")
+        if unknown := [key for key in rest if not TRAINING_STATE.match(key)]:
+            raise ValueError(f"{self.checkpoint.folder}: {listed(unknown)}: not an adapter of this architecture")
         for entry in self.entries:
             rows, columns = entry.mapping.megatron_shape(self.dimensions)
             parts = len(part_rows(entry.mapping, self.dimensions))
@@ -115,7 +110,3 @@ class StoredAdapter:
                         f"{self.checkpoint.folder}: {entry.single.removesuffix(WEIGHT)}{name} is {found}, the config "
                         f"means {wanted}: the config belongs to a different architecture"
                     )
-
-
-def _first(names: Iterable[str]) -> str:
-    return ", ".join(list(names)[:4])

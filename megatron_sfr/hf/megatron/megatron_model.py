@@ -1,7 +1,7 @@
 """The model in a Megatron checkpoint, checked name by name against an HF config before any weight is read."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from megatron_sfr.hf.mappings import Dimensions, Entry, ParameterMapping, Spans,
 from megatron_sfr.hf.megatron.hybrid_names import PATTERN, comparable, hybrid_name, is_hybrid
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint
 from megatron_sfr.hf.megatron.stored_chunks import Piece
+from megatron_sfr.storage.user_files import listed
 
 HEAD = "flow_head."
 AUXILIARY = (HEAD, "mtp.")
@@ -214,13 +215,8 @@ def check_imported(args: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 def _unlike_names(unknown: list[str], missing: list[str]) -> str:
     said = []
     if missing:
-        said.append(f"missing {_list(missing)}")
+        said.append(f"missing {listed(missing)}")
     if unknown:
-        said.append(f"cannot be named in Hugging Face's terms: {_list(unknown)}")
+        said.append(f"cannot be named in Hugging Face's terms: {listed(unknown)}")
     tied = "output_layer.weight" in [*unknown, *missing]
     return "; ".join(said) + (" (tie_word_embeddings of the config is not that of the training)" if tied else "")
-
-
-def _list(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -138,7 +138,7 @@ class DocumentDataset(GPTDataset):
         return AnchorSizes(rows, rows if options.fill == "anchors_only" else length * horizons)
 
 
-def contents_of(prepared: PreparedDocuments) -> str:
+def documents_sha256(prepared: PreparedDocuments) -> str:
     """A hash of a prepared folder's corpus and anchors."""
     manifest = prepared.manifest
     parts = [*(record["sha256"] for record in manifest.inputs), *(f["sha256"] for f in manifest.files.values())]

@@ -18,7 +18,7 @@ from megatron_sfr.runtime.backend import device
 from megatron_sfr.runtime.parallel import data_size, is_last_stage
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan, AnchorSizes, EntryOptions
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset, PreparedDatasetConfig
-from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, contents_of
+from megatron_sfr.training.data.document_dataset import DocumentDataset, DocumentDatasetConfig, documents_sha256
 from megatron_sfr.training.data.epochs import sequences_of
 from megatron_sfr.training.data.full_validation import EvenlyDivided
 from megatron_sfr.training.data.online_targets import OnlineTargets, sampler_of
@@ -174,7 +174,7 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
         create_attention_mask=False,
         mmap_bin_files=args.mmap_bin_files,
         separate=args.dataloader_inter_document_masking,
-        contents={str(data.folder): contents_of(data) for data in prepared},
+        contents={str(data.folder): documents_sha256(data) for data in prepared},
     )
 
 

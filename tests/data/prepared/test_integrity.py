@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,14 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")  # upstream warns where it has to guess it
 
 
+@contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    """Damages one bit of a file while the block runs."""
+    flip(path, path.stat().st_size // 2)
+    yield
+    flip(path, path.stat().st_size // 2)
+
+
 def write_documents(folder: Path, tokenizer: Path) -> Path:
     """FOLDER/documents, and FOLDER/again of the same corpus where it stands."""
     records = write_records(folder / "texts.jsonl", [{"text": "the sea is blue and the sky is grey " * 4}] * 3)
@@ -33,20 +43,20 @@ def write_documents(folder: Path, tokenizer: Path) -> Path:
     return folder / "documents"
 
 
-@pytest.mark.parametrize("name", [*DTYPES])
 def test_a_flipped_bit_is_found_at_the_start_of_a_run_and_by_inspect(
-    prepared: Path, name: str, capsys: pytest.CaptureFixture
+    prepared: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    PreparedData.open(prepared).check()
-    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
-    assert "every file is as it was written" in capsys.readouterr().out
-    flip(prepared / name, (prepared / name).stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"{re.escape(name)} is .*; run: megatron-sfr prepare"):
+    for name in DTYPES:
         PreparedData.open(prepared).check()
-    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
-    error = capsys.readouterr().err
-    assert name in error
-    assert error.count("\n") == 1
+        assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
+        assert "every file is as it was written" in capsys.readouterr().out
+        with flipped(prepared / name):
+            with pytest.raises(ValueError, match=f"{re.escape(name)} is .*; run: megatron-sfr prepare"):
+                PreparedData.open(prepared).check()
+            assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["offsets.bin", "anchor_offsets.bin", "personas.bin", "anchors.bin"])
@@ -84,16 +94,20 @@ def test_the_sample_of_checksums_keeps_within_its_budget(prepared: Path) -> None
     assert len(check_sample(prepared, files)) == len(files)
 
 
-@pytest.mark.parametrize("folder", ["documents", "again"])
-@pytest.mark.parametrize("name", ["documents.bin", "documents.idx", "anchors.bin", "anchor_offsets.bin"])
-def test_a_flipped_bit_in_documents_is_found(tmp_path: Path, tokenizer_folder: Path, folder: str, name: str) -> None:
+def test_a_flipped_bit_in_documents_is_found(tmp_path: Path, tokenizer_folder: Path) -> None:
     documents = write_documents(tmp_path, tokenizer_folder)
-    opened = PreparedDocuments.open(tmp_path / folder)
-    opened.check()
-    of = documents if name.startswith("documents") else tmp_path / folder  # `again` reads the first one's corpus
-    flip(of / name, (of / name).stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"{re.escape(name)} is .*; run: megatron-sfr prepare-text"):
-        PreparedDocuments.open(tmp_path / folder).check()
+    for folder in (documents, tmp_path / "again"):  # which reads the first one's corpus
+        for path in (documents / "documents.bin", documents / "documents.idx"):
+            assert_a_flipped_bit_is_found(folder, path)
+        for name in ("anchors.bin", "anchor_offsets.bin"):
+            assert_a_flipped_bit_is_found(folder, folder / name)
+
+
+def assert_a_flipped_bit_is_found(folder: Path, path: Path) -> None:
+    PreparedDocuments.open(folder).check()
+    said = f"{re.escape(path.name)} is .*; run: megatron-sfr prepare-text"
+    with flipped(path), pytest.raises(ValueError, match=said):
+        PreparedDocuments.open(folder).check()
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -139,23 +153,6 @@ def test_online_targets_are_not_made_of_another_text(tmp_path: Path, tokenizer_f
         pytest.raises(ValueError, match=r"segments\.jsonl is damaged: segment 0 is not the text that was prepared"),
     ):
         filling.fill(0, None)  # type: ignore[arg-type]  # no encoder is reached
-
-
-@pytest.mark.parametrize(
-    "name", ["vectors.bin", "checksums.bin", "copied.bin", "segment_digests.bin", "statistics.bin"]
-)
-def test_inspect_verifies_the_stores_of_a_folder(
-    tmp_path: Path, tokenizer_folder: Path, name: str, capsys: pytest.CaptureFixture
-) -> None:
-    prepared = write_prepared(tmp_path, tokenizer_folder)
-    store = run(prepared)
-    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
-    assert "targets: every target is as it was written" in capsys.readouterr().out
-    flip(store / name, 0)
-    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
-    error = capsys.readouterr().err
-    assert str(store) in error
-    assert "megatron-sfr embed" in error
 
 
 def test_a_store_that_is_still_to_be_filled_is_not_damaged(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sfr import cli
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.targets.embed import EmbedOptions
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.data.targets.store import COPIED, DIGESTS, STATISTICS, TargetStore
 from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
 from megatron_sfr.storage.manifest import NAME
-from tests.data.records import turns
+from tests.data.records import files_of, turns
 from tests.data.stores import BLOCKS, RECORDS, flip, manifest_of, open_store, run, write_prepared
 
 
@@ -89,31 +90,37 @@ def test_another_encoder_needs_another_folder_or_force(prepared: Path):
     assert (stores[0][np.arange(12)] == stores[1][np.arange(12)]).all()
 
 
-@pytest.mark.parametrize("name", [VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED, NAME])
-def test_a_truncated_store_is_refused_and_repaired(prepared: Path, name: str):
+def test_a_truncated_store_is_refused_and_repaired(prepared: Path):
     store = run(prepared)
-    expected = {path.name: path.read_bytes() for path in store.iterdir()}
-    (store / name).write_bytes(expected[name][:-3])
-    flag = "--force" if name == NAME else "--verify"
+    expected = files_of(store)
+    for name in (VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED, NAME):
+        (store / name).write_bytes(expected[name][:-3])
+        flag = "--force" if name == NAME else "--verify"
 
-    with pytest.raises(ValueError, match=f"{name} .*; run: megatron-sfr embed --data {prepared} .*{flag}"):
-        open_store(store, prepared)
-    with pytest.raises(ValueError, match=flag):
-        run(prepared)
-    run(prepared, **{flag.strip("-"): True})
-    assert {path.name: path.read_bytes() for path in store.iterdir()} == expected
+        with pytest.raises(ValueError, match=f"{name} .*; run: megatron-sfr embed --data {prepared} .*{flag}"):
+            open_store(store, prepared)
+        with pytest.raises(ValueError, match=flag):
+            run(prepared)
+        run(prepared, **{flag.strip("-"): True})
+        assert files_of(store) == expected
 
 
-@pytest.mark.parametrize("name", [VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED])
-def test_one_flipped_bit_is_found_and_repaired(prepared: Path, name: str):
+def test_one_flipped_bit_is_found_and_repaired(prepared: Path, capsys: pytest.CaptureFixture):
+    """By a read of all bytes, by `inspect --verify`, and by `embed --verify`."""
     store = run(prepared)
-    expected = {path.name: path.read_bytes() for path in store.iterdir()}
-    flip(store / name, 1)
+    expected = files_of(store)
+    assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 0
+    assert "targets: every target is as it was written" in capsys.readouterr().out
+    for name in (VECTORS, CHECKSUMS, STATISTICS, DIGESTS, COPIED):
+        flip(store / name, 1)
 
-    with pytest.raises(ValueError, match=r"(embedding 0 is missing or damaged|is not what was written) .*--verify"):
-        open_store(store, prepared).verify()
-    run(prepared, verify=True)
-    assert {path.name: path.read_bytes() for path in store.iterdir()} == expected
+        damage = r"(embedding 0 is missing or damaged|is not what was written) .*; run: megatron-sfr embed .*--verify"
+        with pytest.raises(ValueError, match=damage):
+            open_store(store, prepared).verify()
+        assert cli.main(["inspect", "--data", str(prepared), "--verify"]) == 2
+        assert str(store) in capsys.readouterr().err
+        run(prepared, verify=True)
+        assert files_of(store) == expected
 
 
 def test_a_store_of_an_older_version_is_refused(prepared: Path):

@@ -112,7 +112,7 @@ def test_the_rest_of_a_long_text_is_not_read(bert: Path):
 
 @pytest.fixture(scope="module")
 def prompted(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same encoder with its own prompts, one of which it uses where nothing is said, and no normalisation."""
+    """The same encoder with its own prompts, one of which it uses where nothing is said, and no normalization."""
     folder = tmp_path_factory.mktemp("prompted")
     modules = list(SentenceTransformer(str(bert), device="cpu"))[:2]
     prompts = {"query": "the sky ", "document": "grey "}

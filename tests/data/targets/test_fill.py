@@ -4,7 +4,6 @@ Every comparison is of whole files, bit for bit, and a control shows that other 
 """
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from megatron_sfr.data.targets.encoder_pool import open_pool
 from megatron_sfr.data.targets.fill import CLAIMS, StoreWriter
 from megatron_sfr.data.targets.store import StoreIdentity
 from megatron_sfr.data.targets.vectors import CHECKSUMS, VECTORS
-from tests.data.records import turns
+from tests.data.records import files_of
 from tests.data.stores import BLOCKS, damage_row, flip, open_store, run, write_prepared
 
 
@@ -49,14 +48,10 @@ def begin(folder: Path, prepared: Path, encoder: Encoder, options: EmbedOptions 
     return StoreWriter(folder, PreparedData.open(prepared))
 
 
-def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir()}
-
-
 def test_other_batches_give_other_bits(prepared: Path, whole: Path, tmp_path: Path):
     for options in (replace(BLOCKS, batch_size=3), replace(BLOCKS, block_rows=4)):
         store = run(prepared, output=tmp_path / str(options.block_rows), options=options)
-        assert content(store)[VECTORS] != content(whole)[VECTORS]
+        assert files_of(store)[VECTORS] != files_of(whole)[VECTORS]
         rows = np.arange(12)
         same = open_store(whole, prepared)[rows], open_store(store, prepared)[rows]
         np.testing.assert_allclose(*same, atol=5e-4)
@@ -72,7 +67,7 @@ def test_blocks_in_any_order(prepared: Path, whole: Path, encoder: Encoder, tmp_
         assert writer.fill(1, encoder)
         assert writer.all_begun()
         assert len(writer.complete()) == 0
-    assert content(tmp_path / "store") == content(whole)
+    assert files_of(tmp_path / "store") == files_of(whole)
 
 
 @pytest.mark.usefixtures("forked")
@@ -80,14 +75,13 @@ def test_three_processes(prepared: Path, whole: Path, tmp_path: Path, encoded: l
     store = run(prepared, output=tmp_path / "store", options=replace(BLOCKS, workers=3))
 
     assert not encoded, "all of it elsewhere"
-    assert content(store) == content(whole)
+    assert files_of(store) == files_of(whole)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_sfr.data.targets.encoder import Encoder
-from tests.data.records import turns
 from tests.data.stores import run
 
 encode, calls = Encoder.encode, []
@@ -121,7 +115,7 @@ def test_a_killed_run_leaves_an_incomplete_store_and_resumes(
 
     run(prepared, output=store)
     assert len(encoded) == 6
-    assert content(store) == content(whole)
+    assert files_of(store) == files_of(whole)
 
 
 TORN = {  # what a power failure may leave of two files whose pages reach the disk in any order
@@ -149,7 +143,7 @@ def test_a_torn_write_costs_its_block(prepared: Path, whole: Path, encoder, enco
 
     run(prepared, output=store)
     assert len(encoded) == 3 * BLOCKS.block_rows, "two blocks that had not begun, and the torn one"
-    assert content(store) == content(whole)
+    assert files_of(store) == files_of(whole)
 
 
 def test_damage_is_found_where_it_is_read_and_only_its_block_is_encoded_again(
@@ -169,7 +163,7 @@ def test_damage_is_found_where_it_is_read_and_only_its_block_is_encoded_again(
     run(prepared, output=store, verify=True, progress=True)
     assert f"{store}: 2 of 12 embeddings are missing or damaged" in capsys.readouterr().out
     assert len(encoded) == 2 * BLOCKS.block_rows
-    assert content(store) == content(whole)
+    assert files_of(store) == files_of(whole)
 
 
 HOLDER = """
@@ -218,21 +212,3 @@ def test_an_encoder_that_fails_in_a_process_is_one_line(prepared: Path, tmp_path
     with pytest.raises(ValueError, match=r"cannot load the encoder .*none") as caught:
         run(prepared, encoder=str(tmp_path / "none"), options=replace(BLOCKS, workers=2))
     assert "\n" not in str(caught.value)
-
-
-def test_random_orders_of_a_larger_store(tokenizer_folder: Path, tmp_path: Path, encoder: Encoder):
-    rng = random.Random(3)
-    words = "the sea sky is blue grey and so on".split()
-    replies = [" ".join(rng.choices(words, k=rng.randint(6, 40))) for _ in range(12)]
-    rows = [{"messages": turns("who", reply)} for reply in replies]
-    prepared = write_prepared(tmp_path, tokenizer_folder, rows)
-    options = EmbedOptions(batch_size=4, block_rows=16, device="cpu")
-    expected = content(run(prepared, options=options))[VECTORS]
-    for order in range(2):
-        with begin(tmp_path / str(order), prepared, encoder, options) as writer:
-            blocks = list(range(writer.blocks))
-            rng.shuffle(blocks)
-            assert len(blocks) > 4
-            for block in blocks:
-                writer.fill(block, encoder)
-        assert content(tmp_path / str(order))[VECTORS] == expected

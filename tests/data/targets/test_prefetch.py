@@ -23,6 +23,7 @@ from megatron_sfr.data.targets.create import create_store
 from megatron_sfr.data.targets.encoder_process import EncodingProcess
 from megatron_sfr.data.targets.prefetch import Needs, Prefetcher
 from megatron_sfr.data.targets.store import EncoderIdentity, StoreIdentity, TargetStore
+from tests.data.records import files_of
 from tests.data.stores import BLOCKS, damage_row, open_store, run, write_prepared
 from tests.data.targets.encoders import Failing, Logged, encoded_in
 
@@ -60,10 +61,6 @@ def store(prepared: Path, identity: EncoderIdentity, tmp_path: Path, forked: Non
     return open_store(tmp_path / "store", prepared, partial=True)
 
 
-def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir()}
-
-
 def until(holds: Callable[[], bool], seconds: float = 60) -> bool:
     """Waits for what other processes are about to do."""
     end = time.monotonic() + seconds
@@ -91,7 +88,7 @@ def test_training_reads_what_embed_would_have_written(store, whole, log, prepare
         assert until(lambda: is_complete(store)), "the process with the last row completes the store"
         assert until(lambda: not is_running(prefetcher._process.pid)), "an encoder that is not needed any more ends"
         assert (prefetcher.fetch(0, np.arange(ROWS)) == offline[np.arange(ROWS)]).all()
-    assert content(store.folder) == content(whole)
+    assert files_of(store.folder) == files_of(whole)
     assert encoded_in(log) == ROWS
 
 
@@ -161,7 +158,7 @@ def test_a_killed_encoder_is_an_error_at_once_and_the_next_one_resumes(store, wh
     with Prefetcher([store], partial(Logged, log), lookahead=0) as prefetcher:
         prefetcher.fetch(0, np.arange(ROWS))
         assert until(lambda: is_complete(store))
-    assert content(store.folder) == content(whole)
+    assert files_of(store.folder) == files_of(whole)
 
 
 def test_an_encoder_that_fails_is_one_line_that_names_the_store(store, log):
@@ -211,7 +208,7 @@ def test_two_that_fill_one_store_share_the_work(store, whole, log, prepared):
     for prefetcher in prefetchers:
         prefetcher.close()
     assert encoded_in(log) == ROWS, "no block twice"
-    assert content(store.folder) == content(whole)
+    assert files_of(store.folder) == files_of(whole)
 
 
 TRAINER = """

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sfr.objectives.token.gem import GEM
-from tests.objectives.token.token_cases import by_definition, differentiated, labels, logits
+from tests.objectives.token.token_cases import differentiated, labels, logits
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Z_TV, Y_T = logits(50, 13, seed=5), labels(50, 13, seed=5)
@@ -23,9 +23,6 @@ def linear(beta: float) -> GEM:
 
 def logsigmoid(beta: float, c: float) -> GEM:
     return GEM(beta=beta, h="logsigmoid", slope=c)
-
-
-either = pytest.mark.parametrize("objective", [linear(0.7), logsigmoid(0.7, 0.3)], ids=["linear", "logsigmoid"])
 
 
 def test_g1_beta_1_is_cross_entropy_less_the_entropy() -> None:
@@ -82,25 +79,14 @@ def test_g8_the_optimum_is_the_datas_distribution_to_the_power_of_beta(beta: flo
     torch.testing.assert_close(z_V.softmax(-1), expected_V / expected_V.sum(), rtol=0, atol=1e-4)
 
 
-@given(betas, st.one_of(st.none(), st.floats(0.001, 5.0)), st.integers(0, 1000))
-def test_value_and_gradient_match_the_reference_loss(beta: float, c: float | None, seed: int) -> None:
-    """-sum q w (ln p_y - ln p_i), with stop-gradients on q and w, by autograd."""
-    objective = linear(beta) if c is None else logsigmoid(beta, c)
-    z_TV, y_T = logits(8, 9, seed=seed), labels(8, 9, seed=seed)
-    loss_T, _, g_TV = differentiated(z_TV, y_T, objective)
-    for x, there in zip((loss_T, g_TV), by_definition(z_TV, y_T, objective), strict=True):
-        torch.testing.assert_close(x, there, **EXACT)
-
-
-@either
-def test_closed_forms_need_no_log_sum_exp(objective: GEM) -> None:
+@given(betas, st.one_of(st.none(), st.floats(0.001, 5.0)))
+def test_closed_forms_need_no_log_sum_exp(beta: float, c: float | None) -> None:
     """L = sum a z - S z_y and dL/dz = a - S e_y, with a = q w and S = sum a."""
-    o = objective
     z_y_T1 = Z_TV.gather(1, Y_T[:, None])
-    w_TV = (o.slope * (Z_TV - z_y_T1)).sigmoid() if o.h == "logsigmoid" else torch.ones_like(Z_TV)
-    a_TV = (Z_TV / o.beta).softmax(-1) * w_TV
+    w_TV = torch.ones_like(Z_TV) if c is None else (c * (Z_TV - z_y_T1)).sigmoid()
+    a_TV = (Z_TV / beta).softmax(-1) * w_TV
     s_T1 = a_TV.sum(-1, keepdim=True)
-    loss_T, _, g_TV = differentiated(Z_TV, Y_T, objective)
+    loss_T, _, g_TV = differentiated(Z_TV, Y_T, linear(beta) if c is None else logsigmoid(beta, c))
     torch.testing.assert_close(loss_T, (a_TV * Z_TV).sum(-1) - (s_T1 * z_y_T1)[:, 0], **EXACT)
     torch.testing.assert_close(g_TV, a_TV.scatter_add(1, Y_T[:, None], -s_T1), **EXACT)
 
