@@ -16,7 +16,8 @@ HASHES = re.compile(
     rf"####(?:[ \t*_]*(?:(?:the|final) )*answer\b(?: is\b)?)?{_ANSWER}[ \t]*$", re.IGNORECASE | re.MULTILINE
 )
 PHRASE = re.compile(
-    rf"(?:\banswer(?: is\b|[ *_]*[:=])|^[#*_ \t]*(?:(?:the|final) )*answer[*_ \t]*$){_ANSWER}(?=\.?(?:\s*\n|\s*\Z|\.\s))",
+    rf"(?:\banswer(?: is\b|[ *_]*[:=])|^[#*_ \t]*(?:(?:the|final) )*answer[*_ \t]*$){_ANSWER}"
+    r"(?=\.?(?:\s*\n|\s*\Z|\.\s))",
     re.IGNORECASE | re.MULTILINE,
 )
 STEP = re.compile(r"\d+[.)][ \t]+\S")
