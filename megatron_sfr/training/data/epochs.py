@@ -66,7 +66,7 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
     length = positive_integer("seq_length", options.get("seq_length"))
     if length % multiple:
         raise ValueError(f"seq_length = {length}: set a multiple of {multiple}, twice context_parallel_size")
-    sequences = {path: sequences_of(path, length, packed=packed, multiple=multiple, share=share) for path in paths}
+    sequences = {path: sequences_of(path, length, packed=packed, multiple=multiple, share=(0, share)) for path in paths}
     if empty := [path for path, n in sequences.items() if not n]:
         raise ValueError(f"{empty[0]} has no sequence of {options['seq_length']} tokens to train on; add data to it")
     return Epoch(sequences, weights)
@@ -101,24 +101,30 @@ def split_blend(blend: Sequence[Any]) -> tuple[list[Path], tuple[float, ...] | N
     return [Path(path) for path in blend[1::2]], weights
 
 
-def sequences_of(folder: Path, seq_length: int, *, packed: bool = False, multiple: int = 1, share: float = 1.0) -> int:
-    """Sequences that the first `share` of a prepared folder is, in one epoch.
+def sequences_of(
+    folder: Path,
+    seq_length: int,
+    *,
+    packed: bool = False,
+    multiple: int = 1,
+    share: tuple[float, float] = (0.0, 1.0),
+) -> int:
+    """Sequences that a part of a prepared folder is, in one epoch.
 
-    packed: whether conversations share sequences, each padded to a `multiple`.
+    packed: whether conversations share sequences, each padded to a `multiple`. share: where the part begins and ends.
     """
     data = open_prepared(folder)
-    count = round(share * len(data))
+    part = slice(*(round(bound * len(data)) for bound in share))
     if isinstance(data, PreparedData):
-        if not packed:
-            return count
-        return len(first_fit_decreasing(padded_lengths(data.positions[:count], multiple), seq_length))
-    return max(0, (_tokens(data, count) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
+        lengths = data.positions[part]
+        return len(first_fit_decreasing(padded_lengths(lengths, multiple), seq_length)) if packed else len(lengths)
+    return max(0, (_tokens(data, part) - 1) // seq_length)  # upstream joins documents, and predicts all but one token
 
 
-def _tokens(data: PreparedDocuments, count: int) -> int:
-    if count == len(data):
+def _tokens(data: PreparedDocuments, part: slice) -> int:
+    if part == slice(0, len(data)):
         return data.manifest.tokens
-    return int(open_corpus(data.corpus).sequence_lengths[:count].sum(dtype=np.int64))
+    return int(open_corpus(data.corpus).sequence_lengths[part].sum(dtype=np.int64))
 
 
 def _training_share(split: str) -> float:

@@ -184,7 +184,7 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     num_samples: of each; 0 (eval_iters) leaves it out, and None reads all once.
     """
     cls = DocumentDataset if isinstance(config, DocumentDatasetConfig) else PreparedDataset
-    config.blend_per_split = _repeated(config, num_samples[0])
+    _repeat(config, num_samples)
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     built = [None if n == 0 else part for n, part in zip(num_samples, built, strict=True)]  # no blend of 0 is sampled
     if (plan := config.anchors) is not None:
@@ -196,21 +196,49 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     return built
 
 
-def _repeated(config: Config, samples: int | None) -> list[Any] | None:
-    """The blends by split, with weights for a training blend without them that is read more than once.
+def _repeat(config: Config, num_samples: list[int | None]) -> None:
+    """Gives weights to the blends without them that are read more than once: their folders' numbers of sequences.
 
-    Upstream builds a single epoch of a blend without weights. The numbers of sequences as weights repeat each folder
-    equally often.
+    Upstream builds a single epoch of a blend without weights. With these it repeats each folder equally often.
     """
-    blends = config.blend_per_split
-    if samples is None or blends is None or blends[0] is None or blends[0][1] is not None or len(blends[0][0]) == 1:
-        return blends
+    whole = [(0.0, 1.0)] * len(num_samples)
+    if config.blend_per_split is not None:
+        rows = zip(config.blend_per_split, num_samples, whole, strict=True)
+        config.blend_per_split = [_weighted(config, blend, [(n, part)]) for blend, n, part in rows]
+    elif config.blend is not None:
+        config.blend = _weighted(
+            config, config.blend, list(zip(num_samples, config.split_matrix or whole, strict=True))
+        )
+
+
+def _weighted(config: Config, blend: Any, parts: list[tuple[int | None, tuple[float, float] | None]]) -> Any:
+    """A blend, with weights if it has none and one of the parts (sequences, share) needs more than an epoch."""
+    if blend is None or blend[1] is not None or len(blend[0]) == 1:
+        return blend
+    paths, length = [Path(path) for path in blend[0]], config.sequence_length
     packed, multiple = False, 1
     if isinstance(config, PreparedDatasetConfig):
         packed, multiple = config.packed, config.multiple
-    length = config.sequence_length
-    sizes = [sequences_of(Path(path), length, packed=packed, multiple=multiple) for path in blends[0][0]]
-    return [(blends[0][0], sizes), *blends[1:]] if samples > sum(sizes) else blends
+
+    def sizes(share: tuple[float, float]) -> list[int]:
+        return [sequences_of(path, length, packed=packed, multiple=multiple, share=share) for path in paths]
+
+    repeats = any(n and share and n > sum(sizes(share)) for n, share in parts)
+    return (blend[0], sizes((0.0, 1.0))) if repeats else blend
+
+
+def sequences_to_read(args: Any, asked: tuple[int, int | None, int]) -> list[int | None]:
+    """The sequences of each part, those before a resumed run's step included, where its samplers go on.
+
+    Upstream asks for what a run reads that has had its batch sizes, eval_interval and eval_iters from the start.
+    """
+    train, valid, test = asked
+    if not args.train_samples:
+        train = max(train, args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size)
+    if valid:
+        times = args.train_iters // args.eval_interval - args.iteration // args.eval_interval + 1
+        valid = max(valid, args.consumed_valid_samples + times * args.eval_iters * args.eval_global_batch_size)
+    return [train, valid, test]
 
 
 class DataProvider:
@@ -228,7 +256,7 @@ class DataProvider:
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
         options, args = self.plan.options, self.plan.megatron
         config = dataset_config(self.plan, reads_targets=is_last_stage(vp_stage))
-        built = build(config, list(num_samples))
+        built = build(config, sequences_to_read(args, num_samples))
         if self.plan.text_length is None:
             multiple, names = args.multiple_validation_sets, args.validation_set_names
             self.groups = number_groups(built, multiple=multiple, names=names)

@@ -128,12 +128,22 @@ def test_what_does_not_say_a_length_is_refused(folders: list[Path], changes: dic
         train_iters_of(options(folders[0]) | changes)
 
 
-def test_a_blend_without_weights_is_repeated_for_more_than_an_epoch(folders: list[Path]) -> None:
-    config = dataset_config(arguments([str(folder) for folder in folders], sfr=False))
-    train, _, _ = build(config, [42, None, None])
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("by_split", [False, True])
+def test_a_blend_without_weights_is_repeated_for_more_than_an_epoch(
+    folders: list[Path], part: int, by_split: bool
+) -> None:
+    """Of training, and of validation, where a run evaluates often. by_split: data_path is divided."""
+    blend = [str(folder) for folder in folders]
+    given = {"train_data_path": None, "data_path": blend, "split": "50,50,0"}
+    plan = arguments(blend, None if by_split else blend, sfr=False, **given if by_split else {})
+    asked: list[int | None] = [7, 7, 0]
+    asked[part] = 42
+    dataset = build(dataset_config(plan), asked)[part]
+    assert len(dataset) == 42
     seen = [0, 0]
     for i in range(42):
-        seen[int(train[i]["dataset_id"])] += 1
+        seen[int(dataset[i]["dataset_id"])] += 1
     assert seen == [12, 30]
 
 

@@ -20,7 +20,13 @@ from megatron_sfr.option_names import option_names
 from megatron_sfr.training.data.conversation_dataset import PreparedDataset
 from megatron_sfr.training.data.full_validation import EvenlyDivided
 from megatron_sfr.training.data.persona_groups import Group, number_groups
-from megatron_sfr.training.data.provider import DataOptions, DataPlan, build, dataset_config
+from megatron_sfr.training.data.provider import (
+    DataOptions,
+    DataPlan,
+    build,
+    dataset_config,
+    sequences_to_read,
+)
 from tests.distributed.tiny import SEQ_LENGTH, write_prepared
 
 HORIZONS = ((1, 8), (5, 3))
@@ -108,6 +114,32 @@ def test_eval_iters_of_0_leaves_validation_data_out(folders: list[Path]):
     """Upstream's sampler refuses a blend of 0 sequences."""
     config = dataset_config(arguments([str(folders[0])], [*map(str, folders)]))
     assert build(config, [4, 0, 0])[1:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "valid"),
+    [
+        ({}, 6 * 16, 7 * 2 * 8),  # as upstream asks for, so the order of documents is that of a run that goes through
+        ({"global_batch_size": 4}, 3 * 16 + 3 * 4, 7 * 2 * 8),
+        ({"eval_interval": 4}, 6 * 16, 3 * 2 * 8 + 2 * 2 * 8),
+        ({"eval_iters": 1, "train_samples": 96}, 6 * 16, 3 * 2 * 8 + 4 * 8),
+    ],
+)
+def test_a_run_that_resumes_with_other_batches_has_sequences_left(changes: dict, train: int, valid: int):
+    """At step 3 of 6. Upstream's samplers refuse to start behind the last sequence."""
+    given = {
+        "train_iters": 6,
+        "global_batch_size": 16,
+        "eval_interval": 1,
+        "eval_iters": 2,
+        "eval_global_batch_size": 8,
+    }
+    read = {"iteration": 3, "consumed_train_samples": 48, "consumed_valid_samples": 48, "train_samples": None}
+    args = Namespace(**given | read | changes)
+    upstream = args.train_iters // args.eval_interval + 1
+    asked = args.train_iters * args.global_batch_size, upstream * args.eval_iters * 8, args.eval_iters * 8
+    assert sequences_to_read(args, asked) == [train, valid, asked[2]]
+    assert sequences_to_read(args, (asked[0], None, 0)) == [train, None, 0]
 
 
 def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
