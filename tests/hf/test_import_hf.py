@@ -28,12 +28,12 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_equal(tmp_path, case, dtype):
+def test_round_trip_is_bit_equal(tmp_path, case):
+    """In bf16; the test below has a model in fp32."""
     architecture, changes = CASES[case]
-    source = save_model(tmp_path / "hf", architecture, dtype=dtype, max_shard_size="100KB", **changes)
+    source = save_model(tmp_path / "hf", architecture, dtype=torch.bfloat16, max_shard_size="100KB", **changes)
     report = import_hf(source, tmp_path / "megatron", check=True, progress=False)
-    assert (report.dtypes, report.checked) == ((dtype,), True)
+    assert (report.dtypes, report.checked) == ((torch.bfloat16,), True)
     export_hf(tmp_path / "megatron", tmp_path / "back", like=source, progress=False)
     same_bits(source, tmp_path / "back")
 
