@@ -79,7 +79,7 @@ class Weights:
         if kind not in DTYPES:
             raise ValueError(
                 f"{self.folder}: {name} is {kind}; weights are converted as {', '.join(DTYPES)}: "
-                "start from the unquantised model"
+                "start from the unquantized model"
             )
         return DTYPES[kind]
 

@@ -108,7 +108,7 @@ def _check_names(weights: Weights | GGUFWeights, todo: list[Entry], family: Fami
             f"if it is {original}"
         )
     if any(_OF_QUANTIZED.search(name) for name in unknown):
-        raise ValueError(f"{weights.folder}: {unknown[0]}: the weights are quantised; start from the unquantised model")
+        raise ValueError(f"{weights.folder}: {unknown[0]}: the weights are quantized; start from the unquantized model")
     if missing:
         raise ValueError(f"{weights.folder}: missing {', '.join(missing)}, which config.json implies")
     if unknown:

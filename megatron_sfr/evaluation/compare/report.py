@@ -95,7 +95,7 @@ class Report:
     """None for fewer than two personas."""
 
 
-def summarise(
+def summarize(
     curves: Sequence[Curve],
     axes: Sequence[Axes],
     notes: Sequence[str],

@@ -42,18 +42,18 @@ def count(config: Config) -> int:
     return size(config, "num_experts" if config.get("num_experts") else "num_local_experts")
 
 
-def flags(config: Config, d: Dimensions, normalised: bool) -> dict[str, object]:
+def flags(config: Config, d: Dimensions, normalized: bool) -> dict[str, object]:
     """Megatron's flags for the experts.
 
     Args:
-        normalised: whether the weights of the chosen experts sum to one.
+        normalized: whether the weights of the chosen experts sum to one.
     """
     return {
         "num_experts": d.experts,
         "moe_ffn_hidden_size": d.expert_ffn,
         "moe_router_topk": size(config, "num_experts_per_tok"),
         # A softmax over the chosen experts equals a softmax over all, renormalized over the chosen.
-        "moe_router_pre_softmax": not normalised,
+        "moe_router_pre_softmax": not normalized,
         "moe_router_score_function": "softmax",
         "moe_token_dispatcher_type": "alltoall",
     }
