@@ -12,7 +12,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_sfr", "megatron_sfr.*"]),
-    package_data={"megatron_sfr": ["**/*.yaml", "**/*.json"]},
+    package_data={"megatron_sfr": ["py.typed", "**/*.yaml", "**/*.json"]},
     entry_points={"console_scripts": ["megatron-sfr = megatron_sfr.cli:main"]},
     install_requires=[
         MEGATRON_CORE,

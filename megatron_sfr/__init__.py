@@ -22,6 +22,7 @@ __all__ = [
     "FlowHead",
     "FlowHeadOptions",
     "FlowHeadPlan",
+    "GateOptions",
     "LogitStatistics",
     "LossAndCoefficients",
     "PrepareOptions",
@@ -32,14 +33,17 @@ __all__ = [
     "ScheduleOptions",
     "StatisticsSpec",
     "StepContext",
+    "TargetOptions",
     "TemplateOptions",
     "TermOptions",
     "TokenLoss",
+    "anchor_weights",
     "attach_head",
     "embed",
     "evaluate",
     "evaluate_replies",
     "export_hf",
+    "flow_head_plan",
     "flow_matching_loss",
     "forward_step",
     "generate",
@@ -48,6 +52,7 @@ __all__ = [
     "open_prepared",
     "prepare",
     "register",
+    "separate_clipping",
     "token_loss",
 ]
 
@@ -70,8 +75,10 @@ _MODULES = {
     "model.flow_head": ["FlowHead", "FlowHeadOptions", "FlowHeadPlan"],
     "objectives.anchored.asft": ["ASFT"],
     "objectives.anchored.reference": ["Reference"],
+    "objectives.sfr.gate": ["GateOptions"],
     "objectives.sfr.schedule": ["ScheduleOptions"],
-    "objectives.sfr.sfr_loss": ["SFROptions", "flow_matching_loss"],
+    "objectives.sfr.sfr_loss": ["SFROptions", "anchor_weights", "flow_matching_loss"],
+    "objectives.sfr.target_scale": ["TargetOptions"],
     "objectives.token.cross_entropy": ["CrossEntropy"],
     "objectives.token.dft": ["DFT"],
     "objectives.token.eaft": ["EAFT"],
@@ -82,7 +89,8 @@ _MODULES = {
     "objectives.token.tofu": ["TOFU"],
     "objectives.token.token_loss": ["token_loss"],
     "training.auxiliary_loss": ["TermOptions"],
-    "training.bridge": ["forward_step"],
+    "training.bridge": ["flow_head_plan", "forward_step"],
+    "training.head_optimizer": ["separate_clipping"],
     "training.step_context": ["StepContext"],
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
@@ -106,8 +114,10 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
     from megatron_sfr.objectives.anchored.asft import ASFT
     from megatron_sfr.objectives.anchored.reference import Reference
+    from megatron_sfr.objectives.sfr.gate import GateOptions
     from megatron_sfr.objectives.sfr.schedule import ScheduleOptions
-    from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, flow_matching_loss
+    from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_weights, flow_matching_loss
+    from megatron_sfr.objectives.sfr.target_scale import TargetOptions
     from megatron_sfr.objectives.token.cross_entropy import CrossEntropy
     from megatron_sfr.objectives.token.dft import DFT
     from megatron_sfr.objectives.token.eaft import EAFT
@@ -118,7 +128,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from megatron_sfr.objectives.token.tofu import TOFU
     from megatron_sfr.objectives.token.token_loss import token_loss
     from megatron_sfr.training.auxiliary_loss import TermOptions
-    from megatron_sfr.training.bridge import forward_step
+    from megatron_sfr.training.bridge import flow_head_plan, forward_step
+    from megatron_sfr.training.head_optimizer import separate_clipping
     from megatron_sfr.training.step_context import StepContext
 
 

@@ -1,15 +1,18 @@
 """Names of options outside Python: in flags, recipes and stored arguments. There they carry a prefix, fields do not."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 _PREFIXES: dict[type, tuple[str, dict[str, str]]] = {}
 
 
 def named[Options](prefix: str, **others: str) -> Callable[[type[Options]], type[Options]]:
     """A class decorator for a dataclass of options: the option of a field is the prefix and the field's name.
+
+    It also refuses values that a field's Literal does not list, which Python itself accepts.
 
     Args:
         prefix: such as `gem_`; the field `beta` is then the option `gem_beta`, with the flag `--gem-beta`.
@@ -18,9 +21,25 @@ def named[Options](prefix: str, **others: str) -> Callable[[type[Options]], type
 
     def decorate(options: type[Options]) -> type[Options]:
         _PREFIXES[options] = prefix, others
+        options.__init__ = _checking(options)  # type: ignore[method-assign]
         return options
 
     return decorate
+
+
+def _checking(options: type) -> Callable[..., None]:
+    """The class's `__init__`, with a check of the fields whose type is a Literal."""
+    initialize: Callable[..., None] = options.__init__  # type: ignore[misc]
+    choices = {f.name: get_args(f.type) for f in fields(options) if get_origin(f.type) is Literal}
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"`{field}` = {getattr(self, field)!r}: choose {', '.join(map(str, known))}")
+
+    return __init__
 
 
 def option_names(options: type) -> dict[str, str]:

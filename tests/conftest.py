@@ -19,7 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
         from megatron_sfr.runtime.cpu import before_megatron
 
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         before_megatron()
 
 

@@ -1,6 +1,8 @@
 """Options have plain names in Python and a prefix in flags, recipes and files."""
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -25,6 +27,22 @@ def test_options_are_built_from_arguments_and_become_arguments_again() -> None:
     assert to_arguments(options) == {"x_limit": 3, "x": "some"}
     assert option_names(Options) == {"limit": "x_limit", "kind": "x"}
     assert required(Options) == {"x_limit": "measure it"}
+
+
+def test_a_value_that_is_no_choice_is_refused() -> None:
+    """Python accepts any value for a field of type Literal."""
+
+    @named("y_")
+    @dataclass(frozen=True)
+    class Chosen:
+        kind: Literal["a", "b"] = "a"
+
+    assert Chosen("b") == Chosen(kind="b")
+    assert list(inspect.signature(Chosen).parameters) == ["kind"]
+    with pytest.raises(ValueError, match=r"^`kind` = 'c': choose a, b$"):
+        Chosen("c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^y_kind = 'c': choose a, b$"):
+        from_arguments(Chosen, {"y_kind": "c"})
 
 
 def test_an_error_names_the_options() -> None:

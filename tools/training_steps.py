@@ -169,6 +169,7 @@ def make_arm(
     def take() -> None:
         args.curr_iteration += 1
         built.model.zero_grad_buffer()
+        built.model.set_is_first_microbatch()  # as upstream's schedule does: FP8 layers then quantize their new weights
         built.optimizer.zero_grad()
         # Upstream's check for NaN runs in its own training loop only.
         context = StepContext(args.curr_iteration, 2**20, 1, None, args.transformer_impl, checks_nan=False)

@@ -8,11 +8,9 @@ from megatron.bridge.training.pretrain import pretrain
 
 import megatron_sfr as sfr
 from megatron_sfr.data.targets.store import TargetStore
-from megatron_sfr.runtime.replacements import replaced
 from megatron_sfr.training.data.anchor_arrays import AnchorPlan
 from megatron_sfr.training.data.conversation_dataset import PreparedDatasetConfig
 from megatron_sfr.training.data.provider import build
-from megatron_sfr.training.head_optimizer import HeadOptimizerOptions, clipping
 
 
 @dataclass
@@ -38,11 +36,11 @@ def finetune_with_sfr(config: ConfigContainer, folder: Path, vocab_size: int, op
     config.dataset = Conversations(folder=str(folder), seq_length=model.seq_length)
     getattr(model, "transformer", model).calculate_per_token_loss = True
     dim = TargetStore.open(folder / "targets", sfr.open_prepared(folder)).dim
-    hook = sfr.attach_head(sfr.FlowHeadPlan(options.head, dim=dim))
+    schedule = sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100)
+    hook = sfr.attach_head(sfr.flow_head_plan(dim, options, schedule))
     if hasattr(model, "register_pre_wrap_hook"):  # a provider
         model.register_pre_wrap_hook(hook)
     else:  # a model config, as newer recipes have
         model.pre_wrap_hooks.append(hook)
-    schedule = sfr.ScheduleOptions(warmup="detached", warmup_steps=100, ramp_steps=100)
-    with replaced(clipping(HeadOptimizerOptions())):  # the head has its own gradient norm
+    with sfr.separate_clipping():  # the head has its own gradient norm
         pretrain(config, sfr.forward_step(vocab_size, sfr=options, schedule=schedule))

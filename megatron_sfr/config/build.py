@@ -37,6 +37,7 @@ from megatron_sfr.model.lora.attach import attach_adapters
 from megatron_sfr.runtime.backend import adapt_config
 from megatron_sfr.storage.model_folders import find_gguf, vocabulary_of
 from megatron_sfr.training.auxiliary_loss import FlowTerm
+from megatron_sfr.training.bridge import flow_head_plan
 from megatron_sfr.training.data.epochs import split_blend
 from megatron_sfr.training.data.prepared_check import prepared_folders
 from megatron_sfr.training.data.provider import DataProvider
@@ -199,14 +200,11 @@ def head_plan(plan: RunPlan) -> FlowHeadPlan:
     if whiten and (incomplete := [store.folder for store in stores if not store.manifest.complete]):
         raise ValueError(f"{incomplete[0]} is not complete, so its statistics are not known: set sfr_whiten to ema")
     starts_from_other = args.finetune or (args.pretrained_checkpoint and not checkpoint_exists(args.load))
-    return FlowHeadPlan(
-        head,
-        dim=dims.pop(),
+    return flow_head_plan(
+        dims.pop(),
+        plan.term,
+        plan.schedule,
         horizons=len(horizons_of(paths)),
-        has_network=plan.term.sfr.loss != "cka",
-        gate_bins=plan.term.gate.bins,
-        clipped_apart=plan.schedule.weight_on == "hidden",
-        weight=plan.schedule.weight,
         seed=args.seed,
         fresh=bool(plan.load.fresh_head and starts_from_other),
         statistics=pooled_statistics(stores) if whiten else None,

@@ -1,6 +1,7 @@
-"""Options that are not supported with chunks of the LM head, or with context parallelism, each with a remedy."""
+"""Options that are not supported with chunks of the LM head, with context parallelism or in FP8, each with a remedy."""
 
 import argparse
+import math
 from typing import Any
 
 
@@ -54,4 +55,25 @@ def context_contradictions(args: argparse.Namespace, option: str | None) -> list
             f"{what} with window_size: Transformer Engine has windows with cp_comm_type all_gather and a2a only, not "
             "with p2p, the default: set one of them",
         ),
+    ]
+
+
+def fp8_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
+    """Numbers of positions that FP8 cannot multiply.
+
+    The product for a weight's gradient sums over the positions of a rank: cuBLAS takes multiples of 16 of them, MXFP8
+    has blocks of 32. Transformer Engine 2.20.2 itself checks, in the first step, that each rank has a multiple of 8.
+    """
+    if not args.fp8 or not args.seq_length or not args.micro_batch_size:
+        return []
+    block = 32 if args.fp8_recipe == "mxfp8" else 16
+    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple, n = args.context_parallel_size * math.lcm(block, 8 * shards), args.seq_length * args.micro_batch_size
+    rest = "" if args.micro_batch_size == 1 else " times micro_batch_size"
+    return [
+        (
+            n % multiple,
+            f"fp8_format: seq_length{rest} is {n}, and FP8 products need a multiple of {multiple} on these ranks: set "
+            "seq_length to one, and prepare the data with it",
+        )
     ]

@@ -1,18 +1,16 @@
 """Checks of LoRA's options: against the other arguments of a run, and against the checkpoints that it loads."""
 
 import argparse
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from megatron_sfr.hf.megatron.megatron_checkpoint import Checkpoint, find_checkpoint
 from megatron_sfr.model.lora.options import ADAPTER, LoRAOptions
 from megatron_sfr.option_names import option_names
-from megatron_sfr.storage.model_folders import check_config, find_gguf
+from megatron_sfr.storage.model_folders import check_config, find_gguf, weights_fingerprint
 
 STORED = ("lora_rank", "lora_alpha", "lora_targets")
 """Options that the adapters of a checkpoint depend on."""
-SAMPLE_BYTES = 1 << 16
 
 
 def lora_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
@@ -103,10 +101,8 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def base_fingerprint(args: argparse.Namespace) -> str | None:
-    """A hash that identifies the frozen weights, by the name and size of each file and samples of its content.
-
-    None without LoRA. Upstream stores it in checkpoints, with the arguments.
-    """
+    """A hash that identifies the frozen weights; None without LoRA. Upstream stores it in checkpoints, with the
+    arguments."""
     if args.lora_rank is None:
         return None
     folder = Path(args.lora_base or args.sfr_hf_load)
@@ -115,12 +111,4 @@ def base_fingerprint(args: argparse.Namespace) -> str | None:
     gguf = find_gguf(folder)
     if args.lora_base is None and gguf is None:
         check_config(folder)
-    found = sha256()
-    for path in [gguf] if gguf else sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for offset in (0, size // 3, size // 2, max(0, size - SAMPLE_BYTES)):
-                file.seek(offset)
-                found.update(file.read(SAMPLE_BYTES))
-    return found.hexdigest()
+    return weights_fingerprint([gguf] if gguf else [*folder.glob("*.safetensors"), *folder.glob("*.distcp")])

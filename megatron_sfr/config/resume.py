@@ -15,6 +15,7 @@ from megatron_sfr.hf.megatron.megatron_model import COMPARED
 from megatron_sfr.hf.megatron.tracker import METADATA, RELEASE, TRACKER, Newest, incomplete, newest, step_folder
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.user_files import shown
+from megatron_sfr.training.data.epochs import reorders_documents
 
 SCHEDULE = (
     *("train_iters", "train_samples", "global_batch_size", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
@@ -31,6 +32,8 @@ STATE = (
 """Those that the optimizer state depends on. Megatron cannot load it with other rates, and silently keeps its betas."""
 DATA = ("seed", "train_data_path", "data_path", "split", "seq_length", "sfr_packing", "dataloader_type")
 """Those that decide which sequence is read at which step."""
+LENGTH = ("train_iters", "train_samples", "global_batch_size")
+"""So does the length of a run that repeats documents."""
 EXPERTS = "expert_model_parallel_size"
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", EXPERTS, "expert_tensor_parallel_size")
 HALF = ("bf16", "fp16")
@@ -199,7 +202,12 @@ def changed_model(args: argparse.Namespace, path: str, stored: Mapping[str, Any]
 def changed_data(args: argparse.Namespace, stored: Mapping[str, Any]) -> str | None:
     """A warning if a run that resumes reads its data in another order than before; None otherwise."""
     now = vars(args)
-    changed = [key for key in DATA if key in stored and _absolute(stored[key]) != _absolute(now[key])]
+    keys = list(DATA)
+    if now.get("sfr_packing") not in (None, "none"):
+        keys.append("context_parallel_size")  # to which conversations are padded
+    if reorders_documents(now, stored):
+        keys += LENGTH
+    changed = [key for key in keys if key in stored and _absolute(stored[key]) != _absolute(now[key])]
     if not changed:
         return None
     said = ", ".join(f"{key} is {shown(now[key])} (in the checkpoint {shown(stored[key])})" for key in changed)

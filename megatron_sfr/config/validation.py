@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from megatron_sfr.config.long_sequence_checks import chunk_contradictions, context_contradictions
+from megatron_sfr.config.long_sequence_checks import chunk_contradictions, context_contradictions, fp8_contradictions
 from megatron_sfr.config.lora_checks import lora_contradictions
 from megatron_sfr.config.model_class_checks import model_contradictions
 from megatron_sfr.training.data.epochs import split_blend
@@ -21,7 +21,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     rows = _of_the_run(args) + _of_the_start(args) + _of_validation_sets(args)
     rows += model_contradictions(args, separator(args))
     rows += _of_separation(args) + lora_contradictions(args) + chunk_contradictions(args)
-    rows += context_contradictions(args, separator(args))
+    rows += context_contradictions(args, separator(args)) + fp8_contradictions(args)
     rows += _of_the_term(args) if args.sfr else []
     rows += _of_kl_flow(args) if args.training_task == "kl-flow" else []
     return next((message for wrong, message in rows if wrong), None)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_sfr.kernels import plain
+from megatron_sfr.runtime.devices import launching_on
 
 EMPTY = tl.constexpr(plain.EMPTY)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -156,12 +157,13 @@ def row_statistics(
         return plain.row_statistics(z_TV, y_T, z_y_T, beta=beta, moments=moments, c=c, top_k=top_k)
     stats_TN = torch.empty(T, 7 + top_k, dtype=torch.float32, device=z_TV.device)
     if T:
-        _row_statistics[(T,)](
-            *(z_TV, y_T.contiguous(), z_y_T.contiguous(), stats_TN, _row_stride(z_TV), V),
-            *(float(LOG2E.value / beta), float(LOG2E.value * c)),
-            MOMENTS=moments, HAS_C=moments and c > 0, TOP_K=top_k, K=triton.next_power_of_2(max(top_k, 1)),
-            **_tile(z_TV),
-        )  # fmt: skip
+        with launching_on(z_TV):
+            _row_statistics[(T,)](
+                *(z_TV, y_T.contiguous(), z_y_T.contiguous(), stats_TN, _row_stride(z_TV), V),
+                *(float(LOG2E.value / beta), float(LOG2E.value * c)),
+                MOMENTS=moments, HAS_C=moments and c > 0, TOP_K=top_k, K=triton.next_power_of_2(max(top_k, 1)),
+                **_tile(z_TV),
+            )  # fmt: skip
     return stats_TN
 
 
@@ -182,10 +184,11 @@ def write_gradient(
         plain.write_gradient(z_TV, y_T, m_T, z_y_T, softmax_coef_T, label_coef_T, beta=beta, c=c)
     elif T:
         known = (x.contiguous() for x in (y_T, m_T, z_y_T, softmax_coef_T, label_coef_T))
-        _write_gradient[(T,)](
-            *(z_TV, *known, _row_stride(z_TV), V, float(LOG2E.value / beta), float(LOG2E.value * c)),
-            HAS_C=c > 0, **_tile(z_TV),
-        )  # fmt: skip
+        with launching_on(z_TV):
+            _write_gradient[(T,)](
+                *(z_TV, *known, _row_stride(z_TV), V, float(LOG2E.value / beta), float(LOG2E.value * c)),
+                HAS_C=c > 0, **_tile(z_TV),
+            )  # fmt: skip
 
 
 def _row_stride(z_TV: Tensor) -> int:

@@ -21,20 +21,26 @@ def attach_head(plan: FlowHeadPlan) -> Callable[[list[MegatronModule]], list[Meg
     `provider.register_pre_wrap_hook(sfr.attach_head(plan))`. Chunks without an output layer stay as they are.
 
     Args:
-        plan: the head's options, and the dimension of the sentence embeddings that it predicts.
+        plan: what `flow_head_plan` returns for the options of the forward step.
     Returns:
         A function from the model chunks of a rank to the same chunks.
     Raises:
-        ValueError: by the hook, where the layer that the head reads is not on the last pipeline stage.
+        ValueError: by the hook, where the layer that the head reads is not on the last pipeline stage, or a chunk is
+            wrapped already.
     Example:
         >>> import megatron_sfr as sfr
-        >>> hook = sfr.attach_head(sfr.FlowHeadPlan(sfr.FlowHeadOptions(), dim=384))
+        >>> hook = sfr.attach_head(sfr.flow_head_plan(384))
         >>> hook([])  # a rank without model chunks; usually a list of models
         []
     """
 
     def attach(chunks: list[MegatronModule]) -> list[MegatronModule]:
         for chunk in chunks:
+            if not hasattr(chunk, "post_process"):
+                raise ValueError(
+                    f"{type(chunk).__name__} has no post_process: attach the head to models of Megatron Core, before "
+                    "they are wrapped in DDP"
+                )
             if chunk.post_process:
                 _check_layer(chunk, plan.options.layer)
                 chunk.flow_head = FlowHead(chunk.config, plan)

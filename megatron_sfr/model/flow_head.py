@@ -191,7 +191,14 @@ class FlowHead(MegatronModule):
         Args:
             horizon_BA: index of the horizon, int64.
             averaged: whether to use the EMA of the weights.
+        Raises:
+            ValueError: x_t or h has another size than the head.
         """
+        if (x_t.shape[-1], h.shape[-1]) != (self.dim, self.config.hidden_size):
+            raise ValueError(
+                f"the flow head is for embeddings of {self.dim} dimensions and hidden states of "
+                f"{self.config.hidden_size}, not of {x_t.shape[-1]} and {h.shape[-1]}"
+            )
         net = self.ema if averaged else self.net
         assert net is not None
         with torch.autocast(h.device.type, h.dtype, enabled=h.dtype in (torch.bfloat16, torch.float16)):

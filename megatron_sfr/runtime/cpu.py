@@ -249,13 +249,15 @@ HIDDEN_PACKAGES = {
 
 
 def before_megatron() -> None:
-    """Prepares the import of Megatron: hides HIDDEN_PACKAGES, and leaves functions uncompiled.
+    """Prepares the import of Megatron: hides HIDDEN_PACKAGES and GPUs, and leaves functions uncompiled.
 
-    Upstream decorates functions with torch.compile. No compiler is assumed on the CPU, and without the variable each
-    process would import Inductor for it, several seconds.
+    Where a GPU is visible, the data loader would pin its batches, which takes a CUDA context in each process. Upstream
+    decorates functions with torch.compile: no compiler is assumed on the CPU, and without the variable each process
+    would import Inductor for it, several seconds.
     """
     for name in HIDDEN_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # how Python itself marks a blocked import
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # until the process has used CUDA
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 

@@ -6,11 +6,15 @@ torch is imported where it is used: `doctor` reads this module before it knows w
 import os
 import resource
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_sfr.storage.user_files import is_out_of_memory, reason, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -78,6 +82,13 @@ def gpus() -> list[Gpu]:
             return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [Gpu(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def launching_on(x: "Tensor") -> AbstractContextManager[Any]:
+    """Context in which Triton launches kernels on the GPU of a tensor: it takes the current one, not the arguments'."""
+    import torch
+
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def usable_device(name: str | None) -> str:

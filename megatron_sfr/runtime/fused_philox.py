@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sfr.runtime.devices import launching_on
+
 BLOCK = 1024
 
 
@@ -28,6 +30,7 @@ def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor,
     counters = [x.contiguous() for x in torch.broadcast_tensors(*c)]
     words = [torch.empty_like(x) for x in counters]
     if n := words[0].numel():
-        _philox[(triton.cdiv(n, BLOCK),)](*counters, *words, n, seed, BLOCK=BLOCK)
+        with launching_on(words[0]):
+            _philox[(triton.cdiv(n, BLOCK),)](*counters, *words, n, seed, BLOCK=BLOCK)
     x, y, z, w = words
     return x, y, z, w

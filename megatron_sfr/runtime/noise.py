@@ -11,7 +11,8 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
-PIECE = 1 << 17  # numbers that `uniforms` draws at a time: their counters fit a cache
+PIECE = 1 << 17  # numbers that `uniforms` draws at a time: their counters fit a cache of a CPU
+PIECE_ON_GPU = 1 << 23  # 140 MB of counters and words: with small pieces a GPU would wait for launches
 
 
 def philox(c: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +83,8 @@ def uniforms(
         raise ValueError(f"start = {start}: blocks hold 4 numbers, so a shard starts at a multiple of 4")
     position, sample, rest = torch.broadcast_tensors(*_counter(sample, position, draw, stream))
     drawn = torch.empty(*sample.shape, width, device=sample.device)
-    piece = max(4, PIECE // max(1, sample.numel()) // 4 * 4)
+    numbers = PIECE_ON_GPU if drawn.is_cuda else PIECE
+    piece = max(4, numbers // max(1, sample.numel()) // 4 * 4)
     for at in range(0, width, piece):
         end = min(at + piece, width)
         block = torch.arange((start + at) // 4, math.ceil((start + end) / 4), device=sample.device)

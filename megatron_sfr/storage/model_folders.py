@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
 from megatron_sfr.storage.user_files import cut, read_json_object, reason
@@ -10,6 +12,7 @@ from megatron_sfr.storage.user_files import cut, read_json_object, reason
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER, TOKENIZER = "adapter_config.json", "tokenizer.json"
 GGUF = ".gguf"
+SAMPLE_BYTES = 1 << 16
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -88,3 +91,16 @@ def offline() -> str | None:
         constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
         return f"{constants.ENDPOINT} cannot be reached ({reason(error)})"
     return None
+
+
+def weights_fingerprint(files: Iterable[Path]) -> str:
+    """A hash of the name and size of each file, and of samples of its content."""
+    found = sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for offset in (0, size // 3, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(offset)
+                found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()

@@ -258,7 +258,7 @@ class ForwardStep:
             report["target wait"] = pair(batch["target_wait"], torch.ones_like(batch["target_wait"][0]))
         if context.checks_nan:
             check_finite(total)
-        return total.view(()), tokens.to(torch.int), report
+        return total.sum(), tokens.to(torch.int), report  # not a view: upstream frees it
 
     def _weight(self, phase: Phase, start: StepStart) -> Tensor | float:
         """The weight of the auxiliary loss at this step."""

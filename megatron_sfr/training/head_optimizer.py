@@ -6,6 +6,7 @@ layout. This module registers the head's group and replaces three upstream funct
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_sfr.model.flow_head import GRADIENT_NORM_GROUP
 from megatron_sfr.option_names import named
 from megatron_sfr.runtime.backend import device
-from megatron_sfr.runtime.replacements import Replacement, wrapper
+from megatron_sfr.runtime.replacements import Replacement, replaced, wrapper
 
 OPTIMIZER, TRAINING = "megatron.core.optimizer.optimizer", "megatron.training.training"
 
@@ -56,6 +57,26 @@ def clipping(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:
             ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
         ),
     )
+
+
+def separate_clipping(clip_grad: float | None = None) -> AbstractContextManager[None]:
+    """A context in which the optimizer of Megatron Core clips the flow head by its own gradient norm.
+
+    Optimizer steps of a model with a head have to run inside it, unless schedule.weight_on is loss. Otherwise Megatron
+    refuses the head's parameters: "Unknown grad_norm_group 'sfr_head'". An optimizer of torch does not need it.
+
+    Args:
+        clip_grad: gradient norm to which the head is clipped; 0 disables clipping. Default: the optimizer's clip_grad.
+    Returns:
+        The context. Leaving it restores Megatron Core.
+    Raises:
+        ValueError: clip_grad is negative.
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> with sfr.separate_clipping(1.0):
+        ...     pass  # the training loop
+    """
+    return replaced(clipping(HeadOptimizerOptions(clip_grad)))
 
 
 def replacements(options: HeadOptimizerOptions) -> tuple[Replacement, ...]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sfr.config.lora_checks import SAMPLE_BYTES, base_fingerprint
+from megatron_sfr.config.lora_checks import base_fingerprint
 from megatron_sfr.config.settings import read_settings
 from megatron_sfr.model.lora.options import LoRAOptions
+from megatron_sfr.storage.model_folders import SAMPLE_BYTES
 
 from .test_settings import write
 

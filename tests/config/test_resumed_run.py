@@ -212,6 +212,10 @@ def test_data_in_another_order_are_said() -> None:
     line = changed_data(run(seed=2, train_data_path=["a", "b"]), stored)
     assert line is not None
     assert line.startswith("seed is 2 (in the checkpoint 1), train_data_path is ['a', 'b'] (in the checkpoint ['a']):")
+    packed = {"sfr_packing": "first_fit_decreasing", "context_parallel_size": 1}
+    line = changed_data(run(**packed | {"context_parallel_size": 2}), STORED | packed)
+    assert line is not None
+    assert line.startswith("context_parallel_size is 2 (in the checkpoint 1): sequences that were read before may")
 
 
 def test_targets_of_another_kind_are_refused_where_the_head_is_continued() -> None:

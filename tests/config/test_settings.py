@@ -56,6 +56,7 @@ def test_switches_lists_and_nulls() -> None:
         "--no-bias-gelu-fusion",
         *("--train-data-path", "0.3", "a", "0.7", "b"),
     ]
+    assert flag_parser().read(to_flags({"hybrid_layer_pattern": "-*"}, flag_parser())).hybrid_layer_pattern == "-*"
 
 
 PACKED = {"sfr_packing": "first_fit_decreasing"}

@@ -26,7 +26,7 @@ from examples.dictionary_styles.study.plan import (
     judged,
 )
 from examples.dictionary_styles.study.verdicts import Verdict, compare
-from examples.dictionary_styles.study.work import CHOOSING, Place, read_curve, save
+from examples.dictionary_styles.study.work import CHOOSING, STAGES, Place, read_curve, save
 from megatron_sfr.config.settings import read_settings
 from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from tests.house.test_cluster_recipes import QWEN3_CONFIG, validate
@@ -141,12 +141,45 @@ def test_upstream_takes_an_arm_from_a_pretrained_model_on_a_gpu(arm: str, tmp_pa
 
 
 def test_a_study_is_made_from_one_thing(tmp_path: Path) -> None:
-    materials.claim(Place(tmp_path))
-    materials.claim(Place(tmp_path))
+    materials.claim(Place(tmp_path), STAGES)
+    materials.claim(Place(tmp_path), STAGES)
     (tmp_path / "more.yaml").write_text("lr: 1.0e-4")
     with pytest.raises(ValueError, match="study was begun with another recipe: move that folder"):
-        materials.claim(Place(tmp_path, recipe=tmp_path / "more.yaml"))
-    materials.claim(Place(tmp_path, start=tmp_path / "other", recipe=tmp_path / "more.yaml"))
+        materials.claim(Place(tmp_path, recipe=tmp_path / "more.yaml"), STAGES)
+    materials.claim(Place(tmp_path, start=tmp_path / "other", recipe=tmp_path / "more.yaml"), STAGES)
+
+
+def test_a_study_may_be_carried_to_a_gpu_and_back(tmp_path: Path) -> None:
+    """Its folder is copied; the start lies elsewhere there, and only training and sampling have a recipe."""
+    starts = [tmp_path / where / "SmolLM2" for where in ("here", "there", "other")]
+    for start in starts:
+        start.mkdir(parents=True)
+        (start / "model.safetensors").write_text(start.parent.name[-3:])
+    (starts[1] / "model.safetensors").write_bytes((starts[0] / "model.safetensors").read_bytes())
+    (tmp_path / "gpu.yaml").write_text("lr: 1.0e-4")
+    here, there, other = (Place(tmp_path, start=start) for start in starts)
+    gpu = replace(there, recipe=tmp_path / "gpu.yaml", device="cuda")
+    materials.claim(here, ("materials",))
+    materials.claim(gpu, ("train", "sample"))
+    materials.claim(here, ("score",))
+    with pytest.raises(ValueError, match="begun with another recipe and device"):
+        materials.claim(there, ("sample",))
+    with pytest.raises(ValueError, match="begun with another model"):
+        materials.claim(other, ("score",))
+
+
+def test_stages_name_a_file_that_was_not_carried(tmp_path: Path) -> None:
+    place = Place(tmp_path, start=tmp_path / "start")
+    carried = [place.text("train"), tmp_path / "wide-text" / "prompts.jsonl", place.shape]
+    carried += [place.data(side) / "targets" / "statistics.bin" for side in ("train", "validation")]
+    for path in carried:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    materials.check(place, ("train", "sample"))
+    place.shape.unlink()
+    materials.check(place, ("sample",))
+    with pytest.raises(ValueError, match=r"model\.yaml is missing: make it by --stages materials, or copy it"):
+        materials.check(place, ("train", "sample"))
 
 
 def test_incomplete_targets_are_resumed(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from examples.dictionary_styles.study import controls
 from examples.dictionary_styles.study.plan import REGIMES, WIDE, Plan, Regime, candidates, choose_arms, fixed, judged
 from examples.dictionary_styles.study.work import JUDGING, Place, Task, losses_file, read_answers
-from megatron_sfr.config.settings import read_settings
+from megatron_sfr.config.settings import flag_parser, read_settings, to_flags
+from megatron_sfr.config.validation import contradiction
 
 FIXED = [regime for regime in REGIMES if regime.settings is not None]
 
@@ -41,6 +42,20 @@ def test_a_regime_fixes_settings_text_and_what_is_trained(regime: Regime, tmp_pa
     assert runs["GEM+SFR"] == runs["SFR"] | {"gem_beta": 0.7, "gem_h": "linear"}
     assert place.text("train") == tmp_path / "text-50" / "train.jsonl"
     assert place.text("validation") == Place(tmp_path).text("validation") == tmp_path / "text" / "validation.jsonl"
+
+
+@pytest.mark.parametrize("regime", FIXED, ids=lambda regime: regime.name)
+def test_transformer_engine_takes_the_packed_sequences_of_a_regime(regime: Regime, tmp_path: Path) -> None:
+    gpu = Path(controls.__file__).with_name("gpu_packed.yaml")
+    place = Place(tmp_path, start=tmp_path / "start", recipe=gpu, regime=regime)
+    run = judged(plan_of(regime), {"SFR": {}})[1]
+    shape, *words = ["--recipe", str(Place(tmp_path).shape)], *map(str, place.training(run, tmp_path / "run")[1:])
+    recipe = read_settings([*shape, *words]).recipe | {"sfr_backend": "cuda", "transformer_impl": "transformer_engine"}
+    args = flag_parser().read(to_flags(recipe, flag_parser()))
+    assert (args.sfr_packing, args.global_batch_size) == ("first_fit_decreasing", 16)
+    assert contradiction(args) is None
+    args.micro_batch_size = 8
+    assert "takes one sequence at a time" in str(contradiction(args))
 
 
 def test_regimes_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -71,3 +71,13 @@ def test_two_runs_are_equal(fused) -> None:
     first, second = (through(fused, z_TV, y_T, CLOSED_FORM_LOSSES["gem"], size=V, shards=1) for _ in range(2))
     assert torch.equal(first.loss_T, second.loss_T)
     assert torch.equal(first.gradient_TV, second.gradient_TV)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one(fused) -> None:
+    z_TV, y_T = batch(64, 5001, 5001, torch.bfloat16)
+    first, second = (
+        through(fused, z_TV.to(device), y_T.to(device), CLOSED_FORM_LOSSES["gem"], size=5001, shards=1)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert torch.equal(first.gradient_TV, second.gradient_TV.to("cuda:0"))

@@ -25,7 +25,11 @@ LENGTH = 200
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_have_the_positions_of_transformer_engine(ranks: int) -> None:
-    tex = pytest.importorskip("transformer_engine_torch")
+    pytest.importorskip(
+        "transformer_engine.pytorch"
+    )  # which loads its extension: a wheel has it in a folder of its own
+    import transformer_engine_torch as tex
+
     bounds = torch.tensor([0, *TEXTS]).cumsum(0).to(torch.int32)
     for rank in range(ranks):
         expected = tex.thd_get_partitioned_indices(bounds.cuda(), sum(TEXTS), ranks, rank)

@@ -140,6 +140,7 @@ def test_a_refused_flag_is_named_in_the_error() -> None:
         ("--reset-position-ids", "set dataloader_inter_document_masking, which knows where documents begin"),
         ("--dataloader-type external", "use single or cyclic"),
         ("--position-embedding-type mrope", "use rope, yarn, learned_absolute or none"),
+        ("--ddp-average-in-collective", "gradients are divided by the tokens of the global batch"),
         ("--cross-entropy-loss-fusion", "have kernels of this package"),
         ("--iterations-to-skip 3 --tensor-model-parallel-size 2", "on the first tensor-parallel rank alone"),
         ("--heterogeneous-layers-config-path f", "train with Transformer Engine on CUDA"),

@@ -80,3 +80,16 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_package_says_that_it_has_types() -> None:
+    """Without py.typed, type checkers take every name of an installed package to be Any."""
+    assert (ROOT / "megatron_sfr/py.typed").is_file()
+    (files,) = (
+        keyword.value
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "package_data"
+    )
+    assert "py.typed" in ast.literal_eval(files)["megatron_sfr"]

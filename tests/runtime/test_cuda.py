@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sfr.config.settings import Parser
 from megatron_sfr.model.gradient_fusion import SWITCH
 from megatron_sfr.runtime import backend
 from megatron_sfr.runtime.cpu import HIDDEN_PACKAGES, TORCH_ADAM
+from megatron_sfr.runtime.devices import launching_on
 from tests import warm
 
 ROOT = Path(__file__).parents[2]
@@ -176,13 +179,15 @@ def test_training_on_cpu_imports_no_cuda_package_with_megatron(packages: dict[st
 
 
 @pytest.mark.parametrize(("flags", "hidden"), [(("--sfr-backend", "cpu"), True), (("--sfr-backend", "cuda"), False)])
-def test_the_backend_of_the_flags_hides_cuda_packages(
+def test_the_backend_of_the_flags_hides_cuda(
     flags: tuple[str, ...], hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in HIDDEN_PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     backend.prepare(flags)
     assert [name in sys.modules for name in HIDDEN_PACKAGES] == [hidden] * len(HIDDEN_PACKAGES)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
 
 
 def test_torch_s_adam_is_repaired_on_cuda_too() -> None:
@@ -197,3 +202,16 @@ def test_transformer_engine_s_layers_have_the_switch() -> None:
         f"print(all('self.{SWITCH} = {SWITCH}' in inspect.getsource(layer) for layer in layers))"
     )
     assert run("-c", look) == "True"
+
+
+def test_triton_launches_on_the_gpu_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor may be on another GPU than the current one: `--device cuda:1`."""
+    events: list[int | str] = []
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: events.append(index) or 0)
+    with FakeTensorMode():
+        there, here = torch.empty(1, device="cuda:1"), torch.empty(1)
+    for x in (there, here):
+        with launching_on(x):
+            events.append(x.device.type)
+    assert events == [1, "cuda", 0, "cpu"]

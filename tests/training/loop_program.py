@@ -74,6 +74,7 @@ def gradients(call: Callable[[Any], tuple[Any, Any]], model: torch.nn.Module, se
     return {
         "loss": total.item(),
         "tokens": tokens.item(),
+        "view": total._base is not None,
         "report": {name: x.tolist() for name, x in report.items()},
         "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
     }
@@ -180,6 +181,7 @@ def compare_with_the_usual_way() -> dict[str, Any]:
         "reports": [[x["report"], y["report"]] for x, y in zip(given, usual, strict=True)],
         "gradients": [equal(x["gradients"], y["gradients"]) for x, y in zip(given, usual, strict=True)],
         "named": sorted(given[0]["gradients"]),
+        "views": [x["view"] for x in given],
         "bridge": equal(bridge["gradients"], given[1]["gradients"]) and bridge["loss"] == given[1]["loss"],
     }
 
@@ -259,26 +261,6 @@ def decay_to_zero(decay: str, ends: int = 2, last: int = 5) -> dict[str, Any]:
     }
 
 
-def errors() -> dict[str, str]:
-    """What a wrong layer and a missing head are answered with."""
-    from megatron_sfr.model.flow_head import FlowHeadOptions, FlowHeadPlan
-    from megatron_sfr.training.auxiliary_loss import TermOptions
-    from megatron_sfr.training.bridge import forward_step
-    from megatron_sfr.training.step_context import StepContext
-
-    found = {}
-    try:
-        plain_model(FlowHeadPlan(FlowHeadOptions(layer=9), dim=D))
-    except ValueError as error:
-        found["layer"] = str(error)
-    try:
-        context = StepContext(0, STEPS, 1, implementation="local")
-        forward_step(VOCAB, sfr=TermOptions())(context, iter([make_batch(0)]), plain_model(None))
-    except RuntimeError as error:
-        found["head"] = str(error)
-    return found
-
-
 if __name__ == "__main__":
     backend.prepare(["--sfr-backend", "cpu"])
     import megatron_sfr.model.attach_head
@@ -289,8 +271,10 @@ if __name__ == "__main__":
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from tests.training.own_loop import default_entries, errors, trained_example
+
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     found: dict[str, Any] = {decay: decay_to_zero(decay) for decay in ("linear", "cosine", "constant")}
-    found |= {"imported": imported, "errors": errors()}
+    found |= {"imported": imported, "errors": errors(), "own loop": trained_example(), "defaults": default_entries()}
     print(json.dumps(found | compare_with_the_usual_way()))

@@ -42,9 +42,39 @@ def test_the_state_of_megatron_bridge_gives_the_same_step(found: dict[str, Any])
     assert found["bridge"]
 
 
-def test_a_wrong_layer_and_a_missing_head_are_named(found: dict[str, Any]) -> None:
-    assert found["errors"]["layer"] == "sfr_layer = 9 is not on the last pipeline stage, which has layers 1 to 2"
-    assert "flow_head" in found["errors"]["head"]
+def test_upstream_can_free_the_loss_of_a_pipeline_stage(found: dict[str, Any]) -> None:
+    """With deallocate_pipeline_outputs, its default on GPUs, upstream refuses an output that is a view."""
+    assert found["views"] == [False] * 4
+
+
+def test_the_example_of_an_own_loop_trains_with_megatrons_optimizer(found: dict[str, Any]) -> None:
+    logged = found["own loop"]["logged"]
+    assert [line["sfr weight"] for line in logged] == [1.0, 0.0, 0.5, 1.0]
+    assert all(1 < line["sfr loss"] < 3 for line in logged)
+    assert found["own loop"]["restored"]
+
+
+def test_entries_of_a_batch_have_defaults(found: dict[str, Any]) -> None:
+    assert found["defaults"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("layer", "sfr_layer = 9 is not on the last pipeline stage, which has layers 1 to 2"),
+        ("head", "the model has no flow_head: run attach_head(plan) on its chunks before they are wrapped in DDP"),
+        ("gate", "the flow head was built with other options than the loss: build its plan by flow_head_plan"),
+        ("wrapped", "Linear has no post_process: attach the head to models of Megatron Core, before they are wrapped"),
+        ("name", "loss is 'gem': give an instance of a TokenLoss, such as GEM(beta=0.7)"),
+        ("entry", "the batch has no target; it has tokens, labels,"),
+        ("shape", "give [B, S] each: tokens is [2, 12], labels is [2, 12], loss_mask is [2, 13]"),
+        ("label", "a label with loss_mask 1 is -100: give tokens from 0 to 60, or loss_mask 0"),
+        ("dim", "the flow head is for embeddings of 6 dimensions and hidden states of 16, not of 7 and 16"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(found: dict[str, Any], mistake: str, message: str) -> None:
+    assert message in found["errors"][mistake]
+    assert "\n" not in found["errors"][mistake]
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])

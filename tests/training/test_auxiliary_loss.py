@@ -1,9 +1,13 @@
 """The auxiliary loss of a microbatch: where its gradients go, and how its state changes over steps."""
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.gate import GateOptions
@@ -11,6 +15,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from megatron_sfr.runtime.parallel import scale_gradient
 from megatron_sfr.training.auxiliary_loss import FlowTerm, Term, TermOptions
+from megatron_sfr.training.gradient_ratio import GradientMeasurement, flow_powers
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -226,3 +231,46 @@ def test_the_two_measured_losses_differ_only_in_their_noise() -> None:
         one, other = (f(h) for f in term.losses(head, make_batch(), sharded=False, detach=False))
         assert torch.equal(one, other) == equal
         assert torch.equal(one, term(head, make_batch(), h, start, detach=True, sharded=False, microbatches=1).loss)
+
+
+class AsOnCuda(TorchDispatchMode):
+    """Refuses operations for which CUDA's host waits for the device, and those that add in another order in each run.
+
+    A run on CUDA would be slower, or not repeat itself; on a CPU neither shows.
+    """
+
+    WAITING = frozenset(
+        {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+    )
+    UNORDERED = frozenset({"index_add", "index_add_", "scatter_add", "scatter_add_", "bincount", "histc"})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITING | self.UNORDERED, name
+        if name.startswith(("index", "_index_put")):  # a mask as an index becomes nonzero
+            assert not any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "dynamic", "time": "logit_normal"},
+        {"kind": "static", "ema": "teacher", "mean": "microbatch"},
+        {"scale": "whiten", "whiten": "ema", "architecture": "adaln"},
+        {"loss": "cka"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_step_on_cuda_never_waits_and_repeats_itself(options: dict[str, object]) -> None:
+    term, head = make(**options)
+    batch, h = make_batch() | {"loss_mask": torch.ones(B, S)}, states()
+    measurement = GradientMeasurement(0.1, 1.0)
+    with AsOnCuda():
+        for number in range(2):
+            start = term.begin(head, number, 0)
+            given = {"detach": False, "sharded": False, "microbatches": 1, "weight_at_h": start.weight}
+            term(head, batch, h, start, **given).objective.backward()
+            powers = flow_powers(term.losses(head, batch, False, False), h, False)
+            measurement.add(number, 1, torch.cat([powers[:1], powers]), head.state)
+    assert h.grad.abs().sum() > 0

@@ -27,6 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slow", type=float, default=1.0, metavar="FACTOR", help="factor on every time limit (%(default)s)"
     )
+    parser.add_argument(
+        "--encoder", default="minilm", help="folder or name of the targets' encoder (%(default)s, of the demo extra)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the same steps on the CPU, to check this program")
     return parser
 
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     no_gpu = "" if found else "no GPU"
     no_engine = no_gpu or ("" if find_spec("transformer_engine") else "Transformer Engine is not installed")
     output = args.output.resolve()
-    steps = plan(Machine(output, args.dry_run, no_gpu, "" if args.dry_run else no_engine))
+    steps = plan(Machine(output, args.dry_run, no_gpu, "" if args.dry_run else no_engine, args.encoder))
     names = {step.name for step in steps}
     if unknown := [name for name in args.only if name not in names]:
         print(f"gpu_check: error: no step {unknown[0]}; there are {', '.join(sorted(names))}")

@@ -1,7 +1,7 @@
-"""Makes the small data and the start checkpoint of the check: `python -m tools.gpu_check.data FOLDER`.
+"""Makes the small data and the start checkpoint of the check: `python -m tools.gpu_check.data FOLDER ENCODER`.
 
-Conversations of the demo's world, targets by MiniLM (the package's demo extra), and a checkpoint that the CPU backend
-makes in one step, so that every training of the check begins with the same weights.
+Conversations of the demo's world, targets by an encoder, and a checkpoint that the CPU backend makes in one step, so
+that every training of the check begins with the same weights.
 """
 
 import itertools
@@ -54,12 +54,12 @@ RECIPE = {
 }
 
 
-def make(folder: Path) -> int:
+def make(folder: Path, encoder: str) -> int:
     """Writes FOLDER/prepared, recipe.yaml and start/; returns the number of packed sequences."""
     data, sequences = prepare_conversations(folder)
     prepared = data.folder
-    embed(prepared, "minilm", BLOCKS, progress=False)
-    embed(prepared, "minilm", BLOCKS, output=prepared / "online", later=True, progress=False)
+    embed(prepared, encoder, BLOCKS, progress=False)
+    embed(prepared, encoder, BLOCKS, output=prepared / "online", later=True, progress=False)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"train_data_path": [str(prepared)]}), encoding="utf-8")
     start = ["--save", str(folder / "start"), "--train-iters", "1", "--lr", "0", "--sfr-backend", "cpu"]
@@ -84,4 +84,4 @@ def prepare_conversations(folder: Path) -> tuple[PreparedData, int]:
 
 
 if __name__ == "__main__":
-    print(f"{CONVERSATIONS} conversations, {make(Path(sys.argv[1]))} packed sequences")
+    print(f"{CONVERSATIONS} conversations, {make(Path(sys.argv[1]), sys.argv[2])} packed sequences")

@@ -18,7 +18,7 @@ SFR = "--sfr --sfr-fresh-head --sfr-head-width 64 --sfr-measure-interval 2 --sfr
 SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 PACKED = ("--sfr-packing", "first_fit_decreasing")
 ONLINE = ("--sfr-targets", "online", "--sfr-target-store", "online")
-# Transformer Engine's fused attention adds in another order in each run unless it is told not to.
+# Transformer Engine's fused attention adds in another order in each run unless it is told not to, which takes memory.
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 FP32, BF16, EIGHT_BITS, PACKING = 2e-4, 2e-2, 6e-2, 2e-3  # relative differences of losses after six steps
 TESTS = ("tests/gpu", "tests/runtime/test_noise.py")
@@ -32,6 +32,8 @@ class Machine:
     dry_run: bool
     why_not_cuda: str = ""
     why_not_engine: str = ""
+    encoder: str = "minilm"
+    """Of the targets: a sentence-transformers folder or name."""
 
     def train(self, name: str, *flags: str, engine: bool = True, save: str | None = None, limit_s: float = 120) -> Step:
         """A training of six steps. engine: with Transformer Engine; in a dry run everything is local and on the CPU."""
@@ -42,7 +44,7 @@ class Machine:
         start = ("--pretrained-checkpoint", str(data / "start"), "--save", str(folder))
         blocked = "" if self.dry_run or flags[-2:] == CPU else self.why_not_engine if engine else self.why_not_cuda
         words = tuple(command(data / "recipe.yaml", 1, [*start, *given]))
-        return Step(name, words, limit_s, ("data",), DETERMINISTIC, folder / "metrics.jsonl", why_not=blocked)
+        return Step(name, words, limit_s, ("data",), metrics=folder / "metrics.jsonl", why_not=blocked)
 
     def rest(self) -> str:
         return "a dry run has no GPU" if self.dry_run else self.why_not_cuda
@@ -55,8 +57,9 @@ def trainings(machine: Machine) -> list[Step | Comparison]:
     counts = machine.folder / "data" / "sequences.json"
     apart = replace(train("te_apart", *one, "{apart}"), values=counts)
     packed = replace(train("te_packed", *one, "{packed}", *PACKED), values=counts)
+    straight = train("te_straight", *TE, *SFR)
     stopped = train("te_stopped", *TE, *SFR, "--exit-interval", "3")
-    resumed = train("te_resumed", *TE, *SFR, save="te_stopped")
+    resumed = replace(train("te_resumed", *TE, *SFR, save="te_stopped"), needs=("data", "te_stopped"))
     return [
         train("cpu_ce", *LOCAL, *CPU, engine=False),
         train("cpu_sfr", *SFR, *LOCAL, *CPU, engine=False),
@@ -73,9 +76,7 @@ def trainings(machine: Machine) -> list[Step | Comparison]:
         apart,
         packed,
         Comparison("te_packed", "te_apart", PACKING, first_step_only=True),
-        train("te_straight", *TE, *SFR),
-        stopped,
-        replace(resumed, needs=("data", "te_stopped")),
+        *(replace(step, environment=DETERMINISTIC) for step in (straight, stopped, resumed)),
         Comparison("te_resumed", "te_straight", 0.0),
         train("te_online", *TE, *SFR, *ONLINE),
         Comparison("te_online", "te_straight", BF16),
@@ -116,7 +117,7 @@ def plan(machine: Machine) -> list[Step | Comparison]:
             "doctor", (*PYTHON, "megatron_sfr.cli", "doctor", "--deep", "--folder", str(machine.folder)), 120, lines=20
         ),
         Step("tests_gpu", pytest, 300, lines=3, why_not=machine.rest()),
-        Step("data", (*PYTHON, "tools.gpu_check.data", str(machine.folder / "data")), 240),
+        Step("data", (*PYTHON, "tools.gpu_check.data", str(machine.folder / "data"), machine.encoder), 240),
         *trainings(machine),
         *benchmarks(machine),
     ]

@@ -17,6 +17,7 @@ from megatron_sfr.data.targets.store import DEFAULT, STATISTICS
 from megatron_sfr.hf.families.family_registry import megatron_flags
 from megatron_sfr.hf.hf_folder import read_config
 from megatron_sfr.storage.atomic import replacing
+from megatron_sfr.storage.model_folders import weights_fingerprint
 
 Step = tuple[str, Path, Callable[[], object]]
 """(name, a file that exists once the step is done, a function that does it)"""
@@ -29,7 +30,6 @@ PROMPTS = 140  # held-out headwords, those first that most dictionaries define
 
 def prepare(place: Place) -> None:
     """Makes whatever is missing, in order. Raises ValueError if a step fails."""
-    claim(place)
     steps = [*texts(place), *(tokens_of_start(place) if place.start is None else []), *tokens(place)]
     steps.append(common_start(place) if place.start is None else ("the start's shape", place.shape, describe(place)))
     missing = [step for step in steps if not step[1].exists()]
@@ -38,19 +38,35 @@ def prepare(place: Place) -> None:
         make()
 
 
-def claim(place: Place) -> None:
-    """Records what the study is made from. Raises ValueError if its folder has a study made from something else."""
-    said = {
-        "start": None if place.start is None else str(place.start.resolve()),
-        "recipe": "" if place.recipe is None else place.recipe.read_text(encoding="utf-8"),
-        "device": place.device,
-    }
+def check(place: Place, stages: tuple[str, ...]) -> None:
+    """Raises ValueError if a file that these stages read is missing, where they do not make it themselves."""
+    read = [place.text("train"), place.root / "wide-text" / "prompts.jsonl"]
+    if "train" in stages:
+        read += [place.shape, *(place.data(side) / DEFAULT / STATISTICS for side in ("train", "validation"))]
+    if "score" in stages:
+        read.append(place.root / "text" / "train.jsonl")
+    if missing := [path for path in read if not path.exists()]:
+        raise ValueError(f"{missing[0]} is missing: make it by --stages materials, or copy it from where that was done")
+
+
+def claim(place: Place, stages: tuple[str, ...]) -> None:
+    """Records what the study is made from. Raises ValueError if its folder has a study made from something else.
+
+    The start is known by its weights, wherever it lies. Recipe and device are those of training and sampling.
+    """
+    said: dict[str, str] = {}
+    if place.start is not None:
+        said["model"] = weights_fingerprint(place.start.glob("*.safetensors"))
+    if {"train", "sample"} & {*stages}:
+        said["recipe"] = "" if place.recipe is None else place.recipe.read_text(encoding="utf-8")
+        said["device"] = place.device
     path = place.study / "made_from.json"
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != said:
-        changed = " and ".join(key for key in said if before.get(key) != said[key])
-        raise ValueError(f"{place.study} was begun with another {changed}: move that folder, or ask for the same")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if changed := [key for key in said if before.get(key, said[key]) != said[key]]:
+        what = " and ".join(changed)
+        raise ValueError(f"{place.study} was begun with another {what}: move that folder, or ask for the same")
     with replacing(path) as file:
-        json.dump(said, file)
+        json.dump(before | said, file)
 
 
 def texts(place: Place) -> list[Step]:

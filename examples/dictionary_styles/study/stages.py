@@ -1,6 +1,6 @@
 """The study from materials to pages, stage by stage; each stage resumes an earlier call.
 
-Training and sampling need no encoder and may run on another machine than scoring (`--stages`).
+Training and sampling need no encoder and no network, and may run on another machine than the rest (`--stages`).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=STAGES,
         default=list(STAGES),
-        help="train and sample here, score elsewhere: only these",
+        help="only these here, the others on another machine",
     )
     parser.add_argument(
         "--controls", action="store_true", help="compare each arm with the baseline stopped at equal losses, too"
@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         plan = Plan(seeds=tuple(args.seeds), arms=arms, regime=regime, **amounts)
         place = Place(start=args.start, recipe=args.recipe, device=args.device, regime=regime)
         processes = args.processes or (1 if args.device == "cuda" else os.cpu_count() or 1)
-        study(plan, place, processes, tuple(args.stages), controlled=args.controls, timed=not args.skip_cost)
+        timed = not args.skip_cost and "train" in args.stages
+        study(plan, place, processes, tuple(args.stages), controlled=args.controls, timed=timed)
     except (ValueError, OSError) as error:
         print(f"study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -97,21 +98,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(plan: Plan, place: Place, processes: int, stages: tuple[str, ...], *, controlled: bool, timed: bool) -> None:
     """Runs these stages of the study. Results of earlier calls are kept."""
-    materials.prepare(place)
+    materials.claim(place, stages)
+    if "materials" in stages:
+        materials.prepare(place)
+    if not {"train", "sample", "score"} & {*stages}:
+        print(f"materials in {place.root}: done; next: --stages train sample")
+        return
+    materials.check(place, stages)
     settings, tried = settings_of(plan, place, processes, stages)
     runs = judged(plan, settings)
     work((Task(run, JUDGING, plan, place, stages) for run in runs), processes, "runs")
+    again = replace(plan, sampling_seed=plan.sampling_seed + 1)
     if "score" not in stages:
+        if "sample" in stages:  # scores may ask for it when the models are gone
+            work((Task(run, JUDGING, again, place, stages) for run in runs), processes, "sampled again")
         print(f"{len(runs)} runs in {place.study}: {' and '.join(stages)} done; next: --stages score")
         return
     curves = read(runs, plan, place)
     verdicts = verdicts_of(curves)
-    again = replace(plan, sampling_seed=plan.sampling_seed + 1)
     names = {verdict.arm for verdict in verdicts if verdict.moved}
     repeated: list[Verdict] = []
     if names:  # a difference counts if other replies show it again
         some = [run for run in runs if run.arm.name in names | {BASELINE}]
-        work((Task(run, JUDGING, again, place) for run in some), processes, "sampled again")
+        work((Task(run, JUDGING, again, place, stages) for run in some), processes, "sampled again")
         repeated = verdicts_of(read(some, again, place))
     controls_found = control(runs, curves, plan, place, processes) if controlled else []
     costs = cost.measure(runs[: len(plan.arms)], place) if timed else cost.known(place)

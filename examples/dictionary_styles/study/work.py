@@ -30,7 +30,7 @@ EXAMPLE = HERE.parent
 CHOOSING, JUDGING = "choosing", "judging"
 FIDELITY_ROWS = 6000  # real replies that the classifier of styles learns from
 HELD_OUT = "held-out replies"
-STAGES = ("train", "sample", "score")
+STAGES = ("materials", "train", "sample", "score")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Task:
     @property
     def is_done(self) -> bool:
         done = {"train": self.place.folder(self.run) / "hf", "sample": self.samples, "score": self.curve}
-        return all(done[stage].exists() for stage in self.stages) or self.curve.exists()
+        return self.curve.exists() or all(file.exists() for stage, file in done.items() if stage in self.stages)
 
     @property
     def sweep(self) -> tuple[float, ...]:

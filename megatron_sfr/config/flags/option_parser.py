@@ -86,7 +86,9 @@ def _with_values(key: str, value: Any, action: argparse.Action, flag: str | None
         kind = {bool: "true or false", date: "a date", datetime: "a date"}.get(type(wrong[0]))
         quote = f", in quotes where YAML takes it for {kind}" if kind else ""
         raise ValueError(f"{key}: {shown(wrong[0])} is not {expected}; write text or a number{quote}")
-    return [flag or action.option_strings[0], *(str(v) for v in values)]
+    name, texts = flag or action.option_strings[0], [str(v) for v in values]
+    dashed = action.nargs is None and texts[0].startswith("-")  # argparse would take it for an option
+    return [f"{name}={texts[0]}"] if dashed else [name, *texts]
 
 
 def stored_parser() -> OptionParser | None:

@@ -126,7 +126,7 @@ PASSED = {
         num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank overlap_p2p_comm
         overlap_grad_reduce ddp_num_buckets ddp_bucket_size ddp_pad_buckets_for_high_nccl_busbw
         ddp_reduce_scatter_with_fp32_accumulation ddp_param_name_patterns_for_fp32_local_accumulation
-        ddp_average_in_collective overlap_param_gather overlap_param_gather_with_optimizer_step
+        overlap_param_gather overlap_param_gather_with_optimizer_step
         align_param_gather use_distributed_optimizer use_layer_wise_param_layout nccl_ub
         disable_symmetric_registration fsdp_manual_registration create_all_gather_group
         data_parallel_sharding_strategy outer_dp_sharding_strategy gradient_reduce_div_fusion fsdp_double_buffer

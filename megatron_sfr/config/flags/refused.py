@@ -188,6 +188,7 @@ STEP = (
         _nsys_on_cpu,
         "on the CPU without use_pytorch_profiler",
     ),
+    Refused("ddp_average_in_collective", "gradients are divided by the tokens of the global batch, not by ranks"),
     Refused("check_for_spiky_loss", "Megatron's own loss function makes this check, and ours takes its place"),
     Refused(
         "inprocess_restart inprocess_max_iterations inprocess_monitor_thread_interval "

@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megatron_sfr.evaluation.code.definitions import (
     attempt,
@@ -17,20 +18,22 @@ from megatron_sfr.evaluation.code.definitions import (
 )
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
-OPENING = re.compile(r"(?P<indent>[ \t]*)(?:[-*+>]|\d+[.)])?[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>.*)")
+OPENING = re.compile(r"(?P<indent>[ \t]*+)(?:(?:[-*+>]|\d+[.)])[ \t]*+)?(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 QUOTED = re.compile(r"(?:^ {0,3}>.*\n?)+", re.MULTILINE)  # a block quote
 PYTHON = re.compile(r"[^\w]*(?:python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)  # not python-repl, pycon
 TAGS = (
     (r"\[PYTHON\]", r"\[/PYTHON\]"),
     (r"\[BEGIN\]", r"\[DONE\]"),
     (r"<python>", r"</python>"),
-    (r"(?:<pre\b[^>\n]*>)?\s*<code\b[^>\n]*>", r"</code>"),
+    (r"(?:<pre\b[^>\n]*>\s*)?<code\b[^>\n]*>", r"</code>"),
     (r"<pre\b[^>\n]*>", r"</pre>"),
     (r"\\begin\{(?:python|code|lstlisting|minted|verbatim)\}(?:\[[^\]\n]*\]|\{\w+\})*", r"\\end\{\w+\}"),
 )
 """Around code without a fence: of CodeLlama, of MBPP's prompts, of XML and HTML, of LaTeX."""
+MOST_ENDS = 4  # fences that may close a block, the others being in its docstrings
+MOST_QUOTES = 8  # block quotes in block quotes
 BARE = re.compile(r"<|&(?!#?\w+;)")  # what HTML has to escape
-CONTROL = re.compile(r"\A\s*(?:<\|\w+\|>\s*)+|(?:\s*(?:<\|\w+\|>|</s>|<end_of_turn>))+\s*\Z")
+CONTROL = re.compile(r"\A\s*(?:<\|\w+\|>\s*)+|(?<!\s)(?:\s*(?:<\|\w+\|>|</s>|<end_of_turn>))+\s*\Z")
 """Control tokens around a reply, which some servers leave there."""
 
 
@@ -138,12 +141,14 @@ def _fenced(text: str) -> str:
     return text
 
 
-def _unquoted(text: str) -> str:
-    """The text without the `>` of block quotes that hold a fence."""
+def _unquoted(text: str, depth: int = 0) -> str:
+    """The text without the `>` of block quotes that hold a fence, at a depth of at most MOST_QUOTES."""
+    if depth == MOST_QUOTES:
+        return text
 
     def without_marks(quote: re.Match[str]) -> str:
         inner = re.sub(r"^ {0,3}> ?", "", quote[0], flags=re.MULTILINE)
-        return _unquoted(inner) if any(_opens(line.lstrip("> ")) for line in inner.split("\n")) else quote[0]
+        return _unquoted(inner, depth + 1) if any(_opens(line.lstrip("> ")) for line in inner.split("\n")) else quote[0]
 
     return QUOTED.sub(without_marks, text)
 
@@ -171,12 +176,12 @@ def _blocks(text: str) -> Iterator[Block]:
         if not found:
             continue
         close = re.compile(rf"[ \t>]*{re.escape(found['fence'])}{re.escape(found['fence'][0])}*[ \t]*")
-        ends = [j for j in range(i, len(lines)) if close.fullmatch(lines[j])] or [len(lines)]
+        ends = list(islice((j for j in range(i, len(lines)) if close.fullmatch(lines[j])), MOST_ENDS)) or [len(lines)]
         info = found["info"].strip()
         if not info and i < len(lines) and lines[i].strip().lower() in ("python", "python3"):
             info, i = lines[i].strip(), i + 1  # the language on a line below the fence
         is_python = bool(PYTHON.match(info)) if info else None
-        codes = [_unindented(lines[i:end], found["indent"]) for end in ends[: 1 if is_python is False else 4]]
+        codes = [_unindented(lines[i:end], found["indent"]) for end in ends[: 1 if is_python is False else None]]
         whole = next((j for j, code in enumerate(codes) if parses(code)), 0)
         yield Block(codes[whole], is_python, ends[whole] < len(lines))
         i = ends[whole] + 1

@@ -14,6 +14,8 @@ START = re.compile(r"[ \t]*(?:@\w|(?:async[ \t]+)?def[ \t]|class[ \t]|import[ \t
 BLOCK = re.compile(r"[ \t]*(?:async|def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
 PROMPTED = re.compile(r"[ \t]*(?:>>>|\.\.\.)(?: (.*))?")
 MOST_MARGINS = 20  # lines within one statement that are not indented: of brackets and strings
+MOST_PARSED = 20
+"""How many times the characters of a text are parsed. Prose and code need a few, endless open brackets any number."""
 
 
 def tree_of(code: str) -> ast.Module | None:
@@ -73,11 +75,16 @@ def definitions_in(text: str) -> list[tuple[str, int]]:
     Only complete definitions count: the next line, if there is one, is not indented further than the definition begins.
     So a function is not taken up to the line from which it is invalid. A definition inside another one that is invalid
     is not taken either. Prose, and statements that run something, end a piece; blank lines and comments do not.
+    There are none in a text that would have to be parsed more than MOST_PARSED times.
     """
     lines, pieces, ends = text.split("\n"), list[str](), list[int]()
-    margin, i = -1, 0  # margin: of the piece that may go on, or -1
+    outer = _outer_lines(lines)
+    margin, i, parsed = -1, 0, 0  # margin: of the piece that may go on, or -1
     while i < len(lines):
-        end = _end_of_definition(lines, i)
+        end, characters = _end_of_definition(lines, i, outer[i])
+        parsed += characters
+        if parsed > MOST_PARSED * (len(text) + 1000):
+            return []
         if end is None:
             margin = margin if not lines[i].strip() or lines[i].lstrip().startswith("#") else -1
             i += 1
@@ -98,28 +105,36 @@ def typed(text: str) -> str:
     return "".join(f"{found[1] or ''}\n" for line in text.split("\n") if (found := PROMPTED.fullmatch(line)))
 
 
-def _end_of_definition(lines: Sequence[str], start: int) -> int | None:
-    """The line after the definition that begins on this line; None if none begins, or it is not complete."""
-    if not START.match(lines[start]) or _is_inside_block(lines, start):
-        return None
-    margins = 0
+def _end_of_definition(lines: Sequence[str], start: int, outer: str) -> tuple[int | None, int]:
+    """The line after the definition that begins on this line, and how many characters were parsed to find it.
+
+    None if none begins, or it is not complete. outer: the line that the first one is indented under.
+    """
+    parsed, margins = 0, 0
+    if not START.match(lines[start]) or BLOCK.match(outer):
+        return None, parsed
     for end in range(start + 1, len(lines) + 1):
         if end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > _indent(lines[start])):
             continue
         code = _without_indent(lines[start:end])
-        if only_defines(code):
-            return end
+        parsed += len(code)
+        if not is_incomplete(code):
+            return end if only_defines(code) else None, parsed
         margins += 1
-        if margins > MOST_MARGINS or not is_incomplete(code):
-            return None
-    return None
+        if margins > MOST_MARGINS:
+            break
+    return None, parsed
 
 
-def _is_inside_block(lines: Sequence[str], start: int) -> bool:
-    """Whether the line that this one is indented under begins a block of Python."""
-    indent = _indent(lines[start])
-    outer = (line for line in reversed(lines[:start]) if line.strip() and _indent(line) < indent)
-    return bool(indent and BLOCK.match(next(outer, "")))
+def _outer_lines(lines: Sequence[str]) -> list[str]:
+    """For each line the one that it is indented under, or an empty one."""
+    above, outer = list[str](), list[str]()
+    for line in lines:
+        while above and _indent(above[-1]) >= _indent(line):
+            above.pop()
+        outer.append(above[-1] if above else "")
+        above += [line] if line.strip() else []
+    return outer
 
 
 def _indent(line: str) -> int:

@@ -1,8 +1,8 @@
 r"""Questions with an exact answer, such as GSM8K's: the final answer of a reply, and whether two answers are equal.
 
-The final answer is what the reply marks: after the last `####`, in the last \boxed{}, after the last "answer is" or
-"Answer:"; without a mark, the last number. Answers are compared as numbers (1,200.0 is 1200, 1/2 is 0.5), other answers
-as text without case.
+The final answer is what the reply marks: in the last \boxed{}, after the last `####`, after the last "answer is" or
+"Answer:", or on the line below such a mark; without a mark, the last number. Answers are compared as numbers (1,200.0
+is 1200, 1/2 is 0.5), other answers as text without case.
 """
 
 import re
@@ -11,8 +11,19 @@ from fractions import Fraction
 
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
-HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-PHRASE = re.compile(r"\banswer(?: is\b:?|:)[ \t]*([^\s:][^\n]*?)(?=\.?(?:\s*\n|\s*\Z|\.\s))", re.IGNORECASE)
+_ANSWER = r"(?P<gap>(?:[\s*_:`>$]|\\[\[(])*+)(?P<answer>\S[^\n]*?)"
+HASHES = re.compile(
+    rf"####(?:[ \t*_]*(?:(?:the|final) )*answer\b(?: is\b)?)?{_ANSWER}[ \t]*$", re.IGNORECASE | re.MULTILINE
+)
+PHRASE = re.compile(
+    rf"(?:\banswer(?: is\b|[ *_]*[:=])|^[#*_ \t]*(?:(?:the|final) )*answer[*_ \t]*$){_ANSWER}"
+    r"(?=\.?(?:\s*\n|\s*\Z|\.\s))",
+    re.IGNORECASE | re.MULTILINE,
+)
+STEP = re.compile(r"\d+[.)][ \t]+\S")
+"""The beginning of a step in a list, which is no answer."""
+MOST_WORDS = 3
+"""Of an answer below its mark. A longer line is a sentence of the explanation."""
 NUMBER = re.compile(r"(?<![\w.,/])[-−+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/]|[.,]\d)")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
 NOISE = re.compile(r"\\[!,;: ]|\\\(|\\\)|\\left|\\right|[$*`]|\\%|%")
@@ -22,8 +33,8 @@ MOST_DIGITS = 1000
 def final_answer(reply: str) -> str | None:
     """The final answer in canonical form; None if the reply has none."""
     text = without_thoughts(reply)
-    for marked in (HASHES.findall(text)[-1:], _boxed(text)[-1:], PHRASE.findall(text)[-1:]):
-        if marked and (answer := canonical(marked[0])):
+    for answers in (_boxed(text), _marked(text, HASHES), _marked(text, PHRASE)):
+        if answers and (answer := canonical(answers[-1])):
             return answer
     numbers = NUMBER.findall(FRACTION.sub(r"\1/\2", text))
     return canonical(numbers[-1]) if numbers else None
@@ -35,7 +46,7 @@ def reference_answer(text: str) -> str:
     Raises:
         ValueError: there is no answer.
     """
-    answer = canonical((HASHES.findall(text) or [text])[-1])
+    answer = canonical((_marked(text, HASHES) or [text])[-1])
     if not answer:
         raise ValueError("the answer is blank")
     return answer
@@ -61,14 +72,28 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
+def _marked(text: str, mark: re.Pattern[str]) -> list[str]:
+    """What follows each mark: an answer, not the title of a section or the first step of an explanation."""
+    found = []
+    for match in mark.finditer(text):
+        answer, is_below = match["answer"], "\n" in match["gap"]
+        is_title = (
+            mark is HASHES and not answer[0].isdigit() and answer[0] not in "-−+\\" and text[match.end() :].strip()
+        )
+        is_prose = is_below and len(re.findall(r"[^\W\d_]{2,}", FRACTION.sub("", answer))) > MOST_WORDS
+        if not (is_title or is_prose or STEP.match(text, match.start("answer"))):
+            found.append(answer)
+    return found
+
+
 def _boxed(text: str) -> list[str]:
     r"""What stands in each \boxed{...}, whose braces may be nested."""
-    found = []
-    for start in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth, at = 1, start.end()
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if not depth:
-            found.append(text[start.end() : at - 1])
+    opened, found = list[tuple[int, bool]](), list[str]()  # where the text in open braces begins; whether it is boxed
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened and opened[-1][1]:
+            found.append(text[opened.pop()[0] : brace.start()])
+        elif opened:
+            opened.pop()
     return found

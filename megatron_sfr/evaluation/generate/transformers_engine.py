@@ -114,14 +114,17 @@ def choose(logits_BV: Tensor, u_B: Tensor, options: SamplingOptions) -> tuple[Te
 
 
 def _cut(p_BV: Tensor, options: SamplingOptions) -> Tensor:
-    """Probabilities with zeros outside the top_k most likely tokens and outside the top_p nucleus."""
+    """Probabilities with zeros outside the top_k most likely tokens, and outside the nucleus top_p of these tokens.
+
+    The order is that of transformers and vLLM.
+    """
     if not options.top_k and options.top_p == 1:
         return p_BV
     sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-    before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
-    keep_BV = before_BV < options.top_p
     if options.top_k:
-        keep_BV[:, options.top_k :] = False
+        sorted_BV[:, options.top_k :] = 0
+    total_BV = sorted_BV.double().cumsum(dim=-1)
+    keep_BV = total_BV - sorted_BV < options.top_p * total_BV[:, -1:]
     return torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * keep_BV)
 
 
@@ -193,7 +196,7 @@ class _State:
 
     def select(self, rows: Tensor) -> None:
         """Keeps these sequences, in this order; a sequence may be repeated."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # Mamba layers have it too
         self.mask_BL, self.logits_BV = self.mask_BL[rows], self.logits_BV[rows]
 
     def advance(self, token_B: Tensor, model: Model) -> None:

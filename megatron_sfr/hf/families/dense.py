@@ -4,9 +4,10 @@ A family's own file holds what it adds and what else it refuses. Transformer Eng
 the same names: upstream saves the local spec's norms as `linear_qkv.layer_norm_*` and `linear_fc1.layer_norm_*`.
 """
 
+import json
 from collections.abc import Callable, Sequence
 
-from megatron_sfr.hf.config_values import Config, is_true, mapping, number, size
+from megatron_sfr.hf.config_values import LARGEST, Config, is_true, mapping, number, size
 from megatron_sfr.hf.mappings import QKV, Dimensions, Direct, Family, GatedMLP, ParameterMapping
 from megatron_sfr.storage.user_files import cut, shown
 
@@ -124,8 +125,13 @@ def shape_flags(config: Config, d: Dimensions) -> dict[str, object]:
     """Megatron's flags for embedding, attention and MLP, without their number, the activation and the positions."""
     if config.get("quantization_config"):
         raise ValueError("quantization_config: the weights are quantized; start from the unquantized model")
-    if config.get("is_causal") is False:
-        raise ValueError("is_causal: false: the model reads later tokens, as encoders do, and is not one that writes")
+    if not config.get("is_causal", True):  # null too
+        raise ValueError(
+            f"is_causal: {json.dumps(config['is_causal'])}: the model reads later tokens, as encoders do, and is not "
+            "one that writes"
+        )
+    if config.get("per_layer_config"):
+        raise ValueError("per_layer_config: layers with other settings than the rest are not converted")
     return {
         "hidden_size": d.hidden,
         "ffn_hidden_size": d.ffn,
@@ -228,6 +234,15 @@ def refuse_sliding_layers(config: Config) -> None:
     """For families in which `use_sliding_window` adds a window to some of the layers."""
     if is_true(config, "use_sliding_window"):
         raise ValueError("use_sliding_window: true: layers with a sliding window are not converted")
+
+
+def refuse_window(config: Config) -> None:
+    """For families without a window: transformers' cache would apply one, so only while it generates."""
+    if number(config, "sliding_window", LARGEST) < size(config, "max_position_embeddings"):
+        raise ValueError(
+            f"sliding_window: {config['sliding_window']}: layers of this family have none, and transformers would use "
+            "it in generation alone: remove it"
+        )
 
 
 def rope_parameters(config: Config) -> Config:

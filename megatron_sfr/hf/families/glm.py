@@ -19,6 +19,7 @@ def mappings(config: Config) -> tuple[ParameterMapping, ...]:
 
 
 def flags(config: Config) -> dict[str, object]:
+    dense.refuse_window(config)
     dense.rope_type(config)
     return dense.flags(config, dimensions(config), partial_rotary=True) | {
         "rotary_percent": dense.rotary_share(config, default=0.5),

@@ -15,6 +15,7 @@ FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position
 
 
 def flags(config: Config) -> dict[str, object]:
+    dense.refuse_window(config)
     dense.refuse_attention_bias(config)
     if is_true(config, "mlp_bias"):
         raise ValueError("mlp_bias: true: Megatron has a bias in the MLP only together with all other layers")
@@ -24,7 +25,9 @@ def flags(config: Config) -> dict[str, object]:
 def _scaling(config: Config) -> dict[str, object]:
     if dense.rope_type(config, ("default", "llama3")) == "default":
         return {}
-    rope = dense.rope_parameters(config)
+    length = "original_max_position_embeddings"
+    outer = {length: config[length]} if length in config else {}  # transformers prefers it to the inner one
+    rope = dense.rope_parameters(config) | outer
     for key, value in FIXED.items():
         if rope.get(key) != value:
             raise ValueError(

@@ -10,6 +10,7 @@ def mappings(config: Config) -> tuple[ParameterMapping, ...]:
 
 
 def flags(config: Config) -> dict[str, object]:
+    dense.refuse_window(config)
     for key in ("attention_out_bias", "mlp_bias"):
         if is_true(config, key):
             raise ValueError(f"{key}: true: Megatron has this bias only together with those of all other layers")

@@ -15,7 +15,13 @@ from megatron_sfr.option_names import named
 @named("sfr_gate_", kind="sfr_gate")
 @dataclass(frozen=True)
 class GateOptions:
-    """When the gate keeps the auxiliary loss's gradient from the backbone."""
+    """When the gate keeps the auxiliary loss's gradient from the backbone.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.GateOptions(kind="static", threshold=0.2).bins
+        8
+    """
 
     kind: Literal["none", "static", "dynamic"] = "none"
     """Whether a low SFR loss closes the gate for the next step, so that only the head learns. 'none' (default): never.
@@ -47,9 +53,10 @@ class GateOptions:
 def sums_by_time(error: Tensor, weight: Tensor, t: Tensor, bins: int) -> Tensor:
     """[sum w error, sum w] in each bin of t in [0, 1]: [2, N], detached. The tensors are broadcast first."""
     error, weight, t = (x.detach().reshape(-1) for x in torch.broadcast_tensors(error, weight, t))
-    index = (t * bins).long().clamp(0, bins - 1)
-    sums_2N = torch.zeros(2, bins, dtype=error.dtype, device=error.device)
-    return sums_2N.index_add_(1, index, torch.stack([weight * error, weight]))
+    bin_N1 = torch.arange(bins, device=t.device)[:, None]
+    inside_NX = (t * bins).long().clamp(0, bins - 1) == bin_N1
+    # Not by index_add, which adds in another order in each run on CUDA: the gate would not be reproducible.
+    return torch.stack([torch.where(inside_NX, x, 0).sum(-1) for x in (weight * error, weight)])
 
 
 def decide(sums_2N: Tensor, baseline_N: Tensor, options: GateOptions) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,19 @@ def anchor_weights(ordinal: np.ndarray, length: np.ndarray, response: np.ndarray
         ordinal: j, the 0-based index of the predicted token in its response; int [A].
         length: N; int [A].
         response: index of the response in the sample; int [A].
-    Returns: float32 [A].
+    Returns:
+        float32 [A].
+    Raises:
+        ValueError: the arrays have different shapes.
+    Example:
+        >>> import numpy as np, megatron_sfr as sfr
+        >>> ordinal, length = np.array([0, 32, 64]), np.full(3, 80)  # anchors of a reply of 80 tokens
+        >>> sfr.anchor_weights(ordinal, length, np.zeros(3, np.int64)).tolist()
+        [44.44444274902344, 26.66666603088379, 8.88888931274414]
     """
+    if not ordinal.shape == length.shape == response.shape == (len(ordinal),):
+        shapes = ", ".join(str(x.shape) for x in (ordinal, length, response))
+        raise ValueError(f"ordinal, length and response have shapes {shapes}: give [A] each")
     raw = position_weights(ordinal, length)
     total = np.zeros(int(response.max(initial=-1)) + 1)
     np.add.at(total, response, raw)
@@ -210,7 +221,7 @@ def flow_matching_loss(
         padding.
 
     Raises:
-        ValueError: options.loss is cka, which has no loss of one anchor.
+        ValueError: shapes or dtypes do not fit, or options.loss is cka, which has no loss of one anchor.
 
     Example:
         >>> import torch, megatron_sfr as sfr
@@ -227,6 +238,7 @@ def flow_matching_loss(
     if options.loss == "cka":
         raise ValueError("loss = cka compares all anchors of a sample and has no loss of one anchor")
     horizon_BA = torch.zeros_like(positions) if horizons is None else horizons
+    _check_anchors(hidden, targets, samples, positions, horizon_BA)
     sample_BA = samples.expand_as(positions)
     x_0, t = draw_noise(sample_BA, positions, horizon_BA, targets.shape[-1], first_draw, options)
 
@@ -236,3 +248,17 @@ def flow_matching_loss(
     weight_BA = torch.ones_like(positions, dtype=x_0.dtype)
     error_BAK, _ = anchor_errors(at_horizons, hidden, targets, weight_BA, x_0, t, options)
     return error_BAK.mean(-1)
+
+
+def _check_anchors(hidden: Tensor, targets: Tensor, samples: Tensor, positions: Tensor, horizons: Tensor) -> None:
+    anchors = tuple(positions.shape)
+    same = hidden.shape[:-1] == targets.shape[:-1] == horizons.shape == positions.shape
+    keyed = len(anchors) == 2 and tuple(samples.shape) in (anchors, (*anchors[:1], 1))
+    if not (same and keyed) or {samples.dtype, positions.dtype, horizons.dtype} != {torch.int64}:
+        given = {"hidden": hidden, "targets": targets, "samples": samples, "positions": positions, "horizons": horizons}
+        shapes = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in given.items())
+        raise ValueError(
+            f"{shapes} do not fit: give [B, A, H], [B, A, D] and int64 [B, A], for samples also [B, 1]".replace(
+                "torch.", ""
+            )
+        )

@@ -14,7 +14,13 @@ SMALLEST = 0.01  # lower bound on a dimension's standard deviation, in units of 
 @named("sfr_", scale="sfr_target_scale")
 @dataclass(frozen=True)
 class TargetOptions:
-    """The targets of the flow."""
+    """The targets of the flow.
+
+    Example:
+        >>> import megatron_sfr as sfr
+        >>> sfr.TargetOptions(scale="whiten", whiten="ema").whiten_decay
+        0.99
+    """
 
     scale: Literal["l2", "sqrt_d", "whiten"] = "sqrt_d"
     """Scale of the targets. 'l2': unit length, as in the authors' code. 'sqrt_d' (default): unit length times sqrt(D),

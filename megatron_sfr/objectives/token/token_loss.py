@@ -78,6 +78,12 @@ def vocab_parallel_loss(
     return values.loss, values.cross_entropy
 
 
+def check_loss(loss: object) -> None:
+    """ValueError for what is not a loss, such as a name or a class."""
+    if not isinstance(loss, TokenLoss):
+        raise ValueError(f"loss is {loss!r}: give an instance of a TokenLoss, such as GEM(beta=0.7)")
+
+
 def token_loss(
     logits: Tensor,
     labels: Tensor,
@@ -107,7 +113,8 @@ def token_loss(
         (loss, cross_entropy), [...] each, equal on all ranks of the group.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or vocab_size exceeds the columns.
+        ValueError: shapes, dtypes or devices do not fit, vocab_size exceeds the columns, a label on the CPU exceeds the
+            vocabulary, or this process is not in the group.
 
     Example:
         >>> import torch, megatron_sfr as sfr
@@ -124,11 +131,20 @@ def token_loss(
             f"logits {tuple(logits.shape)} {logits.dtype} and labels {tuple(labels.shape)} {labels.dtype} do not fit: "
             "give floating logits [..., V] and int64 labels [...]"
         )
+    if logits.device != labels.device:
+        raise ValueError(f"logits are on {logits.device} and labels on {labels.device}: move them to one device")
+    check_loss(loss)
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    if rank < 0:
+        raise ValueError("this process is not in the group: give the tensor-parallel group that it belongs to")
     columns = logits.shape[-1] * ranks
     size = columns if vocab_size is None else vocab_size
     if not 1 <= size <= columns:
         raise ValueError(f"vocab_size is {vocab_size}; the logits have {columns} columns, so give 1 to {columns}")
+    if labels.is_cpu and labels.numel() and int(labels.max()) >= size:  # a GPU would have to wait for the answer
+        raise ValueError(
+            f"a label is {int(labels.max())}, and the vocabulary has {size} tokens; give -100 to ignore one"
+        )
     vocab = Vocab(size, rank * logits.shape[-1], group if ranks > 1 else None)
     z_TV, y_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     loss_T, cross_entropy_T = vocab_parallel_loss(z_TV, y_T, loss, vocab, overwrite=overwrite)

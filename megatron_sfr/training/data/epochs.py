@@ -18,7 +18,7 @@ import numpy as np
 from megatron_sfr.data.prepared.conversations import PreparedData
 from megatron_sfr.data.prepared.corpus_files import open_corpus
 from megatron_sfr.data.prepared.documents import PreparedDocuments
-from megatron_sfr.data.prepared.open import open_prepared
+from megatron_sfr.data.prepared.open import holds_documents, open_prepared
 from megatron_sfr.storage.user_files import positive_integer
 from megatron_sfr.training.data.packing import first_fit_decreasing, padded_lengths, padding_multiple
 
@@ -70,6 +70,24 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
     if empty := [path for path, n in sequences.items() if not n]:
         raise ValueError(f"{empty[0]} has no sequence of {options['seq_length']} tokens to train on; add data to it")
     return Epoch(sequences, weights)
+
+
+def reorders_documents(options: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """Whether the length of a run changes the order of its documents. Takes two runs' arguments.
+
+    Megatron shuffles the last epoch apart and the others together, so only within the first epoch it does not.
+    """
+    lengths = {_sequences_read(options), _sequences_read(earlier)}
+    blend = options.get("train_data_path") or options.get("data_path") or []
+    if len(lengths) == 1 or not any(map(holds_documents, split_blend(blend)[0])):
+        return False
+    epoch = read_epoch(options)
+    return epoch is not None and max(epoch.times(max(lengths)).values()) > 1
+
+
+def _sequences_read(options: Mapping[str, Any]) -> int:
+    steps, size = options.get("train_iters") or 0, options.get("global_batch_size") or 0
+    return int(options.get("train_samples") or steps * size)
 
 
 def split_blend(blend: Sequence[Any]) -> tuple[list[Path], tuple[float, ...] | None]:

@@ -179,10 +179,14 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
 
 
 def build(config: Config, num_samples: list[int | None]) -> list[Any]:
-    """Upstream's datasets for training, validation and test, with anchor arrays of one size."""
+    """Upstream's datasets for training, validation and test, with anchor arrays of one size; None of what has no data.
+
+    num_samples: of each; 0 (eval_iters) leaves it out, and None reads all once.
+    """
     cls = DocumentDataset if isinstance(config, DocumentDatasetConfig) else PreparedDataset
     config.blend_per_split = _repeated(config, num_samples[0])
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
+    built = [None if n == 0 else part for n, part in zip(num_samples, built, strict=True)]  # no blend of 0 is sampled
     if (plan := config.anchors) is not None:
         parts = list(parts_of(built))
         sizes = [dataset.sizes(plan.entries) for dataset in parts]

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_sfr.evaluation.code.code_blocks import extract_code
+from megatron_sfr.evaluation.code.definitions import definitions_in
 from megatron_sfr.evaluation.generate.thinking import without_empty_thought, without_thoughts
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -138,6 +139,18 @@ def test_html_in_a_block_is_read_as_html_only_if_all_of_it_is_escaped() -> None:
 @pytest.mark.parametrize("line", ["def add(\n", "x = '''\n", "import math\n", "def add(a, b):\n", "x = [\n1,\n"])
 def test_a_reply_that_repeats_itself_takes_no_time(line: str) -> None:
     assert extract_code("It is:\n" + 500 * line + "so.", ("add",))
+
+
+def test_a_reply_that_opens_brackets_without_end_has_no_definitions() -> None:
+    """Each line could begin a definition of all that follows."""
+    deeper = "".join(f"{' ' * i}x = [\n" for i in range(100))
+    assert definitions_in(ADD)
+    assert definitions_in(ADD + deeper) == []
+
+
+def test_a_block_may_be_quoted_any_number_of_times() -> None:
+    assert ADD in extract_code("".join(f"> > > {line}\n" for line in fenced(ADD).split("\n")), ("add",))
+    assert extract_code(">" * 2000 + "```\n")
 
 
 def test_a_program_is_the_last_block_in_python() -> None:

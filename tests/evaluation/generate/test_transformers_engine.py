@@ -15,7 +15,16 @@ from megatron_sfr.cli.model_args import sampling_options
 from megatron_sfr.data.chat.template_options import TemplateOptions
 from megatron_sfr.evaluation.generate.prompts import Prompt, ask
 from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions
-from megatron_sfr.evaluation.generate.transformers_engine import Model, choose, decoded, load_model, sample, token_ids
+from megatron_sfr.evaluation.generate.transformers_engine import (
+    Model,
+    choose,
+    decoded,
+    load_model,
+    load_network,
+    sample,
+    token_ids,
+)
+from tests.hf.models import save_model
 
 PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birthday present?"), ask("Why?", "robot")]
 OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)
@@ -40,6 +49,15 @@ def test_a_reply_does_not_depend_on_its_batch(model: Model) -> None:
     fewer = sample_all(model, PROMPTS[::-1], replace(OPTIONS, samples=3, batch_size=7))[::-1]
     assert [[r.text for r in replies] for replies in together] == [[r.text for r in replies] for replies in apart]
     assert [[r.text for r in replies[:3]] for replies in together] == [[r.text for r in replies] for replies in fewer]
+
+
+def test_a_reply_of_a_model_with_mamba_layers_does_not_depend_on_its_batch(model: Model, tmp_path: Path) -> None:
+    network = load_network(save_model(tmp_path, "NemotronHForCausalLM"), "auto", "cpu")
+    mamba = Model("mamba", network, model.tokenizer, tuple(range(100)))  # every fifth token ends a reply
+    together = sample_all(mamba, PROMPTS, replace(OPTIONS, batch_size=64))
+    apart = [sample_all(mamba, [prompt], replace(OPTIONS, batch_size=1))[0] for prompt in PROMPTS]
+    assert [[r.tokens for r in replies] for replies in together] == [[r.tokens for r in replies] for replies in apart]
+    assert len({len(reply.tokens) for replies in together for reply in replies}) > 3
 
 
 def test_same_command_same_replies_and_another_seed_others(model: Model) -> None:
@@ -115,7 +133,8 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens() -> None:
     assert kept(top_k=2) == {1, 3}
     assert kept(top_p=0.6) == {1, 3}
     assert kept(top_p=0.7) == {1, 3, 4}
-    assert kept(top_k=2, top_p=0.3) == {1}
+    assert kept(top_k=2, top_p=0.6) == {1}  # of the two, it has 0.4 / 0.65
+    assert kept(top_k=3, top_p=0.6) == {1, 3}
     assert kept() == {0, 1, 2, 3, 4}
 
 

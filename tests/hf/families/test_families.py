@@ -173,6 +173,8 @@ def rope(**changes):
         ({"rope_parameters": {"full_attention": rope()["rope_parameters"]}}, "rope_parameters: full_attention: sep"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"is_causal": False}, "is_causal: false"),
+        ({"is_causal": None}, "is_causal: null"),
+        ({"per_layer_config": {"1": {"sliding_window": 4}}}, "per_layer_config: layers with other settings"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
         ({"max_position_embeddings": None}, "config.json has no 'max_position_embeddings'"),
@@ -263,10 +265,20 @@ def test_biases_of_q_k_and_v(architecture, bias, expected):
             (LLAMA, {"rope_parameters": LLAMA3 | {key: 3}}, f"llama3 with {key}: 3: .* with {value:g} only")
             for key, value in FIXED.items()
         ),
+        *(
+            (x, {"sliding_window": 17}, "sliding_window: 17: layers of this family have none")
+            for x in (GLM, LLAMA, SEED)
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": LLAMA3, "original_max_position_embeddings": 4096},
+            "llama3 with original_max_position_embeddings: 4096",
+        ),
         (LLAMA, {"rope_parameters": LLAMA3 | {"factor": None}}, "config.json has no 'factor'"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window: 0"),
         (MOE, {"mlp_only_layers": [1]}, "layers without experts"),
         (MOE, {"decoder_sparse_step": 2}, "layers without experts"),
+        (MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok: 1: its weight is always 1"),
         (MOE, {"moe_intermediate_size": None}, "config.json has no 'moe_intermediate_size'"),
         (MISTRAL, {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ],

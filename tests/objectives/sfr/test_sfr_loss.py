@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_sfr.flow.path import interpolate
-from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, anchor_weights, draw_noise, weighted_sum
+from megatron_sfr.objectives.sfr.sfr_loss import (
+    SFROptions,
+    anchor_errors,
+    anchor_weights,
+    draw_noise,
+    flow_matching_loss,
+    weighted_sum,
+)
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions, scale_targets
 from tests.objectives.closed_forms import gaussian_loss, gaussian_mixture_velocity, over_unit_interval
 
@@ -195,3 +202,28 @@ def test_impossible_options_are_refused() -> None:
     for draws in (0, 1025):
         with pytest.raises(ValueError, match="draws"):
             SFROptions(draws=draws)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden": torch.zeros(2, 8)},
+        {"targets": torch.zeros(2, 1, 4)},
+        {"samples": torch.zeros(2, dtype=torch.int64)},
+        {"positions": torch.zeros(3, dtype=torch.int64)},
+        {"positions": torch.zeros(2, 3)},
+        {"horizons": torch.zeros(2, 3, dtype=torch.int32)},
+    ],
+)
+def test_anchors_that_do_not_fit_are_refused_in_one_line(change: dict[str, Tensor]) -> None:
+    """Shapes that broadcast would give a loss that means nothing."""
+    whole = torch.zeros(2, 3, dtype=torch.int64)
+    given = {
+        "hidden": torch.zeros(2, 3, 8),
+        "targets": torch.zeros(2, 3, 4),
+        "samples": whole[:, :1],
+        "positions": whole,
+    }
+    assert flow_matching_loss(lambda x, t, h, horizons: x, **given).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"^hidden \(.* do not fit: give [^\n]*$"):
+        flow_matching_loss(lambda x, t, h, horizons: x, **given | change)

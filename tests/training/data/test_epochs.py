@@ -1,12 +1,14 @@
 """`train_epochs`: steps from the prepared folders, alone, packed and in blends; and that upstream's datasets agree."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sfr.cli import main
+from megatron_sfr.config.resume import DATA, changed_data
 from megatron_sfr.config.settings import read_settings
 from megatron_sfr.data.prepare.document_source import DocumentOptions
 from megatron_sfr.data.prepare.pipeline import prepare
@@ -48,6 +50,24 @@ def options(*blend: Any, epochs: Any = 2, **changes: Any) -> dict[str, Any]:
         "seq_length": SEQ_LENGTH,
         "global_batch_size": 4,
     } | changes
+
+
+def test_the_length_of_a_run_decides_the_order_of_documents_that_it_repeats(documents: Path) -> None:
+    epoch = read_epoch(options(documents))
+    assert epoch is not None
+    n = epoch.total
+
+    def order(samples: int) -> list[list[int]]:
+        plan = document_arguments(documents, sfr=False, seq_length=SEQ_LENGTH)
+        train, _, _ = build(dataset_config(plan), [samples, None, None])
+        return [train[i]["tokens"].tolist() for i in range(n)]
+
+    for now, then, changed in ((n, 1, False), (n + 1, n, True), (2 * n, 2 * n, False), (3 * n, 2 * n, True)):
+        assert (order(now) != order(then)) is changed
+        given = dict.fromkeys(DATA) | options(documents)
+        line = changed_data(Namespace(**given, train_samples=now), given | {"train_samples": then})
+        said = f"train_samples is {now} (in the checkpoint {then}): sequences that were read before may be read again"
+        assert (line is not None and line.startswith(said)) is changed
 
 
 def test_an_epoch_is_what_upstreams_dataset_has(folders: list[Path], documents: Path) -> None:

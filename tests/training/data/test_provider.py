@@ -104,6 +104,12 @@ def test_a_blend_of_folders_with_different_maxima_is_collated(folders: list[Path
     assert weighed.max() > 0
 
 
+def test_eval_iters_of_0_leaves_validation_data_out(folders: list[Path]):
+    """Upstream's sampler refuses a blend of 0 sequences."""
+    config = dataset_config(arguments([str(folders[0])], [*map(str, folders)]))
+    assert build(config, [4, 0, 0])[1:] == [None, None]
+
+
 def test_each_entry_has_the_target_of_its_anchor(folders: list[Path]):
     data, dataset = PreparedData.open(folders[1]), whole(folders[1])
     store = TargetStore.open(folders[1] / "targets", data)
