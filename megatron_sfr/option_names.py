@@ -29,12 +29,12 @@ def named[Options](prefix: str, **others: str) -> Callable[[type[Options]], type
 
 def _checking(options: type) -> Callable[..., None]:
     """The class's `__init__`, with a check of the fields whose type is a Literal."""
-    initialise: Callable[..., None] = options.__init__  # type: ignore[misc]
+    initialize: Callable[..., None] = options.__init__  # type: ignore[misc]
     choices = {f.name: get_args(f.type) for f in fields(options) if get_origin(f.type) is Literal}
 
-    @functools.wraps(initialise)
+    @functools.wraps(initialize)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **kwargs)
+        initialize(self, *args, **kwargs)
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"`{field}` = {getattr(self, field)!r}: choose {', '.join(map(str, known))}")

@@ -60,7 +60,7 @@ def _foldoc_sense(text: str) -> str:
 
 
 def vera(record: str) -> list[Entry]:
-    """`ACRONYM`, then what it stands for and (where it is used), "A-C-R-O" when it is spelt otherwise."""
+    """`ACRONYM`, then what it stands for and (where it is used), "A-C-R-O" when it is spelled otherwise."""
     name, _, body = record.strip().partition("\n")
     text = re.sub(r", \"[^\"]*\"$", "", unwrap(body.split("\n")))
     if "???" in text or "not an acronym" in text:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sfr.storage.user_files import loading
+from megatron_sfr.hf.hf_folder import load_model
 
 TOLERANCE = 1e-5
 """Largest accepted difference relative to the largest logit: allows for rounding in fp32 only."""
@@ -28,10 +28,10 @@ def check_logits(folder: Path, reference: Path, *, tolerance: float = TOLERANCE)
 
     Both are computed in fp32, whatever their dtype, one after the other, so only one model is in memory at a time.
     """
-    wanted, found = _logits(reference), _logits(folder)
-    if found.shape != wanted.shape:
-        raise ValueError(f"{folder} has {found.shape[-1]} logits a token, {reference} has {wanted.shape[-1]}")
-    report = CheckReport((found - wanted).abs().max().item(), wanted.abs().max().item(), wanted.numel())
+    expected, actual = _logits(reference), _logits(folder)
+    if actual.shape != expected.shape:
+        raise ValueError(f"{folder} has {actual.shape[-1]} logits a token, {reference} has {expected.shape[-1]}")
+    report = CheckReport((actual - expected).abs().max().item(), expected.abs().max().item(), expected.numel())
     if not report.difference <= tolerance * report.largest:
         raise ValueError(
             f"{folder} is not the model of {reference}: logits differ by {report.difference:.3g}, "
@@ -42,10 +42,7 @@ def check_logits(folder: Path, reference: Path, *, tolerance: float = TOLERANCE)
 
 @torch.no_grad()
 def _logits(folder: Path) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder, torch.float32)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, SHAPE, generator=generator)
     logits: Tensor = model(tokens).logits

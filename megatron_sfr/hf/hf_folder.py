@@ -16,7 +16,7 @@ from megatron_sfr.storage import model_folders, provenance
 from megatron_sfr.storage.atomic import link_target, sync_files, sync_folder
 from megatron_sfr.storage.integrity import hint
 from megatron_sfr.storage.lock import hold
-from megatron_sfr.storage.user_files import read_json_object, shown
+from megatron_sfr.storage.user_files import loading, read_json_object, shown
 
 CONFIG, INDEX, SINGLE = model_folders.CONFIG, model_folders.INDEX, model_folders.SINGLE
 RECORD = "conversion.json"
@@ -36,6 +36,14 @@ _NOT_WRITTEN = {
 def read_config(folder: Path) -> Config:
     """config.json of an HF folder."""
     return read_json_object(model_folders.check_config(folder))
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of an HF folder, loaded by transformers on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 class Weights:
@@ -71,7 +79,7 @@ class Weights:
         if kind not in DTYPES:
             raise ValueError(
                 f"{self.folder}: {name} is {kind}; weights are converted as {', '.join(DTYPES)}: "
-                "start from the unquantised model"
+                "start from the unquantized model"
             )
         return DTYPES[kind]
 

@@ -93,10 +93,10 @@ def _rotary_buffers(weights: Weights | GGUFWeights, flags: Mapping[str, object],
 
 
 def _check_names(weights: Weights | GGUFWeights, todo: list[Entry], family: Family, buffers: set[str]) -> None:
-    wanted = {name for entry in todo for name in entry.names}
-    missing, unknown = sorted(wanted - weights.files.keys()), sorted(weights.files.keys() - wanted - buffers)
+    expected = {name for entry in todo for name in entry.names}
+    missing, unknown = sorted(expected - weights.files.keys()), sorted(weights.files.keys() - expected - buffers)
     copy, original = family.tied
-    if copy in unknown and original in wanted:
+    if copy in unknown and original in expected:
         if not torch.equal(bits(weights[copy]), bits(weights[original])):
             raise ValueError(
                 f"{weights.folder}: {copy} is not {original}, but config.json has tie_word_embeddings: true"
@@ -108,7 +108,7 @@ def _check_names(weights: Weights | GGUFWeights, todo: list[Entry], family: Fami
             f"if it is {original}"
         )
     if any(_OF_QUANTIZED.search(name) for name in unknown):
-        raise ValueError(f"{weights.folder}: {unknown[0]}: the weights are quantised; start from the unquantised model")
+        raise ValueError(f"{weights.folder}: {unknown[0]}: the weights are quantized; start from the unquantized model")
     if missing:
         raise ValueError(f"{weights.folder}: missing {', '.join(missing)}, which config.json implies")
     if unknown:

@@ -103,15 +103,15 @@ def _filler_from_hf(source: Source) -> Callable[[ShardedTensor], None]:
 def _fill_from_hf(tensor: ShardedTensor, entry: Entry, section: Section, source: Source) -> None:
     """Copies the chunk of an entry's section that a sharded tensor covers. Vocabulary padding becomes zero."""
     offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.global_shape[tensor.prepend_axis_num :]
-    wanted = section.shape
-    padding = entry.mapping.padded and shape[0] > wanted[0] and shape[1:] == wanted[1:]
-    if shape != wanted and not padding:
+    expected = section.shape
+    padding = entry.mapping.padded and shape[0] > expected[0] and shape[1:] == expected[1:]
+    if shape != expected and not padding:
         raise ValueError(
-            f"{source.weights.folder}: {tensor.key} is {list(wanted)}, these flags build {list(shape)}: "
+            f"{source.weights.folder}: {tensor.key} is {list(expected)}, these flags build {list(shape)}: "
             f"`megatron-sfr convert recipe --hf {source.weights.folder}` prints those of this model"
         )
     axis, grain = entry.mapping.tp_dim or 0, entry.mapping.grain(source.dimensions)
-    start, stop = (min(x, wanted[axis]) for x in (offset[axis], offset[axis] + tensor.local_shape[axis]))
+    start, stop = (min(x, expected[axis]) for x in (offset[axis], offset[axis] + tensor.local_shape[axis]))
     if start % grain or stop % grain:
         raise ValueError(f"{tensor.key}: tensor_model_parallel_size cuts inside a group of heads: choose a smaller one")
     uncut = zip(tensor.local_shape, shape, strict=True)

@@ -155,13 +155,13 @@ class FlowHead(MegatronModule):
         self.ema: nn.Module | None = None
         if plan.has_network:
             device = torch.get_default_device()
-            with torch.device("meta"):  # no initialisation here: it would advance the backbone's random stream
+            with torch.device("meta"):  # no initialization here: it would advance the backbone's random stream
                 net = VELOCITIES[options.architecture](
                     *(plan.dim, config.hidden_size, options.width, options.depth),
                     *(plan.horizons, options.time_scale),
                 )
             net.to_empty(device=device)
-            net.initialise(torch.Generator().manual_seed(plan.seed))
+            net.initialize(torch.Generator().manual_seed(plan.seed))
             for p in net.parameters():  # under sequence parallelism each rank has other anchors: sum the gradients
                 p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             if plan.clipped_apart:

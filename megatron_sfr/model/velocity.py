@@ -57,11 +57,11 @@ class MLPVelocity(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(W) for _ in range(depth))
         self.output = nn.Linear(W, D)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """torch's defaults, with the first Linear treated as one of 2D + H inputs and the last one zero."""
         inputs = (self.input_x, self.input_t, self.input_h)
         fan_in = sum(part.in_features for part in inputs)
-        _initialise(self, generator, fan_in=dict.fromkeys(inputs, fan_in), zero=(self.output,))
+        _initialize(self, generator, fan_in=dict.fromkeys(inputs, fan_in), zero=(self.output,))
 
     def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
         """Velocity [B, A, K, D] from x_t [B, A, K, D], t [B, A, K, 1] in [0, 1] and h [B, A, 1, H]."""
@@ -94,7 +94,7 @@ class AdaLNVelocity(nn.Module):
     """x_t -> Linear -> blocks modulated by emb(t) + Linear(h) -> modulated LayerNorm -> Linear.
 
     MAR's diffusion head (arXiv 2406.11838; adaLN-Zero of DiT, arXiv 2212.09748): modulations and the last Linear are
-    initialised to zero. emb(t): 256 sines and cosines -> Linear -> SiLU -> Linear.
+    initialized to zero. emb(t): 256 sines and cosines -> Linear -> SiLU -> Linear.
     """
 
     def __init__(self, D: int, H: int, W: int, depth: int, horizons: int, time_scale: float) -> None:
@@ -108,10 +108,10 @@ class AdaLNVelocity(nn.Module):
         self.modulation = nn.Linear(W, 2 * W)
         self.output = nn.Linear(W, D)
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """torch's defaults, with every modulation and the last Linear zero."""
         modulations = [block.modulation for block in self.blocks if isinstance(block, ModulatedBlock)]
-        _initialise(self, generator, fan_in={}, zero=(*modulations, self.modulation, self.output))
+        _initialize(self, generator, fan_in={}, zero=(*modulations, self.modulation, self.output))
 
     def forward(self, x_t: Tensor, t: Tensor, h: Tensor, horizon_BA: Tensor) -> Tensor:
         """See MLPVelocity.forward."""
@@ -127,7 +127,7 @@ class AdaLNVelocity(nn.Module):
         return self.output((1 + scale) * self.norm(x) + shift)
 
 
-def _initialise(
+def _initialize(
     net: nn.Module, generator: torch.Generator, *, fan_in: dict[nn.Linear, int], zero: tuple[nn.Linear, ...]
 ) -> None:
     """torch's defaults, drawn on the CPU: U(-1/sqrt(fan_in), 1/sqrt(fan_in)). Embeddings have std 0.02."""

@@ -170,7 +170,7 @@ DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
 TORCH = (
     Replacement("torch.cuda", "current_device", lambda: CPU, "device=torch.cuda.current_device() in about sixty calls"),
-    Replacement("torch.cuda", "set_device", _nothing, "initialisation pins each rank to its GPU"),
+    Replacement("torch.cuda", "set_device", _nothing, "initialization pins each rank to its GPU"),
     Replacement("torch.cuda", "device_count", lambda: 1, "upstream builds its process groups only if it counts a GPU"),
     Replacement("torch.cuda", "get_device_properties", _properties, "argument validation asks for the architecture"),
     Replacement(

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sfr.data.targets.encoder import Encoder, EncoderOptions
 from megatron_sfr.evaluation.compare.curves import Scorer, Scores
 from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOptions
-from megatron_sfr.evaluation.compare.report import summarise
+from megatron_sfr.evaluation.compare.report import summarize
 from megatron_sfr.evaluation.compare.write_report import style_judge
 from megatron_sfr.evaluation.generate.end_token_warning import warn_of_unknown_end
 from megatron_sfr.evaluation.generate.prompts import Asked
@@ -72,7 +72,7 @@ class StepScorer:
         """Every score that has a value for these prompts."""
         texts = [[reply.text for reply in row] for row in replies]
         curve = self._scorer.curve(Answered("", (self.options.sampling.temperature,), [texts]))
-        report = summarise([curve], [], [], self._real)
+        report = summarize([curve], [], [], self._real)
         return _known({name: values[0] for name, values in report.scores[""].items()})
 
 

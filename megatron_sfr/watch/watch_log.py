@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_sfr.evaluation.generate.prompts import Asked
-from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, record
+from megatron_sfr.evaluation.generate.sampling import Sampled, SamplingOptions, reply_line
 from megatron_sfr.storage.atomic import replacing
 from megatron_sfr.storage.jsonl import read_records
 from megatron_sfr.storage.provenance import differences, read_record, write_record
@@ -92,9 +92,7 @@ class WatchLog:
     ) -> None:
         with replacing(self.replies_of(step)) as file:
             for entry, row in zip(asked, replies, strict=True):
-                for reply in row:
-                    line = record(f"step {step}", entry.prompt, options, reply)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.writelines(reply_line(f"step {step}", entry.prompt, options, reply) for reply in row)
 
     def read_replies(self, step: int, each: int) -> list[list[str]]:
         """The texts of a step's replies, `each` of them to a prompt.

@@ -10,7 +10,7 @@ MICRO_BATCH_1, MICRO_BATCH_4 = ("--micro-batch-size", "1"), ("--micro-batch-size
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 EACH_STEP, HALFWAY = ("--save-interval", "1"), ("--save-interval", "2")  # of the four steps of RATIO
 RATIO = ("--sfr-weight-control", "ratio", "--train-iters", "4")
-LATE = ("--sfr-warmup", "detached", "--sfr-warmup-steps", "1")  # the EMA starts when the head has learnt for a step
+LATE = ("--sfr-warmup", "detached", "--sfr-warmup-steps", "1")  # the EMA starts when the head has learned for a step
 SMOOTH = ("--sfr-ema", "smooth", "--sfr-ema-decay", "0.5", *LATE)
 TEACHER = ("--sfr-ema", "teacher", "--sfr-ema-decay", "0.5", *LATE)
 

@@ -130,7 +130,7 @@ def test_hopper_needs_one_connection(connections: str | None, warned: str, monke
     assert len(list(machine_checks.gpu_findings([B200]))) == 1
 
 
-def test_each_way_of_installing_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_of_installing_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(machine_checks.NGC_VERSION, raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing is installed
     assert machine_checks.installation_finding([]) == Finding("ok", "installed by pip, for the CPU")

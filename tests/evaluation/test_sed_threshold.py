@@ -50,7 +50,7 @@ def held_back(objective: SED, z_TV: Tensor, y_T: Tensor) -> int:
 
 
 def objective_of(recipe: Path) -> SED:
-    """What a training run with this recipe minimises."""
+    """What a training run with this recipe minimizes."""
     parser = Parser()
     args = parser.read(to_flags(read_recipe(recipe), parser))
     _, loss = selected_loss(args)

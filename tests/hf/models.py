@@ -89,7 +89,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3's frequencies": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "Mistral 0.1's window": ("MistralForCausalLM", {"sliding_window": 17}),
     "every head its own group": ("LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": None}),
-    "experts, not normalised": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
+    "experts, not normalized": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
     "a part of each head turned": (
         "Phi3ForCausalLM",
         {

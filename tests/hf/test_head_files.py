@@ -61,7 +61,7 @@ def test_velocities_are_those_of_the_trained_head(trained, name):
     head, given, wanted = load_head(trained / f"{name} hf"), inputs(name, 36, 384), torch.load(trained / f"{name}.pt")
     with torch.no_grad():
         assert torch.equal(head(**given), wanted)
-        assert wanted.abs().max() > 1e-3  # it has learnt: an untrained head answers 0
+        assert wanted.abs().max() > 1e-3  # it has learned: an untrained head answers 0
     checkpoint = Checkpoint(trained / name / "iter_0000002")
     for key, value in head.state_dict().items():
         stored = checkpoint.tensors[f"flow_head.{key}"]

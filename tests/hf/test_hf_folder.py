@@ -100,13 +100,6 @@ def test_folder_without_config(tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
-def test_quantised_dtype(tmp_path, dtype, kind):
-    save_file({"w": torch.zeros(3, dtype=dtype)}, tmp_path / SINGLE)
-    with pytest.raises(ValueError, match=f"w is {kind}; .* start from the unquantised model"):
-        Weights(tmp_path).dtype("w")
-
-
 def test_new_folder_appears_at_the_end(tmp_path):
     output = tmp_path / "out"
     with new_folder(output, **MADE, force=False) as folder:

@@ -19,7 +19,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of one specialisation."""
+    """The machine code of one specialization."""
 
     registers: int
     """Registers per thread."""

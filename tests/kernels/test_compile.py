@@ -1,4 +1,4 @@
-"""The machine code of every specialisation for sm_90: no spills, 16-byte loads and stores, rounding to nearest."""
+"""The machine code of every specialization for sm_90: no spills, 16-byte loads and stores, rounding to nearest."""
 
 import sys
 from pathlib import Path
@@ -17,14 +17,14 @@ from tests.kernels.compiled import Code, compile_for_hopper, read
 from tests.objectives.token.token_cases import CLOSED_FORM_LOSSES
 
 
-def specialisation(spec: StatisticsSpec) -> dict[str, bool | int]:
+def specialization(spec: StatisticsSpec) -> dict[str, bool | int]:
     """The compile-time arguments of the first pass."""
     K = triton.next_power_of_2(max(spec.top_k, 1))
     return {"MOMENTS": spec.moments, "HAS_C": spec.moments and spec.c > 0, "TOP_K": spec.top_k, "K": K}
 
 
 SPECIALISATIONS = {  # one name for each: dft has cross-entropy's
-    tuple(specialisation(loss.statistics).items()): name for name, loss in reversed(CLOSED_FORM_LOSSES.items())
+    tuple(specialization(loss.statistics).items()): name for name, loss in reversed(CLOSED_FORM_LOSSES.items())
 }
 FIRST_PASS = {name: dict(constants) for constants, name in SPECIALISATIONS.items()}
 

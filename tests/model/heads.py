@@ -28,7 +28,7 @@ def make_head(
     return FlowHead(config, FlowHeadPlan(options, dim=D, **plan))
 
 
-def randomised(module: nn.Module, seed: int = 5) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 5) -> nn.Module:
     """Makes every parameter random, so that none keeps an initial value of zero or one."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():

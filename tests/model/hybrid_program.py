@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sfr.runtime import backend
-from tests.training.loop_program import STEPS, VOCAB, D, S, gradients, make_batch, plain_model, randomised
+from tests.training.loop_program import STEPS, VOCAB, D, S, gradients, make_batch, plain_model, randomized
 
 
 def hybrid_model(layers: int, head: Any = None, *, tied: bool = False) -> Any:
@@ -37,7 +37,7 @@ def against_upstreams_loss(*, tied: bool) -> dict[str, Any]:
     """What the hook is given, carried on to logits and loss as upstream does it after the hidden states."""
     from megatron_sfr.model.model_class import ensure_output_processor
 
-    model, batch = randomised(hybrid_model(2, tied=tied)), make_batch(0)
+    model, batch = randomized(hybrid_model(2, tied=tied)), make_batch(0)
     inputs = (batch["tokens"], batch["position_ids"], None)
     logits, loss = model(*inputs), model(*inputs, labels=batch["labels"])
     names = list(model.state_dict())
@@ -69,7 +69,7 @@ def against_gpt(layer: int | None) -> dict[str, Any]:
 
     def run(build: Any, number: int | None, weights: Any = None) -> tuple[Any, list[dict[str, Any]]]:
         options = FlowHeadOptions(width=8, layer=number)
-        model = randomised(build(FlowHeadPlan(options, dim=D)))
+        model = randomized(build(FlowHeadPlan(options, dim=D)))
         if weights is not None:
             model.load_state_dict(weights)
         step = forward_step(VOCAB, sfr=TermOptions(head=options))

@@ -9,7 +9,7 @@ from megatron_sfr.flow.information import gaussian_velocity
 from megatron_sfr.model.flow_head import FlowHeadOptions
 from megatron_sfr.objectives.sfr.sfr_loss import SFROptions, anchor_errors, draw_noise
 
-from .heads import A, B, D, H, inputs, make_head, randomised
+from .heads import A, B, D, H, inputs, make_head, randomized
 
 KINDS = pytest.mark.parametrize("kind", ["mlp", "adaln"])
 
@@ -77,7 +77,7 @@ def test_initial_weights_depend_on_the_seed_and_do_not_advance_the_global_stream
 
 @KINDS
 def test_in_a_bf16_model_weights_and_products_are_bf16_average_and_state_fp32(kind: str) -> None:
-    head = randomised(make_head(kind, horizons=3, ema="teacher"))
+    head = randomized(make_head(kind, horizons=3, ema="teacher"))
     before = {name: x.clone() for name, x in head.state_dict().items()}
     head = nn.ModuleDict({"flow_head": head}).bfloat16()["flow_head"]
     for name, x in head.state_dict().items():
@@ -107,8 +107,8 @@ def test_double_works() -> None:
 
 
 def test_P11_decay_0_equals_no_averaging_bit_for_bit() -> None:
-    head = randomised(make_head(ema="teacher", decay=0.0))
-    randomised(head.net, seed=6)
+    head = randomized(make_head(ema="teacher", decay=0.0))
+    randomized(head.net, seed=6)
     before = [p.clone() for p in head.net.parameters()]
     head.average(first=False)
     for p, mean, old in zip(head.net.parameters(), head.ema.parameters(), before, strict=True):
@@ -118,7 +118,7 @@ def test_P11_decay_0_equals_no_averaging_bit_for_bit() -> None:
 
 def test_P11_the_average_starts_as_the_head_and_follows_its_recursion() -> None:
     head, decay = make_head(ema="teacher", decay=0.75), 0.75
-    randomised(head.ema, seed=99)  # the first update must overwrite this
+    randomized(head.ema, seed=99)  # the first update must overwrite this
     mean: list[torch.Tensor] = []
     for step in range(4):
         for i, p in enumerate(head.net.parameters()):  # an optimizer step
@@ -135,8 +135,8 @@ def test_P11_the_average_starts_as_the_head_and_follows_its_recursion() -> None:
 
 
 def test_P11_the_average_is_used_on_request_and_gets_no_gradient() -> None:
-    head = randomised(make_head(ema="teacher"))
-    randomised(head.ema, seed=8)
+    head = randomized(make_head(ema="teacher"))
+    randomized(head.ema, seed=8)
     x_t, t, h, horizon = inputs()
     net, mean = head(x_t, t, h, horizon), head(x_t, t, h.requires_grad_(), horizon, averaged=True)
     assert not torch.equal(net, mean)
@@ -178,7 +178,7 @@ def test_only_a_fresh_head_may_be_missing_and_only_once() -> None:
 
 
 def test_a_saved_head_is_loaded_exactly() -> None:
-    one, other = randomised(make_head(ema="teacher", seed=1)), make_head(ema="teacher", seed=2)
+    one, other = randomized(make_head(ema="teacher", seed=1)), make_head(ema="teacher", seed=2)
     one.state.ratio.fill_(0.25)
     other.load_state_dict(one.state_dict())
     for (name, x), y in zip(one.state_dict().items(), other.state_dict().values(), strict=True):

@@ -1,4 +1,4 @@
-"""The two velocity networks: gradients, formulas and initialisation."""
+"""The two velocity networks: gradients, formulas and initialization."""
 
 import math
 
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from megatron_sfr.model.velocity import AdaLNVelocity, MLPVelocity, sinusoids
 
-from .heads import A, B, D, H, K, W, inputs, make_head, randomised
+from .heads import A, B, D, H, K, W, inputs, make_head, randomized
 
 KINDS = pytest.mark.parametrize("kind", ["mlp", "adaln"])
 
 
 @KINDS
 def test_velocities_pass_gradcheck_in_float64(kind: str) -> None:
-    head = randomised(make_head(kind, depth=1, horizons=3)).double()
+    head = randomized(make_head(kind, depth=1, horizons=3)).double()
     x_t, t, h, horizon = inputs(torch.float64)
     names, parameters = zip(*head.named_parameters(), strict=True)
 
@@ -54,7 +54,7 @@ def test_the_time_scale_separates_nearby_times() -> None:
 
 
 def test_splitting_the_first_product_equals_one_linear_on_the_concatenation() -> None:
-    head = randomised(make_head(horizons=3)).double()
+    head = randomized(make_head(horizons=3)).double()
     net = head.net
     assert isinstance(net, MLPVelocity)
     x_t, t, h, horizon = inputs(torch.float64)
@@ -70,7 +70,7 @@ def test_splitting_the_first_product_equals_one_linear_on_the_concatenation() ->
 def test_the_first_linear_is_initialised_as_one_of_all_its_inputs() -> None:
     with torch.random.fork_rng():
         net = MLPVelocity(24, 16, 64, 1, 1, 1.0)
-    net.initialise(torch.Generator().manual_seed(0))
+    net.initialize(torch.Generator().manual_seed(0))
     bound = (2 * 24 + 16) ** -0.5
     for p in (net.input_x.weight, net.input_t.weight, net.input_h.weight, net.input_x.bias):
         assert 0.9 * bound < p.abs().max() <= bound
@@ -103,7 +103,7 @@ def test_adaln_with_zero_modulations_depends_only_on_x() -> None:
 
 @KINDS
 def test_the_velocity_depends_on_every_input(kind: str) -> None:
-    head = randomised(make_head(kind, horizons=3))
+    head = randomized(make_head(kind, horizons=3))
     given = inputs()
     whole = head(*given)
     assert whole.shape == (B, A, K, D)

@@ -1,4 +1,4 @@
-"""Values are shown cut, damaged JSON is a ValueError, types of JSON values are checked, no memory is recognised."""
+"""Values are shown cut, damaged JSON is a ValueError, types of JSON values are checked, no memory is recognized."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,7 +87,7 @@ def test_json_that_cannot_be_read_is_a_value_error(text: bytes) -> None:
         parse_json(text)
 
 
-def test_out_of_memory_is_recognised() -> None:
+def test_out_of_memory_is_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)

@@ -162,7 +162,7 @@ def compare_with_the_usual_way() -> dict[str, Any]:
 
     options = FlowHeadOptions(width=WIDTH, layer=1)
     head = FlowHeadPlan(options, dim=D, weight=2.0)
-    model = randomised(plain_model(head))
+    model = randomized(plain_model(head))
     weights = copy.deepcopy(model.state_dict())  # the steps change the head's measurements
     schedule = ScheduleOptions(weight=2.0)
     step = forward_step(VOCAB, sfr=TermOptions(sfr=SFROptions(draws=2), head=options), schedule=schedule)
@@ -211,7 +211,7 @@ def forget_the_loop() -> None:
     destroy_rerun_state_machine()
 
 
-def randomised(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     """Random weights for all parameters, so that the head's zero output layer passes a gradient on."""
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def decay_to_zero(decay: str, ends: int = 2, last: int = 5) -> dict[str, Any]:
 
     options = FlowHeadOptions(width=WIDTH)
     schedule = ScheduleOptions(weight=2.0, decay=decay)
-    model, plain = randomised(plain_model(FlowHeadPlan(options, dim=D))), plain_model(None)
+    model, plain = randomized(plain_model(FlowHeadPlan(options, dim=D))), plain_model(None)
     step = forward_step(VOCAB, sfr=TermOptions(head=options), schedule=schedule)
     train(model, step, range(ends), ends)
     plain.load_state_dict(backbone_of(model))

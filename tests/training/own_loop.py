@@ -17,7 +17,7 @@ from megatron_sfr.objectives.sfr.gate import GateOptions
 from megatron_sfr.training.auxiliary_loss import TermOptions
 from megatron_sfr.training.bridge import flow_head_plan, forward_step
 from megatron_sfr.training.step_context import StepContext
-from tests.training.loop_program import STEPS, VOCAB, A, B, D, S, make_batch, plain_model, randomised
+from tests.training.loop_program import STEPS, VOCAB, A, B, D, S, make_batch, plain_model, randomized
 
 
 def errors() -> dict[str, str]:
@@ -55,7 +55,7 @@ def errors() -> dict[str, str]:
 
 def default_entries() -> bool:
     """Whether a batch without the entries that have defaults has the same loss."""
-    step, model = forward_step(VOCAB, sfr=TermOptions()), randomised(plain_model(flow_head_plan(D)))
+    step, model = forward_step(VOCAB, sfr=TermOptions()), randomized(plain_model(flow_head_plan(D)))
     context, batch = StepContext(0, STEPS, 1, implementation="local"), make_batch(0)
     fewer = {name: x for name, x in batch.items() if name not in ("anchor_place", "anchor_row", "anchor_horizon")}
     (one, one_loss), (other, other_loss) = (step(context, iter([x]), model) for x in (batch, fewer))

@@ -142,15 +142,15 @@ def test_P11_the_average_starts_after_phase_a_and_is_updated_once_per_step() -> 
     assert all(torch.equal(a, b) for a, b in zip(before, head.ema.parameters(), strict=True))
     for p, mean in zip(head.net.parameters(), head.ema.parameters(), strict=True):
         assert torch.equal(p, mean)  # starts from the weights at the end of phase A
-    learnt = learn()
+    learned = learn()
     for _ in range(3):  # three microbatches of one step
         term.begin(head, 3, 2)
-    for p, mean, old, new in zip(head.net.parameters(), head.ema.parameters(), before, learnt, strict=True):
+    for p, mean, old, new in zip(head.net.parameters(), head.ema.parameters(), before, learned, strict=True):
         torch.testing.assert_close(mean, (old + new) / 2)
         assert torch.equal(p, new)
     head.eval()
     term.begin(head, 4, 2)
-    for mean, old, new in zip(head.ema.parameters(), before, learnt, strict=True):
+    for mean, old, new in zip(head.ema.parameters(), before, learned, strict=True):
         torch.testing.assert_close(mean, (old + new) / 2)
 
 

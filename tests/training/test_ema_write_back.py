@@ -12,7 +12,7 @@ from megatron_sfr.objectives.sfr.sfr_loss import SFROptions
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.training.auxiliary_loss import FlowTerm, TermOptions
 from megatron_sfr.training.ema_write_back import Smoothing, first_element
-from tests.model.heads import inputs, make_head, randomised
+from tests.model.heads import inputs, make_head, randomized
 
 DECAY = 0.75
 
@@ -36,7 +36,7 @@ def optimized(head: FlowHead, kind: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["weights", "copies", "shards"])
 def test_P11_writing_back_follows_the_recursion_of_the_average(kind: str) -> None:
-    head, other = randomised(make_head()), nn.Linear(3, 2)
+    head, other = randomized(make_head()), nn.Linear(3, 2)
     params = optimized(head, kind)
     smoothing, optimizer = Smoothing(head, DECAY), torch.optim.Adam([*params, *other.parameters()], 0.1)
     reference = [nn.Parameter(p.detach().clone()) for p in params]  # the same with a stored EMA
@@ -84,7 +84,7 @@ def gradients(params: list[Tensor], step: int) -> list[Tensor]:
 @pytest.mark.parametrize("phase_a", [0, 2])
 def test_P11_before_the_step_follows_the_authors_recursion(kind: str, fault: bool, phase_a: int) -> None:
     """theirs <- EMA of what the loss saw, then the step; with the fault the EMA starts from the initial head."""
-    head = randomised(make_head(ema="smooth", order="before_step"))
+    head = randomized(make_head(ema="smooth", order="before_step"))
     for p, mean in zip(head.net.parameters(), head.ema.parameters(), strict=True):
         mean.data.copy_(p)
     term, weights = before_step(head, fault_phase_a_lost=fault), list(head.net.parameters())
@@ -166,7 +166,7 @@ def test_without_phase_a_their_loss_sees_one_whole_step() -> None:
 def test_P11_decay_0_equals_no_smoothing_bit_for_bit() -> None:
     actual = []
     for decay in (None, 0.0):
-        head = randomised(make_head())
+        head = randomized(make_head())
         smoothing = Smoothing(head, decay) if decay is not None else None
         if smoothing is not None:
             smoothing.active = True

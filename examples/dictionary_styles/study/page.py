@@ -14,7 +14,7 @@ from examples.dictionary_styles.study.verdicts import NO_EFFECT, Verdict
 from examples.dictionary_styles.study.work import JUDGING, Place, rows, scorer
 from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from megatron_sfr.evaluation.compare.plot import draw
-from megatron_sfr.evaluation.compare.report import Report, summarise
+from megatron_sfr.evaluation.compare.report import Report, summarize
 from megatron_sfr.evaluation.compare.tables import columns, heads, markdown_table, score_rows
 from megatron_sfr.html import bullets, document, heading, image, note, table
 from megatron_sfr.storage.atomic import replacing
@@ -58,7 +58,7 @@ def write(found: Found, place: Place) -> None:
     """Writes study.html, study.md, study.png and study.json."""
     judge = scorer(JUDGING, found.plan.temperatures, found.plan, place)
     mean = [average(arm, curves, found.plan.temperatures) for arm, curves in found.curves.items()]
-    report = summarise(mean, AXES, judge.notes(), judge.real())
+    report = summarize(mean, AXES, judge.notes(), judge.real())
     picture = place.study / "study.png"
     draw(report, picture, TITLE)
     sections = [

@@ -20,7 +20,7 @@ from megatron_sfr.evaluation.compare.questions import Answered, EvaluationOption
 from megatron_sfr.evaluation.compare.replies import answers
 from megatron_sfr.evaluation.generate.engines import HuggingFace
 from megatron_sfr.evaluation.generate.prompts import Asked, limit, read_asked
-from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions, reply_line
 from megatron_sfr.evaluation.scores.style import Styled, StyleJudge
 from megatron_sfr.runtime.lifetime import tied
 from megatron_sfr.storage.atomic import replacing
@@ -192,8 +192,7 @@ def sample(task: Task) -> None:
     with replacing(task.samples) as file:
         for some, replies in zip(questions.sweep, answered.replies, strict=True):
             for prompt, row in zip(questions.prompts, replies, strict=True):
-                lines = (record(answered.model, prompt, some, reply) for reply in row)
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.writelines(reply_line(answered.model, prompt, some, reply) for reply in row)
 
 
 def losses_file(task: Task) -> Path:

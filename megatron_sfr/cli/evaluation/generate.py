@@ -67,11 +67,9 @@ def _engine(args: argparse.Namespace) -> "Engine":
 
 def _write(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions", output: Path) -> None:
     """Writes every reply of every model as a line, and resumes an earlier run."""
-    import json
-
     from tqdm import tqdm
 
-    from megatron_sfr.evaluation.generate.sampling import record
+    from megatron_sfr.evaluation.generate.sampling import reply_line
     from megatron_sfr.evaluation.generate.verbalized import Verbalized, unreadable
     from megatron_sfr.storage.resumable import is_finished, resumable
 
@@ -95,7 +93,7 @@ def _write(engine: "Engine", prompts: "list[Prompt]", options: "SamplingOptions"
             bar.set_description(name)
             model = engine.load(name, options.template)
             for p, reply in engine.sample(model, prompts, options, start=done % each):
-                file.write(json.dumps(record(name, prompts[p], options, reply), ensure_ascii=False) + "\n")
+                file.write(reply_line(name, prompts[p], options, reply))
                 bar.update()
             del model  # its memory is free before the next one is loaded
             done = 0

@@ -20,13 +20,11 @@ from megatron_sfr.evaluation.scores.collisions import (
 from megatron_sfr.evaluation.scores.diversity import (
     cross_style_bleu,
     distinct_n,
-    embedding_spread,
     self_bleu,
     self_bleu_all,
-    vendi_score,
 )
+from megatron_sfr.evaluation.scores.embeddings import mode_coverage, spread, vendi_score
 from megatron_sfr.evaluation.scores.metrics import CROSS_STYLE_ORDERS
-from megatron_sfr.evaluation.scores.modes import mode_coverage
 from megatron_sfr.evaluation.scores.quality import Truth, context_relevance, relevance, style_match, true_scores
 from megatron_sfr.evaluation.scores.repetition import LOOP, loop_share
 from megatron_sfr.evaluation.scores.style import StyleJudge
@@ -268,7 +266,7 @@ class Scorer:
             "self-BLEU-4": self_bleu(texts, 4, pairs=self.options.pairs, seed=prompt.key, tokenizer=self.tokenizer),
             "self-BLEU-4 all": self_bleu_all(texts, 4, self.tokenizer),
             "empty": _mean([float(not text.strip()) for text in texts]),
-            "spread": embedding_spread(vectors),
+            "spread": float(spread(vectors)),
             "Vendi": vendi_score(vectors),
         }
 

@@ -1,6 +1,5 @@
 """`evaluate`: samples Hugging Face models on held-out conversations and compares them, as one function."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from megatron_sfr.evaluation.compare.report import Axes, Report
 from megatron_sfr.evaluation.compare.write_report import axes_of, style_judge, write_report
 from megatron_sfr.evaluation.generate.engines import Engine, HuggingFace
 from megatron_sfr.evaluation.generate.prompts import limit, read_asked
-from megatron_sfr.evaluation.generate.sampling import SamplingOptions, record
+from megatron_sfr.evaluation.generate.sampling import SamplingOptions, reply_line
 from megatron_sfr.evaluation.judge.judge_replies import Judge
 from megatron_sfr.storage.atomic import replacing
 
@@ -134,8 +133,7 @@ def sample_and_write(
         for model in answered:
             for options, rows in zip(questions.sweep, model.replies, strict=True):
                 for prompt, row in zip(questions.prompts, rows, strict=True):
-                    lines = (record(model.model, prompt, options, reply) for reply in row)
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    file.writelines(reply_line(model.model, prompt, options, reply) for reply in row)
     return write_report(
         [model.answered() for model in answered],
         scorer,

@@ -8,7 +8,7 @@ import numpy as np
 from megatron_sfr.data.chat.conversation import Conversation
 from megatron_sfr.evaluation.generate.prompts import Prompt
 from megatron_sfr.evaluation.generate.sampling import SamplingOptions
-from megatron_sfr.evaluation.scores.modes import THRESHOLD
+from megatron_sfr.evaluation.scores.embeddings import THRESHOLD
 from megatron_sfr.evaluation.scores.tokenizers import CHOICES, Choice
 
 

@@ -10,8 +10,8 @@ from megatron_sfr.evaluation.compare.curves import Curve, Loss, Scorer, Scores
 from megatron_sfr.evaluation.compare.frontier import Gap, bootstrap_gap
 from megatron_sfr.evaluation.compare.questions import sorted_temperatures
 from megatron_sfr.evaluation.scores.bootstrap import NO_VALUE, Estimate, estimate, ratio
+from megatron_sfr.evaluation.scores.embeddings import similarity
 from megatron_sfr.evaluation.scores.metrics import metric
-from megatron_sfr.evaluation.scores.similarity import similarity
 
 REAL = "real replies"
 PERSONAS = 24
@@ -95,7 +95,7 @@ class Report:
     """None for fewer than two personas."""
 
 
-def summarise(
+def summarize(
     curves: Sequence[Curve],
     axes: Sequence[Axes],
     notes: Sequence[str],

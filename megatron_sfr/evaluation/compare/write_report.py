@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_sfr.evaluation.compare.curves import Scorer
 from megatron_sfr.evaluation.compare.plot import draw
 from megatron_sfr.evaluation.compare.questions import Answered
-from megatron_sfr.evaluation.compare.report import Axes, Report, similarities, summarise
+from megatron_sfr.evaluation.compare.report import Axes, Report, similarities, summarize
 from megatron_sfr.evaluation.compare.report_html import explore, page
 from megatron_sfr.evaluation.compare.tables import as_json, markdown, terminal
 from megatron_sfr.evaluation.generate.prompts import Asked
@@ -43,7 +43,7 @@ def write_report(
     real = scorer.real() | {name: scorer.by_prompt(ratings) for name, ratings in judged.real.items()}
     notes = [*scorer.notes(drawn), *judged.notes]
     personas = [entry.prompt.persona or "" for entry in scorer.asked]
-    report = summarise(curves, axes, notes, real, similarities(curves, scorer), personas)
+    report = summarize(curves, axes, notes, real, similarities(curves, scorer), personas)
     plot = None
     if axes:
         draw(report, output / picture, title)

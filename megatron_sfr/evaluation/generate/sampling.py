@@ -1,6 +1,7 @@
 """How replies are sampled, and a sampled reply as a value and as a record. No torch: it is read without a model."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -109,10 +110,10 @@ def setting_of(fields: Mapping[str, Any]) -> tuple[str | None, float | None]:
     return model, temperature
 
 
-def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> dict[str, object]:
-    """A reply as a JSONL record."""
+def reply_line(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) -> str:
+    """A reply as a line of JSONL."""
     verbalized = {} if reply.verbalized is None else {"verbalized": asdict(reply.verbalized)}
-    return {
+    fields = {
         "model": name,
         "prompt": prompt.shared,
         "question": prompt.question,
@@ -126,3 +127,4 @@ def record(name: str, prompt: Prompt, options: SamplingOptions, reply: Sampled) 
         "finished": reply.finished,
         **verbalized,
     }
+    return json.dumps(fields, ensure_ascii=False) + "\n"

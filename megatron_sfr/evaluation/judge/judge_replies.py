@@ -80,7 +80,7 @@ class Judge:
         count = [each if id(entry) in chosen else 0 for entry in asked]
         real = [entry.texts for entry in asked]
         every = [rows for sweep in answered.values() for rows in sweep]
-        items = {item.key: item for rows in (*every, real) for item in _items(asked, rows, count)}
+        items = {item.key: item for rows in (*every, real) for _, item in _items(asked, rows, count)}
         with vote_file(output / VOTES, self.identity()) as file, in_terms_of_judge():
             todo = [item for key, item in items.items() if key not in file.known]
             self._announce(items, todo, output)
@@ -146,35 +146,27 @@ def in_terms_of_judge() -> Iterator[None]:
         raise ValueError(str(error).replace("--server", "--judge")) from error
 
 
-def _items(asked: Sequence[Asked], rows: Replies, count: Sequence[int]) -> Iterator[Item]:
-    """Every rating of these replies; style only of replies by a persona."""
-    for i in range(len(asked)):
+def _items(asked: Sequence[Asked], rows: Replies, count: Sequence[int]) -> Iterator[tuple[int, Item]]:
+    """Every rating of these replies, with the index of its entry; style only of replies by a persona."""
+    for i, entry in enumerate(asked):
         for text in rows[i][: count[i]] if count[i] else ():
-            yield from _items_of(asked[i], text)
-
-
-def _items_of(entry: Asked, text: str) -> Iterator[Item]:
-    for criterion in CRITERIA:
-        if criterion != "judged style" or entry.prompt.persona:
-            yield Item(criterion, entry.prompt, text)
+            for criterion in CRITERIA:
+                if criterion != "judged style" or entry.prompt.persona:
+                    yield i, Item(criterion, entry.prompt, text)
 
 
 def _means(
     asked: Sequence[Asked], rows: Replies, count: Sequence[int], known: Mapping[str, Votes]
 ) -> dict[str, np.ndarray]:
     """By criterion, the mean over an entry's replies of the mean vote [entries]."""
-    found = {criterion: np.full(len(asked), np.nan) for criterion in CRITERIA}
-    for i, entry in enumerate(asked):
-        ratings: dict[str, list[float]] = {criterion: [] for criterion in CRITERIA}
-        for text in rows[i][: count[i]] if count[i] else ():
-            for item in _items_of(entry, text):
-                votes = [vote for vote in known[item.key] if vote is not None]
-                if votes:
-                    ratings[item.criterion].append(float(np.mean(votes)))
-        for criterion, values in ratings.items():
-            if values:
-                found[criterion][i] = np.mean(values)
-    return found
+    ratings: dict[str, list[list[float]]] = {criterion: [[] for _ in asked] for criterion in CRITERIA}
+    for i, item in _items(asked, rows, count):
+        if votes := [vote for vote in known[item.key] if vote is not None]:
+            ratings[item.criterion][i].append(float(np.mean(votes)))
+    return {
+        criterion: np.array([np.mean(values) if values else np.nan for values in entries])
+        for criterion, entries in ratings.items()
+    }
 
 
 def _stacked(temperatures: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

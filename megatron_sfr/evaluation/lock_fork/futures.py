@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sfr.data.targets.store import TargetStore
 from megatron_sfr.evaluation.lock_fork.token_statistics import Positions
-from megatron_sfr.evaluation.scores.clusters import clusters, spread
+from megatron_sfr.evaluation.scores.embeddings import clusters, spread
 from megatron_sfr.flow.information import gaussian_velocity, relative_entropy
 from megatron_sfr.flow.solver import Method, Velocity, integrate
 from megatron_sfr.model.flow_head import FlowHead

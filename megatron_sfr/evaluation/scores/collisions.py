@@ -6,8 +6,7 @@ threshold: a stand-in for the trained classifiers that the papers use.
 
 import numpy as np
 
-from megatron_sfr.evaluation.scores.clusters import clusters
-from megatron_sfr.evaluation.scores.modes import THRESHOLD
+from megatron_sfr.evaluation.scores.embeddings import THRESHOLD, clusters
 
 PATIENCE = 0.8  # NoveltyBench's: the probability that a user asks for one more reply
 

@@ -1,4 +1,4 @@
-"""Diversity of texts: distinct-n, self-BLEU, cross-style BLEU, embedding spread, Vendi score. Pure functions.
+"""Diversity of texts by their words: distinct-n, self-BLEU, cross-style BLEU. Pure functions.
 
 None of them is meaningful without a measure of quality: noise is diverse. `tokenizer` is one of sacrebleu's; `auto`
 chooses it by the script of the given texts.
@@ -11,7 +11,6 @@ from itertools import permutations
 
 import numpy as np
 
-from megatron_sfr.evaluation.scores.clusters import spread
 from megatron_sfr.evaluation.scores.tokenizers import Choice, Tokenizer, bleu_metric, resolved, words
 
 
@@ -110,29 +109,6 @@ def cross_style_bleu(
     rng.shuffle(styles)
     chosen = [styles[i % len(styles)] for i in range(pairs)] if styles else []
     return _mean([bleu(rng.choice(texts[a]), rng.choice(texts[b]), n, tokenizer) for a, b in chosen])
-
-
-def embedding_spread(vectors: np.ndarray) -> float:
-    """Mean 1 - cosine over pairs of unit vectors [texts, dim]; NaN for fewer than two.
-
-    Incoherence saturates it: nonsense is more spread than any set of real answers.
-    """
-    return float(spread(vectors))
-
-
-def vendi_score(vectors: np.ndarray) -> float:
-    """exp(-sum_i l_i ln l_i) in [1, n], l_i the eigenvalues of K / n, K the cosines of n unit vectors [n, dim].
-
-    The effective number of different texts (Friedman and Dieng, arXiv 2210.02410): 1 if all vectors are equal, n if all
-    are orthogonal. Like the spread, it counts nonsense as diverse. NaN without texts.
-    """
-    n = len(vectors)
-    if not n:
-        return float("nan")
-    x = vectors.astype(np.float64)
-    eigenvalues = np.linalg.eigvalsh((x @ x.T if n <= x.shape[1] else x.T @ x) / n)
-    known = eigenvalues[eigenvalues > 0]
-    return float(np.exp(-np.sum(known * np.log(known))))
 
 
 def _draw[T](items: list[T], count: int, seed: int) -> list[T]:

@@ -102,11 +102,11 @@ class StoredAdapter:
         for entry in self.entries:
             rows, columns = entry.mapping.megatron_shape(self.dimensions)
             parts = len(part_rows(entry.mapping, self.dimensions))
-            for name, wanted in ((A, (parts * self.rank, columns)), (B, (rows, self.rank))):
+            for name, expected in ((A, (parts * self.rank, columns)), (B, (rows, self.rank))):
                 key = self._key(entry, name)
-                found = tuple(self.checkpoint.tensors[key].size)[-2:] if key else None
-                if found != wanted:
+                actual = tuple(self.checkpoint.tensors[key].size)[-2:] if key else None
+                if actual != expected:
                     raise ValueError(
-                        f"{self.checkpoint.folder}: {entry.single.removesuffix(WEIGHT)}{name} is {found}, the config "
-                        f"means {wanted}: the config belongs to a different architecture"
+                        f"{self.checkpoint.folder}: {entry.single.removesuffix(WEIGHT)}{name} is {actual}, the config "
+                        f"means {expected}: the config belongs to a different architecture"
                     )

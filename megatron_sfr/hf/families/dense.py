@@ -124,7 +124,7 @@ def flags(config: Config, d: Dimensions, partial_rotary: bool = False) -> dict[s
 def shape_flags(config: Config, d: Dimensions) -> dict[str, object]:
     """Megatron's flags for embedding, attention and MLP, without their number, the activation and the positions."""
     if config.get("quantization_config"):
-        raise ValueError("quantization_config: the weights are quantised; start from the unquantised model")
+        raise ValueError("quantization_config: the weights are quantized; start from the unquantized model")
     if not config.get("is_causal", True):  # null too
         raise ValueError(
             f"is_causal: {json.dumps(config['is_causal'])}: the model reads later tokens, as encoders do, and is not "

@@ -161,12 +161,12 @@ class StoredModel:
 
     def _check_shape(self, location: Location, padded: bool) -> int:
         """Number of padding tokens. Raises ValueError if the stored tensor differs from the config's."""
-        stored, wanted = tuple(self.checkpoint.tensors[location.key].size), location.whole
-        if padded and stored[0] > wanted[0] and stored[1:] == wanted[1:]:
-            return stored[0] - wanted[0]
-        if stored != wanted:
+        stored, expected = tuple(self.checkpoint.tensors[location.key].size), location.whole
+        if padded and stored[0] > expected[0] and stored[1:] == expected[1:]:
+            return stored[0] - expected[0]
+        if stored != expected:
             raise ValueError(
-                f"{self.checkpoint.folder}: {location.key} is {list(stored)}, the config means {list(wanted)}: "
+                f"{self.checkpoint.folder}: {location.key} is {list(stored)}, the config means {list(expected)}: "
                 "the config belongs to a different architecture"
             )
         return 0
@@ -188,16 +188,16 @@ def _runs(rows: Tensor) -> Spans:
 
 def disagreement(arguments: Mapping[str, Any], flags: Mapping[str, object]) -> tuple[str, object, object] | None:
     """The first flag in which a run's arguments differ from a config: its name, the run's value, the config's value."""
-    wanted = {**UNSAID, **flags}
+    expected = {**UNSAID, **flags}
     for flag, name in COMPARED.items():
-        if flag not in wanted or name not in arguments:
+        if flag not in expected or name not in arguments:
             continue
-        found = arguments[name]
-        if isinstance(found, tuple | list):  # written as in a recipe
-            said = ",".join(str(x) for x in found)
-            found = f"[{said}]" if isinstance(found, list) else said
-        if found != wanted[flag]:
-            return flag, found, wanted[flag]
+        actual = arguments[name]
+        if isinstance(actual, tuple | list):  # written as in a recipe
+            said = ",".join(str(x) for x in actual)
+            actual = f"[{said}]" if isinstance(actual, list) else said
+        if actual != expected[flag]:
+            return flag, actual, expected[flag]
     return None
 
 

@@ -194,9 +194,9 @@ class StoredChunks:
             raise ValueError(f"{key} is stored through {', '.join(info.transform_descriptors)}, which is not read")
         with self._archive(info) as file:
             tensor = torch.load(file, map_location=device, weights_only=True)
-        wanted = chunk.sizes, self._tensors[key].properties.dtype
-        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != wanted:
-            raise ValueError(f"a chunk of {key} is not {list(chunk.sizes)} of {wanted[1]}, as the metadata says")
+        expected = chunk.sizes, self._tensors[key].properties.dtype
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != expected:
+            raise ValueError(f"a chunk of {key} is not {list(chunk.sizes)} of {expected[1]}, as the metadata says")
         return tensor
 
     @contextmanager

@@ -41,16 +41,16 @@ def accuracy(model: Any, conversations: Sequence[Tensor], originals: Sequence[Te
     square = original_square = loss = original_loss = largest = 0.0
     same = predicted = positions = 0
     for tokens_1S, original_SV in zip(conversations, originals, strict=True):
-        found_SV, wanted_SV = logits_of(model, tokens_1S).float(), original_SV.float()
-        difference_SV = found_SV - wanted_SV
+        actual_SV, expected_SV = logits_of(model, tokens_1S).float(), original_SV.float()
+        difference_SV = actual_SV - expected_SV
         square += difference_SV.square().sum(dtype=torch.float64).item()
-        original_square += wanted_SV.square().sum(dtype=torch.float64).item()
+        original_square += expected_SV.square().sum(dtype=torch.float64).item()
         largest = max(largest, difference_SV.abs().max().item())
-        same += int((found_SV.argmax(-1) == wanted_SV.argmax(-1)).sum())
-        positions += len(found_SV)
-        loss += cross_entropy(found_SV[:-1], tokens_1S[0, 1:], reduction="sum").item()
-        original_loss += cross_entropy(wanted_SV[:-1], tokens_1S[0, 1:], reduction="sum").item()
-        predicted += len(found_SV) - 1
+        same += int((actual_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
+        positions += len(actual_SV)
+        loss += cross_entropy(actual_SV[:-1], tokens_1S[0, 1:], reduction="sum").item()
+        original_loss += cross_entropy(expected_SV[:-1], tokens_1S[0, 1:], reduction="sum").item()
+        predicted += len(actual_SV) - 1
     return Accuracy(
         loss=loss / predicted,
         original_loss=original_loss / predicted,

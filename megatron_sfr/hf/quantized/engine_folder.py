@@ -113,8 +113,8 @@ def _read_layer(weights: Weights, name: str, format: Format, parameter: Tensor) 
     return stored
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).square().mean() / wanted.square().mean()).sqrt().item()
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
 def _round_input(

@@ -21,7 +21,7 @@ from megatron_sfr.data.chat.tokenizer import load_tokenizer
 from megatron_sfr.hf.config_values import Config
 from megatron_sfr.hf.export_hf import copy_companions
 from megatron_sfr.hf.families.family_registry import family_of
-from megatron_sfr.hf.hf_folder import CONFIG, new_folder, read_config
+from megatron_sfr.hf.hf_folder import CONFIG, load_model, new_folder, read_config
 from megatron_sfr.hf.quantized.accuracy import Accuracy, accuracy, logits_of
 from megatron_sfr.hf.quantized.engine_folder import WeightErrors, linear_layers, load_folder, write_config
 from megatron_sfr.hf.quantized.layer_format import FORMATS, Format, Name
@@ -76,7 +76,7 @@ def quantize_hf(
         mto.enable_huggingface_checkpointing()
     identity = {"command": "convert quantize", "hf": contents_of(source), "format": format, "simulated": simulated}
     with new_folder(output, force=force, identity=identity) as folder:
-        model = _load(source)
+        model = load_model(source, torch.bfloat16)
         _check_widths(source, model, kind)
         originals = [logits_of(model, row) for row in held]
         with (
@@ -106,17 +106,17 @@ def _write_for_engines(model: Any, source: Path, folder: Path, kind: Format) -> 
         export(model, dtype=torch.bfloat16, export_dir=folder)
     write_config(folder, source)
     copy_companions(source, folder)
-    plain = _load(source)
+    plain = load_model(source, torch.bfloat16)
     return load_folder(plain, folder, kind), plain
 
 
 def _write_simulated(model: Any, source: Path, folder: Path, held: list[Tensor]) -> Any:
     """Model Optimizer's own form. Returns the restored model, whose logits equal those of the calibrated one."""
-    wanted = [logits_of(model, row) for row in held]
+    expected = [logits_of(model, row) for row in held]
     model.save_pretrained(folder)
     copy_companions(source, folder)
-    restored = _load(folder)
-    if not all(torch.equal(logits_of(restored, row), logits) for row, logits in zip(held, wanted, strict=True)):
+    restored = load_model(folder, torch.bfloat16)
+    if not all(torch.equal(logits_of(restored, row), logits) for row, logits in zip(held, expected, strict=True)):
         raise ValueError(f"{source}: what was written restores to another model: nothing is kept")
     return restored
 
@@ -186,13 +186,6 @@ def _tokens(source: Path, calibration: Path, samples: int, length: int) -> list[
 def _run(model: Any, rows: list[Tensor]) -> None:
     for row in rows:
         model(row)
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with loading(f"cannot load the model in {folder}", "give a folder that transformers loads"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
 def _weight_bytes(folder: Path) -> int:

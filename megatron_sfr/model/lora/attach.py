@@ -140,7 +140,7 @@ class _WithAdapter(nn.Module):
 
 
 class _WithAdapterAfterNorm(_WithAdapter):
-    """For a layer that normalises its input first: the adapter reads the normalised input.
+    """For a layer that normalizes its input first: the adapter reads the normalized input.
 
     Transformer Engine returns it with return_layernorm_output: (y, norm), or (y, bias, norm) if it returns the bias;
     Megatron's layer appends None for a bias that it does not have.

@@ -37,7 +37,7 @@ def linear_cka_error(h_BAH: Tensor, x_BAD: Tensor, weight_BA: Tensor) -> tuple[T
 
 
 def _gram(x_BAH: Tensor, valid_BA: Tensor) -> Tensor:
-    """Gram matrix of the valid rows, with diagonal 0. x is normalised first: CKA does not depend on its scale."""
+    """Gram matrix of the valid rows, with diagonal 0. x is normalized first: CKA does not depend on its scale."""
     x = x_BAH * valid_BA[..., None]
     x = x / x.square().sum((1, 2), keepdim=True).clamp(min=1e-20).sqrt()
     k_BAA = x @ x.transpose(1, 2)

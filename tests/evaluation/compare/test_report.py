@@ -16,7 +16,7 @@ import pytest
 from megatron_sfr.evaluation.compare.curves import Curve, Loss
 from megatron_sfr.evaluation.compare.frontier import Gap
 from megatron_sfr.evaluation.compare.plot import draw
-from megatron_sfr.evaluation.compare.report import PERSONAS, Axes, Report, summarise, verdict
+from megatron_sfr.evaluation.compare.report import PERSONAS, Axes, Report, summarize, verdict
 from megatron_sfr.evaluation.compare.report_html import page
 from megatron_sfr.evaluation.compare.tables import as_json, columns, escaped, markdown, markdown_table, terminal
 from megatron_sfr.evaluation.page.reply_explorer import Explorer, ShownReply
@@ -43,7 +43,7 @@ def curve(name: str, lift: float) -> Curve:
 @pytest.fixture(scope="module")
 def report() -> Report:
     real = {"precision": np.full(6, 1.0), "CS-SB-1": np.full(6, 0.25), "relevance": np.full(6, np.nan)}
-    return summarise([curve("CE", 0.0), curve("SFR", 0.1)], [Axes("precision", "CS-SB-1")], ["A note."], real)
+    return summarize([curve("CE", 0.0), curve("SFR", 0.1)], [Axes("precision", "CS-SB-1")], ["A note."], real)
 
 
 def test_lower_bleu_is_more_diversity(report: Report) -> None:
@@ -179,7 +179,7 @@ def test_frontiers_by_persona_are_means_over_their_prompts() -> None:
     models = [replace(curve("CE", 0.0), entries=entries), curve("SFR", 0.1)]
     axes = [Axes("relevance", "CS-SB-1")]
     real = {"precision": np.full(6, 1.0)}
-    found = summarise(models, axes, [], real, personas=["poet", "cook", "poet", "poet", "cook", "sage"]).personas
+    found = summarize(models, axes, [], real, personas=["poet", "cook", "poet", "poet", "cook", "sage"]).personas
     assert found is not None
     assert (found.axes, found.has_quality, found.left_out) == (Axes("style fidelity", "self-BLEU-4"), True, 0)
     assert list(found.estimates) == ["cook", "poet", "sage"]
@@ -188,13 +188,13 @@ def test_frontiers_by_persona_are_means_over_their_prompts() -> None:
     assert (diversity.mean, diversity.n) == (pytest.approx(1.1 / 3), 3)
     assert found.axes.turned(collapsed).mean == 0
     assert found.estimates["poet"]["SFR"][0][1].n == 0  # it has no scores by entry
-    assert summarise(models, axes, [], real, personas=["poet"] * 6).personas is None
+    assert summarize(models, axes, [], real, personas=["poet"] * 6).personas is None
 
 
 def test_only_the_personas_with_the_most_prompts_have_frontiers() -> None:
     names = [f"{i:02}" for i in range(PERSONAS + 3) for _ in range(2 if i >= 3 else 1)]
     one = replace(curve("CE", 0.0), entries={"self-BLEU-4": np.zeros((2, len(names)))})
-    found = summarise([one], [], [], {"precision": np.full(6, 1.0)}, personas=names).personas
+    found = summarize([one], [], [], {"precision": np.full(6, 1.0)}, personas=names).personas
     assert found is not None
     assert (list(found.estimates), found.left_out) == ([f"{i:02}" for i in range(3, PERSONAS + 3)], 3)
     assert not found.has_quality

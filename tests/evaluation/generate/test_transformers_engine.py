@@ -30,11 +30,6 @@ PROMPTS = [ask("Where to?", "poet"), ask("What should I give my sister as a birt
 OPTIONS = SamplingOptions(samples=5, max_new_tokens=12, batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
-    return load_model("tiny", tiny_model, device="cpu")
-
-
 def sample_all(model: Model, prompts: list[Prompt], options: SamplingOptions) -> list[list[Sampled]]:
     """The replies to each prompt, in the order of the prompts."""
     replies: list[list[Sampled]] = [[] for _ in prompts]

@@ -27,7 +27,7 @@ from megatron_sfr.model.flow_head import FlowHead, FlowHeadOptions, FlowHeadPlan
 from megatron_sfr.objectives.sfr.target_scale import TargetOptions
 from megatron_sfr.option_names import to_arguments
 from tests.evaluation.lock_fork.conftest import WIDTH
-from tests.model.heads import randomised
+from tests.model.heads import randomized
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def diagnosis(tiny_model: Path, data: PreparedData, store: TargetStore) -> Diagn
     """Two models; the base has a head with random weights."""
     config = TransformerConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, cuda_graph_modules=[])
     head = FlowHead(config, FlowHeadPlan(FlowHeadOptions(width=16), dim=store.dim)).eval()
-    randomised(head)
+    randomized(head)
     scale = Scale(torch.from_numpy(store.mean.copy()), torch.from_numpy(store.std.copy()), TargetOptions())
     options = ExamineOptions(LabelOptions(lock_top=0.2), FutureOptions(samples=6, steps=4, nodes=4), samples=3)
 
@@ -127,7 +127,7 @@ def put_head(folder: Path, store: TargetStore, **said: object) -> FlowHead:
     options, targets = FlowHeadOptions(width=16, layer=1), TargetOptions(scale="l2")
     config = TransformerConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, cuda_graph_modules=[])
     head = FlowHead(config, FlowHeadPlan(options, dim=store.dim))
-    randomised(head.net)
+    randomized(head.net)
     content = {"hidden_size": WIDTH, "dim": store.dim, "horizons": 1, "has_network": True, "gate_bins": 1}
     content |= {
         "head": to_arguments(options),

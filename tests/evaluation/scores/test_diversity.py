@@ -11,10 +11,8 @@ from megatron_sfr.evaluation.scores.diversity import (
     bleu,
     cross_style_bleu,
     distinct_n,
-    embedding_spread,
     self_bleu,
     self_bleu_all,
-    vendi_score,
 )
 from megatron_sfr.evaluation.scores.tokenizers import bleu_metric, choose_tokenizer
 
@@ -136,32 +134,3 @@ def test_cross_style_bleu_is_the_mean_over_ordered_pairs_of_personas() -> None:
         pairs = [bleu(replies[a], replies[b], n) for a in replies for b in replies if a != b]
         found = cross_style_bleu({name: [text] for name, text in replies.items()}, n, pairs=6, seed=3)
         assert found == pytest.approx(np.mean(pairs))
-
-
-def test_vendi_counts_what_is_different() -> None:
-    assert vendi_score(np.eye(5)) == pytest.approx(5)
-    assert vendi_score(np.tile(np.eye(3)[:1], (7, 1))) == pytest.approx(1)
-    assert vendi_score(np.repeat(np.eye(3), 4, axis=0)) == pytest.approx(3)  # three texts, each said four times
-    cosine = 0.6  # eigenvalues (1 + c) / 2 and (1 - c) / 2
-    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
-    assert vendi_score(np.array([[1, 0], [cosine, 0.8]])) == pytest.approx(math.exp(entropy))
-    assert math.isnan(vendi_score(np.zeros((0, 3))))
-
-
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 1000))
-def test_vendi_lies_between_1_and_n_and_never_above_the_dimension(n: int, dim: int, seed: int) -> None:
-    vectors = np.random.default_rng(seed).normal(size=(n, dim))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    eigenvalues = np.linalg.eigvals(vectors @ vectors.T / n).real
-    brute = np.exp(-sum(value * np.log(value) for value in eigenvalues if value > 1e-12))
-    assert vendi_score(vectors) == pytest.approx(brute)
-    assert 1 - 1e-9 <= vendi_score(vectors) <= min(n, dim) + 1e-9
-
-
-@given(st.integers(2, 6), st.integers(0, 1000))
-def test_spread_is_the_mean_over_pairs(n: int, seed: int) -> None:
-    vectors = np.random.default_rng(seed).normal(size=(n, 3))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    pairs = [1 - vectors[i] @ vectors[j] for i in range(n) for j in range(n) if i != j]
-    assert embedding_spread(vectors) == pytest.approx(np.mean(pairs))
-    assert math.isnan(embedding_spread(vectors[:1]))

@@ -141,11 +141,11 @@ def test_a_window_that_is_not_named_is_mistrals_default():
     assert megatron_flags(without)["window_size"] == "4095,0"
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_experts_and_their_router(normalised):
-    args = parsed(MOE, norm_topk_prob=normalised)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_experts_and_their_router(normalized):
+    args = parsed(MOE, norm_topk_prob=normalized)
     assert (args.num_experts, args.moe_ffn_hidden_size, args.moe_router_topk) == (6, 20, 3)
-    assert args.moe_router_pre_softmax is not normalised
+    assert args.moe_router_pre_softmax is not normalized
     older = {key: value for key, value in config(MOE).items() if key != "num_local_experts"} | {"num_experts": 5}
     assert megatron_flags(older)["num_experts"] == 5
 
@@ -175,7 +175,7 @@ def rope(**changes):
         ({"is_causal": False}, "is_causal: false"),
         ({"is_causal": None}, "is_causal: null"),
         ({"per_layer_config": {"1": {"sliding_window": 4}}}, "per_layer_config: layers with other settings"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
         ({"max_position_embeddings": None}, "config.json has no 'max_position_embeddings'"),
     ],

@@ -91,7 +91,7 @@ def test_published_configs_say_the_same_in_another_form() -> None:
         ({"n_groups": 3}, "n_groups 3 does not divide mamba_num_heads 8"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ({"norm_topk_prob": False}, "norm_topk_prob"),
-        ({"quantization_config": {"quant_method": "modelopt"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "quantized"),
         ({"residual_in_fp32": True}, "residual_in_fp32"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"time_step_limit": [0.01, 1.0]}, "time_step_limit"),

@@ -54,7 +54,7 @@ def test_P7_flow_from_zero_at_time_zero_is_the_mse_ablation_bit_for_bit() -> Non
 
 
 def fit(parameter: Tensor, loss) -> Tensor:
-    """Minimises a loss of one parameter by L-BFGS; both problems here are convex."""
+    """Minimizes a loss of one parameter by L-BFGS; both problems here are convex."""
     optimizer = torch.optim.LBFGS(
         [parameter], max_iter=500, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
     )

@@ -52,7 +52,7 @@ def text(step: int) -> Tensor:
 
 def make_head() -> MLPVelocity:
     head = MLPVelocity(V, H, W=32, depth=1, horizons=1, time_scale=1000.0)
-    head.initialise(torch.Generator().manual_seed(0))
+    head.initialize(torch.Generator().manual_seed(0))
     return head
 
 
@@ -128,7 +128,7 @@ def cosine(a: Arm, b: Arm, steps: slice) -> float:
 
 
 def prediction(name: str, arm: Arm, h: Tensor) -> Tensor:
-    """p(y_{t+2} | h) as the arm has learnt it: [B, S, V]. A flow's is its mean over noise at t = 0."""
+    """p(y_{t+2} | h) as the arm has learned it: [B, S, V]. A flow's is its mean over noise at t = 0."""
     with torch.no_grad():
         if name == "mtp":
             return read(arm.head, h).softmax(-1)

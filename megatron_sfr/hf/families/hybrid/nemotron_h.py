@@ -164,7 +164,7 @@ def _mamba_flags(d: HybridDimensions) -> dict[str, object]:
 
 
 def _expert_flags(config: Config, d: HybridDimensions) -> dict[str, object]:
-    return experts.flags(config, d, normalised=True) | {
+    return experts.flags(config, d, normalized=True) | {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": float(number(config, "routed_scaling_factor", 1.0)),

@@ -42,21 +42,21 @@ def count(config: Config) -> int:
     return size(config, "num_experts" if config.get("num_experts") else "num_local_experts")
 
 
-def flags(config: Config, d: Dimensions, normalised: bool) -> dict[str, object]:
+def flags(config: Config, d: Dimensions, normalized: bool) -> dict[str, object]:
     """Megatron's flags for the experts.
 
     Args:
-        normalised: whether the weights of the chosen experts sum to one.
+        normalized: whether the weights of the chosen experts sum to one.
     """
     chosen = size(config, "num_experts_per_tok")
-    if normalised and chosen == 1:
+    if normalized and chosen == 1:
         raise ValueError("num_experts_per_tok: 1: its weight is always 1, which Megatron does not compute")
     return {
         "num_experts": d.experts,
         "moe_ffn_hidden_size": d.expert_ffn,
         "moe_router_topk": chosen,
         # A softmax over the chosen experts equals a softmax over all, renormalized over the chosen.
-        "moe_router_pre_softmax": not normalised,
+        "moe_router_pre_softmax": not normalized,
         "moe_router_score_function": "softmax",
         "moe_token_dispatcher_type": "alltoall",
     }

@@ -20,7 +20,7 @@ def dimensions(config: Config) -> Dimensions:
 def flags(config: Config) -> dict[str, object]:
     dense.rope_type(config)
     d = dimensions(config)
-    routing = experts.flags({"num_experts_per_tok": 2} | config, d, normalised=True)
+    routing = experts.flags({"num_experts_per_tok": 2} | config, d, normalized=True)
     return dense.flags(config, d) | mistral.window(config) | routing
 
 

@@ -38,7 +38,7 @@ def flags(config: Config) -> dict[str, object]:
     d = dimensions(config)
     return {
         **dense.flags(config, d),
-        **experts.flags(config, d, normalised=is_true(config, "norm_topk_prob")),
+        **experts.flags(config, d, normalized=is_true(config, "norm_topk_prob")),
         "add_qkv_bias": True,
         "moe_shared_expert_intermediate_size": d.shared_ffn,
         "moe_shared_expert_gate": True,

@@ -17,7 +17,7 @@ def dimensions(config: Config) -> Dimensions:
 
 def flags(config: Config) -> dict[str, object]:
     experts.refuse_dense_layers(config)
-    routing = experts.flags(config, dimensions(config), normalised=is_true(config, "norm_topk_prob"))
+    routing = experts.flags(config, dimensions(config), normalized=is_true(config, "norm_topk_prob"))
     return qwen3.flags(config) | routing
 
 
