@@ -67,8 +67,10 @@ def fp8_contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
     if not args.fp8 or not args.seq_length or not args.micro_batch_size:
         return []
     block = 32 if args.fp8_recipe == "mxfp8" else 16
-    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    multiple, n = args.context_parallel_size * math.lcm(block, 8 * shards), args.seq_length * args.micro_batch_size
+    shards, contexts = args.tensor_model_parallel_size if args.sequence_parallel else 1, args.context_parallel_size
+    multiple, n = contexts * math.lcm(block, 8 * shards), args.seq_length * args.micro_batch_size
+    if n % (contexts * shards):  # ranks that do not divide the sequence are refused by Megatron
+        return []
     rest = "" if args.micro_batch_size == 1 else " times micro_batch_size"
     return [
         (
