@@ -47,7 +47,8 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
         ValueError: the file is missing, is not a flat YAML mapping, or sets one option twice.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe")
+        why = "a folder, not a recipe; name the YAML file" if path.is_dir() else "no such recipe"
+        raise ValueError(f"{path}: {why}")
     try:
         with with_path(path):
             loader = _Loader(path.read_text(encoding="utf-8"))
