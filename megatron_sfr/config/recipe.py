@@ -48,7 +48,8 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
             environment that is not set.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe")
+        why = "a folder, not a recipe; name the YAML file" if path.is_dir() else "no such recipe"
+        raise ValueError(f"{path}: {why}")
     try:
         with with_path(path):
             loader = _Loader(path.read_text(encoding="utf-8"))

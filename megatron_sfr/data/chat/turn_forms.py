@@ -65,7 +65,10 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
 def known_form(fields: dict[str, Any]) -> str:
     """What a record that has no known format is, as part of a sentence; empty if that is not known either."""
     found = (what for columns, what in KNOWN if all(fields.get(name) is not None for name in columns))
-    return "".join(f"; {what}" for what in list(found)[:1])
+    lists = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    lists = [name for name in lists if name not in ("tools", "functions")]
+    held = (f"its {name} holds objects: write each record on a separate line, and turns as here" for name in lists)
+    return "".join(f"; {what}" for what in [*found, *held][:1])
 
 
 def excludes(value: Any) -> bool:

@@ -74,6 +74,10 @@ REFUSED = {
         "no messages; the record is a tree of messages (OASST): write one for each path to a reply; write",
     ),
     "tokens": ({"input_ids": [1], "labels": [-100]}, "no messages; the record holds tokens of another tokenizer or"),
+    "a file of one object": (
+        {"version": 1, "rows": [{"messages": TURNS}]},
+        "no messages; its rows holds objects: write",
+    ),
     "Gemini, a call": (
         {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f"}}]}]},
         "content 1 has the part {'functionCall': {'name': 'f'}}, and only text is read; write messages as OpenAI's",
