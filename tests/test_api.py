@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib
 import inspect
 import json
 import re
@@ -51,6 +52,17 @@ def test_every_name_is_documented(name: str) -> None:
         assert all(f"{section}:" in doc for section in ("Args", "Returns", "Raises", "Example"))
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert re.search(rf"\b{name}\b", page), f"docs/api.md does not list {name}"
+
+
+def test_the_scores_that_the_page_lists_exist() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    listed = re.findall(
+        r"^\| (`\w+\(.*) \| `(\w+)` \|$", page.partition("`megatron_sfr.evaluation.scores.`")[2], re.MULTILINE
+    )
+    assert len(listed) >= 3
+    for functions, module in listed:
+        for name in re.findall(r"`(\w+)\(", functions):
+            assert callable(getattr(importlib.import_module(f"megatron_sfr.evaluation.scores.{module}"), name))
 
 
 @pytest.mark.parametrize("name", sfr.__all__)

@@ -156,6 +156,11 @@ def test_missing_tensor(release, untied, tmp_path):
     refused(changed, untied, tmp_path, r"missing decoder\.layers\.self_attention\.q_layernorm\.weight")
 
 
+def test_head_under_another_name_is_unknown(release, untied, tmp_path):
+    changed = rewrite(release, tmp_path / "iter_1", add={"my_flow_head.weight": torch.ones(2)})
+    refused(changed, untied, tmp_path, r"my_flow_head\.weight")
+
+
 def test_tied_config_for_an_untied_model(release, tied, tmp_path):
     refused(release, tied, tmp_path, r"output_layer\.weight \(tie_word_embeddings")
 

@@ -75,7 +75,7 @@ def definitions_in(text: str) -> list[tuple[str, int]]:
     Only complete definitions count: the next line, if there is one, is not indented further than the definition begins.
     So a function is not taken up to the line from which it is invalid. A definition inside another one that is invalid
     is not taken either. Prose, and statements that run something, end a piece; blank lines and comments do not.
-    There are none in a text that would have to be parsed more than MOST_PARSED times.
+    The search ends where the text would have to be parsed more than MOST_PARSED times.
     """
     lines, pieces, ends = text.split("\n"), list[str](), list[int]()
     outer = _outer_lines(lines)
@@ -84,7 +84,7 @@ def definitions_in(text: str) -> list[tuple[str, int]]:
         end, characters = _end_of_definition(lines, i, outer[i])
         parsed += characters
         if parsed > MOST_PARSED * (len(text) + 1000):
-            return []
+            break
         if end is None:
             margin = margin if not lines[i].strip() or lines[i].lstrip().startswith("#") else -1
             i += 1
@@ -130,7 +130,7 @@ def _outer_lines(lines: Sequence[str]) -> list[str]:
     """For each line the one that it is indented under, or an empty one."""
     above, outer = list[str](), list[str]()
     for line in lines:
-        while above and _indent(above[-1]) >= _indent(line):
+        while line.strip() and above and _indent(above[-1]) >= _indent(line):
             above.pop()
         outer.append(above[-1] if above else "")
         above += [line] if line.strip() else []

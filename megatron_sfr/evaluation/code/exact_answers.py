@@ -1,17 +1,18 @@
 r"""Questions with an exact answer, such as GSM8K's: the final answer of a reply, and whether two answers are equal.
 
-The final answer is what the reply marks: in the last \boxed{}, after the last `####`, after the last "answer is" or
-"Answer:", or on the line below such a mark; without a mark, the last number. Answers are compared as numbers (1,200.0
-is 1200, 1/2 is 0.5), other answers as text without case.
+The final answer is what the reply marks: after the last `####`, in the last \boxed{}, after the last "answer is" or
+"Answer:"; a number or a letter may stand below such a mark. Without a mark it is the last number. Answers are
+compared as numbers (1,200.0 is 1200, 1/2 is 0.5), other answers as text without case.
 """
 
 import re
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
+from megatron_sfr.evaluation.code.code_blocks import CONTROL
 from megatron_sfr.evaluation.generate.thinking import without_thoughts
 
-_ANSWER = r"(?P<gap>(?:[\s*_:`>$]|\\[\[(])*+)(?P<answer>\S[^\n]*?)"
+_ANSWER = r"(?P<gap>(?:[\s*_:`>$]|\\[\[(])*+)(?P<answer>\S[^\n]*?(?<!\s))"
 HASHES = re.compile(
     rf"####(?:[ \t*_]*(?:(?:the|final) )*answer\b(?: is\b)?)?{_ANSWER}[ \t]*$", re.IGNORECASE | re.MULTILINE
 )
@@ -22,8 +23,11 @@ PHRASE = re.compile(
 )
 STEP = re.compile(r"\d+[.)][ \t]+\S")
 """The beginning of a step in a list, not an answer."""
+CHOICE = re.compile(r"\(?[A-J]\)?\.?", re.IGNORECASE)
 MOST_WORDS = 3
-"""Of an answer below its mark. A longer line is a sentence of the explanation."""
+"""Of a number's unit below a mark. A longer line is a sentence of the explanation."""
+TRUTH = ("yes", "no", "true", "false")
+WORD = re.compile(r"[^\W\d_]{2,}")
 NUMBER = re.compile(r"(?<![\w.,/])[-−+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/]|[.,]\d)")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}")
 NOISE = re.compile(r"\\[!,;: ]|\\\(|\\\)|\\left|\\right|[$*`]|\\%|%")
@@ -33,7 +37,7 @@ MOST_DIGITS = 1000
 def final_answer(reply: str) -> str | None:
     """The final answer in canonical form; None if the reply has none."""
     text = without_thoughts(reply)
-    for answers in (_boxed(text), _marked(text, HASHES), _marked(text, PHRASE)):
+    for answers in (_marked(text, HASHES), _boxed(text), _marked(text, PHRASE)):
         if answers and (answer := canonical(answers[-1])):
             return answer
     numbers = NUMBER.findall(FRACTION.sub(r"\1/\2", text))
@@ -73,17 +77,29 @@ def _number(text: str) -> Fraction | None:
 
 
 def _marked(text: str, mark: re.Pattern[str]) -> list[str]:
-    """What follows each mark: an answer, not the title of a section or the first step of an explanation."""
+    """What follows each mark, if it is an answer: not the title of a section, nor the beginning of an explanation."""
     found = []
     for match in mark.finditer(text):
-        answer, is_below = match["answer"], "\n" in match["gap"]
-        is_title = (
-            mark is HASHES and not answer[0].isdigit() and answer[0] not in "-−+\\" and text[match.end() :].strip()
-        )
-        is_prose = is_below and len(re.findall(r"[^\W\d_]{2,}", FRACTION.sub("", answer))) > MOST_WORDS
-        if not (is_title or is_prose or STEP.match(text, match.start("answer"))):
+        answer, is_step = match["answer"], STEP.match(text, match.start("answer")) is not None
+        if "\n" in match["gap"]:
+            is_answer = _is_alone(answer) and not is_step
+        else:
+            is_title = mark is HASHES and (is_step or _may_be_title(answer))
+            is_answer = not (is_title and CONTROL.sub("", text[match.end() :]).strip())
+        if is_answer:
             found.append(answer)
     return found
+
+
+def _is_alone(line: str) -> bool:
+    """Whether a line holds one number, perhaps with a unit, or the letter of a choice."""
+    plain = FRACTION.sub(r"\1/\2", line)
+    is_number = len(NUMBER.findall(plain)) == 1 and "=" not in plain and not plain[0].isalpha()
+    return CHOICE.fullmatch(line) is not None or (is_number and len(WORD.findall(plain)) <= MOST_WORDS)
+
+
+def _may_be_title(line: str) -> bool:
+    return len(line) > 1 and line[0].isalpha() and "=" not in line and line.strip(" .").casefold() not in TRUTH
 
 
 def _boxed(text: str) -> list[str]:

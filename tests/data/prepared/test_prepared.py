@@ -164,6 +164,7 @@ def test_a_folder_with_a_file_that_is_cut_or_missing_is_refused(prepared: Path, 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"version": 99}, "is of version 99, this program reads version 3; run: megatron-sfr prepare .*--force"),
         ({"version": 2}, "is of version 2, this program reads version 3; run: megatron-sfr prepare .*--force"),
         ({"kind": "a target store"}, "holds a target store, not prepared data"),
         ({"extra": 1}, "is damaged"),

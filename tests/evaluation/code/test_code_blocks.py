@@ -141,11 +141,15 @@ def test_a_reply_that_repeats_itself_takes_no_time(line: str) -> None:
     assert extract_code("It is:\n" + 500 * line + "so.", ("add",))
 
 
-def test_a_reply_that_opens_brackets_without_end_has_no_definitions() -> None:
+def test_the_search_for_definitions_ends_in_brackets_without_end() -> None:
     """Each line could begin a definition of all that follows."""
     deeper = "".join(f"{' ' * i}x = [\n" for i in range(100))
-    assert definitions_in(ADD)
-    assert definitions_in(ADD + deeper) == []
+    assert [code for code, _ in definitions_in(ADD + deeper + "\n" + ADD)] == [ADD]
+
+
+def test_a_blank_line_does_not_end_an_invalid_block() -> None:
+    invalid = 'class Foo:\n    x = (1\n    def bar(self): print "x"\n\n    def add(self, a, b):\n        return a - b\n'
+    assert extract_code(f"{ADD}\nOr:\n\n{invalid}", ("add",)) == ADD
 
 
 def test_a_block_may_be_quoted_any_number_of_times() -> None:
