@@ -37,6 +37,7 @@ class Run:
     train_iters: int
     any_format: bool = False
     """Whether checkpoints have another format than torch_dist, the only one that shows whether it is complete."""
+    skips_training: bool = False
 
 
 def command(recipe: Path, nproc: int, flags: Sequence[str], max_restarts: int = 0) -> list[str]:
@@ -71,6 +72,7 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     names = ("save", "train_iters", "micro_batch_size", "global_batch_size", "seq_length")
     for name in (*names, "ckpt_format", "train_epochs", "sfr_packing", "context_parallel_size", "split"):
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}")
+    parser.add_argument("--skip-train", "--skip_train", action="store_true", default=None)
     for name in ("train_data_path", "data_path"):
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="*")
     given = vars(parser.parse_known_args(flags)[0])
@@ -91,7 +93,7 @@ def read_run(recipe: Path, flags: Sequence[str]) -> Run:
     with naming([recipe]):
         sizes = {name: positive_integer(name, keys[name]) for name in names if name != "save"}
     any_format = keys.get("ckpt_format", "torch_dist") != "torch_dist"
-    return Run(Path(str(keys["save"])), sizes["train_iters"], any_format)
+    return Run(Path(str(keys["save"])), sizes["train_iters"], any_format, keys.get("skip_train") is True)
 
 
 def train(
@@ -120,7 +122,7 @@ def train(
     run = read_run(recipe, flags)
     with hold(run.save, inside=True, wait=LOCK_WAIT_S):
         pass  # fails here, before anything is started; the run's first rank then holds the lock
-    if _is_finished(run, title) and "--skip-train" not in flags:
+    if _is_finished(run, title) and not run.skips_training:
         return
     log = run.save / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
     log.parent.mkdir(parents=True, exist_ok=True)

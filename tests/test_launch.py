@@ -32,6 +32,13 @@ def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "flags"), [("", ["--skip-train"]), ("", ["--skip_train"]), ("skip_train: true\n", []), ("", [])]
+)
+def test_a_run_that_only_evaluates_is_known_by_any_spelling(tmp_path: Path, line: str, flags: list[str]) -> None:
+    assert read_run(write(tmp_path, SIZES + "save: here\n" + line), flags).skips_training is bool(line or flags)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (SIZES, "save is missing"),

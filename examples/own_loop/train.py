@@ -31,21 +31,27 @@ SCHEDULE = sfr.ScheduleOptions(warmup="detached", warmup_steps=1, ramp_steps=2)
 
 def batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
     """The microbatches of a step: prompts of 4 tokens, replies of 20, and two anchors in each reply."""
+    for microbatch in range(step * MICROBATCHES, (step + 1) * MICROBATCHES):
+        with torch.device("cpu"):  # the forward step copies what it needs
+            batch = make_batch(microbatch)
+        yield batch
+
+
+def make_batch(microbatch: int) -> dict[str, torch.Tensor]:
     ordinal = np.array([0, 8])  # the tokens of the reply before which an anchor's future starts
     weight = sfr.anchor_weights(ordinal, np.full(2, 20), np.zeros(2, np.int64))
-    for microbatch in range(step * MICROBATCHES, (step + 1) * MICROBATCHES):
-        g = torch.Generator().manual_seed(microbatch)
-        tokens = torch.randint(VOCAB, (B, S + 1), generator=g)
-        yield {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "position_ids": torch.arange(S).expand(B, S),
-            "loss_mask": (torch.arange(S) >= 4).float().expand(B, S),
-            "anchor_position": torch.from_numpy(4 + ordinal).expand(B, 2),
-            "anchor_sample": (microbatch * B + torch.arange(B))[:, None].expand(B, 2),
-            "anchor_weight": torch.from_numpy(weight).expand(B, 2),
-            "target": torch.nn.functional.normalize(torch.randn(B, 2, D, generator=g), dim=-1),
-        }
+    g = torch.Generator().manual_seed(microbatch)
+    tokens = torch.randint(VOCAB, (B, S + 1), generator=g)
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "position_ids": torch.arange(S).expand(B, S),
+        "loss_mask": (torch.arange(S) >= 4).float().expand(B, S),
+        "anchor_position": torch.from_numpy(4 + ordinal).expand(B, 2),
+        "anchor_sample": (microbatch * B + torch.arange(B))[:, None].expand(B, 2),
+        "anchor_weight": torch.from_numpy(weight).expand(B, 2),
+        "target": torch.nn.functional.normalize(torch.randn(B, 2, D, generator=g), dim=-1),
+    }
 
 
 def make_model(tp: int, pp: int) -> DistributedDataParallel:

@@ -70,14 +70,17 @@ def read_recipe(path: Path, option_of: Callable[[str], str] = hyphenated) -> dic
 
 
 def _expanded(value: Any) -> Any:
-    """A value in which a leading ~/ or $NAME/ is a folder, as a shell reads it on the command line."""
+    """A value that starts with ~/ or a variable of the environment, as a shell expands it on the command line."""
     if isinstance(value, list):
         return [_expanded(item) for item in value]
     if not isinstance(value, str) or not value.startswith(("~/", "$")):
         return value
-    if os.path.expandvars(value).startswith("$"):
+    if value.startswith("~/"):
+        return os.path.expanduser(value)
+    expanded = os.path.expandvars(value)
+    if "$" in expanded:
         raise ValueError(f"{shown(value)}: this variable of the environment is not set; set it, or write the path")
-    return os.path.expanduser(os.path.expandvars(value))
+    return expanded
 
 
 def _check_keys(path: Path, mapping: yaml.MappingNode, option_of: Callable[[str], str]) -> None:

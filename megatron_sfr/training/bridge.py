@@ -146,15 +146,15 @@ def forward_step(
 
 
 def check_head(model: MegatronModule, sfr: TermOptions) -> None:
-    """ValueError if the model of the last stage has no flow head, or one that was built with other options."""
+    """ValueError if the model of the last stage has no flow head, or one with another network, average or gate."""
     head = getattr(model, "flow_head", None)
     if head is None:
         raise ValueError(
             "the model has no flow_head: run attach_head(plan) on its chunks before they are wrapped in DDP"
         )
     has = head.net is not None, head.ema is not None, len(head.state.baseline)
-    needs = sfr.sfr.loss != "cka", sfr.head.stores_ema, sfr.gate.bins if sfr.gate.kind != "none" else has[2]
-    if has != needs:
+    has_network, bins = sfr.sfr.loss != "cka", has[2] if sfr.gate.kind == "none" else sfr.gate.bins
+    if has != (has_network, has_network and sfr.head.stores_ema, bins):
         raise ValueError("the flow head was built with other options than the loss: build its plan by flow_head_plan")
 
 

@@ -39,6 +39,9 @@ def test_a_variable_of_the_environment_is_what_a_shell_makes_of_it(
     recipe = read_settings(write(tmp_path, save="$SCRATCH/run", train_data_path=["${SCRATCH}/a", "b$SCRATCH"])).recipe
     assert recipe["save"] == "/scratch/run"
     assert recipe["train_data_path"] == ["/scratch/a", "b$SCRATCH"]
+    with pytest.raises(ValueError, match=r"'\$SCRATCH/\$JOB': this variable"):
+        read_settings(write(tmp_path, save="$SCRATCH/$JOB"))
+    assert read_settings(write(tmp_path, save="~/a$SCRATCH")).recipe["save"].endswith("/a$SCRATCH")
     monkeypatch.delenv("SCRATCH")
     with pytest.raises(ValueError, match=r"recipe.yaml: '\$SCRATCH/run': this variable of the environment is not set"):
         read_settings(write(tmp_path, save="$SCRATCH/run"))
@@ -56,7 +59,7 @@ def test_flags_may_be_spelled_as_recipes_spell_them(tmp_path: Path) -> None:
     [
         (["--learning-rate", "1"], r"^unknown flag --learning-rate; did you mean --lr\?$"),
         (["--tp=2"], r"^unknown flag --tp; did you mean --tensor-model-parallel-size\?$"),
-        (["--no-sfr"], r"^unknown flag --no-sfr: to turn sfr off, set `sfr: false` in a later recipe$"),
+        (["--no_sfr"], r"^unknown flag --no-sfr: to turn sfr off, set `sfr: false` in a later recipe$"),
         (["--sfr", "true"], r"^'true' belongs to no flag: give options as --name value; a switch takes no value$"),
         (["--sfr=yes"], r"^argument --sfr: a switch takes no value, and this one has 'yes'$"),
         (["lr=1e-4"], r"^'lr' belongs to no flag: give options as --name value"),

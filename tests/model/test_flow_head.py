@@ -35,7 +35,7 @@ def test_a_new_preconditioned_head_has_the_velocity_of_independent_standard_norm
 def test_a_preconditioned_network_reads_and_predicts_unit_variance() -> None:
     """In float64, over the joint distribution of noise and standard normal targets, at each of 9 times."""
     g = torch.Generator().manual_seed(2)
-    x_0, x_1 = torch.randn(2, 9, 1, 200_000, 1, dtype=torch.float64, generator=g)
+    x_0, x_1 = torch.randn(2, 9, 1, 40_000, D, dtype=torch.float64, generator=g)
     t = torch.linspace(0, 1, 9, dtype=torch.float64)[:, None, None, None]
     seen: list[torch.Tensor] = []
 
@@ -46,10 +46,10 @@ def test_a_preconditioned_network_reads_and_predicts_unit_variance() -> None:
     head = make_head(precondition=True)
     head.net = None
     object.__setattr__(head, "net", network)
-    mean = head((1 - t) * x_0 + t * x_1, t, torch.zeros(1), torch.zeros(1))
+    mean = head((1 - t) * x_0 + t * x_1, t, torch.zeros(H), torch.zeros(1))
     residual = (x_1 - x_0 - mean) * (t.square() + (1 - t).square()).sqrt()
     for unit in (seen[0], residual):
-        torch.testing.assert_close(unit.square().mean(2), torch.ones(9, 1, 1, dtype=torch.float64), rtol=0.02, atol=0)
+        torch.testing.assert_close(unit.square().mean((2, 3)), torch.ones(9, 1, dtype=torch.float64), rtol=0.02, atol=0)
     assert abs((seen[0] * residual).mean()) < 0.01  # x_t tells nothing more
 
 

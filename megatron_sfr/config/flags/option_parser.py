@@ -69,6 +69,7 @@ class OptionParser(argparse.ArgumentParser):
         """The message for a word that belongs to no flag."""
         if not wrong.startswith("-"):
             return f"{shown(wrong)} belongs to no flag: give options as --name value; a switch takes no value"
+        wrong = wrong.replace("_", "-")
         on = self._option_string_actions.get(f"--{wrong.removeprefix('--no-')}")
         if wrong.startswith("--no-") and on is not None and on.nargs == 0:
             key = wrong.removeprefix("--no-").replace("-", "_")

@@ -73,11 +73,11 @@ def read_epoch(options: Mapping[str, Any]) -> Epoch | None:
 
 
 def reorders_documents(options: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
-    """Whether the length of a run changes the order of its documents. Takes two runs' arguments.
+    """Whether a run that resumes reads its documents in another order because of its length. Takes two runs' arguments.
 
-    Megatron shuffles the last epoch apart and the others together, so only within the first epoch it does not.
+    Megatron shuffles the last epoch apart and the others together. A run within one epoch keeps its order.
     """
-    lengths = {_sequences_read(options), _sequences_read(earlier)}
+    lengths = {_sequences_read(options, earlier), _sequences_read(earlier, {})}
     blend = options.get("train_data_path") or options.get("data_path") or []
     if len(lengths) == 1 or not any(map(holds_documents, split_blend(blend)[0])):
         return False
@@ -85,9 +85,14 @@ def reorders_documents(options: Mapping[str, Any], earlier: Mapping[str, Any]) -
     return epoch is not None and max(epoch.times(max(lengths)).values()) > 1
 
 
-def _sequences_read(options: Mapping[str, Any]) -> int:
+def _sequences_read(options: Mapping[str, Any], earlier: Mapping[str, Any]) -> int:
+    """The sequences that a run asks Megatron for, with those that an earlier part of it has read."""
+    if options.get("train_samples"):
+        return int(options["train_samples"])
     steps, size = options.get("train_iters") or 0, options.get("global_batch_size") or 0
-    return int(options.get("train_samples") or steps * size)
+    consumed = earlier.get("consumed_train_samples") or 0
+    step = consumed // (earlier.get("global_batch_size") or 1)
+    return int(max(steps * size, consumed + (steps - step) * size))
 
 
 def split_blend(blend: Sequence[Any]) -> tuple[list[Path], tuple[float, ...] | None]:

@@ -178,13 +178,13 @@ def _documents_config(plan: DataPlan, paths: list[Path], common: dict[str, Any])
     )
 
 
-def build(config: Config, num_samples: list[int | None]) -> list[Any]:
+def build(config: Config, num_samples: list[int | None], *, shuffles_epochs: bool = False) -> list[Any]:
     """Upstream's datasets for training, validation and test, with anchor arrays of one size; None of what has no data.
 
     num_samples: of each; 0 (eval_iters) leaves it out, and None reads all once.
     """
     cls = DocumentDataset if isinstance(config, DocumentDatasetConfig) else PreparedDataset
-    _repeat(config, num_samples)
+    _repeat(config, num_samples, shuffles_epochs=shuffles_epochs)
     built = BlendedMegatronDatasetBuilder(cls, num_samples, lambda: True, config).build()
     built = [None if n == 0 else part for n, part in zip(num_samples, built, strict=True)]  # no blend of 0 is sampled
     if (plan := config.anchors) is not None:
@@ -196,16 +196,17 @@ def build(config: Config, num_samples: list[int | None]) -> list[Any]:
     return built
 
 
-def _repeat(config: Config, num_samples: list[int | None]) -> None:
+def _repeat(config: Config, num_samples: list[int | None], *, shuffles_epochs: bool) -> None:
     """Gives weights to the blends without them that are read more than once: their folders' numbers of sequences.
 
     Upstream builds a single epoch of a blend without weights. With these it repeats each folder equally often.
+    shuffles_epochs: whether the sampler repeats it by itself (dataloader_type = cyclic).
     """
     whole = [(0.0, 1.0)] * len(num_samples)
     if config.blend_per_split is not None:
         rows = zip(config.blend_per_split, num_samples, whole, strict=True)
         config.blend_per_split = [_weighted(config, blend, [(n, part)]) for blend, n, part in rows]
-    elif config.blend is not None:
+    elif config.blend is not None and not shuffles_epochs:
         config.blend = _weighted(
             config, config.blend, list(zip(num_samples, config.split_matrix or whole, strict=True))
         )
@@ -235,8 +236,9 @@ def sequences_to_read(args: Any, asked: tuple[int, int | None, int]) -> list[int
     train, valid, test = asked
     if not args.train_samples:
         train = max(train, args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size)
-    if valid:
-        times = args.train_iters // args.eval_interval - args.iteration // args.eval_interval + 1
+    if valid and not args.skip_train:
+        first = max(args.iteration, args.start_eval_at_iter or 0)
+        times = max(0, args.train_iters // args.eval_interval - first // args.eval_interval + 1)
         valid = max(valid, args.consumed_valid_samples + times * args.eval_iters * args.eval_global_batch_size)
     return [train, valid, test]
 
@@ -256,7 +258,8 @@ class DataProvider:
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> list[Any]:
         options, args = self.plan.options, self.plan.megatron
         config = dataset_config(self.plan, reads_targets=is_last_stage(vp_stage))
-        built = build(config, sequences_to_read(args, num_samples))
+        cyclic = args.dataloader_type == "cyclic"
+        built = build(config, sequences_to_read(args, num_samples), shuffles_epochs=cyclic)
         if self.plan.text_length is None:
             multiple, names = args.multiple_validation_sets, args.validation_set_names
             self.groups = number_groups(built, multiple=multiple, names=names)

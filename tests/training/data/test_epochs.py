@@ -68,6 +68,11 @@ def test_the_length_of_a_run_decides_the_order_of_documents_that_it_repeats(docu
         line = changed_data(Namespace(**given, train_samples=now), given | {"train_samples": then})
         said = f"train_samples is {now} (in the checkpoint {then}): sequences that were read before may be read again"
         assert (line is not None and line.startswith(said)) is changed
+    halved = given | {"train_iters": 2 * n, "global_batch_size": 2, "train_samples": None}
+    stored = given | {"train_iters": n, "global_batch_size": 4, "train_samples": None, "consumed_train_samples": 2 * n}
+    line = changed_data(Namespace(**halved), stored)  # 4 n sequences in both, but 2 n + 3 n / 2 * 2 are read
+    assert line is not None
+    assert "global_batch_size is 2 (in the checkpoint 4)" in line
 
 
 def test_an_epoch_is_what_upstreams_dataset_has(folders: list[Path], documents: Path) -> None:

@@ -123,6 +123,13 @@ def test_eval_iters_of_0_leaves_validation_data_out(folders: list[Path]):
         ({"global_batch_size": 4}, 3 * 16 + 3 * 4, 7 * 2 * 8),
         ({"eval_interval": 4}, 6 * 16, 3 * 2 * 8 + 2 * 2 * 8),
         ({"eval_iters": 1, "train_samples": 96}, 6 * 16, 3 * 2 * 8 + 4 * 8),
+        (
+            {"start_eval_at_iter": 5, "iteration": 0, "consumed_train_samples": 0, "consumed_valid_samples": 0},
+            6 * 16,
+            2 * 2 * 8,
+        ),
+        ({"start_eval_at_iter": 2, "consumed_valid_samples": 16}, 6 * 16, 5 * 2 * 8),
+        ({"skip_train": True}, 6 * 16, 2 * 8),
     ],
 )
 def test_a_run_that_resumes_with_other_batches_has_sequences_left(changes: dict, train: int, valid: int):
@@ -135,8 +142,9 @@ def test_a_run_that_resumes_with_other_batches_has_sequences_left(changes: dict,
         "eval_global_batch_size": 8,
     }
     read = {"iteration": 3, "consumed_train_samples": 48, "consumed_valid_samples": 48, "train_samples": None}
-    args = Namespace(**given | read | changes)
-    upstream = args.train_iters // args.eval_interval + 1
+    args = Namespace(**given | read | {"skip_train": False, "start_eval_at_iter": None} | changes)
+    upstream = args.train_iters // args.eval_interval + 1 - (args.start_eval_at_iter or 0) // args.eval_interval
+    upstream = 1 if args.skip_train else upstream
     asked = args.train_iters * args.global_batch_size, upstream * args.eval_iters * 8, args.eval_iters * 8
     assert sequences_to_read(args, asked) == [train, valid, asked[2]]
     assert sequences_to_read(args, (asked[0], None, 0)) == [train, None, 0]
