@@ -17,10 +17,10 @@ from tqdm import tqdm
 from megatron_sfr.config.recipe import check_recipes, naming, read_recipe, split_recipes
 from megatron_sfr.hf.megatron.tracker import newest
 from megatron_sfr.runtime import lifetime
-from megatron_sfr.runtime.failures import failure, marked
+from megatron_sfr.runtime.failures import failure, marked, record_end
 from megatron_sfr.storage.lock import hold
 from megatron_sfr.storage.user_files import has_type, parse_json, positive_integer
-from megatron_sfr.train import ERROR, LOCK_WAIT_S, WARNING
+from megatron_sfr.train import ERROR, LOCK_WAIT_S, LOG, WARNING
 
 SHUTDOWN_S = 600  # torchrun kills a worker that is still writing its last checkpoint after this long
 POLL_S = 0.25
@@ -124,7 +124,7 @@ def train(
         pass  # fails here, before anything is started; the run's first rank then holds the lock
     if _is_finished(run, title) and not run.skips_training:
         return
-    log = run.save / "logs" / time.strftime("train-%Y%m%d-%H%M%S.log")
+    log = run.save / "logs" / time.strftime(LOG)
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // nproc))
     if not verbose:
@@ -142,6 +142,7 @@ def train(
     if not verbose:
         tell()
     if stopped:
+        record_end(run.save)  # the first rank may have been killed, or stopped before it could
         print(f"{title}: stopped; the same command resumes from the last checkpoint in {run.save}", flush=True)
         raise KeyboardInterrupt
     if code := process.returncode:

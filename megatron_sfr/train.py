@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from megatron_sfr.training.timing.step_speed import SpeedLog
 
 ERROR = "megatron-sfr train: error:"
+LOG = "train-%Y%m%d-%H%M%S.log"
+"""The name of a run's log, by its start in local time."""
 LOCK_WAIT_S = 10.0
 """How long to wait for a run in the same --save folder that was killed and whose processes are still ending."""
 WARNING = "megatron-sfr train: warning:"

@@ -10,6 +10,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_sfr import cli, launch
+from megatron_sfr.cli.training.status import read_status
 from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoint
 from megatron_sfr.hf.megatron.tracker import CONFIG, TRACKER
 from megatron_sfr.launch import SHUTDOWN_S, Run, _bar, _warnings, command, new_rows, read_run, variables
@@ -189,6 +190,18 @@ def test_a_run_in_progress_is_not_started_a_second_time(
         assert cli.main(["train", str(recipe)]) == 2
     assert f"{save} is being written by process {os.getpid()} on " in capsys.readouterr().err
     assert not (save / ".lock").exists()
+
+
+def test_a_run_that_is_stopped_before_its_first_rank_can_record_it_is_stopped(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, save = finished
+    write(save, "train-iters: 40\n")
+    starting = "echo SignalException: signal 15; touch $0/.lock; kill -INT $PPID; exec sleep 60"
+    monkeypatch.setattr(launch, "command", lambda *_: ("sh", "-c", starting, str(save)))
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(recipe, 1, ["--train-iters", "40"])
+    assert read_status(save, time.time()).state == "stopped"
 
 
 def test_the_bar_copes_with_metrics_that_are_cut_back(tmp_path: Path) -> None:

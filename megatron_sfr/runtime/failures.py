@@ -84,49 +84,53 @@ def recorded_failure(log: Path, mark: str, what: str = "training") -> str | None
 def recording(save: Path | None, *, first: bool, started: float) -> Iterator[None]:
     """Adds the exception that ends the block to SAVE/failures.jsonl, as one line, if the run has begun there.
 
-    The file has the failures since the run was last started. first: whether this is the rank that holds the run's lock.
-    It removes those of an earlier start. When the run finishes or is stopped, it replaces the file by a line that
-    reports it, because other ranks may fail while they end. started: when this rank started, by time.time(). Another
-    one may have failed since then.
+    first: whether this is the rank that holds the run's lock. It also adds a line when it starts, and one when the run
+    finishes or is stopped. started: when this rank started, by time.time().
     """
-    record = save / _RECORD if save is not None else None
-    if first and record is not None and record.exists():
-        record.write_bytes(b"".join(line for line in _lines(record) if _time(line) >= started))
+    if first:
+        _add(save, {"began": started})
     try:
         yield
-    except BaseException as error:
-        if record is not None and not _is_end(error):
-            with contextlib.suppress(OSError):
-                _record(record, error)
-        raise
     finally:
-        if first and record is not None and record.parent.is_dir() and _is_end(sys.exception()):
-            record.write_text(json.dumps({"time": time.time(), "ended": True}) + "\n")
+        if (error := sys.exception()) is not None and not _is_stop(error):
+            name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            text, rank = f"{name}{reason(error)}"[:_LONGEST], int(os.environ.get("RANK", "0"))
+            times = {"time": time.time(), "started": started}
+            _add(save, times | {"rank": rank, "host": socket.gethostname(), "error": text})
+        elif first:
+            record_end(save)
 
 
-def _is_end(error: BaseException | None) -> bool:
-    """Whether a run that ends so has finished or was stopped."""
-    return error is None or isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
+def record_end(save: Path | None) -> None:
+    """Adds a line to SAVE/failures.jsonl that says that the run has finished or was stopped."""
+    _add(save, {"ended": time.time()})
 
 
-def _record(file: Path, error: BaseException) -> None:
-    if not (file.parent / "recipe.yaml").is_file():  # a run that was refused leaves no folder
-        return
-    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    rank, text = int(os.environ.get("RANK", "0")), f"{name}{reason(error)}"[:_LONGEST]
-    line = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "error": text}
-    with file.open("a", encoding="utf-8") as failures:
-        failures.write(json.dumps(line) + "\n")
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
 
 
-def has_ended(save: Path) -> bool:
-    """Whether the first rank recorded that the run, as last started, finished or was stopped."""
-    return any(_object(line).get("ended") is True for line in _lines(save / _RECORD))
+def _add(save: Path | None, line: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        if save is not None and (save / "recipe.yaml").is_file():  # a run that was refused leaves no folder
+            with (save / _RECORD).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def last_end(save: Path) -> float:
+    """When the run last finished or was stopped, by time.time(); 0 if that is not recorded.
+
+    A rank that started earlier does not count as failed: it was ending, too. If the clock of its host is behind, one
+    of the next start may be taken for it.
+    """
+    return _last(_lines(save), "ended")
 
 
 def first_recorded(save: Path) -> tuple[str, float] | None:
     """The first failure that a rank recorded since the run was last started, in one line, and its time; else None."""
-    records = [record for line in _lines(save / _RECORD) if (record := _read(line)) is not None]
+    lines = _lines(save)
+    began, ended = _last(lines, "began"), _last(lines, "ended")
+    records = [line for line in lines if _is_failure(line) and line["time"] >= began and line["started"] >= ended]
     if not records:
         return None
     # A rank that ends closes the connections of the others, who then say only that.
@@ -136,32 +140,23 @@ def first_recorded(save: Path) -> tuple[str, float] | None:
     return what, record["time"]
 
 
-def _lines(record: Path) -> list[bytes]:
-    try:
-        return record.read_bytes().splitlines(keepends=True)
-    except OSError:
-        return []
+def _lines(save: Path) -> list[dict[str, Any]]:
+    """The lines of the record, without those that a kill cut, or a rank of another node overwrote, as on NFS."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for line in (save / _RECORD).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(parse_json(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    """The object of a line; an empty one if a kill cut the line, or a rank of another node overwrote it, as on NFS."""
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+def _last(lines: list[dict[str, Any]], name: str) -> float:
+    return max((line[name] for line in lines if type(line.get(name)) is float), default=0.0)
 
 
-def _time(line: bytes) -> float:
-    at = _object(line).get("time")
-    return at if isinstance(at, float) else 0.0
-
-
-def _read(line: bytes) -> dict[str, Any] | None:
-    """A line of _record; None for another one, or one that is damaged."""
-    record = _object(line)
-    kinds = {"time": float, "rank": int, "host": str, "error": str}
-    return record if all(type(record.get(name)) is kind for name, kind in kinds.items()) else None
+def _is_failure(line: dict[str, Any]) -> bool:
+    kinds = {"time": float, "started": float, "rank": int, "host": str, "error": str}
+    return all(type(line.get(name)) is kind for name, kind in kinds.items())
 
 
 def _is_lost(error: str) -> bool:

@@ -77,10 +77,16 @@ def holder(output: Path, *, inside: bool = False) -> str | None:
     return _holder(path) if _is_held(path) else None
 
 
-def killed_holder(output: Path, *, inside: bool = False) -> str | None:
-    """The process that left the lock file of an output without holding it, so that it was killed; None if none did."""
+def killed_holder(output: Path, *, inside: bool = False, since: float = 0.0) -> str | None:
+    """The process that left the lock file of an output without holding it, so that it was killed; None if none did.
+
+    since: a process that took the lock before this time does not count.
+    """
     path = lock_file(output, inside=inside)
-    return _holder(path) if _is_held(path) is False else None
+    with contextlib.suppress(OSError):  # removed in between
+        if _is_held(path) is False and path.stat().st_mtime > since:
+            return _holder(path)
+    return None
 
 
 def _is_held(path: Path) -> bool | None:

@@ -142,22 +142,23 @@ def _total(recipe: dict[str, Any]) -> int | None:
 def _error(folder: Path, last_record: float) -> str | None:
     """Why the run failed: by the newest log of `megatron-sfr train`, what a rank recorded, or the lock it left.
 
-    A log counts unless steps were logged, or a rank failed, after its end. None if the first rank recorded its end:
-    what fails later is a rank that was ending too.
+    A log counts unless steps were logged, or a rank failed, after its end. What started before the run last finished
+    or was stopped does not count. The name of a log has its start in local time, so a log may be taken for an older or
+    newer one where status runs in another time zone.
     """
-    from megatron_sfr.runtime.failures import first_recorded, has_ended, recorded_failure
+    from megatron_sfr.runtime.failures import first_recorded, last_end, recorded_failure
     from megatron_sfr.storage.lock import killed_holder
-    from megatron_sfr.train import ERROR
+    from megatron_sfr.train import ERROR, LOG
 
-    if has_ended(folder):
-        return None
-    recorded, logs = first_recorded(folder), sorted((folder / "logs").glob("train-*.log"))
+    ended, recorded = last_end(folder), first_recorded(folder)
+    older = time.strftime(LOG, time.localtime(ended))
+    logs = sorted(log for log in (folder / "logs").glob("train-*.log") if log.name > older)
     newest = max(last_record, recorded[1] if recorded else 0.0)
     if logs and logs[-1].stat().st_mtime >= newest - 1 and (found := recorded_failure(logs[-1], ERROR)):
         return found
     if recorded:
         return recorded[0]
-    killed = killed_holder(folder, inside=True)
+    killed = killed_holder(folder, inside=True, since=ended)
     return f"training failed: {killed} was killed; see the log of the job" if killed else None
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from megatron_sfr.hf.megatron.megatron_checkpoint import COMMON, write_checkpoin
 from megatron_sfr.hf.megatron.tracker import TRACKER
 from megatron_sfr.runtime.failures import recording
 from megatron_sfr.storage.lock import hold
+from megatron_sfr.train import LOG
 
 SPEED = {"speed/tokens per second": 1234.0, "speed/step seconds": 0.5, "speed/seconds left": 120.0}
 
@@ -33,6 +35,14 @@ def run(tmp_path: Path) -> Path:
     rows[2]["lm loss validation"] = 2.5
     (save / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "ti')
     return save
+
+
+def write_log(run: Path, start: float, text: str) -> Path:
+    """The log of a run that was started then."""
+    log = run / "logs" / time.strftime(LOG, time.localtime(start))
+    log.parent.mkdir()
+    log.write_text(text)
+    return log
 
 
 def test_a_run_that_trains_names_its_process(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,13 +81,13 @@ def test_a_lock_file_without_locks_is_not_that_of_a_killed_run(run: Path, monkey
 
 def test_the_last_error_is_that_of_the_newest_log(run: Path) -> None:
     (run / "logs").mkdir()
-    (run / "logs/train-1.log").write_text("ValueError: of an earlier start\n")
-    (run / "logs/train-2.log").write_text("OSError: [Errno 28] No space left on device: 'x'\n")
+    (run / "logs/train-20261126-120000.log").write_text("ValueError: of an earlier start\n")
+    (run / "logs/train-20261127-120000.log").write_text("OSError: [Errno 28] No space left on device: 'x'\n")
     found = read_status(run, time.time())
     assert found.state == "failed"
     assert found.error is not None
     assert found.error.startswith("training failed: the disk is full (x)")
-    assert "train-2.log" in found.error
+    assert "train-20261127-120000.log" in found.error
 
 
 def test_a_failure_that_a_rank_recorded_needs_no_log(run: Path) -> None:
@@ -109,13 +119,40 @@ def test_a_run_that_is_stopped_after_a_failure_is_stopped(run: Path, end: BaseEx
     assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
     with suppress(RuntimeError), recording(run, first=False, started=0.0):
         raise RuntimeError("of a rank that was ending")
-    (run / "logs").mkdir()
-    (run / "logs/train-1.log").write_text("RuntimeError: of a rank that was ending\n")
+    write_log(run, time.time() - 60, "RuntimeError: of a rank that was ending\n")
+    lock = run / ".lock"
+    lock.write_text("of a first rank that was killed while it ended")
+    os.utime(lock, (0, time.time() - 60))
     assert (read_status(run, time.time()).state, read_status(run, time.time()).error) == ("stopped", None)
-    (run / "logs/train-1.log").unlink()
-    with suppress(RuntimeError), recording(run, first=True, started=time.time()):
-        raise RuntimeError("of the next start")
-    assert "of the next start" in (read_status(run, time.time()).error or "")
+
+
+def test_a_run_that_is_resumed_after_a_stop_fails(run: Path) -> None:
+    """Before its first rank has taken the lock, while it holds it, and after."""
+    with recording(run, first=True, started=time.time()):
+        pass
+    (run / ".lock").write_text('{"process": 1, "host": "here", "since": "then"}')
+    os.utime(run / ".lock", (0, time.time() + 60))
+    assert "process 1 on here since then was killed" in (read_status(run, time.time()).error or "")
+    log = write_log(run, time.time() + 60, "ImportError: no libcudnn\n")
+    assert "ImportError: no libcudnn" in (read_status(run, time.time()).error or "")
+    log.unlink()
+    for first in (False, True):
+        with suppress(RuntimeError), recording(run, first=first, started=time.time()):
+            raise RuntimeError(f"first: {first}")
+        assert f"first: {first};" in (read_status(run, time.time()).error or "")
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt(), None])
+def test_a_run_ends_as_it_does_where_its_end_cannot_be_written(run: Path, end: BaseException | None) -> None:
+    (run / "failures.jsonl").mkdir()
+    raised = None
+    try:
+        with recording(run, first=True, started=time.time()):
+            if end is not None:
+                raise end
+    except BaseException as error:
+        raised = error
+    assert raised is end
 
 
 def test_the_first_rank_keeps_what_another_one_recorded_since_it_started(run: Path) -> None:
@@ -127,14 +164,15 @@ def test_the_first_rank_keeps_what_another_one_recorded_since_it_started(run: Pa
         assert ("no GPU" in (read_status(run, time.time()).error or "")) is kept
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [ValueError("no data"), KeyboardInterrupt()])
+def test_a_run_that_ends_before_it_begins_leaves_no_folder(tmp_path: Path, end: BaseException) -> None:
     new = tmp_path / "new"
     with (
-        pytest.raises(ValueError, match="no data"),
+        pytest.raises(type(end)),
         hold(new, inside=True),
         recording(new, first=True, started=time.time()),
     ):
-        raise ValueError("no data")
+        raise end
     assert not new.exists()
 
 
