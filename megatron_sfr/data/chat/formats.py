@@ -23,11 +23,10 @@ from megatron_sfr.data.chat.turn_forms import (
     TRAINED,
     calls_of,
     excludes,
-    gemini_turns,
-    is_texts,
     known_form,
     named_turns,
     plain_turns,
+    unnamed_turns,
 )
 from megatron_sfr.storage.jsonl import Record, RecordError, read_records
 from megatron_sfr.storage.user_files import parse_json, shown
@@ -95,10 +94,6 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     if all(fields.get(name) is not None for name in XLAM):
         return fields | _xlam(fields)
-    if isinstance(fields.get("contents"), list):
-        return fields | {"messages": gemini_turns(fields)}
-    if "id" in fields and is_texts(fields.get("data")):  # UltraChat
-        return fields | {"conversations": fields["data"]}
     known = [names for names in RENAMED if all(fields.get(name) is not None for name in list(names)[:2])]
     written = [names for names in known if not _is_blank(fields[list(names)[:2][-1]])]
     replies = list(dict.fromkeys(list(names)[:2][-1] for names in written))
@@ -106,7 +101,8 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
         raise RecordError(f"the record has several replies, {' and '.join(replies)}; keep one of them")
     names = (written or known or [{}])[0]
     new = {names[name]: fields[name] for name in names if name in fields and _is_blank(fields.get(names[name]))}
-    return fields | new
+    has_format = any((fields | new).get(key) is not None for key in KEYS.values())
+    return fields | (new if has_format else unnamed_turns(fields))
 
 
 def _xlam(fields: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +183,8 @@ def _check_meaning(fields: dict[str, Any], form: str) -> None:
         )
     if form == "completion" and (name := next((name for name in BESIDE if fields.get(name) not in EMPTY), None)):
         raise RecordError(f"the record has {name} beside its question; write it in the question, or remove the field")
-    marks = {"weight": fields.get("weight") not in (None, 1), "loss_mask": fields.get("loss_mask") not in EMPTY}
+    given = {name: fields[name] for name in ("weight", "loss_mask") if fields.get(name) not in EMPTY}
+    marks = {name: excludes(value if isinstance(value, list) else [value]) for name, value in given.items()}
     marks |= {name: excludes(fields.get(name)) for name in ("train", "loss")}  # a loss may also be a measured number
     if name := next((name for name, is_excluded in marks.items() if is_excluded), None):
         raise RecordError(
@@ -216,11 +213,19 @@ def _turns_in(fields: dict[str, Any], form: str) -> list[Any]:
     turns = fields.get(KEYS[form])
     turns = objects_of(turns, KEYS[form]) if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns:
-        raise RecordError(f'no {KEYS[form]}{known_form(fields)}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
+        known = known_form(fields, KEYS[form], _is_chat)
+        raise RecordError(f'no {KEYS[form]}{known}; write "{KEYS[form]}": [{EXAMPLES[form]}, ...]')
     return named_turns(turns, form)
 
 
 EXAMPLES = {"messages": '{"role": "user", "content": ...}', "sharegpt": '{"from": "human", "value": ...}'}
+
+
+def _is_chat(fields: dict[str, Any]) -> bool:
+    try:
+        return format_of(fields) in FORMATS
+    except RecordError:  # of a known format, with an error in it
+        return True
 
 
 def _alpaca(fields: dict[str, Any]) -> list[Message]:

@@ -11,7 +11,7 @@ KNOWN names the forms of records that are not read, because they leave a choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_sfr.data.chat.chat_template import REASONING
@@ -60,36 +60,61 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("input_ids",), "the record holds tokens of another tokenizer or template: give the text"),
 )
 """Columns by which a form is known, and what it is."""
+TOOLS = ("tools", "functions")
 
 
-def known_form(fields: dict[str, Any]) -> str:
-    """What a record that has no known format is, as part of a sentence; empty if that is not known either."""
-    found = (what for columns, what in KNOWN if all(fields.get(name) is not None for name in columns))
-    lists = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    lists = [name for name in lists if name not in ("tools", "functions")]
-    held = (f"its {name} holds objects: write each record on a separate line, and turns as here" for name in lists)
-    return "".join(f"; {what}" for what in [*found, *held][:1])
+def known_form(fields: dict[str, Any], key: str, is_chat: Callable[[dict[str, Any]], bool]) -> str:
+    """What a record that has no known format is, as part of a sentence; empty if that is not known either.
+
+    key: the column of its turns; is_chat: whether an object has the format of a chat.
+    """
+    given = {name for name, value in fields.items() if value is not None}
+    if not isinstance(fields.get("chat"), str):  # Glaive's is a text
+        given -= {"chat"}
+    known = [what for columns, what in KNOWN if given.issuperset(columns)]
+    lists = {name: value for name, value in fields.items() if isinstance(value, list) and name not in TOOLS}
+    objects = {name: [part for part in value if isinstance(part, dict)] for name, value in lists.items()}
+    turns = [name for name, parts in objects.items() if any("role" in part or "from" in part for part in parts)]
+    records = [name for name, parts in objects.items() if any(map(is_chat, parts[:1]))]
+    known += [f"its column {name} holds the turns: rename it to {key}" for name in turns]
+    known += [f"its column {name} holds records: write each on a separate line" for name in records]
+    return "".join(f"; {what}" for what in known[:1])
 
 
 def excludes(value: Any) -> bool:
-    """Whether a field such as `train` or `loss` says that a record, or a part of it, is not trained."""
+    """Whether a field such as `train` or `loss` says that a record, or a part of it, is not trained.
+
+    A list has a value for each part, and 1 stands for a part that is trained.
+    """
+    if value in EMPTY:
+        return False
     if isinstance(value, str):
         return value.strip().lower() in ("0", "false", "no")
-    return isinstance(value, list | dict) or (value is not None and value == 0)
+    if isinstance(value, list):
+        return any(part != 1 for part in value)
+    return isinstance(value, dict) or value == 0
 
 
-def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts."""
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+def unnamed_turns(fields: dict[str, Any]) -> dict[str, list[Any]]:
+    """Gemini's `contents` as messages and UltraChat's `data` as conversations; empty for other records.
+
+    Columns with these names hold other things too, so what is in them decides.
+    """
+    contents, texts = fields.get("contents"), fields.get("data")
+    if isinstance(contents, list) and any(isinstance(content, dict) and "parts" in content for content in contents):
+        return {"messages": _gemini_turns(fields)}
+    if "id" in fields and isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return {"conversations": texts}
+    return {}
 
 
-def gemini_turns(fields: dict[str, Any]) -> list[Message]:
+def _gemini_turns(fields: dict[str, Any]) -> list[Message]:
     """The turns of Gemini's `contents`, as in Vertex AI's files, after its `systemInstruction`."""
     if fields.get("tools"):
         raise RecordError("the record has tools in Gemini's form, which is not read; write messages as OpenAI's")
     given = [fields[name] for name in ("systemInstruction", "system_instruction") if fields.get(name)]
     turns = [_of_gemini(content, number) for number, content in enumerate(fields["contents"], start=1)]
-    return [{"role": "system", "content": _of_gemini(system, 0)["content"]} for system in given] + turns
+    return [_of_gemini(system, 0) | {"role": "system"} for system in given] + turns
 
 
 def _of_gemini(content: Any, number: int) -> Message:
@@ -100,8 +125,10 @@ def _of_gemini(content: Any, number: int) -> Message:
     for part in parts:
         if not isinstance(part, dict) or {name for name, value in part.items() if value not in EMPTY} - {"text"}:
             raise RecordError(f"{what} has the part {shown(part)}, and only text is read; write messages as OpenAI's")
+    kept = {name: content[name] for name in TRAINED if content.get(name) is not None}
+    _check_fields(content, ("role", "parts", *kept), what)
     role = content.get("role")
-    return {"role": "assistant" if role == "model" else role, "content": text_of(parts, number)}
+    return {"role": "assistant" if role == "model" else role, "content": text_of(parts, number), **kept}
 
 
 def named_turns(turns: Sequence[Any], form: str) -> list[Any]:
@@ -121,21 +148,21 @@ def _named(turn: Any, number: int, form: str) -> list[Any]:
                 f'turn {number} is not {{"from": ..., "value": ...}}; write it so, or with role and content'
             )
         names = {"system": "system", pair[0]: "user", pair[1]: "assistant"}
-        _check_fields(turn, names, number)
+        _check_fields(turn, names, f"turn {number}")
         given = [name for name in names if name != "system" or turn.get(name) not in EMPTY]
         return [{"role": names[name], "content": turn[name]} for name in given]
     return [turn]
 
 
-def _check_fields(turn: Message, known: Sequence[str] | dict[str, str], number: int) -> None:
-    """RecordError for a field that is neither known nor empty."""
+def _check_fields(turn: Message, known: Sequence[str] | dict[str, str], what: str) -> None:
+    """RecordError for a field that is neither known nor empty. what: the turn, for the error."""
     if extra := sorted(name for name, value in turn.items() if name not in known and value not in EMPTY):
-        raise RecordError(f"turn {number} has the field {shown(extra[0])}, which is not supported; remove it")
+        raise RecordError(f"{what} has the field {shown(extra[0])}, which is not supported; remove it")
 
 
 def _sharegpt_turn(turn: Message, number: int) -> Message:
     kept = {name: turn[name] for name in (*TRAINED, *REASONING) if turn.get(name) is not None}
-    _check_fields(turn, ("from", "value", *kept), number)
+    _check_fields(turn, ("from", "value", *kept), f"turn {number}")
     who = turn["from"]
     role = SHAREGPT_ROLES.get(who.lower()) if isinstance(who, str) else None
     if role is None:

@@ -31,6 +31,11 @@ PAIR = {"human": "and the sky", "assistant": "is grey"}
         ("completion", {"input_text": "and the sky", "output_text": "is grey"}),  # Vertex AI
         ("sharegpt", {"conversations": [turn["content"] for turn in TURNS]}),  # LIMA
         ("sharegpt", {"id": "0", "data": [turn["content"] for turn in TURNS]}),  # UltraChat
+        ("alpaca", {"id": 1, "data": ["a", "b"], "instruction": "and the sky", "output": "is grey"}),
+        ("completion", {"id": 1, "data": ["a", "b"], "question": "and the sky", "answer": "is grey"}),
+        ("alpaca", {"instruction": "and the sky", "output": "is grey", "contents": ["doc 1"]}),
+        ("completion", {"question": "and the sky", "answer": "is grey", "contents": [{"parts": []}]}),
+        ("completion", {"question": "and the sky", "answer": "is grey", "contents": []}),
         ("sharegpt", {"conversation": [{"human": "the sea", "assistant": "is blue"}, PAIR]}),  # ms-swift
         (
             "sharegpt",
@@ -54,6 +59,7 @@ def test_columns_of_trainers_and_datasets(tmp_path: Path, form: str, fields: dic
 
 LEFT_OUT = ", and all records are trained equally; leave the record out, write {} to its replies, or remove the field"
 TREE = {"text": "Why?", "role": "prompter", "replies": []}
+CONTENT = {"role": "user", "parts": [{"text": "the sea"}]}
 PAIR_OF_OPENAI = {"input": {"messages": TURNS[:3]}, "preferred_output": TURNS[3:], "non_preferred_output": TURNS[3:]}
 REFUSED = {
     "s1K": (
@@ -76,8 +82,22 @@ REFUSED = {
     "tokens": ({"input_ids": [1], "labels": [-100]}, "no messages; the record holds tokens of another tokenizer or"),
     "a file of one object": (
         {"version": 1, "rows": [{"messages": TURNS}]},
-        "no messages; its rows holds objects: write",
+        "no messages; its column rows holds records: write each on a separate line; write",
     ),
+    "a file of one object, with a faulty record": (
+        {"rows": [{"instruction": "a", "output": "b", "response": "c"}]},
+        "no messages; its column rows holds records: write",
+    ),
+    "another name": ({"dialog": TURNS}, "no messages; its column dialog holds the turns: rename it to messages; write"),
+    "another name, ShareGPT": (
+        {"turns": [{"from": "human", "value": "a"}]},
+        "no messages; its column turns holds the turns",
+    ),
+    "another name than Glaive's": (
+        {"system": "a", "chat": TURNS},
+        "no messages; its column chat holds the turns: rename it to m",
+    ),
+    "no turns beside objects": ({"messages": [], "metadata": [{"k": 1}]}, 'no messages; write "messages": ['),
     "Gemini, a call": (
         {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f"}}]}]},
         "content 1 has the part {'functionCall': {'name': 'f'}}, and only text is read; write messages as OpenAI's",
@@ -86,10 +106,26 @@ REFUSED = {
         {"contents": [{"role": "model", "parts": [{"text": "a", "thought": True}]}]},
         "content 1 has the part {'text': 'a', 'thought': True}, and only text is read; write messages as OpenAI's",
     ),
-    "Gemini, tools": ({"contents": [], "tools": [{}]}, "the record has tools in Gemini's form, which is not read; wr"),
-    "Gemini, no parts": ({"contents": ["a"]}, 'content 1 has no parts; write {"role": ..., "parts": [{"text": ...}]}'),
+    "Gemini, a field": (
+        {"contents": [CONTENT | {"x": 1}]},
+        "content 1 has the field 'x', which is not supported; remove it",
+    ),
+    "Gemini, a field of the system": (
+        {"systemInstruction": CONTENT | {"x": 1}, "contents": [CONTENT]},
+        "systemInstruction has the field 'x', which is not supported; remove it",
+    ),
+    "Gemini, trained": ({"contents": [CONTENT | {"train": 2}]}, "message 1 has the train 2; write true or false"),
+    "Gemini, tools": (
+        {"contents": [CONTENT], "tools": [{}]},
+        "the record has tools in Gemini's form, which is not read; wr",
+    ),
+    "Gemini, no parts": (
+        {"contents": [CONTENT, "a"]},
+        'content 2 has no parts; write {"role": ..., "parts": [{"text": ...}]}',
+    ),
     "loss 0": ({"messages": TURNS, "loss": 0}, "the record has loss 0" + LEFT_OUT.format("loss")),
     "loss as text": ({"messages": TURNS, "loss": "False"}, "the record has loss 'False'" + LEFT_OUT.format("loss")),
+    "mask 0.5": ({"messages": TURNS, "loss_mask": 0.5}, "the record has loss_mask 0.5" + LEFT_OUT.format("train")),
     "losses": ({"messages": TURNS, "loss": [0, 1]}, "the record has loss [0, 1]" + LEFT_OUT.format("loss")),
     "train as text": ({"messages": TURNS, "train": "no"}, "the record has train 'no'" + LEFT_OUT.format("train")),
     "mask": ({"messages": TURNS, "loss_mask": [0, 1]}, "the record has loss_mask [0, 1]" + LEFT_OUT.format("train")),
@@ -103,7 +139,13 @@ def test_what_a_record_cannot_say_here_is_named(fields: dict, reason: str):
     assert str(refused.value).startswith(reason)
 
 
-@pytest.mark.parametrize("fields", [{"loss": 1}, {"loss": True}, {"loss": 1.37}, {"train": "train"}, {"loss_mask": []}])
+EXCLUDES_NOTHING = {"train": ("train", [], {}), "loss": (1, True, 1.37, "", [], {}, [1, 1])}
+EXCLUDES_NOTHING |= {"loss_mask": (None, [], {}, 1, True, [1, 1], [True]), "weight": (None, [], 1.0, [1])}
+
+
+@pytest.mark.parametrize(
+    "fields", [{name: value} for name, values in EXCLUDES_NOTHING.items() for value in values], ids=str
+)
 def test_a_measured_loss_and_a_split_exclude_nothing(fields: dict):
     assert parse({"messages": TURNS} | fields, "messages").messages == TURNS
 

@@ -79,7 +79,7 @@ def test_sharegpt_tools_are_those_of_messages():
 
 
 def test_plain_text_is_sent_elsewhere(tmp_path: Path):
-    path = write_records(tmp_path / "corpus.jsonl", [{"text": "The sea is blue."}])
+    path = write_records(tmp_path / "corpus.jsonl", [{"id": 1, "text": "The sea is blue.", "data": ["The sea."]}])
 
     with pytest.raises(ValueError, match=r"corpus\.jsonl holds plain text, .*; use megatron-sfr prepare-text"):
         detect(path)
@@ -174,6 +174,7 @@ def test_a_field_that_occurs_twice_is_refused():
 REFUSED = {
     "mixed": ("sharegpt", SAME["alpaca"], "the record is alpaca in a file of ShareGPT; keep each format"),
     "no turns": ("sharegpt", {"conversations": []}, 'no conversations; write "conversations": [{"from": "human"'),
+    "another name": ("sharegpt", {"dialog": TURNS}, "its column dialog holds the turns: rename it to conversations"),
     "texts": ("sharegpt", {"conversations": ["Hi", 1]}, 'turn 1 is not {"from": ..., "value": ...}'),
     "a question alone": ("sharegpt", {"conversations": ["Hi"]}, "the last turn is the user"),
     "pair with more": (

@@ -156,6 +156,13 @@ def test_texts_of_other_apis_make_the_same_samples(fields: dict, tokenizer):
     assert samples(fields, tokenizer) == samples({"messages": PLAIN}, tokenizer)
 
 
+@pytest.mark.parametrize("mark", [{"train": False}, {"loss": 0}, {"weight": 0}])
+def test_a_reply_of_gemini_may_be_context(mark: dict):
+    roles = [("user", {}), ("model", mark), ("user", {}), ("model", {"train": True})]
+    contents = [{"role": role, "parts": [{"text": "the sea"}], **more} for role, more in roles]
+    assert parsed({"contents": contents}).untrained == {1}
+
+
 def test_tools_that_the_system_turn_has_are_not_written_again(tokenizer):
     """Hermes's records have them in both places."""
     turns = [{"role": "system", "content": f"Use <tools> {BARE} </tools>"}, MESSAGES[1], MESSAGES[9]]
