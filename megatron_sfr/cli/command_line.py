@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        return _failed(args.command, f"{OUT_OF_MEMORY} ({reason(error)})" if is_out_of_memory(error) else str(error))
+        return _failed(args.command, f"{OUT_OF_MEMORY} ({reason(error)})" if is_out_of_memory(error) else _said(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -85,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 130
+
+
+def _said(error: ValueError | OSError) -> str:
+    """The message of an error; of the system's own about a file as other programs print it, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _flush() -> None:

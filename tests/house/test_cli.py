@@ -1,8 +1,9 @@
-"""`megatron-sfr` on errors that no file causes: no memory, a reader that ended, mistakes in the program."""
+"""`megatron-sfr` on errors of any command: no memory, a missing file, a reader that ended, mistakes in the program."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,12 @@ def test_output_that_a_full_disk_does_not_take_is_one_line() -> None:
         done = printing(9, full.fileno())
     said = "megatron-sfr inspect: error: [Errno 28] standard output: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_file_that_is_missing_is_named_as_by_other_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing.jsonl")
+    assert main(["evaluate-code", "--tasks", missing, "--replies", missing, "--output", str(tmp_path / "out")]) == 2
+    said = f"megatron-sfr evaluate-code: error: {missing}: No such file or directory\n"
+    assert capsys.readouterr().err == said
