@@ -102,7 +102,8 @@ def axis(values: Sequence[float]) -> Axis:
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(s * power for s in (0.2, 0.25, 0.5, 1, 2) if (high - low) / (s * power) <= 5)
     digits = next(n for n in range(20) if math.isclose(round(step, n), step))
-    ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    multiples = (k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1))
+    ticks = [min(max(tick, low), high) for tick in multiples]  # rounding may put one outside
     return Axis(low, high, ticks, [f"{tick + 0.0:.{digits}f}" for tick in ticks])
 
 

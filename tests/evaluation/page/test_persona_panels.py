@@ -36,6 +36,7 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)
 
 @given(VALUES)
 @example([0.0, 1e-133])
+@example([1.9])
 def test_an_axis_holds_its_values_between_round_numbers(values: list[float]) -> None:
     found = axis(values)
     assert found.low < min(values) <= max(values) < found.high
