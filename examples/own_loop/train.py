@@ -30,7 +30,7 @@ SCHEDULE = sfr.ScheduleOptions(warmup="detached", warmup_steps=1, ramp_steps=2)
 
 
 def batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The microbatches of a step: prompts of 4 tokens, replies of 20, and two anchors in each reply."""
+    """The microbatches of a step."""
     for microbatch in range(step * MICROBATCHES, (step + 1) * MICROBATCHES):
         with torch.device("cpu"):  # the forward step copies what it needs
             batch = make_batch(microbatch)
@@ -38,6 +38,7 @@ def batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def make_batch(microbatch: int) -> dict[str, torch.Tensor]:
+    """Prompts of 4 tokens, replies of 20, and two anchors in each reply."""
     ordinal = np.array([0, 8])  # the tokens of the reply before which an anchor's future starts
     weight = sfr.anchor_weights(ordinal, np.full(2, 20), np.zeros(2, np.int64))
     g = torch.Generator().manual_seed(microbatch)

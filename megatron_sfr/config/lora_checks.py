@@ -101,8 +101,10 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def base_fingerprint(args: argparse.Namespace) -> str | None:
-    """A hash that identifies the frozen weights; None without LoRA. Upstream stores it in checkpoints, with the
-    arguments."""
+    """A hash that identifies the frozen weights; None without LoRA.
+
+    Upstream stores it in checkpoints, with the arguments.
+    """
     if args.lora_rank is None:
         return None
     folder = Path(args.lora_base or args.sfr_hf_load)
